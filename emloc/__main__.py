@@ -1,0 +1,5 @@
+"""`python -m emloc` is `emloc`."""
+
+from emloc.cli import main
+
+main()

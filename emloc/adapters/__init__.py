@@ -1,0 +1,29 @@
+"""What is trained: one file for each kind. PEFT is imported in this folder and nowhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel
+
+from emloc.settings import LoraSettings
+
+
+class Adapter(Protocol):
+    """One kind of adapter."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train."""
+
+    def attach(
+        self, model: PreTrainedModel, lora: LoraSettings, targets: str, base: str
+    ) -> Any:
+        """A model whose only trainable parameters are the adapter's.
+
+        `targets` is a regular expression on layer names, `base` the name of the original model.
+        """
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write the adapter as a PEFT folder for the original model."""

@@ -1,0 +1,40 @@
+"""Plain LoRA, by PEFT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from emloc.settings import LoraSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """`W x + (alpha / rank) B A x` on every targeted linear; A random, B zero at the start."""
+
+    trains = True
+
+    def attach(
+        self, model: PreTrainedModel, lora: LoraSettings, targets: str, base: str
+    ) -> PeftModel:
+        """PEFT's own LoRA model; factorised layers are linears to it like any other."""
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=targets,
+            bias="none",
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=base,
+        )
+        attached = get_peft_model(model, config)
+        # PEFT writes the path the model was loaded from, which is an emulator or a local cache.
+        attached.peft_config["default"].base_model_name_or_path = base
+        return attached
+
+    def save(self, model: PeftModel, folder: Path) -> None:
+        """Write adapter_model.safetensors and adapter_config.json."""
+        model.save_pretrained(folder, save_embedding_layers=False)

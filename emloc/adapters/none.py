@@ -1,0 +1,26 @@
+"""No adapter: the model as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from emloc.settings import LoraSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoAdapter:
+    """Nothing to train."""
+
+    trains = False
+
+    def attach(
+        self, model: PreTrainedModel, lora: LoraSettings, targets: str, base: str
+    ) -> PreTrainedModel:
+        """The model itself."""
+        return model
+
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        """There is nothing to write."""

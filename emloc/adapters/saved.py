@@ -1,0 +1,108 @@
+"""A LoRA in a PEFT folder, as pairs of matrices with their scale."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from emloc.errors import ConfigError
+from emloc.linalg.correct import Pair
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+# Beside the two PEFT files: how the adapter was carried to the original model. PEFT ignores it.
+CARRIED = "carried.json"
+
+_KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB])\.weight")
+
+
+@dataclass(frozen=True)
+class SavedLora:
+    """Layer name -> pair, with PEFT's configuration and how it was carried (None: as trained)."""
+
+    pairs: dict[str, Pair]
+    config: dict[str, Any]
+    carried: dict[str, Any] | None = None
+
+    def map(self, change: Callable[[str, Pair], Pair], carried: dict[str, Any]) -> SavedLora:
+        """The adapter with every pair changed, marked as carried.
+
+        Raises:
+            ConfigError: it has been carried before.
+        """
+        if self.carried is not None:
+            raise ConfigError(
+                f"this adapter was already carried to the original model by {self.carried}; "
+                "give the one that was trained (adapter_trained)"
+            )
+        pairs = {layer: change(layer, pair) for layer, pair in self.pairs.items()}
+        return SavedLora(pairs, self.config, carried)
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that `PeftModel.from_pretrained` loads on the original model."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for layer, pair in self.pairs.items():
+            tensors[f"base_model.model.{layer}.lora_A.weight"] = pair.a.contiguous()
+            tensors[f"base_model.model.{layer}.lora_B.weight"] = pair.b.contiguous()
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps(self.config, indent=2))
+        if self.carried is not None:
+            (folder / CARRIED).write_text(json.dumps(self.carried, indent=2))
+
+
+def read_lora(folder: Path) -> SavedLora:
+    """Read a PEFT LoRA folder.
+
+    Raises:
+        ConfigError: it is none, or holds more than plain LoRA matrices.
+    """
+    if not (folder / WEIGHTS).exists():
+        raise ConfigError(f"{folder}: no {WEIGHTS} there; it is no adapter folder")
+    config = json.loads((folder / CONFIG).read_text())
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(folder / WEIGHTS).items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise ConfigError(f"{folder}: {key} is no LoRA matrix; only plain LoRA can be carried")
+        parts.setdefault(match["layer"], {})[match["part"]] = tensor
+    pairs = {
+        layer: Pair(found["A"], found["B"], _scale(config, layer))
+        for layer, found in parts.items()
+    }
+    carried = folder / CARRIED
+    return SavedLora(pairs, config, json.loads(carried.read_text()) if carried.exists() else None)
+
+
+def load_on(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """The model with the adapter in `folder` on top, unmerged, exactly as any user loads it."""
+    return PeftModel.from_pretrained(model, folder)
+
+
+def copy_adapter(folder: Path, target: Path) -> None:
+    """Copy an adapter folder, replacing what is there."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(folder, target)
+
+
+def _scale(config: dict[str, Any], layer: str) -> float:
+    """alpha / r of one layer, by PEFT's rules."""
+
+    def of(pattern: str, default: str) -> float:
+        special = config.get(pattern) or {}
+        found = next((v for k, v in special.items() if re.fullmatch(rf"(.*\.)?({k})", layer)), None)
+        return config[default] if found is None else found
+
+    rank, alpha = of("rank_pattern", "r"), of("alpha_pattern", "lora_alpha")
+    return alpha / (sqrt(rank) if config.get("use_rslora") else rank)

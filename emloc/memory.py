@@ -1,0 +1,66 @@
+"""Peak memory of a piece of work: of the device where there is one, else of the process."""
+
+from __future__ import annotations
+
+import re
+import threading
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+import torch
+
+GIB = 2**30
+_POLL_SECONDS = 0.02
+
+
+class Peak:
+    """Context in which `gib` follows the highest memory in use.
+
+    On CUDA it is what the caching allocator reserved at most. On a CPU it is the process's
+    anonymous memory, polled: pages of mapped checkpoint files would count in the resident size
+    although the system can drop them at any time.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._stop = threading.Event()
+        self._poller = threading.Thread(target=self._poll, daemon=True)
+
+    @property
+    def gib(self) -> float:
+        """The peak so far, in 2^30 bytes."""
+        return round(self.bytes / GIB, 3)
+
+    def __enter__(self) -> Peak:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self._poller.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if torch.cuda.is_available():
+            self.bytes = torch.cuda.max_memory_reserved()
+        else:
+            self._stop.set()
+            self._poller.join()
+
+    def _poll(self) -> None:
+        while not self._stop.is_set():
+            self.bytes = max(self.bytes, process_bytes())
+            self._stop.wait(_POLL_SECONDS)
+
+
+def process_bytes() -> int:
+    """Anonymous resident memory of this process; all resident memory where the system has no word
+    for the difference.
+    """
+    status = Path("/proc/self/status")
+    found = re.search(r"^RssAnon:\s+(\d+) kB", status.read_text(), re.M) if status.exists() else None
+    return int(found[1]) * 1024 if found else int(psutil.Process().memory_info().rss)

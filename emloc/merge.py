@@ -1,0 +1,62 @@
+"""Fold an adapter into the original weights, tensor by tensor, and write a checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from emloc.adapters.saved import SavedLora, read_lora
+from emloc.config import part
+from emloc.errors import ConfigError
+from emloc.source import Source
+
+
+def merge_run(run: Path, target: Path) -> Path:
+    """Merge the carried adapter of a finished run with the model it was made for.
+
+    Raises:
+        ConfigError: the run has no adapter, or `target` is already there.
+    """
+    if not (run / "config.yaml").exists():
+        raise ConfigError(f"{run} is no run folder; give one such as runs/demo/<run>")
+    if not (run / "adapter").exists():
+        raise ConfigError(f"{run} has no adapter: its method trains none, or it is not done")
+    source = part(OmegaConf.load(run / "config.yaml").model).open()
+    return merge(source, read_lora(run / "adapter"), target)
+
+
+def merge(source: Source, adapter: SavedLora, target: Path) -> Path:
+    """Write `source` with `W + s B A` in place of each adapted weight, in the source's own files.
+
+    Sums are float32 and rounded once to the dtype of the weight.
+
+    Raises:
+        ConfigError: `target` is already there, or the adapter names a layer the model has not.
+    """
+    if target.exists():
+        raise ConfigError(f"{target} is already there; give another folder with --to")
+    missing = [name for name in adapter.pairs if f"{name}.weight" not in source.files]
+    if missing:
+        raise ConfigError(f"the model holds no layer {missing[0]}; the adapter is for another one")
+    draft = target.with_name(target.name + ".partial")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    for path in source.folder.iterdir():
+        if path.is_file() and path.suffix != ".safetensors":
+            shutil.copy(path, draft)
+    for shard in tqdm(sorted(set(source.files.values())), "merge", unit="file"):
+        with safe_open(shard, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata()
+        for name, weight in tensors.items():
+            pair = adapter.pairs.get(name.removesuffix(".weight"))
+            if pair is not None:
+                tensors[name] = (weight.float() + pair.delta.float()).to(weight.dtype)
+        save_file(tensors, draft / shard.name, metadata=metadata)
+    draft.rename(target)
+    return target

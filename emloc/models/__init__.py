@@ -1,0 +1,1 @@
+"""Kinds of models: where their weights are, which layers are adapted, how a batch is made."""

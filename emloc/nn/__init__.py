@@ -1,0 +1,1 @@
+"""Modules of an emulator, and putting them into a model."""

@@ -1,0 +1,35 @@
+"""How a trained adapter is carried back to the original model: one file for each way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from emloc.adapters.saved import SavedLora
+from emloc.emulators import Emulator
+from emloc.samples import Samples
+from emloc.source import Source
+from emloc.store import Artifact
+
+
+class Recovery(Protocol):
+    """One way of carrying an adapter."""
+
+    @property
+    def statistics(self) -> bool:
+        """Whether it runs the original model over the calibration samples."""
+
+    def carry(
+        self,
+        folder: Path,
+        trained: Artifact,
+        source: Source,
+        emulator: Emulator,
+        built: Artifact,
+        samples: Samples | None,
+        *,
+        device: torch.device,
+    ) -> dict[str, Any]:
+        """Write the carried adapter into `folder`/adapter."""

@@ -1,0 +1,125 @@
+"""From run folders to a table. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emloc.runs import DONE, Run, find_runs
+
+STAGES = ("calibrate", "emulate", "train", "recover", "evaluate")
+EMPTY = "."
+
+# What a row has in common with the LoRA, or the untouched model, that its gain is measured by.
+_SAME_DATA = ("model", "task", "eval")
+_SAME_TRAINING = (*_SAME_DATA, "lora", "train", "seed")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run as a line of results."""
+
+    run: Run
+    state: dict[str, Any]
+    choices: dict[str, str]
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+
+    @property
+    def method(self) -> str:
+        """The preset it ran with."""
+        return str(self.config["method"])
+
+    def same(self, other: Row, sections: Iterable[str]) -> bool:
+        """Whether both runs have these settings in common."""
+        return all(self.config[name] == other.config[name] for name in sections)
+
+
+def rows_of(folder: Path) -> list[Row]:
+    """The runs below `folder` as rows, in the order they were made."""
+    runs = sorted(find_runs(folder), key=lambda run: run.status["time"])
+    return [Row(run, run.status, run.choices, run.config, run.metrics) for run in runs]
+
+
+def gain_kept(row: Row, rows: Sequence[Row]) -> float | None:
+    """Share of LoRA's improvement in held-out loss over the untouched model that `row` keeps.
+
+    None where one of the two it is measured by is not there, or LoRA improved nothing.
+    """
+    done = [one for one in rows if one.metrics]
+    start = _loss_of("zero_shot", row, done, _SAME_DATA)
+    best = _loss_of("lora", row, done, _SAME_TRAINING)
+    if start is None or best is None or best >= start:
+        return None
+    return float((start - row.metrics["scores"]["loss"]) / (start - best))
+
+
+def _loss_of(method: str, row: Row, rows: Sequence[Row], same: Sequence[str]) -> float | None:
+    found = [one for one in rows if one.method == method and one.same(row, same)]
+    return float(found[0].metrics["scores"]["loss"]) if found else None
+
+
+def table(folder: Path) -> str:
+    """The runs below `folder` as a Markdown table."""
+    rows = rows_of(folder)
+    if not rows:
+        return f"no runs in {folder}"
+    varying = _varying(rows)
+    lines = [_line(row, rows, varying) for row in rows]
+    return _markdown(lines)
+
+
+def _varying(rows: Sequence[Row]) -> list[str]:
+    """Groups whose choice differs between rows, beyond what the method says."""
+    told = {"emulator", "adapter", "recovery", "method", "tracker", "experiments", "local"}
+    groups = dict.fromkeys(group for row in rows for group in row.choices if group not in told)
+    return [name for name in groups if len({row.choices.get(name) for row in rows}) > 1]
+
+
+def _line(row: Row, rows: Sequence[Row], varying: Sequence[str]) -> dict[str, str]:
+    line = {"method": row.method} | {name: row.choices.get(name, EMPTY) for name in varying}
+    if len({one.config["seed"] for one in rows}) > 1:
+        line["seed"] = str(row.config["seed"])
+    metric = _metric_name(rows)
+    if row.state["state"] != DONE:
+        return line | {metric: _word(row.state)}
+    metrics = row.metrics
+    gain = gain_kept(row, rows)
+    line |= {
+        metric: f"{metrics['score']:.3f}",
+        "loss": f"{metrics['scores']['loss']:.3f}",
+        "gain kept": EMPTY if gain is None else f"{gain:.0%}",
+        "trained through MB": EMPTY,
+        "train peak GiB": EMPTY,
+    }
+    if "train" in metrics["seconds"]:
+        line["trained through MB"] = f"{metrics['emulator']['bytes'] / 1e6:.0f}"
+        line["train peak GiB"] = f"{metrics['peak_gib']['train']:.2f}"
+    seconds = metrics["seconds"]
+    line |= {f"{stage} s": f"{seconds[stage]:.0f}" if stage in seconds else EMPTY for stage in STAGES}
+    adapter = row.run.folder / "adapter"
+    return line | {"adapter": str(adapter) if adapter.exists() else EMPTY}
+
+
+def _metric_name(rows: Sequence[Row]) -> str:
+    names = {row.metrics["metric"] for row in rows if row.metrics}
+    return names.pop() if len(names) == 1 else "score"
+
+
+def _word(status: Mapping[str, Any]) -> str:
+    state = str(status["state"])
+    return "OOM" if state == "oom" else f"failed({status['stage']})" if state == "failed" else state
+
+
+def _markdown(lines: Sequence[Mapping[str, str]]) -> str:
+    columns = list(dict.fromkeys(column for line in lines for column in line))
+    cells = [columns, *([line.get(column, EMPTY) for column in columns] for line in lines)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    rule = ["-" * width for width in widths]
+    body = [cells[0], rule, *cells[1:]]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in body
+    )

@@ -1,0 +1,104 @@
+"""The folder of one run: its settings, how it is going, and its results. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from emloc.digest import digest
+from emloc.settings import DECISIVE
+
+DONE = "done"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder.
+
+    config.yaml: resolved settings. status.json: running, done, oom, failed or interrupted.
+    metrics.json: results. metrics.jsonl: every number as it came.
+    """
+
+    folder: Path
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """The last status written; empty for a run that never began."""
+        return _read(self.folder / "status.json")
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The results; empty until the run is done."""
+        return _read(self.folder / "metrics.json")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved settings."""
+        return _plain(OmegaConf.load(self.folder / "config.yaml"))
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.status.get("state") == DONE
+
+    def begin(self, config: DictConfig, choices: dict[str, str]) -> None:
+        """Record settings, the choice of each group, and the start."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(config, self.folder / "config.yaml", resolve=True)
+        _write(self.folder / "choices.json", choices)
+        (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+        self.mark("running")
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """Group -> choice, as on the command line."""
+        return _read(self.folder / "choices.json")
+
+    def mark(self, state: str, **more: Any) -> None:
+        """Record how the run is going."""
+        _write(self.folder / "status.json", {"state": state, "time": time.time(), **more})
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Add one line to metrics.jsonl."""
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def finish(self, metrics: dict[str, Any]) -> None:
+        """Record the results, then that they are complete."""
+        _write(self.folder / "metrics.json", metrics)
+        self.mark(DONE)
+
+
+def find_runs(folder: Path) -> list[Run]:
+    """The runs directly below `folder`, or `folder` itself if it is one."""
+    if (folder / "status.json").exists():
+        return [Run(folder)]
+    return [Run(path.parent) for path in sorted(folder.glob("*/status.json"))]
+
+
+def folder_name(config: DictConfig) -> str:
+    """`<method>-<model>-<task>-s<seed>-<id>`: the same settings give the same folder."""
+    decisive = {name: _plain(config[name]) for name in DECISIVE}
+    words = (config.method, config.model.name, config.task.name, f"s{config.seed}")
+    return "-".join([*words, digest(decisive)[:8]])
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+def _read(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return value
+
+
+def _write(path: Path, value: Any) -> None:
+    draft = path.with_name(path.name + ".draft")
+    draft.write_text(json.dumps(value, indent=1))
+    os.replace(draft, path)

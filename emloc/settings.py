@@ -1,0 +1,149 @@
+"""The sections of the configuration whose keys are fixed, and what is wrong with a value.
+
+Imported before torch: `--help` and `--cfg job` have to answer at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from emloc.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which samples the emulator is built from (`calibration` group)."""
+
+    source: str  # downstream: training rows of the task; generic: running text
+    samples: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.source not in ("downstream", "generic"):
+            raise ConfigError(
+                f"calibration.source={self.source}: set calibration.source=downstream or generic"
+            )
+        if self.samples < 1:
+            raise ConfigError(f"calibration.samples must be at least 1, got {self.samples}")
+
+
+@dataclass(frozen=True)
+class Compression:
+    """The budget of an emulator (`compression` group)."""
+
+    ratio: float  # share kept, in (0, 1)
+    of: str  # linears: of the compressed layers; model: of all parameters
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1:
+            raise ConfigError(
+                f"compression.ratio must lie between 0 and 1, got {self.ratio:g}; "
+                "set compression.ratio=0.5"
+            )
+        if self.of not in ("linears", "model"):
+            raise ConfigError(f"compression.of={self.of}: set compression.of=linears or model")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The size of an adapter (`lora` group), whatever its kind."""
+
+    rank: int
+    alpha: float  # the update is scaled by alpha / rank; alpha = rank is the paper's scale of 1
+    dropout: float
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"lora.rank must be at least 1, got {self.rank}; set lora=r8")
+        if self.alpha <= 0:
+            raise ConfigError(f"lora.alpha must be above 0, got {self.alpha:g}; set lora=r8")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora.dropout must be in [0, 1), got {self.dropout:g}")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """A training recipe (`train` group)."""
+
+    steps: int  # optimizer steps
+    batch: int  # samples of one forward pass on one device
+    accumulate: int  # forward passes of one optimizer step
+    learning_rate: float
+    schedule: str  # as transformers names them: cosine, linear, constant ...
+    warmup: float  # share of the steps
+    weight_decay: float
+    clip: float  # largest gradient norm
+    checkpointing: bool  # compute activations again in the backward pass, to save memory
+    log_every: int  # steps
+    save_every: int  # steps between checkpoints an interrupted training resumes from
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if self.learning_rate <= 0:
+            raise ConfigError(f"train.learning_rate must be above 0, got {self.learning_rate:g}")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"train.warmup is a share of the steps in [0, 1), got {self.warmup:g}")
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """How much is evaluated (`eval` group)."""
+
+    limit: int | None  # held-out rows, null: all
+    batch: int  # rows of one forward pass
+    harness: bool  # also run lm-eval's own task where the task has one
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"eval.limit must be at least 1 or null, got {self.limit}")
+        if self.batch < 1:
+            raise ConfigError(f"eval.batch must be at least 1, got {self.batch}")
+
+
+@dataclass
+class Config:
+    """Everything one run is made of. `Any`: a part, checked against the class it names."""
+
+    name: str = MISSING
+    method: str = MISSING
+    seed: int = MISSING
+    model: Any = MISSING
+    task: Any = MISSING
+    calibration: Calibration = MISSING
+    compression: Compression = MISSING
+    lora: LoraSettings = MISSING
+    emulator: Any = MISSING
+    adapter: Any = MISSING
+    recovery: Any = MISSING
+    train: TrainSettings = MISSING
+    eval: EvalSettings = MISSING
+    tracker: Any = MISSING
+
+
+# What decides a run's results, and so its folder. Not the tracker, the name or a path.
+DECISIVE = (
+    "model task calibration compression lora emulator adapter recovery train eval seed".split()
+)
+
+
+def schema() -> DictConfig:
+    """The types of the fixed sections, as a node that overrides may still write to."""
+    sections = {
+        name: OmegaConf.structured(cls)
+        for name, cls in {
+            "calibration": Calibration,
+            "compression": Compression,
+            "lora": LoraSettings,
+            "train": TrainSettings,
+            "eval": EvalSettings,
+        }.items()
+    }
+    for section in sections.values():
+        OmegaConf.set_readonly(section, None)  # frozen classes make frozen nodes
+    node: DictConfig = OmegaConf.structured(Config(**sections))
+    return node

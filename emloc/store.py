@@ -1,0 +1,121 @@
+"""Stages cached by content: the same inputs are never worked through twice.
+
+A stage is a function `work(folder, *inputs, **live) -> facts` that writes files into `folder`. Its
+key is the digest of its name, the version of its meaning, the function (with the settings of the
+object it is bound to) and every input. `live` arguments (devices, progress, loggers) change nothing
+in the result and are never hashed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from emloc.digest import digest
+from emloc.errors import ConfigError, StageError
+from emloc.memory import Peak
+
+log = logging.getLogger(__name__)
+
+# Bumped when the meaning of a stage's files changes: explicit and reviewable, unlike hashing code.
+VERSION = {"calibrate": 1, "emulate": 1, "train": 1, "recover": 1, "evaluate": 1}
+
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The finished result of one stage. Nothing ever writes into its folder again."""
+
+    stage: str
+    key: str
+    folder: Path
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What the stage reported, with its `seconds` and `peak_gib`."""
+        facts: Facts = json.loads((self.folder / "stage.json").read_text())
+        return facts
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of artifacts, `<root>/<stage>/<key>`."""
+
+    root: Path
+
+    def stage(self, name: str, work: Callable[..., Facts], *inputs: Any, **live: Any) -> Artifact:
+        """The artifact of `work` on `inputs`: found if it was ever finished, else computed.
+
+        The work writes into `<key>.partial`, which becomes the artifact by one rename. An
+        interrupted stage leaves that folder behind, and the next attempt finds it as it was.
+
+        Raises:
+            ConfigError: as raised by the work, untouched.
+            StageError: anything else that went wrong in the work, memory included.
+        """
+        key = digest([name, VERSION[name], key_of(work), [key_of(item) for item in inputs]])
+        home = self.root / name / key
+        if home.exists():
+            log.info("%s: found (%s)", name, key)
+            return Artifact(name, key, home)
+        home.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(home.with_suffix(".lock")):
+            if not home.exists():
+                self._compute(name, home, lambda draft: work(draft, *inputs, **live))
+        return Artifact(name, key, home)
+
+    def _compute(self, name: str, home: Path, work: Callable[[Path], Facts]) -> None:
+        log.info("%s: working (%s)", name, home.name)
+        draft = home.with_suffix(".partial")
+        draft.mkdir(exist_ok=True)
+        start = time.perf_counter()
+        with Peak() as peak:
+            try:
+                facts = work(draft)
+            except ConfigError:
+                raise
+            except Exception as error:
+                raise StageError(name, f"{type(error).__name__}: {error}") from error
+        facts |= {"seconds": round(time.perf_counter() - start, 3), "peak_gib": peak.gib}
+        (draft / "stage.json").write_text(json.dumps(facts, indent=1))
+        os.replace(draft, home)
+
+
+def key_of(item: Any) -> Any:
+    """The JSON value that stands for `item` in a stage's key.
+
+    Raises:
+        TypeError: `item` has no `key`, is no settings dataclass and no plain value.
+    """
+    if item is None or isinstance(item, str | int | float | bool):
+        return item
+    if hasattr(item, "key"):
+        return item.key
+    if hasattr(item, "__self__"):  # a bound method: the settings of its object decide the result
+        return [key_of(item.__self__), item.__name__]
+    if callable(item) and hasattr(item, "__qualname__"):
+        return item.__qualname__
+    if dataclasses.is_dataclass(item):
+        fields = {field.name: key_of(getattr(item, field.name)) for field in dataclasses.fields(item)}
+        return {"class": type(item).__qualname__, **fields}
+    if isinstance(item, dict):
+        return {str(name): key_of(value) for name, value in item.items()}
+    if isinstance(item, list | tuple):
+        return [key_of(value) for value in item]
+    raise TypeError(f"{type(item).__name__} cannot be part of a stage's key")
+
+
+def open_store() -> Store:
+    """The store of this machine: `EMLOC_CACHE`, else `~/.cache/emloc`."""
+    return Store(Path(os.environ.get("EMLOC_CACHE", "~/.cache/emloc")).expanduser())

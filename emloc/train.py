@@ -1,0 +1,169 @@
+"""Stage 2: train an adapter through the emulator. A thin layer over transformers.Trainer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from emloc.adapters import Adapter
+from emloc.emulators import Emulator
+from emloc.examples import Examples
+from emloc.models.text import collate, encode_all
+from emloc.prompts import Encoded
+from emloc.settings import LoraSettings, TrainSettings
+from emloc.source import Source
+from emloc.store import Artifact
+
+log = logging.getLogger(__name__)
+
+# Called with the step and the values of one line of the training log.
+Report = Callable[[int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What is fitted to what: everything a trained adapter depends on but the emulator."""
+
+    adapter: Adapter
+    lora: LoraSettings
+    targets: str  # regular expression on layer names
+    examples: Examples
+    max_length: int
+    recipe: TrainSettings
+    seed: int
+
+
+def train(
+    folder: Path,
+    source: Source,
+    emulator: Emulator,
+    built: Artifact,
+    fit: Fit,
+    *,
+    device: torch.device,
+    report: Report,
+) -> dict[str, Any]:
+    """Write the trained adapter and its curve; go on from the last checkpoint in `folder`."""
+    tokenizer = source.tokenizer()
+    encoded = encode_all(tokenizer, fit.examples, fit.max_length)
+    model = emulator.open(built.folder, source, device)
+    set_seed(fit.seed)
+    model = fit.adapter.attach(model, fit.lora, fit.targets, source.name)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log.info("train: %d trainable parameters, %d examples", trainable, len(encoded))
+    checkpoints = folder / "checkpoints"
+    trainer = FiniteTrainer(
+        model=model,
+        args=arguments(fit.recipe, fit.seed, checkpoints, model.dtype, device),
+        train_dataset=[asdict(one) for one in encoded],
+        data_collator=partial(_collate, pad=tokenizer.pad_token_id),
+        callbacks=[Reporting(report)],
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+    fit.adapter.save(model, folder / "adapter")
+    curve = [line for line in trainer.state.log_history if "loss" in line]
+    (folder / "curve.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve))
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return {"trainable": trainable, "steps": trainer.state.global_step}
+
+
+def arguments(
+    recipe: TrainSettings, seed: int, output: Path, dtype: torch.dtype, device: torch.device
+) -> TrainingArguments:
+    """The recipe in transformers' words."""
+    return TrainingArguments(
+        output_dir=str(output),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch,
+        gradient_accumulation_steps=recipe.accumulate,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=math.ceil(recipe.warmup * recipe.steps),
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.clip,
+        gradient_checkpointing=recipe.checkpointing,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=device.type == "cpu",
+        train_sampling_strategy="group_by_length",
+        seed=seed,
+        logging_steps=recipe.log_every,
+        logging_nan_inf_filter=False,  # it would write 0 for a loss that is not finite
+        save_steps=recipe.save_every,
+        save_total_limit=1,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        report_to=[],
+    )
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end."""
+    found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    newest = max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+    return str(newest) if newest else None
+
+
+class FiniteTrainer(Trainer):
+    """A Trainer that stops before a loss that is not finite reaches the weights."""
+
+    def training_step(
+        self,
+        model: PreTrainedModel,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """One forward and backward pass.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; "
+                "set train.learning_rate lower"
+            )
+        return loss
+
+
+class Reporting(TrainerCallback):
+    """Hand each line of the training log on."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Called by the Trainer every `log_every` steps."""
+        if logs and "loss" in logs:
+            self._report(state.global_step, logs)
+
+
+def _collate(rows: list[dict[str, Any]], pad: int) -> dict[str, Tensor | int]:
+    return collate([Encoded(**row) for row in rows], pad)

@@ -1,0 +1,123 @@
+"""Sums over tokens: exact whatever the chunk, the dtype and the global precision switches."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from emloc.linalg.gram import cross, exact_float32, gram, supported
+
+
+def tokens(seed: int, count: int, features: int) -> Tensor:
+    """Float64 Gaussian activations."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, features, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture
+def medium() -> Iterator[None]:
+    """The loosest float32 products torch offers, for the length of a test."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@given(
+    seed=st.integers(0, 999),
+    count=st.integers(0, 40),
+    n=st.integers(1, 6),
+    m=st.integers(1, 6),
+    chunk=st.integers(1, 50),
+)
+@settings(max_examples=60, deadline=None)
+def test_chunks_add_up(seed: int, count: int, n: int, m: int, chunk: int) -> None:
+    """Any chunk gives X^T Y and X^T X, also of no tokens."""
+    x, y = tokens(seed, count, n), tokens(seed + 1000, count, m)
+    torch.testing.assert_close(cross(x, y, chunk), x.T @ y, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gram(x, chunk), x.T @ x, rtol=0, atol=1e-12)
+
+
+def test_sums_are_float64() -> None:
+    """What float32 cannot hold: 2^26 + 2."""
+    x = torch.ones(3, 1)
+    x[0] = 2.0**13
+    assert gram(x, chunk=1).item() == 2.0**26 + 2
+    assert (x.T @ x).item() != 2.0**26 + 2
+
+
+def test_long_sums_keep_digits() -> None:
+    """Chunked products beat one float32 product over all tokens several times."""
+    x = (tokens(0, 20_000, 24) + 3).float()
+    exact = x.double().T @ x.double()
+    error = ((gram(x) - exact) / exact).abs()
+    naive = (((x.T @ x).double() - exact) / exact).abs()
+    assert error.max() < 1e-7
+    assert error.mean() < naive.mean() / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_narrow_inputs_are_widened(dtype: torch.dtype) -> None:
+    """Narrow activations are exact numbers; only float32 rounding of the products is added."""
+    x, y = tokens(1, 300, 5).to(dtype), tokens(2, 300, 3).to(dtype)
+    result = cross(x, y)
+    assert result.dtype == torch.float64
+    torch.testing.assert_close(result, x.double().T @ y.double(), rtol=0, atol=1e-4)
+
+
+def test_autocast_changes_nothing() -> None:
+    """Bit for bit the same under bf16 autocast, which does reach plain products."""
+    x = tokens(3, 256, 64).float()
+    expected, plain = gram(x), x.T @ x
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(gram(x), expected)
+        assert not torch.equal((x.T @ x).float(), plain)
+
+
+@pytest.mark.usefixtures("medium")
+def test_precision_switches_change_nothing_and_stay() -> None:
+    """Bit for bit the same under "medium", which is back in force afterwards, also on error."""
+
+    def switches() -> list[str]:
+        # By name: the stubs do not know oneDNN's.
+        backends = (torch.backends.cuda, torch.backends.mkldnn)
+        return [str(getattr(backend, "matmul").fp32_precision) for backend in backends]  # noqa: B009
+
+    x, before = tokens(4, 256, 512).float(), switches()
+    loose = gram(x)
+    assert switches() == before == ["tf32", "bf16"]
+    with exact_float32(x.device):
+        assert switches() == ["ieee", "ieee"]
+    with pytest.raises(KeyError), exact_float32(x.device):
+        raise KeyError
+    assert switches() == before
+    torch.set_float32_matmul_precision("highest")
+    assert torch.equal(loose, gram(x))
+
+
+def test_no_graph() -> None:
+    """Statistics carry no gradient."""
+    assert not gram(tokens(5, 4, 3).requires_grad_()).requires_grad
+
+
+def test_bad_input_is_refused() -> None:
+    """Shapes and chunk are named."""
+    with pytest.raises(ValueError, match=r"\(2, 3, 4\)"):
+        gram(torch.zeros(2, 3, 4))
+    with pytest.raises(ValueError, match=r"\(2, 3\), \(4, 3\)"):
+        cross(torch.zeros(2, 3), torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="got 0"):
+        gram(torch.zeros(2, 3), chunk=0)
+
+
+def test_supported_reads_noise_from_negative_values() -> None:
+    """Below 1e-10 of the largest, or not above twice the most negative, is no data."""
+    values = torch.tensor([1.0, 1e-6, 1e-9, 1e-12], dtype=torch.float64)
+    assert supported(values).tolist() == [True, True, True, False]
+    noisy = torch.cat([values, values.new_tensor([-1e-8])])
+    assert supported(noisy).tolist() == [True, True, False, False, False]
+    assert not supported(torch.zeros(3)).any()
+    assert supported(torch.zeros(0)).shape == (0,)
