@@ -1,1 +1,56 @@
-"""EMLoC."""
+"""EMLoC: fine-tune a large model through a small emulator, then correct the LoRA."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from emloc.adapters.saved import SavedLora, read_lora
+    from emloc.compose import compose
+    from emloc.config import build
+    from emloc.errors import ConfigError, StageError
+    from emloc.library import build_emulator, correct
+    from emloc.merge import merge
+    from emloc.nn.factorized import Factorized
+    from emloc.pipeline import run
+    from emloc.report import table
+    from emloc.store import Store
+
+# Name -> module. Resolved when asked for, so that `emloc --help` never waits for torch.
+_HOMES = {
+    "ConfigError": "emloc.errors",
+    "Factorized": "emloc.nn.factorized",
+    "SavedLora": "emloc.adapters.saved",
+    "StageError": "emloc.errors",
+    "Store": "emloc.store",
+    "build": "emloc.config",
+    "build_emulator": "emloc.library",
+    "compose": "emloc.compose",
+    "correct": "emloc.library",
+    "merge": "emloc.merge",
+    "read_lora": "emloc.adapters.saved",
+    "run": "emloc.pipeline",
+    "table": "emloc.report",
+}
+
+__all__ = [
+    "ConfigError",
+    "Factorized",
+    "SavedLora",
+    "StageError",
+    "Store",
+    "build",
+    "build_emulator",
+    "compose",
+    "correct",
+    "merge",
+    "read_lora",
+    "run",
+    "table",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """The public name, from its home."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'emloc' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -104,7 +104,9 @@ def _metrics(cell: Cell, result: Result) -> dict[str, Any]:
         "metric": result.metric,
         "score": scores[result.metric],
         "scores": scores,
-        "emulator": {k: v for k, v in result.built.facts.items() if k not in ("seconds", "peak_gib")},
+        "emulator": {
+            k: v for k, v in result.built.facts.items() if k not in ("seconds", "peak_gib")
+        },
         "trainable": result.trained.facts["trainable"] if result.trained else 0,
         "seconds": {name: stage.facts["seconds"] for name, stage in stages.items()},
         "peak_gib": {name: stage.facts["peak_gib"] for name, stage in stages.items()},

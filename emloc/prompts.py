@@ -42,5 +42,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> Encoded:
     chat = tokenizer.chat_template is not None
     prompt = tokenizer(render(tokenizer, example.prompt), add_special_tokens=not chat).input_ids
     answer = example.target if chat else DELIMITER + example.target
-    target = tokenizer(answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-    return Encoded(example.id, prompt + target, len(prompt))
+    target = tokenizer(answer, add_special_tokens=False).input_ids
+    ids = [*prompt, *target, tokenizer.eos_token_id]
+    return Encoded(example.id, ids, len(prompt))

@@ -98,7 +98,9 @@ def _line(row: Row, rows: Sequence[Row], varying: Sequence[str]) -> dict[str, st
         line["trained through MB"] = f"{metrics['emulator']['bytes'] / 1e6:.0f}"
         line["train peak GiB"] = f"{metrics['peak_gib']['train']:.2f}"
     seconds = metrics["seconds"]
-    line |= {f"{stage} s": f"{seconds[stage]:.0f}" if stage in seconds else EMPTY for stage in STAGES}
+    line |= {
+        f"{stage} s": f"{seconds[stage]:.0f}" if stage in seconds else EMPTY for stage in STAGES
+    }
     adapter = row.run.folder / "adapter"
     return line | {"adapter": str(adapter) if adapter.exists() else EMPTY}
 

@@ -87,7 +87,9 @@ class TrainSettings:
         if self.learning_rate <= 0:
             raise ConfigError(f"train.learning_rate must be above 0, got {self.learning_rate:g}")
         if not 0 <= self.warmup < 1:
-            raise ConfigError(f"train.warmup is a share of the steps in [0, 1), got {self.warmup:g}")
+            raise ConfigError(
+                f"train.warmup is a share of the steps in [0, 1), got {self.warmup:g}"
+            )
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ class Config:
 
 # What decides a run's results, and so its folder. Not the tracker, the name or a path.
 DECISIVE = (
-    "model task calibration compression lora emulator adapter recovery train eval seed".split()
+    *("model", "task", "calibration", "compression", "lora"),
+    *("emulator", "adapter", "recovery", "train", "eval", "seed"),
 )
 
 

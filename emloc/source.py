@@ -1,4 +1,4 @@
-"""The original model as a checkpoint on disk: read tensor by tensor, never more than is asked for."""
+"""The original model as a checkpoint on disk: read tensor by tensor, no more than is asked for."""
 
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from emloc.errors import ConfigError
 from emloc.nn.surgery import put

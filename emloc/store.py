@@ -107,7 +107,9 @@ def key_of(item: Any) -> Any:
     if callable(item) and hasattr(item, "__qualname__"):
         return item.__qualname__
     if dataclasses.is_dataclass(item):
-        fields = {field.name: key_of(getattr(item, field.name)) for field in dataclasses.fields(item)}
+        fields = {
+            field.name: key_of(getattr(item, field.name)) for field in dataclasses.fields(item)
+        }
         return {"class": type(item).__qualname__, **fields}
     if isinstance(item, dict):
         return {str(name): key_of(value) for name, value in item.items()}

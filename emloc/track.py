@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +61,7 @@ class Wandb:
 
         run = wandb.init(
             project=self.project,
-            # The environment has the last word, as it has everywhere in W&B.
-            mode=os.environ.get("WANDB_MODE", self.mode),
+            mode=self.mode,  # type: ignore[arg-type]  # checked above
             dir=str(folder),
             group=group,
             name=name,

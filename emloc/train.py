@@ -35,6 +35,13 @@ from emloc.store import Artifact
 
 log = logging.getLogger(__name__)
 
+# Called activation checkpointing from transformers 5.23 on, which warns at the older name.
+_CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
+
 # Called with the step and the values of one line of the training log.
 Report = Callable[[int, dict[str, float]], None]
 
@@ -67,7 +74,7 @@ def train(
     encoded = encode_all(tokenizer, fit.examples, fit.max_length)
     model = emulator.open(built.folder, source, device)
     set_seed(fit.seed)
-    model = fit.adapter.attach(model, fit.lora, fit.targets, source.name)
+    model = fit.adapter.attach(model, fit.lora, fit.targets)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info("train: %d trainable parameters, %d examples", trainable, len(encoded))
     checkpoints = folder / "checkpoints"
@@ -79,7 +86,7 @@ def train(
         callbacks=[Reporting(report)],
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
-    fit.adapter.save(model, folder / "adapter")
+    fit.adapter.save(model, folder / "adapter", source.name)
     curve = [line for line in trainer.state.log_history if "loss" in line]
     (folder / "curve.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve))
     shutil.rmtree(checkpoints, ignore_errors=True)
@@ -100,7 +107,6 @@ def arguments(
         warmup_steps=math.ceil(recipe.warmup * recipe.steps),
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.clip,
-        gradient_checkpointing=recipe.checkpointing,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=device.type == "cpu",
@@ -113,6 +119,7 @@ def arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
         report_to=[],
+        **{_CHECKPOINTING: recipe.checkpointing},
     )
 
 
@@ -165,5 +172,5 @@ class Reporting(TrainerCallback):
             self._report(state.global_step, logs)
 
 
-def _collate(rows: list[dict[str, Any]], pad: int) -> dict[str, Tensor | int]:
+def _collate(rows: list[dict[str, Any]], pad: int) -> dict[str, Tensor]:
     return collate([Encoded(**row) for row in rows], pad)

@@ -82,7 +82,10 @@ def walk(
     home = getcurrent()
 
     def stop_at(name: str) -> Callable[..., None]:
-        return lambda *_: home.switch(name)
+        def hook(*_: Any) -> None:
+            home.switch(name)
+
+        return hook
 
     modules = {name: model.get_submodule(name) for name in blocks}
     handles = [module.register_forward_pre_hook(stop_at(name)) for name, module in modules.items()]
@@ -93,7 +96,9 @@ def walk(
             one.step()
         for name, module in modules.items():
             if source is not None:
-                source.fill(model, [f"{name}.{leaf}" for leaf, _ in module.named_parameters()], device)
+                source.fill(
+                    model, [f"{name}.{leaf}" for leaf, _ in module.named_parameters()], device
+                )
             block = Block(name, module, [one for one in passes if one.at == name])
             yield block
             block.run(lambda _: None)  # if the caller did not

@@ -17,13 +17,11 @@ class Adapter(Protocol):
     def trains(self) -> bool:
         """Whether there is anything to train."""
 
-    def attach(
-        self, model: PreTrainedModel, lora: LoraSettings, targets: str, base: str
-    ) -> Any:
+    def attach(self, model: PreTrainedModel, lora: LoraSettings, targets: str) -> Any:
         """A model whose only trainable parameters are the adapter's.
 
-        `targets` is a regular expression on layer names, `base` the name of the original model.
+        `targets` is a regular expression on layer names.
         """
 
-    def save(self, model: Any, folder: Path) -> None:
-        """Write the adapter as a PEFT folder for the original model."""
+    def save(self, model: Any, folder: Path, base: str) -> None:
+        """Write the adapter as a PEFT folder for the original model, called `base`."""

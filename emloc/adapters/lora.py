@@ -17,9 +17,7 @@ class Lora:
 
     trains = True
 
-    def attach(
-        self, model: PreTrainedModel, lora: LoraSettings, targets: str, base: str
-    ) -> PeftModel:
+    def attach(self, model: PreTrainedModel, lora: LoraSettings, targets: str) -> PeftModel:
         """PEFT's own LoRA model; factorised layers are linears to it like any other."""
         config = LoraConfig(
             r=lora.rank,
@@ -28,13 +26,11 @@ class Lora:
             target_modules=targets,
             bias="none",
             task_type="CAUSAL_LM",
-            base_model_name_or_path=base,
         )
-        attached = get_peft_model(model, config)
-        # PEFT writes the path the model was loaded from, which is an emulator or a local cache.
-        attached.peft_config["default"].base_model_name_or_path = base
-        return attached
+        return get_peft_model(model, config)
 
-    def save(self, model: PeftModel, folder: Path) -> None:
+    def save(self, model: PeftModel, folder: Path, base: str) -> None:
         """Write adapter_model.safetensors and adapter_config.json."""
+        # PEFT knows the path the model was loaded from, which is a cache folder of this machine.
+        model.peft_config["default"].base_model_name_or_path = base
         model.save_pretrained(folder, save_embedding_layers=False)

@@ -16,11 +16,9 @@ class NoAdapter:
 
     trains = False
 
-    def attach(
-        self, model: PreTrainedModel, lora: LoraSettings, targets: str, base: str
-    ) -> PreTrainedModel:
+    def attach(self, model: PreTrainedModel, lora: LoraSettings, targets: str) -> PreTrainedModel:
         """The model itself."""
         return model
 
-    def save(self, model: PreTrainedModel, folder: Path) -> None:
+    def save(self, model: PreTrainedModel, folder: Path, base: str) -> None:
         """There is nothing to write."""

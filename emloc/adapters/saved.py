@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
@@ -13,7 +14,7 @@ from typing import Any
 
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from emloc.errors import ConfigError
@@ -78,11 +79,19 @@ def read_lora(folder: Path) -> SavedLora:
             raise ConfigError(f"{folder}: {key} is no LoRA matrix; only plain LoRA can be carried")
         parts.setdefault(match["layer"], {})[match["part"]] = tensor
     pairs = {
-        layer: Pair(found["A"], found["B"], _scale(config, layer))
-        for layer, found in parts.items()
+        layer: Pair(found["A"], found["B"], _scale(config, layer)) for layer, found in parts.items()
     }
     carried = folder / CARRIED
     return SavedLora(pairs, config, json.loads(carried.read_text()) if carried.exists() else None)
+
+
+def lora_of(model: nn.Module) -> SavedLora:
+    """The adapter of a PEFT model in memory, as if it had been saved and read."""
+    with tempfile.TemporaryDirectory() as folder:
+        if not isinstance(model, PeftModel):
+            raise ConfigError("adapter must be a PEFT model or the folder of one")
+        model.save_pretrained(folder, save_embedding_layers=False)
+        return read_lora(Path(folder))
 
 
 def load_on(model: PreTrainedModel, folder: Path) -> PeftModel:

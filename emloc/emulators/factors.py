@@ -79,4 +79,3 @@ def _refitted(one: Factored, yz: Tensor, zz: Tensor) -> Factored:
     start = time.perf_counter()
     u = refit(yz, zz, one.factors.u).to(one.factors.u.dtype)
     return Factored(replace(one.factors, u=u), one.seconds + time.perf_counter() - start)
-

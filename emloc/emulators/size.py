@@ -37,7 +37,7 @@ def _share_of_linears(source: Source, layers: Layers, ratio: float) -> float:
     share = (ratio * total - rest) / linears
     if not 0 < share < 1:
         raise ConfigError(
-            f"compression.ratio={ratio} of the model: {rest / total:.2f} of it is never compressed; "
+            f"compression.ratio={ratio} of a model that is {rest / total:.2f} uncompressed; "
             f"set compression.ratio between {rest / total:.2f} and 1, or compression.of=linears"
         )
     return share

@@ -79,7 +79,9 @@ class Svd:
         assert ranks is not None
         blocks = by_block(ranks)
         # Where only outputs were summed, u is solved again in one more pass over the samples.
-        again = set(statistics.facts["outputs"]) if statistics and self.algorithm == "eigen" else set()
+        again = (
+            set(statistics.facts["outputs"]) if statistics and self.algorithm == "eigen" else set()
+        )
         table: dict[str, Any] = {}
         for name, block in tqdm(
             _open_blocks(source, blocks, samples if again else None, device),

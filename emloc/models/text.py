@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from emloc.checkpoint import locate
 from emloc.errors import ConfigError
-from emloc.examples import Example, Examples
+from emloc.examples import Examples
 from emloc.prompts import Encoded, encode
 from emloc.source import Source
 
@@ -66,9 +66,7 @@ class TextModel:
         """Name -> (out, in) of the linears an emulator may replace."""
         return self._match(source, "emulator_targets", self.excluded)
 
-    def _match(
-        self, source: Source, key: str, but: dict[str, str]
-    ) -> dict[str, tuple[int, int]]:
+    def _match(self, source: Source, key: str, but: dict[str, str]) -> dict[str, tuple[int, int]]:
         pattern = re.compile(getattr(self, key))
         found = {
             name: shape
@@ -103,13 +101,13 @@ def encode_all(
             max_length,
         )
     if not kept:
-        raise ConfigError(f"{examples.name}: no example within {max_length} tokens; set model.max_length")
+        raise ConfigError(
+            f"{examples.name}: no example within {max_length} tokens; set model.max_length"
+        )
     return kept
 
 
-def collate(
-    batch: Sequence[Encoded], pad: int, *, answers_only: bool = True
-) -> dict[str, Tensor | int]:
+def collate(batch: Sequence[Encoded], pad: int, *, answers_only: bool = True) -> dict[str, Tensor]:
     """A batch for `model(**batch)`, padded on the left so that answers end together.
 
     With `answers_only`, logits are asked for from the first answer token of the batch on: the
@@ -128,7 +126,7 @@ def collate(
         ids[row, start:] = torch.tensor(one.input_ids)
         mask[row, start:] = 1
         labels[row, start + one.answer_start :] = ids[row, start + one.answer_start :]
-    result: dict[str, Tensor | int] = {
+    result: dict[str, Tensor] = {
         "input_ids": ids,
         "attention_mask": mask,
         "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
@@ -136,13 +134,15 @@ def collate(
     if answers_only:
         # One position before the first answer token predicts it.
         kept = max(len(one.input_ids) - one.answer_start for one in batch) + 1
-        result |= {"labels": labels[:, -kept:], "logits_to_keep": kept}
+        # As indices: a slice would stay a view, and multiplying that copies the vocabulary's
+        # matrix once per row.
+        result |= {"labels": labels[:, -kept:], "logits_to_keep": torch.arange(length)[-kept:]}
     return result
 
 
 def batches(
     encoded: Iterable[Encoded], size: int, pad: int, *, answers_only: bool
-) -> list[dict[str, Tensor | int]]:
+) -> list[dict[str, Tensor]]:
     """All of `encoded` in batches of similar length: little padding, order not kept."""
     ordered = sorted(encoded, key=lambda one: len(one.input_ids))
     return [

@@ -9,8 +9,7 @@ from torch.nn import functional
 class Factorized(nn.Linear):
     """`y = u (v x) + bias` with u (out, k) and v (k, in).
 
-    It is an `nn.Linear` to whoever asks (PEFT adapts it as one) but has no `weight`: the product is
-    never formed, and folding an adapter into it has to fail instead of being lost.
+    It is an `nn.Linear` to whoever asks, so PEFT adapts it as one.
     """
 
     def __init__(self, u: Tensor, v: Tensor, bias: Tensor | None = None) -> None:
@@ -18,7 +17,18 @@ class Factorized(nn.Linear):
         self.out_features, self.in_features = u.shape[0], v.shape[1]
         self.u = nn.Parameter(u, requires_grad=False)
         self.v = nn.Parameter(v, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter(
+            "bias", None if bias is None else nn.Parameter(bias, requires_grad=False)
+        )
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """v, for those who ask a linear layer's weight for its device and dtype, as PEFT does.
+
+        The product is never formed. Folding an adapter (out, in) into this fails on the shape,
+        where adding it to a product made for the occasion would be lost without a word.
+        """
+        return self.v
 
     @property
     def rank(self) -> int:

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import torch
 
-from emloc.adapters.saved import SavedLora
 from emloc.emulators import Emulator
 from emloc.samples import Samples
 from emloc.source import Source

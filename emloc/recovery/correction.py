@@ -87,15 +87,11 @@ class Correction:
         (folder / "layers.json").write_text(json.dumps(table, indent=1))
         return {"corrected_layers": len(changes), "clamped": _mean(changes)}
 
-    def correct(
-        self, pair: Pair, residual: Tensor, moments: Moments | None
-    ) -> tuple[Pair, Change]:
+    def correct(self, pair: Pair, residual: Tensor, moments: Moments | None) -> tuple[Pair, Change]:
         """Correct one layer's pair; `moments` only for the covariance metric."""
         if moments is None:
             return correct_identity(pair, residual, clamp=self.clamp, strength=self.strength)
-        return correct_covariance(
-            pair, residual, moments, clamp=self.clamp, strength=self.strength
-        )
+        return correct_covariance(pair, residual, moments, clamp=self.clamp, strength=self.strength)
 
     def _moments(
         self,
