@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,4 +143,6 @@ def _quiet() -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    # One library calling another by a name that has just become the older of two.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     datasets.disable_progress_bars()

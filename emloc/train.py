@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -83,9 +85,11 @@ def train(
         args=arguments(fit.recipe, fit.seed, checkpoints, model.dtype, device),
         train_dataset=[asdict(one) for one in encoded],
         data_collator=partial(_collate, pad=tokenizer.pad_token_id),
-        callbacks=[Reporting(report)],
+        callbacks=[Progress(report)],
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+    trainer.remove_callback(PrinterCallback)
+    with fit.adapter.training(model, mixed=trainer.args.bf16 or trainer.args.fp16):
+        trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     fit.adapter.save(model, folder / "adapter", source.name)
     curve = [line for line in trainer.state.log_history if "loss" in line]
     (folder / "curve.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve))
@@ -119,6 +123,7 @@ def arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
         report_to=[],
+        disable_tqdm=True,  # there is one bar already
         **{_CHECKPOINTING: recipe.checkpointing},
     )
 
@@ -153,11 +158,26 @@ class FiniteTrainer(Trainer):
         return loss
 
 
-class Reporting(TrainerCallback):
-    """Hand each line of the training log on."""
+class Progress(TrainerCallback):
+    """One bar for the training, and each line of its log handed on."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
+        self._bar = tqdm(desc="train", unit="step", disable=True)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Open the bar, at the step a resumed training goes on from."""
+        self._bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="train", unit="step"
+        )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """One more step."""
+        self._bar.update()
 
     def on_log(
         self,
@@ -167,9 +187,16 @@ class Reporting(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Called by the Trainer every `log_every` steps."""
+        """Called by the Trainer every `log_every` steps, and once at the end."""
         if logs and "loss" in logs:
-            self._report(state.global_step, logs)
+            self._bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+            self._report(state.global_step, {name: float(value) for name, value in logs.items()})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Close the bar."""
+        self._bar.close()
 
 
 def _collate(rows: list[dict[str, Any]], pad: int) -> dict[str, Tensor]:

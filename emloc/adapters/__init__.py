@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,9 @@ class Adapter(Protocol):
 
         `targets` is a regular expression on layer names.
         """
+
+    def training(self, model: Any, mixed: bool) -> AbstractContextManager[None]:
+        """What holds while the model trains, under autocast or not."""
 
     def save(self, model: Any, folder: Path, base: str) -> None:
         """Write the adapter as a PEFT folder for the original model, called `base`."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from transformers import PreTrainedModel
 
 from emloc.settings import LoraSettings
@@ -28,6 +30,15 @@ class Lora:
             task_type="CAUSAL_LM",
         )
         return get_peft_model(model, config)
+
+    def training(self, model: PeftModel, mixed: bool) -> AbstractContextManager[None]:
+        """Leave the casting of inputs to autocast, where it is on.
+
+        PEFT would first make a float32 copy of each input and keep it for the backward pass, only
+        for autocast to round it back to what it was.
+        """
+        context: AbstractContextManager[None] = disable_input_dtype_casting(model, active=mixed)
+        return context
 
     def save(self, model: PeftModel, folder: Path, base: str) -> None:
         """Write adapter_model.safetensors and adapter_config.json."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,10 @@ class NoAdapter:
     def attach(self, model: PreTrainedModel, lora: LoraSettings, targets: str) -> PreTrainedModel:
         """The model itself."""
         return model
+
+    def training(self, model: PreTrainedModel, mixed: bool) -> AbstractContextManager[None]:
+        """There is no training."""
+        return nullcontext()
 
     def save(self, model: PreTrainedModel, folder: Path, base: str) -> None:
         """There is nothing to write."""

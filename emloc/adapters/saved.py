@@ -50,8 +50,9 @@ class SavedLora:
         pairs = {layer: change(layer, pair) for layer, pair in self.pairs.items()}
         return SavedLora(pairs, self.config, carried)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write a folder that `PeftModel.from_pretrained` loads on the original model."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {}
         for layer, pair in self.pairs.items():

@@ -17,9 +17,9 @@ class Factorized(nn.Linear):
         self.out_features, self.in_features = u.shape[0], v.shape[1]
         self.u = nn.Parameter(u, requires_grad=False)
         self.v = nn.Parameter(v, requires_grad=False)
-        self.register_parameter(
-            "bias", None if bias is None else nn.Parameter(bias, requires_grad=False)
-        )
+        # A parameter given is shared; a plain tensor becomes one of this layer's own.
+        own = bias is not None and not isinstance(bias, nn.Parameter)
+        self.register_parameter("bias", nn.Parameter(bias, requires_grad=False) if own else bias)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

@@ -1,0 +1,152 @@
+"""The command as a person types it."""
+
+import json
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_run_then_the_same_again_then_a_merge(emloc, tiny, one_run, checkpoint, tmp_path):
+    first = emloc(
+        *tiny, "method=emloc", "tracker=wandb", "eval.harness=false", WANDB_MODE="offline"
+    )
+    assert first.code == 0, first.said
+    run = one_run()
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
+    assert "| emloc " in first.out
+    for name in ("config.yaml", "metrics.json", "metrics.jsonl", "curve.jsonl", "run.log"):
+        assert (run / name).stat().st_size > 0, name
+    for name in ("adapter", "adapter_trained"):
+        assert (run / name / "adapter_model.safetensors").exists()
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert list(metrics["seconds"]) == ["calibrate", "emulate", "train", "recover", "evaluate"]
+    assert metrics["provenance"]["versions"]["torch"] == torch.__version__
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    assert [line["train/step"] for line in steps if "train/step" in line] == [1, 2, 3, 4, 5]
+    offline = list((run / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(offline) == 1
+    assert offline[0].stat().st_size > 1000
+
+    start = time.perf_counter()
+    again = emloc(*tiny, "method=emloc", "eval.harness=false")
+    assert again.code == 0
+    assert time.perf_counter() - start < 5
+    assert "done before" in again.said
+
+    merged = emloc("merge", str(run))
+    assert merged.code == 0, merged.said
+    ids = torch.arange(20, 40)[None]
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        adapted = PeftModel.from_pretrained(base, run / "adapter").eval()(input_ids=ids).logits
+        folded = AutoModelForCausalLM.from_pretrained(run / "merged")(input_ids=ids).logits
+    torch.testing.assert_close(folded, adapted, atol=1e-5, rtol=0)
+    assert "already there" in emloc("merge", str(run)).err
+
+
+def test_a_sweep_goes_on_past_a_failing_cell(emloc, tiny, tmp_path):
+    grid = ["-m", "method=zero_shot,lora", "lora.rank=4,99", "name=grid"]
+    ran = emloc(*grid, *tiny)
+    assert ran.code == 2, ran.said  # the one bad cell was refused, not broken
+    found = (tmp_path / "runs/grid").glob("*/status.json")
+    states = sorted(json.loads(path.read_text())["state"] for path in found)
+    assert states == ["done", "done", "done", "failed"]
+    assert "failed(config)" in ran.out
+    assert "set lora.rank=16 or less" in ran.err
+    repeated = emloc(*grid, *tiny)
+    assert repeated.said.count("done before") == 3
+    report = emloc("report", str(tmp_path / "runs/grid"))
+    assert report.code == 0
+    assert report.out.count("| zero_shot") == 2
+    assert report.out.count("| lora ") == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "recovery.clmp=1",
+            "recovery.clmp: there is no such setting; did you mean recovery.clamp?",
+        ),
+        ("compression=r26", "compression=r26: there is no such choice; did you mean r25?"),
+        ("lora.rank=two", "lora.rank: Value 'two' of type 'str' could not be converted to Integer"),
+        ("compression.ratio=1.5", "compression.ratio must lie between 0 and 1, got 1.5"),
+        ("model.source=/nowhere", "no config.json there; set model.source"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(emloc, override, line):
+    ran = emloc(override, "tracker=none")
+    assert ran.code == 2, ran.said
+    assert line in ran.err + ran.out
+    assert "Traceback" not in ran.said
+    said = [text for text in ran.said.splitlines() if "started" not in text]
+    assert len(said) == 1, ran.said
+
+
+def test_help_and_settings_answer_at_once_without_torch(emloc):
+    for arguments in (["--help"], ["--cfg", "job"]):
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            ran = emloc(*arguments)
+            times.append(time.perf_counter() - start)
+            assert ran.code == 0
+        assert min(times) < 1.0, times
+    assert "compression" in ran.out
+    probe = "import sys, emloc.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", probe]).returncode == 0
+
+
+def test_shell_completion_knows_groups_and_experiments(emloc):
+    ask = "source <(emloc -sc install=bash) && complete -p emloc"
+    script = Path(sys.executable).parent
+    ran = emloc("-c", ask, program=("bash",), PATH=f"{script}:/usr/bin:/bin", HYDRA_FULL_ERROR="0")
+    assert "hydra_bash_completion" in ran.out, ran.said
+
+
+def test_the_wheel_runs_from_another_folder(tmp_path, emloc):
+    """With its configuration inside, and nothing of the checkout on the path."""
+    built = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "build",
+            "--wheel",
+            "--no-isolation",
+            "-o",
+            str(tmp_path),
+            str(ROOT),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "emloc/_data/conf/config.yaml" in names
+    assert "emloc/_data/experiments/demo.yaml" in names
+    assert not [name for name in names if name.startswith("tests")]
+    unpacked = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(unpacked)
+    probe = "import emloc; print(emloc.__file__)"
+    env = {"PYTHONPATH": str(unpacked)}
+    assert str(unpacked) in emloc("-c", probe, program=(sys.executable,), **env).out
+    settings = emloc("--cfg", "job", "experiments=demo", **env)
+    assert settings.code == 0, settings.said
+    assert "name: demo" in settings.out
+
+
+def test_without_a_tracker_wandb_need_not_be_there(emloc, tiny):
+    hide = "import sys; sys.modules['wandb'] = None; sys.argv[0] = 'emloc'; "
+    program = (sys.executable, "-c", hide + "from emloc.cli import main; main()")
+    ran = emloc(*tiny, "method=zero_shot", program=program)
+    assert ran.code == 0, ran.said

@@ -1,0 +1,203 @@
+"""EMLoC inside somebody else's script: the README's example, and what it promises."""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import tiny_llama, tiny_tokenizer
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import emloc
+from emloc import ConfigError, Factorized
+from emloc.nn.factorized import Factorized as Home
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+@pytest.fixture
+def model():
+    return tiny_llama(tiny_tokenizer(chat=False))
+
+
+@pytest.fixture
+def batches():
+    torch.manual_seed(1)
+    ids = torch.randint(5, 200, (6, 12))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    return [{"input_ids": ids, "attention_mask": mask}]
+
+
+def train(tuned, steps=5, batch=None):
+    """Somebody's training loop."""
+    torch.manual_seed(0)
+    ids = torch.randint(5, 200, (4, 12)) if batch is None else batch
+    weights = [weight for weight in tuned.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=0.01)
+    for _ in range(steps):
+        loss = tuned(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item()
+
+
+def lora(target_modules="all-linear", **settings):
+    return LoraConfig(r=4, lora_alpha=8, target_modules=target_modules, **settings)
+
+
+def test_the_example_of_the_readme_runs(model, batches, tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    (example,) = [block for block in blocks if "build_emulator" in block]
+    assert len(example.strip().splitlines()) <= 12
+    monkeypatch.chdir(tmp_path)
+    names = {"model": model, "batches": batches, "train": train}
+    exec(compile(example, "README.md", "exec"), names)
+    assert isinstance(names["model"], PeftModel)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_the_original_is_left_as_it_is(model, batches):
+    before = copy.deepcopy(model.state_dict())
+    emulator = emloc.build_emulator(model, batches, ratio=0.5)
+    assert not any(isinstance(module, Home) for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert emulator.model.embed_tokens.weight is model.model.embed_tokens.weight
+    assert type(emulator) is type(model)
+    assert sum(isinstance(module, Factorized) for module in emulator.modules()) == 14
+    assert not model._forward_pre_hooks
+
+
+def test_a_larger_ratio_is_closer_to_the_original(model, batches):
+    with torch.no_grad():
+        true = model(**batches[0]).logits
+        gaps = []
+        for ratio in (0.25, 0.5, 0.9):
+            emulator = emloc.build_emulator(model, batches, ratio=ratio)
+            gaps.append(float((emulator(**batches[0]).logits - true).norm()))
+    assert gaps[0] > gaps[1] > gaps[2]
+
+
+def test_the_corrected_adapter_is_exact_on_its_rows(model, batches):
+    emulator = emloc.build_emulator(model, batches, ratio=0.5)
+    tuned = get_peft_model(emulator, lora())
+    train(tuned)
+    raw = emloc.correct(tuned, model, emulator, clamp=0)
+    exact = emloc.correct(tuned, model, emulator, clamp=None)
+    factors = {
+        name.removesuffix(".base_layer"): module
+        for name, module in emulator.named_modules()
+        if isinstance(module, Factorized)
+    }
+    assert exact.pairs.keys() == factors.keys()
+    for name, pair in exact.pairs.items():
+        weight = model.get_submodule(name).weight.double()
+        rows = raw.pairs[name].a.double().T
+        emulated = (factors[name].product() + raw.pairs[name].delta.double()) @ rows
+        torch.testing.assert_close(
+            (weight + pair.delta.double()) @ rows, emulated, atol=1e-5, rtol=0
+        )
+
+
+def test_covariance_brings_the_outputs_closer_to_the_tuned_emulator(model, batches):
+    """What the metric promises for each layer, seen at the first layer of the first block."""
+    emulator = emloc.build_emulator(model, batches, ratio=0.5)
+    tuned = get_peft_model(emulator, lora())
+    train(tuned, steps=20)
+    name = "model.layers.0.self_attn.v_proj"
+    raw = emloc.correct(tuned, model, emulator, clamp=0)
+    new = emloc.correct(tuned, model, emulator, metric="covariance", clamp=None, batches=batches)
+    seen = []
+    handle = model.get_submodule(name).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
+    with torch.no_grad():
+        model(**batches[0])
+    handle.remove()
+    rows = seen[0][batches[0]["attention_mask"].bool()].double()
+    factors = emulator.get_submodule(f"{name}.base_layer")
+    target = factors.product() + raw.pairs[name].delta.double()
+    weight = model.get_submodule(name).weight.double()
+    gaps = [
+        float((rows @ (weight + adapter.pairs[name].delta.double() - target).T).norm())
+        for adapter in (raw, new)
+    ]
+    assert gaps[1] < gaps[0]
+
+
+def test_the_saved_adapter_gives_the_corrected_weights(model, batches, tmp_path):
+    emulator = emloc.build_emulator(model, batches, ratio=0.5)
+    tuned = get_peft_model(emulator, lora())
+    train(tuned)
+    corrected = emloc.correct(tuned, model, emulator)
+    corrected.save(tmp_path / "adapter")
+    merged = PeftModel.from_pretrained(
+        copy.deepcopy(model), tmp_path / "adapter"
+    ).merge_and_unload()
+    for name, pair in corrected.pairs.items():
+        expected = model.get_submodule(name).weight + pair.delta
+        torch.testing.assert_close(merged.get_submodule(name).weight, expected)
+
+
+def test_correcting_twice_is_refused(model, batches, tmp_path):
+    emulator = emloc.build_emulator(model, batches, ratio=0.5)
+    tuned = get_peft_model(emulator, lora())
+    train(tuned)
+    tuned.save_pretrained(tmp_path / "trained")
+    emloc.correct(tmp_path / "trained", model, emulator).save(tmp_path / "once")
+    with pytest.raises(ConfigError, match="already carried"):
+        emloc.correct(tmp_path / "once", model, emulator)
+
+
+def test_layers_that_were_not_compressed_are_untouched(model, batches):
+    emulator = emloc.build_emulator(model, batches, ratio=0.5, targets=r".*\.layers\.0\..*")
+    tuned = get_peft_model(emulator, lora())
+    train(tuned)
+    raw = emloc.correct(tuned, model, emulator, clamp=0)
+    new = emloc.correct(tuned, model, emulator)
+    for name, pair in new.pairs.items():
+        same = torch.equal(pair.delta, raw.pairs[name].delta)
+        assert same == name.startswith("model.layers.1")
+
+
+def test_biases_are_kept(batches):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Qwen2ForCausalLM(Qwen2Config(**shape, **heads)).eval()
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight)
+    emulator = emloc.build_emulator(model, batches, ratio=0.9)
+    query = emulator.model.layers[0].self_attn.q_proj
+    assert query.bias is model.model.layers[0].self_attn.q_proj.bias
+    x = torch.randn(3, 32)
+    torch.testing.assert_close(query(x), (x.double() @ query.product().T).float() + query.bias)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ratio": 1.0}, "ratio"),
+        ({"ratio": 0.001}, "leaves rank 0"),
+        ({"ratio": 0.5, "targets": "nothing"}, "targets='nothing' matches no linear layer"),
+    ],
+)
+def test_bad_calls_are_refused_in_one_line(model, batches, settings, message):
+    with pytest.raises(ConfigError) as refused:
+        emloc.build_emulator(model, batches, **settings)
+    assert message in str(refused.value)
+    with pytest.raises(ConfigError, match="batches is empty"):
+        emloc.build_emulator(model, [], ratio=0.5)
+
+
+def test_covariance_needs_batches(model, batches):
+    emulator = emloc.build_emulator(model, batches, ratio=0.5)
+    tuned = get_peft_model(emulator, lora())
+    with pytest.raises(ConfigError, match="batches belong to metric='covariance'"):
+        emloc.correct(tuned, model, emulator, metric="covariance")
+    with pytest.raises(ConfigError, match="clamp must be at least 0"):
+        emloc.correct(tuned, model, emulator, clamp=-1)

@@ -1,0 +1,349 @@
+"""Whole runs on a tiny random model: what is cached, what is equal to what, what is left behind."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, set_seed
+
+from emloc.adapters.saved import read_lora
+from emloc.compose import compose
+from emloc.config import build
+from emloc.errors import ConfigError, StageError
+from emloc.models.text import collate, encode_all
+from emloc.pipeline import run
+from emloc.statistics import Statistics
+from emloc.walk import block_of
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+METHODS = ["zero_shot", "lora", "emloc", "emloc_uncorrected", "emloc_covariance"]
+
+
+@pytest.fixture
+def go(tiny, store):
+    """Run the pipeline with overrides on top of the tiny ones."""
+
+    def run_with(*overrides: str, report=lambda step, values: None):
+        return run(build(compose([*tiny, *overrides])), store, report)
+
+    return run_with
+
+
+def adapter_of(artifact) -> dict[str, torch.Tensor]:
+    return load_file(artifact.folder / "adapter" / "adapter_model.safetensors")
+
+
+def product_of(artifact) -> dict[str, torch.Tensor]:
+    return {k: p.delta for k, p in read_lora(artifact.folder / "adapter").pairs.items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_from_settings_to_scores(go, method):
+    result = go(f"method={method}")
+    scores = result.evaluated.facts["scores"]
+    assert result.evaluated.facts["rows"] == 6
+    assert 0 < scores["loss"] < 10
+    assert 0 <= scores["token_accuracy"] <= 1
+    assert (result.trained is None) == (method == "zero_shot")
+    assert (result.statistics is None) == (not method.startswith("emloc"))
+    predictions = (result.evaluated.folder / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in predictions] == [f"test/{i}" for i in range(6)]
+
+
+def test_a_second_run_finds_every_stage(go, monkeypatch):
+    first = go("method=emloc")
+    monkeypatch.setattr("emloc.store.Store._compute", lambda *_: pytest.fail("computed again"))
+    assert go("method=emloc") == first
+
+
+def test_a_clamp_redoes_recovery_and_evaluation_only(go):
+    first, second = go("method=emloc"), go("method=emloc", "recovery.clamp=1")
+    assert (second.statistics, second.built, second.trained) == (
+        first.statistics,
+        first.built,
+        first.trained,
+    )
+    assert second.carried != first.carried
+    assert second.evaluated != first.evaluated
+
+
+def test_a_rank_reuses_the_emulator_and_a_ratio_the_statistics(go):
+    first = go("method=emloc")
+    rank, ratio = go("method=emloc", "lora=r8"), go("method=emloc", "compression=r25")
+    assert rank.built == first.built
+    assert rank.trained != first.trained
+    assert ratio.statistics == first.statistics
+    assert ratio.built != first.built
+
+
+def test_lora_ignores_ratio_and_calibration(go):
+    assert go("method=lora") == go("method=lora", "compression=r25", "calibration.seed=7")
+
+
+def test_seeds_share_the_emulator_and_not_the_training(go):
+    first, second = go("method=emloc"), go("method=emloc", "seed=1")
+    assert first.built == second.built
+    assert first.trained != second.trained
+
+
+def test_clamp_zero_is_the_uncorrected_adapter(go):
+    plain = product_of(go("method=emloc_uncorrected").carried)
+    clamped = product_of(go("method=emloc", "recovery.clamp=0").carried)
+    for name, delta in plain.items():
+        torch.testing.assert_close(clamped[name], delta, atol=1e-7, rtol=1e-5)
+
+
+def test_recovery_none_carries_the_very_matrices(go):
+    result = go("method=emloc_uncorrected")
+    trained, carried = adapter_of(result.trained), adapter_of(result.carried)
+    assert trained.keys() == carried.keys()
+    assert all(torch.equal(trained[name], carried[name]) for name in trained)
+
+
+@pytest.mark.parametrize("alpha", [2, 4, 8, 16])
+def test_the_unclamped_correction_is_exact_on_the_row_space_for_any_scale(go, tiny, alpha):
+    """W x + s B'A' x = W_e x + s B A x for x in the rows of A, with the weights as stored."""
+    result = go("method=emloc", "recovery.clamp=null", f"lora.alpha={alpha}")
+    cell = build(compose([*tiny, "method=emloc"]))
+    source = cell.model.open()
+    trained = read_lora(result.trained.folder / "adapter").pairs
+    for layer, new in read_lora(result.carried.folder / "adapter").pairs.items():
+        old = trained[layer]
+        gap = cell.emulator.residual(result.built.folder, source, layer)
+        left = (gap + new.delta.double()) @ old.a.double().T
+        assert new.scale == alpha / 4
+        torch.testing.assert_close(left, old.delta.double() @ old.a.double().T, atol=1e-6, rtol=0)
+
+
+def test_covariance_takes_mismatch_away_from_every_layer(go):
+    """On the calibration activations, which is what the metric promises."""
+    carried = go("method=emloc_covariance").carried
+    changes = json.loads((carried.folder / "layers.json").read_text())
+    assert len(changes) == 14
+    assert all(change["removed"] > 0 for change in changes.values())
+    assert all(change["clamped"] == 0 for change in changes.values())
+
+
+def test_the_adapter_is_plain_peft_on_the_original(go, tiny, checkpoint, tmp_path):
+    """A user loads it without this package and gets the losses that were reported."""
+    result = go("method=emloc")
+    folder = shutil.copytree(result.carried.folder / "adapter", tmp_path / "elsewhere")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, folder).eval()
+    cell = build(compose(tiny))
+    tokenizer = cell.model.open().tokenizer()
+    lines = (result.evaluated.folder / "predictions.jsonl").read_text().splitlines()
+    rows = encode_all(tokenizer, cell.task.held_out(None), 2048)
+    for row, line in zip(rows, map(json.loads, lines), strict=True):
+        ids = torch.tensor([row.input_ids])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0].log_softmax(-1)
+        start = row.answer_start
+        nll = -logits[start - 1 : -1].gather(1, ids[0, start:, None]).sum()
+        assert line["nll"] == pytest.approx(float(nll), abs=1e-4)
+        assert line["tokens"] == len(row.input_ids) - start
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_lora_equals_peft_trained_by_hand(go, tiny, checkpoint):
+    """The same steps written out with PEFT and torch alone give the same loss at every step."""
+    losses = []
+    recipe = ["train.schedule=constant", "train.learning_rate=0.05", "train.warmup=0"]
+    go("method=lora", *recipe, report=lambda step, values: losses.append(values["loss"]))
+    cell = build(compose([*tiny, "method=lora", *recipe]))
+    tokenizer = cell.model.open().tokenizer()
+    rows = encode_all(tokenizer, cell.task.train(), 2048)
+    order = _order_of_the_trainer(cell, rows, tokenizer)
+
+    set_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    set_seed(0)
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=cell.model.lora_targets)
+    model = get_peft_model(model, config).train()
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=0.05, weight_decay=0.01)
+    by_hand = []
+    for batch in order:
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        by_hand.append(loss.item())
+    assert losses == pytest.approx(by_hand, abs=1e-3)
+    assert by_hand[-1] < by_hand[0] - 0.2
+
+
+def _order_of_the_trainer(cell, rows, tokenizer):
+    """The first five batches as the Trainer's sampler picks them."""
+    from dataclasses import asdict
+
+    from transformers import Trainer
+
+    from emloc.train import arguments
+
+    data = [asdict(row) for row in rows]
+    device = torch.device("cpu")
+    args = arguments(cell.train, cell.seed, Path("unused"), torch.float32, device)
+    trainer = Trainer(model=torch.nn.Linear(1, 1), args=args, train_dataset=data)
+    set_seed(cell.seed)
+    loader = DataLoader(
+        rows,
+        batch_size=4,
+        sampler=trainer._get_train_sampler(),
+        collate_fn=lambda batch: collate(batch, tokenizer.pad_token_id),
+    )
+    return [batch for batch, _ in zip(loader, range(5), strict=False)]
+
+
+def test_golden_curve(go):
+    """Five steps of EMLoC; a change of mathematics edits the file and says why."""
+    losses = []
+    recipe = ["train.learning_rate=0.05", "train.schedule=constant"]
+    go("method=emloc", *recipe, report=lambda step, values: losses.append(values["loss"]))
+    golden = json.loads((GOLDEN / "emloc_tiny_llama.json").read_text())
+    assert losses == pytest.approx(golden, abs=2e-3)
+    assert losses[-1] < losses[0] - 0.2
+
+
+def test_interrupted_training_resumes_from_its_checkpoint(go, store):
+    whole = []
+    go("method=lora", "train.save_every=2", report=lambda step, _: whole.append(step))
+    shutil.rmtree(store.root / "train")
+
+    def stop(step, _):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go("method=lora", "train.save_every=2", report=stop)
+    steps = []
+    result = go("method=lora", "train.save_every=2", report=lambda step, _: steps.append(step))
+    assert (whole, steps) == ([1, 2, 3, 4, 5], [3, 4, 5])
+    curve = [json.loads(line) for line in (result.trained.folder / "curve.jsonl").open()]
+    assert [line["step"] for line in curve] == [1, 2, 3, 4, 5]
+    assert not (result.trained.folder / "checkpoints").exists()
+
+
+def test_resumed_training_ends_where_an_uninterrupted_one_does(go, store):
+    straight = adapter_of(go("method=lora", "train.save_every=2").trained)
+    shutil.rmtree(store.root / "train")
+
+    def stop(step, _):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go("method=lora", "train.save_every=2", report=stop)
+    resumed = adapter_of(go("method=lora", "train.save_every=2").trained)
+    for name, tensor in straight.items():
+        torch.testing.assert_close(resumed[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_interrupted_building_goes_on_with_the_next_block(go, store, monkeypatch):
+    """Blocks whose file was written are not factorised again."""
+    import emloc.emulators.svd as svd
+
+    done = []
+    real = svd.factorize
+
+    def factorize(weights, *rest):
+        if len(done) == 1:
+            done.append("interrupted")
+            raise KeyboardInterrupt
+        done.append(block_of(next(iter(weights))))
+        return real(weights, *rest)
+
+    monkeypatch.setattr(svd, "factorize", factorize)
+    with pytest.raises(KeyboardInterrupt):
+        go("method=emloc")
+    go("method=emloc")
+    assert done == ["model.layers.0", "interrupted", "model.layers.1"]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights(go, monkeypatch):
+    from transformers import Trainer
+
+    steps = []
+
+    def poisoned(self, *_):
+        steps.append(self.state.global_step)
+        return torch.tensor(float("nan"))
+
+    monkeypatch.setattr(Trainer, "training_step", poisoned)
+    with pytest.raises(StageError, match=r"loss is nan at step 1; set train.learning_rate lower"):
+        go("method=lora")
+    assert steps == [0]
+
+
+@pytest.mark.parametrize("settings", [["emulator.aware=false"], ["emulator.algorithm=whiten"]])
+def test_the_other_ways_to_factorise_run(go, settings):
+    layers = json.loads((go("method=emloc", *settings).built.folder / "layers.json").read_text())
+    assert {name.rsplit(".", 1)[1] for name in layers} >= {"q_proj", "down_proj"}
+    assert all(0 < layer["kept"] < 1 for layer in layers.values())
+
+
+def test_aware_factors_keep_more_of_the_outputs_than_plain_ones(go, tiny):
+    """Energy of the outputs on the calibration tokens, with the very factors that were stored."""
+    aware, plain = go("method=emloc"), go("method=emloc", "emulator.aware=false")
+    cell = build(compose(tiny))
+    source = cell.model.open()
+    for block, layer in ((0, "self_attn.q_proj"), (1, "mlp.up_proj")):
+        name = f"model.layers.{block}.{layer}"
+        statistics = Statistics.load(aware.statistics.folder / f"model.layers.{block}.safetensors")
+        gram = statistics.of(name)["input_gram"]
+        gaps = [cell.emulator.residual(r.built.folder, source, name) for r in (aware, plain)]
+        lost = [float((gap @ gram * gap).sum()) for gap in gaps]
+        assert lost[0] < 0.9 * lost[1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["lora.rank=99"],
+            "lora.rank=99 is above the 16 x 32 of model.layers.0.self_attn.k_proj",
+        ),
+        (["model.lora_targets=nothing"], "model.lora_targets='nothing' matches no linear layer"),
+        (["model.emulator_targets=no"], "model.emulator_targets='no' matches no linear layer"),
+        (["compression.ratio=0.01"], "leaves rank 0"),
+        (["calibration.samples=41"], "has only 40 rows to choose from"),
+        (["task.train_split=dev"], "no split dev; there is"),
+        (["task.path=/nowhere"], "no folder /nowhere; set task.path"),
+        (["model.source=/nowhere"], "no config.json there; set model.source"),
+        (["task.prompt='{{nothing}}'"], "'nothing' is undefined; the columns are question, answer"),
+        (["task.lm_eval=gsm9k", "eval.harness=true"], "gsm9k"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_weight_is_read(go, monkeypatch, overrides, message):
+    monkeypatch.setattr("emloc.source.Source.read", lambda *_: pytest.fail("a weight was read"))
+    with pytest.raises(ConfigError) as refused:
+        go("method=emloc", *overrides)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_empty_split_is_refused(go, sums, tmp_path):
+    folder = shutil.copytree(sums, tmp_path / "sums")
+    (folder / "train.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=r"train.jsonl is empty; set task.path"):
+        go(f"task.path={folder}")
+
+
+def test_generic_calibration_needs_no_hub_and_says_so(go, caplog):
+    result = go("method=emloc", "calibration=generic_64", "calibration.samples=4")
+    assert "using Python's own documentation" in caplog.text
+    assert len(result.statistics.facts["samples"]) == 4
+
+
+def test_budget_of_the_whole_model(go):
+    facts = go("method=emloc", "compression.of=model", "compression.ratio=0.8").built.facts
+    assert 0.75 < facts["share_of_model"] <= 0.8
+    assert facts["share_of_linears"] < facts["share_of_model"]
+    assert facts["bytes"] == 4 * facts["parameters"]

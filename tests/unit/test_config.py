@@ -1,0 +1,395 @@
+"""Every YAML composes, builds and hides nothing; whatever cannot be right is refused in a line."""
+
+import dataclasses
+import re
+import typing
+
+import pytest
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+
+from emloc.compose import CONF, DATA, compose, explain
+from emloc.config import Cell, build
+from emloc.errors import ConfigError
+from emloc.runs import folder_name
+from emloc.settings import DECISIVE, Config
+
+CHOICES = {
+    folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
+    for folder in sorted(CONF.iterdir())
+    if folder.is_dir() and any(folder.glob("*.yaml"))
+}
+FILES = [f"{group}/{stem}" for group, stems in CHOICES.items() for stem in stems]
+PRESET = ("emulator", "adapter", "recovery")
+PACKAGES = {
+    "emulator": "emloc.emulators",
+    "adapter": "emloc.adapters",
+    "recovery": "emloc.recovery",
+}
+SECTIONS = typing.get_type_hints(Config)
+
+
+def yaml_of(name: str) -> DictConfig:
+    return OmegaConf.load(CONF / f"{name}.yaml")
+
+
+def class_of(name: str) -> type:
+    """What a YAML of a group builds: the class it names, or its section's."""
+    node = yaml_of(name)
+    return get_class(node._target_) if "_target_" in node else SECTIONS[name.split("/")[0]]
+
+
+def refusal(*overrides: str) -> str:
+    """The message with which a configuration that composes is refused."""
+    with pytest.raises(ConfigError) as caught:
+        build(compose(overrides))
+    return str(caught.value)
+
+
+def test_the_groups_are_the_sections_and_the_presets():
+    sections = {name for name, kind in SECTIONS.items() if kind not in (str, int)}
+    assert set(CHOICES) == sections | {"method"}
+    assert [field.name for field in dataclasses.fields(Cell)] == list(SECTIONS)
+    assert set(SECTIONS) - set(DECISIVE) == {"name", "method", "tracker"}
+
+
+# Choices of the groups no method presets, all of them in as few compositions as there are choices.
+ROUNDS = max(len(CHOICES[group]) for group in CHOICES if group not in (*PRESET, "method"))
+
+
+@pytest.mark.parametrize("method", CHOICES["method"])
+@pytest.mark.parametrize("turn", range(ROUNDS))
+def test_every_choice_builds_as_its_yaml_says_with_every_method(method, turn):
+    chosen = {
+        group: stems[turn % len(stems)]
+        for group, stems in CHOICES.items()
+        if group not in (*PRESET, "method")
+    }
+    cell = build(compose([f"method={method}", *(f"{g}={stem}" for g, stem in chosen.items())]))
+    assert cell.method == method
+    for group, stem in chosen.items():
+        _check(getattr(cell, group), f"{group}/{stem}")
+
+
+@pytest.mark.parametrize("method", CHOICES["method"])
+@pytest.mark.parametrize("part", [f"{g}={stem}" for g in PRESET for stem in CHOICES[g]])
+def test_a_part_chosen_on_the_command_line_wins_over_the_preset(method, part):
+    group, stem = part.split("=")
+    cell = build(compose([f"method={method}", part]))
+    assert cell.method == method
+    _check(getattr(cell, group), f"{group}/{stem}")
+    told = {
+        word.split("/")[1]: choice
+        for one in yaml_of(f"method/{method}").defaults
+        for word, choice in one.items()
+    }
+    for other in {*PRESET} - {group}:
+        _check(getattr(cell, other), f"{other}/{told[other]}")
+
+
+def _check(built: object, name: str) -> None:
+    """`built` is of the class and has the very values of the YAML."""
+    written = OmegaConf.to_container(yaml_of(name))
+    written.pop("_target_", None)
+    assert type(built) is class_of(name)
+    assert dataclasses.asdict(built) == written
+
+
+@pytest.mark.parametrize("path", sorted((DATA / "experiments").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_cell_of_every_experiment_builds(path):
+    params = OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params") or {}
+    sweeps = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in params.items()])
+    for sweep in sweeps:
+        for value in sweep.sweep_string_iterator():
+            override = f"{sweep.get_key_element()}={value}"
+            cell = build(compose([f"experiments={path.stem}", override]))
+            assert cell.name == path.stem
+            if sweep.get_key_element() == "method":
+                assert cell.method == value
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("method/")])
+def test_a_yaml_spells_out_every_field(name):
+    written = set(yaml_of(name)) - {"_target_"}
+    assert written == {field.name for field in dataclasses.fields(class_of(name))}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.split("/")[0] in PRESET])
+def test_a_part_lies_in_the_file_its_yaml_is_called_after(name):
+    group, stem = name.split("/")
+    package, _, module = class_of(name).__module__.rpartition(".")
+    assert package == PACKAGES[group]
+    assert stem == module or stem.startswith(f"{module}_")
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.startswith(("model/", "task/"))])
+def test_a_model_or_task_is_called_as_its_yaml(name):
+    assert yaml_of(name).name == name.split("/")[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        *((f"lora/{s}", lambda n: f"r{n.rank}") for s in CHOICES["lora"]),
+        *((f"compression/{s}", lambda n: f"r{n.ratio * 100:.0f}") for s in CHOICES["compression"]),
+        *(
+            (f"calibration/{s}", lambda n: f"{n.source}_{n.samples}")
+            for s in CHOICES["calibration"]
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_word_of_a_variant_is_its_value(name, words):
+    assert name.split("/")[1] == words(yaml_of(name))
+
+
+def test_alpha_is_the_rank_in_every_lora_yaml():
+    assert all(yaml_of(f"lora/{s}").alpha == yaml_of(f"lora/{s}").rank for s in CHOICES["lora"])
+
+
+@pytest.mark.parametrize("stem", CHOICES["method"])
+def test_a_method_presets_the_three_parts_and_its_own_name(stem):
+    node = yaml_of(f"method/{stem}")
+    assert (CONF / f"method/{stem}.yaml").read_text().startswith("# @package _global_\n")
+    assert set(node) == {"defaults", "method"}
+    assert node.method == stem
+    keys = [key for one in node.defaults for key in one]
+    assert keys == [f"override /{group}" for group in PRESET]
+
+
+def test_what_is_built_is_frozen():
+    cell = build(compose())
+    for name in ("lora", "recovery", "model"):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(getattr(cell, name), "rank", 1)  # noqa: B010 - the name varies below
+
+
+# Keys that no class has ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+recovery.typo=1"], "recovery.typo: Key 'typo' not in 'Correction'"),
+        (["+model.typo=1"], "model.typo: Key 'typo' not in 'TextModel'"),
+        (["+lora.typo=1"], "lora.typo: Key 'typo' not in 'LoraSettings'"),
+        (["+typo=1"], "typo: there is no such setting"),
+        (["++train.typo=1"], "train.typo: Key 'typo' not in 'TrainSettings'"),
+        (["recovery=none", "+recovery.clamp=1"], "recovery.clamp: Key 'clamp' not in 'NoRecovery'"),
+        (["method=lora", "+emulator.multiple=8"], "emulator.multiple: Key 'multiple' not in 'Full'"),
+        (
+            ["emulator=full", "emulator._target_=emloc.emulators.svd.Svd"],
+            "emulator.algorithm: Structured config of type `Svd` has missing mandatory value: "
+            "algorithm",
+        ),
+        (["model.id=???"], "model.id: Missing mandatory value: model.id"),
+        (["recovery.clamp=soft"], "recovery.clamp: Value 'soft' of type 'str' could not be"),
+        (["model.dtype=[1]"], "model.dtype: Cannot convert 'ListConfig' to string: '[1]'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_build_refuses_a_key_or_type_the_class_has_not(overrides, message):
+    said = refusal(*overrides)
+    assert said.startswith(message)
+    assert "\n" not in said
+
+
+def test_a_target_that_is_no_class_is_refused():
+    said = refusal("emulator._target_=emloc.emulators.sdv.Svd")
+    assert said.startswith("emulator._target_=emloc.emulators.sdv.Svd: ")
+    assert "emloc.emulators.sdv" in said.removeprefix("emulator._target_=emloc.emulators.sdv.Svd")
+    assert "\n" not in said
+
+
+def test_a_removed_section_is_refused_by_name():
+    assert refusal("~lora").startswith("lora.rank: ")
+
+
+def test_an_experiment_cannot_leak_a_setting_into_a_part_that_has_none():
+    node = OmegaConf.create({"recovery": {"clamp": 1.0}})
+    ConfigStore.instance().store(
+        group="experiments", name="clamped", node=node, package="_global_"
+    )
+    assert build(compose(["experiments=clamped"])).recovery.clamp == 1.0
+    said = refusal("experiments=clamped", "method=lora")
+    assert said == "recovery.clamp: Key 'clamp' not in 'NoRecovery'"
+
+
+# Values that cannot be right ----------------------------------------------------------------------
+
+WRONG = [
+    "calibration.source=foo",
+    "calibration.samples=0",
+    "compression.ratio=0",
+    "compression.ratio=1",
+    "compression.ratio=-1",
+    "compression.ratio=2",
+    "compression.of=foo",
+    "lora.rank=0",
+    "lora.alpha=0",
+    "lora.alpha=-8",
+    "lora.dropout=1",
+    "lora.dropout=-0.1",
+    "emulator.algorithm=foo",
+    "emulator.multiple=0",
+    "recovery.metric=foo",
+    "recovery.clamp=-1",
+    "recovery.strength=2",
+    "recovery.strength=-0.5",
+    "train.steps=0",
+    "train.batch=0",
+    "train.accumulate=0",
+    "train.log_every=0",
+    "train.save_every=0",
+    "train.learning_rate=0",
+    "train.warmup=1",
+    "train.warmup=-0.1",
+    "train.schedule=foo",
+    "eval.limit=0",
+    "eval.batch=0",
+    "model.dtype=foo",
+    "model.max_length=1",
+    "task.eval_rows=0",
+    "task.limit=0",
+    "tracker.mode=foo",
+]
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_a_wrong_value_is_refused_with_the_override_that_mends_it(override):
+    key, value = override.split("=")
+    said = refusal(override)
+    assert "\n" not in said
+    assert key in said
+    assert value in said
+    # What the message says to set is taken at its word.
+    cure = re.search(rf"set ({re.escape(key)}=[^\s,;]+)", said)
+    assert cure is not None, said
+    build(compose([override, cure[1]]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["model.lora_targets='('"], "model.lora_targets"),
+        (["model.emulator_targets='['"], "model.emulator_targets"),
+        (["model.excluded={'*': tied}"], "model.excluded"),
+        (["task.prompt='{{text'"], "task.prompt"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_pattern_or_template_that_cannot_be_read_is_refused(overrides, key):
+    said = refusal(*overrides)
+    assert said.startswith(key)
+    assert "\n" not in said
+
+
+def test_there_is_nothing_to_whiten_without_activations():
+    said = refusal("emulator.algorithm=whiten", "emulator.aware=false")
+    assert "emulator.aware=false" in said
+    assert "set emulator.algorithm=eigen" in said
+    assert build(compose(["emulator.algorithm=whiten"])).emulator.statistics == "input"
+    assert build(compose(["emulator.aware=false"])).emulator.statistics is None
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "recovery.clamp=0",
+        "recovery.clamp=null",
+        "recovery.strength=0",
+        "recovery.strength=1",
+        "eval.limit=null",
+        "eval.limit=1",
+        "lora.dropout=0",
+        "train.warmup=0",
+        "compression.ratio=0.999",
+        "calibration.samples=1",
+        "emulator.multiple=64",
+    ],
+)
+def test_the_last_value_that_is_right_is_taken(override):
+    (section, key), value = override.split("=")[0].split("."), override.split("=")[1]
+    found = getattr(getattr(build(compose([override])), section), key)
+    assert found == (None if value == "null" else float(value))
+
+
+# What cannot be composed --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "recovery=corection",
+            "recovery=corection: there is no such choice; did you mean correction?",
+        ),
+        ("method=emlok", "method=emlok: there is no such choice; did you mean emloc?"),
+        ("experiments=demmo", "experiments=demmo: there is no such choice; did you mean demo?"),
+        ("adapter=xyz", "adapter=xyz: there is no such choice; there is lora, none"),
+        ("modle=x", "modle: there is no such setting; did you mean model?"),
+        ("compresion=r50", "compresion: there is no such setting; did you mean compression?"),
+        ("foo=1", "foo: there is no such setting"),
+        (
+            "recovery.clmp=2",
+            "recovery.clmp: there is no such setting; did you mean recovery.clamp?",
+        ),
+        ("clamp=2", "clamp: there is no such setting; did you mean recovery.clamp?"),
+        ("train.step=9", "train.step: there is no such setting; did you mean train.steps?"),
+        ("lora.rank=abc", "lora.rank: Value 'abc' of type 'str' could not be converted to Integer"),
+        ("seed=abc", "seed: Value 'abc' of type 'str' could not be converted to Integer"),
+        ("lora.rank=null", "lora.rank: field 'lora.rank' is not Optional"),
+        (
+            "train.steps=1.5",
+            "train.steps: Value '1.5' of type 'float' could not be converted to Integer",
+        ),
+        ("eval.harness=perhaps", "eval.harness: Value 'perhaps' is not a valid bool (type str)"),
+        ("~train.steps", "train.steps: TrainSettings (DictConfig) does not support deletion"),
+        ("lora.rank", "Error parsing override 'lora.rank'"),
+    ],
+)
+def test_explain_says_in_one_line_what_cannot_be_composed(override, message):
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - Hydra's are of several kinds
+        compose([override])
+    assert explain(caught.value) == message
+
+
+def test_a_setting_of_another_choice_is_no_setting():
+    with pytest.raises(Exception, match="recovery.clamp") as caught:
+        compose(["recovery=none", "recovery.clamp=1"])
+    assert explain(caught.value).startswith("recovery.clamp: there is no such setting")
+
+
+# The name of a run's folder -----------------------------------------------------------------------
+
+ELSE = {
+    "model": "model.max_length=1024",
+    "task": "task.seed=1",
+    "calibration": "calibration.seed=1",
+    "compression": "compression=r25",
+    "lora": "lora=r4",
+    "emulator": "emulator.multiple=2",
+    "adapter": "adapter=none",
+    "recovery": "recovery.clamp=1",
+    "train": "train.steps=61",
+    "eval": "eval.limit=8",
+    "seed": "seed=1",
+}
+
+
+def test_the_same_settings_give_the_same_folder():
+    name = folder_name(compose())
+    assert re.fullmatch(r"emloc-smollm2_135m-stdlib_module-s0-[0-9a-f]{8}", name)
+    assert folder_name(compose(["name=other", "tracker=none"])) == name
+    ways = (["lora=r4", "seed=2"], ["seed=2", "lora.alpha=4", "lora.rank=4"])
+    assert len({folder_name(compose(way)) for way in ways}) == 1
+
+
+def test_every_decisive_section_changes_the_folder():
+    assert set(ELSE) == set(DECISIVE)
+    names = [folder_name(compose())] + [folder_name(compose([one])) for one in ELSE.values()]
+    ids = [name.rpartition("-")[2] for name in names]
+    assert len(set(ids)) == len(ids)
+    assert "-s1-" in names[-1]

@@ -1,0 +1,183 @@
+"""The rules of the house: what no tool checks, and no reader would see broken at once."""
+
+import ast
+import importlib
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import emloc
+
+PACKAGE = Path(emloc.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+PROJECT = PACKAGE.parent / "pyproject.toml"
+
+PUBLIC = [
+    "ConfigError",
+    "Factorized",
+    "SavedLora",
+    "StageError",
+    "Store",
+    "build",
+    "build_emulator",
+    "compose",
+    "correct",
+    "merge",
+    "read_lora",
+    "run",
+    "table",
+]
+
+# What takes seconds to import, and nobody waits for who asks for help or a table.
+HEAVY = {"torch", "transformers", "peft", "lm_eval", "wandb", "datasets", "accelerate"}
+LIGHT = ["emloc", "emloc.cli", "emloc.compose", "emloc.report", "emloc.runs", "emloc.sweep"]
+
+
+def where(module: Path) -> str:
+    return module.relative_to(PACKAGE).as_posix()
+
+
+def tree(module: Path) -> ast.Module:
+    return ast.parse(module.read_text(encoding="utf-8"))
+
+
+def imported(module: Path) -> Iterator[str]:
+    """Dotted names of all modules that are imported anywhere in the file."""
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+
+
+def importers(package: str) -> set[str]:
+    return {where(m) for m in MODULES if any(i.split(".")[0] == package for i in imported(m))}
+
+
+def test_the_modules_are_found():
+    assert {"cli.py", "linalg/gram.py", "tasks/text.py"} <= {where(module) for module in MODULES}
+
+
+@pytest.mark.parametrize("module", MODULES, ids=where)
+def test_a_module_stays_short(module):
+    assert len(module.read_text(encoding="utf-8").splitlines()) <= 300
+
+
+def test_the_public_names_are_these():
+    assert emloc.__all__ == PUBLIC
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name_means_the_same_whatever_was_imported(name):
+    """Also where a module of the package has that very name."""
+    first = getattr(emloc, name)
+    home = importlib.import_module(first.__module__)
+    assert callable(first)
+    assert getattr(emloc, name) is first
+    assert getattr(home, name) is first
+
+
+def test_a_name_it_has_not_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'emloc' has no attribute 'emulate'"):
+        _ = emloc.emulate
+
+
+def test_help_and_tables_wait_for_no_heavy_import():
+    program = (
+        "import importlib, sys\n"
+        f"for name in {LIGHT}:\n"
+        "    importlib.import_module(name)\n"
+        f"    print(name, *sorted({HEAVY} & {{*sys.modules}}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == LIGHT
+
+
+def test_public_names_are_the_same_if_their_module_came_first():
+    program = (
+        "import importlib\n"
+        "for home in ('emloc.compose', 'emloc.cli'):\n"
+        "    importlib.import_module(home)\n"
+        "import emloc\n"
+        "from emloc import compose\n"
+        "print(callable(emloc.compose), callable(compose))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "True True\n"
+
+
+def test_no_public_name_is_also_a_module_that_can_hide_it():
+    """A module, once imported, is an attribute of its package, and no lazy name is asked again."""
+    lazy = set(PUBLIC) - set(vars(emloc))
+    assert lazy & {module.stem for module in PACKAGE.glob("*.py")} == set()
+
+
+def test_some_libraries_are_imported_in_one_place_only():
+    assert importers("wandb") == {"track.py"}
+    assert importers("lm_eval") == {"harness.py"}
+    assert {place.split("/")[0] for place in importers("peft")} == {"adapters"}
+    assert {"adapters/lora.py", "adapters/saved.py"} <= importers("peft")
+
+
+def test_hydra_ends_where_objects_begin():
+    allowed = {"cell.py", "cli.py", "compose.py", "config.py", "merging.py", "runs.py"}
+    assert importers("hydra") | importers("omegaconf") <= allowed | {"settings.py", "sweep.py"}
+
+
+def test_mathematics_knows_no_other_part():
+    inside = [m for m in MODULES if where(m).startswith("linalg/")]
+    assert len(inside) >= 3
+    for module in inside:
+        own = {name for name in imported(module) if name.startswith("emloc")}
+        assert all(name.startswith("emloc.linalg") for name in own), (where(module), own)
+        assert not {"pathlib", "logging", "os", "transformers"} & {*imported(module)}
+
+
+def test_nothing_is_called_utils():
+    words = {part for module in MODULES for part in Path(where(module)).with_suffix("").parts}
+    assert not {w for w in words if re.search(r"utils?$|helpers?$|^base_|^common$|^misc$", w)}
+
+
+def test_nothing_is_unpickled():
+    for module in MODULES:
+        assert not {"pickle", "dill", "joblib", "shelve"} & {*imported(module)}, where(module)
+        calls = {
+            ast.unparse(node.func) for node in ast.walk(tree(module)) if isinstance(node, ast.Call)
+        }
+        assert not {"torch.load", "torch.save"} & calls, where(module)
+
+
+def test_assert_and_except_are_used_as_they_should_be():
+    for module in MODULES:
+        for node in ast.walk(tree(module)):
+            if isinstance(node, ast.ExceptHandler):
+                assert node.type is not None, f"{where(module)}: bare except"
+            if isinstance(node, ast.Assert):
+                assert not isinstance(node.test, ast.Tuple), f"{where(module)}: always true"
+
+
+def test_every_import_is_a_declared_dependency():
+    project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
+    declared = {_plain(re.split(r"[<>=\[; ]", line)[0]) for line in project["dependencies"]}
+    homes = importlib.metadata.packages_distributions()
+    used = {name.split(".")[0] for module in MODULES for name in imported(module)}
+    foreign = used - set(sys.stdlib_module_names) - {"emloc"}
+    assert {"torch", "hydra", "yaml"} <= foreign
+    missing = {
+        name for name in foreign if not {_plain(dist) for dist in homes.get(name, [])} & declared
+    }
+    assert missing == set()
+
+
+def _plain(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
