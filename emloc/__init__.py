@@ -3,19 +3,22 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# At once, and light enough for it: resolved later, it would be hidden by the module of its name.
+from emloc.compose import compose
+
 if TYPE_CHECKING:
     from emloc.adapters.saved import SavedLora, read_lora
-    from emloc.compose import compose
     from emloc.config import build
     from emloc.errors import ConfigError, StageError
     from emloc.library import build_emulator, correct
-    from emloc.merge import merge
+    from emloc.merging import merge
     from emloc.nn.factorized import Factorized
     from emloc.pipeline import run
     from emloc.report import table
     from emloc.store import Store
 
-# Name -> module. Resolved when asked for, so that `emloc --help` never waits for torch.
+# Name -> module. Resolved when asked for, so that `emloc --help` never waits for torch. None may be
+# called as a module of this package is: once imported, that module would be found in its place.
 _HOMES = {
     "ConfigError": "emloc.errors",
     "Factorized": "emloc.nn.factorized",
@@ -24,9 +27,8 @@ _HOMES = {
     "Store": "emloc.store",
     "build": "emloc.config",
     "build_emulator": "emloc.library",
-    "compose": "emloc.compose",
     "correct": "emloc.library",
-    "merge": "emloc.merge",
+    "merge": "emloc.merging",
     "read_lora": "emloc.adapters.saved",
     "run": "emloc.pipeline",
     "table": "emloc.report",

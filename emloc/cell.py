@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import traceback
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,15 +43,25 @@ def run_cell(cfg: DictConfig) -> float:
     except ConfigError as error:
         return _failed(run, "failed", "config", str(error))
     except StageError as error:
-        log.debug("%s", error, exc_info=error)
-        memory = "OutOfMemory" in str(error) or isinstance(error.__cause__, MemoryError)
-        return _failed(run, "oom" if memory else "failed", error.stage, str(error))
+        with (run.folder / "run.log").open("a") as file:
+            traceback.print_exception(error, file=file)
+        state = "oom" if _out_of_memory(error) else "failed"
+        return _failed(run, state, error.stage, f"{error} (more in {run.folder / 'run.log'})")
     except KeyboardInterrupt:
         run.mark("interrupted")
+        raise
+    except Exception as error:  # why: no folder may go on saying "running"; the error is raised on
+        run.mark("failed", stage="start", error=f"{type(error).__name__}: {error}")
         raise
     run.finish(metrics)
     log.info("%s: done", run.folder.name)
     return float(metrics["score"])
+
+
+def _out_of_memory(error: StageError) -> bool:
+    """Of the device, of Python, or of torch on a CPU, which has no type of its own for it."""
+    words = ("OutOfMemory", "can't allocate memory")
+    return isinstance(error.__cause__, MemoryError) or any(word in str(error) for word in words)
 
 
 def _failed(run: Run, state: str, stage: str, message: str) -> float:
@@ -108,6 +119,7 @@ def _metrics(cell: Cell, result: Result) -> dict[str, Any]:
         "emulator": {
             k: v for k, v in result.built.facts.items() if k not in ("seconds", "peak_gib")
         },
+        "data": cell.task.key,
         "trainable": result.trained.facts["trainable"] if result.trained else 0,
         "seconds": {name: stage.facts["seconds"] for name, stage in stages.items()},
         "peak_gib": {name: stage.facts["peak_gib"] for name, stage in stages.items()},
@@ -140,8 +152,10 @@ def _collect(result: Result, folder: Path) -> None:
 def _quiet() -> None:
     """Keep the libraries' remarks that no user of this program can act on off the screen."""
     import datasets
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.logging.set_verbosity_error()  # each retry; our own line says what to do
     transformers.logging.set_verbosity_error()
     # One library calling another by a name that has just become the older of two.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)

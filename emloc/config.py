@@ -45,22 +45,31 @@ def build(cfg: DictConfig) -> Cell:
     Raises:
         ConfigError: a key, a type or a value cannot be right.
     """
-    return Cell(**{field.name: _value(cfg, field.name) for field in fields(Cell)})
+    names = [field.name for field in fields(Cell)]
+    unknown = [str(key) for key in cfg if key not in names]
+    if unknown:
+        raise ConfigError(f"{unknown[0]}: there is no such setting")
+    return Cell(**{name: _value(cfg, name) for name in names})
 
 
 def _value(cfg: DictConfig, name: str) -> Any:
-    node = cfg[name]
-    if not isinstance(node, DictConfig):
-        return node
     try:
-        return part(node) if "_target_" in node else OmegaConf.to_object(node)
+        node = cfg[name]
+        return part(node) if isinstance(node, DictConfig) else node
     except OmegaConfBaseException as error:
-        key = f"{name}.{error.full_key or error.key}"
+        key = str(error.full_key or error.key)
+        key = key if key.split(".")[0] == name else f"{name}.{key}"
         raise ConfigError(f"{key}: {(error.msg or str(error)).splitlines()[0]}") from error
+    except ImportError as error:
+        why = str(error.__cause__ or error).splitlines()[0]
+        raise ConfigError(f"{name}._target_={cfg[name]._target_}: {why}") from error
 
 
 def part(node: DictConfig) -> Any:
-    """The object of the class a part's `_target_` names, its keys checked against the fields."""
-    cls = get_class(node._target_)
+    """The object of the class a part's `_target_` names, its keys checked against the fields.
+
+    A section without `_target_` is of the class its schema says.
+    """
+    cls = get_class(node._target_) if "_target_" in node else OmegaConf.get_type(node)
     values = {key: value for key, value in node.items() if key != "_target_"}
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))

@@ -50,6 +50,8 @@ class Peak:
         else:
             self._stop.set()
             self._poller.join()
+            # Short work may be over before the first look.
+            self.bytes = max(self.bytes, process_bytes())
 
     def _poll(self) -> None:
         while not self._stop.is_set():

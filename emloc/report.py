@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from emloc.digest import digest
 from emloc.runs import DONE, Run, find_runs
 
 STAGES = ("calibrate", "emulate", "train", "recover", "evaluate")
@@ -68,7 +69,15 @@ def table(folder: Path) -> str:
         return f"no runs in {folder}"
     varying = _varying(rows)
     lines = [_line(row, rows, varying) for row in rows]
-    return _markdown(lines)
+    return "\n\n".join([_markdown(lines), *_data(rows)])
+
+
+def _data(rows: Sequence[Row]) -> list[str]:
+    """Which data the scores are about: a digest, because local copies and interpreters differ."""
+    found = {
+        (row.config["task"]["name"], digest(row.metrics["data"])) for row in rows if row.metrics
+    }
+    return [f"data of {task}: {name}" for task, name in sorted(found)]
 
 
 def _varying(rows: Sequence[Row]) -> list[str]:

@@ -12,6 +12,15 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from emloc.errors import ConfigError
 
+# Learning rate schedules of transformers that need no numbers of their own.
+SCHEDULES = (
+    *("cosine", "linear", "constant", "constant_with_warmup"),
+    *("cosine_with_restarts", "polynomial", "inverse_sqrt"),
+)
+
+# What a training counts, and a usual number of each.
+_COUNTS = {"steps": 500, "batch": 8, "accumulate": 1, "log_every": 10, "save_every": 100}
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -27,7 +36,10 @@ class Calibration:
                 f"calibration.source={self.source}: set calibration.source=downstream or generic"
             )
         if self.samples < 1:
-            raise ConfigError(f"calibration.samples must be at least 1, got {self.samples}")
+            raise ConfigError(
+                f"calibration.samples must be at least 1, got {self.samples}; "
+                "set calibration.samples=64"
+            )
 
 
 @dataclass(frozen=True)
@@ -57,11 +69,15 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ConfigError(f"lora.rank must be at least 1, got {self.rank}; set lora=r8")
+            raise ConfigError(f"lora.rank must be at least 1, got {self.rank}; set lora.rank=8")
         if self.alpha <= 0:
-            raise ConfigError(f"lora.alpha must be above 0, got {self.alpha:g}; set lora=r8")
+            raise ConfigError(
+                f"lora.alpha must be above 0, got {self.alpha:g}; set lora.alpha={self.rank}"
+            )
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"lora.dropout must be in [0, 1), got {self.dropout:g}")
+            raise ConfigError(
+                f"lora.dropout must be in [0, 1), got {self.dropout:g}; set lora.dropout=0"
+            )
 
 
 @dataclass(frozen=True)
@@ -72,7 +88,7 @@ class TrainSettings:
     batch: int  # samples of one forward pass on one device
     accumulate: int  # forward passes of one optimizer step
     learning_rate: float
-    schedule: str  # as transformers names them: cosine, linear, constant ...
+    schedule: str  # one of SCHEDULES
     warmup: float  # share of the steps
     weight_decay: float
     clip: float  # largest gradient norm
@@ -81,14 +97,25 @@ class TrainSettings:
     save_every: int  # steps between checkpoints an interrupted training resumes from
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        for name, usual in _COUNTS.items():
+            if (count := getattr(self, name)) < 1:
+                raise ConfigError(
+                    f"train.{name} must be at least 1, got {count}; set train.{name}={usual}"
+                )
         if self.learning_rate <= 0:
-            raise ConfigError(f"train.learning_rate must be above 0, got {self.learning_rate:g}")
+            raise ConfigError(
+                f"train.learning_rate must be above 0, got {self.learning_rate:g}; "
+                "set train.learning_rate=4e-5"
+            )
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(
+                f"train.schedule={self.schedule}: one of {', '.join(SCHEDULES)}; "
+                "set train.schedule=cosine"
+            )
         if not 0 <= self.warmup < 1:
             raise ConfigError(
-                f"train.warmup is a share of the steps in [0, 1), got {self.warmup:g}"
+                f"train.warmup is a share of the steps in [0, 1), got {self.warmup:g}; "
+                "set train.warmup=0.03"
             )
 
 
@@ -102,9 +129,11 @@ class EvalSettings:
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"eval.limit must be at least 1 or null, got {self.limit}")
+            raise ConfigError(
+                f"eval.limit must be at least 1 or null, got {self.limit}; set eval.limit=256"
+            )
         if self.batch < 1:
-            raise ConfigError(f"eval.batch must be at least 1, got {self.batch}")
+            raise ConfigError(f"eval.batch must be at least 1, got {self.batch}; set eval.batch=16")
 
 
 @dataclass

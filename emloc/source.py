@@ -103,15 +103,23 @@ class Source:
         model.tie_weights()
         return {name: parameter.numel() for name, parameter in model.named_parameters()}
 
+    def require(self, names: list[str]) -> None:
+        """Refuse a checkpoint without one of the named tensors.
+
+        Raises:
+            ConfigError: it does not hold one of them.
+        """
+        missing = [name for name in names if name not in self.files]
+        if missing:
+            raise ConfigError(f"{self.folder}: holds no tensor {missing[0]}; set model.source")
+
     def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """The named tensors in the source's dtype, file by file, each file closed after its last.
 
         Raises:
             ConfigError: the checkpoint does not hold one of them.
         """
-        unknown = [name for name in names if name not in self.files]
-        if unknown:
-            raise ConfigError(f"{self.folder}: holds no tensor {unknown[0]}; set model.source")
+        self.require(names)
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self.files[name], []).append(name)
@@ -153,7 +161,5 @@ class Source:
             model.set_submodule(name, module)
         self.fill(model, [n for n, p in model.named_parameters() if p.is_meta], device)
         model.tie_weights()
-        bare = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-        if bare:
-            raise ConfigError(f"{self.folder}: holds no tensor {bare[0]}; set model.source")
+        self.require([name for name, parameter in model.named_parameters() if parameter.is_meta])
         return model.to(device).requires_grad_(False)

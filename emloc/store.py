@@ -96,7 +96,8 @@ def key_of(item: Any) -> Any:
     """The JSON value that stands for `item` in a stage's key.
 
     Raises:
-        TypeError: `item` has no `key`, is no settings dataclass and no plain value.
+        TypeError: `item` has no `key`, is no settings dataclass, no function or class of a module
+            and no plain value.
     """
     if item is None or isinstance(item, str | int | float | bool):
         return item
@@ -105,17 +106,24 @@ def key_of(item: Any) -> Any:
     if hasattr(item, "__self__"):  # a bound method: the settings of its object decide the result
         return [key_of(item.__self__), item.__name__]
     if callable(item) and hasattr(item, "__qualname__"):
-        return item.__qualname__
+        return _name(item)
     if dataclasses.is_dataclass(item):
         fields = {
             field.name: key_of(getattr(item, field.name)) for field in dataclasses.fields(item)
         }
-        return {"class": type(item).__qualname__, **fields}
+        return {"class": _name(type(item)), **fields}
     if isinstance(item, dict):
         return {str(name): key_of(value) for name, value in item.items()}
     if isinstance(item, list | tuple):
         return [key_of(value) for value in item]
     raise TypeError(f"{type(item).__name__} cannot be part of a stage's key")
+
+
+def _name(item: Any) -> str:
+    """The dotted name of a function or class. A lambda or a nested one shares its with others."""
+    if "<" in item.__qualname__:
+        raise TypeError(f"{item.__qualname__} cannot be part of a stage's key")
+    return f"{item.__module__}.{item.__qualname__}"
 
 
 def open_store() -> Store:

@@ -53,7 +53,9 @@ class Wandb:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ConfigError(f"tracker.mode={self.mode}: one of {', '.join(MODES)}")
+            raise ConfigError(
+                f"tracker.mode={self.mode}: one of {', '.join(MODES)}; set tracker.mode=offline"
+            )
 
     def start(self, folder: Path, group: str, name: str, config: dict[str, Any]) -> WandbSession:
         """Open the run; the same run folder always continues the same W&B run."""

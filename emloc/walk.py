@@ -8,6 +8,7 @@ model hands to its blocks are right for any architecture, and nothing of it is w
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -53,13 +54,10 @@ def open_walk(
     model = source.skeleton()
     head = model.get_output_embeddings()
     unread = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    needed = [name for name, one in model.named_parameters() if id(one) not in unread]
+    source.require(needed)
     inside = tuple(f"{name}." for name in blocks)
-    outside = [
-        name
-        for name, parameter in model.named_parameters()
-        if not name.startswith(inside) and id(parameter) not in unread
-    ]
-    source.fill(model, outside, device)
+    source.fill(model, [name for name in needed if not name.startswith(inside)], device)
     return walk(model, batches, blocks, device, source)
 
 
@@ -135,6 +133,8 @@ class Pass:
             key: value.to(device) if isinstance(value, Tensor) else value
             for key, value in batch.items()
         }
+        if "use_cache" in inspect.signature(model.forward).parameters:
+            moved["use_cache"] = False  # or the keys and values of all blocks would be kept
         self.mask = moved["attention_mask"].bool() if "attention_mask" in moved else None
         self.at: str | None = None
         self._coroutine = greenlet(lambda: model(**moved))

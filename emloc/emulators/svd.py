@@ -42,14 +42,18 @@ class Svd:
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
             raise ConfigError(
-                f"emulator.algorithm={self.algorithm}: one of {', '.join(ALGORITHMS)}"
+                f"emulator.algorithm={self.algorithm}: one of {', '.join(ALGORITHMS)}; "
+                "set emulator.algorithm=eigen"
             )
         if self.algorithm == "whiten" and not self.aware:
             raise ConfigError(
                 "emulator.aware=false leaves nothing to whiten; set emulator.algorithm=eigen"
             )
         if self.multiple < 1:
-            raise ConfigError(f"emulator.multiple must be at least 1, got {self.multiple}")
+            raise ConfigError(
+                f"emulator.multiple must be at least 1, got {self.multiple}; "
+                "set emulator.multiple=1"
+            )
 
     def plan(self, source: Source, layers: Layers, budget: Compression) -> Ranks:
         """The same share of every layer."""

@@ -40,14 +40,22 @@ class TextModel:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise ConfigError(f"model.dtype={self.dtype}: one of {', '.join(DTYPES)}")
+            raise ConfigError(
+                f"model.dtype={self.dtype}: one of {', '.join(DTYPES)}; set model.dtype=bfloat16"
+            )
         if self.max_length < 2:
-            raise ConfigError(f"model.max_length must be at least 2, got {self.max_length}")
-        for key in ("lora_targets", "emulator_targets"):
+            raise ConfigError(
+                f"model.max_length must be at least 2, got {self.max_length}; "
+                "set model.max_length=2048"
+            )
+        patterns = [(key, getattr(self, key)) for key in ("lora_targets", "emulator_targets")]
+        for key, pattern in [*patterns, *(("excluded", pattern) for pattern in self.excluded)]:
             try:
-                re.compile(getattr(self, key))
+                re.compile(pattern)
             except re.error as error:
-                raise ConfigError(f"model.{key} is no regular expression: {error}") from error
+                raise ConfigError(
+                    f"model.{key}: {pattern} is no regular expression: {error}"
+                ) from error
 
     def open(self) -> Source:
         """The checkpoint these settings mean.

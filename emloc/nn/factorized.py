@@ -18,8 +18,9 @@ class Factorized(nn.Linear):
         self.u = nn.Parameter(u, requires_grad=False)
         self.v = nn.Parameter(v, requires_grad=False)
         # A parameter given is shared; a plain tensor becomes one of this layer's own.
-        own = bias is not None and not isinstance(bias, nn.Parameter)
-        self.register_parameter("bias", nn.Parameter(bias, requires_grad=False) if own else bias)
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", bias)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

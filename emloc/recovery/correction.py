@@ -38,7 +38,10 @@ class Correction:
     def __post_init__(self) -> None:
         where = "recovery=correction"
         if self.metric not in METRICS:
-            raise ConfigError(f"{where}: metric={self.metric} is none of {', '.join(METRICS)}")
+            raise ConfigError(
+                f"{where}: metric={self.metric} is none of {', '.join(METRICS)}; "
+                "set recovery.metric=identity"
+            )
         if self.clamp is not None and self.clamp < 0:
             raise ConfigError(
                 f"{where}: clamp must be at least 0 or null, got {self.clamp:g}; "

@@ -56,7 +56,8 @@ def merge(source: Source, adapter: SavedLora, target: Path) -> Path:
         for name, weight in tensors.items():
             pair = adapter.pairs.get(name.removesuffix(".weight"))
             if pair is not None:
-                tensors[name] = (weight.float() + pair.delta.float()).to(weight.dtype)
+                delta = pair.scale * (pair.b.float() @ pair.a.float())
+                tensors[name] = (weight.float() + delta).to(weight.dtype)
         save_file(tensors, draft / shard.name, metadata=metadata)
     draft.rename(target)
     return target
