@@ -117,7 +117,7 @@ def _metrics(cell: Cell, result: Result) -> dict[str, Any]:
         "score": scores[result.metric],
         "scores": scores,
         "emulator": {
-            k: v for k, v in result.built.facts.items() if k not in ("seconds", "peak_gib")
+            k: v for k, v in result.emulated.facts.items() if k not in ("seconds", "peak_gib")
         },
         "data": cell.task.key,
         "trainable": result.trained.facts["trainable"] if result.trained else 0,

@@ -9,6 +9,7 @@ import torch
 
 from emloc.calibrate import calibrate
 from emloc.config import Cell
+from emloc.emulators import Built, Given
 from emloc.errors import ConfigError
 from emloc.evaluate import evaluate, headline
 from emloc.samples import Samples, choose
@@ -25,7 +26,7 @@ class Result:
     """The artifacts of one run; `trained` and `carried` are None where nothing was trained."""
 
     metric: str
-    built: Artifact
+    emulated: Artifact
     statistics: Artifact | None
     trained: Artifact | None
     carried: Artifact | None
@@ -34,7 +35,7 @@ class Result:
     @property
     def stages(self) -> dict[str, Artifact]:
         """The stages that were needed, in order."""
-        every = (self.statistics, self.built, self.trained, self.carried, self.evaluated)
+        every = (self.statistics, self.emulated, self.trained, self.carried, self.evaluated)
         return {one.stage: one for one in every if one is not None}
 
 
@@ -66,21 +67,18 @@ def run(cell: Cell, store: Store, report: Report) -> Result:
             emulator.statistics == "input",
             device=device,
         )
-    seen = samples if emulator.statistics else None
-    built = store.stage("emulate", emulator.build, source, ranks, statistics, seen, device=device)
+    given = Given(ranks, statistics, samples if emulator.statistics else None)
+    emulated = store.stage("emulate", emulator.build, source, given, device=device)
     if fit is not None:
-        trained = store.stage(
-            "train", train, source, emulator, built, fit, device=device, report=report
-        )
+        built = Built(emulator, emulated, source)
+        trained = store.stage("train", train, built, fit, device=device, report=report)
         seen = samples if recovery.statistics else None
-        carried = store.stage(
-            "recover", recovery.carry, trained, source, emulator, built, seen, device=device
-        )
+        carried = store.stage("recover", recovery.carry, trained, built, seen, device=device)
     length = cell.model.max_length
     evaluated = store.stage(
         "evaluate", evaluate, source, carried, cell.task, length, cell.eval, device=device
     )
-    return Result(metric, built, statistics, trained, carried, evaluated)
+    return Result(metric, emulated, statistics, trained, carried, evaluated)
 
 
 def _fit(cell: Cell, source: Source) -> Fit:

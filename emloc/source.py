@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -81,8 +82,9 @@ class Source:
 
         Buffers are real: rotary frequencies are computed, never stored.
         """
+        config = copy.deepcopy(self.config)  # a trainer writes into its model's
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
         if (self.folder / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(self.folder)
         return model.eval()

@@ -27,13 +27,11 @@ from transformers import (
 )
 
 from emloc.adapters import Adapter
-from emloc.emulators import Emulator
+from emloc.emulators import Built
 from emloc.examples import Examples
 from emloc.models.text import collate, encode_all
 from emloc.prompts import Encoded
 from emloc.settings import LoraSettings, TrainSettings
-from emloc.source import Source
-from emloc.store import Artifact
 
 log = logging.getLogger(__name__)
 
@@ -63,18 +61,16 @@ class Fit:
 
 def train(
     folder: Path,
-    source: Source,
-    emulator: Emulator,
-    built: Artifact,
+    built: Built,
     fit: Fit,
     *,
     device: torch.device,
     report: Report,
 ) -> dict[str, Any]:
     """Write the trained adapter and its curve; go on from the last checkpoint in `folder`."""
-    tokenizer = source.tokenizer()
+    tokenizer = built.source.tokenizer()
     encoded = encode_all(tokenizer, fit.examples, fit.max_length)
-    model = emulator.open(built.folder, source, device)
+    model = built.open(device)
     set_seed(fit.seed)
     model = fit.adapter.attach(model, fit.lora, fit.targets)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -90,7 +86,7 @@ def train(
     trainer.remove_callback(PrinterCallback)
     with fit.adapter.training(model, mixed=trainer.args.bf16 or trainer.args.fp16):
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
-    fit.adapter.save(model, folder / "adapter", source.name)
+    fit.adapter.save(model, folder / "adapter", built.source.name)
     curve = [line for line in trainer.state.log_history if "loss" in line]
     (folder / "curve.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve))
     shutil.rmtree(checkpoints, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,10 +14,19 @@ from emloc.calibrate import Layers
 from emloc.samples import Samples
 from emloc.settings import Compression
 from emloc.source import Source
-from emloc.store import Artifact
+from emloc.store import Artifact, key_of
 
 # Layer name -> rank: the explicit table an emulator is built to.
 Ranks = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What an emulator is built from; None where it does not read it."""
+
+    ranks: Ranks | None
+    statistics: Artifact | None
+    samples: Samples | None
 
 
 class Emulator(Protocol):
@@ -34,14 +44,7 @@ class Emulator(Protocol):
         """Second moments it is built from: `smaller` of input and output, `input`, or None."""
 
     def build(
-        self,
-        folder: Path,
-        source: Source,
-        ranks: Ranks | None,
-        statistics: Artifact | None,
-        samples: Samples | None,
-        *,
-        device: torch.device,
+        self, folder: Path, source: Source, given: Given, *, device: torch.device
     ) -> dict[str, Any]:
         """Write what the original does not hold into `folder`."""
 
@@ -50,3 +53,25 @@ class Emulator(Protocol):
 
     def residual(self, folder: Path, source: Source, layer: str) -> Tensor | None:
         """Original minus emulator weight (out, in) in float64; None where they are the same."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """An emulator as it stands: the way it was made, what was written, the original beneath."""
+
+    emulator: Emulator
+    artifact: Artifact
+    source: Source
+
+    @property
+    def key(self) -> list[Any]:
+        """What a stage that reads this emulator depends on."""
+        return [key_of(self.emulator), self.artifact.key, self.source.key]
+
+    def open(self, device: torch.device) -> PreTrainedModel:
+        """The model to train through, frozen."""
+        return self.emulator.open(self.artifact.folder, self.source, device)
+
+    def residual(self, layer: str) -> Tensor | None:
+        """Original minus emulator weight (out, in) in float64; None where they are the same."""
+        return self.emulator.residual(self.artifact.folder, self.source, layer)

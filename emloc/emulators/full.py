@@ -10,12 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 from emloc.calibrate import Layers
-from emloc.emulators import Ranks
+from emloc.emulators import Given
 from emloc.emulators.size import size_facts
-from emloc.samples import Samples
 from emloc.settings import Compression
 from emloc.source import Source
-from emloc.store import Artifact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +27,7 @@ class Full:
         return None
 
     def build(
-        self,
-        folder: Path,
-        source: Source,
-        ranks: Ranks | None,
-        statistics: Artifact | None,
-        samples: Samples | None,
-        *,
-        device: torch.device,
+        self, folder: Path, source: Source, given: Given, *, device: torch.device
     ) -> dict[str, Any]:
         """Nothing to write; the size of the model for the record."""
         return size_facts(source, {})

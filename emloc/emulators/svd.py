@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from emloc.calibrate import Layers
-from emloc.emulators import Ranks
+from emloc.emulators import Given, Ranks
 from emloc.emulators.factors import Factored, factorize, refine
 from emloc.emulators.size import size_facts, uniform_ranks
 from emloc.errors import ConfigError
@@ -25,7 +25,6 @@ from emloc.samples import Samples
 from emloc.settings import Compression
 from emloc.source import Source
 from emloc.statistics import Statistics
-from emloc.store import Artifact
 from emloc.walk import Block, block_of, by_block, open_walk
 
 ALGORITHMS = ("eigen", "whiten")
@@ -67,19 +66,13 @@ class Svd:
         return "input" if self.algorithm == "whiten" else "smaller"
 
     def build(
-        self,
-        folder: Path,
-        source: Source,
-        ranks: Ranks | None,
-        statistics: Artifact | None,
-        samples: Samples | None,
-        *,
-        device: torch.device,
+        self, folder: Path, source: Source, given: Given, *, device: torch.device
     ) -> dict[str, Any]:
         """Write one file of factors per block; blocks already there are not computed again.
 
         `layers.json` then holds each layer's rank, energy kept and seconds.
         """
+        ranks, statistics = given.ranks, given.statistics
         assert ranks is not None
         blocks = by_block(ranks)
         # Where only outputs were summed, u is solved again in one more pass over the samples.
@@ -88,7 +81,7 @@ class Svd:
         )
         table: dict[str, Any] = {}
         for name, block in tqdm(
-            _open_blocks(source, blocks, samples if again else None, device),
+            _open_blocks(source, blocks, given.samples if again else None, device),
             "emulate",
             total=len(blocks),
             unit="block",

@@ -133,7 +133,9 @@ def collate(batch: Sequence[Encoded], pad: int, *, answers_only: bool = True) ->
         start = length - len(one.input_ids)
         ids[row, start:] = torch.tensor(one.input_ids)
         mask[row, start:] = 1
-        labels[row, start + one.answer_start :] = ids[row, start + one.answer_start :]
+        # Nothing predicts the first token of a text, padding least of all.
+        learnt = start + max(one.answer_start, 1)
+        labels[row, learnt:] = ids[row, learnt:]
     result: dict[str, Tensor] = {
         "input_ids": ids,
         "attention_mask": mask,

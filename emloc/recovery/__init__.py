@@ -7,9 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
-from emloc.emulators import Emulator
+from emloc.emulators import Built
 from emloc.samples import Samples
-from emloc.source import Source
 from emloc.store import Artifact
 
 
@@ -24,9 +23,7 @@ class Recovery(Protocol):
         self,
         folder: Path,
         trained: Artifact,
-        source: Source,
-        emulator: Emulator,
-        built: Artifact,
+        built: Built,
         samples: Samples | None,
         *,
         device: torch.device,

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from emloc.adapters.saved import read_lora
 from emloc.calibrate import linears_of
-from emloc.emulators import Emulator
+from emloc.emulators import Built
 from emloc.errors import ConfigError
 from emloc.linalg.correct import Change, Moments, Pair, correct_covariance, correct_identity
 from emloc.linalg.gram import cross, exact_float32, gram
@@ -62,22 +62,20 @@ class Correction:
         self,
         folder: Path,
         trained: Artifact,
-        source: Source,
-        emulator: Emulator,
-        built: Artifact,
+        built: Built,
         samples: Samples | None,
         *,
         device: torch.device,
     ) -> dict[str, Any]:
         """Write the corrected adapter, and `layers.json`: what was done to each layer."""
         adapter = read_lora(trained.folder / "adapter")
-        moments = self._moments(adapter.pairs, source, samples, device)
+        moments = _moments(adapter.pairs, built.source, samples, device)
         changes: dict[str, Change] = {}
         bar = tqdm(total=len(adapter.pairs), desc="recover", unit="layer")
 
         def change(layer: str, pair: Pair) -> Pair:
             bar.update()
-            gap = emulator.residual(built.folder, source, layer)
+            gap = built.residual(layer)
             if gap is None:
                 return pair
             corrected, changes[layer] = self.correct(pair, gap, moments.get(layer))
@@ -96,21 +94,21 @@ class Correction:
             return correct_identity(pair, residual, clamp=self.clamp, strength=self.strength)
         return correct_covariance(pair, residual, moments, clamp=self.clamp, strength=self.strength)
 
-    def _moments(
-        self,
-        pairs: Mapping[str, Pair],
-        source: Source,
-        samples: Samples | None,
-        device: torch.device,
-    ) -> dict[str, Moments]:
-        if samples is None:
-            return {}
-        blocks = by_block(pairs)
-        run = open_walk(source, samples.batches(source), list(blocks), device)
-        found: dict[str, Moments] = {}
-        for block in tqdm(run, "recover: activations", total=len(blocks), unit="block"):
-            found |= moments_of(block, {layer: pairs[layer] for layer in blocks[block.name]})
-        return found
+
+def _moments(
+    pairs: Mapping[str, Pair],
+    source: Source,
+    samples: Samples | None,
+    device: torch.device,
+) -> dict[str, Moments]:
+    if samples is None:
+        return {}
+    blocks = by_block(pairs)
+    run = open_walk(source, samples.batches(source), list(blocks), device)
+    found: dict[str, Moments] = {}
+    for block in tqdm(run, "recover: activations", total=len(blocks), unit="block"):
+        found |= moments_of(block, {layer: pairs[layer] for layer in blocks[block.name]})
+    return found
 
 
 def moments_of(block: Block, pairs: Mapping[str, Pair]) -> dict[str, Moments]:

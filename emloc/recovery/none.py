@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from emloc.adapters.saved import read_lora
-from emloc.emulators import Emulator
+from emloc.emulators import Built
 from emloc.samples import Samples
-from emloc.source import Source
 from emloc.store import Artifact
 
 
@@ -25,9 +24,7 @@ class NoRecovery:
         self,
         folder: Path,
         trained: Artifact,
-        source: Source,
-        emulator: Emulator,
-        built: Artifact,
+        built: Built,
         samples: Samples | None,
         *,
         device: torch.device,

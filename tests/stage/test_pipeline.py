@@ -63,9 +63,9 @@ def test_a_second_run_finds_every_stage(go, monkeypatch):
 
 def test_a_clamp_redoes_recovery_and_evaluation_only(go):
     first, second = go("method=emloc"), go("method=emloc", "recovery.clamp=1")
-    assert (second.statistics, second.built, second.trained) == (
+    assert (second.statistics, second.emulated, second.trained) == (
         first.statistics,
-        first.built,
+        first.emulated,
         first.trained,
     )
     assert second.carried != first.carried
@@ -75,10 +75,10 @@ def test_a_clamp_redoes_recovery_and_evaluation_only(go):
 def test_a_rank_reuses_the_emulator_and_a_ratio_the_statistics(go):
     first = go("method=emloc")
     rank, ratio = go("method=emloc", "lora=r8"), go("method=emloc", "compression=r25")
-    assert rank.built == first.built
+    assert rank.emulated == first.emulated
     assert rank.trained != first.trained
     assert ratio.statistics == first.statistics
-    assert ratio.built != first.built
+    assert ratio.emulated != first.emulated
 
 
 def test_lora_ignores_ratio_and_calibration(go):
@@ -87,7 +87,7 @@ def test_lora_ignores_ratio_and_calibration(go):
 
 def test_seeds_share_the_emulator_and_not_the_training(go):
     first, second = go("method=emloc"), go("method=emloc", "seed=1")
-    assert first.built == second.built
+    assert first.emulated == second.emulated
     assert first.trained != second.trained
 
 
@@ -114,7 +114,7 @@ def test_the_unclamped_correction_is_exact_on_the_row_space_for_any_scale(go, ti
     trained = read_lora(result.trained.folder / "adapter").pairs
     for layer, new in read_lora(result.carried.folder / "adapter").pairs.items():
         old = trained[layer]
-        gap = cell.emulator.residual(result.built.folder, source, layer)
+        gap = cell.emulator.residual(result.emulated.folder, source, layer)
         left = (gap + new.delta.double()) @ old.a.double().T
         assert new.scale == alpha / 4
         torch.testing.assert_close(left, old.delta.double() @ old.a.double().T, atol=1e-6, rtol=0)
@@ -202,6 +202,18 @@ def _order_of_the_trainer(cell, rows, tokenizer):
     return [batch for batch, _ in zip(loader, range(5), strict=False)]
 
 
+def test_checkpointing_changes_memory_and_not_the_adapter(go):
+    plain = adapter_of(go("method=emloc", "train.batch=2", "train.accumulate=2").trained)
+    again = adapter_of(
+        go(
+            "method=emloc", "train.batch=2", "train.accumulate=2", "train.checkpointing=true"
+        ).trained
+    )
+    assert any(tensor.any() for name, tensor in plain.items() if "lora_B" in name)
+    for name, tensor in plain.items():
+        torch.testing.assert_close(again[name], tensor, atol=1e-6, rtol=1e-5)
+
+
 def test_golden_curve(go):
     """Five steps of EMLoC; a change of mathematics edits the file and says why."""
     losses = []
@@ -284,7 +296,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(go, monkeypatch):
 
 @pytest.mark.parametrize("settings", [["emulator.aware=false"], ["emulator.algorithm=whiten"]])
 def test_the_other_ways_to_factorise_run(go, settings):
-    layers = json.loads((go("method=emloc", *settings).built.folder / "layers.json").read_text())
+    layers = json.loads((go("method=emloc", *settings).emulated.folder / "layers.json").read_text())
     assert {name.rsplit(".", 1)[1] for name in layers} >= {"q_proj", "down_proj"}
     assert all(0 < layer["kept"] < 1 for layer in layers.values())
 
@@ -298,7 +310,7 @@ def test_aware_factors_keep_more_of_the_outputs_than_plain_ones(go, tiny):
         name = f"model.layers.{block}.{layer}"
         statistics = Statistics.load(aware.statistics.folder / f"model.layers.{block}.safetensors")
         gram = statistics.of(name)["input_gram"]
-        gaps = [cell.emulator.residual(r.built.folder, source, name) for r in (aware, plain)]
+        gaps = [cell.emulator.residual(r.emulated.folder, source, name) for r in (aware, plain)]
         lost = [float((gap @ gram * gap).sum()) for gap in gaps]
         assert lost[0] < 0.9 * lost[1]
 
@@ -343,7 +355,7 @@ def test_generic_calibration_needs_no_hub_and_says_so(go, caplog):
 
 
 def test_budget_of_the_whole_model(go):
-    facts = go("method=emloc", "compression.of=model", "compression.ratio=0.8").built.facts
+    facts = go("method=emloc", "compression.of=model", "compression.ratio=0.8").emulated.facts
     assert 0.75 < facts["share_of_model"] <= 0.8
     assert facts["share_of_linears"] < facts["share_of_model"]
     assert facts["bytes"] == 4 * facts["parameters"]

@@ -1,0 +1,304 @@
+"""The same work is never done twice, and other work never found in its place."""
+
+import functools
+import json
+import multiprocessing
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from emloc.errors import ConfigError, StageError
+from emloc.examples import Example, Examples
+from emloc.store import VERSION, Store, key_of, open_store
+
+CALLS: list[tuple] = []
+REFUSAL = ConfigError("task.path: nothing there")
+
+
+@pytest.fixture(autouse=True)
+def _no_calls_yet():
+    CALLS.clear()
+
+
+@pytest.fixture
+def key(store):
+    """The key of a stage that works on the given inputs."""
+    return lambda *inputs, work=write, name="emulate": store.stage(name, work, *inputs).key
+
+
+# Work. On the level of the module, as a stage must be.
+
+
+def write(folder: Path, *inputs, **live) -> dict:
+    CALLS.append((inputs, live))
+    (folder / "inputs.txt").write_text(repr(inputs))
+    return {"answer": 42, "nested": {"a": [1.5, None]}}
+
+
+def write_too(folder: Path, *inputs) -> dict:
+    return write(folder, *inputs)
+
+
+def slow(folder: Path, *inputs) -> dict:
+    time.sleep(0.15)
+    return write(folder, *inputs)
+
+
+def halting(folder: Path) -> dict:
+    """Write one part an attempt, and be interrupted before the second."""
+    (folder / f"part{len(list(folder.iterdir()))}").write_text("done")
+    parts = sorted(path.name for path in folder.iterdir())
+    if len(parts) < 2:
+        raise KeyboardInterrupt
+    return {"parts": parts}
+
+
+def broken(folder: Path) -> dict:
+    (folder / "half").write_text("")
+    raise MemoryError("no more")
+
+
+def refusing(folder: Path) -> dict:
+    raise REFUSAL
+
+
+def note(folder: Path, journal: str) -> dict:
+    with open(journal, "a") as file:
+        file.write("worked\n")
+    time.sleep(0.15)
+    return {}
+
+
+@dataclass(frozen=True)
+class Settings:
+    rank: int = 8
+    name: str = "a"
+
+    def work(self, folder: Path, *inputs) -> dict:
+        return write(folder, *inputs)
+
+    def other(self, folder: Path, *inputs) -> dict:
+        return write(folder, *inputs)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The fields of `Settings`, in another class."""
+
+    rank: int = 8
+    name: str = "a"
+
+
+@dataclass(frozen=True)
+class Nested:
+    settings: Settings
+    table: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Keyed:
+    key: str
+    folder: str = ""  # not in the key
+
+
+def test_a_finished_stage_is_found(store):
+    first = store.stage("emulate", write, 1, "a")
+    second = Store(store.root).stage("emulate", write, 1, "a")
+    assert first == second
+    assert CALLS == [((1, "a"), {})]
+    assert first.folder == store.root / "emulate" / first.key
+    assert (first.folder / "inputs.txt").read_text() == "(1, 'a')"
+    assert {path.name for path in first.folder.iterdir()} == {"inputs.txt", "stage.json"}
+
+
+def test_facts_are_those_of_the_work_with_seconds_and_memory(store):
+    facts = store.stage("train", slow).facts
+    assert facts["answer"] == 42
+    assert facts["nested"] == {"a": [1.5, None]}
+    assert 0.15 <= facts["seconds"] < 5
+    # This process has torch in it: more than 50 MB, less than a machine has.
+    assert 0.05 < facts["peak_gib"] < 100
+    again = store.stage("train", slow)
+    assert again.facts == json.loads((again.folder / "stage.json").read_text()) == facts
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        pytest.param((1,), (2,), id="a number"),
+        pytest.param(("a",), ("b",), id="a text"),
+        pytest.param((None,), (0,), id="nothing and zero"),
+        pytest.param((True,), (1,), id="true and one"),
+        pytest.param((1,), (1.0,), id="a whole number and a float"),
+        pytest.param((1,), ("1",), id="a number and its text"),
+        pytest.param((1,), (1, None), id="one input more"),
+        pytest.param((1, 2), (2, 1), id="the order"),
+        pytest.param(([1], 2), ([1, 2],), id="where a list ends"),
+        pytest.param(({"a": 1},), ({"b": 1},), id="a name in a table"),
+        pytest.param(({"a": {"x": 1}},), ({"a": {"x": 2}},), id="a value below a table"),
+        pytest.param((Settings(8),), (Settings(16),), id="a field"),
+        pytest.param((Nested(Settings(8)),), (Nested(Settings(16)),), id="a field of a field"),
+        pytest.param((Settings(),), (Fields(),), id="the class of equal fields"),
+        pytest.param((Keyed("a"),), (Keyed("b"),), id="an object's own key"),
+        pytest.param((Settings,), (Fields,), id="a class"),
+        pytest.param((write,), (write_too,), id="a function"),
+    ],
+)
+def test_every_input_is_in_the_key(key, first, second):
+    assert key(*first) == key(*first)
+    assert key(*first) != key(*second)
+
+
+def test_a_table_has_no_order_and_an_own_key_hides_the_rest(key):
+    assert key({"a": 1, "b": 2}) == key({"b": 2, "a": 1})
+    assert key(Keyed("a", "/here")) == key(Keyed("a", "/there"))
+
+
+def test_examples_count_by_their_texts_and_order(key):
+    one, two = Example("0", "p", "t"), Example("1", "q", "u")
+    base = key(Examples("name", (one, two)))
+    assert key(Examples("other name", (one, Example("7", "q", "u")))) == base
+    assert key(Examples("name", (two, one))) != base
+    assert key(Examples("name", (one, Example("1", "q", "v")))) != base
+
+
+def test_work_and_the_settings_it_is_bound_to_are_in_the_key(key):
+    keys = [
+        key(),
+        key(name="train"),
+        key(work=write_too),
+        key(work=Settings(8).work),
+        key(work=Settings(8).other),
+        key(work=Settings(16).work),
+        key(work=Settings(8, "b").work),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key(work=Settings(8).work) == keys[3]
+
+
+def test_classes_of_one_name_in_two_files_are_not_each_other():
+    """Whoever copies a part into a new file and changes it must not get the old one's results."""
+    parts = []
+    for module in ("first_part", "second_part"):
+        space = {"__name__": module, "dataclass": dataclass}
+        exec("@dataclass(frozen=True)\nclass Part:\n    rank: int = 8\n", space)
+        parts.append(space["Part"])
+    assert parts[0].__qualname__ == parts[1].__qualname__
+    assert key_of(parts[0]()) != key_of(parts[1]())
+    assert key_of(parts[0]) != key_of(parts[1])
+
+
+def test_a_new_meaning_is_a_new_key(key, monkeypatch):
+    before = key(1), key(1, name="train")
+    monkeypatch.setitem(VERSION, "emulate", VERSION["emulate"] + 1)
+    assert key(1) != before[0]
+    assert key(1, name="train") == before[1]
+
+
+def test_live_arguments_reach_the_work_and_not_the_key(store):
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    first = store.stage("emulate", write, 1, device=cpu, report=print)
+    assert store.stage("emulate", write, 1, device=meta, report=repr) == first
+    ((inputs, live),) = CALLS
+    assert inputs == (1,)
+    assert live == {"device": cpu, "report": print}
+
+
+def test_interrupted_work_is_found_by_the_next_attempt(store):
+    with pytest.raises(KeyboardInterrupt):
+        store.stage("train", halting)
+    (partial,) = (store.root / "train").glob("*.partial")
+    assert [path.name for path in partial.iterdir()] == ["part0"]
+    assert not list((store.root / "train").glob("*/stage.json"))
+    done = store.stage("train", halting)
+    assert done.facts["parts"] == ["part0", "part1"]
+    assert partial == done.folder.with_suffix(".partial")
+    assert not partial.exists()
+
+
+def test_failed_work_says_which_stage_and_why(store):
+    with pytest.raises(StageError, match=r"^recover: MemoryError: no more$") as caught:
+        store.stage("recover", broken)
+    assert caught.value.stage == "recover"
+    assert isinstance(caught.value.__cause__, MemoryError)
+    folders = [path.suffix for path in (store.root / "recover").iterdir() if path.is_dir()]
+    assert folders == [".partial"]
+
+
+def test_what_the_user_set_wrong_passes_untouched(store):
+    with pytest.raises(ConfigError) as caught:
+        store.stage("train", refusing)
+    assert caught.value is REFUSAL
+
+
+def test_threads_compute_once(store):
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(store.stage("train", slow))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(CALLS) == 1
+    assert len(found) == 4
+    assert len({artifact.key for artifact in found}) == 1
+
+
+def test_processes_compute_once(store, tmp_path):
+    journal = tmp_path / "journal"
+    start = multiprocessing.get_context("fork")
+    workers = [
+        start.Process(target=store.stage, args=("train", note, str(journal))) for _ in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert journal.read_text() == "worked\n"
+
+
+@pytest.mark.parametrize(
+    ("item", "named"),
+    [
+        ({1, 2}, "set"),
+        (object(), "object"),
+        (Path("/tmp"), "Path"),
+        (b"bytes", "bytes"),
+        (torch.zeros(1), "Tensor"),
+        (torch.float32, "dtype"),
+        (functools.partial(write, 1), "partial"),
+        ([1, {2}], "set"),
+        ({"a": {2}}, "set"),
+        (Nested(Settings(), {"a": object()}), "object"),
+        (lambda folder: {}, "<lambda>"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_has_no_name_cannot_be_a_key(item, named, store):
+    with pytest.raises(TypeError, match=rf"{named}\S* cannot be part of a stage's key"):
+        store.stage("train", write, item)
+    assert CALLS == []
+    assert not store.root.exists()
+
+
+def test_a_function_within_another_is_refused_as_it_may_hold_anything(store):
+    def within(number):
+        return lambda folder: {"number": number}
+
+    for work in (within(1), within(2), within):
+        with pytest.raises(TypeError, match="cannot be part of a stage's key"):
+            store.stage("train", work)
+
+
+def test_the_store_of_a_machine_is_where_the_environment_says(tmp_path, monkeypatch):
+    assert open_store().root == tmp_path / "cache"
+    monkeypatch.setenv("EMLOC_CACHE", "~/elsewhere")
+    assert open_store().root == Path.home() / "elsewhere"
+    monkeypatch.delenv("EMLOC_CACHE")
+    assert open_store().root == Path.home() / ".cache" / "emloc"

@@ -1,0 +1,395 @@
+"""Block by block, a model does what it does in one forward pass, with one block in memory."""
+
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import save_checkpoint
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from emloc.errors import ConfigError
+from emloc.source import Source
+from emloc.walk import block_of, by_block, open_walk, walk
+
+CPU = torch.device("cpu")
+SIZES = {
+    "vocab_size": 261,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+KINDS = ["llama", "tied", "qwen2", "gemma3"]
+BLOCKS = {"llama": 2, "tied": 2, "qwen2": 2, "gemma3": 4}
+
+
+def make(kind: str, folder: Path) -> None:
+    torch.manual_seed(0)
+    if kind == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=2, **SIZES))
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                nn.init.normal_(parameter)
+        model.save_pretrained(folder)
+    elif kind == "gemma3":
+        # Two kinds of attention, each with a mask and a rotary table of its own.
+        layers = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+        config = Gemma3TextConfig(
+            num_hidden_layers=4, layer_types=layers, sliding_window=3, head_dim=8, **SIZES
+        )
+        Gemma3ForCausalLM(config).save_pretrained(folder)
+    else:
+        save_checkpoint(folder, tie_word_embeddings=kind == "tied")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, Source]:
+    found = {}
+    for kind in KINDS:
+        folder = tmp_path_factory.mktemp(kind)
+        make(kind, folder)
+        found[kind] = Source(folder, kind, kind, torch.float32)
+    return found
+
+
+def batch(lengths: list[int], seed: int) -> dict[str, Tensor]:
+    """Random tokens, padded on the left."""
+    torch.manual_seed(seed)
+    longest = max(lengths)
+    mask = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths])
+    return {
+        "input_ids": torch.randint(5, 261, mask.shape) * mask,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
+    }
+
+
+BATCHES = [batch([7, 3, 12], 1), batch([5, 5], 2), batch([9], 3)]
+
+
+def names_of(kind: str) -> list[str]:
+    return [f"model.layers.{i}" for i in range(BLOCKS[kind])]
+
+
+def model_of(source: Source):
+    return AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
+
+
+def flat(value: object) -> list[Tensor]:
+    """The tensors in an argument, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = [value[name] for name in sorted(value)]
+    return [one for item in value for one in flat(item)] if isinstance(value, list | tuple) else []
+
+
+def watch(module: nn.Module, seen: list) -> torch.utils.hooks.RemovableHandle:
+    """Keep all tensors that go into a module and come out of it, without the cache."""
+
+    def hook(_, args, kwargs, out):
+        kept = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}
+        seen.append([tensor.clone() for tensor in flat([args, kept, out])])
+
+    # In front, as the walk's own hook ends the pass.
+    return module.register_forward_hook(hook, with_kwargs=True, prepend=True)
+
+
+def whole(model: nn.Module, names: list[str]) -> dict[str, list]:
+    """What goes in and out of each block in ordinary forward passes."""
+    seen = {name: [] for name in names}
+    handles = [watch(model.get_submodule(name), seen[name]) for name in names]
+    with torch.no_grad():
+        for one in BATCHES:
+            model(**one)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def walked(run) -> dict[str, list]:
+    """The same, block by block."""
+    seen = {}
+    for block in run:
+        handle = watch(block.module, seen.setdefault(block.name, []))
+        block.run(lambda _: None)
+        handle.remove()
+    return seen
+
+
+def hooks(model: nn.Module) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+class Watched(Source):
+    """A source whose skeletons can be looked at."""
+
+    made: ClassVar[list] = []
+
+    def skeleton(self):
+        self.made.append(super().skeleton())
+        return self.made[-1]
+
+
+def watched(source: Source) -> Source:
+    Watched.made.clear()
+    return Watched(source.folder, source.name, source.identity, source.dtype)
+
+
+@pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "in memory"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_block_takes_and_gives_what_it_does_in_a_whole_pass(sources, kind, streamed):
+    source, names = sources[kind], names_of(kind)
+    model = model_of(source)
+    expected = whole(model, names)
+    run = open_walk(source, BATCHES, names, CPU) if streamed else walk(model, BATCHES, names, CPU)
+    found = walked(run)
+    assert list(found) == names
+    for name in names:
+        assert len(found[name]) == len(BATCHES)
+        for ours, theirs in zip(found[name], expected[name], strict=True):
+            # Hidden states, mask, two tables of positions, positions; and what comes out.
+            assert len(ours) == len(theirs) >= 4
+            assert all(map(torch.equal, ours, theirs))
+
+
+def test_the_fixture_has_masks_and_tables_that_differ_between_layers(sources):
+    names = names_of("gemma3")
+    seen = whole(model_of(sources["gemma3"]), names)
+    sliding, full = seen[names[1]][0], seen[names[2]][0]
+    same = [torch.equal(a, b) for a, b in zip(sliding, full, strict=True) if a.shape == b.shape]
+    assert sum(not one for one in same) >= 4  # states in and out, cosines, sines or mask
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_block_is_in_memory_at_a_time(sources, kind):
+    source, names = watched(sources[kind]), names_of(kind)
+    held = []
+
+    def look(*_):
+        (model,) = source.made
+        held.append(
+            [
+                name
+                for name in names
+                if any(not p.is_meta for p in model.get_submodule(name).parameters())
+            ]
+        )
+
+    for block in open_walk(source, BATCHES, names, CPU):
+        look()
+        block.run(look)
+        look()
+    per_block = len(BATCHES) + 2
+    assert held == [[name] for name in names for _ in range(per_block)]
+    look()
+    assert held[-1] == []
+    (model,) = source.made
+    assert model.lm_head.weight.is_meta
+    assert not model.get_input_embeddings().weight.is_meta
+
+
+def test_only_the_blocks_asked_for_are_streamed_the_others_are_there(sources):
+    source, names = watched(sources["gemma3"]), names_of("gemma3")
+    expected = whole(model_of(source), names)
+    found = walked(open_walk(source, BATCHES, names[2:3], CPU))
+    assert list(found) == names[2:3]
+    for ours, theirs in zip(found[names[2]], expected[names[2]], strict=True):
+        assert all(map(torch.equal, ours, theirs))
+
+
+def test_no_keys_and_values_are_kept(sources):
+    """A cache would grow with every block, until it outweighs the model."""
+    model = model_of(sources["llama"])
+    assert model.config.use_cache
+    caches = []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda _, args, kwargs: caches.append(kwargs.get("past_key_values")), with_kwargs=True
+        )
+    for _ in walk(model, BATCHES, names_of("llama"), CPU):
+        pass
+    assert caches == [None] * 2 * len(BATCHES)
+
+
+def test_what_follows_the_last_block_never_runs(sources):
+    model = model_of(sources["llama"])
+    ran = []
+    for module in (model.lm_head, model.model.norm, model.model.layers[1]):
+        module.register_forward_hook(lambda module, *_: ran.append(type(module).__name__))
+    for _ in walk(model, BATCHES, names_of("llama")[:1], CPU):
+        pass
+    assert ran == []
+
+
+def test_a_block_nobody_runs_is_run_and_none_is_run_twice(sources):
+    model, names = model_of(sources["llama"]), names_of("llama")
+    counts = {name: [] for name in names}
+    for name in names:
+        model.get_submodule(name).self_attn.register_forward_hook(
+            lambda *_, name=name: counts[name].append(1)
+        )
+    masks = []
+    for block in walk(model, BATCHES, names, CPU):
+        if block.name == names[1]:
+            block.run(masks.append)
+            block.run(lambda _: pytest.fail("run again"))
+    assert {name: len(ones) for name, ones in counts.items()} == dict.fromkeys(names, 3)
+    assert [mask.tolist() for mask in masks] == [
+        one["attention_mask"].bool().tolist() for one in BATCHES
+    ]
+
+
+def test_without_a_mask_there_is_none(sources):
+    model = model_of(sources["llama"])
+    masks = []
+    for block in walk(model, [{"input_ids": BATCHES[1]["input_ids"]}], names_of("llama"), CPU):
+        block.run(masks.append)
+    assert masks == [None, None]
+
+
+# Whatever happens, the model is as it was --------------------------------------------------------
+
+
+@pytest.fixture
+def untouched(sources):
+    """A model, checked behind the test to be what it was."""
+    model = model_of(sources["llama"])
+    model.train()
+    model.requires_grad_(True)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        before = model(**BATCHES[0]).logits
+    own = hooks(model)
+    yield model
+    assert hooks(model) == own
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert model.config.use_cache
+    with torch.no_grad():
+        assert torch.equal(model(**BATCHES[0]).logits, before)
+    found = walked(walk(model, BATCHES, names_of("llama"), CPU))
+    assert [len(found[name]) for name in names_of("llama")] == [3, 3]
+
+
+def test_after_a_whole_walk(untouched):
+    walked(walk(untouched, BATCHES, names_of("llama"), CPU))
+
+
+def test_after_a_consumer_that_stops_early(untouched):
+    for block in walk(untouched, BATCHES, names_of("llama"), CPU):
+        block.run(lambda _: None)
+        assert hooks(untouched) > 0
+        break
+
+
+def test_after_a_generator_closed_before_its_first_block_is_run(untouched):
+    run = walk(untouched, BATCHES, names_of("llama"), CPU)
+    assert next(run).name == "model.layers.0"
+    run.close()
+    assert next(run, None) is None
+
+
+def test_after_a_consumer_that_fails(untouched):
+    def consume():
+        for _ in walk(untouched, BATCHES, names_of("llama"), CPU):
+            raise RuntimeError("consumer")
+
+    with pytest.raises(RuntimeError, match="consumer"):
+        consume()
+
+
+def test_after_a_failure_between_two_batches(untouched):
+    def fail(_):
+        raise RuntimeError("between")
+
+    def go():
+        for block in walk(untouched, BATCHES, names_of("llama"), CPU):
+            block.run(fail)
+
+    with pytest.raises(RuntimeError, match="between"):
+        go()
+
+
+def test_after_a_batch_the_model_refuses(untouched):
+    bad = [*BATCHES, {"input_ids": torch.tensor([[999]])}]
+    with pytest.raises(IndexError):
+        next(walk(untouched, bad, names_of("llama"), CPU))
+
+
+def test_after_a_block_that_fails(untouched):
+    def fail(*_):
+        raise ArithmeticError("in block 1")
+
+    handle = untouched.model.layers[1].mlp.register_forward_hook(fail)
+    with pytest.raises(ArithmeticError, match="in block 1"):
+        list(walk(untouched, BATCHES, names_of("llama"), CPU))
+    handle.remove()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_callers_gradient_mode_is_the_callers(sources, enabled):
+    model = model_of(sources["llama"])
+    modes, outputs = [], []
+    for name in names_of("llama")[:1]:
+        model.get_submodule(name).mlp.register_forward_hook(lambda _, __, out: outputs.append(out))
+    with torch.set_grad_enabled(enabled):
+        for block in walk(model, BATCHES, names_of("llama"), CPU):
+            modes.append(torch.is_grad_enabled())
+            block.run(lambda _: modes.append(torch.is_grad_enabled()))
+        modes.append(torch.is_grad_enabled())
+    assert modes == [enabled] * (1 + 2 * (1 + len(BATCHES)))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert len(outputs) == len(BATCHES)
+    assert not any(out.requires_grad for out in outputs)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_a_checkpoint_that_lacks_a_tensor_is_refused_before_anything_runs(sources, name, tmp_path):
+    tensors = load_file(sources["llama"].folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((sources["llama"].folder / "config.json").read_text())
+    source = Source(tmp_path, "x", "x", torch.float32)
+    with pytest.raises(ConfigError) as caught:
+        open_walk(source, BATCHES, names_of("llama"), CPU)
+    assert str(caught.value) == f"{tmp_path}: holds no tensor {name}; set model.source"
+
+
+# Names -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("model.layers.3.mlp.up_proj", "model.layers.3"),
+        ("model.layers.12", "model.layers.12"),
+        ("h.0.attn.c_attn", "h.0"),
+        ("model.vision_tower.layers.1.blocks.2.fc1", "model.vision_tower.layers.1"),
+    ],
+)
+def test_a_block_is_the_name_up_to_its_first_number(name, block):
+    assert block_of(name) == block
+
+
+@pytest.mark.parametrize("name", ["lm_head", "model.norm2.weight", "3.mlp"])
+def test_a_name_without_a_number_is_in_no_block(name):
+    with pytest.raises(ValueError, match=f"{name} lies in no numbered block"):
+        block_of(name)
+
+
+def test_layers_by_block_keep_their_order():
+    names = ["m.1.b", "m.0.a", "m.1.a", "m.10.a"]
+    assert by_block(names) == {"m.1": ["m.1.b", "m.1.a"], "m.0": ["m.0.a"], "m.10": ["m.10.a"]}
