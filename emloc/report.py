@@ -69,7 +69,17 @@ def table(folder: Path) -> str:
         return f"no runs in {folder}"
     varying = _varying(rows)
     lines = [_line(row, rows, varying) for row in rows]
-    return "\n\n".join([_markdown(lines), *_data(rows)])
+    notes = [
+        "through: the model that was trained through; train: peak memory of the training; "
+        "seconds: of each stage when it was computed",
+        *_data(rows),
+        *(f"adapter of {row.method}: {row.run.folder / 'adapter'}" for row in _adapted(rows)),
+    ]
+    return "\n".join([_markdown(lines), "", *notes])
+
+
+def _adapted(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if (row.run.folder / "adapter").exists()]
 
 
 def _data(rows: Sequence[Row]) -> list[str]:
@@ -100,18 +110,16 @@ def _line(row: Row, rows: Sequence[Row], varying: Sequence[str]) -> dict[str, st
         metric: f"{metrics['score']:.3f}",
         "loss": f"{metrics['scores']['loss']:.3f}",
         "gain kept": EMPTY if gain is None else f"{gain:.0%}",
-        "trained through MB": EMPTY,
-        "train peak GiB": EMPTY,
+        "through MB": EMPTY,
+        "train GiB": EMPTY,
     }
     if "train" in metrics["seconds"]:
-        line["trained through MB"] = f"{metrics['emulator']['bytes'] / 1e6:.0f}"
-        line["train peak GiB"] = f"{metrics['peak_gib']['train']:.2f}"
+        line["through MB"] = f"{metrics['emulator']['bytes'] / 1e6:.0f}"
+        line["train GiB"] = f"{metrics['peak_gib']['train']:.2f}"
     seconds = metrics["seconds"]
-    line |= {
+    return line | {
         f"{stage} s": f"{seconds[stage]:.0f}" if stage in seconds else EMPTY for stage in STAGES
     }
-    adapter = row.run.folder / "adapter"
-    return line | {"adapter": str(adapter) if adapter.exists() else EMPTY}
 
 
 def _metric_name(rows: Sequence[Row]) -> str:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from emloc.linalg.gram import gram
+from emloc.linalg.gram import exact_float32, gram
 
 
 @dataclass
@@ -44,13 +44,15 @@ class Statistics:
             groups.setdefault(id(rows), []).append(layer)
         for layers in groups.values():
             rows = taken[layers[0]]
-            outputs = sum(weights[layer].shape[0] ** 2 for layer in layers)
-            if whole or rows.shape[-1] ** 2 <= outputs:
+            size_of_outputs = sum(weights[layer].shape[0] ** 2 for layer in layers)
+            if whole or rows.shape[-1] ** 2 <= size_of_outputs:
                 self.sites |= dict.fromkeys(layers, layers[0])
                 _sum_into(self.inputs, layers[0], gram(rows))
             else:
                 for layer in layers:
-                    _sum_into(self.outputs, layer, gram(rows.float() @ weights[layer].float().T))
+                    with exact_float32(rows.device):
+                        given = rows.float() @ weights[layer].float().T
+                    _sum_into(self.outputs, layer, gram(given))
         self.tokens += len(rows)
 
     def save(self, path: Path) -> None:

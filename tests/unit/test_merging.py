@@ -1,0 +1,190 @@
+"""A merged checkpoint is the original with its adapter, in the original's own files."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny import tiny_llama, tiny_tokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from emloc.adapters.saved import copy_adapter, read_lora
+from emloc.errors import ConfigError
+from emloc.merging import merge, merge_run
+from emloc.source import Source
+
+IDS = torch.arange(24).reshape(2, 12) + 5
+KINDS = {
+    "one file": {},
+    "sharded": {"max_shard_size": "30KB"},
+    "tied": {"tie_word_embeddings": True},
+    "bfloat16": {"dtype": torch.bfloat16},
+}
+
+
+def checkpoint(folder: Path, *, max_shard_size="5GB", dtype=torch.float32, **overrides) -> Source:
+    tokenizer = tiny_tokenizer(chat=True)
+    model = tiny_llama(tokenizer, **overrides).to(dtype)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(folder)
+    return Source(folder, "somebody/model", "identity", dtype)
+
+
+def adapter(source: Source, folder: Path, dtype: torch.dtype | None = None, **settings) -> Path:
+    """A random adapter for all layers, saved by PEFT."""
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=source.dtype)
+    values = {"r": 4, "lora_alpha": 6, "target_modules": r".*_proj", "task_type": "CAUSAL_LM"}
+    tuned = get_peft_model(model, LoraConfig(**(values | settings)))
+    torch.manual_seed(0)
+    for name, parameter in tuned.named_parameters():
+        if ".lora_" in name:
+            nn.init.normal_(parameter, std=0.3)
+            parameter.data = parameter.data.to(dtype or parameter.dtype)
+    tuned.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits.float()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_is_unmerged(tmp_path, kind):
+    source = checkpoint(tmp_path / "base", **KINDS[kind])
+    folder = adapter(source, tmp_path / "adapter", rank_pattern={"q_proj": 2})
+    target = merge(source, read_lora(folder), tmp_path / "deep" / "merged")
+    assert target == tmp_path / "deep" / "merged"
+    merged = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
+    before = logits(plain)
+    expected = logits(PeftModel.from_pretrained(plain, folder))
+    close = 1e-5 if source.dtype == torch.float32 else 5e-2  # of logits up to 3
+    assert (expected - before).abs().max() > 10 * close
+    torch.testing.assert_close(logits(merged), expected, atol=close, rtol=0)
+    files = {path.name for path in source.folder.iterdir()}
+    assert {path.name for path in target.iterdir()} == files
+    assert (len(list(target.glob("*.safetensors"))) > 1) == (kind == "sharded")
+    text = "as before"
+    assert (
+        AutoTokenizer.from_pretrained(target)(text).input_ids == source.tokenizer()(text).input_ids
+    )
+    assert not (tmp_path / "deep" / "merged.partial").exists()
+
+
+def test_only_adapted_weights_change_and_no_dtype(tmp_path):
+    source = checkpoint(tmp_path / "base", dtype=torch.bfloat16)
+    pairs = read_lora(adapter(source, tmp_path / "adapter", target_modules=["q_proj"]))
+    target = merge(source, pairs, tmp_path / "merged")
+    old, new = (load_file(f / "model.safetensors") for f in (source.folder, target))
+    assert old.keys() == new.keys()
+    assert {tensor.dtype for tensor in new.values()} == {torch.bfloat16}
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {f"{layer}.weight" for layer in pairs.pairs}
+    assert len(changed) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_sum_is_float32_and_rounded_once(tmp_path, dtype):
+    """Whatever the dtype of the adapter: B A in bfloat16 would be rounded before it is added."""
+    source = checkpoint(tmp_path / "base", dtype=torch.bfloat16)
+    pairs = read_lora(adapter(source, tmp_path / "adapter", dtype)).pairs
+    assert {pair.a.dtype for pair in pairs.values()} == {dtype}
+    merge(source, read_lora(tmp_path / "adapter"), tmp_path / "merged")
+    new = load_file(tmp_path / "merged" / "model.safetensors")
+    for layer, pair in pairs.items():
+        exact = source.weight(layer).double() + 1.5 * (pair.b.double() @ pair.a.double())
+        assert pair.scale == 1.5
+        # Half the last digit, and a little for float32.
+        error = (new[f"{layer}.weight"].double() - exact).abs() / exact.abs().clamp(min=1e-3)
+        assert error.max() < 2**-8 + 1e-5
+
+
+def test_nothing_is_written_over(tmp_path):
+    source = checkpoint(tmp_path / "base")
+    read = read_lora(adapter(source, tmp_path / "adapter"))
+    target = tmp_path / "merged"
+    target.mkdir()
+    with pytest.raises(ConfigError) as caught:
+        merge(source, read, target)
+    assert str(caught.value) == f"{target} is already there; give another folder with --to"
+    assert list(target.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("base", "settings"),
+    [
+        ({"num_hidden_layers": 1}, {}),
+        # Tied, the head has no weight of its own: adding to it would change the embedding.
+        ({"tie_word_embeddings": True}, {"target_modules": ["lm_head", "q_proj"]}),
+    ],
+    ids=["smaller model", "tied head"],
+)
+def test_an_adapter_for_layers_the_checkpoint_has_not_is_refused(tmp_path, base, settings):
+    made_for = checkpoint(tmp_path / "large")
+    read = read_lora(adapter(made_for, tmp_path / "adapter", **settings))
+    source = checkpoint(tmp_path / "base", **base)
+    with pytest.raises(ConfigError, match=r"^the model holds no layer (lm_head|model\.layers\.1)"):
+        merge(source, read, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    assert not (tmp_path / "merged.partial").exists()
+
+
+def test_an_interrupted_merge_leaves_no_checkpoint_and_can_be_repeated(tmp_path, monkeypatch):
+    source = checkpoint(tmp_path / "base", max_shard_size="30KB")
+    read = read_lora(adapter(source, tmp_path / "adapter"))
+    target = tmp_path / "merged"
+    with monkeypatch.context() as patch:
+        patch.setattr("emloc.merging.save_file", _full_disk)
+        with pytest.raises(OSError, match="no space"):
+            merge(source, read, target)
+    assert not target.exists()
+    merge(source, read, target)
+    index = json.loads((target / "model.safetensors.index.json").read_text())["weight_map"]
+    assert {target / name for name in index.values()} == set(target.glob("*.safetensors"))
+
+
+def _full_disk(*_, **__):
+    raise OSError("no space left")
+
+
+def test_a_run_is_merged_with_the_model_it_was_made_for(tmp_path):
+    source = checkpoint(tmp_path / "base")
+    run = tmp_path / "run"
+    copy_adapter(adapter(source, tmp_path / "adapter"), run / "adapter")
+    model = OmegaConf.create(
+        {
+            "_target_": "emloc.models.text.TextModel",
+            "name": "tiny",
+            "id": "somebody/model",
+            "revision": None,
+            "source": str(source.folder),
+            "wheel": None,
+            "dtype": "float32",
+            "max_length": 64,
+            "lora_targets": ".*",
+            "emulator_targets": ".*",
+            "excluded": {},
+        }
+    )
+    OmegaConf.save({"model": model}, run / "config.yaml")
+    merged = merge_run(run, run / "merged")
+    expected = merge(source, read_lora(run / "adapter"), tmp_path / "by hand")
+    for name in ("model.safetensors", "config.json"):
+        assert (merged / name).read_bytes() == (expected / name).read_bytes()
+
+
+def test_what_is_no_run_or_has_no_adapter_is_refused(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        merge_run(tmp_path, tmp_path / "merged")
+    assert str(caught.value) == f"{tmp_path} is no run folder; give one such as runs/demo/<run>"
+    (tmp_path / "config.yaml").write_text("{}")
+    with pytest.raises(ConfigError) as caught:
+        merge_run(tmp_path, tmp_path / "merged")
+    assert str(caught.value) == (
+        f"{tmp_path} has no adapter: its method trains none, or it is not done"
+    )

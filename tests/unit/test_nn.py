@@ -1,0 +1,180 @@
+"""Thin layers are linears to everybody, and modules are put in without touching the original."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from tiny import tiny_llama, tiny_tokenizer
+from torch import nn
+
+from emloc.nn.factorized import Factorized
+from emloc.nn.surgery import put, with_modules
+
+IDS = torch.arange(24).reshape(2, 12) + 5
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+def factors(out: int = 6, inside: int = 5, rank: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(out, rank), torch.randn(rank, inside)
+
+
+def thin(model: nn.Module, name: str, rank: int = 3) -> Factorized:
+    layer = model.get_submodule(name)
+    return Factorized(*factors(layer.out_features, layer.in_features, rank))
+
+
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def llama(request):
+    return tiny_llama(tiny_tokenizer(chat=True), tie_word_embeddings=request.param)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+# Factorized --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [None, torch.arange(6.0)], ids=["no bias", "bias"])
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)])
+def test_it_is_a_linear_with_the_product(bias, shape):
+    u, v = factors()
+    layer = Factorized(u, v, bias)
+    dense = nn.Linear(5, 6, bias=bias is not None)
+    with torch.no_grad():
+        dense.weight.copy_(u @ v)
+        if bias is not None:
+            dense.bias.copy_(bias)
+    x = torch.randn(shape)
+    torch.testing.assert_close(layer(x), dense(x))
+    assert isinstance(layer, nn.Linear)
+    assert (layer.in_features, layer.out_features, layer.rank) == (5, 6, 2)
+    assert layer.product().dtype == torch.float64
+    assert torch.equal(layer.product(), u.double() @ v.double())
+
+
+def test_it_holds_nothing_but_the_factors():
+    u, v = factors()
+    layer = Factorized(u, v, torch.zeros(6))
+    assert set(layer.state_dict()) == {"u", "v", "bias"}
+    assert sum(p.numel() for p in layer.parameters()) == 6 * 2 + 2 * 5 + 6
+    assert not any(p.requires_grad for p in layer.parameters())
+    assert set(Factorized(u, v).state_dict()) == {"u", "v"}
+    assert repr(Factorized(u, v)) == "Factorized(in_features=5, out_features=6, rank=2)"
+
+
+def test_copies_states_and_casts():
+    layer = Factorized(*factors(), torch.ones(6))
+    x = torch.randn(4, 5)
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x), layer(x))
+    twin.u.data.zero_()
+    assert not torch.equal(twin(x), layer(x))
+    twin.load_state_dict(layer.state_dict())
+    assert torch.equal(twin(x), layer(x))
+    half = copy.deepcopy(layer).to(torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert half.weight.dtype == torch.bfloat16
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.fixture
+def emulator(llama):
+    names = [name for name, module in llama.named_modules() if name.endswith("_proj")]
+    return with_modules(llama, {name: thin(llama, name) for name in names})
+
+
+def adapted(emulator) -> nn.Module:
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=r".*_proj", task_type="CAUSAL_LM")
+    return get_peft_model(emulator, config)
+
+
+def test_peft_adapts_every_one_of_them(emulator):
+    model = adapted(emulator)
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    assert len(layers) == 14
+    assert all(isinstance(layer.get_base_layer(), Factorized) for layer in layers)
+    for layer in layers:
+        base = layer.get_base_layer()
+        assert layer.lora_A["default"].weight.shape == (2, base.in_features)
+        assert layer.lora_B["default"].weight.shape == (base.out_features, 2)
+
+
+def test_peft_trains_the_adapter_and_nothing_else(emulator):
+    model = adapted(emulator).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(15):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if ".lora_" in name}
+    assert len(changed) == 28
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_folding_an_adapter_into_the_factors_fails_aloud(emulator, safe):
+    """Added to a product made for the occasion, it would be lost without a word."""
+    model = adapted(emulator)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        model.merge_and_unload(safe_merge=safe)
+
+
+# Surgery -----------------------------------------------------------------------------------------
+
+
+def test_a_copy_shares_all_but_what_was_replaced(llama):
+    before, own = logits(llama), dict(llama.named_modules())
+    replacement = thin(llama, LAYER)
+    twin = with_modules(llama, {LAYER: replacement})
+    assert type(twin) is type(llama)
+    assert twin.get_submodule(LAYER) is replacement
+    assert dict(llama.named_modules()) == own
+    assert torch.equal(logits(llama), before)
+    assert not torch.allclose(logits(twin), before, atol=1e-4)
+    theirs = dict(llama.named_parameters(remove_duplicate=False))
+    for name, parameter in twin.named_parameters(remove_duplicate=False):
+        if name.startswith(LAYER):
+            assert name in (f"{LAYER}.u", f"{LAYER}.v")
+        else:
+            assert parameter is theirs[name]
+    buffers = dict(llama.named_buffers())
+    assert len(buffers) > 0
+    assert all(buffer is buffers[name] for name, buffer in twin.named_buffers())
+    assert not {id(module) for module in twin.modules()} & {id(m) for m in llama.modules()}
+
+
+def test_what_is_done_to_the_copy_stays_there(llama):
+    before, names = logits(llama), [name for name, _ in llama.named_modules()]
+    twin = adapted(with_modules(llama, {LAYER: thin(llama, LAYER)}))
+    twin.train()
+    assert [name for name, _ in llama.named_modules()] == names
+    assert not llama.training
+    assert torch.equal(logits(llama), before)
+
+
+def test_without_replacements_it_is_the_same_function(llama):
+    twin = with_modules(llama, {})
+    assert twin is not llama
+    assert torch.equal(logits(twin), logits(llama))
+
+
+def test_put_takes_a_tensor_of_the_right_shape_as_it_is(llama):
+    old = llama.get_submodule(LAYER).weight
+    new = torch.randn(old.shape)
+    put(llama, f"{LAYER}.weight", new)
+    weight = llama.get_submodule(LAYER).weight
+    assert weight.data_ptr() == new.data_ptr()
+    assert not weight.requires_grad
+    with pytest.raises(ValueError, match=r"weight has shape \(64, 32\), the checkpoint \(32, 64\)"):
+        put(llama, f"{LAYER}.weight", new.T)
+    assert llama.get_submodule(LAYER).weight is weight

@@ -1,0 +1,357 @@
+"""Runs on disk, and the table that is made of them: numbers where there are, else words."""
+
+import json
+import re
+import subprocess
+import time
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from emloc import provenance as provenance_module
+from emloc.memory import GIB, Peak, process_bytes
+from emloc.provenance import PACKAGES, provenance
+from emloc.report import STAGES, gain_kept, rows_of, table
+from emloc.runs import Run, find_runs
+
+CHOICES = {"method": "emloc", "model": "tiny", "lora": "r8", "emulator": "svd", "tracker": "none"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "runs" / "demo"
+
+
+@pytest.fixture
+def made(folder):
+    """Write a run as `emloc` does; without a loss it has only begun."""
+    count = iter(range(100))
+
+    def make(method: str, loss: float | None = None, *, seed: int = 0, **changed) -> Run:
+        choices = CHOICES | {"method": method} | changed.pop("choices", {})
+        sections = {name: {"value": 0} for name in ("model", "eval", "lora", "train")}
+        config = sections | {"method": method, "seed": seed, "task": {"name": "sums"}} | changed
+        run = Run(folder / f"{next(count):02}-{method}")
+        run.begin(OmegaConf.create(config), choices)
+        if loss is not None:
+            run.finish(metrics(loss, trains=method != "zero_shot"))
+        return run
+
+    return make
+
+
+def metrics(loss: float, trains: bool = True, metric: str = "exact_match") -> dict:
+    seconds = {"emulate": 1.4, "train": 12.6, "evaluate": 3.0}
+    if not trains:
+        del seconds["train"]
+    return {
+        "metric": metric,
+        "score": 0.25,
+        "scores": {"loss": loss, metric: 0.25},
+        "data": {"name": "sums", "rows": "abc"},
+        "emulator": {"bytes": 123_456_789},
+        "seconds": seconds,
+        "peak_gib": dict.fromkeys(seconds, 1.234),
+    }
+
+
+def lines(folder) -> list[dict[str, str]]:
+    """The table's rows, column -> cell."""
+    rows = [line for line in table(folder).splitlines() if line.startswith("|")]
+    assert len({len(row) for row in rows}) == 1
+    head, rule, *body = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert all(re.fullmatch("-+", cell) for cell in rule)
+    return [dict(zip(head, row, strict=True)) for row in body]
+
+
+def column(folder, name: str) -> list[str]:
+    return [line[name] for line in lines(folder)]
+
+
+# The share of the gain ---------------------------------------------------------------------------
+
+
+def test_the_gain_kept_is_the_share_of_loras_gain_over_the_untouched_model(made, folder):
+    made("zero_shot", 2.0)
+    made("lora", 1.0)
+    made("emloc", 1.25)
+    made("emloc_uncorrected", 2.5)
+    made("emloc_covariance", 0.75)
+    rows = rows_of(folder)
+    assert [gain_kept(row, rows) for row in rows] == [0.0, 1.0, 0.75, -0.5, 1.25]
+    assert column(folder, "gain kept") == ["0%", "100%", "75%", "-50%", "125%"]
+
+
+@pytest.mark.parametrize("absent", ["zero_shot", "lora"])
+def test_without_both_ends_there_is_no_gain(made, folder, absent):
+    for method, loss in (("zero_shot", 2.0), ("lora", 1.0), ("emloc", 1.25)):
+        made(method, None if method == absent else loss)
+    rows = rows_of(folder)
+    assert [gain_kept(row, rows) for row in rows if row.metrics] == [None, None]
+    assert [line["gain kept"] for line in lines(folder)] == ["."] * 3
+
+
+@pytest.mark.parametrize("best", [2.0, 2.1])
+def test_where_lora_gains_nothing_there_is_no_share_of_it(made, folder, best):
+    made("zero_shot", 2.0)
+    made("lora", best)
+    made("emloc", 1.25)
+    assert column(folder, "gain kept") == [".", ".", "."]
+
+
+@pytest.mark.parametrize("section", ["model", "task", "eval"])
+def test_runs_on_other_data_are_no_measure(made, folder, section):
+    other = {section: {"name": "sums", "value": 1}}
+    made("zero_shot", 2.0, **other)
+    made("lora", 1.0, **other)
+    made("emloc", 1.25)
+    assert column(folder, "gain kept") == ["0%", "100%", "."]
+
+
+@pytest.mark.parametrize("section", ["lora", "train"])
+def test_a_lora_trained_otherwise_is_no_measure_but_the_untouched_model_is(made, folder, section):
+    made("zero_shot", 2.0)
+    made("lora", 1.0, **{section: {"value": 1}})
+    made("lora", 1.5)
+    made("emloc", 1.75)
+    assert column(folder, "gain kept")[1:] == ["100%", "100%", "50%"]
+
+
+def test_each_seed_is_measured_by_its_own_lora(made, folder):
+    made("zero_shot", 2.0)
+    for seed, best in ((0, 1.0), (1, 1.5)):
+        made("lora", best, seed=seed)
+        made("emloc", 1.75, seed=seed)
+    assert column(folder, "gain kept") == ["0%", "100%", "25%", "100%", "50%"]
+    assert column(folder, "seed") == ["0", "0", "0", "1", "1"]
+
+
+# The table ---------------------------------------------------------------------------------------
+
+
+def test_a_line_of_the_table(made, folder):
+    made("emloc", 1.2345)
+    made("zero_shot", 2.0)
+    trained, plain = lines(folder)
+    assert trained == {
+        "method": "emloc",
+        "exact_match": "0.250",
+        "loss": "1.234",
+        "gain kept": ".",
+        "through MB": "123",
+        "train GiB": "1.23",
+        **{f"{stage} s": "." for stage in STAGES},
+        "emulate s": "1",
+        "train s": "13",
+        "evaluate s": "3",
+    }
+    assert plain["through MB"] == plain["train GiB"] == plain["train s"] == "."
+
+
+def test_one_seed_needs_no_column(made, folder):
+    made("emloc", 1.0)
+    made("lora", 1.0)
+    assert "seed" not in lines(folder)[0]
+
+
+def test_groups_that_differ_have_a_column_but_those_a_method_presets(made, folder):
+    made("emloc", 1.0, choices={"lora": "r4"})
+    made("lora", 1.0, choices={"lora": "r8", "emulator": "full", "tracker": "wandb"})
+    made("lora", 1.0, choices={"lora": "r8", "compression": "r25"})
+    found = lines(folder)
+    assert list(found[0])[:3] == ["method", "lora", "compression"]
+    assert [line["lora"] for line in found] == ["r4", "r8", "r8"]
+    assert [line["compression"] for line in found] == [".", ".", "r25"]
+    assert not {"emulator", "tracker", "model"} & set(found[0])
+
+
+@pytest.mark.parametrize(
+    ("state", "more", "word"),
+    [
+        ("oom", {"stage": "train", "error": "x"}, "OOM"),
+        ("failed", {"stage": "train", "error": "x"}, "failed(train)"),
+        ("failed", {"stage": "config", "error": "x"}, "failed(config)"),
+        ("running", {}, "running"),
+        ("interrupted", {}, "interrupted"),
+    ],
+)
+def test_a_run_without_results_is_a_word(made, folder, state, more, word):
+    made("zero_shot", 2.0)
+    made("lora", 1.0)
+    made("emloc").mark(state, **more)
+    line = lines(folder)[-1]
+    assert line.pop("method") == "emloc"
+    assert line.pop("exact_match") == word
+    assert set(line.values()) == {"."}
+
+
+def test_a_run_that_never_finished_is_a_table_too(made, folder):
+    made("emloc")
+    assert lines(folder) == [{"method": "emloc", "score": "running"}]
+
+
+def test_scores_of_two_kinds_are_called_score(made, folder):
+    made("emloc", 1.0)
+    made("lora").finish(metrics(1.0, metric="acc,none"))
+    assert column(folder, "score") == ["0.250", "0.250"]
+
+
+def test_runs_stand_in_the_order_they_ended(made, folder):
+    first, second = made("emloc"), made("lora", 1.0)
+    time.sleep(0.01)
+    first.finish(metrics(1.0))
+    assert column(folder, "method") == ["lora", "emloc"]
+    assert [row.run for row in rows_of(folder)] == [second, first]
+
+
+def test_an_empty_folder_says_so(folder):
+    assert table(folder) == f"no runs in {folder}"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("no run")
+    assert table(folder) == f"no runs in {folder}"
+
+
+def test_a_single_run_is_a_folder_of_one(made, folder):
+    run = made("emloc", 1.0)
+    made("lora", 1.0)
+    assert find_runs(run.folder) == [run]
+    assert [line["method"] for line in lines(run.folder)] == ["emloc"]
+    assert len(find_runs(folder)) == 2
+
+
+def test_it_says_where_adapters_are_and_what_the_data_was(made, folder):
+    run = made("emloc", 1.0)
+    (run.folder / "adapter").mkdir()
+    made("lora", 1.0)
+    said = table(folder)
+    assert str(run.folder / "adapter") in said
+    assert len(re.findall("^adapter of", said, re.M)) == 1
+    assert re.search(r"^data of sums: [0-9a-f]{16}$", said, re.M)
+
+
+# A run's folder ----------------------------------------------------------------------------------
+
+
+def test_a_run_from_start_to_end(tmp_path):
+    run = Run(tmp_path / "a" / "run")
+    assert run.status == run.metrics == run.choices == {}
+    assert not run.done
+    before = time.time()
+    run.begin(OmegaConf.create({"seed": 1, "twice": "${seed}"}), {"lora": "r8"})
+    assert run.config == {"seed": 1, "twice": 1}
+    assert run.choices == {"lora": "r8"}
+    assert run.status["state"] == "running"
+    assert before <= run.status["time"] <= time.time()
+    assert not run.done
+    run.log({"train/loss": 1.5})
+    run.log({"train/loss": 1.0})
+    run.finish({"score": 0.5})
+    assert run.done
+    assert run.metrics == {"score": 0.5}
+    written = (run.folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in written] == [{"train/loss": 1.5}, {"train/loss": 1.0}]
+    assert {path.name for path in run.folder.iterdir()} == {
+        *("config.yaml", "choices.json", "status.json", "metrics.json", "metrics.jsonl")
+    }
+    assert Run(run.folder).done
+
+
+def test_a_run_that_begins_again_forgets_its_old_numbers(tmp_path):
+    run = Run(tmp_path)
+    run.begin(OmegaConf.create({"seed": 1}), {})
+    run.log({"train/loss": 1.5})
+    run.mark("failed", stage="train", error="x")
+    run.begin(OmegaConf.create({"seed": 1}), {})
+    assert not (tmp_path / "metrics.jsonl").exists()
+    assert set(run.status) == {"state", "time"}
+
+
+def test_a_file_is_never_half_written(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    run.mark("running")
+    whole = run.status
+    with pytest.raises(TypeError):
+        run.mark("failed", error=object())
+    assert run.status == whole
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", _power_cut)
+        with pytest.raises(OSError, match="cut"):
+            run.mark("failed", error="x")
+    assert run.status == whole
+    run.mark("failed", error="x")
+    assert run.status["error"] == "x"
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def _power_cut(*_):
+    raise OSError("cut")
+
+
+def test_results_are_complete_before_a_run_is_done(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    run.mark("running")
+    seen = []
+    mark = Run.mark
+    monkeypatch.setattr(Run, "mark", lambda self, *a: seen.append(self.metrics) or mark(self, *a))
+    run.finish({"score": 1})
+    assert seen == [{"score": 1}]
+
+
+# Memory and provenance ---------------------------------------------------------------------------
+
+
+def test_the_peak_sees_what_is_gone_again():
+    with Peak() as peak:
+        before = process_bytes()
+        block = torch.ones(50_000_000)
+        time.sleep(0.1)
+        held = process_bytes()
+        del block
+    assert held - before > 180e6
+    assert peak.bytes >= held - 5e6
+    assert process_bytes() < held - 180e6
+    assert peak.gib == round(peak.bytes / GIB, 3) > 0.2
+
+
+def test_work_too_short_to_be_looked_at_has_a_peak_too():
+    peak = Peak()
+    peak._stop.set()  # over before the first look
+    with peak:
+        pass
+    assert peak.bytes > 50e6
+
+
+def test_the_peak_survives_a_failure():
+    peak = Peak()
+
+    def fail():
+        with peak:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fail()
+    assert peak.bytes > 50e6
+    assert not peak._poller.is_alive()
+
+
+def test_provenance_names_code_packages_and_machine():
+    found = provenance()
+    assert set(found) == {"commit", "dirty", "versions", "python", "device"}
+    assert set(found["versions"]) == set(PACKAGES)
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["commit"] is None or re.fullmatch("[0-9a-f]{40}", found["commit"])
+    assert isinstance(found["dirty"], bool)
+    assert found["device"]
+    assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(), subprocess.CalledProcessError(128, "git")])
+def test_outside_a_checkout_there_is_no_commit(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(provenance_module.subprocess, "run", fail)
+    found = provenance()
+    assert found["commit"] is None
+    assert found["dirty"] is False

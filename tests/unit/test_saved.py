@@ -1,0 +1,234 @@
+"""Adapters go through our hands as PEFT made them; what is no plain LoRA is refused."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from tiny import tiny_llama, tiny_tokenizer
+from torch import nn
+
+from emloc.adapters.lora import Lora
+from emloc.adapters.saved import copy_adapter, lora_of, read_lora
+from emloc.errors import ConfigError
+from emloc.linalg.correct import Pair
+from emloc.settings import LoraSettings
+
+IDS = torch.arange(24).reshape(2, 12) + 5
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+def base() -> nn.Module:
+    return tiny_llama(tiny_tokenizer(chat=True))
+
+
+def tuned(**settings) -> PeftModel:
+    """A LoRA with B far from zero, as after a training."""
+    values = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(base(), LoraConfig(**(values | settings))).eval()
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def scalings(model: nn.Module) -> dict[str, float]:
+    """Layer -> the scale PEFT itself multiplies by."""
+    return {
+        name.removeprefix("base_model.model."): module.scaling["default"]
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Save a PEFT model and give its folder."""
+
+    def save(model: PeftModel, name: str = "adapter") -> Path:
+        model.save_pretrained(tmp_path / name, save_embedding_layers=False)
+        return tmp_path / name
+
+    return save
+
+
+def test_what_is_read_and_saved_is_what_peft_loads(saved, tmp_path):
+    model = tuned()
+    folder = saved(model)
+    read = read_lora(folder)
+    read.save(tmp_path / "again")
+    again = PeftModel.from_pretrained(base(), tmp_path / "again")
+    assert torch.equal(logits(again), logits(model))
+    assert not torch.equal(logits(again), logits(base()))
+    names = {path.name for path in (tmp_path / "again").iterdir()}
+    assert names == {"adapter_model.safetensors", "adapter_config.json"}
+    first, second = (
+        load_file(f / "adapter_model.safetensors") for f in (folder, tmp_path / "again")
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert read.config == json.loads((folder / "adapter_config.json").read_text())
+    assert read_lora(tmp_path / "again").config == read.config
+
+
+def test_a_pair_is_what_the_layer_adds(saved):
+    model = tuned()
+    pairs = read_lora(saved(model)).pairs
+    assert set(pairs) == {
+        f"model.layers.{i}.{place}"
+        for i in range(2)
+        for place in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+    }
+    for layer, pair in pairs.items():
+        module = model.base_model.model.get_submodule(layer)
+        assert pair.a.shape == (4, module.in_features)
+        assert pair.b.shape == (module.out_features, 4)
+        torch.testing.assert_close(pair.delta, module.get_delta_weight("default"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        ({"r": 4, "lora_alpha": 4}, 1.0),
+        ({"r": 4, "lora_alpha": 16}, 4.0),
+        ({"r": 8, "lora_alpha": 1}, 0.125),
+        ({"r": 4, "lora_alpha": 6, "use_rslora": True}, 3.0),
+    ],
+)
+def test_the_scale_is_alpha_over_rank_or_its_root(saved, settings, scale):
+    model = tuned(**settings)
+    pairs = read_lora(saved(model)).pairs
+    assert {pair.scale for pair in pairs.values()} == {scale}
+    assert {layer: pair.scale for layer, pair in pairs.items()} == scalings(model)
+
+
+@pytest.mark.filterwarnings("ignore:The following")  # patterns that match nothing are meant
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(
+    ("ranks", "alphas"),
+    [
+        ({"q_proj": 2}, {}),
+        ({}, {"q_proj": 32}),
+        ({"q_proj": 2, "down_proj": 6}, {"v_proj": 3, "q_proj": 5}),
+        ({r"model.layers.0.*": 2}, {r"layers.1.mlp.down_proj": 7}),
+        ({r"layers\.\d+\.self_attn\.[qv]_proj": 3, "q_proj": 5}, {r"1\.self_attn\..*": 9}),
+        ({"proj": 2, "_proj": 3, "j": 5}, {"proj": 2}),
+        ({"^model.layers.1.self_attn.q_proj": 2}, {"^layers.0.self_attn.q_proj": 32}),
+    ],
+)
+def test_patterns_of_rank_and_alpha_are_pefts(saved, ranks, alphas, rslora):
+    model = tuned(rank_pattern=ranks, alpha_pattern=alphas, use_rslora=rslora)
+    pairs = read_lora(saved(model)).pairs
+    assert {layer: pair.scale for layer, pair in pairs.items()} == scalings(model)
+    for layer, pair in pairs.items():
+        delta = model.base_model.model.get_submodule(layer).get_delta_weight("default")
+        torch.testing.assert_close(pair.delta, delta)
+
+
+def test_a_model_in_memory_reads_as_its_folder_does(saved):
+    model = tuned(rank_pattern={"q_proj": 2})
+    inside, outside = lora_of(model), read_lora(saved(model))
+    assert inside.pairs.keys() == outside.pairs.keys()
+    for layer, pair in inside.pairs.items():
+        assert torch.equal(pair.a, outside.pairs[layer].a)
+        assert torch.equal(pair.b, outside.pairs[layer].b)
+        assert pair.scale == outside.pairs[layer].scale
+    with pytest.raises(ConfigError, match="adapter must be a PEFT model or the folder of one"):
+        lora_of(base())
+
+
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head.weight"),
+        ({"target_modules": ["embed_tokens"]}, "lora_embedding_A"),
+        ({"lora_bias": True, "target_modules": ["q_proj"]}, "lora_B.bias"),
+    ],
+    ids=["dora", "modules_to_save", "embedding", "bias"],
+)
+def test_more_than_plain_lora_is_refused_by_name(saved, settings, named):
+    folder = saved(tuned(**settings))
+    with pytest.raises(ConfigError) as caught:
+        read_lora(folder)
+    assert re.fullmatch(
+        rf"{folder}: \S*{re.escape(named)}\S* is no LoRA matrix; only plain LoRA can be carried",
+        str(caught.value),
+    )
+
+
+def test_a_folder_that_holds_none_is_refused(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        read_lora(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: no adapter_model.safetensors there; it is no adapter folder"
+    )
+
+
+def test_what_was_carried_is_marked_and_not_carried_again(saved, tmp_path):
+    read = read_lora(saved(tuned()))
+    assert read.carried is None
+
+    def double(layer: str, pair: Pair) -> Pair:
+        return Pair(pair.a, 2 * pair.b, pair.scale)
+
+    carried = read.map(double, {"by": "test"})
+    assert read.carried is None
+    carried.save(tmp_path / "carried")
+    again = read_lora(tmp_path / "carried")
+    assert again.carried == {"by": "test"}
+    for layer, pair in read.pairs.items():
+        assert torch.equal(again.pairs[layer].b, 2 * pair.b)
+        assert torch.equal(again.pairs[layer].a, pair.a)
+    for one in (carried, again):
+        with pytest.raises(ConfigError, match=r"already carried .* by \{'by': 'test'\}; give the"):
+            one.map(double, {"by": "test"})
+    # PEFT does not mind the mark.
+    assert PeftModel.from_pretrained(base(), tmp_path / "carried").peft_config["default"].r == 4
+
+
+def test_a_changed_pair_may_have_another_shape_in_memory(saved, tmp_path):
+    """Slices of larger matrices are written as matrices of their own."""
+    read = read_lora(saved(tuned()))
+    wide = {k: Pair(torch.cat([p.a, p.a])[::2], p.b, p.scale) for k, p in read.pairs.items()}
+    read.map(lambda layer, _: wide[layer], {"by": "test"}).save(tmp_path / "out")
+    found = read_lora(tmp_path / "out")
+    assert all(torch.equal(found.pairs[layer].a, pair.a) for layer, pair in wide.items())
+
+
+def test_a_copy_replaces_what_was_there(saved, tmp_path):
+    folder, target = saved(tuned()), tmp_path / "run" / "adapter"
+    target.mkdir(parents=True)
+    (target / "old").write_text("")
+    copy_adapter(folder, target)
+    assert {p.name for p in target.iterdir()} == {p.name for p in folder.iterdir()}
+    assert (target / "adapter_model.safetensors").read_bytes() == (
+        folder / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_our_lora_is_pefts_with_the_settings_given(tmp_path):
+    lora = LoraSettings(rank=4, alpha=6.0, dropout=0.25)
+    model = Lora().attach(base(), lora, r".*\.(q_proj|down_proj)")
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.bias) == (4, 6.0, 0.25, "none")
+    assert set(scalings(model).values()) == {1.5}
+    assert len(scalings(model)) == 4
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 8
+    assert all(".lora_" in name for name in trained)
+    Lora().save(model, tmp_path / "adapter", "somebody/model")
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == "somebody/model"
+    assert {pair.scale for pair in read_lora(tmp_path / "adapter").pairs.values()} == {1.5}
