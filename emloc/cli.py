@@ -31,6 +31,10 @@ def main() -> None:
         _refuse(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         _refuse(explain(error))
+    except ValueError as error:
+        if not _of_hydra(error):
+            raise
+        _refuse(f"{str(error).strip()}; a group takes one of its choices, as in tracker=none")
     except KeyboardInterrupt:
         print("emloc: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -41,6 +45,14 @@ def _hydra() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     register()
     hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(run_cell)()
+
+
+def _of_hydra(error: Exception) -> bool:
+    """Whether Hydra raised it, which has no type of its own for some misuse."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and last.tb_frame.f_globals["__name__"].startswith("hydra.")
 
 
 def _refuse(message: str) -> None:

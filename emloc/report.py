@@ -9,9 +9,12 @@ from typing import Any
 
 from emloc.digest import digest
 from emloc.runs import DONE, Run, find_runs
+from emloc.settings import DECISIVE
 
 STAGES = ("calibrate", "emulate", "train", "recover", "evaluate")
 EMPTY = "."
+
+_PRESET = ("emulator", "adapter", "recovery")  # the groups a method chooses
 
 # What a row has in common with the LoRA, or the untouched model, that its gain is measured by.
 _SAME_DATA = ("model", "task", "eval")
@@ -39,7 +42,7 @@ class Row:
 
 
 def rows_of(folder: Path) -> list[Row]:
-    """The runs below `folder` as rows, in the order they were made."""
+    """The runs below `folder` as rows, in the order they ended."""
     runs = sorted(find_runs(folder), key=lambda run: run.status["time"])
     return [Row(run, run.status, run.choices, run.config, run.metrics) for run in runs]
 
@@ -91,14 +94,42 @@ def _data(rows: Sequence[Row]) -> list[str]:
 
 
 def _varying(rows: Sequence[Row]) -> list[str]:
-    """Groups whose choice differs between rows, beyond what the method says."""
-    told = {"emulator", "adapter", "recovery", "method", "tracker", "experiments", "local"}
-    groups = dict.fromkeys(group for row in rows for group in row.choices if group not in told)
-    return [name for name in groups if len({row.choices.get(name) for row in rows}) > 1]
+    """Groups whose choice differs between rows, and settings that differ under one choice."""
+    sections = [section for section in DECISIVE if section != "seed"]
+    return [name for section in sections for name in _varying_in(section, rows)]
+
+
+def _varying_in(section: str, rows: Sequence[Row]) -> list[str]:
+    # What a method presets is told by its name: it counts only where one method ran with two.
+    by_method = [row.method if section in _PRESET else "" for row in rows]
+    choices = [_value(row, section) for row in rows]
+    names = [section] if _differ(by_method, choices) else []
+    peers = list(zip(by_method, choices, strict=True))
+    leaves = dict.fromkeys(leaf for row in rows for leaf in _leaves(row, section))
+    return names + [leaf for leaf in leaves if _differ(peers, [_value(row, leaf) for row in rows])]
+
+
+def _differ(peers: Sequence[object], values: Sequence[str]) -> bool:
+    """Whether rows of the same `peers` have different values."""
+    return len(set(zip(peers, values, strict=True))) > len(set(peers))
+
+
+def _leaves(row: Row, section: str) -> list[str]:
+    """Dotted names of the section's settings."""
+    return [f"{section}.{key}" for key in row.config.get(section, {}) if key != "_target_"]
+
+
+def _value(row: Row, name: str) -> str:
+    """The choice of a group, or the value of a dotted setting."""
+    section, _, key = name.partition(".")
+    if not key:
+        return row.choices.get(section, EMPTY)
+    value = row.config.get(section, {}).get(key, EMPTY)
+    return "null" if value is None else str(value)
 
 
 def _line(row: Row, rows: Sequence[Row], varying: Sequence[str]) -> dict[str, str]:
-    line = {"method": row.method} | {name: row.choices.get(name, EMPTY) for name in varying}
+    line = {"method": row.method} | {name: _value(row, name) for name in varying}
     if len({one.config["seed"] for one in rows}) > 1:
         line["seed"] = str(row.config["seed"])
     metric = _metric_name(rows)

@@ -25,6 +25,9 @@ CONFIG = "adapter_config.json"
 # Beside the two PEFT files: how the adapter was carried to the original model. PEFT ignores it.
 CARRIED = "carried.json"
 
+# Ways to start a LoRA (PEFT's init_lora_weights) that take its first product out of the weights.
+_CHANGES_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 _KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB])\.weight")
 
 
@@ -73,6 +76,12 @@ def read_lora(folder: Path) -> SavedLora:
     if not (folder / WEIGHTS).exists():
         raise ConfigError(f"{folder}: no {WEIGHTS} there; it is no adapter folder")
     config = json.loads((folder / CONFIG).read_text())
+    start = str(config.get("init_lora_weights")).split("_niter")[0].lower()
+    if start in _CHANGES_THE_MODEL:
+        raise ConfigError(
+            f"{folder}: was started by {start}, which changes the model's own weights; "
+            "only plain LoRA can be carried"
+        )
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(folder / WEIGHTS).items():
         match = _KEY.fullmatch(key)

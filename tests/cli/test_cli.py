@@ -80,11 +80,12 @@ def test_a_sweep_goes_on_past_a_failing_cell(emloc, tiny, tmp_path):
         ("compression=r26", "compression=r26: there is no such choice; did you mean r25?"),
         ("lora.rank=two", "lora.rank: Value 'two' of type 'str' could not be converted to Integer"),
         ("compression.ratio=1.5", "compression.ratio must lie between 0 and 1, got 1.5"),
+        ("tracker=null", "a group takes one of its choices, as in tracker=none"),
         ("model.source=/nowhere", "no config.json there; set model.source"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(emloc, override, line):
-    ran = emloc(override, "tracker=none")
+    ran = emloc("tracker=none", override)
     assert ran.code == 2, ran.said
     assert line in ran.err + ran.out
     assert "Traceback" not in ran.said

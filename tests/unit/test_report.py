@@ -158,12 +158,28 @@ def test_one_seed_needs_no_column(made, folder):
 def test_groups_that_differ_have_a_column_but_those_a_method_presets(made, folder):
     made("emloc", 1.0, choices={"lora": "r4"})
     made("lora", 1.0, choices={"lora": "r8", "emulator": "full", "tracker": "wandb"})
-    made("lora", 1.0, choices={"lora": "r8", "compression": "r25"})
+    made("lora", 1.0, choices={"lora": "r8", "emulator": "full", "compression": "r25"})
     found = lines(folder)
-    assert list(found[0])[:3] == ["method", "lora", "compression"]
+    assert list(found[0])[:3] == ["method", "compression", "lora"]
     assert [line["lora"] for line in found] == ["r4", "r8", "r8"]
     assert [line["compression"] for line in found] == [".", ".", "r25"]
     assert not {"emulator", "tracker", "model"} & set(found[0])
+
+
+def test_a_setting_swept_under_one_choice_has_a_column(made, folder):
+    for clamp in (0, 3, None):
+        made("emloc", 1.0, recovery={"_target_": "x", "clamp": clamp, "metric": "identity"})
+    made("lora", 1.0, recovery={"_target_": "y"})
+    found = lines(folder)
+    assert list(found[0])[:2] == ["method", "recovery.clamp"]
+    assert [line["recovery.clamp"] for line in found] == ["0", "3", "null", "."]
+
+
+def test_a_method_that_ran_with_two_recoveries_says_which(made, folder):
+    made("emloc", 1.0, choices={"recovery": "correction"})
+    made("emloc", 1.0, choices={"recovery": "none"})
+    made("lora", 1.0, choices={"recovery": "none"})
+    assert [line["recovery"] for line in lines(folder)] == ["correction", "none", "none"]
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,13 @@ def test_more_than_plain_lora_is_refused_by_name(saved, settings, named):
     )
 
 
+@pytest.mark.parametrize("start", ["pissa_niter_4", "olora"])
+def test_a_lora_whose_start_changed_the_model_is_refused(saved, start):
+    folder = saved(tuned(init_lora_weights=start))
+    with pytest.raises(ConfigError, match=f"was started by {start.split('_')[0]}, which changes"):
+        read_lora(folder)
+
+
 def test_a_folder_that_holds_none_is_refused(tmp_path):
     with pytest.raises(ConfigError) as caught:
         read_lora(tmp_path)
