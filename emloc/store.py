@@ -85,7 +85,7 @@ class Store:
                 facts = work(draft)
             except ConfigError:
                 raise
-            except Exception as error:
+            except Exception as error:  # why: whatever it was, the record names the stage
                 raise StageError(name, f"{type(error).__name__}: {error}") from error
         facts |= {"seconds": round(time.perf_counter() - start, 3), "peak_gib": peak.gib}
         (draft / "stage.json").write_text(json.dumps(facts, indent=1))

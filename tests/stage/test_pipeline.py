@@ -224,17 +224,22 @@ def test_golden_curve(go):
     assert losses[-1] < losses[0] - 0.2
 
 
-def test_interrupted_training_resumes_from_its_checkpoint(go, store):
-    whole = []
-    go("method=lora", "train.save_every=2", report=lambda step, _: whole.append(step))
-    shutil.rmtree(store.root / "train")
+def interrupt(go, *overrides):
+    """Start a run and break it off in the third step of its training."""
 
     def stop(step, _):
         if step == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        go("method=lora", "train.save_every=2", report=stop)
+        go(*overrides, report=stop)
+
+
+def test_interrupted_training_resumes_from_its_checkpoint(go, store):
+    whole = []
+    go("method=lora", "train.save_every=2", report=lambda step, _: whole.append(step))
+    shutil.rmtree(store.root / "train")
+    interrupt(go, "method=lora", "train.save_every=2")
     steps = []
     result = go("method=lora", "train.save_every=2", report=lambda step, _: steps.append(step))
     assert (whole, steps) == ([1, 2, 3, 4, 5], [3, 4, 5])
@@ -246,13 +251,7 @@ def test_interrupted_training_resumes_from_its_checkpoint(go, store):
 def test_resumed_training_ends_where_an_uninterrupted_one_does(go, store):
     straight = adapter_of(go("method=lora", "train.save_every=2").trained)
     shutil.rmtree(store.root / "train")
-
-    def stop(step, _):
-        if step == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        go("method=lora", "train.save_every=2", report=stop)
+    interrupt(go, "method=lora", "train.save_every=2")
     resumed = adapter_of(go("method=lora", "train.save_every=2").trained)
     for name, tensor in straight.items():
         torch.testing.assert_close(resumed[name], tensor, atol=1e-6, rtol=1e-5)
