@@ -1,0 +1,69 @@
+"""Scores from one forward pass: what greedy decoding would have written, and how likely it was."""
+
+import math
+
+import pytest
+import torch
+from tiny import tiny_llama, tiny_tokenizer
+
+from emloc.evaluate import Answer, answer_all, summary
+from emloc.prompts import Encoded
+
+PROMPTS = ([1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63, 64, 65, 66])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama(tiny_tokenizer(chat=False))
+
+
+def greedy(model, prompt, length):
+    """What generation itself writes."""
+    ids = torch.tensor([prompt])
+    written = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=length,
+        min_new_tokens=length,
+        do_sample=False,
+    )
+    return written[0, len(prompt) :].tolist()
+
+
+def test_exact_is_what_greedy_decoding_writes(model):
+    """In one padded batch of unequal prompts and answers."""
+    answers = [greedy(model, prompt, 2 + index) for index, prompt in enumerate(PROMPTS)]
+    same = [
+        Encoded(str(i), [*prompt, *answer], len(prompt))
+        for i, (prompt, answer) in enumerate(zip(PROMPTS, answers, strict=True))
+    ]
+    found = answer_all(model, same, size=3, pad=0)
+    assert [answer.id for answer in found] == ["0", "1", "2"]
+    assert [(answer.right, answer.tokens) for answer in found] == [(2, 2), (3, 3), (4, 4)]
+    assert all(answer.exact for answer in found)
+
+    other = [
+        Encoded(one.id, [*one.input_ids[:-1], one.input_ids[-1] ^ 1], one.answer_start)
+        for one in same
+    ]
+    found = answer_all(model, other, size=3, pad=0)
+    assert [(answer.right, answer.tokens) for answer in found] == [(1, 2), (2, 3), (3, 4)]
+    assert not any(answer.exact for answer in found)
+
+
+def test_likelihoods_do_not_depend_on_the_batch(model):
+    rows = [Encoded(str(i), [*prompt, 70, 71, 72], len(prompt)) for i, prompt in enumerate(PROMPTS)]
+    alone, together = (answer_all(model, rows, size=size, pad=0) for size in (1, 3))
+    for one, other in zip(alone, together, strict=True):
+        assert one.nll == pytest.approx(other.nll, abs=1e-4)
+        ids = torch.tensor([rows[int(one.id)].input_ids])
+        with torch.no_grad():
+            logs = model(ids).logits[0].log_softmax(-1)
+        true = -logs[-4:-1].gather(1, ids[0, -3:, None]).sum()
+        assert one.nll == pytest.approx(float(true), abs=1e-4)
+
+
+def test_summary_weighs_tokens_for_the_loss_and_rows_for_the_match():
+    answers = [Answer("a", nll=6.0, tokens=3, right=3), Answer("b", nll=1.0, tokens=1, right=0)]
+    assert summary(answers) == {"loss": 7 / 4, "token_accuracy": 3 / 4, "exact_match": 1 / 2}
+    assert math.isclose(summary(answers[:1])["loss"], 2.0)
