@@ -40,9 +40,7 @@ def calibrate(
             statistics = Statistics.load(path)
         else:
             statistics = observe(block, blocks[block.name], whole)
-            draft = path.with_suffix(".draft")
-            statistics.save(draft)
-            draft.rename(path)
+            statistics.save(path)
         tokens = statistics.tokens
         outputs += statistics.outputs
     return {"tokens": tokens, "outputs": outputs, "samples": samples.ids}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from emloc.digest import digest
 from emloc.errors import ConfigError
+from emloc.store import open_store
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +88,7 @@ def _from_package(package: str | None) -> tuple[Path, str]:
         )
     with found[0].open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
-    cache = Path(os.environ.get("EMLOC_CACHE", "~/.cache/emloc")).expanduser()
-    home = cache / "checkpoints" / f"{package}-{content[:16]}"
+    home = open_store().root / "checkpoints" / f"{package}-{content[:16]}"
     if not home.exists():
         _convert(found[0], home)
     return home, f"{package}:{content}"

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from emloc.adapters.saved import load_on
-from emloc.models.text import IGNORE, collate, encode_all
+from emloc.models.text import IGNORE, by_length, collate, encode_all
 from emloc.prompts import Encoded
 from emloc.settings import EvalSettings
 from emloc.source import Source
@@ -110,14 +110,10 @@ def answer_all(
     model: PreTrainedModel, encoded: Sequence[Encoded], size: int, pad: int
 ) -> list[Answer]:
     """Every answer under the model, in the given order."""
-    # Similar lengths together waste the least on padding.
-    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index].input_ids))
     found: dict[int, Answer] = {}
-    for start in tqdm(range(0, len(order), size), "evaluate", unit="batch"):
-        indices = order[start : start + size]
-        rows = [encoded[index] for index in indices]
-        for index, answer in zip(indices, _answers(model, rows, pad), strict=True):
-            found[index] = answer
+    for group in tqdm(by_length(encoded, size), "evaluate", unit="batch"):
+        answers = _answers(model, [encoded[index] for index in group], pad)
+        found |= dict(zip(group, answers, strict=True))
     return [found[index] for index in range(len(encoded))]
 
 

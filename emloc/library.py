@@ -19,12 +19,12 @@ from torch import nn
 from emloc.adapters.saved import SavedLora, lora_of, read_lora
 from emloc.calibrate import observe
 from emloc.emulators.factors import factorize, refine
+from emloc.emulators.size import ranks_at
 from emloc.errors import ConfigError
 from emloc.linalg.correct import Moments, Pair
-from emloc.linalg.factorize import rank_of
 from emloc.nn.factorized import Factorized
 from emloc.nn.surgery import with_modules
-from emloc.recovery.correction import Correction, moments_of
+from emloc.recovery.correction import Correction, moments_along
 from emloc.walk import Block, by_block, walk
 
 Batch = Mapping[str, Any]
@@ -58,12 +58,8 @@ def build_emulator(
     layers = _linears(model, targets)
     if not batches:
         raise ConfigError("batches is empty: an emulator is built from samples of the task")
-    ranks = {}
-    for name, layer in layers.items():
-        try:
-            ranks[name] = rank_of(ratio, layer.out_features, layer.in_features, multiple)
-        except ValueError as error:
-            raise ConfigError(f"{name}: {error}") from error
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    ranks = ranks_at(ratio, shapes, multiple)
     blocks = by_block(layers)
     statistics = {
         block.name: observe(block, blocks[block.name], whole=False)
@@ -114,7 +110,10 @@ def correct(
     if (metric == "covariance") != (batches is not None):
         raise ConfigError("batches belong to metric='covariance': give both or neither")
     trained = read_lora(Path(adapter)) if isinstance(adapter, str | Path) else lora_of(adapter)
-    moments = _moments(trained.pairs, model, batches) if batches is not None else {}
+    moments: dict[str, Moments] = {}
+    if batches is not None:
+        run = _walk(model, batches, by_block(trained.pairs))
+        moments = moments_along(run, trained.pairs)
     factors = _factorized(emulator)
 
     def change(layer: str, pair: Pair) -> Pair:
@@ -156,13 +155,3 @@ def _walk(model: nn.Module, batches: Sequence[Batch], blocks: Mapping[str, Any])
         yield from walk(model, batches, list(blocks), device)
     finally:
         model.train(training)
-
-
-def _moments(
-    pairs: Mapping[str, Pair], model: nn.Module, batches: Sequence[Batch]
-) -> dict[str, Moments]:
-    blocks = by_block(pairs)
-    found: dict[str, Moments] = {}
-    for block in _walk(model, batches, blocks):
-        found |= moments_of(block, {layer: pairs[layer] for layer in blocks[block.name]})
-    return found

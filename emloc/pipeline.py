@@ -49,7 +49,8 @@ def run(cell: Cell, store: Store, report: Report) -> Result:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     emulator, adapter, recovery = cell.emulator, cell.adapter, cell.recovery
     source = cell.model.open()
-    ranks = emulator.plan(source, cell.model.compressed(source), cell.compression)
+    layers = cell.model.compressed(source)
+    ranks = emulator.plan(source, layers, cell.compression)
     fit = _fit(cell, source) if adapter.trains else None
     # What cannot be scored is found out now, not behind the training.
     cell.task.held_out(cell.eval.limit)
@@ -62,7 +63,7 @@ def run(cell: Cell, store: Store, report: Report) -> Result:
             "calibrate",
             calibrate,
             source,
-            cell.model.compressed(source),
+            layers,
             samples,
             emulator.statistics == "input",
             device=device,

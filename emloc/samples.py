@@ -41,7 +41,7 @@ class Samples:
         """The samples, answers included, as keyword arguments of the model's forward."""
         tokenizer = source.tokenizer()
         encoded = encode_all(tokenizer, self.examples, self.max_length)
-        return batches(encoded, BATCH, tokenizer.pad_token_id, answers_only=False)
+        return batches(encoded, BATCH, tokenizer.pad_token_id)
 
 
 def choose(pool: Examples, count: int, seed: int) -> Examples:

@@ -94,16 +94,21 @@ class Source:
         """Name -> (out, in) of every `nn.Linear`, in the order of the model."""
         return {
             name: (module.out_features, module.in_features)
-            for name, module in self.skeleton().named_modules()
+            for name, module in self._bare.named_modules()
             if isinstance(module, nn.Linear)
         }
 
     @cached_property
     def sizes(self) -> dict[str, int]:
         """Parameter name -> number of elements, tied parameters once."""
+        return {name: parameter.numel() for name, parameter in self._bare.named_parameters()}
+
+    @cached_property
+    def _bare(self) -> PreTrainedModel:
+        """A skeleton that is only looked at: names, shapes and which parameters are tied."""
         model = self.skeleton()
         model.tie_weights()
-        return {name: parameter.numel() for name, parameter in model.named_parameters()}
+        return model
 
     def require(self, names: list[str]) -> None:
         """Refuse a checkpoint without one of the named tensors.

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from emloc.linalg.gram import exact_float32, gram
+from emloc.shard import write_shard
 
 
 @dataclass
@@ -57,10 +57,10 @@ class Statistics:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""
-        tensors = {f"input.{site}": total.cpu() for site, total in self.inputs.items()}
-        tensors |= {f"output.{layer}": total.cpu() for layer, total in self.outputs.items()}
+        tensors = {f"input.{site}": total for site, total in self.inputs.items()}
+        tensors |= {f"output.{layer}": total for layer, total in self.outputs.items()}
         facts = {"sites": json.dumps(self.sites), "tokens": str(self.tokens)}
-        save_file(tensors, path, metadata=facts)
+        write_shard(path, tensors, facts)
 
     @staticmethod
     def load(path: Path) -> Statistics:

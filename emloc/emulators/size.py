@@ -21,12 +21,24 @@ def uniform_ranks(source: Source, layers: Layers, budget: Compression, multiple:
     share = budget.ratio
     if budget.of == "model":
         share = _share_of_linears(source, layers, budget.ratio)
+    try:
+        return ranks_at(share, layers, multiple)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; set compression.ratio higher") from error
+
+
+def ranks_at(share: float, layers: Layers, multiple: int) -> Ranks:
+    """The rank at which each layer keeps at most `share` of its parameters.
+
+    Raises:
+        ConfigError: the share is no share, or leaves a layer without rank.
+    """
     ranks = {}
     for name, (rows, columns) in layers.items():
         try:
             ranks[name] = rank_of(share, rows, columns, multiple)
         except ValueError as error:
-            raise ConfigError(f"{name}: {error}; set compression.ratio higher") from error
+            raise ConfigError(f"{name}: {error}") from error
     return ranks
 
 

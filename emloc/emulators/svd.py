@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -23,6 +23,7 @@ from emloc.errors import ConfigError
 from emloc.nn.factorized import Factorized
 from emloc.samples import Samples
 from emloc.settings import Compression
+from emloc.shard import write_shard
 from emloc.source import Source
 from emloc.statistics import Statistics
 from emloc.walk import Block, block_of, by_block, open_walk
@@ -137,14 +138,11 @@ def _open_blocks(
 
 def _save(found: dict[str, Factored], path: Path) -> None:
     tensors = {
-        f"{layer}.{part}": getattr(one.factors, part).cpu().contiguous()
+        f"{layer}.{part}": getattr(one.factors, part)
         for layer, one in found.items()
         for part in ("u", "v")
     }
-    facts = {layer: json.dumps(one.facts) for layer, one in found.items()}
-    draft = path.with_suffix(".draft")
-    save_file(tensors, draft, metadata=facts)
-    draft.rename(path)
+    write_shard(path, tensors, {layer: json.dumps(one.facts) for layer, one in found.items()})
 
 
 def _facts(path: Path) -> dict[str, Any]:

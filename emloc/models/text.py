@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -150,12 +150,15 @@ def collate(batch: Sequence[Encoded], pad: int, *, answers_only: bool = True) ->
     return result
 
 
-def batches(
-    encoded: Iterable[Encoded], size: int, pad: int, *, answers_only: bool
-) -> list[dict[str, Tensor]]:
-    """All of `encoded` in batches of similar length: little padding, order not kept."""
-    ordered = sorted(encoded, key=lambda one: len(one.input_ids))
+def by_length(encoded: Sequence[Encoded], size: int) -> list[list[int]]:
+    """Indices in groups of `size`, similar lengths together, which waste the least on padding."""
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index].input_ids))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def batches(encoded: Sequence[Encoded], size: int, pad: int) -> list[dict[str, Tensor]]:
+    """All of `encoded` as whole texts, in batches of similar length; order not kept."""
     return [
-        collate(ordered[start : start + size], pad, answers_only=answers_only)
-        for start in range(0, len(ordered), size)
+        collate([encoded[index] for index in group], pad, answers_only=False)
+        for group in by_length(encoded, size)
     ]

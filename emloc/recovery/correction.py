@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -103,16 +103,21 @@ def _moments(
 ) -> dict[str, Moments]:
     if samples is None:
         return {}
-    blocks = by_block(pairs)
-    run = open_walk(source, samples.batches(source), list(blocks), device)
+    blocks = list(by_block(pairs))
+    run = open_walk(source, samples.batches(source), blocks, device)
+    return moments_along(tqdm(run, "recover: activations", total=len(blocks), unit="block"), pairs)
+
+
+def moments_along(run: Iterable[Block], pairs: Mapping[str, Pair]) -> dict[str, Moments]:
+    """What the covariance metric needs of each adapted layer, over the blocks of a walk."""
+    members = by_block(pairs)
     found: dict[str, Moments] = {}
-    for block in tqdm(run, "recover: activations", total=len(blocks), unit="block"):
-        found |= moments_of(block, {layer: pairs[layer] for layer in blocks[block.name]})
+    for block in run:
+        found |= _moments_of(block, {layer: pairs[layer] for layer in members[block.name]})
     return found
 
 
-def moments_of(block: Block, pairs: Mapping[str, Pair]) -> dict[str, Moments]:
-    """Run the block and sum what the covariance metric needs of each adapted layer."""
+def _moments_of(block: Block, pairs: Mapping[str, Pair]) -> dict[str, Moments]:
     found: dict[str, Moments] = {}
 
     def add(mask: Tensor | None) -> None:

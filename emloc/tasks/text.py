@@ -96,6 +96,10 @@ class TextTask:
 
     def train(self) -> Examples:
         """The first `limit` training rows whose prompt is not also an evaluation prompt."""
+        return Examples(self.name, self._train_rows[: self.limit])
+
+    @cached_property
+    def _train_rows(self) -> tuple[Example, ...]:
         asked = {row.prompt for row in self._eval_rows}
         rows = self._examples(self.train_split)
         kept = tuple(row for row in rows if row.prompt not in asked)
@@ -111,7 +115,7 @@ class TextTask:
                 f"task {self.name}: every row of task.train_split={self.train_split} is also in "
                 f"task.eval_split={self.eval_split}; set task.train_split to another split"
             )
-        return Examples(self.name, kept[: self.limit])
+        return kept
 
     def held_out(self, limit: int | None) -> Examples:
         """The first `limit` rows of the evaluation split in file order, or all of them."""

@@ -181,7 +181,7 @@ def test_without_answers_there_is_only_what_a_forward_pass_takes(tokenizer):
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 9])
 def test_batches_hold_everything_once_by_length(tokenizer, size):
     encoded = all_of(tokenizer)
-    made = batches(encoded, size, tokenizer.pad_token_id, answers_only=False)
+    made = batches(encoded, size, tokenizer.pad_token_id)
     assert [len(one["input_ids"]) for one in made] == [
         min(size, len(encoded) - start) for start in range(0, len(encoded), size)
     ]
