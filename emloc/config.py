@@ -14,7 +14,14 @@ from emloc.emulators import Emulator
 from emloc.errors import ConfigError
 from emloc.models.text import TextModel
 from emloc.recovery import Recovery
-from emloc.settings import Calibration, Compression, EvalSettings, LoraSettings, TrainSettings
+from emloc.settings import (
+    Budget,
+    Calibration,
+    Compression,
+    EvalSettings,
+    LoraSettings,
+    TrainSettings,
+)
 from emloc.tasks import Task
 from emloc.track import Tracker
 
@@ -36,6 +43,7 @@ class Cell:
     recovery: Recovery
     train: TrainSettings
     eval: EvalSettings
+    budget: Budget
     tracker: Tracker
 
 

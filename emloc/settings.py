@@ -46,17 +46,44 @@ class Calibration:
 class Compression:
     """The budget of an emulator (`compression` group)."""
 
-    ratio: float  # share kept, in (0, 1)
+    ratio: float | None  # share kept, in (0, 1); null: the largest that budget.gpu_gib holds
     of: str  # linears: of the compressed layers; model: of all parameters
+    bits: int | None  # 16: as the model's dtype; 4: nf4; null: what budget.gpu_gib allows
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
+        if self.ratio is not None and not 0 < self.ratio < 1:
             raise ConfigError(
                 f"compression.ratio must lie between 0 and 1, got {self.ratio:g}; "
                 "set compression.ratio=0.5"
             )
         if self.of not in ("linears", "model"):
             raise ConfigError(f"compression.of={self.of}: set compression.of=linears or model")
+        if self.bits not in (None, 4, 16):
+            raise ConfigError(f"compression.bits={self.bits}: set compression.bits=16 or 4")
+        if (self.ratio is None) != (self.bits is None):
+            raise ConfigError(
+                "compression.ratio and compression.bits are solved for together; "
+                "set both, or compression=auto"
+            )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run may use of the machine (`budget` section); it decides no result by itself."""
+
+    gpu_gib: float | None  # device memory: capped at it, and what compression=auto solves for
+    host_gib: float  # hidden states waiting in host memory; what is above goes to disk
+
+    def __post_init__(self) -> None:
+        if self.gpu_gib is not None and self.gpu_gib <= 0:
+            raise ConfigError(
+                f"budget.gpu_gib must be above 0 or null, got {self.gpu_gib:g}; "
+                "set budget.gpu_gib=24"
+            )
+        if self.host_gib < 0:
+            raise ConfigError(
+                f"budget.host_gib must be at least 0, got {self.host_gib:g}; set budget.host_gib=4"
+            )
 
 
 @dataclass(frozen=True)
@@ -93,6 +120,7 @@ class TrainSettings:
     weight_decay: float
     clip: float  # largest gradient norm
     checkpointing: bool  # compute activations again in the backward pass, to save memory
+    lean: bool  # the same training with less memory and time; false: PEFT's own modules
     log_every: int  # steps
     save_every: int  # steps between checkpoints an interrupted training resumes from
 
@@ -153,6 +181,7 @@ class Config:
     recovery: Any = MISSING
     train: TrainSettings = MISSING
     eval: EvalSettings = MISSING
+    budget: Budget = MISSING
     tracker: Any = MISSING
 
 
@@ -173,6 +202,7 @@ def schema() -> DictConfig:
             "lora": LoraSettings,
             "train": TrainSettings,
             "eval": EvalSettings,
+            "budget": Budget,
         }.items()
     }
     for section in sections.values():

@@ -75,9 +75,9 @@ def refusal(cfg: DictConfig) -> str:
 
 def test_the_groups_are_the_sections_and_the_presets():
     sections = {name for name, kind in SECTIONS.items() if kind not in (str, int)}
-    assert set(CHOICES) == sections | {"method"}
+    assert set(CHOICES) == (sections - {"budget"}) | {"method"}
     assert [field.name for field in dataclasses.fields(Cell)] == list(SECTIONS)
-    assert set(SECTIONS) - set(DECISIVE) == {"name", "method", "tracker"}
+    assert set(SECTIONS) - set(DECISIVE) == {"name", "method", "tracker", "budget"}
 
 
 @pytest.mark.parametrize("method", CHOICES["method"])
@@ -153,7 +153,11 @@ def test_a_model_or_task_is_called_as_its_yaml(name):
     ("name", "words"),
     [
         *((f"lora/{s}", lambda n: f"r{n.rank}") for s in CHOICES["lora"]),
-        *((f"compression/{s}", lambda n: f"r{n.ratio * 100:.0f}") for s in CHOICES["compression"]),
+        *(
+            (f"compression/{s}", lambda n: f"r{n.ratio * 100:.0f}" + "_nf4" * (n.bits == 4))
+            for s in CHOICES["compression"]
+            if s != "auto"
+        ),
         *(
             (f"calibration/{s}", lambda n: f"{n.source}_{n.samples}")
             for s in CHOICES["calibration"]
