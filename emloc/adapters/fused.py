@@ -1,0 +1,131 @@
+"""PEFT's LoRA layers with one operation in place of base layer and adapter (see `emloc.lean`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+
+from emloc.lean.layers import (
+    Adapted,
+    Base,
+    Low,
+    Scratch,
+    Stacked,
+    Whole,
+    aligned,
+    refresh,
+    stack,
+)
+from emloc.nn.factorized import Factorized, Nf4Factorized
+from emloc.nn.nf4 import Nf4, Nf4Linear
+
+# Two, since both factors of a layer are needed at once.
+Rooms = tuple[Scratch, Scratch]
+
+
+def fuse(model: nn.Module) -> int:
+    """Give every LoRA layer a forward of one operation, as long as all of them can have it.
+
+    The adapter's parameters stay PEFT's, so that what is trained and saved is the same.
+
+    Returns:
+        Number of layers changed: all, or none where one of them computes something else (dropout,
+        DoRA, several adapters) or has a base layer of another kind.
+    """
+    layers = [
+        module for module in model.modules() if isinstance(module, LoraLinear | LoraLinear4bit)
+    ]
+    if not layers or not all(_plain(layer) for layer in layers):
+        return 0
+    lows = []
+    rooms = Scratch(), Scratch()
+    for layer in layers:
+        base, low = _halves(layer, rooms)
+        layer.forward = partial(_forward, base, low)
+        lows.append(low)
+    refresh(lows)
+    # Once per pass, before its first layer; the recomputation of a checkpoint finds them fresh.
+    model.register_forward_pre_hook(lambda *_: refresh(lows))
+    return len(layers)
+
+
+def _plain(layer: Any) -> bool:
+    name = layer.active_adapters[0]
+    return (
+        type(layer.base_layer) in _BASES
+        and list(layer.lora_A) == [name]
+        and name not in layer.lora_variant
+        and isinstance(layer.lora_dropout[name], nn.Identity)
+        and layer.lora_A[name].bias is None
+        and layer.lora_B[name].bias is None
+    )
+
+
+def _forward(base: Base, low: Low, x: Tensor, *_: Any) -> Tensor:
+    y: Tensor = Adapted.apply(x, low.a, low.b, base, low)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _halves(layer: Any, rooms: Rooms) -> tuple[Base, Low]:
+    name = layer.active_adapters[0]
+    lora = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    return _BASES[type(layer.base_layer)](layer.base_layer, rooms, *lora)
+
+
+def _low(like: Tensor, a: nn.Parameter, b: nn.Parameter, scale: float) -> Low:
+    return Low(a, b, scale, like.new_empty(a.shape), like.new_empty(b.T.shape))
+
+
+def _whole(base: nn.Linear, _: Rooms, *lora: Any) -> tuple[Base, Low]:
+    return Whole(lambda: base.weight, base.bias), _low(base.weight, *lora)
+
+
+def _whole_nf4(base: Nf4Linear, rooms: Rooms, *lora: Any) -> tuple[Base, Low]:
+    matrix = base.matrix
+    low = _low(matrix.codes.new_empty(0, dtype=matrix.dtype), *lora)
+
+    def weight() -> Tensor:
+        return matrix.dequantize(rooms[0].of(*matrix.shape, low.down))
+
+    return Whole(weight, base.bias), low
+
+
+def _stacked(
+    base: Factorized, _: Rooms, a: nn.Parameter, b: nn.Parameter, scale: float
+) -> tuple[Base, Low]:
+    k, r = base.rank, a.shape[0]
+    down, up = stack(base.v.data, r), stack(base.u.data.T, r)
+    base.v.data, base.u.data = down[:k], up[:k].T  # the layer looks into the stack: nothing twice
+    low = Low(a, b, scale, down[k : k + r], up[k : k + r])
+    return Stacked(k, lambda _: (down, up), base.bias), low
+
+
+def _stacked_nf4(base: Nf4Factorized, rooms: Rooms, *lora: Any) -> tuple[Base, Low]:
+    v, ut, k = base.v, base.ut, base.rank
+    low = _low(base.weight, *lora)
+    height = aligned(k + len(low.down))
+
+    def formed(room: Scratch, matrix: Nf4, below: Tensor) -> Tensor:
+        full = room.of(height, matrix.shape[1], below)
+        matrix.dequantize(full[:k])
+        full[k : k + len(below)] = below
+        full[k + len(below) :] = 0
+        return full
+
+    def matrices(low: Low) -> tuple[Tensor, Tensor]:
+        return formed(rooms[0], v, low.down), formed(rooms[1], ut, low.up)
+
+    return Stacked(k, matrices, base.bias), low
+
+
+_BASES: dict[type, Callable[..., tuple[Base, Low]]] = {
+    nn.Linear: _whole,
+    Nf4Linear: _whole_nf4,
+    Factorized: _stacked,
+    Nf4Factorized: _stacked_nf4,
+}
