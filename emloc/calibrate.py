@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from emloc.journal import Journal
 from emloc.samples import Samples
 from emloc.source import Source
 from emloc.statistics import Statistics, Taken
@@ -26,33 +28,48 @@ def calibrate(
     whole: bool,
     *,
     device: torch.device,
+    host_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """Write one file of second moments per block; blocks already there are not computed again.
+    """Write one file of second moments per block, and a line about it into `journal.jsonl`.
 
-    With `whole`, an input Gram for every layer, also where its outputs are the smaller matrix.
+    With `whole`, an input Gram for every layer, also where its outputs are the smaller matrix. An
+    interrupted calibration goes on with the next block: those it has are run again, as what they
+    give is needed, but not summed. `host_bytes` is what hidden states may take of host memory.
     """
     blocks = by_block(layers)
-    run = open_walk(source, samples.batches(source), list(blocks), device)
-    tokens, outputs = 0, list[str]()
+    run = open_walk(
+        source,
+        samples.batches(source),
+        list(blocks),
+        device,
+        host_bytes=host_bytes,
+        folder=folder,
+    )
+    journal = Journal(folder)
     for block in tqdm(run, "calibrate", total=len(blocks), unit="block"):
-        path = folder / f"{block.name}.safetensors"
-        if path.exists():
-            statistics = Statistics.load(path)
-        else:
+        if block.name not in journal.lines:
+            start = time.perf_counter()
             statistics = observe(block, blocks[block.name], whole)
-            statistics.save(path)
-        tokens = statistics.tokens
-        outputs += statistics.outputs
-    return {"tokens": tokens, "outputs": outputs, "samples": samples.ids}
+            statistics.save(journal.file(block.name))
+            journal.add(
+                block.name,
+                tokens=statistics.tokens,
+                outputs=list(statistics.outputs),
+                seconds=round(time.perf_counter() - start, 3),
+            )
+    lines = [journal.lines[block] for block in blocks]
+    outputs = [layer for line in lines for layer in line["outputs"]]
+    return {"tokens": lines[-1]["tokens"], "outputs": outputs, "samples": samples.ids}
 
 
-def observe(block: Block, layers: Iterable[str], whole: bool) -> Statistics:
-    """Run the block and sum the second moments of its layers."""
+def observe(block: Block, layers: Iterable[str], whole: bool, *, stay: bool = False) -> Statistics:
+    """Run the block, or with `stay` only look at it, and sum the second moments of its layers."""
     linears = linears_of(block, layers)
     weights = {name: linear.weight for name, linear in linears.items()}
     statistics = Statistics()
+    go = block.look if stay else block.run
     with Taken(linears) as taken:
-        block.run(lambda mask: statistics.add(taken.rows(mask), weights, whole))
+        go(lambda mask: statistics.add(taken.rows(mask), weights, whole))
     return statistics
 
 

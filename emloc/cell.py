@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import traceback
 import warnings
@@ -13,70 +14,128 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from emloc.errors import ConfigError, StageError
+from emloc.ranks import first, hush, rank, sharded, world_size
 from emloc.runs import Run
 
 if TYPE_CHECKING:
     from emloc.config import Cell
     from emloc.pipeline import Result
     from emloc.track import Session
+    from emloc.train import Report
 
 log = logging.getLogger("emloc")
 
 NOT_A_NUMBER = float("nan")
 
+# Seconds the first process has to fail for the same reason as another one, and to record it.
+GRACE = 10
+
 
 def run_cell(cfg: DictConfig) -> float:
     """The headline score of one run; nan if it failed, which its status.json then explains.
 
-    A run that is done is never done again, so repeating a sweep is resuming it.
+    A run that is done is never done again, so repeating a sweep is resuming it. Of several
+    processes only the first writes into the run's folder.
+
+    Raises:
+        SystemExit: a training of several processes failed in this one. It has been recorded; the
+            others may hang in it, so that they have to be ended and nothing more can be run.
     """
+    hush()
     hydra = HydraConfig.get()
     run = Run(Path(hydra.runtime.output_dir))
     if run.done:
         log.info("%s: done before", run.folder.name)
         return float(run.metrics["score"])
+    if not first():
+        return _follow(cfg, run)
     choices = {group: choice for group, choice in hydra.runtime.choices.items() if choice}
     run.begin(cfg, {group: c for group, c in choices.items() if not group.startswith("hydra")})
     log.info("%s: started", run.folder.name)
     try:
         metrics = _work(cfg, run)
-    except ConfigError as error:
-        return _failed(run, "failed", "config", str(error))
-    except StageError as error:
-        with (run.folder / "run.log").open("a") as file:
-            traceback.print_exception(error, file=file)
-        state = "oom" if _out_of_memory(error) else "failed"
-        return _failed(run, state, error.stage, f"{error} (more in {run.folder / 'run.log'})")
+    except (ConfigError, StageError) as error:
+        return _failed(run, error)
     except KeyboardInterrupt:
         run.mark("interrupted")
         raise
     except Exception as error:  # why: no folder may go on saying "running"; the error is raised on
-        run.mark("failed", stage="start", error=f"{type(error).__name__}: {error}")
+        _crashed(run, error)
         raise
     run.finish(metrics)
     log.info("%s: done", run.folder.name)
     return float(metrics["score"])
 
 
-def _out_of_memory(error: StageError) -> bool:
-    """Of the device, of Python, or of torch on a CPU, which has no type of its own for it."""
-    words = ("OutOfMemory", "can't allocate memory")
-    return isinstance(error.__cause__, MemoryError) or any(word in str(error) for word in words)
+def _follow(cfg: DictConfig, run: Run) -> float:
+    """Take part in a run that the first process records, and end it as that one does."""
+    try:
+        _work(cfg, run)
+    except (ConfigError, StageError) as error:
+        return _failed(run, error)
+    except Exception as error:  # why: as in the first process
+        _crashed(run, error)
+        raise
+    run.ended(within=math.inf)
+    return float(run.metrics["score"]) if run.done else NOT_A_NUMBER
 
 
-def _failed(run: Run, state: str, stage: str, message: str) -> float:
-    run.mark(state, stage=stage, error=message)
-    log.error("%s", " ".join(message.split()))
+def _failed(run: Run, error: ConfigError | StageError) -> float:
+    """Record and say what went wrong, unless another process has."""
+    state, stage, message = "failed", "config", str(error)
+    if isinstance(error, StageError):
+        state, stage = "oom" if _out_of_memory(error) else "failed", error.stage
+        message = f"{error} (more in {run.folder / 'run.log'})"
+    if not _recorded(run):
+        if stage != "config":
+            with (run.folder / "run.log").open("a") as file:
+                traceback.print_exception(error, file=file)
+        run.mark(state, stage=stage, error=_by() + message)
+        log.error("%s", _by() + " ".join(message.split()))
+    if _out_of_step(error):
+        words = "ended here: a training that one process failed in may hold up the others"
+        raise SystemExit(words if first() else 1) from error
     return NOT_A_NUMBER
 
 
+def _crashed(run: Run, error: Exception) -> None:
+    if not _recorded(run):
+        run.mark("failed", stage="start", error=f"{_by()}{type(error).__name__}: {error}")
+
+
+def _recorded(run: Run) -> bool:
+    """Whether it is known how the run ended. What fails in one process fails in the first, too,
+    or leaves it waiting: then the other one records it.
+    """
+    return run.ended(within=0 if first() else GRACE)
+
+
+def _by() -> str:
+    return "" if first() else f"process {rank()}: "
+
+
+def _out_of_step(error: Exception) -> bool:
+    from emloc.store import OutOfStep
+
+    return isinstance(error, OutOfStep)
+
+
+def _out_of_memory(error: StageError) -> bool:
+    """Of the device, of Python, or of torch on a CPU, which has no type of its own for it."""
+    words = ("OutOfMemory", "MemoryError", "can't allocate memory")
+    return any(word in str(error) for word in words)
+
+
 def _work(cfg: DictConfig, run: Run) -> dict[str, Any]:
+    """The results; what the followers get is of no use to them."""
     from emloc.config import build  # torch comes in here, after all that needs none
 
     _quiet()
     cell = build(cfg)
-    config = run.config
-    session = cell.tracker.start(run.folder, cell.name, run.folder.name, config)
+    if not first():
+        _pipeline(cell, lambda step, values: None)
+        return {}
+    session = cell.tracker.start(run.folder, cell.name, run.folder.name, run.config)
     metrics: dict[str, Any] | None = None
     try:
         metrics = _measure(cell, run, session)
@@ -86,21 +145,26 @@ def _work(cfg: DictConfig, run: Run) -> dict[str, Any]:
 
 
 def _measure(cell: Cell, run: Run, session: Session) -> dict[str, Any]:
-    from emloc.pipeline import run as run_pipeline
-    from emloc.store import open_store
-
     def report(step: int, values: dict[str, float]) -> None:
         line = {f"train/{key}": value for key, value in values.items()} | {"train/step": step}
         run.log(line)
         session.log(line)
 
-    result = run_pipeline(cell, open_store(), report)
+    result = _pipeline(cell, report)
     metrics = _metrics(cell, result)
     _collect(result, run.folder)
     line = {f"evaluate/{key}": value for key, value in metrics["scores"].items()}
     run.log(line)
     session.log(line)
     return metrics
+
+
+def _pipeline(cell: Cell, report: Report) -> Result:
+    from emloc.pipeline import run
+    from emloc.store import open_store
+
+    sharded()  # refused now rather than behind the emulator
+    return run(cell, open_store(), report)
 
 
 def _metrics(cell: Cell, result: Result) -> dict[str, Any]:
@@ -120,6 +184,7 @@ def _metrics(cell: Cell, result: Result) -> dict[str, Any]:
             k: v for k, v in result.emulated.facts.items() if k not in ("seconds", "peak_gib")
         },
         "data": cell.task.key,
+        "processes": world_size(),
         "trainable": result.trained.facts["trainable"] if result.trained else 0,
         "seconds": {name: stage.facts["seconds"] for name, stage in stages.items()},
         "peak_gib": {name: stage.facts["peak_gib"] for name, stage in stages.items()},
@@ -157,6 +222,7 @@ def _quiet() -> None:
 
     huggingface_hub.logging.set_verbosity_error()  # each retry; our own line says what to do
     transformers.logging.set_verbosity_error()
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # each file of a checkpoint
     # One library calling another by a name that has just become the older of two.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
     datasets.disable_progress_bars()

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from emloc.adapters import Adapter
 from emloc.emulators import Emulator
 from emloc.errors import ConfigError
-from emloc.models.text import TextModel
+from emloc.models.checkpointed import Checkpointed
 from emloc.recovery import Recovery
 from emloc.settings import (
     Budget,
@@ -33,7 +33,7 @@ class Cell:
     name: str
     method: str
     seed: int
-    model: TextModel
+    model: Checkpointed
     task: Task
     calibration: Calibration
     compression: Compression

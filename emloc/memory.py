@@ -16,6 +16,13 @@ GIB = 2**30
 _POLL_SECONDS = 0.02
 
 
+def stay_within(device: torch.device, gib: float | None) -> None:
+    """Make the device refuse what is beyond `gib`, as a smaller one would; None: nothing is."""
+    if gib is not None and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), device)
+
+
 class Peak:
     """Context in which `gib` follows the highest memory in use.
 

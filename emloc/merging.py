@@ -14,6 +14,7 @@ from emloc.adapters.saved import SavedLora, read_lora
 from emloc.config import part
 from emloc.errors import ConfigError
 from emloc.source import Source
+from emloc.weights import Safetensors, parameter_name
 
 
 def merge_run(run: Path, target: Path) -> Path:
@@ -36,25 +37,31 @@ def merge(source: Source, adapter: SavedLora, target: Path) -> Path:
     Sums are float32 and rounded once to the dtype of the weight.
 
     Raises:
-        ConfigError: `target` is already there, or the adapter names a layer the model has not.
+        ConfigError: `target` is already there, the source is no checkpoint, or the adapter names a
+            layer the model has not.
     """
     if target.exists():
         raise ConfigError(f"{target} is already there; give another folder with --to")
-    missing = [name for name in adapter.pairs if f"{name}.weight" not in source.files]
+    weights = source.weights
+    if not isinstance(weights, Safetensors):
+        raise ConfigError(
+            f"{weights.where}: there is no checkpoint to merge into; set model.source"
+        )
+    missing = [name for name in adapter.pairs if f"{name}.weight" not in weights.names]
     if missing:
         raise ConfigError(f"the model holds no layer {missing[0]}; the adapter is for another one")
     draft = target.with_name(target.name + ".partial")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    for path in source.folder.iterdir():
+    for path in weights.folder.iterdir():
         if path.is_file() and path.suffix != ".safetensors":
             shutil.copy(path, draft)
-    for shard in tqdm(sorted(set(source.files.values())), "merge", unit="file"):
+    for shard in tqdm(sorted(set(weights.files.values())), "merge", unit="file"):
         with safe_open(shard, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata()
         for name, weight in tensors.items():
-            pair = adapter.pairs.get(name.removesuffix(".weight"))
+            pair = adapter.pairs.get(parameter_name(name).removesuffix(".weight"))
             if pair is not None:
                 delta = pair.scale * (pair.b.float() @ pair.a.float())
                 tensors[name] = (weight.float() + delta).to(weight.dtype)

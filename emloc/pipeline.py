@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-import torch
-
 from emloc.calibrate import calibrate
 from emloc.config import Cell
 from emloc.emulators import Built, Given
 from emloc.errors import ConfigError
 from emloc.evaluate import evaluate, headline
+from emloc.memory import GIB, stay_within
+from emloc.plan.cost import statistics_bytes
+from emloc.plan.solve import solved
+from emloc.ranks import own_device
 from emloc.samples import Samples, choose
 from emloc.source import Source
 from emloc.store import Artifact, Store
@@ -46,11 +48,14 @@ def run(cell: Cell, store: Store, report: Report) -> Result:
         ConfigError: something cannot be right; raised before any weight is read.
         StageError: a stage failed.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, host = own_device(), int(cell.budget.host_gib * GIB)
+    stay_within(device, cell.budget.gpu_gib)
     emulator, adapter, recovery = cell.emulator, cell.adapter, cell.recovery
     source = cell.model.open()
+    source.tokenizer()  # random weights may have none: found out now, not behind a stage
     layers = cell.model.compressed(source)
-    ranks = emulator.plan(source, layers, cell.compression)
+    compression = solved(cell, source)
+    ranks = emulator.plan(source, layers, compression)
     fit = _fit(cell, source) if adapter.trains else None
     # What cannot be scored is found out now, not behind the training.
     cell.task.held_out(cell.eval.limit)
@@ -58,23 +63,30 @@ def run(cell: Cell, store: Store, report: Report) -> Result:
     samples = _samples(cell) if emulator.statistics or recovery.statistics else None
 
     statistics = trained = carried = None
-    if emulator.statistics:
+    whole = emulator.statistics == "input"
+    # Of a large model they would be larger than itself: it is then compressed while it is run.
+    kept = statistics_bytes(layers, whole) <= cell.budget.statistics_gib * GIB
+    if emulator.statistics and kept:
         statistics = store.stage(
             "calibrate",
             calibrate,
             source,
             layers,
             samples,
-            emulator.statistics == "input",
+            whole,
             device=device,
+            host_bytes=host,
         )
-    given = Given(ranks, statistics, samples if emulator.statistics else None)
-    emulated = store.stage("emulate", emulator.build, source, given, device=device)
+    assert compression.bits is not None
+    given = Given(ranks, statistics, samples if emulator.statistics else None, compression.bits)
+    emulated = store.stage("emulate", emulator.build, source, given, device=device, host_bytes=host)
     if fit is not None:
         built = Built(emulator, emulated, source)
         trained = store.stage("train", train, built, fit, device=device, report=report)
         seen = samples if recovery.statistics else None
-        carried = store.stage("recover", recovery.carry, trained, built, seen, device=device)
+        carried = store.stage(
+            "recover", recovery.carry, trained, built, seen, device=device, host_bytes=host
+        )
     length = cell.model.max_length
     evaluated = store.stage(
         "evaluate", evaluate, source, carried, cell.task, length, cell.eval, device=device

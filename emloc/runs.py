@@ -12,9 +12,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from emloc.digest import digest
+from emloc.ranks import LOOK, born, world_size
 from emloc.settings import DECISIVE
 
-DONE = "done"
+DONE, RUNNING = "done", "running"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Run:
         OmegaConf.save(config, self.folder / "config.yaml", resolve=True)
         _write(self.folder / "choices.json", choices)
         (self.folder / "metrics.jsonl").unlink(missing_ok=True)
-        self.mark("running")
+        self.mark(RUNNING)
 
     @property
     def choices(self) -> dict[str, str]:
@@ -63,6 +64,18 @@ class Run:
     def mark(self, state: str, **more: Any) -> None:
         """Record how the run is going."""
         _write(self.folder / "status.json", {"state": state, "time": time.time(), **more})
+
+    def ended(self, within: float) -> bool:
+        """Wait at most `within` seconds until the first process has recorded how its run ended.
+
+        What was recorded before this launch was started does not count.
+        """
+        latest = time.monotonic() + within
+        while (status := self.status).get("state", RUNNING) == RUNNING or status["time"] < born():
+            if time.monotonic() >= latest:
+                return False
+            time.sleep(LOOK)
+        return True
 
     def log(self, values: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl."""
@@ -85,6 +98,8 @@ def find_runs(folder: Path) -> list[Run]:
 def folder_name(config: DictConfig) -> str:
     """`<method>-<model>-<task>-s<seed>-<id>`: the same settings give the same folder."""
     decisive = {name: _plain(config[name]) for name in DECISIVE}
+    if world_size() > 1:  # they share a step of the training, which is the larger for it
+        decisive["processes"] = world_size()
     words = (config.method, config.model.name, config.task.name, f"s{config.seed}")
     return "-".join([*words, digest(decisive)[:8]])
 

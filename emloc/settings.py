@@ -60,10 +60,10 @@ class Compression:
             raise ConfigError(f"compression.of={self.of}: set compression.of=linears or model")
         if self.bits not in (None, 4, 16):
             raise ConfigError(f"compression.bits={self.bits}: set compression.bits=16 or 4")
-        if (self.ratio is None) != (self.bits is None):
+        if self.bits is None and self.ratio is not None:
             raise ConfigError(
-                "compression.ratio and compression.bits are solved for together; "
-                "set both, or compression=auto"
+                "compression.bits is only solved for together with compression.ratio; "
+                "set compression.bits=16 or 4"
             )
 
 
@@ -73,6 +73,7 @@ class Budget:
 
     gpu_gib: float | None  # device memory: capped at it, and what compression=auto solves for
     host_gib: float  # hidden states waiting in host memory; what is above goes to disk
+    statistics_gib: float  # second moments kept to try other ratios; larger ones are never written
 
     def __post_init__(self) -> None:
         if self.gpu_gib is not None and self.gpu_gib <= 0:
@@ -80,10 +81,11 @@ class Budget:
                 f"budget.gpu_gib must be above 0 or null, got {self.gpu_gib:g}; "
                 "set budget.gpu_gib=24"
             )
-        if self.host_gib < 0:
-            raise ConfigError(
-                f"budget.host_gib must be at least 0, got {self.host_gib:g}; set budget.host_gib=4"
-            )
+        for name, usual in (("host_gib", 4), ("statistics_gib", 16)):
+            if (size := getattr(self, name)) < 0:
+                raise ConfigError(
+                    f"budget.{name} must be at least 0, got {size:g}; set budget.{name}={usual}"
+                )
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,17 @@
-"""The original model as a checkpoint on disk: read tensor by tensor, no more than is asked for."""
+"""The original model: what it is, and its weights tensor by tensor, no more than is asked for."""
 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -25,53 +25,70 @@ from transformers import (
 
 from emloc.errors import ConfigError
 from emloc.nn.surgery import put
+from emloc.weights import Absent, Random, Safetensors, Weights, draws_of, random_home
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A causal language model in a folder of safetensors.
+    """A model: its configuration and class, and where its weights are read from.
 
     `name` is what an adapter's `base_model_name_or_path` says; `identity` names the content of the
-    folder, so that the key changes when the weights do.
+    weights, so that the key changes when they do.
     """
 
-    folder: Path
+    folder: Path | None  # of configuration, tokenizer and safetensors; None: only `shape` is known
     name: str
     identity: str
     dtype: torch.dtype
+    auto: Any = AutoModelForCausalLM  # the transformers class that knows which model to build
+    shape: Mapping[str, Any] = field(default_factory=dict)  # the configuration without a folder
+    seed: int | None = None  # of random weights; None: those in the folder
 
     @property
     def key(self) -> list[str]:
         """What a stage that reads this model depends on."""
-        return [self.identity, str(self.dtype)]
+        return [self.identity, str(self.dtype), self.auto.__name__]
 
     @cached_property
-    def files(self) -> dict[str, Path]:
-        """Tensor name -> the file that holds it.
-
-        Raises:
-            ConfigError: no safetensors in the folder, or a shard is missing.
-        """
-        index = self.folder / "model.safetensors.index.json"
-        single = self.folder / "model.safetensors"
-        if index.exists():
-            names: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            missing = sorted({file for file in names.values() if not (self.folder / file).exists()})
-            if missing:
-                raise ConfigError(f"{self.folder}: shard {missing[0]} is missing; set model.source")
-            return {name: self.folder / file for name, file in names.items()}
-        if not single.exists():
-            raise ConfigError(f"{self.folder}: no model.safetensors; set model.source to one")
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), single)
+    def weights(self) -> Weights:
+        """Where the tensors come from."""
+        if self.seed is not None:
+            return Random(self.seed, draws_of(self._bare), self.dtype, random_home())
+        return Absent(self.name) if self.folder is None else Safetensors(self.folder)
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The model's own configuration."""
-        return AutoConfig.from_pretrained(self.folder)
+        """The model's own configuration.
+
+        Raises:
+            ConfigError: transformers has no such model, or the model no such setting.
+        """
+        where = "model.shape" if self.folder is None else f"{self.folder}: config.json"
+        try:
+            if self.folder is not None:
+                # Never code from a checkpoint; left unset, transformers asks on the terminal.
+                return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+            return AutoConfig.for_model(**copy.deepcopy(dict(self.shape)))
+        except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"{where} is of no model that transformers builds by itself: {reason[:160]}; "
+                "set model.source to a checkpoint in its format"
+            ) from error
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, with a padding token (the end token where it has none)."""
+        """The tokenizer, with a padding token (the end token where it has none).
+
+        Raises:
+            ConfigError: there is no folder it could lie in.
+        """
+        if self.folder is None:
+            raise ConfigError(
+                f"{self.name}: without a checkpoint there is no tokenizer; "
+                "set model.source=/path/to/checkpoint"
+            )
         tokenizer = AutoTokenizer.from_pretrained(self.folder)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -81,11 +98,20 @@ class Source:
         """The model with every parameter on the meta device: shapes and names, no weights.
 
         Buffers are real: rotary frequencies are computed, never stored.
+
+        Raises:
+            ConfigError: the configuration is of another kind of model.
         """
         config = copy.deepcopy(self.config)  # a trainer writes into its model's
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
-        if (self.folder / "generation_config.json").exists():
+        try:
+            with init_empty_weights(include_buffers=False):
+                model = self.auto.from_config(config, dtype=self.dtype)
+        except ValueError as error:
+            raise ConfigError(
+                f"{self.folder or self.name}: a model of type {config.model_type} is none of "
+                f"{self.auto.__name__}; set model or model.source"
+            ) from error
+        if self.folder is not None and (self.folder / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(self.folder)
         return model.eval()
 
@@ -103,6 +129,19 @@ class Source:
         """Parameter name -> number of elements, tied parameters once."""
         return {name: parameter.numel() for name, parameter in self._bare.named_parameters()}
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens the model knows."""
+        return int(self._bare.get_input_embeddings().weight.shape[0])
+
+    @cached_property
+    def lone_embedding(self) -> str | None:
+        """The parameter of the token embedding; None where the output matrix shares it."""
+        own, head = self._bare.get_input_embeddings(), self._bare.get_output_embeddings()
+        if type(own) is not nn.Embedding or (head is not None and head.weight is own.weight):
+            return None
+        return next(name for name, one in self._bare.named_parameters() if one is own.weight)
+
     @cached_property
     def _bare(self) -> PreTrainedModel:
         """A skeleton that is only looked at: names, shapes and which parameters are tied."""
@@ -111,43 +150,49 @@ class Source:
         return model
 
     def require(self, names: list[str]) -> None:
-        """Refuse a checkpoint without one of the named tensors.
+        """Refuse weights without one of the named tensors.
 
         Raises:
-            ConfigError: it does not hold one of them.
+            ConfigError: one of them is not there.
         """
-        missing = [name for name in names if name not in self.files]
+        missing = [name for name in names if name not in self.weights.names]
         if missing:
-            raise ConfigError(f"{self.folder}: holds no tensor {missing[0]}; set model.source")
+            raise ConfigError(
+                f"{self.weights.where}: holds no tensor {missing[0]}; set model.source"
+            )
 
-    def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors in the source's dtype, file by file, each file closed after its last.
+    def read(self, names: list[str], device: torch.device = CPU) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors in the source's dtype, one at a time, straight to `device`.
+
+        The order is that of the files. Each tensor is let go before the next is read.
 
         Raises:
-            ConfigError: the checkpoint does not hold one of them.
+            ConfigError: one of them is not there.
         """
         self.require(names)
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.files[name], []).append(name)
-        for path, members in by_file.items():
-            with safe_open(path, framework="pt") as file:
-                for name in members:
-                    yield name, file.get_tensor(name).to(self.dtype)
+        for name, tensor in self.weights.read(names, device):
+            tensor = tensor.to(self.dtype)
+            yield name, tensor
+            del tensor  # or it would be held, for whoever wants it no more, through the next read
 
-    def weight(self, module: str) -> Tensor:
+    def weight(self, module: str, device: torch.device = CPU) -> Tensor:
         """The weight (out, in) of one linear."""
-        return next(tensor for _, tensor in self.read([f"{module}.weight"]))
+        [(_, tensor)] = self.read([f"{module}.weight"], device)
+        return tensor
 
-    def bias(self, module: str, device: torch.device) -> Tensor | None:
+    def bias(self, module: str, device: torch.device = CPU) -> Tensor | None:
         """The bias (out,) of one linear, None where it has none."""
         name = f"{module}.bias"
-        return next(self.read([name]))[1].to(device) if name in self.files else None
+        if name not in self.weights.names:
+            return None
+        [(_, tensor)] = self.read([name], device)
+        return tensor
 
     def fill(self, model: nn.Module, names: Iterable[str], device: torch.device) -> None:
         """Give the named parameters their weights, and move the model's buffers, to `device`."""
-        for name, tensor in self.read([name for name in names if name in self.files]):
-            put(model, name, tensor.to(device))
+        held = self.weights.names
+        for name, tensor in self.read([name for name in names if name in held], device):
+            put(model, name, tensor)
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.device != device and not buffer.is_meta:

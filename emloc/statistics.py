@@ -15,8 +15,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from emloc.linalg.gram import exact_float32, gram
+from emloc.linalg.gram import gram, product
 from emloc.shard import write_shard
+
+# Tokens whose outputs are formed at once: in float64, inputs and outputs of a whole batch would be
+# several times the size of the block.
+PIECE = 4096
 
 
 @dataclass
@@ -37,7 +41,8 @@ class Statistics:
     def add(self, taken: dict[str, Tensor], weights: dict[str, Tensor], whole: bool) -> None:
         """Count one batch: layer -> the tokens it took (N, n), and layer -> its weight (m, n).
 
-        With `whole`, input Grams only, also where the outputs are the smaller matrices.
+        With `whole`, input Grams only, also where the outputs are the smaller matrices. The totals
+        stay on the device of the tokens and are added to in place.
         """
         groups: dict[int, list[str]] = {}
         for layer, rows in taken.items():
@@ -47,13 +52,13 @@ class Statistics:
             size_of_outputs = sum(weights[layer].shape[0] ** 2 for layer in layers)
             if whole or rows.shape[-1] ** 2 <= size_of_outputs:
                 self.sites |= dict.fromkeys(layers, layers[0])
-                _sum_into(self.inputs, layers[0], gram(rows))
+                self.inputs[layers[0]] = gram(rows, total=self.inputs.get(layers[0]))
             else:
                 for layer in layers:
-                    with exact_float32(rows.device):
-                        given = rows.float() @ weights[layer].float().T
-                    _sum_into(self.outputs, layer, gram(given))
-        self.tokens += len(rows)
+                    for some in rows.split(PIECE):  # type: ignore[no-untyped-call]
+                        given = product(some, weights[layer].T)
+                        self.outputs[layer] = gram(given, total=self.outputs.get(layer))
+        self.tokens += max((len(rows) for rows in taken.values()), default=0)
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""
@@ -117,7 +122,3 @@ def _valid(tensor: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None and tensor.shape[:-1] == mask.shape:
         return tensor[mask]
     return tensor.reshape(-1, tensor.shape[-1])
-
-
-def _sum_into(totals: dict[str, Tensor], key: str, value: Tensor) -> None:
-    totals[key] = totals[key] + value if key in totals else value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from emloc.ranks import born, first, hush
 from emloc.report import table
 from emloc.runs import DONE, Run, find_runs
 
@@ -18,14 +18,14 @@ FAILED, REFUSED = 1, 2
 
 
 class Table(Callback):
-    """Print the table behind the last run; leave with 1 if a run failed, 2 if it was refused."""
+    """Print the table behind the last run; leave with 1 if a run failed, 2 if it was refused.
 
-    def __init__(self) -> None:
-        self._start = time.time()
+    Of several processes each leaves with that code, and the first prints.
+    """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Remember when: only runs of this sweep decide the exit code."""
-        self._start = time.time()
+        """Only the first of several processes says what is run."""
+        hush()
 
     def on_run_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """One run has ended."""
@@ -37,19 +37,21 @@ class Table(Callback):
         self._close(Path(config.hydra.sweep.dir))
 
     def _close(self, folder: Path) -> None:
-        bad = [run for run in find_runs(folder) if _bad(run, self._start)]
+        bad = [run for run in find_runs(folder) if _bad(run)]
         if (folder / "status.json").exists() and bad:
             sys.exit(_code(bad))  # one run, and its one line has been said
-        print(f"\n{table(folder)}\n")
-        for run in bad:
-            print(f"{run.folder.name}: {run.status['error']}", file=sys.stderr)
+        if first():
+            print(f"\n{table(folder)}\n")
+            for run in bad:
+                print(f"{run.folder.name}: {run.status['error']}", file=sys.stderr)
         if bad:
             sys.exit(_code(bad))
 
 
-def _bad(run: Run, start: float) -> bool:
+def _bad(run: Run) -> bool:
+    """Whether it ended badly in this launch: what was left before it is another sweep's."""
     status = run.status
-    return status["state"] != DONE and status["time"] >= start
+    return status["state"] != DONE and status["time"] >= born()
 
 
 def _code(bad: list[Run]) -> int:

@@ -1,4 +1,9 @@
-"""Stage 2: train an adapter through the emulator. A thin layer over transformers.Trainer."""
+"""Stage 2: train an adapter through the emulator. A thin layer over transformers.Trainer.
+
+Under `torchrun` or `accelerate launch` each process trains on its own device. An optimizer step is
+then `train.batch` x `train.accumulate` samples of every process: n processes with accumulate=1 take
+the steps that one process takes with accumulate=n.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
-    PreTrainedModel,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -28,10 +31,14 @@ from transformers import (
 
 from emloc.adapters import Adapter
 from emloc.emulators import Built
+from emloc.errors import ConfigError
 from emloc.examples import Examples
 from emloc.models.text import collate, encode_all
 from emloc.prompts import Encoded
+from emloc.ranks import first, sharded
 from emloc.settings import LoraSettings, TrainSettings
+from emloc.store import all_together
+from emloc.trainer import FiniteTrainer, make_whole
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +66,7 @@ class Fit:
     seed: int
 
 
+@all_together
 def train(
     folder: Path,
     built: Built,
@@ -70,7 +78,12 @@ def train(
     """Write the trained adapter and its curve; go on from the last checkpoint in `folder`."""
     tokenizer = built.source.tokenizer()
     encoded = encode_all(tokenizer, fit.examples, fit.max_length)
-    model = built.open(device)
+    # What is to be split waits in host memory, mapped from its files, and goes over block by block.
+    model = built.open(torch.device("cpu") if sharded() else device)
+    if sharded() and not all(one.is_floating_point() for one in model.parameters()):
+        raise ConfigError(
+            "FSDP cannot split weights of 4 bits; set compression.bits=16, or launch without FSDP"
+        )
     set_seed(fit.seed)
     model = fit.adapter.attach(model, fit.lora, fit.targets)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -86,10 +99,13 @@ def train(
     trainer.remove_callback(PrinterCallback)
     with fit.adapter.training(model, mixed=trainer.args.bf16 or trainer.args.fp16):
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
-    fit.adapter.save(model, folder / "adapter", built.source.name)
-    curve = [line for line in trainer.state.log_history if "loss" in line]
-    (folder / "curve.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve))
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    make_whole(model)
+    trainer.accelerator.wait_for_everyone()  # the last checkpoint has parts of every process
+    if first():
+        fit.adapter.save(model, folder / "adapter", built.source.name)
+        curve = [line for line in trainer.state.log_history if "loss" in line]
+        (folder / "curve.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve))
+        shutil.rmtree(checkpoints, ignore_errors=True)
     return {"trainable": trainable, "steps": trainer.state.global_step}
 
 
@@ -97,7 +113,7 @@ def arguments(
     recipe: TrainSettings, seed: int, output: Path, dtype: torch.dtype, device: torch.device
 ) -> TrainingArguments:
     """The recipe in transformers' words."""
-    return TrainingArguments(
+    made = TrainingArguments(
         output_dir=str(output),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch,
@@ -111,6 +127,8 @@ def arguments(
         fp16=dtype == torch.float16,
         use_cpu=device.type == "cpu",
         train_sampling_strategy="group_by_length",
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # they never change
         seed=seed,
         logging_steps=recipe.log_every,
         logging_nan_inf_filter=False,  # it would write 0 for a loss that is not finite
@@ -122,6 +140,9 @@ def arguments(
         disable_tqdm=True,  # there is one bar already
         **{_CHECKPOINTING: recipe.checkpointing},
     )
+    # One process keeps to one device: the Trainer would cut its batches up over all GPUs in sight.
+    made._n_gpu = min(made.n_gpu, 1)
+    return made
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -129,29 +150,6 @@ def last_checkpoint(folder: Path) -> str | None:
     found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     newest = max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
     return str(newest) if newest else None
-
-
-class FiniteTrainer(Trainer):
-    """A Trainer that stops before a loss that is not finite reaches the weights."""
-
-    def training_step(
-        self,
-        model: PreTrainedModel,
-        inputs: dict[str, Any],
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """One forward and backward pass.
-
-        Raises:
-            FloatingPointError: the loss is not finite.
-        """
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}; "
-                "set train.learning_rate lower"
-            )
-        return loss
 
 
 class Progress(TrainerCallback):
@@ -166,7 +164,11 @@ class Progress(TrainerCallback):
     ) -> None:
         """Open the bar, at the step a resumed training goes on from."""
         self._bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="train", unit="step"
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="train",
+            unit="step",
+            disable=not first(),
         )
 
     def on_step_end(

@@ -4,6 +4,9 @@ The model's own `forward` does the work. Every batch's forward pass is a corouti
 it enters a block; once all have arrived there the block's weights are read, the passes go through
 it one after the other, and the weights are dropped. So masks, position tables and whatever else a
 model hands to its blocks are right for any architecture, and nothing of it is written again here.
+
+While a pass is stopped, its tensors wait in host memory and beyond a limit on disk, so a device
+holds one block and one pass, whatever the size of the model and the number of batches.
 """
 
 from __future__ import annotations
@@ -11,12 +14,15 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from emloc.parking import Lot, Parked, tensors_in
 from emloc.source import Source
 
 Batch = Mapping[str, Any]
@@ -48,9 +54,18 @@ def by_block(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def open_walk(
-    source: Source, batches: Sequence[Batch], blocks: Sequence[str], device: torch.device
+    source: Source,
+    batches: Sequence[Batch],
+    blocks: Sequence[str],
+    device: torch.device,
+    *,
+    host_bytes: int | None = None,
+    folder: Path | None = None,
 ) -> Iterator[Block]:
-    """Walk the checkpoint: only what lies outside the blocks is held throughout."""
+    """Walk the checkpoint: only what lies outside the blocks is held throughout.
+
+    Takes what `walk` does, and the checkpoint in place of a model.
+    """
     model = source.skeleton()
     head = model.get_output_embeddings()
     unread = {id(parameter) for parameter in head.parameters()} if head is not None else set()
@@ -58,7 +73,7 @@ def open_walk(
     source.require(needed)
     inside = tuple(f"{name}." for name in blocks)
     source.fill(model, [name for name in needed if not name.startswith(inside)], device)
-    return walk(model, batches, blocks, device, source)
+    return walk(model, batches, blocks, device, source, host_bytes=host_bytes, folder=folder)
 
 
 def walk(
@@ -67,6 +82,9 @@ def walk(
     blocks: Sequence[str],
     device: torch.device,
     source: Source | None = None,
+    *,
+    host_bytes: int | None = None,
+    folder: Path | None = None,
 ) -> Iterator[Block]:
     """Yield the blocks in order, each about to be run; what follows the last one never runs.
 
@@ -76,22 +94,33 @@ def walk(
         blocks: names of the blocks, in the order of the model.
         device: where the model runs.
         source: where to read a block's weights; None if the model has them.
+        host_bytes: what the stopped passes may take of host memory; None for no limit.
+        folder: where they take disk beyond that; None for the system's temporary files.
+
+    Raises:
+        ConfigError: the disk is full.
     """
     home = getcurrent()
 
     def stop_at(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            home.switch(name)
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if getcurrent() is not home:  # a block that is looked at is called from here
+                home.switch((name, args, kwargs))
 
         return hook
 
     modules = {name: model.get_submodule(name) for name in blocks}
-    handles = [module.register_forward_pre_hook(stop_at(name)) for name, module in modules.items()]
+    handles = [
+        module.register_forward_pre_hook(stop_at(name), with_kwargs=True)
+        for name, module in modules.items()
+    ]
     handles.append(modules[blocks[-1]].register_forward_hook(_leave))
-    passes = [Pass(model, batch, device) for batch in batches]
+    lot = Lot(model, device, host_bytes, folder)
+    passes = [Pass(model, batch, lot) for batch in batches]
     try:
         for one in passes:
             one.step()
+            one.park()
         for name, module in modules.items():
             if source is not None:
                 source.fill(
@@ -117,40 +146,99 @@ class Block:
         self.module = module
         self._passes = passes
 
+    def look(self, after: After) -> None:
+        """Run the block on every batch and stay in front of it."""
+        for one in self._passes:
+            one.look(self.module)
+            after(one.mask)
+            one.park()
+
     def run(self, after: After) -> None:
         """Take every batch through this block, once."""
         passes, self._passes = self._passes, []
         for one in passes:
             one.step()
-            after(one.mask)
+            after(one.mask)  # what it reads of this batch is still on the device
+            one.park()
 
 
 class Pass:
     """One batch's forward pass, stopped at the block named `at`."""
 
-    def __init__(self, model: nn.Module, batch: Batch, device: torch.device) -> None:
-        moved = {
-            key: value.to(device) if isinstance(value, Tensor) else value
-            for key, value in batch.items()
-        }
-        if "use_cache" in inspect.signature(model.forward).parameters:
-            moved["use_cache"] = False  # or the keys and values of all blocks would be kept
-        self.mask = moved["attention_mask"].bool() if "attention_mask" in moved else None
+    def __init__(self, model: nn.Module, batch: Batch, lot: Lot) -> None:
+        self.mask: Tensor | None = None
         self.at: str | None = None
-        self._coroutine = greenlet(lambda: model(**moved))
+        self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self._model = model
+        self._batch = batch
+        self._lot = lot
+        self._parked = Parked(lot)
+        self._coroutine = greenlet(self._forward)
+
+    def _forward(self) -> None:
+        # The batch is the caller's: were it among these variables, it would be parked.
+        moved = {
+            key: _own(value, self._lot.device) if isinstance(value, Tensor) else value
+            for key, value in self._batch.items()
+        }
+        if _caches(self._model):
+            moved["use_cache"] = False  # or the keys and values of all blocks would be kept
+        if "attention_mask" in moved:
+            self.mask = moved["attention_mask"].bool()
+        self._model(**moved)
 
     def step(self) -> None:
         """Go on to the next block."""
+        self._parked.resume()
+        self._call = ((), {})
         with torch.no_grad():
             reached = self._coroutine.switch()
-        self.at = reached if isinstance(reached, str) else None
+        self.at = None
+        if isinstance(reached, tuple):
+            self.at, *call = reached
+            self._call = call[0], call[1]
+
+    def look(self, block: nn.Module) -> None:
+        """Run the block it stopped at, and forget what comes out."""
+        self._parked.resume()
+        args, kwargs = self._call
+        with torch.no_grad():
+            block(*args, **kwargs)
+
+    def park(self) -> None:
+        """Let all that the stopped pass holds wait off the device."""
+        if not self._lot.idle:
+            self._parked.park(_held(self._coroutine))
 
     def end(self) -> None:
         """Give the pass up where it is."""
         if not self._coroutine.dead:
             self._coroutine.throw(GreenletExit)
+        self._call = ((), {})
+        self._parked.end()
+
+
+def _own(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`, in an object that is not the caller's."""
+    return tensor.to(device).detach()
+
+
+def _caches(model: nn.Module) -> bool:
+    """Whether its forward knows `use_cache`, or hands it on to a model that does."""
+    known = inspect.signature(model.forward).parameters
+    hands_on = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())
+    return "use_cache" in known or (isinstance(model, PreTrainedModel) and hands_on)
+
+
+def _held(coroutine: greenlet) -> Iterator[Tensor]:
+    """The tensors among the variables of a stopped coroutine's functions."""
+    frame = coroutine.gr_frame
+    while frame is not None:
+        yield from tensors_in(frame.f_locals)
+        frame = frame.f_back
 
 
 def _leave(*_: Any) -> None:
     """End the pass behind the last block: norms and the vocabulary are not needed."""
-    raise GreenletExit
+    if getcurrent().parent is not None:  # a block that is looked at is called from outside a pass
+        raise GreenletExit

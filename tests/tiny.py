@@ -1,13 +1,20 @@
-"""A tokenizer and a random Llama small enough to be built inside a test, without a download."""
+"""A tokenizer, a random Llama and a random InternVL, built inside a test without a download."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    InternVLForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 
@@ -63,6 +70,61 @@ def tiny_llama(tokenizer: PreTrainedTokenizerFast, **overrides: Any) -> LlamaFor
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LlamaForCausalLM(LlamaConfig(**(values | overrides))).eval()
+
+
+IMAGE_TOKEN = 7
+# An image of 28 x 28 is 4 x 4 patches of 7 x 7, and a quarter of that in tokens.
+TINY_INTERNVL: dict[str, Any] = {
+    "model_type": "internvl",
+    "image_token_id": IMAGE_TOKEN,
+    "image_seq_length": 4,
+    "downsample_ratio": 0.5,
+    "tie_word_embeddings": False,
+    "vision_config": {
+        "model_type": "internvl_vision",
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "attention_bias": True,
+        "image_size": 28,
+        "patch_size": 7,
+        "layer_scale_init_value": 0.3,
+        "initializer_range": 0.05,
+    },
+    "text_config": {
+        "model_type": "qwen2",
+        "vocab_size": 261,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.04,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def tiny_internvl() -> InternVLForConditionalGeneration:
+    """A random InternVL with two blocks in each half, the same at every call, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(**copy.deepcopy(TINY_INTERNVL))
+        return InternVLForConditionalGeneration(config).eval()
+
+
+def image_batch() -> dict[str, torch.Tensor]:
+    """Two rows of text around an image each: input_ids (2, 10), pixel_values (2, 3, 28, 28)."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.arange(20).reshape(2, 10) + 10
+    ids[:, 2:6] = IMAGE_TOKEN
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(2, 3, 28, 28, generator=generator),
+    }
 
 
 def save_checkpoint(folder: Path, chat: bool = True, **overrides: Any) -> Path:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from emloc.calibrate import Layers
 from emloc.samples import Samples
 from emloc.settings import Compression
-from emloc.source import Source
+from emloc.source import CPU, Source
 from emloc.store import Artifact, key_of
 
 # Layer name -> rank: the explicit table an emulator is built to.
@@ -22,11 +22,15 @@ Ranks = dict[str, int]
 
 @dataclass(frozen=True)
 class Given:
-    """What an emulator is built from; None where it does not read it."""
+    """What an emulator is built from; None where it does not read it.
+
+    Samples without statistics: they are taken while it is built, and not kept.
+    """
 
     ranks: Ranks | None
     statistics: Artifact | None
     samples: Samples | None
+    bits: int  # of a kept number: 16 as the model's dtype, 4 for nf4
 
 
 class Emulator(Protocol):
@@ -44,14 +48,25 @@ class Emulator(Protocol):
         """Second moments it is built from: `smaller` of input and output, `input`, or None."""
 
     def build(
-        self, folder: Path, source: Source, given: Given, *, device: torch.device
+        self,
+        folder: Path,
+        source: Source,
+        given: Given,
+        *,
+        device: torch.device,
+        host_bytes: int | None = None,
     ) -> dict[str, Any]:
-        """Write what the original does not hold into `folder`."""
+        """Write what the original does not hold into `folder`.
+
+        `host_bytes` is what hidden states may take of host memory, where samples are run again.
+        """
 
     def open(self, folder: Path, source: Source, device: torch.device) -> PreTrainedModel:
         """The model to train through, frozen."""
 
-    def residual(self, folder: Path, source: Source, layer: str) -> Tensor | None:
+    def residual(
+        self, folder: Path, source: Source, layer: str, device: torch.device = CPU
+    ) -> Tensor | None:
         """Original minus emulator weight (out, in) in float64; None where they are the same."""
 
 
@@ -72,6 +87,9 @@ class Built:
         """The model to train through, frozen."""
         return self.emulator.open(self.artifact.folder, self.source, device)
 
-    def residual(self, layer: str) -> Tensor | None:
-        """Original minus emulator weight (out, in) in float64; None where they are the same."""
-        return self.emulator.residual(self.artifact.folder, self.source, layer)
+    def residual(self, layer: str, device: torch.device = CPU) -> Tensor | None:
+        """Original minus emulator weight (out, in) in float64; None where they are the same.
+
+        It is formed on `device`.
+        """
+        return self.emulator.residual(self.artifact.folder, self.source, layer, device)

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from emloc.calibrate import linears_of
 from emloc.emulators import Ranks
-from emloc.linalg.factorize import Factors, eigen, refit, whiten
-from emloc.linalg.gram import cross, exact_float32, gram
-from emloc.statistics import Statistics, Taken
+from emloc.linalg.factorize import Factors, eigen, refit, rounded, whiten
+from emloc.linalg.gram import cross, gram, product
+from emloc.linalg.subspace import subspace
+from emloc.nn.nf4 import Nf4
+from emloc.statistics import PIECE, Statistics, Taken
 from emloc.walk import Block
 
 
@@ -21,15 +23,23 @@ from emloc.walk import Block
 class Factored:
     """One layer's factors and the seconds they took."""
 
-    factors: Factors
+    factors: Factors  # in nf4: v as it is multiplied by, u not yet quantised
     seconds: float
+    v: Nf4 | None  # v in nf4; None at 16 bits
 
     @property
     def facts(self) -> dict[str, Any]:
         """What is kept with the emulator."""
         one = self.factors
         rank = one.v.shape[0]
-        return {"rank": rank, "kept": one.kept, "seen": one.seen, "seconds": round(self.seconds, 4)}
+        return {
+            "rank": rank,
+            "kept": one.kept,
+            "seen": one.seen,
+            "solver": one.solver,
+            "steps": one.steps,
+            "seconds": round(self.seconds, 4),
+        }
 
 
 def factorize(
@@ -37,6 +47,7 @@ def factorize(
     ranks: Ranks,
     statistics: Statistics | None,
     algorithm: str,
+    bits: int = 16,
 ) -> dict[str, Factored]:
     """Layer -> factors in the dtype of its weight (out, in); plain SVD without statistics."""
     found = {}
@@ -44,31 +55,49 @@ def factorize(
         start = time.perf_counter()
         grams = {} if statistics is None else statistics.of(layer)
         grams = {kind: total.to(weight.device) for kind, total in grams.items()}
-        if algorithm == "whiten":
-            factors = whiten(weight, ranks[layer], grams["input_gram"], dtype=weight.dtype)
-        else:
-            factors = eigen(weight, ranks[layer], **grams, dtype=weight.dtype)
-        found[layer] = Factored(factors, time.perf_counter() - start)
+        factors, v = _factors(weight, ranks[layer], grams, algorithm), None
+        if bits == 4:
+            # The paper's own chain solves nothing again.
+            solves = algorithm != "whiten" and "output_gram" not in grams
+            factors, v = _quantized(factors, weight, grams.get("input_gram"), solves)
+        found[layer] = Factored(factors, time.perf_counter() - start, v)
     return found
+
+
+def _factors(weight: Tensor, rank: int, grams: dict[str, Tensor], algorithm: str) -> Factors:
+    if algorithm == "whiten":
+        return whiten(weight, rank, grams["input_gram"], dtype=weight.dtype)
+    solve = {"eigen": eigen, "subspace": subspace}[algorithm]
+    return solve(weight, rank, **grams, dtype=weight.dtype)
+
+
+def _quantized(
+    factors: Factors, weight: Tensor, input_gram: Tensor | None, solves: bool
+) -> tuple[Factors, Nf4]:
+    """The factors with v as nf4 leaves it, and u solved again against that."""
+    quantized = Nf4.quantize(factors.v)
+    u, v = factors.u, quantized.dequantize()
+    if solves:
+        u = rounded(weight.detach().double(), u, v, input_gram).to(u.dtype)
+    return replace(factors, u=u, v=v), quantized
 
 
 def refine(block: Block, found: dict[str, Factored], layers: Sequence[str]) -> dict[str, Factored]:
     """Run the block and solve u again, against the rounded v, where only outputs were known.
 
     For those layers the first pass kept the Gram of the outputs alone, which says nothing about
-    what the rounding of v did.
+    what the rounding of v did, be it to 16 bits or to nf4.
     """
     linears = linears_of(block, layers)
     sums: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add(mask: Tensor | None) -> None:
         for layer, rows in taken.rows(mask).items():
-            with exact_float32(rows.device):
-                z = rows.float() @ found[layer].factors.v.float().T
-                y = rows.float() @ linears[layer].weight.float().T
-            pair = cross(y, z), gram(z)
-            old = sums.get(layer)
-            sums[layer] = pair if old is None else (old[0] + pair[0], old[1] + pair[1])
+            for some in rows.split(PIECE):  # type: ignore[no-untyped-call]
+                z = product(some, found[layer].factors.v.T)
+                y = product(some, linears[layer].weight.T)
+                yz, zz = sums.get(layer, (None, None))
+                sums[layer] = cross(y, z, total=yz), gram(z, total=zz)
 
     with Taken(linears) as taken:
         block.run(add)
@@ -78,4 +107,5 @@ def refine(block: Block, found: dict[str, Factored], layers: Sequence[str]) -> d
 def _refitted(one: Factored, yz: Tensor, zz: Tensor) -> Factored:
     start = time.perf_counter()
     u = refit(yz, zz, one.factors.u).to(one.factors.u.dtype)
-    return Factored(replace(one.factors, u=u), one.seconds + time.perf_counter() - start)
+    seconds = one.seconds + time.perf_counter() - start
+    return replace(one, factors=replace(one.factors, u=u), seconds=seconds)

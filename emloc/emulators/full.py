@@ -1,41 +1,88 @@
-"""The original model itself: LoRA as everybody knows it, and the upper bound."""
+"""The original model itself: LoRA as everybody knows it, and the upper bound; in nf4: QLoRA."""
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from emloc.calibrate import Layers
 from emloc.emulators import Given
-from emloc.emulators.size import size_facts
+from emloc.emulators.size import size_facts, solved
+from emloc.nn.nf4 import Nf4, Nf4Linear
 from emloc.settings import Compression
-from emloc.source import Source
+from emloc.source import CPU, Source
+
+# What is quantised: not embeddings, head or projector, as in QLoRA.
+IN_A_BLOCK = r".*\.\d+\..*"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Full:
-    """No compression. The artifact is a reference: no weight is copied."""
+    """Every layer whole. The artifact is a reference: no weight is copied.
+
+    At 4 bits every linear of the numbered blocks is quantised to nf4 while it is read.
+    """
 
     statistics = None
 
     def plan(self, source: Source, layers: Layers, budget: Compression) -> None:
-        """No budget applies."""
-        return None
+        """No ranks.
+
+        Raises:
+            ConfigError: the bits are not solved for.
+        """
+        solved(budget.bits)
 
     def build(
-        self, folder: Path, source: Source, given: Given, *, device: torch.device
+        self,
+        folder: Path,
+        source: Source,
+        given: Given,
+        *,
+        device: torch.device,
+        host_bytes: int | None = None,
     ) -> dict[str, Any]:
-        """Nothing to write; the size of the model for the record."""
-        return size_facts(source, {})
+        """Write in `layers.json` which layers are quantised, if any; the size for the record."""
+        held = {
+            layer: [shape]
+            for layer, shape in source.linears.items()
+            if given.bits == 4 and re.fullmatch(IN_A_BLOCK, layer)
+        }
+        if held:
+            table = {layer: {"bits": given.bits} for layer in held}
+            (folder / "layers.json").write_text(json.dumps(table, indent=1))
+        return size_facts(source, held, given.bits)
 
     def open(self, folder: Path, source: Source, device: torch.device) -> PreTrainedModel:
-        """The original model, frozen."""
-        return source.load(device)
+        """The original model, frozen; what is quantised, one weight at a time."""
+        layers = _quantized(folder)
+        replace = {
+            layer: Nf4Linear(Nf4.quantize(source.weight(layer, device)), source.bias(layer, device))
+            for layer in tqdm(layers, "quantize", unit="layer", disable=not layers)
+        }
+        model = source.load(device, replace)
+        if layers:
+            model.is_loaded_in_4bit = True  # what PEFT asks for
+        return model
 
-    def residual(self, folder: Path, source: Source, layer: str) -> None:
-        """No layer differs from the original."""
-        return None
+    def residual(
+        self, folder: Path, source: Source, layer: str, device: torch.device = CPU
+    ) -> Tensor | None:
+        """What quantising, done again here, takes from the weight; None for a layer left whole."""
+        if layer not in _quantized(folder):
+            return None
+        weight = source.weight(layer, device)
+        return weight.double().sub_(Nf4.quantize(weight).dequantize().double())
+
+
+def _quantized(folder: Path) -> list[str]:
+    path = folder / "layers.json"
+    return list(json.loads(path.read_text())) if path.exists() else []

@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from emloc.calibrate import Layers
 from emloc.emulators import Ranks
 from emloc.errors import ConfigError
 from emloc.linalg.factorize import rank_of
+from emloc.nn.nf4 import nf4_bytes
 from emloc.settings import Compression
 from emloc.source import Source
+
+# Layer -> (rows, columns) of the matrices it is held as.
+Held = Mapping[str, Sequence[tuple[int, int]]]
+
+Number = TypeVar("Number", int, float)
 
 
 def uniform_ranks(source: Source, layers: Layers, budget: Compression, multiple: int) -> Ranks:
     """The same share of every layer, such that the budget's ratio is kept.
 
     Raises:
-        ConfigError: the budget cannot be met, or leaves a layer without rank.
+        ConfigError: the budget is not solved for, cannot be met, or leaves a layer without rank.
     """
-    share = budget.ratio
+    share = solved(budget.ratio)
     if budget.of == "model":
-        share = _share_of_linears(source, layers, budget.ratio)
+        share = _share_of_linears(source, layers, share)
     try:
         return ranks_at(share, layers, multiple)
     except ConfigError as error:
         raise ConfigError(f"{error}; set compression.ratio higher") from error
+
+
+def solved(number: Number | None) -> Number:
+    """A number of the budget.
+
+    Raises:
+        ConfigError: it was to be solved for, and nobody did.
+    """
+    if number is None:
+        raise ConfigError("compression=auto needs budget.gpu_gib; set budget.gpu_gib=24")
+    return number
 
 
 def ranks_at(share: float, layers: Layers, multiple: int) -> Ranks:
@@ -55,16 +73,35 @@ def _share_of_linears(source: Source, layers: Layers, ratio: float) -> float:
     return share
 
 
-def size_facts(source: Source, ranks: Ranks) -> dict[str, Any]:
-    """Parameters and bytes of the model that is trained through, and both shares kept."""
+def factors_of(source: Source, ranks: Ranks) -> Held:
+    """Both factors of every layer of rank k: u^T (k, m) and v (k, n)."""
+    shapes = {layer: source.linears[layer] for layer in ranks}
+    return {
+        layer: [(ranks[layer], rows), (ranks[layer], columns)]
+        for layer, (rows, columns) in shapes.items()
+    }
+
+
+def size_facts(source: Source, held: Held, bits: int) -> dict[str, Any]:
+    """Parameters and bytes of the model that is trained through, and both shares kept.
+
+    Args:
+        source: the original.
+        held: what stands in for the layers that are not as they were.
+        bits: of each number of these: 16 for those of the model's dtype, 4 for nf4.
+    """
+    size = source.dtype.itemsize
     total = sum(source.sizes.values())
-    shapes = {name: source.linears[name] for name in ranks}
-    before = sum(rows * columns for rows, columns in shapes.values())
-    after = sum(ranks[name] * (rows + columns) for name, (rows, columns) in shapes.items())
+    before = sum(rows * columns for rows, columns in (source.linears[layer] for layer in held))
+    matrices = [shape for shapes in held.values() for shape in shapes]
+    after = sum(rows * columns for rows, columns in matrices)
+    packed = sum(nf4_bytes(rows, columns) for rows, columns in matrices)
+    own = packed if bits == 4 else after * size
     kept = total - before + after
     return {
         "parameters": kept,
-        "bytes": kept * source.dtype.itemsize,
+        "bytes": (total - before) * size + own,
+        "bits": bits,
         "share_of_linears": round(after / before, 4) if before else 1.0,
         "share_of_model": round(kept / total, 4),
     }

@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from emloc.calibrate import Layers
+from emloc.calibrate import Layers, linears_of, observe
 from emloc.emulators import Given, Ranks
 from emloc.emulators.factors import Factored, factorize, refine
-from emloc.emulators.size import size_facts, uniform_ranks
+from emloc.emulators.size import factors_of, size_facts, uniform_ranks
+from emloc.emulators.stored import facts_of, load_factors, save_factors
 from emloc.errors import ConfigError
-from emloc.nn.factorized import Factorized
-from emloc.samples import Samples
+from emloc.journal import Journal
 from emloc.settings import Compression
-from emloc.shard import write_shard
-from emloc.source import Source
+from emloc.source import CPU, Source
 from emloc.statistics import Statistics
 from emloc.walk import Block, block_of, by_block, open_walk
 
-ALGORITHMS = ("eigen", "whiten")
+ALGORITHMS = ("subspace", "eigen", "whiten")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Svd:
     """Rank-k factors that keep the most of each layer's output energy (EMLoC, stage 1)."""
 
-    algorithm: str  # eigen: one eigen-decomposition, no inverse; whiten: the paper's own chain
+    algorithm: str  # subspace: products only; eigen: one decomposition; whiten: the paper's chain
     aware: bool  # weigh by the calibration activations; false: plain truncated SVD of the weight
     multiple: int  # ranks are rounded down to a multiple of this
 
@@ -43,7 +40,7 @@ class Svd:
         if self.algorithm not in ALGORITHMS:
             raise ConfigError(
                 f"emulator.algorithm={self.algorithm}: one of {', '.join(ALGORITHMS)}; "
-                "set emulator.algorithm=eigen"
+                "set emulator.algorithm=subspace"
             )
         if self.algorithm == "whiten" and not self.aware:
             raise ConfigError(
@@ -67,84 +64,93 @@ class Svd:
         return "input" if self.algorithm == "whiten" else "smaller"
 
     def build(
-        self, folder: Path, source: Source, given: Given, *, device: torch.device
+        self,
+        folder: Path,
+        source: Source,
+        given: Given,
+        *,
+        device: torch.device,
+        host_bytes: int | None = None,
     ) -> dict[str, Any]:
         """Write one file of factors per block; blocks already there are not computed again.
 
-        `layers.json` then holds each layer's rank, energy kept and seconds.
+        One block's weights are in memory at a time. Without statistics they are taken on the way,
+        block by block, and not kept. `journal.jsonl` gets a line for every block that is done;
+        `layers.json` in the end holds each layer's rank, energy kept and seconds.
         """
         ranks, statistics = given.ranks, given.statistics
         assert ranks is not None
         blocks = by_block(ranks)
         # Where only outputs were summed, u is solved again in one more pass over the samples.
-        again = (
-            set(statistics.facts["outputs"]) if statistics and self.algorithm == "eigen" else set()
-        )
+        again = bool(statistics and statistics.facts["outputs"]) and self.algorithm != "whiten"
+        journal = Journal(folder)
         table: dict[str, Any] = {}
-        for name, block in tqdm(
-            _open_blocks(source, blocks, given.samples if again else None, device),
-            "emulate",
-            total=len(blocks),
-            unit="block",
-        ):
-            path = folder / f"{name}.safetensors"
+        run: Iterable[tuple[str, Block | None]] = ((name, None) for name in blocks)
+        if given.samples is not None and (again or statistics is None):
+            batches = given.samples.batches(source)
+            walked = open_walk(
+                source, batches, list(blocks), device, host_bytes=host_bytes, folder=folder
+            )
+            run = ((block.name, block) for block in walked)
+        for name, block in tqdm(run, "emulate", total=len(blocks), unit="block"):
+            path = journal.file(name)
             if not path.exists():
-                found = factorize(
-                    {layer: source.weight(layer).to(device) for layer in blocks[name]},
-                    ranks,
-                    Statistics.load(statistics.folder / path.name) if statistics else None,
-                    self.algorithm,
-                )
-                if block and (late := [layer for layer in blocks[name] if layer in again]):
-                    found = refine(block, found, late)
-                _save(found, path)
-            table |= _facts(path)
+                known = Statistics.load(statistics.folder / path.name) if statistics else None
+                # Nothing of it is held but the file, when the next block is read.
+                save_factors(self._factors(source, block, blocks[name], given, known, device), path)
+            found = facts_of(path)
+            if name not in journal.lines:
+                seconds = round(sum(layer["seconds"] for layer in found.values()), 4)
+                journal.add(name, layers=list(found), seconds=seconds)
+            table |= found
         (folder / "layers.json").write_text(json.dumps(table, indent=1))
-        return size_facts(source, ranks)
+        facts = size_facts(source, factors_of(source, ranks), given.bits)
+        seen = given.samples if statistics is None else None
+        return facts | ({"samples": seen.ids} if seen else {})
+
+    def _factors(
+        self,
+        source: Source,
+        block: Block | None,
+        layers: list[str],
+        given: Given,
+        known: Statistics | None,
+        device: torch.device,
+    ) -> dict[str, Factored]:
+        assert given.ranks is not None
+        if block is not None and known is None:
+            known = observe(block, layers, self.statistics == "input", stay=True)
+        weights = _weights(source, block, layers, device)
+        found = factorize(weights, given.ranks, known, self.algorithm, given.bits)
+        if block is None or known is None:
+            return found
+        again = [layer for layer in layers if layer in known.outputs]
+        return refine(block, found, again) if self.algorithm != "whiten" else found
 
     def open(self, folder: Path, source: Source, device: torch.device) -> PreTrainedModel:
         """The original with its compressed layers replaced by their factors."""
         layers = json.loads((folder / "layers.json").read_text())
-        replace = {}
+        replace: dict[str, nn.Module] = {}
         for block, members in by_block(layers).items():
-            factors = load_file(folder / f"{block}.safetensors", device=str(device))
-            for layer in members:
-                u, v = factors[f"{layer}.u"], factors[f"{layer}.v"]
-                replace[layer] = Factorized(u, v, source.bias(layer, device))
+            biases = {layer: source.bias(layer, device) for layer in members}
+            replace |= load_factors(folder / f"{block}.safetensors", biases, device)
         return source.load(device, replace)
 
-    def residual(self, folder: Path, source: Source, layer: str) -> Tensor | None:
+    def residual(
+        self, folder: Path, source: Source, layer: str, device: torch.device = CPU
+    ) -> Tensor | None:
         """Original minus the product of the factors, as both are stored."""
-        path = folder / f"{block_of(layer)}.safetensors"
-        if not path.exists():
+        if layer not in json.loads((folder / "layers.json").read_text()):
             return None
-        with safe_open(path, framework="pt") as file:
-            if f"{layer}.u" not in file.keys():  # noqa: SIM118 - the file is no mapping
-                return None
-            u, v = file.get_tensor(f"{layer}.u"), file.get_tensor(f"{layer}.v")
-        return source.weight(layer).double() - u.double() @ v.double()
+        path = folder / f"{block_of(layer)}.safetensors"
+        found = load_factors(path, {layer: None}, device)
+        return source.weight(layer, device).double().sub_(found[layer].product())
 
 
-def _open_blocks(
-    source: Source, blocks: Iterable[str], samples: Samples | None, device: torch.device
-) -> Iterator[tuple[str, Block | None]]:
-    """Block names in order; with samples also the blocks, about to be run over them."""
-    if samples is None:
-        yield from ((name, None) for name in blocks)
-    else:
-        for block in open_walk(source, samples.batches(source), list(blocks), device):
-            yield block.name, block
-
-
-def _save(found: dict[str, Factored], path: Path) -> None:
-    tensors = {
-        f"{layer}.{part}": getattr(one.factors, part)
-        for layer, one in found.items()
-        for part in ("u", "v")
-    }
-    write_shard(path, tensors, {layer: json.dumps(one.facts) for layer, one in found.items()})
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    with safe_open(path, framework="pt") as file:
-        return {layer: json.loads(facts) for layer, facts in file.metadata().items()}
+def _weights(
+    source: Source, block: Block | None, layers: Iterable[str], device: torch.device
+) -> dict[str, Tensor]:
+    """The block's weights: those of the block about to be run, where there is one."""
+    if block is not None:
+        return {layer: one.weight for layer, one in linears_of(block, layers).items()}
+    return {layer: source.weight(layer, device) for layer in layers}

@@ -56,14 +56,14 @@ class Whole:
 
     def forward(self, x: Tensor, low: Low) -> tuple[Tensor, Tensor]:
         """As `Base` says."""
-        hidden = x @ low.down.T
+        hidden = x.mm(low.down.t())
         y = functional.linear(x, self._weight(), self.bias)
         return y.addmm_(hidden, low.up), hidden
 
     def backward(self, dy: Tensor, low: Low, wants_dx: bool) -> tuple[Tensor | None, Tensor]:
         """As `Base` says."""
-        hidden = dy @ low.up.T
-        return (dy @ self._weight()).addmm_(hidden, low.down) if wants_dx else None, hidden
+        hidden = dy.mm(low.up.t())
+        return dy.mm(self._weight()).addmm_(hidden, low.down) if wants_dx else None, hidden
 
 
 # [v; s a] (p, n) and [u, b]^T (p, m), p = k + r and some rows of zeros.
@@ -80,15 +80,15 @@ class Stacked:
     def forward(self, x: Tensor, low: Low) -> tuple[Tensor, Tensor]:
         """As `Base` says."""
         down, up = self._matrices(low)
-        hidden = x @ down.T
-        y = hidden @ up if self.bias is None else torch.addmm(self.bias, hidden, up)
+        hidden = x.mm(down.t())
+        y = hidden.mm(up) if self.bias is None else torch.addmm(self.bias, hidden, up)
         return y, self._own(hidden, low)
 
     def backward(self, dy: Tensor, low: Low, wants_dx: bool) -> tuple[Tensor | None, Tensor]:
         """As `Base` says."""
         down, up = self._matrices(low)
-        hidden = dy @ up.T
-        return hidden @ down if wants_dx else None, self._own(hidden, low)
+        hidden = dy.mm(up.t())
+        return hidden.mm(down) if wants_dx else None, self._own(hidden, low)
 
     def _own(self, hidden: Tensor, low: Low) -> Tensor:
         return hidden[:, self._rank : self._rank + low.down.shape[0]]
@@ -114,8 +114,8 @@ class Adapted(torch.autograd.Function):
         shape = (*dy.shape[:-1], flat.shape[-1])
         dy = dy.reshape(-1, dy.shape[-1])
         dx, dhidden = ctx.base.backward(dy, ctx.low, ctx.needs_input_grad[0])
-        da = wide_product(dhidden.T, flat, ctx.low.a.dtype)
-        db = wide_product(dy.T, hidden, ctx.low.b.dtype)
+        da = wide_product(dhidden.t(), flat, ctx.low.a.dtype)
+        db = wide_product(dy.t(), hidden, ctx.low.b.dtype)
         # `hidden` holds the scale already; a's gradient does not.
         da = da if ctx.low.scale == 1 else da * ctx.low.scale
         return None if dx is None else dx.view(shape), da, db, None, None
@@ -125,7 +125,7 @@ def wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """The product in `dtype`; float32 of 16-bit factors without rounding in between."""
     if left.is_cuda and dtype == torch.float32 and left.dtype != dtype:
         return torch.mm(left, right, out_dtype=dtype)
-    return (left @ right).to(dtype)
+    return left.mm(right).to(dtype)
 
 
 def stack(matrix: Tensor, rank: int) -> Tensor:

@@ -61,8 +61,9 @@ def _mlp(own: Any, x: Tensor) -> Tensor:
 
 def _shorter(module: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor] | None:
     """The replacement of a module's forward, if there is one that gives the same."""
+    forward: Callable[..., Tensor] = _norm
     if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-        forward, width = _norm, module.get_parameter("weight").shape[0]
+        width = module.get_parameter("weight").shape[0]
     elif all(hasattr(module, part) for part in ("gate_proj", "up_proj", "down_proj")):
         gate: Any = module.get_submodule("gate_proj")
         forward, width = _mlp, gate.in_features

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emloc.linalg.gram import exact_float32, supported
+from emloc.linalg.gram import NEGLIGIBLE, exact_float32, supported
 
 # Of the mean diagonal: far below any direction worth re-solving, far above float64 rounding.
 RIDGE = 1e-8
@@ -20,13 +20,16 @@ WHITEN_FLOOR = 1e-7
 
 @dataclass(frozen=True)
 class Factors:
-    """u (m, k) and v (k, n) of one layer, and the exact spectrum they were cut from."""
+    """u (m, k) and v (k, n) of one layer, and the spectrum they were cut from where it is known."""
 
     u: Tensor
     v: Tensor
-    kept: float  # share of the output energy ||W C^1/2||^2 in the k leading directions, in [0, 1]
-    spectrum: Tensor  # (min(m, n),) float64, descending: output energy of every direction
+    kept: float  # share of the output energy ||W C^1/2||^2 in the k directions taken, in [0, 1]
+    # (min(m, n),) float64, descending: output energy of every direction; None: never decomposed
+    spectrum: Tensor | None
     seen: int  # leading columns of u chosen by data; the remaining k - seen only approximate W
+    solver: str  # eigen, subspace or whiten: what found them, whatever was asked for
+    steps: int = 0  # products with K of a subspace iteration; with solver eigen, spent in vain
 
 
 def rank_of(ratio: float, rows: int, columns: int, multiple: int = 1) -> int:
@@ -87,7 +90,7 @@ def eigen(
             finite.
         torch.linalg.LinAlgError: the decomposition did not converge.
     """
-    _check(weight, rank, input_gram, output_gram)
+    check(weight, rank, input_gram, output_gram)
     w = weight.detach().double()
     gram = None if input_gram is None else input_gram.double()
     # A tall W acts within its own column space, so work there: the decomposition is n x n.
@@ -104,10 +107,26 @@ def eigen(
     u = left if basis is None else basis @ left
     v = (u.T @ w).to(dtype)
     if output_gram is None:
-        z = v.double() if gram is None else v.double() @ gram
-        u = refit(w @ z.T, z @ v.double().T, u)
+        u = rounded(w, u, v, gram)
     spectrum = values.clamp(min=0)
-    return Factors(u.to(dtype), v, _share(spectrum, rank), spectrum, seen)
+    return Factors(u.to(dtype), v, _share(spectrum, rank), spectrum, seen, "eigen")
+
+
+def rounded(w: Tensor, u0: Tensor, v: Tensor, input_gram: Tensor | None) -> Tensor:
+    """The u that makes the best of a v that was rounded (see `refit`).
+
+    Args:
+        w: (m, n) float64.
+        u0: (m, k) float64 that belongs to v before rounding.
+        v: (k, n) rounded.
+        input_gram: (n, n) float64; None for C = I.
+
+    Returns:
+        (m, k) float64.
+    """
+    exact = v.double()
+    z = exact if input_gram is None else exact @ input_gram
+    return refit(w @ z.T, z @ exact.T, u0)
 
 
 def refit(yz: Tensor, zz: Tensor, u0: Tensor) -> Tensor:
@@ -131,11 +150,14 @@ def refit(yz: Tensor, zz: Tensor, u0: Tensor) -> Tensor:
         shapes = [tuple(item.shape) for item in (yz, zz, u0)]
         raise ValueError(f"need yz (m, k), zz (k, k), u0 (m, k), got {shapes}")
     start, gram = u0.detach().double(), zz.double()
+    missing = yz.double() - start @ gram
+    step = _solved(missing, (gram + gram.T) / 2)
+    if step is not None:
+        return start + step
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
     solid = supported(values)
     if not solid.any():
         return start
-    missing = yz.double() - start @ gram
     inverse = solid / (values.clamp(min=0) + RIDGE * values.clamp(min=0).mean())
     return start + (missing @ vectors * inverse) @ vectors.T
 
@@ -156,7 +178,7 @@ def whiten(weight: Tensor, rank: int, input_gram: Tensor, *, dtype: torch.dtype)
         ValueError: a shape or the rank does not fit, a value is not finite, or C is zero.
         torch.linalg.LinAlgError: a decomposition did not converge or S is singular.
     """
-    _check(weight, rank, input_gram, None)
+    check(weight, rank, input_gram, None)
     w, gram = weight.detach().float(), input_gram.float()
     scale = gram.diagonal().mean()
     if not scale > 0:
@@ -169,7 +191,7 @@ def whiten(weight: Tensor, rank: int, input_gram: Tensor, *, dtype: torch.dtype)
         v = half[:, None] * (right[:rank] @ torch.linalg.inv(root))
     spectrum = sigma.double().square()
     u = left[:, :rank] * half
-    return Factors(u.to(dtype), v.to(dtype), _share(spectrum, rank), spectrum, rank)
+    return Factors(u.to(dtype), v.to(dtype), _share(spectrum, rank), spectrum, rank, "whiten")
 
 
 def lost(weight: Tensor, factors: Factors, input_gram: Tensor | None = None) -> float:
@@ -187,6 +209,21 @@ def lost(weight: Tensor, factors: Factors, input_gram: Tensor | None = None) -> 
     gap = w - factors.u.double() @ factors.v.double()
     total, left = _energy(w, input_gram), _energy(gap, input_gram)
     return left / total if total > 0 else 0.0
+
+
+def _solved(missing: Tensor, gram: Tensor) -> Tensor | None:
+    """missing (gram + ridge)^-1 by Cholesky; None where a direction of gram may have no data."""
+    # Still positive definite below `supported`'s floor (the norm bounds the largest eigenvalue):
+    # every direction is solid, and the decomposition that would sort them out is not needed.
+    lowered, ridged = gram.clone(), gram.clone()
+    lowered.diagonal().sub_(NEGLIGIBLE * gram.norm())
+    lower, failed = torch.linalg.cholesky_ex(lowered)
+    # A NaN is not greater than zero, so broken numbers take the path that refuses them.
+    if not bool((failed == 0) & (lower[-1, -1] > 0)):
+        return None
+    ridged.diagonal().add_(RIDGE * gram.diagonal().mean())
+    lower = torch.linalg.cholesky_ex(ridged).L
+    return torch.cholesky_solve(missing.T, lower).T
 
 
 def _energy(w: Tensor, gram: Tensor | None) -> float:
@@ -210,7 +247,19 @@ def _filled(core: Tensor, vectors: Tensor, rank: int, seen: int) -> Tensor:
     return torch.cat([vectors[:, :seen], spare @ best], dim=1)
 
 
-def _check(weight: Tensor, rank: int, inputs: Tensor | None, outputs: Tensor | None) -> None:
+def check(weight: Tensor, rank: int, inputs: Tensor | None, outputs: Tensor | None) -> None:
+    """Refuse what no solver can factorise.
+
+    Args:
+        weight: should be (m, n).
+        rank: should be from 1 to min(m, n).
+        inputs: input Gram or None, should be (n, n).
+        outputs: output Gram or None, should be (m, m); not beside an input Gram.
+
+    Raises:
+        ValueError: both Grams are given, a shape or the rank does not fit, or a value is not
+            finite.
+    """
     if weight.dim() != 2 or not 1 <= rank <= min(weight.shape):
         raise ValueError(f"rank {rank} does not fit a weight of shape {tuple(weight.shape)}")
     if inputs is not None and outputs is not None:

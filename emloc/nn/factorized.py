@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from emloc.nn.nf4 import Nf4, multiply
 
 
 class Factorized(nn.Linear):
@@ -17,10 +20,7 @@ class Factorized(nn.Linear):
         self.out_features, self.in_features = u.shape[0], v.shape[1]
         self.u = nn.Parameter(u, requires_grad=False)
         self.v = nn.Parameter(v, requires_grad=False)
-        # A parameter given is shared; a plain tensor becomes one of this layer's own.
-        if bias is not None and not isinstance(bias, nn.Parameter):
-            bias = nn.Parameter(bias, requires_grad=False)
-        self.register_parameter("bias", bias)
+        _keep_bias(self, bias)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -47,3 +47,63 @@ class Factorized(nn.Linear):
     def extra_repr(self) -> str:
         """Shapes, as `nn.Linear` prints them."""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class Nf4Factorized(nn.Linear):
+    """`y = u (v x) + bias` with v (k, in) and u^T (k, out) in nf4.
+
+    u lies turned, so that both factors are rows to be formed on top of a LoRA's; and so that each
+    block of nf4 belongs to one direction, whose scale it shares with no other. Either factor is
+    formed when it is multiplied and dropped again, in the backward pass too.
+    """
+
+    weight: Tensor
+
+    def __init__(self, v: Nf4, ut: Nf4, bias: Tensor | None = None) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.rank = v.shape[1], ut.shape[1], v.shape[0]
+        # Asked for device and dtype, as PEFT does, and holds nothing: see `Factorized.weight`.
+        self.register_buffer("weight", v.codes.new_empty((*v.shape, 0), dtype=v.dtype), False)
+        for name, matrix in (("v", v), ("ut", ut)):
+            self.register_buffer(f"{name}_codes", matrix.codes, False)
+            self.register_buffer(f"{name}_absmax", matrix.absmax, False)
+            # As bytes: a model cast to another dtype would round the scales.
+            self.register_buffer(f"{name}_scales", matrix.scales.view(torch.uint8), False)
+        _keep_bias(self, bias)
+
+    @property
+    def v(self) -> Nf4:
+        """v (k, in)."""
+        return self._matrix("v", self.in_features)
+
+    @property
+    def ut(self) -> Nf4:
+        """u^T (k, out)."""
+        return self._matrix("ut", self.out_features)
+
+    def _matrix(self, name: str, columns: int) -> Nf4:
+        codes, absmax, scales = (
+            self.get_buffer(f"{name}_{part}") for part in ("codes", "absmax", "scales")
+        )
+        shape = (self.rank, columns)
+        return Nf4(codes, absmax, scales.view(torch.float32), shape, self.weight.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., in) to (..., out), in the dtype of the factors."""
+        y = multiply(multiply(input, self.v), self.ut, turned=True)
+        return y if self.bias is None else y + self.bias
+
+    def product(self) -> Tensor:
+        """The weight (out, in) this layer stands for, in float64."""
+        return self.ut.dequantize().double().T @ self.v.dequantize().double()
+
+    def extra_repr(self) -> str:
+        """Shapes, as `nn.Linear` prints them."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+def _keep_bias(layer: nn.Module, bias: Tensor | None) -> None:
+    """A parameter given is shared; a plain tensor becomes one of this layer's own."""
+    if bias is not None and not isinstance(bias, nn.Parameter):
+        bias = nn.Parameter(bias, requires_grad=False)
+    layer.register_parameter("bias", bias)

@@ -27,5 +27,6 @@ class Recovery(Protocol):
         samples: Samples | None,
         *,
         device: torch.device,
+        host_bytes: int | None = None,
     ) -> dict[str, Any]:
         """Write the carried adapter into `folder`/adapter."""

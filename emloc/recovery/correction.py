@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from emloc.calibrate import linears_of
 from emloc.emulators import Built
 from emloc.errors import ConfigError
 from emloc.linalg.correct import Change, Moments, Pair, correct_covariance, correct_identity
-from emloc.linalg.gram import cross, exact_float32, gram
+from emloc.linalg.gram import cross, gram, product
 from emloc.samples import Samples
-from emloc.source import Source
+from emloc.source import CPU
 from emloc.statistics import Taken
 from emloc.store import Artifact
 from emloc.walk import Block, by_block, open_walk
+
+log = logging.getLogger(__name__)
 
 METRICS = ("identity", "covariance")
 
@@ -66,25 +69,38 @@ class Correction:
         samples: Samples | None,
         *,
         device: torch.device,
+        host_bytes: int | None = None,
     ) -> dict[str, Any]:
-        """Write the corrected adapter, and `layers.json`: what was done to each layer."""
+        """Write the corrected adapter, and `layers.json`: what was done to each layer.
+
+        Layer by layer on the device, for the covariance metric along a walk through the original:
+        its moments go with their block. `host_bytes` is what hidden states may take of host memory.
+        """
         adapter = read_lora(trained.folder / "adapter")
-        moments = _moments(adapter.pairs, built.source, samples, device)
+        run = None
+        if samples is not None:
+            run = open_walk(
+                built.source,
+                samples.batches(built.source),
+                list(by_block(adapter.pairs)),
+                device,
+                host_bytes=host_bytes,
+                folder=folder,
+            )
+        corrected: dict[str, Pair] = {}
         changes: dict[str, Change] = {}
-        bar = tqdm(total=len(adapter.pairs), desc="recover", unit="layer")
-
-        def change(layer: str, pair: Pair) -> Pair:
-            bar.update()
-            gap = built.residual(layer)
-            if gap is None:
-                return pair
-            corrected, changes[layer] = self.correct(pair, gap, moments.get(layer))
-            return corrected
-
-        with bar:
-            carried = adapter.map(change, {"by": "correction", **asdict(self)})
+        known = _known(run, adapter.pairs)
+        for layer, moments in tqdm(known, "recover", total=len(adapter.pairs), unit="layer"):
+            gap = built.residual(layer, device)
+            if gap is not None:
+                pair = _on(adapter.pairs[layer], device)
+                pair, changes[layer] = self.correct(pair, gap, moments)
+                corrected[layer] = _on(pair, CPU)
+        carried = adapter.map(
+            lambda layer, pair: corrected.get(layer, pair), {"by": "correction", **asdict(self)}
+        )
         carried.save(folder / "adapter")
-        table = {layer: asdict(done) for layer, done in changes.items()}
+        table = {layer: asdict(changes[layer]) for layer in adapter.pairs if layer in changes}
         (folder / "layers.json").write_text(json.dumps(table, indent=1))
         return {"corrected_layers": len(changes), "clamped": _mean(changes)}
 
@@ -95,45 +111,56 @@ class Correction:
         return correct_covariance(pair, residual, moments, clamp=self.clamp, strength=self.strength)
 
 
-def _moments(
-    pairs: Mapping[str, Pair],
-    source: Source,
-    samples: Samples | None,
-    device: torch.device,
-) -> dict[str, Moments]:
-    if samples is None:
-        return {}
-    blocks = list(by_block(pairs))
-    run = open_walk(source, samples.batches(source), blocks, device)
-    return moments_along(tqdm(run, "recover: activations", total=len(blocks), unit="block"), pairs)
+def _known(
+    run: Iterable[Block] | None, pairs: Mapping[str, Pair]
+) -> Iterator[tuple[str, Moments | None]]:
+    """Every adapted layer, with what the metric needs of its activations."""
+    if run is None:
+        yield from ((layer, None) for layer in pairs)
+        return
+    members = by_block(pairs)
+    for block in run:
+        found = _moments_of(block, {layer: pairs[layer] for layer in members[block.name]})
+        for layer in members[block.name]:
+            if layer not in found:
+                log.warning("%s: no calibration token reached it; corrected by identity", layer)
+            yield layer, found.pop(layer, None)
 
 
 def moments_along(run: Iterable[Block], pairs: Mapping[str, Pair]) -> dict[str, Moments]:
-    """What the covariance metric needs of each adapted layer, over the blocks of a walk."""
-    members = by_block(pairs)
-    found: dict[str, Moments] = {}
-    for block in run:
-        found |= _moments_of(block, {layer: pairs[layer] for layer in members[block.name]})
-    return found
+    """What the covariance metric needs of each adapted layer, over the blocks of a walk.
+
+    In host memory, as they are kept for all layers.
+    """
+    return {
+        layer: replace(moments, aca=moments.aca.cpu(), ca=moments.ca.cpu())
+        for layer, moments in _known(run, pairs)
+        if moments is not None
+    }
 
 
 def _moments_of(block: Block, pairs: Mapping[str, Pair]) -> dict[str, Moments]:
-    found: dict[str, Moments] = {}
+    linears = linears_of(block, pairs)
+    a = {layer: pairs[layer].a.to(linear.weight.device) for layer, linear in linears.items()}
+    sums: dict[str, tuple[Tensor, Tensor, int]] = {}
 
     def add(mask: Tensor | None) -> None:
         for layer, rows in taken.rows(mask).items():
-            with exact_float32(rows.device):
-                features = rows.float() @ pairs[layer].a.to(rows.device).float().T
-            aca, ca = gram(features).cpu(), cross(rows, features).cpu()
-            if layer in found:
-                old = found[layer]
-                found[layer] = Moments(old.aca + aca, old.ca + ca, old.tokens + len(rows))
-            else:
-                found[layer] = Moments(aca, ca, len(rows))
+            features = product(rows, a[layer].T)
+            aca, ca, tokens = sums.get(layer, (None, None, 0))
+            sums[layer] = (
+                gram(features, total=aca),
+                cross(rows, features, total=ca),
+                tokens + len(rows),
+            )
 
-    with Taken(linears_of(block, pairs)) as taken:
+    with Taken(linears) as taken:
         block.run(add)
-    return found
+    return {layer: Moments(*one) for layer, one in sums.items() if one[2]}
+
+
+def _on(pair: Pair, device: torch.device) -> Pair:
+    return replace(pair, a=pair.a.to(device), b=pair.b.to(device))
 
 
 def _mean(changes: Mapping[str, Change]) -> float:

@@ -28,6 +28,7 @@ class NoRecovery:
         samples: Samples | None,
         *,
         device: torch.device,
+        host_bytes: int | None = None,
     ) -> dict[str, Any]:
         """Copy the adapter, marked as carried."""
         adapter = read_lora(trained.folder / "adapter")

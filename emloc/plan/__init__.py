@@ -1,0 +1,1 @@
+"""What a training will need, before a weight is read (`emloc plan`, `compression=auto`)."""

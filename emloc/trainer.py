@@ -1,0 +1,109 @@
+"""transformers' Trainer, with steps that do not depend on how many processes share them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from emloc.errors import ConfigError
+from emloc.nn.surgery import put
+from emloc.ranks import sharded
+
+
+class WholeSteps(Sampler[int]):
+    """The rows in a random order, similar lengths together, cut into whole optimizer steps.
+
+    What is left over is not learnt in this pass: processes would get uneven shares of it, and fill
+    them up with rows of other steps. Only where all rows are fewer than one step, it is smaller.
+
+    The order depends on seed and pass alone. A generator that lives on would be at another place
+    after an interruption, and in each process after dropout.
+    """
+
+    def __init__(
+        self, lengths: list[int], step: int, seed: int, steps_done: Callable[[], int]
+    ) -> None:
+        self._lengths, self._step, self._seed = lengths, step, seed
+        self._steps_done = steps_done
+        self._steps = max(len(lengths) // step, 1)  # of one pass
+
+    def __len__(self) -> int:
+        return min(self._steps * self._step, len(self._lengths))
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator()
+        generator.manual_seed(self._seed + self._steps_done() // self._steps)
+        # A DataLoader draws one number first: with it the first pass is the Trainer's own.
+        torch.empty((), dtype=torch.int64).random_(generator=generator)
+        order = get_length_grouped_indices(self._lengths, self._step, generator=generator)
+        return iter(order[: len(self)])
+
+
+class FiniteTrainer(Trainer):
+    """A Trainer that stops before a loss that is not finite reaches the weights."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Called by the Trainer while it is made."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if sharded() and state.distributed_type == DistributedType.MULTI_CPU:
+            # accelerate splits over GPUs only, and would train on whole copies without a word.
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            if state.mixed_precision != "no":
+                state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
+            self.is_fsdp_enabled = True
+        plugin = getattr(state, "fsdp_plugin", None)
+        if plugin is not None and plugin.mixed_precision_policy is not None:
+            # accelerate's own would also add up gradients, and round the loss, in 16 bits.
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32
+            )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> WholeSteps:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        args = self.args
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if step > len(rows) and args.world_size > 1:
+            raise ConfigError(
+                f"train.batch x train.accumulate x {args.world_size} processes = {step} samples of "
+                f"one step, and there are {len(rows)}; set train.batch lower"
+            )
+        lengths = [len(row["input_ids"]) for row in rows]
+        return WholeSteps(lengths, step, args.seed, lambda: self.state.global_step)
+
+    def training_step(
+        self,
+        model: PreTrainedModel,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """One forward and backward pass.
+
+        Raises:
+            FloatingPointError: the loss is not finite, in any of the processes.
+        """
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        losses = self.accelerator.gather(loss)
+        if not torch.isfinite(losses).all():
+            raise FloatingPointError(
+                f"the loss is {losses.mean().item()} at step {self.state.global_step + 1}; "
+                "set train.learning_rate lower"
+            )
+        return loss
+
+
+def make_whole(model: PreTrainedModel) -> None:
+    """Give every process all of each trained parameter where they were split."""
+    for name, parameter in list(model.named_parameters()):
+        if parameter.requires_grad and isinstance(parameter, DTensor):
+            put(model, name, parameter.full_tensor())

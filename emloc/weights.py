@@ -1,0 +1,224 @@
+"""Where a model's tensors come from: a folder of safetensors, a seed, or nowhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from emloc.errors import ConfigError
+
+# The start of a name in the files of vision-language models -> what the module is called. The
+# files keep the layout from before language model and vision tower were put below `model`.
+_RENAMED = (
+    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
+    (re.compile(r"^language_model\.model\."), "model.language_model."),
+    (re.compile(r"^(vision_tower|multi_modal_projector)\."), r"model.\1."),
+)
+
+
+class Weights(Protocol):
+    """Tensors by the name of the parameter they belong to."""
+
+    @property
+    def where(self) -> str:
+        """What a message about them begins with."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """Every tensor there is.
+
+        Raises:
+            ConfigError: they cannot be read at all.
+        """
+
+    def read(self, names: list[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors, one at a time, each on `device` as soon as it is read."""
+
+
+def parameter_name(stored: str) -> str:
+    """What the model calls a tensor that a file calls `stored`."""
+    for pattern, name in _RENAMED:
+        stored = pattern.sub(name, stored)
+    return stored
+
+
+@dataclass(frozen=True)
+class Safetensors:
+    """The tensors of a checkpoint folder, one file or several with an index."""
+
+    folder: Path
+
+    @property
+    def where(self) -> str:
+        """The folder."""
+        return str(self.folder)
+
+    @property
+    def names(self) -> Collection[str]:
+        """Every tensor in the files."""
+        return self._places.keys()
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """Parameter name -> the file that holds it."""
+        return {name: path for name, (path, _) in self._places.items()}
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[Path, str]]:
+        """Parameter name -> file, and what the tensor is called there.
+
+        Raises:
+            ConfigError: no safetensors in the folder, or a shard is missing.
+        """
+        index = self.folder / "model.safetensors.index.json"
+        single = self.folder / "model.safetensors"
+        if index.exists():
+            stored: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            lost = sorted({file for file in stored.values() if not (self.folder / file).exists()})
+            if lost:
+                raise ConfigError(f"{self.folder}: shard {lost[0]} is missing; set model.source")
+        elif single.exists():
+            with safe_open(single, framework="pt") as file:
+                stored = dict.fromkeys(file.keys(), single.name)
+        else:
+            raise ConfigError(f"{self.folder}: no model.safetensors; set model.source to one")
+        return {parameter_name(name): (self.folder / file, name) for name, file in stored.items()}
+
+    def read(self, names: list[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors file by file, each file closed after its last."""
+        # "cuda" means the first device to a file, and the current one to torch.
+        there = str(torch.empty(0, device=device).device)
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._places[name][0], []).append(name)
+        for path, members in by_file.items():
+            with safe_open(path, framework="pt", device=there) as file:
+                for name in members:
+                    yield name, file.get_tensor(self._places[name][1])
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How one random tensor is made: `mean` everywhere, plus normal noise of `std`."""
+
+    shape: tuple[int, ...]
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True)
+class Random:
+    """Tensors made from a seed and their name whenever they are asked for, and never stored.
+
+    They are drawn on `home` and moved from there, so that a tensor is the same wherever it is
+    read: the generators of a CPU and of a GPU give different numbers.
+    """
+
+    seed: int
+    draws: Mapping[str, Draw]
+    dtype: torch.dtype
+    home: str  # cpu | cuda
+
+    @property
+    def where(self) -> str:
+        """The seed."""
+        return f"random weights of seed {self.seed}"
+
+    @property
+    def names(self) -> Collection[str]:
+        """Every parameter of the model, tied ones once."""
+        return self.draws.keys()
+
+    def read(self, names: list[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors in the model's dtype; torch's own random numbers are left alone."""
+        at = device if device.type == self.home else torch.device(self.home)
+        for name in names:
+            yield name, self._drawn(name, at).to(device)
+
+    def _drawn(self, name: str, device: torch.device) -> Tensor:
+        draw = self.draws[name]
+        if not draw.std:
+            return torch.full(draw.shape, draw.mean, dtype=self.dtype, device=device)
+        text = f"{self.seed}:{name}".encode()
+        own = int.from_bytes(hashlib.sha256(text).digest()[:8]) >> 1  # seeds are signed
+        generator = torch.Generator(device).manual_seed(own)
+        tensor = torch.empty(draw.shape, dtype=self.dtype, device=device)
+        return tensor.normal_(draw.mean, draw.std, generator=generator)
+
+
+@dataclass(frozen=True)
+class Absent:
+    """The weights of a model that is only planned with: none can be read."""
+
+    where: str
+
+    @property
+    def names(self) -> Collection[str]:
+        """There are none.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"{self.where}: only its shape is known here; set model.source=/path/to/checkpoint "
+            "or model.weights=random"
+        )
+
+    def read(self, names: list[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+        """Nothing.
+
+        Raises:
+            ConfigError: always.
+        """
+        return iter([(name, torch.empty(0)) for name in self.names])
+
+
+def random_home() -> str:
+    """The kind of device that random weights are drawn on: the one that this machine runs on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def draws_of(model: PreTrainedModel) -> dict[str, Draw]:
+    """Parameter name -> how it starts in a fresh model of that kind.
+
+    Matrices, embeddings and convolutions are normal with the configuration's `initializer_range`
+    (0.02 where it has none), biases zero, layer scales `layer_scale_init_value` (0.1), and every
+    other vector, which is a norm's weight, one. Tied parameters are there once.
+    """
+    parts = {
+        name: module.config
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel)
+    }
+    return {
+        name: _draw(name, parameter, parts[_innermost(name, parts)])
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _innermost(name: str, parts: Collection[str]) -> str:
+    """The longest of the module names that `name` lies in; the whole model is called ''."""
+    return max((part for part in parts if not part or name.startswith(f"{part}.")), key=len)
+
+
+def _draw(name: str, parameter: nn.Parameter, config: object) -> Draw:
+    shape = tuple(parameter.shape)
+    leaf = name.rpartition(".")[2]
+    if "lambda" in leaf:
+        return Draw(shape, float(getattr(config, "layer_scale_init_value", 0.1)), 0.0)
+    if leaf == "bias":
+        return Draw(shape, 0.0, 0.0)
+    if parameter.ndim == 1:
+        return Draw(shape, 1.0, 0.0)
+    return Draw(shape, 0.0, float(getattr(config, "initializer_range", 0.02)))

@@ -1,0 +1,105 @@
+"""`torchrun -m emloc`: two processes take the steps of one, and leave one record."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from emloc.compose import compose
+from emloc.config import build
+from emloc.pipeline import run
+from emloc.store import Store
+
+TORCHRUN = Path(sys.executable).with_name("torchrun")
+TWO = (str(TORCHRUN), "--standalone", "--nproc-per-node", "2", "-m", "emloc")
+SPLIT = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+}
+# Steps of 2 x 3 samples: the 40 rows are no multiple of that, and are gone through twice.
+RECIPE = ("train.batch=3", "train.steps=9", "train.save_every=2", "train.learning_rate=0.05")
+
+
+@pytest.fixture
+def alone(tiny, tmp_path):
+    """Train in this process with as many samples a step; the artifact of the training."""
+
+    def train(*overrides: str):
+        cell = build(compose([*tiny, *overrides, "train.accumulate=2"]))
+        return run(cell, Store(tmp_path / "alone"), lambda step, values: None).trained
+
+    return train
+
+
+def curve_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "curve.jsonl").open()]
+
+
+def assert_same_training(run: Path, single: Path) -> None:
+    ours, theirs = curve_of(run), curve_of(single)
+    assert [line["step"] for line in ours] == list(range(1, 10))
+    for name in ("loss", "grad_norm", "learning_rate"):
+        values = [line[name] for line in theirs]
+        assert [line[name] for line in ours] == pytest.approx(values, rel=1e-4)
+    assert theirs[-1]["loss"] < theirs[0]["loss"] - 0.2
+    adapters = [
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (run / "adapter_trained", single / "adapter")
+    ]
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, tensor in adapters[1].items():
+        torch.testing.assert_close(adapters[0][name], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_two_processes_train_as_one_does_and_leave_one_record(emloc, tiny, one_run, alone):
+    first = emloc(*tiny, *RECIPE, program=TWO)
+    assert first.code == 0, first.said
+    run = one_run()
+    assert_same_training(run, alone(*RECIPE).folder)
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["processes"] == 2
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    assert [one["train/step"] for one in lines if "train/step" in one] == list(range(1, 10))
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
+    assert first.out.count("| emloc ") == 1
+    assert (run / "run.log").read_text().count(": started") == 1
+    again = emloc(*tiny, *RECIPE, program=TWO)
+    assert again.code == 0, again.said
+    assert again.said.count("done before") == 1
+
+
+def test_split_weights_train_as_whole_ones_do_also_after_an_interruption(
+    emloc, tiny, one_run, alone, tmp_path
+):
+    env = {**os.environ, **SPLIT}
+    begun = subprocess.Popen([*TWO, *tiny, *RECIPE], cwd=tmp_path, env=env)
+    lines = tmp_path / "runs" / "adhoc"
+    latest = time.monotonic() + 120
+    while not any('"train/step": 7' in path.read_text() for path in lines.glob("*/metrics.jsonl")):
+        assert begun.poll() is None
+        assert time.monotonic() < latest
+        time.sleep(0.02)
+    begun.terminate()
+    assert begun.wait(60) != 0
+    checkpoints = list((tmp_path / "cache" / "train").glob("*.partial/checkpoints/checkpoint-*"))
+    assert any((path / "pytorch_model_fsdp_0").is_dir() for path in checkpoints)
+    ended = emloc(*tiny, *RECIPE, program=TWO, **SPLIT)
+    assert ended.code == 0, ended.said
+    assert_same_training(one_run(), alone(*RECIPE).folder)
+
+
+def test_a_loss_that_is_not_finite_ends_all_processes(emloc, tiny, one_run):
+    settings = ("train.learning_rate=1e38", "train.warmup=0", "method=lora")
+    failed = emloc(*tiny, *settings, program=TWO)
+    assert failed.code == 1
+    status = json.loads((one_run() / "status.json").read_text())
+    assert (status["state"], status["stage"]) == ("failed", "train")
+    assert "the loss is nan at step 2; set train.learning_rate lower" in status["error"]
+    assert failed.said.count("the loss is nan") == 1

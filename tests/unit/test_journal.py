@@ -1,0 +1,61 @@
+"""A journal tells which blocks are done, and tells the truth after a kill."""
+
+import json
+
+from emloc.journal import Journal
+
+
+def written(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+
+
+def done(folder, *blocks: str) -> None:
+    journal = Journal(folder)
+    for size, block in enumerate(blocks, 3):
+        journal.file(block).write_bytes(bytes(size))
+        journal.add(block, tokens=7)
+
+
+def test_a_line_for_each_block_in_order_with_the_size_of_its_file(tmp_path):
+    done(tmp_path, "h.0", "h.1")
+    assert written(tmp_path) == [
+        {"block": "h.0", "tokens": 7, "bytes": 3},
+        {"block": "h.1", "tokens": 7, "bytes": 4},
+    ]
+    assert list(Journal(tmp_path).lines) == ["h.0", "h.1"]
+
+
+def test_a_file_without_a_line_has_to_be_done_again(tmp_path):
+    done(tmp_path, "h.0")
+    (tmp_path / "h.1.safetensors").write_bytes(b"12")
+    assert list(Journal(tmp_path).lines) == ["h.0"]
+
+
+def test_a_line_whose_file_is_gone_is_dropped(tmp_path):
+    done(tmp_path, "h.0", "h.1")
+    (tmp_path / "h.0.safetensors").unlink()
+    assert list(Journal(tmp_path).lines) == ["h.1"]
+    assert [line["block"] for line in written(tmp_path)] == ["h.1"]
+
+
+def test_a_line_that_was_cut_off_is_dropped_and_the_next_stands_on_its_own(tmp_path):
+    done(tmp_path, "h.0", "h.1")
+    path = tmp_path / "journal.jsonl"
+    path.write_text(path.read_text()[:-9])
+    journal = Journal(tmp_path)
+    assert list(journal.lines) == ["h.0"]
+    journal.add("h.1", tokens=8)
+    assert [(line["block"], line["tokens"]) for line in written(tmp_path)] == [
+        ("h.0", 7),
+        ("h.1", 8),
+    ]
+
+
+def test_a_whole_last_line_without_its_end_is_kept_once(tmp_path):
+    done(tmp_path, "h.0")
+    path = tmp_path / "journal.jsonl"
+    path.write_text(path.read_text().rstrip("\n"))
+    journal = Journal(tmp_path)
+    journal.file("h.1").write_bytes(b"")
+    journal.add("h.1")
+    assert [line["block"] for line in written(tmp_path)] == ["h.0", "h.1"]

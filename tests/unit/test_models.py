@@ -1,0 +1,228 @@
+"""Every model of the configuration has its true shape, its layers and a way to its weights."""
+
+import copy
+import json
+from functools import cache
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tiny import TINY_INTERNVL, image_batch, tiny_internvl
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from emloc.compose import CONF
+from emloc.config import part
+from emloc.errors import ConfigError
+from emloc.models.checkpointed import Checkpointed
+from emloc.models.text import TextModel
+from emloc.models.vision_language import VisionLanguageModel
+from emloc.source import Source
+
+CPU = torch.device("cpu")
+# Parameters as published, LoRA targets, compressed layers.
+MODELS = {
+    "internvl2_5_2b": (2_205_754_368, 24 * 7, 24 * 7 + 24 * 6),
+    "internvl2_5_4b": (3_712_637_952, 36 * 7, 36 * 7 + 24 * 6),
+    "internvl2_5_8b": (8_075_365_376, 32 * 7, 32 * 7 + 24 * 6 - 1),
+    "internvl2_5_26b": (25_514_186_112, 48 * 7, 48 * 7 + 45 * 6),
+    "internvl2_5_38b": (38_388_164_992, 64 * 7, 64 * 7 + 45 * 6),
+    "internvl2_5_78b": (78_408_318_336, 80 * 7, 80 * 7 + 45 * 6),
+    "llama3_8b": (8_030_261_248, 32 * 7, 32 * 7),
+    "qwen2_5_7b": (7_615_616_512, 28 * 7, 28 * 7),
+    "qwen2_5_32b": (32_763_876_352, 64 * 7, 64 * 7),
+    "qwen2_5_72b": (72_706_203_648, 80 * 7, 80 * 7),
+    "smollm2_135m": (134_515_008, 30 * 7, 30 * 7),
+}
+# In billions, as the model cards round them.
+CARDS = {"2b": 2.21, "4b": 3.71, "8b": 8.08, "26b": 25.51, "38b": 38.39, "78b": 78.41}
+
+
+def settings(name: str, **changed) -> Checkpointed:
+    return part(OmegaConf.merge(OmegaConf.load(CONF / "model" / f"{name}.yaml"), changed))
+
+
+@cache
+def planned(name: str) -> tuple[Checkpointed, Source]:
+    model = settings(name)
+    return model, model.shape_source()
+
+
+def tiny(**changed) -> VisionLanguageModel:
+    values = {
+        "name": "tiny",
+        "id": "somebody/model",
+        "revision": None,
+        "source": "auto",
+        "wheel": None,
+        "weights": "random",
+        "dtype": "float32",
+        "max_length": 64,
+        "lora_targets": r"model\.language_model\..*_proj",
+        "emulator_targets": r".*_proj",
+        "shape": copy.deepcopy(TINY_INTERNVL),
+    }
+    return VisionLanguageModel(**(values | changed))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    home = tmp_path_factory.mktemp("internvl")
+    tiny_internvl().save_pretrained(home)
+    return home
+
+
+# The YAMLs ---------------------------------------------------------------------------------------
+
+
+def test_every_model_is_in_the_table():
+    assert set(MODELS) == {path.stem for path in (CONF / "model").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_shape_has_as_many_parameters_as_the_checkpoint(name):
+    total = sum(planned(name)[1].sizes.values())
+    assert total == MODELS[name][0]
+    size = name.rpartition("_")[2]
+    if name.startswith("internvl"):
+        assert total / 1e9 == pytest.approx(CARDS[size], rel=0.01)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_expressions_match_the_linears_of_the_blocks(name):
+    model, source = planned(name)
+    adapted, compressed = model.adapted(source), model.compressed(source)
+    assert (len(adapted), len(compressed)) == MODELS[name][1:]
+    assert not any("vision" in layer or "projector" in layer for layer in adapted)
+    rest = {layer for layer in source.linears if layer not in compressed}
+    head = {"lm_head"}
+    if name.startswith("internvl"):
+        head |= {f"model.multi_modal_projector.linear_{i}" for i in (1, 2)}
+    last = {"model.language_model.layers.31.mlp.down_proj"} if name == "internvl2_5_8b" else set()
+    assert rest == head | last
+    assert set(adapted) <= set(compressed) | last
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_shape_is_of_the_kind_its_settings_build(name):
+    model, source = planned(name)
+    kinds = {"internvl": VisionLanguageModel, "llama": TextModel, "qwen2": TextModel}
+    assert type(model) is kinds[source.config.model_type]
+    assert source.auto is type(model).auto
+    assert source.name == model.id
+    assert {parameter.dtype for parameter in source.skeleton().parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("internvl")])
+def test_an_image_is_256_tokens_of_the_vocabulary(name):
+    config = planned(name)[1].config
+    vision = config.vision_config
+    patches = vision.image_size[0] // vision.patch_size[0]
+    assert (patches * config.downsample_ratio) ** 2 == config.image_seq_length == 256
+    assert config.image_token_id < config.text_config.vocab_size
+    bias = planned(name)[1].sizes.get("model.vision_tower.encoder.layer.0.attention.q_proj.bias", 0)
+    assert bias == (1024 if vision.hidden_size == 1024 else 0)
+
+
+# Where the weights are ---------------------------------------------------------------------------
+
+
+def test_random_weights_need_no_checkpoint():
+    source = tiny().open()
+    assert source.folder is None
+    assert source.name == "somebody/model"
+    with torch.no_grad():
+        assert source.load(CPU)(**image_batch()).logits.shape == (2, 10, 261)
+
+
+def test_the_identity_of_random_weights_is_their_shape_seed_and_kind_of_device():
+    first = tiny().open()
+    word, seed, shape, device = first.identity.split(":")
+    assert (word, seed) == ("random", "0")
+    assert device == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert first.key == tiny().open().key
+    other = tiny(shape=TINY_INTERNVL | {"image_token_id": 8}).open()
+    assert other.identity.split(":")[2] != shape
+    assert tiny(dtype="bfloat16").open().key != first.key
+
+
+def test_a_folder_says_the_shape_even_of_random_weights(folder):
+    source = tiny(source=str(folder), shape={"model_type": "llama"}).open()
+    assert source.config.model_type == "internvl"
+    found = source.weight("lm_head")
+    assert torch.equal(found, tiny().open().weight("lm_head"))
+    stored = tiny(source=str(folder), weights="checkpoint").open().weight("lm_head")
+    assert (found - stored).abs().max() > 0.01
+
+
+def test_a_shape_to_plan_with_is_a_folders_if_there_is_one(folder):
+    planned, stored = tiny().shape_source(), tiny(source=str(folder), shape={}).shape_source()
+    assert planned.sizes == stored.sizes
+    assert planned.linears == stored.linears
+    with pytest.raises(ConfigError, match=r"^somebody/model: only its shape is known here; set "):
+        planned.load(CPU)
+
+
+@pytest.mark.parametrize("weights", ["random", "checkpoint"])
+def test_without_folder_and_shape_there_is_nothing_to_plan_with(weights):
+    with pytest.raises(ConfigError) as caught:
+        tiny(weights=weights, shape={}).shape_source()
+    assert str(caught.value) == (
+        "model.shape of tiny names no model_type; set model.source=/path/to/checkpoint, or "
+        "model.shape to its configuration"
+    )
+
+
+# What cannot be built ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ({"model_type": "no_such_model"}, "Unrecognized model identifier: no_such_model"),
+        ({"model_type": "llama", "hidden_size": "wide"}, "hidden_size"),
+    ],
+    ids=["kind", "value"],
+)
+def test_a_shape_that_cannot_be_read_is_refused_in_one_line(shape, said):
+    with pytest.raises(ConfigError) as caught:
+        tiny(shape=shape).open().skeleton()
+    message = str(caught.value)
+    assert message.startswith("model.shape is of no model that transformers builds by itself: ")
+    assert said in message
+    assert "\n" not in message
+
+
+def test_a_checkpoint_that_brings_its_own_code_is_refused_without_a_question(tmp_path):
+    config = {"model_type": "internvl_chat", "auto_map": {"AutoConfig": "configuration.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError) as caught:
+        tiny(weights="checkpoint", source=str(tmp_path)).open().skeleton()
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}: config.json is of no model that transformers builds")
+    assert message.endswith("; set model.source to a checkpoint in its format")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("shape", ["llama", "internvl"])
+def test_a_model_of_the_other_kind_is_refused(shape):
+    name, auto = {
+        "llama": ("smollm2_135m", AutoModelForImageTextToText),
+        "internvl": ("internvl2_5_2b", AutoModelForCausalLM),
+    }[shape]
+    source = Source(None, "x", "x", torch.float32, auto, settings(name).shape)
+    assert isinstance(source.config, type(AutoConfig.for_model(shape)))
+    with pytest.raises(ConfigError) as caught:
+        source.skeleton()
+    assert str(caught.value) == (
+        f"x: a model of type {shape} is none of {auto.__name__}; set model or model.source"
+    )
+
+
+def test_targets_that_match_nothing_are_refused_before_a_weight_is_read():
+    model = tiny(weights="checkpoint", lora_targets="nothing")
+    with pytest.raises(ConfigError) as caught:
+        model.adapted(model.shape_source())
+    assert str(caught.value) == (
+        "model.lora_targets='nothing' matches no linear layer of tiny (one is called "
+        "model.vision_tower.encoder.layer.0.attention.q_proj); set model.lora_targets"
+    )

@@ -1,0 +1,286 @@
+"""Tensors of stopped passes wait off the device, and are what they were when they are needed."""
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_llama, tiny_tokenizer
+from torch import Tensor, nn
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+)
+
+from emloc.errors import ConfigError
+from emloc.parking import Lot, Parked, tensors_in
+from emloc.walk import walk
+
+CPU = torch.device("cpu")
+IMAGE = 250  # the token an image's features are put in place of
+
+
+def mapped(folder: Path) -> int:
+    """Files without a name in `folder` that this process has in memory."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return sum(str(folder) in line and line.endswith("(deleted)") for line in lines)
+
+
+def lot_of(folder: Path, limit: int | None, model: nn.Module | None = None) -> Lot:
+    return Lot(model or nn.Identity(), CPU, limit, folder)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+# One pass ----------------------------------------------------------------------------------------
+
+
+def test_what_fits_stays_and_the_rest_goes_to_files_without_names(tmp_path):
+    lot = lot_of(tmp_path, 500)
+    small, large = torch.arange(100.0), torch.arange(300.0)
+    where = small.data_ptr()
+    Parked(lot).park([small, large])
+    assert (lot.memory, lot.disk) == (400, 1200)
+    assert small.data_ptr() == where
+    assert mapped(tmp_path) == 1
+    assert list(tmp_path.iterdir()) == []
+    assert torch.equal(large, torch.arange(300.0))
+
+
+def test_without_a_limit_a_cpu_has_nothing_to_do(tmp_path):
+    assert lot_of(tmp_path, None).idle
+    assert not lot_of(tmp_path, 10**12).idle
+
+
+def test_what_shares_memory_shares_it_on_disk_too_and_takes_it_once(tmp_path):
+    lot = lot_of(tmp_path, 0)
+    whole = torch.randn(4, 6)
+    row, turned, wide = whole[1], whole.T, whole[:, :1].expand(4, 100)
+    before = [one.clone() for one in (whole, row, turned, wide)]
+    Parked(lot).park([row, wide, turned])  # `whole` is found as their base
+    assert lot.disk == 96
+    assert all(map(torch.equal, (whole, row, turned, wide), before))
+    assert wide.stride() == (6, 0)
+    row.fill_(-1)
+    assert (whole[1] == -1).all()
+    assert (turned[:, 1] == -1).all()
+
+
+def test_what_somebody_else_holds_too_stays(tmp_path):
+    lot = lot_of(tmp_path, 0)
+    whole = torch.arange(24.0)
+    other = whole.detach()
+    Parked(lot).park([whole])
+    assert (lot.memory, lot.disk) == (0, 0)
+    del other
+    Parked(lot).park([whole])
+    assert lot.disk == 96
+
+
+def test_nothing_of_the_model_moves(tmp_path):
+    model = nn.BatchNorm1d(64)
+    model.table = torch.ones(64)
+    lot = lot_of(tmp_path, 0, model)
+    views = [model.weight[:1], model.running_mean[None], model.table.expand(3, 64)]
+    Parked(lot).park([*views, model.weight, model.bias, model.running_mean, model.table])
+    assert (lot.memory, lot.disk) == (0, 0)
+    assert mapped(tmp_path) == 0
+
+
+def test_what_is_still_there_at_the_next_stop_is_not_moved_again(tmp_path):
+    lot = lot_of(tmp_path, 0)
+    table, states = torch.arange(100.0), torch.arange(50.0)
+    pass_ = Parked(lot)
+    pass_.park([table, states])
+    assert (lot.disk, mapped(tmp_path)) == (600, 2)
+    where = table.data_ptr()
+    pass_.resume()
+    table += 1
+    states = states + 1
+    pass_.park([table, table[:3], states])
+    assert (lot.disk, mapped(tmp_path)) == (600, 2)
+    assert table.data_ptr() == where
+    assert torch.equal(table, torch.arange(100.0) + 1)
+    assert torch.equal(states, torch.arange(50.0) + 1)
+    pass_.resume()
+    pass_.end()
+    assert (lot.memory, lot.disk) == (0, 0)
+    del table, states
+    assert mapped(tmp_path) == 0
+
+
+def test_room_that_one_pass_leaves_is_the_others(tmp_path):
+    lot = lot_of(tmp_path, 400)
+    first, second = Parked(lot), Parked(lot)
+    one, two, three = (torch.full((100,), float(i)) for i in range(3))
+    first.park([one])
+    second.park([two])
+    assert (lot.memory, lot.disk) == (400, 400)
+    first.end()
+    second.resume()
+    second.park([three])
+    assert (lot.memory, lot.disk) == (400, 0)
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 1, 99))
+    with pytest.raises(ConfigError) as caught:
+        Parked(lot_of(tmp_path, 0)).park([torch.zeros(2**18)])
+    assert str(caught.value) == (
+        f"{tmp_path}: no room for 0.00098 GiB of hidden states, 0 are there; "
+        "set budget.host_gib higher"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_are_found_in_whatever_holds_them():
+    a, b, c = torch.zeros(3).unbind()
+    pair = namedtuple("pair", "first second")
+    found = list(tensors_in({"x": [a, (1, None)], "y": {"z": pair(b, "word")}, "w": c}))
+    assert all(one is other for one, other in zip(found, [a, b, c], strict=True))
+
+
+# A model -----------------------------------------------------------------------------------------
+
+TEXT = {
+    "vocab_size": 261,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+
+
+def llama() -> nn.Module:
+    return tiny_llama(tiny_tokenizer(True), num_hidden_layers=3)
+
+
+def gemma3() -> nn.Module:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = Gemma3TextConfig(
+        num_hidden_layers=3, layer_types=kinds, sliding_window=3, head_dim=8, **TEXT
+    )
+    return Gemma3ForCausalLM(config)
+
+
+def internvl() -> nn.Module:
+    vision = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "image_size": [16, 16],
+        "patch_size": [4, 4],
+    }
+    config = InternVLConfig(
+        vision_config=vision,
+        text_config={"model_type": "qwen2", "num_hidden_layers": 2, **TEXT},
+        image_token_id=IMAGE,
+        image_seq_length=4,
+    )
+    return InternVLForConditionalGeneration(config)
+
+
+MODELS = {"llama": llama, "gemma3": gemma3, "internvl": internvl}
+
+
+def batches_of(kind: str) -> list[dict[str, Tensor]]:
+    """Padded on the left; for InternVL also images, and one batch of text alone."""
+    torch.manual_seed(1)
+    made = []
+    for lengths in ([12, 9], [7, 20, 8], [15]):
+        mask = torch.tensor([[0] * (max(lengths) - n) + [1] * n for n in lengths])
+        ids = torch.randint(5, 240, mask.shape) * mask
+        one = {"input_ids": ids, "attention_mask": mask}
+        if kind == "internvl" and len(made) != 1:
+            ids[:, -6:-2] = IMAGE
+            one["pixel_values"] = torch.randn(len(lengths), 3, 16, 16)
+        made.append(one)
+    return made
+
+
+def made(kind: str) -> tuple[nn.Module, list[str]]:
+    torch.manual_seed(0)
+    model = MODELS[kind]().eval()
+    names = [name for name, _ in model.named_modules() if name.split(".")[-1].isdigit()]
+    return model, names
+
+
+def watch(model: nn.Module, names: list[str]) -> dict[str, list[list[Tensor]]]:
+    """All tensors that go into and come out of the blocks, as they are seen there."""
+    seen: dict[str, list[list[Tensor]]] = {name: [] for name in names}
+
+    def keep(name: str):
+        return lambda _, args, kwargs, out: seen[name].append(
+            [one.clone() for one in tensors_in([args, dict(sorted(kwargs.items())), out])]
+        )
+
+    for name in names:
+        block = model.get_submodule(name)
+        block.register_forward_hook(keep(name), with_kwargs=True, prepend=True)
+    return seen
+
+
+@pytest.mark.parametrize("host_bytes", [None, 0, 9000])
+@pytest.mark.parametrize("kind", MODELS)
+def test_blocks_take_and_give_the_very_bits_of_a_whole_pass(kind, host_bytes, tmp_path):
+    model, names = made(kind)
+    expected = watch(model, names)
+    for one in batches_of(kind):
+        model(**one, use_cache=False)
+    twin, _ = made(kind)
+    given, files = batches_of(kind), []
+    run = walk(twin, given, names, CPU, host_bytes=host_bytes, folder=tmp_path)
+    found = {}
+    for block in run:
+        files.append(mapped(tmp_path))
+        seen = watch(twin, [block.name])
+        block.run(lambda _: files.append(mapped(tmp_path)))
+        found |= seen
+    assert names[0].startswith("model.vision_tower" if kind == "internvl" else "model.layers.0")
+    assert list(found) == names
+    for name in names:
+        assert len(found[name]) == len(expected[name])
+        for ours, theirs in zip(found[name], expected[name], strict=True):
+            assert len(ours) == len(theirs) >= 2
+            assert all(map(torch.equal, ours, theirs))
+    # The stopped passes were in files, and nothing of it is left; the caller's batches never were.
+    assert all(count == 0 for count in files) if host_bytes is None else max(files) >= 6
+    assert mapped(tmp_path) == 0
+    for one, same in zip(given, batches_of(kind), strict=True):
+        assert all(torch.equal(one[key], same[key]) for key in same)
+
+
+def test_a_limit_on_host_memory_leaves_part_of_it_there(tmp_path):
+    """Fewer files than with none, more than without a limit."""
+    counts = []
+    for host_bytes in (0, 9000, 10**9):
+        model, names = made("llama")
+        run = walk(model, batches_of("llama"), names, CPU, host_bytes=host_bytes, folder=tmp_path)
+        next(run)
+        counts.append(mapped(tmp_path))
+        run.close()
+        assert mapped(tmp_path) == 0
+    assert counts[0] > counts[1] > counts[2] == 0
+
+
+def test_no_keys_and_values_are_kept_where_another_model_would_keep_them():
+    """InternVL's own forward has no `use_cache`; its language model has."""
+    model, names = made("internvl")
+    caches = []
+    for name in names[2:]:
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, kwargs: caches.append(kwargs.get("past_key_values")), with_kwargs=True
+        )
+    for _ in walk(model, batches_of("internvl"), names, CPU):
+        pass
+    assert caches == [None] * 6

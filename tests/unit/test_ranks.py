@@ -1,0 +1,119 @@
+"""What a process knows of the others that were started with it."""
+
+import json
+import logging
+import time
+
+import pytest
+import torch
+
+from emloc.compose import compose
+from emloc.errors import ConfigError
+from emloc.ranks import Notice, born, first, hush, launch, own_device, rank, sharded, world_size
+from emloc.runs import DONE, RUNNING, Run, folder_name
+
+
+@pytest.fixture
+def of_two(monkeypatch):
+    """Be one of two processes that were started together."""
+
+    def be(rank: int, **more: str) -> None:
+        for name, value in {"RANK": str(rank), "WORLD_SIZE": "2", **more}.items():
+            monkeypatch.setenv(name, value)
+
+    born.cache_clear()
+    yield be
+    born.cache_clear()
+
+
+def test_a_process_alone_is_the_first_of_one():
+    assert (rank(), world_size(), first()) == (0, 1, True)
+
+
+def test_a_launch_is_known_by_what_its_processes_share(of_two):
+    of_two(0, MASTER_PORT="1")
+    one = launch()
+    of_two(1, MASTER_PORT="1", LOCAL_RANK="1")
+    assert launch() == one
+    assert (rank(), world_size(), first()) == (1, 2, False)
+    of_two(1, MASTER_PORT="2")
+    assert launch() != one
+
+
+def test_a_notice_is_of_this_launch_only(of_two, tmp_path):
+    notice = Notice(tmp_path / "notice")
+    of_two(0, MASTER_PORT="1")
+    assert notice.read() == ("", "")
+    notice.put("failed", "why")
+    assert notice.read() == ("failed", "why")
+    of_two(0, MASTER_PORT="2")
+    assert notice.read() == ("", "")
+    notice.take_down()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_alone_leaves_no_notice(tmp_path):
+    Notice(tmp_path / "notice").put("begun")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_has_ended_when_it_was_recorded_in_this_launch(of_two, tmp_path):
+    of_two(1)
+    run = Run(tmp_path)
+    assert not run.ended(within=0)
+    run.mark(RUNNING)
+    start = time.monotonic()
+    assert not run.ended(within=0.3)
+    assert 0.3 <= time.monotonic() - start < 5
+    run.mark("failed", stage="train", error="why")
+    assert run.ended(within=0)
+    (tmp_path / "status.json").write_text(json.dumps({"state": DONE, "time": born() - 1}))
+    assert not run.ended(within=0)
+
+
+def test_the_number_of_processes_decides_the_run_folder(of_two):
+    config = compose()
+    alone = folder_name(config)
+    of_two(1)
+    assert folder_name(config) != alone
+    assert folder_name(config).rpartition("-")[0] == alone.rpartition("-")[0]
+
+
+@pytest.mark.parametrize("version", [None, "1"])
+def test_only_the_second_version_of_fsdp_is_supported(of_two, monkeypatch, version):
+    of_two(0)
+    assert not sharded()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    if version:
+        monkeypatch.setenv("FSDP_VERSION", version)
+    with pytest.raises(ConfigError, match=rf"FSDP_VERSION={version}: .* set FSDP_VERSION=2"):
+        sharded()
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert sharded()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not sharded()
+
+
+def test_a_process_without_a_gpu_of_its_own_is_refused(of_two, monkeypatch):
+    of_two(1, LOCAL_RANK="1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert own_device() == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="process 1 of this machine has no GPU, there is 1; set"):
+        own_device()
+
+
+def test_another_process_than_the_first_warns_and_writes_no_log(of_two, tmp_path, capfd):
+    of_two(1)
+    root = logging.getLogger()
+    file = logging.FileHandler(tmp_path / "run.log")
+    root.addHandler(file)
+    try:
+        hush()
+        assert file not in root.handlers
+        assert not logging.getLogger("emloc").isEnabledFor(logging.INFO)
+        assert logging.getLogger("emloc").isEnabledFor(logging.WARNING)
+    finally:
+        logging.disable(logging.NOTSET)
+        root.removeHandler(file)

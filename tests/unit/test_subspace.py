@@ -1,0 +1,231 @@
+"""The fast solver: as good as the exact one, and the exact one where it cannot be."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from emloc.linalg.factorize import Factors, eigen, lost, refit
+from emloc.linalg.gram import cross, gram
+from emloc.linalg.subspace import STEPS, subspace
+
+F64 = torch.float64
+P = 512  # the smallest size that is iterated
+INDEX = torch.arange(1, P + 1, dtype=F64)
+MASSIVE = INDEX**-0.5
+MASSIVE[:4] *= 1000.0
+# Of the outputs' energy. The plateau crosses every rank tested: any space in it is equally good.
+SPECTRA = {
+    "flat": torch.ones(P, dtype=F64),
+    "i^-0.25": INDEX**-0.25,
+    "i^-0.5": INDEX**-0.5,
+    "i^-1": INDEX**-1,
+    "i^-2": INDEX**-2,
+    "step": torch.where(INDEX <= 60, 1.0, 0.5).double(),
+    "plateau": torch.where(INDEX <= 20, 5.0, 1.0).double(),
+    "strong above flat": torch.where(INDEX <= 24, 100.0, 1.0).double() * INDEX**-0.1,
+    "four directions": MASSIVE,
+    "massive": torch.cat([torch.full((4,), 1e6, dtype=F64), INDEX[:-4] ** -0.5]),
+}
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    """Float64 Gaussian numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def rotation(seed: int, size: int) -> Tensor:
+    """A random orthogonal matrix."""
+    q: Tensor = torch.linalg.qr(normal(seed, size, size)).Q
+    return q
+
+
+def spread(spectrum: Tensor, seed: int) -> Tensor:
+    """A Gram with this spectrum in rotated directions."""
+    turn = rotation(seed, spectrum.numel())
+    total = turn * spectrum @ turn.T
+    return (total + total.T) / 2
+
+
+def excess(weight: Tensor, found: Factors, best: Factors, c: Tensor | None) -> float:
+    """How much more energy is lost than at the optimum, as a share of that."""
+    return lost(weight, found, c) / lost(weight, best, c) - 1
+
+
+@pytest.mark.parametrize("rank", [5, 60, 200])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_loses_hardly_more_than_the_optimum(name: str, rank: int) -> None:
+    """Over spectra and ranks: relative error within 0.1 %, and no less is kept than `kept` says."""
+    w, c = rotation(1, P), spread(SPECTRA[name], 2)
+    fast = subspace(w, rank, input_gram=c, dtype=F64)
+    assert (fast.solver, fast.spectrum, fast.seen) == ("subspace", None, rank)
+    assert (fast.u.shape, fast.v.shape) == ((P, rank), (rank, P))
+    assert 0 < fast.steps <= STEPS
+    best = eigen(w, rank, input_gram=c, dtype=F64)
+    assert best.solver == "eigen"
+    assert -1e-9 < excess(w, fast, best, c) < 0.001
+    # Solving u again is half a step more, so a little more is kept than the block captured.
+    left = lost(w, fast, c)
+    assert -1e-12 < 1 - left - fast.kept < 0.001 * left
+
+
+@pytest.mark.parametrize("shape", [(P, P), (P, 800), (800, P)])
+@pytest.mark.parametrize("kind", ["none", "channels", "rotated"])
+def test_gaussian_weights(shape: tuple[int, int], kind: str) -> None:
+    """Wide, square and tall, without data and beside four massive channels or directions."""
+    m, n = shape
+    w, c = normal(3, m, n), None
+    if kind != "none":
+        x = normal(4, 1500, n)
+        x[:, :4] *= 1000.0
+        c = gram(x if kind == "channels" else x @ rotation(5, n))
+    fast = subspace(w, 50, input_gram=c, dtype=F64)
+    assert fast.solver == "subspace"
+    assert -1e-9 < excess(w, fast, eigen(w, 50, input_gram=c, dtype=F64), c) < 0.002
+
+
+@given(seed=st.integers(0, 999), power=st.floats(0, 2.5), rank=st.integers(1, 220))
+@settings(max_examples=12, deadline=None)
+def test_any_power_law(seed: int, power: float, rank: int) -> None:
+    """Tail within 0.2 % of the optimum, whatever the decay, rank and directions."""
+    spectrum = INDEX**-power
+    w = rotation(seed, P)
+    c = spread(spectrum, seed + 1)
+    fast = subspace(w, rank, input_gram=c, dtype=F64)
+    tail = float(spectrum[rank:].sum() / spectrum.sum())
+    assert fast.solver == "subspace"
+    assert -1e-9 < (1 - fast.kept) / tail - 1 < 0.002
+
+
+def test_output_gram_is_enough() -> None:
+    """Outputs of a wide layer alone give the same quality; a tall layer's go to `eigen`."""
+    w, c = normal(6, P, 640), spread(torch.arange(1, 641, dtype=F64) ** -0.5, 7)
+    outputs = w @ c @ w.T
+    fast = subspace(w, 50, output_gram=outputs, dtype=F64)
+    kept = outputs.clone()
+    assert fast.solver == "subspace"
+    assert torch.equal(outputs, kept)
+    assert -1e-9 < excess(w, fast, eigen(w, 50, output_gram=outputs, dtype=F64), c) < 0.002
+    tall = subspace(w.T.contiguous(), 50, output_gram=w.T @ w, dtype=F64)
+    assert (tall.solver, tall.steps) == ("eigen", 0)
+
+
+def test_solving_again_in_bfloat16() -> None:
+    """The rounded v is solved against like the exact solver's, in one pass or in two."""
+    w, x = normal(8, P, P), normal(9, 1200, P) * INDEX**-0.5
+    c = gram(x)
+    fast, best = (one(w, 60, input_gram=c, dtype=torch.bfloat16) for one in (subspace, eigen))
+    assert fast.u.dtype == fast.v.dtype == torch.bfloat16
+    assert abs(excess(w, fast, best, c)) < 0.002
+    first = subspace(w, 60, output_gram=w @ c @ w.T, dtype=torch.bfloat16)
+    z = x @ first.v.double().T
+    u = refit(cross(x @ w.T, z), gram(z), first.u)
+    assert abs(excess(w, replace(first, u=u.bfloat16()), best, c)) < 0.002
+
+
+@pytest.mark.parametrize("shape", [(P, 600), (600, P)])
+@pytest.mark.parametrize("count", [30, 62])
+def test_fewer_tokens_than_columns_are_left_to_the_exact_solver(
+    shape: tuple[int, int], count: int
+) -> None:
+    """Fill included: the very same factors, and the result says who found them."""
+    w, x = normal(10, *shape), normal(11, count, shape[1])
+    fast, best = (one(w, 60, input_gram=gram(x), dtype=F64) for one in (subspace, eigen))
+    assert (fast.solver, fast.seen) == ("eigen", min(count, 60))
+    assert torch.equal(fast.u, best.u)
+    assert torch.equal(fast.v, best.v)
+
+
+def test_float32_noise_is_not_data() -> None:
+    """Float32 products of few tokens look like full rank; they are not taken for it."""
+    x = normal(12, 40, P)
+    x[:, :4] *= 100.0
+    c = gram((x @ rotation(13, P)).float())
+    w = normal(14, P, P)
+    fast, best = (one(w, 60, input_gram=c, dtype=F64) for one in (subspace, eigen))
+    assert best.seen == 40
+    assert (fast.solver, fast.seen) == ("eigen", 40)
+
+
+def test_weights_of_low_rank() -> None:
+    """A W with fewer directions than asked for, a zero W and a zero Gram."""
+    thin = normal(15, 600, 20) @ normal(16, 20, P)
+    for w in (thin, thin.T.contiguous()):
+        fast = subspace(w, 40, dtype=F64)
+        assert (fast.solver, fast.seen) == ("eigen", 20)
+        assert lost(w, fast) < 1e-20
+    nothing = torch.zeros(P, P, dtype=F64)
+    fast = subspace(nothing, 40, dtype=F64)
+    assert (fast.solver, fast.kept, fast.seen) == ("eigen", 1.0, 0)
+    assert not fast.u.isnan().any()
+    blind = subspace(normal(17, P, P), 40, input_gram=nothing, dtype=F64)
+    assert (blind.solver, blind.seen) == ("eigen", 0)
+
+
+@pytest.mark.parametrize(
+    ("least", "solver"), [(1e-3, "subspace"), (1e-5, "eigen"), (1e-9, "eigen")]
+)
+def test_tall_weight_too_skew_to_be_squared(least: float, solver: str) -> None:
+    """Data in the weak directions of W, of which W^T W lost the digits: to the exact solver."""
+    scale = torch.linspace(0, 1, P, dtype=F64).mul(torch.tensor(least).log()).exp()
+    turn = rotation(19, P)
+    w = rotation(18, 600)[:, :P] * scale @ turn
+    c = turn.T * (INDEX.flip(0) ** -0.5 / scale**2) @ turn
+    fast, best = (one(w, 60, input_gram=c, dtype=F64) for one in (subspace, eigen))
+    assert fast.solver == solver
+    assert -1e-9 < excess(w, fast, best, c) < 0.002
+
+
+def test_slow_convergence_is_left_to_the_exact_solver() -> None:
+    """A step of 2 % at the rank: every step still gains, so the last one must not be trusted."""
+    w = rotation(21, P)
+    c = spread(torch.where(INDEX <= 100, 1.0, 0.98).double(), 22)
+    fast = subspace(w, 100, input_gram=c, dtype=F64)
+    assert (fast.solver, fast.steps) == ("eigen", STEPS)
+    assert fast.spectrum is not None
+
+
+@pytest.mark.parametrize(("size", "rank"), [(P - 1, 50), (P, 256), (P, P)])
+def test_small_layers_and_high_ranks_are_decomposed_at_once(size: int, rank: int) -> None:
+    """Where iterating cannot be faster, not one step is spent."""
+    fast = subspace(normal(23, size, size), rank, dtype=F64)
+    assert (fast.solver, fast.steps, fast.seen) == ("eigen", 0, rank)
+
+
+def test_same_bits_every_time() -> None:
+    """No dependence on the global generator, and none left behind."""
+    w, c = normal(24, P, P), spread(INDEX**-0.5, 25)
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        found.append(subspace(w, 40, input_gram=c, dtype=F64))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(found[0].u, found[1].u)
+    assert torch.equal(found[0].v, found[1].v)
+
+
+def test_scale_does_not_matter() -> None:
+    """Weights and Grams of any magnitude converge alike."""
+    w, c = normal(26, P, P), spread(INDEX**-0.5, 27)
+    plain = subspace(w, 40, input_gram=c, dtype=F64)
+    for size in (1e-30, 1e30):
+        other = subspace(w, 40, input_gram=c * size, dtype=F64)
+        assert other.steps == plain.steps
+        assert other.kept == pytest.approx(plain.kept, rel=1e-9)
+
+
+def test_bad_input_is_refused() -> None:
+    """The checks of `eigen`, before any work."""
+    w, c = normal(28, P, 600), torch.eye(600, dtype=F64)
+    with pytest.raises(ValueError, match="rank 513"):
+        subspace(w, P + 1, dtype=F64)
+    with pytest.raises(ValueError, match="not both"):
+        subspace(w, 2, input_gram=c, output_gram=c[:P, :P], dtype=F64)
+    with pytest.raises(ValueError, match="input_gram holds values that are not finite"):
+        subspace(w, 2, input_gram=c / 0, dtype=F64)
+    with pytest.raises(ValueError, match="weight holds values that are not finite"):
+        subspace(w * torch.nan, 2, dtype=F64)
