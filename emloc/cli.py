@@ -13,14 +13,14 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from emloc.cell import run_cell
-from emloc.compose import CONF, explain, register
+from emloc.compose import CONF, compose, explain, register
 from emloc.errors import ConfigError
 
 USER_ERROR, INTERRUPTED = 2, 130
 
 
 def main() -> None:
-    """Run `emloc <overrides>` (Hydra's command line) or `emloc report|merge <path>`."""
+    """Run `emloc <overrides>` (Hydra's command line), or one of the verbs below."""
     verb = VERBS.get(sys.argv[1]) if len(sys.argv) > 1 else None
     try:
         if verb is not None:
@@ -84,7 +84,33 @@ def _merge(arguments: list[str]) -> None:
     print(merge_run(chosen.run, chosen.to or chosen.run / "merged"))
 
 
-VERBS: dict[str, Callable[[list[str]], None]] = {"report": _report, "merge": _merge}
+def _plan(arguments: list[str]) -> None:
+    """Say what each method would need of a model, before any weight is read."""
+    parser = argparse.ArgumentParser("emloc plan", description=_plan.__doc__)
+    parser.add_argument("overrides", nargs="*", help="as for a run: model=internvl2_5_38b lora=r16")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of one sample (2048)")
+    parser.add_argument("--answer", type=int, default=256, help="of these learnt (256)")
+    parser.add_argument("--gpu", default="rtx4090", help="whose memory and speed to plan for")
+    chosen = parser.parse_args(arguments)
+    cfg = compose(chosen.overrides)
+
+    from emloc.config import build
+    from emloc.plan.gpus import gpu_called
+    from emloc.plan.scheme import Work
+    from emloc.plan.table import plan
+
+    if not 1 <= chosen.answer <= chosen.length:
+        raise ConfigError(f"--answer {chosen.answer} of --length {chosen.length}: give 1 to all")
+    cell = build(cfg)
+    work = Work(chosen.length, cell.train.batch, chosen.answer, cell.train.checkpointing)
+    print(plan(cell, work, gpu_called(chosen.gpu)))
+
+
+VERBS: dict[str, Callable[[list[str]], None]] = {
+    "report": _report,
+    "merge": _merge,
+    "plan": _plan,
+}
 
 if __name__ == "__main__":
     main()

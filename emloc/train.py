@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from emloc.adapters import Adapter
 from emloc.emulators import Built
 from emloc.errors import ConfigError
 from emloc.examples import Examples
+from emloc.lean.prepare import prepare
 from emloc.models.text import collate, encode_all
 from emloc.prompts import Encoded
 from emloc.ranks import first, sharded
@@ -78,6 +79,22 @@ def train(
     """Write the trained adapter and its curve; go on from the last checkpoint in `folder`."""
     tokenizer = built.source.tokenizer()
     encoded = encode_all(tokenizer, fit.examples, fit.max_length)
+    rows = [asdict(one) for one in encoded]
+    collate_rows = partial(_collate, pad=tokenizer.pad_token_id)
+    return fit_rows(folder, built, fit, rows, collate_rows, device=device, report=report)
+
+
+def fit_rows(
+    folder: Path,
+    built: Built,
+    fit: Fit,
+    rows: Sequence[dict[str, Any]],
+    collate_rows: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
+    *,
+    device: torch.device,
+    report: Report,
+) -> dict[str, Any]:
+    """`train` on rows that are tokens already; `collate_rows` makes the model's batch of some."""
     # What is to be split waits in host memory, mapped from its files, and goes over block by block.
     model = built.open(torch.device("cpu") if sharded() else device)
     if sharded() and not all(one.is_floating_point() for one in model.parameters()):
@@ -86,15 +103,23 @@ def train(
         )
     set_seed(fit.seed)
     model = fit.adapter.attach(model, fit.lora, fit.targets)
+    # Not of shards, which only PEFT's and transformers' own modules gather, nor where gradients
+    # need scaling.
+    lean, loss = (
+        prepare(model, fit.adapter, checkpointing=fit.recipe.checkpointing)
+        if fit.recipe.lean and not sharded() and model.dtype != torch.float16
+        else (False, None)
+    )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log.info("train: %d trainable parameters, %d examples", trainable, len(encoded))
+    log.info("train: %d trainable parameters, %d examples", trainable, len(rows))
     checkpoints = folder / "checkpoints"
     trainer = FiniteTrainer(
         model=model,
-        args=arguments(fit.recipe, fit.seed, checkpoints, model.dtype, device),
-        train_dataset=[asdict(one) for one in encoded],
-        data_collator=partial(_collate, pad=tokenizer.pad_token_id),
+        args=arguments(fit.recipe, fit.seed, checkpoints, model.dtype, device, lean),
+        train_dataset=rows,
+        data_collator=collate_rows,
         callbacks=[Progress(report)],
+        compute_loss_func=loss,
     )
     trainer.remove_callback(PrinterCallback)
     with fit.adapter.training(model, mixed=trainer.args.bf16 or trainer.args.fp16):
@@ -110,9 +135,17 @@ def train(
 
 
 def arguments(
-    recipe: TrainSettings, seed: int, output: Path, dtype: torch.dtype, device: torch.device
+    recipe: TrainSettings,
+    seed: int,
+    output: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    lean: bool,
 ) -> TrainingArguments:
-    """The recipe in transformers' words."""
+    """The recipe in transformers' words.
+
+    A lean model casts by itself, and has been told which layers to compute again.
+    """
     made = TrainingArguments(
         output_dir=str(output),
         max_steps=recipe.steps,
@@ -123,8 +156,8 @@ def arguments(
         warmup_steps=math.ceil(recipe.warmup * recipe.steps),
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.clip,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
+        bf16=dtype == torch.bfloat16 and not lean,
+        fp16=dtype == torch.float16 and not lean,
         use_cpu=device.type == "cpu",
         train_sampling_strategy="group_by_length",
         ddp_find_unused_parameters=False,
@@ -138,7 +171,7 @@ def arguments(
         dataloader_pin_memory=device.type == "cuda",
         report_to=[],
         disable_tqdm=True,  # there is one bar already
-        **{_CHECKPOINTING: recipe.checkpointing},
+        **{_CHECKPOINTING: recipe.checkpointing and not lean},
     )
     # One process keeps to one device: the Trainer would cut its batches up over all GPUs in sight.
     made._n_gpu = min(made.n_gpu, 1)

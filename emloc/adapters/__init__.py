@@ -24,6 +24,9 @@ class Adapter(Protocol):
         `targets` is a regular expression on layer names.
         """
 
+    def fuse(self, model: Any) -> bool:
+        """Compute layer and adapter as one operation, if they can be; else change nothing."""
+
     def training(self, model: Any, mixed: bool) -> AbstractContextManager[None]:
         """What holds while the model trains, under autocast or not."""
 

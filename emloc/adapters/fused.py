@@ -114,7 +114,8 @@ def _stacked_nf4(base: Nf4Factorized, rooms: Rooms, *lora: Any) -> tuple[Base, L
         full = room.of(height, matrix.shape[1], below)
         matrix.dequantize(full[:k])
         full[k : k + len(below)] = below
-        full[k + len(below) :] = 0
+        if height > k + len(below):
+            full[k + len(below) :] = 0
         return full
 
     def matrices(low: Low) -> tuple[Tensor, Tensor]:

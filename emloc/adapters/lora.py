@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from transformers import PreTrainedModel
 
+from emloc.adapters.fused import fuse
 from emloc.settings import LoraSettings
 
 
@@ -30,6 +31,10 @@ class Lora:
             task_type="CAUSAL_LM",
         )
         return get_peft_model(model, config)
+
+    def fuse(self, model: PeftModel) -> bool:
+        """Not with dropout, which is between the two."""
+        return fuse(model) > 0
 
     def training(self, model: PeftModel, mixed: bool) -> AbstractContextManager[None]:
         """Leave the casting of inputs to autocast, where it is on.

@@ -21,6 +21,10 @@ class NoAdapter:
         """The model itself."""
         return model
 
+    def fuse(self, model: PreTrainedModel) -> bool:
+        """There is nothing to compute."""
+        return False
+
     def training(self, model: PreTrainedModel, mixed: bool) -> AbstractContextManager[None]:
         """There is no training."""
         return nullcontext()

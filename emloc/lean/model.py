@@ -78,15 +78,26 @@ def _last(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return logits
 
 
-def checkpoint_only_what_trains(model: PreTrainedModel) -> None:
-    """No recomputation, and no gradients, below the first layer with something to train.
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Keep only what enters a layer; nothing at all below the first one with something to train.
 
     transformers asks for gradients of every embedding once layers are recomputed, pixels included:
     a frozen vision tower would then be recomputed and differentiated for nothing.
     """
+    # Its name from transformers 5.23 on, which warns at the older one.
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "preserve_rng_state": _draws(model)})
     model.disable_input_require_grads()
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False) and not any(
             parameter.requires_grad for parameter in module.parameters()
         ):
             module.gradient_checkpointing = False
+
+
+def _draws(model: PreTrainedModel) -> bool:
+    """Whether a forward pass in training draws random numbers."""
+    drops = any(isinstance(one, nn.Dropout) and one.p > 0 for one in model.modules())
+    configs = [model.config, model.config.get_text_config()]
+    return drops or any(getattr(one, "attention_dropout", 0) for one in configs)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -77,13 +77,18 @@ class Nf4:
                 f"need {self.shape} {self.dtype} contiguous, got {tuple(out.shape)} {out.dtype}"
             )
         size = self.shape[0] * self.shape[1]
-        state = self._state(torch.Size((self.absmax.numel(), BLOCK)))
+        state = self._by_blocks
         if out is not None and out.is_cuda and size % BLOCK == 0:  # what no other kernel takes
             dequantize_4bit(self.codes, state, out=out.view(-1, BLOCK))
             return out
         matrix: Tensor = dequantize_4bit(self.codes, state)
         matrix = matrix.view(-1)[:size].view(self.shape)
         return matrix if out is None else out.copy_(matrix)
+
+    @cached_property
+    def _by_blocks(self) -> QuantState:
+        """Made once: to describe a matrix takes the host longer than the device to form it."""
+        return self._state(torch.Size((self.absmax.numel(), BLOCK)))
 
     def _state(self, shape: torch.Size) -> QuantState:
         steps, scale_steps = _steps(self.codes.device)

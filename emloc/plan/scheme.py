@@ -18,7 +18,7 @@ from emloc.emulators.full import IN_A_BLOCK
 from emloc.emulators.size import ranks_at
 from emloc.lean.layers import aligned
 from emloc.lean.loss import CHUNK_BYTES, AnswerLoss
-from emloc.lean.model import checkpoint_only_what_trains
+from emloc.lean.model import recompute_layers
 from emloc.lean.modules import fewer_operations
 from emloc.nn.factorized import Factorized
 from emloc.nn.nf4 import nf4_bytes
@@ -187,8 +187,7 @@ class Scheme:
         fewer_operations(model, self.source.dtype)
         model.train()
         if work.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            checkpoint_only_what_trains(model)
+            recompute_layers(model)
         return trace(step)
 
     def _on_meta(self, depth: int) -> PreTrainedModel:

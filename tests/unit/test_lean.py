@@ -12,7 +12,7 @@ from torch.nn import functional
 from emloc.adapters.fused import fuse
 from emloc.lean.embedding import HostEmbedding
 from emloc.lean.loss import AnswerLoss
-from emloc.lean.model import answer_loss, checkpoint_only_what_trains, keep_embedding_on_host
+from emloc.lean.model import answer_loss, keep_embedding_on_host, recompute_layers
 from emloc.lean.modules import GatedUnit, fewer_operations
 from emloc.nn.factorized import Factorized, Nf4Factorized
 from emloc.nn.nf4 import Nf4, Nf4Linear
@@ -105,8 +105,7 @@ def test_recomputing_layers_changes_no_gradient(kind):
         fuse(lean)
         if checkpointing:
             model = lean.get_base_model()
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            checkpoint_only_what_trains(model)
+            recompute_layers(model)
         lean(input_ids=ids, labels=labels).loss.backward()
         found.append(gradients(lean))
     close(*found, tolerance=1e-6)

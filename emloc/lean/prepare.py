@@ -1,0 +1,37 @@
+"""Put all of the lean path to work on a model that is about to be trained."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from emloc.adapters import Adapter
+from emloc.lean.model import Loss, answer_loss, keep_embedding_on_host, recompute_layers
+from emloc.lean.modules import fewer_operations
+
+log = logging.getLogger(__name__)
+
+
+def prepare(model: Any, adapter: Adapter, *, checkpointing: bool) -> tuple[bool, Loss | None]:
+    """Make `model`, which `adapter` is attached to, lean.
+
+    Returns:
+        Whether it is, which is all or nothing: without it nothing was changed. And the loss that
+        takes the model's hidden states; None where its own has to stay.
+    """
+    if not adapter.fuse(model):
+        log.info("train: this adapter computes more than two products; trained as PEFT does")
+        return False, None
+    inner = model.get_base_model()
+    saved = keep_embedding_on_host(inner)
+    shorter = fewer_operations(inner, inner.dtype)
+    loss = answer_loss(inner)
+    if checkpointing:
+        recompute_layers(inner)
+    log.info(
+        "train: lean; %.2f GB of embeddings on the host, fewer operations in %s%s",
+        saved / 1e9,
+        ", ".join(shorter) or "nothing else",
+        "" if loss else ", the model's own loss",
+    )
+    return True, loss
