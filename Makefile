@@ -32,7 +32,10 @@ test: setup ## all tests that need no GPU
 test-gpu: setup ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu
 
+bench: setup ## speed and memory at full size on the GPU there is; small shapes without one
+	$(BIN)/emloc bench
+
 clean: ## remove the environment and build leftovers, keep runs
 	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: help setup run lint type test test-gpu clean
+.PHONY: help setup run lint type test test-gpu bench clean

@@ -21,6 +21,8 @@ USER_ERROR, INTERRUPTED = 2, 130
 
 def main() -> None:
     """Run `emloc <overrides>` (Hydra's command line), or one of the verbs below."""
+    # Without it pieces of many sizes leave gaps between them that nothing else fits into.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     verb = VERBS.get(sys.argv[1]) if len(sys.argv) > 1 else None
     try:
         if verb is not None:
@@ -106,10 +108,23 @@ def _plan(arguments: list[str]) -> None:
     print(plan(cell, work, gpu_called(chosen.gpu)))
 
 
+def _bench(arguments: list[str]) -> None:
+    """Measure speed and memory beside the peers, on whatever GPU is there."""
+    parser = argparse.ArgumentParser("emloc bench", description=_bench.__doc__)
+    parser.add_argument("works", nargs="*", help="factorise_8b, train_38b ... (all)")
+    parser.add_argument("--to", type=Path, help="table to write")
+    chosen = parser.parse_args(arguments)
+
+    from emloc.bench.run import bench, home
+
+    print(bench(chosen.works, chosen.to or home()))
+
+
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "report": _report,
     "merge": _merge,
     "plan": _plan,
+    "bench": _bench,
 }
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import gc
 import re
 import threading
 from pathlib import Path
-from types import TracebackType
 
 import psutil
 import torch
@@ -23,12 +22,11 @@ def stay_within(device: torch.device, gib: float | None) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), device)
 
 
-class Peak:
-    """Context in which `gib` follows the highest memory in use.
+class HostPeak:
+    """Context in which `bytes` follows the highest anonymous memory of the process, polled.
 
-    On CUDA it is what the caching allocator reserved at most. On a CPU it is the process's
-    anonymous memory, polled: pages of mapped checkpoint files would count in the resident size
-    although the system can drop them at any time.
+    Pages of mapped checkpoint files would count in the resident size although the system can drop
+    them at any time.
     """
 
     def __init__(self) -> None:
@@ -36,9 +34,37 @@ class Peak:
         self._stop = threading.Event()
         self._poller = threading.Thread(target=self._poll, daemon=True)
 
+    def __enter__(self) -> HostPeak:
+        gc.collect()
+        _give_back()
+        self._poller.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._poller.join()
+        # Short work may be over before the first look.
+        self.bytes = max(self.bytes, process_bytes())
+
+    def _poll(self) -> None:
+        while not self._stop.is_set():
+            self.bytes = max(self.bytes, process_bytes())
+            self._stop.wait(_POLL_SECONDS)
+
+
+class Peak:
+    """Context in which `gib` follows the highest memory in use.
+
+    On CUDA it is what the caching allocator reserved at most, on a CPU `HostPeak`.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._host = HostPeak()
+
     @property
     def gib(self) -> float:
-        """The peak so far, in 2^30 bytes."""
+        """The peak, in 2^30 bytes."""
         return round(self.bytes / GIB, 3)
 
     def __enter__(self) -> Peak:
@@ -47,28 +73,15 @@ class Peak:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         else:
-            _give_back()
-            self._poller.start()
+            self._host.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if torch.cuda.is_available():
             self.bytes = torch.cuda.max_memory_reserved()
         else:
-            self._stop.set()
-            self._poller.join()
-            # Short work may be over before the first look.
-            self.bytes = max(self.bytes, process_bytes())
-
-    def _poll(self) -> None:
-        while not self._stop.is_set():
-            self.bytes = max(self.bytes, process_bytes())
-            self._stop.wait(_POLL_SECONDS)
+            self._host.__exit__()
+            self.bytes = self._host.bytes
 
 
 def _give_back() -> None:

@@ -1,0 +1,92 @@
+"""Host memory while an emulator is built from a checkpoint on disk: flat in the model's depth."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from emloc.bench.rows import Row, row
+from emloc.bench.setting import Setting, fresh
+from emloc.emulators import Given
+from emloc.memory import GIB, HostPeak
+from emloc.source import Source
+from emloc.walk import Batch
+
+MOST_GIB = 8
+SAMPLES, LENGTH = 8, 512
+# Written to one file.
+SHARD = 2 * GIB
+
+
+class Texts:
+    """Calibration samples of random tokens."""
+
+    key = "random"
+    ids: tuple[str, ...] = ()
+
+    def batches(self, source: Source) -> list[Batch]:
+        """Batches of one text."""
+        draw = torch.Generator().manual_seed(0)
+        size = (SAMPLES, 1, LENGTH)
+        return [
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            for ids in torch.randint(0, source.vocabulary, size, generator=draw)
+        ]
+
+
+def host_memory(work: str, model: str) -> Iterator[Row]:
+    """Build from a checkpoint of the model's depth, and from one twice as deep."""
+    setting = Setting(model)
+    depth = setting.cell.model.shape["num_hidden_layers"]
+    peaks = []
+    for deep in (depth, 2 * depth):
+        one = Setting(model, (f"model.shape.num_hidden_layers={deep}", "compression=r25"))
+        with tempfile.TemporaryDirectory() as folder:
+            size = _write(one.source, Path(folder) / "checkpoint", one.device)
+            peak = _build(one, Path(folder))
+        peaks.append(peak)
+        what = f"anonymous, at most, of {deep} blocks ({size / 1e9:.3g} GB on disk)"
+        yield row(work, what, "GiB", peak, most=MOST_GIB)
+    yield row(work, "of twice the blocks, over that of half", "", peaks[1] / peaks[0], most=1.1)
+
+
+def _write(source: Source, folder: Path, device: torch.device) -> int:
+    """The model as safetensors of a few GB each; their bytes."""
+    folder.mkdir()
+    source.config.save_pretrained(folder)
+    files: dict[str, str] = {}
+    waiting: dict[str, torch.Tensor] = {}
+    total = held = 0
+    names = sorted(source.weights.names)
+    for index, (name, tensor) in enumerate(source.read(names, device)):
+        waiting[name] = tensor.cpu()
+        held += tensor.nbytes
+        if held > SHARD or index == len(names) - 1:
+            file = f"model-{len(set(files.values())):05d}.safetensors"
+            save_file(waiting, folder / file, metadata={"format": "pt"})
+            files |= dict.fromkeys(waiting, file)
+            total, held, waiting = total + held, 0, {}
+    index_file = folder / "model.safetensors.index.json"
+    index_file.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": files}))
+    return total
+
+
+def _build(setting: Setting, folder: Path) -> float:
+    cell, device = setting.cell, setting.device
+    found = replace(cell.model, source=str(folder / "checkpoint"), weights="checkpoint")
+    source = found.open()
+    layers = found.compressed(source)
+    ranks = cell.emulator.plan(source, layers, cell.compression)
+    given = Given(ranks, None, Texts(), 16)  # type: ignore[arg-type]
+    home = folder / "emulator"
+    home.mkdir()
+    fresh(device)
+    with HostPeak() as peak:
+        cell.emulator.build(home, source, given, device=device, host_bytes=GIB)
+    return peak.bytes / GIB

@@ -1,0 +1,253 @@
+"""A step of training: its memory and time, ours beside an ordinary script's, and what was planned.
+
+The peers are a script as anybody writes it: the whole model, PEFT, transformers' Trainer with
+bfloat16 and gradient checkpointing, labels for every token; for QLoRA with bitsandbytes' layers.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from emloc.bench.rows import Row, row
+from emloc.bench.setting import Setting, fresh, now, peak_gb, reserved_gb
+from emloc.emulators.size import ranks_at
+from emloc.examples import Examples
+from emloc.memory import GIB, stay_within
+from emloc.nn.factorized import Factorized, Nf4Factorized
+from emloc.nn.nf4 import Nf4, Nf4Linear
+from emloc.plan.fit import need_of, scheme_of
+from emloc.plan.scheme import Work
+from emloc.source import Source
+from emloc.train import Fit, fit_rows
+from emloc.walk import block_of
+
+STEPS, WARM = 8, 3  # of one measurement, and of these not timed
+# How far a planned peak may be from the measured one.
+NEAR = 0.05
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One way of training."""
+
+    peak: float  # 10^9 bytes allocated at most
+    reserved: float  # 10^9 bytes taken from the device at most
+    step: float  # seconds, the median
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an emulator has to stay within, in 10^9 bytes and in seconds."""
+
+    gb: float
+    step: float | None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model to train, in the place of a built emulator."""
+
+    source: Source
+    by: Callable[[torch.device], PreTrainedModel]
+
+    def open(self, device: torch.device) -> PreTrainedModel:
+        """The model, frozen."""
+        return self.by(device)
+
+
+def training(
+    model: str, ratio: float, names: tuple[str, str, str], targets: tuple[Target, Target]
+) -> Iterator[Row]:
+    """Measure lora, qlora, emloc and emloc_nf4 of one model, and the two peers.
+
+    `names`: what the rows of the emulator, of its four-bit form and of the plan are called.
+    """
+    setting = Setting(model, (f"train.steps={STEPS}",))
+    lora, qlora = _peer(setting, whole), _peer(setting, quantized)
+    yield from _ours(names[0], setting, partial(factorized, ratio=ratio), targets[0], lora, qlora)
+    yield from _ours(names[1], setting, partial(packed, ratio=ratio), targets[1], lora, qlora)
+    work = Work(setting.length, 1, setting.answer, True)
+    for method, opener, share, bits in (
+        ("lora", whole, None, 16),
+        ("qlora", quantized, None, 4),
+        ("emloc", partial(factorized, ratio=ratio), ratio, 16),
+        ("emloc_nf4", partial(packed, ratio=ratio), ratio, 4),
+    ):
+        measured = fitted(setting, opener)
+        planned = need_of(scheme_of(setting.cell, setting.source, share, bits), work).peak / 1e9
+        if setting.full:
+            apart = abs(planned / measured.peak - 1)
+            found = row(names[2], f"peak of {method}: planned, measured", "GB", planned)
+            yield Row(
+                **vars(found)
+                | {
+                    "peer": f"{measured.peak:.4g}",
+                    "ratio": f"{measured.peak / planned:.4g}",
+                    "target": f"ratio within {NEAR:.0%} of 1",
+                    "holds": "yes" if apart <= NEAR else "no",
+                }
+            )
+            yield row(names[2], f"step of {method}", "s", measured.step)
+            yield row(names[2], f"reserved by {method}", "GB", measured.reserved)
+
+
+def _ours(
+    name: str,
+    setting: Setting,
+    opener: Callable[..., PreTrainedModel],
+    target: Target,
+    lora: Measured,
+    qlora: Measured,
+) -> Iterator[Row]:
+    """An emulator on a device no larger than its target, beside the peers on all of it."""
+    cap = target.gb * 1e9 / GIB
+    stay_within(setting.device, cap)
+    ours = fitted(setting, opener)
+    stay_within(setting.device, 1e9)
+    limit = target.gb if setting.full else None
+    peak = "peak reserved, on a device of the target's size"
+    yield row(name, f"{peak}; PEFT LoRA", "GB", ours.reserved, peer=lora.reserved, most=limit)
+    yield row(name, f"{peak}; bitsandbytes QLoRA", "GB", ours.reserved, peer=qlora.reserved)
+    step = target.step if setting.full else None
+    yield row(name, "step; PEFT LoRA", "s", ours.step, peer=lora.step, most=step)
+    yield row(name, "step; bitsandbytes QLoRA", "s", ours.step, peer=qlora.step)
+
+
+def fitted(setting: Setting, opener: Callable[..., PreTrainedModel]) -> Measured:
+    """Our own training of the model that `opener` gives."""
+    cell, device = setting.cell, setting.device
+    fresh(device)
+    ends: list[float] = []
+    rows = [{"input_ids": [0] * setting.length, "seed": seed} for seed in range(STEPS)]
+    with tempfile.TemporaryDirectory() as folder:
+        fit_rows(
+            Path(folder),
+            Opened(setting.source, partial(opener, setting)),  # type: ignore[arg-type]
+            Fit(
+                cell.adapter,
+                cell.lora,
+                cell.model.lora_targets,
+                Examples("random", ()),
+                setting.length,
+                cell.train,
+                cell.seed,
+            ),
+            rows,
+            lambda some: setting.learnt(some[0]["seed"]),
+            device=device,
+            report=lambda step, values: ends.append(now(device)),
+        )
+    return _measured(ends, device)
+
+
+def _peer(setting: Setting, opener: Callable[..., PreTrainedModel]) -> Measured:
+    """The same training by an ordinary script."""
+    cell, device = setting.cell, setting.device
+    fresh(device)
+    model = opener(setting, device)
+    for layer in model.modules():
+        if isinstance(layer, Nf4Linear):  # bitsandbytes' own product
+            layer.forward = partial(Nf4Linear.__mro__[1].forward, layer)  # type: ignore[method-assign]
+    tuned = cell.adapter.attach(model, cell.lora, cell.model.lora_targets)
+    ends: list[float] = []
+
+    def whole_labels(some: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = setting.batch(some[0]["seed"])
+        labels = batch["input_ids"].clone()
+        labels[:, : -setting.answer] = -100
+        return batch | {"labels": labels}
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends.append(now(device))
+
+    with tempfile.TemporaryDirectory() as folder:
+        Trainer(
+            model=tuned,
+            args=TrainingArguments(
+                output_dir=folder,
+                max_steps=STEPS,
+                per_device_train_batch_size=1,
+                bf16=True,
+                gradient_checkpointing=True,
+                use_cpu=device.type == "cpu",
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                remove_unused_columns=False,
+            ),
+            train_dataset=[{"seed": seed} for seed in range(STEPS)],
+            data_collator=whole_labels,
+            callbacks=[Clock()],
+        ).train()
+    return _measured(ends, device)
+
+
+def _measured(ends: list[float], device: torch.device) -> Measured:
+    steps = [after - before for before, after in zip(ends[WARM:], ends[WARM + 1 :], strict=False)]
+    found = Measured(peak_gb(device), reserved_gb(device), statistics.median(steps))
+    fresh(device)
+    return found
+
+
+def whole(setting: Setting, device: torch.device) -> PreTrainedModel:
+    """The original model."""
+    return setting.source.load(device)
+
+
+def quantized(setting: Setting, device: torch.device) -> PreTrainedModel:
+    """The original with the linears of its blocks in nf4."""
+    source = setting.source
+    layers = [layer for layer in source.linears if _in_block(layer)]
+    replace: dict[str, nn.Module] = {
+        layer: Nf4Linear(Nf4.quantize(source.weight(layer, device)), source.bias(layer, device))
+        for layer in layers
+    }
+    model = source.load(device, replace)
+    model.is_loaded_in_4bit = True
+    return model
+
+
+def factorized(setting: Setting, device: torch.device, *, ratio: float) -> PreTrainedModel:
+    """An emulator of random factors, which are as large as any."""
+    return _emulator(setting, device, ratio, Factorized)
+
+
+def packed(setting: Setting, device: torch.device, *, ratio: float) -> PreTrainedModel:
+    """The same in nf4."""
+
+    def module(u: Tensor, v: Tensor, bias: Tensor | None) -> nn.Module:
+        return Nf4Factorized(Nf4.quantize(v), Nf4.quantize(u.T.contiguous()), bias)
+
+    return _emulator(setting, device, ratio, module)
+
+
+def _emulator(
+    setting: Setting, device: torch.device, ratio: float, module: Callable[..., nn.Module]
+) -> PreTrainedModel:
+    source = setting.source
+    layers = setting.cell.model.compressed(source)
+    replace = {}
+    for layer, rank in ranks_at(ratio, layers, 1).items():
+        rows, columns = layers[layer]
+        u = 0.02 * torch.randn(rows, rank, device=device, dtype=source.dtype)
+        v = torch.randn(rank, columns, device=device, dtype=source.dtype) / rank**0.5
+        replace[layer] = module(u, v, source.bias(layer, device))
+    return source.load(device, replace)
+
+
+def _in_block(layer: str) -> bool:
+    try:
+        return bool(block_of(layer))
+    except ValueError:
+        return False
