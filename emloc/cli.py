@@ -104,7 +104,10 @@ def _plan(arguments: list[str]) -> None:
     if not 1 <= chosen.answer <= chosen.length:
         raise ConfigError(f"--answer {chosen.answer} of --length {chosen.length}: give 1 to all")
     cell = build(cfg)
-    work = Work(chosen.length, cell.train.batch, chosen.answer, cell.train.checkpointing)
+    recipe = cell.train
+    work = Work(
+        chosen.length, recipe.batch, chosen.answer, recipe.checkpointing, recipe.host_activations
+    )
     print(plan(cell, work, gpu_called(chosen.gpu)))
 
 

@@ -122,6 +122,9 @@ class TrainSettings:
     weight_decay: float
     clip: float  # largest gradient norm
     checkpointing: bool  # compute activations again in the backward pass, to save memory
+    host_activations: (
+        bool  # what layers are computed again from waits in host memory; with checkpointing
+    )
     lean: bool  # the same training with less memory and time; false: PEFT's own modules
     log_every: int  # steps
     save_every: int  # steps between checkpoints an interrupted training resumes from
@@ -141,6 +144,11 @@ class TrainSettings:
             raise ConfigError(
                 f"train.schedule={self.schedule}: one of {', '.join(SCHEDULES)}; "
                 "set train.schedule=cosine"
+            )
+        if self.host_activations and not (self.lean and self.checkpointing):
+            raise ConfigError(
+                "train.host_activations=true is about what train.checkpointing keeps, on the lean path; "
+                "set train.host_activations=false, or train.checkpointing=true and train.lean=true"
             )
         if not 0 <= self.warmup < 1:
             raise ConfigError(

@@ -106,7 +106,7 @@ def fit_rows(
     # Not of shards, which only PEFT's and transformers' own modules gather, nor where gradients
     # need scaling.
     lean, loss = (
-        prepare(model, fit.adapter, checkpointing=fit.recipe.checkpointing)
+        prepare(model, fit.adapter, fit.recipe)
         if fit.recipe.lean and not sharded() and model.dtype != torch.float16
         else (False, None)
     )

@@ -18,7 +18,7 @@ from emloc.train import Fit, Report, fit_rows
 
 STEPS = 20
 # Calibration samples. Their number decides the time of the build, and nothing of the device memory.
-SAMPLES = 16
+SAMPLES = 8
 
 
 def capped(work: str, model: str, ratio: float, bits: int, gb: float) -> Iterator[Row]:

@@ -76,7 +76,7 @@ def training(
     lora, qlora = _peer(setting, whole), _peer(setting, quantized)
     yield from _ours(names[0], setting, partial(factorized, ratio=ratio), targets[0], lora, qlora)
     yield from _ours(names[1], setting, partial(packed, ratio=ratio), targets[1], lora, qlora)
-    work = Work(setting.length, 1, setting.answer, True)
+    work = Work(setting.length, 1, setting.answer, True, True)
     for method, opener, share, bits in (
         ("lora", whole, None, 16),
         ("qlora", quantized, None, 4),

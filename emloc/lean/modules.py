@@ -19,7 +19,11 @@ ROUNDING = 0.01
 
 
 class GatedUnit(torch.autograd.Function):
-    """silu(gate) * up; keeps its two inputs and nothing else."""
+    """silu(gate) * up; keeps its two inputs and nothing else, and ends with up's gradient in place.
+
+    So the inputs must be nobody else's: here they come straight out of two layers. A second
+    backward pass through the same graph fails.
+    """
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -32,7 +36,10 @@ class GatedUnit(torch.autograd.Function):
         """Gradients of gate and up."""
         gate, up = ctx.saved_tensors
         (dy,) = grads
-        return torch.ops.aten.silu_backward(dy * up, gate), functional.silu(gate).mul_(dy)
+        d_up = functional.silu(gate).mul_(dy)
+        d_gate = up.mul_(dy)
+        torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
+        return d_gate, d_up
 
 
 def fewer_operations(model: nn.Module, dtype: torch.dtype) -> list[str]:

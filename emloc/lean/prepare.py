@@ -6,13 +6,15 @@ import logging
 from typing import Any
 
 from emloc.adapters import Adapter
+from emloc.lean.activations import keep_on_host
 from emloc.lean.model import Loss, answer_loss, keep_embedding_on_host, recompute_layers
 from emloc.lean.modules import fewer_operations
+from emloc.settings import TrainSettings
 
 log = logging.getLogger(__name__)
 
 
-def prepare(model: Any, adapter: Adapter, *, checkpointing: bool) -> tuple[bool, Loss | None]:
+def prepare(model: Any, adapter: Adapter, recipe: TrainSettings) -> tuple[bool, Loss | None]:
     """Make `model`, which `adapter` is attached to, lean.
 
     Returns:
@@ -26,8 +28,10 @@ def prepare(model: Any, adapter: Adapter, *, checkpointing: bool) -> tuple[bool,
     saved = keep_embedding_on_host(inner)
     shorter = fewer_operations(inner, inner.dtype)
     loss = answer_loss(inner)
-    if checkpointing:
+    if recipe.checkpointing:
         recompute_layers(inner)
+    if recipe.host_activations:
+        keep_on_host(inner)
     log.info(
         "train: lean; %.2f GB of embeddings on the host, fewer operations in %s%s",
         saved / 1e9,

@@ -16,6 +16,7 @@ from emloc.adapters.lora import Lora
 from emloc.calibrate import Layers
 from emloc.emulators.full import IN_A_BLOCK
 from emloc.emulators.size import ranks_at
+from emloc.lean.activations import keep_on_host
 from emloc.lean.layers import aligned
 from emloc.lean.loss import CHUNK_BYTES, AnswerLoss
 from emloc.lean.model import recompute_layers
@@ -40,6 +41,7 @@ class Work:
     batch: int  # samples of one forward pass
     answer: int  # tokens of one sample that are learnt
     checkpointing: bool
+    host_activations: bool
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,8 @@ class Scheme:
         model.train()
         if work.checkpointing:
             recompute_layers(model)
+        if work.host_activations:
+            keep_on_host(model)
         return trace(step)
 
     def _on_meta(self, depth: int) -> PreTrainedModel:

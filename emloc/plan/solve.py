@@ -29,5 +29,6 @@ def solved(cell: Cell, source: Source) -> Compression:
         batch=cell.train.batch,
         answer=max(len(one.input_ids) - one.answer_start for one in encoded),
         checkpointing=cell.train.checkpointing,
+        host_activations=cell.train.host_activations,
     )
     return fitting(cell, source, work)
