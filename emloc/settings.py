@@ -147,8 +147,8 @@ class TrainSettings:
             )
         if self.host_activations and not (self.lean and self.checkpointing):
             raise ConfigError(
-                "train.host_activations=true is about what train.checkpointing keeps, on the lean path; "
-                "set train.host_activations=false, or train.checkpointing=true and train.lean=true"
+                "train.host_activations=true needs train.checkpointing=true and train.lean=true; "
+                "set train.host_activations=false"
             )
         if not 0 <= self.warmup < 1:
             raise ConfigError(

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 # Of a budget, not to be planned with: the driver's own memory and what lies unused between pieces.
 RESERVE = 0.06
+# What the libraries of products and attention keep for themselves.
+WORKSPACE = 64 * 2**20
 # With this share kept at 16 bits there is nothing to gain from four.
 NEARLY_ALL = 0.9
 STEP = 0.01
@@ -30,7 +32,7 @@ class Need:
     weights: int
     adapter: int  # with optimizer state
     activations: int  # all that comes and goes; the gradients of the adapter too
-    scratch: int  # where four-bit matrices are formed
+    scratch: int  # where four-bit matrices are formed, and libraries work
     operations: int  # of one step
 
     @property
@@ -48,7 +50,7 @@ def need_of(scheme: Scheme, work: Work) -> Need:
 
 
 def _at_rest(scheme: Scheme) -> Need:
-    return Need(scheme.weights, scheme.adapter, 0, scheme.scratch, 0)
+    return Need(scheme.weights, scheme.adapter, 0, scheme.scratch + WORKSPACE, 0)
 
 
 def scheme_of(cell: Cell, source: Source, ratio: float | None, bits: int) -> Scheme:

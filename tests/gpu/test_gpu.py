@@ -19,7 +19,9 @@ def result_of(tiny, root, *overrides):
     return run(cell, Store(root), lambda step, values: None)
 
 
-@pytest.mark.parametrize("method", ["zero_shot", "lora", "emloc", "emloc_covariance"])
+@pytest.mark.parametrize(
+    "method", ["zero_shot", "lora", "emloc", "emloc_covariance", "qlora", "emloc_nf4"]
+)
 def test_a_device_gives_what_a_cpu_gives(tiny, tmp_path, monkeypatch, method):
     there = result_of(tiny, tmp_path / "device", f"method={method}")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

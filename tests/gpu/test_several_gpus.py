@@ -23,7 +23,7 @@ SPLIT = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
 }
 WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6}
-RECIPE = ("train.batch=4", "train.steps=12", "train.checkpointing=true", "lora=r8")
+RECIPE = ("train.steps=12", "train.checkpointing=true")
 
 
 def curve(runs: Path) -> list[float]:

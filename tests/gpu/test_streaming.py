@@ -5,8 +5,8 @@
 
 import pytest
 import torch
-from test_parking import MODELS, batches_of, made, watch
 from torch import Tensor
+from walked import MODELS, batches_of, made, watch
 
 from emloc.linalg.gram import FLOAT64_CHIPS, cross, gram, product
 from emloc.walk import walk
