@@ -181,7 +181,9 @@ def _metrics(cell: Cell, result: Result) -> dict[str, Any]:
         "score": scores[result.metric],
         "scores": scores,
         "emulator": {
-            k: v for k, v in result.emulated.facts.items() if k not in ("seconds", "peak_gib")
+            k: v
+            for k, v in result.emulated.facts.items()
+            if k not in ("seconds", "peak_gib", "samples")
         },
         "data": cell.task.key,
         "processes": world_size(),
@@ -189,7 +191,7 @@ def _metrics(cell: Cell, result: Result) -> dict[str, Any]:
         "seconds": {name: stage.facts["seconds"] for name, stage in stages.items()},
         "peak_gib": {name: stage.facts["peak_gib"] for name, stage in stages.items()},
         "stages": {name: stage.key for name, stage in stages.items()},
-        "calibration": result.statistics.facts["samples"] if result.statistics else [],
+        "calibration": (result.statistics or result.emulated).facts.get("samples", []),
         "provenance": provenance(),
     }
 

@@ -69,7 +69,7 @@ def build_emulator(
     for block in _walk(model, batches, blocks):
         members, known = blocks[block.name], statistics.pop(block.name)
         weights = {name: layers[name].weight for name in members}
-        found = factorize(weights, ranks, known, "eigen")
+        found = factorize(weights, ranks, known, "subspace")
         found = refine(block, found, [name for name in members if name in known.outputs])
         for name in members:
             factors = found[name].factors

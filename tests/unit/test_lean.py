@@ -28,19 +28,21 @@ def as_is(model):
     pass
 
 
-def factorised(model, rank=9):
-    for name, layer in linears(model):
-        rows, columns = layer.weight.shape
-        model.set_submodule(
-            name, Factorized(0.1 * torch.randn(rows, rank), 0.3 * torch.randn(rank, columns))
-        )
+def factors(layer, rank=9):
+    rows, columns = layer.weight.shape
+    u, v = 0.1 * torch.randn(rows, rank), 0.3 * torch.randn(rank, columns)
+    return u.bfloat16().to(layer.weight.dtype), v.bfloat16().to(layer.weight.dtype)
 
 
-def nf4_factorised(model, rank=9):
+def factorised(model):
     for name, layer in linears(model):
-        rows, columns = layer.weight.shape
-        v, ut = 0.3 * torch.randn(rank, columns), 0.1 * torch.randn(rank, rows)
-        model.set_submodule(name, Nf4Factorized(Nf4.quantize(v), Nf4.quantize(ut)))
+        model.set_submodule(name, Factorized(*factors(layer)))
+
+
+def nf4_factorised(model):
+    for name, layer in linears(model):
+        u, v = factors(layer)
+        model.set_submodule(name, Nf4Factorized(Nf4.quantize(v), Nf4.quantize(u.T)))
 
 
 def nf4(model):
@@ -49,9 +51,11 @@ def nf4(model):
     model.is_loaded_in_4bit = True
 
 
-def adapted(kind, **lora):
+def adapted(kind, dtype=torch.float32, **lora):
     torch.manual_seed(0)
     model = tiny_llama(tiny_tokenizer(True)).requires_grad_(False)
+    for parameter in model.parameters():  # buffers stay: rotary tables are float32 in any model
+        parameter.data = parameter.data.bfloat16().to(dtype)
     kind(model)
     tuned = get_peft_model(model, LoraConfig(target_modules=BLOCKS, **({"r": 4} | lora)))
     for name, parameter in tuned.named_parameters():
@@ -97,6 +101,31 @@ def test_the_lean_path_gives_the_loss_and_the_gradients_of_the_plain_one(kind, a
 
 
 @pytest.mark.parametrize("kind", [as_is, factorised, nf4_factorised, nf4])
+def test_in_16_bits_both_paths_are_as_far_from_32_bits_as_rounding_goes(kind):
+    """The plain path under autocast, as the Trainer runs it, and the lean one as it is."""
+    ids, labels = batch()
+    exact = adapted(kind)
+    exact(input_ids=ids, labels=labels).loss.backward()
+    plain, lean = (adapted(kind, dtype=torch.bfloat16) for _ in range(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain(input_ids=ids, labels=labels).loss.backward()
+    inner = lean.get_base_model()
+    assert fuse(lean) == 14
+    fewer_operations(inner, torch.bfloat16)
+    answer_loss(inner)(lean(input_ids=ids), labels).backward()
+    true = gradients(exact)
+
+    def apart(model):
+        found = gradients(model)
+        assert all(one.dtype == torch.float32 for one in found.values())
+        gap = sum((found[name] - value).square().sum() for name, value in true.items())
+        return float((gap / sum(value.square().sum() for value in true.values())).sqrt())
+
+    assert apart(lean) < 0.03
+    assert apart(lean) < 1.5 * apart(plain)
+
+
+@pytest.mark.parametrize("kind", [as_is, factorised, nf4_factorised, nf4])
 def test_recomputing_layers_changes_no_gradient(kind):
     ids, labels = batch()
     found = []
@@ -122,6 +151,8 @@ def test_what_the_optimizer_changes_is_multiplied_by_in_the_next_pass():
     after = lean(input_ids=ids).logits
     torch.manual_seed(0)
     original = tiny_llama(tiny_tokenizer(True))
+    for parameter in original.parameters():
+        parameter.data = parameter.data.bfloat16().float()
     factorised(original)
     assert not torch.allclose(before, after, atol=1e-3)
     torch.testing.assert_close(after, original(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
