@@ -6,7 +6,6 @@ import logging
 import math
 import shutil
 import traceback
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from emloc.errors import ConfigError, StageError
+from emloc.quiet import quiet
 from emloc.ranks import first, hush, rank, sharded, world_size
 from emloc.runs import Run
 
@@ -128,9 +128,9 @@ def _out_of_memory(error: StageError) -> bool:
 
 def _work(cfg: DictConfig, run: Run) -> dict[str, Any]:
     """The results; what the followers get is of no use to them."""
+    quiet()
     from emloc.config import build  # torch comes in here, after all that needs none
 
-    _quiet()
     cell = build(cfg)
     if not first():
         _pipeline(cell, lambda step, values: None)
@@ -214,17 +214,3 @@ def _collect(result: Result, folder: Path) -> None:
         if stage in stages and (stages[stage].folder / name).exists():
             target = name if stage != "recover" else "correction.json"
             shutil.copy(stages[stage].folder / name, folder / target)
-
-
-def _quiet() -> None:
-    """Keep the libraries' remarks that no user of this program can act on off the screen."""
-    import datasets
-    import huggingface_hub
-    import transformers
-
-    huggingface_hub.logging.set_verbosity_error()  # each retry; our own line says what to do
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("accelerate").setLevel(logging.WARNING)  # each file of a checkpoint
-    # One library calling another by a name that has just become the older of two.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-    datasets.disable_progress_bars()

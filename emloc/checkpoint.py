@@ -21,6 +21,8 @@ from emloc.store import open_store
 
 log = logging.getLogger(__name__)
 
+# Configuration, weights, tokenizer and chat template: what decides a result.
+_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -45,7 +47,7 @@ def _from_folder(folder: Path) -> tuple[Path, str]:
             f"model.source={folder}: no config.json there; set model.source to a checkpoint "
             "folder, or to auto, wheel or hub"
         )
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    files = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES)
     stamps = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return folder.resolve(), digest([(folder / "config.json").read_text(), stamps])
 

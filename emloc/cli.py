@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from emloc.cell import run_cell
 from emloc.compose import CONF, compose, explain, register
 from emloc.errors import ConfigError
+from emloc.quiet import quiet
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -96,6 +97,7 @@ def _plan(arguments: list[str]) -> None:
     chosen = parser.parse_args(arguments)
     cfg = compose(chosen.overrides)
 
+    quiet()
     from emloc.config import build
     from emloc.plan.gpus import gpu_called
     from emloc.plan.scheme import Work
@@ -106,7 +108,12 @@ def _plan(arguments: list[str]) -> None:
     cell = build(cfg)
     recipe = cell.train
     work = Work(
-        chosen.length, recipe.batch, chosen.answer, recipe.checkpointing, recipe.host_activations
+        length=chosen.length,
+        batch=recipe.batch,
+        answer=chosen.answer,
+        checkpointing=recipe.checkpointing,
+        host_activations=recipe.host_activations,
+        accumulate=recipe.accumulate,
     )
     print(plan(cell, work, gpu_called(chosen.gpu)))
 
@@ -118,6 +125,7 @@ def _bench(arguments: list[str]) -> None:
     parser.add_argument("--to", type=Path, help="table to write")
     chosen = parser.parse_args(arguments)
 
+    quiet()
     from emloc.bench.run import bench, home
 
     print(bench(chosen.works, chosen.to or home()))

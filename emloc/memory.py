@@ -16,10 +16,11 @@ _POLL_SECONDS = 0.02
 
 
 def stay_within(device: torch.device, gib: float | None) -> None:
-    """Make the device refuse what is beyond `gib`, as a smaller one would; None: nothing is."""
-    if gib is not None and device.type == "cuda":
+    """Make the device refuse what is beyond `gib`, as a smaller one would; None: it has all."""
+    if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), device)
+        share = 1.0 if gib is None else min(1.0, gib * GIB / total)
+        torch.cuda.set_per_process_memory_fraction(share, device)
 
 
 class HostPeak:

@@ -10,6 +10,7 @@ from emloc.config import Cell
 from emloc.emulators import Built, Given
 from emloc.errors import ConfigError
 from emloc.evaluate import evaluate, headline
+from emloc.lean.prepare import obstacle
 from emloc.memory import GIB, stay_within
 from emloc.plan.cost import statistics_bytes
 from emloc.plan.solve import solved
@@ -53,6 +54,7 @@ def run(cell: Cell, store: Store, report: Report) -> Result:
     emulator, adapter, recovery = cell.emulator, cell.adapter, cell.recovery
     source = cell.model.open()
     source.tokenizer()  # random weights may have none: found out now, not behind a stage
+    source.require(list(source.sizes))  # what the files lack, likewise
     layers = cell.model.compressed(source)
     compression = solved(cell, source)
     ranks = emulator.plan(source, layers, compression)
@@ -98,8 +100,15 @@ def _fit(cell: Cell, source: Source) -> Fit:
     """What the adapter is fitted to.
 
     Raises:
-        ConfigError: the rank is above what the smallest adapted layer can hold.
+        ConfigError: the rank is above what the smallest adapted layer can hold, or activations are
+            to wait on the host in a training that is not lean.
     """
+    wanted = obstacle(cell.lora, source.dtype) if cell.train.host_activations else None
+    if wanted:
+        raise ConfigError(
+            f"train.host_activations=true is of the lean training, which needs {wanted}; "
+            "set that, or train.host_activations=false"
+        )
     name, shape = min(cell.model.adapted(source).items(), key=lambda item: min(item[1]))
     if cell.lora.rank > min(shape):
         raise ConfigError(

@@ -98,6 +98,8 @@ def find_runs(folder: Path) -> list[Run]:
 def folder_name(config: DictConfig) -> str:
     """`<method>-<model>-<task>-s<seed>-<id>`: the same settings give the same folder."""
     decisive = {name: _plain(config[name]) for name in DECISIVE}
+    if config.compression.ratio is None:  # compression=auto: the budget decides it
+        decisive["gpu_gib"] = config.budget.gpu_gib
     if world_size() > 1:  # they share a step of the training, which is the larger for it
         decisive["processes"] = world_size()
     words = (config.method, config.model.name, config.task.name, f"s{config.seed}")

@@ -33,7 +33,7 @@ from emloc.adapters import Adapter
 from emloc.emulators import Built
 from emloc.errors import ConfigError
 from emloc.examples import Examples
-from emloc.lean.prepare import prepare
+from emloc.lean.prepare import obstacle, prepare
 from emloc.models.text import collate, encode_all
 from emloc.prompts import Encoded
 from emloc.ranks import first, sharded
@@ -103,13 +103,11 @@ def fit_rows(
         )
     set_seed(fit.seed)
     model = fit.adapter.attach(model, fit.lora, fit.targets)
-    # Not of shards, which only PEFT's and transformers' own modules gather, nor where gradients
-    # need scaling.
-    lean, loss = (
-        prepare(model, fit.adapter, fit.recipe)
-        if fit.recipe.lean and not sharded() and model.dtype != torch.float16
-        else (False, None)
-    )
+    lean, loss = False, None
+    if fit.recipe.lean and (other := obstacle(fit.lora, built.source.dtype)):
+        log.info("train: as PEFT and transformers train; leaner with %s", other)
+    elif fit.recipe.lean:
+        lean, loss = prepare(model, fit.adapter, fit.recipe)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info("train: %d trainable parameters, %d examples", trainable, len(rows))
     checkpoints = folder / "checkpoints"

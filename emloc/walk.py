@@ -109,12 +109,17 @@ def walk(
 
         return hook
 
+    def leave(*_: Any) -> None:
+        """End the pass behind the last block: norms and the vocabulary are not needed."""
+        if getcurrent() is not home:
+            raise GreenletExit
+
     modules = {name: model.get_submodule(name) for name in blocks}
     handles = [
         module.register_forward_pre_hook(stop_at(name), with_kwargs=True)
         for name, module in modules.items()
     ]
-    handles.append(modules[blocks[-1]].register_forward_hook(_leave))
+    handles.append(modules[blocks[-1]].register_forward_hook(leave))
     lot = Lot(model, device, host_bytes, folder)
     passes = [Pass(model, batch, lot) for batch in batches]
     try:
@@ -147,7 +152,7 @@ class Block:
         self._passes = passes
 
     def look(self, after: After) -> None:
-        """Run the block on every batch and stay in front of it."""
+        """Run the block on every batch and stay in front of it; what comes out is forgotten."""
         for one in self._passes:
             one.look(self.module)
             after(one.mask)
@@ -236,9 +241,3 @@ def _held(coroutine: greenlet) -> Iterator[Tensor]:
     while frame is not None:
         yield from tensors_in(frame.f_locals)
         frame = frame.f_back
-
-
-def _leave(*_: Any) -> None:
-    """End the pass behind the last block: norms and the vocabulary are not needed."""
-    if getcurrent().parent is not None:  # a block that is looked at is called from outside a pass
-        raise GreenletExit

@@ -31,7 +31,8 @@ Rooms = tuple[Scratch, Scratch]
 def fuse(model: nn.Module) -> int:
     """Give every LoRA layer a forward of one operation, as long as all of them can have it.
 
-    The adapter's parameters stay PEFT's, so that what is trained and saved is the same.
+    The adapter's parameters stay PEFT's, so that what is trained and saved is the same. What PEFT
+    itself does in a forward pass (disabling, switching or merging adapters) is gone.
 
     Returns:
         Number of layers changed: all, or none where one of them computes something else (dropout,

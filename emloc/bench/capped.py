@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from math import nan
 from pathlib import Path
 
 from emloc.bench.rows import Row, row
-from emloc.bench.setting import RandomSamples, Setting, fresh, out_of_memory, reserved_gb
-from emloc.calibrate import Layers
+from emloc.bench.setting import RandomSamples, Setting, fresh, out_of_memory
 from emloc.emulators import Built, Given
 from emloc.errors import StageError
-from emloc.examples import Examples
 from emloc.memory import GIB, HostPeak, stay_within
 from emloc.store import Artifact, Store
 from emloc.train import Fit, Report, fit_rows
@@ -22,7 +21,10 @@ SAMPLES = 8
 
 
 def capped(work: str, model: str, ratio: float, bits: int, gb: float) -> Iterator[Row]:
-    """Run every stage as `emloc` runs it, the process refused all device memory above `gb`."""
+    """Run the stages as `emloc` runs them, the process refused all device memory above `gb`.
+
+    One that is refused memory ends the work with one row: the stage it was in.
+    """
     setting = Setting(
         model,
         (
@@ -32,9 +34,8 @@ def capped(work: str, model: str, ratio: float, bits: int, gb: float) -> Iterato
             "method=emloc_nf4" if bits == 4 else "method=emloc",
         ),
     )
-    device = setting.device
-    fresh(device)
-    stay_within(device, gb * 1e9 / GIB)
+    fresh(setting.device)
+    stay_within(setting.device, gb * 1e9 / GIB)
     what = f"build, {STEPS} steps, correct, save in {gb:g} GB: peak reserved"
     with tempfile.TemporaryDirectory() as folder, HostPeak() as host:
         try:
@@ -42,16 +43,17 @@ def capped(work: str, model: str, ratio: float, bits: int, gb: float) -> Iterato
         except StageError as error:
             if not out_of_memory(error):
                 raise
-            yield Row(work, what, "GB", f"OOM in {error.stage}", "", "", f"<= {gb:g}", "no")
+            yield row(work, what, "GB", f"OOM in {error.stage}", most=gb)
             return
         saved = sum(file.stat().st_size for file in (stages[-1].folder / "adapter").iterdir())
         disk = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
-        facts = [stage.facts for stage in stages]
-    peak = max(reserved_gb(device), *(one["peak_gib"] * GIB / 1e9 for one in facts))
-    yield row(work, what, "GB", peak, most=gb if setting.full else None)
-    for stage, one in zip(stages, facts, strict=True):
-        yield row(work, f"{stage.stage}: peak reserved", "GB", one["peak_gib"] * GIB / 1e9)
-        yield row(work, f"{stage.stage}: time", "s", one["seconds"])
+        facts = {stage.stage: stage.facts for stage in stages}
+    # Without a GPU the stages followed the memory of the host.
+    gbs = {at: one["peak_gib"] * GIB / 1e9 if setting.full else nan for at, one in facts.items()}
+    yield row(work, what, "GB", max(gbs.values()), most=gb if setting.full else None)
+    for stage, one in facts.items():
+        yield row(work, f"{stage}: peak reserved", "GB", gbs[stage])
+        yield row(work, f"{stage}: time", "s", one["seconds"])
     yield row(work, "host memory, anonymous, at most", "GiB", host.bytes / GIB)
     yield row(work, "disk of all stages", "GB", disk / 1e9)
     yield row(work, "adapter for the original, saved", "MB", saved / 1e6)
@@ -59,8 +61,7 @@ def capped(work: str, model: str, ratio: float, bits: int, gb: float) -> Iterato
 
 def _stages(setting: Setting, store: Store) -> list[Artifact]:
     cell, source, device = setting.cell, setting.source, setting.device
-    layers: Layers = cell.model.compressed(source)
-    ranks = cell.emulator.plan(source, layers, cell.compression)
+    ranks = cell.emulator.plan(source, cell.model.compressed(source), cell.compression)
     samples = RandomSamples(setting, SAMPLES if setting.full else 2)
     assert cell.compression.bits is not None
     given = Given(ranks, None, samples, cell.compression.bits)  # type: ignore[arg-type]
@@ -69,16 +70,7 @@ def _stages(setting: Setting, store: Store) -> list[Artifact]:
         "emulate", cell.emulator.build, source, given, device=device, host_bytes=host
     )
     built = Built(cell.emulator, emulated, source)
-    fit = Fit(
-        cell.adapter,
-        cell.lora,
-        cell.model.lora_targets,
-        Examples("random", ()),
-        setting.length,
-        cell.train,
-        cell.seed,
-    )
-    trained = store.stage("train", fit_random, built, fit, setting=setting, report=_unheard)
+    trained = store.stage("train", fit_random, built, setting.fit, setting=setting, report=_unheard)
     carried = store.stage(
         "recover", cell.recovery.carry, trained, built, None, device=device, host_bytes=host
     )
@@ -89,12 +81,11 @@ def fit_random(
     folder: Path, built: Built, fit: Fit, *, setting: Setting, report: Report
 ) -> dict[str, object]:
     """The training stage, on samples made for the occasion."""
-    rows = [{"input_ids": [0] * setting.length, "seed": seed} for seed in range(STEPS)]
     return fit_rows(
         folder,
         built,
         fit,
-        rows,
+        setting.rows(),
         lambda some: setting.learnt(some[0]["seed"]),
         device=setting.device,
         report=report,

@@ -18,16 +18,14 @@ from emloc.memory import GIB, HostPeak
 from emloc.source import Source
 from emloc.walk import Batch
 
-MOST_GIB = 8
+MOST_GIB, MOST_RATIO = 8, 1.1
 SAMPLES, LENGTH = 8, 512
-# Written to one file.
-SHARD = 2 * GIB
+SHARD = 2 * GIB  # bytes of one file of the checkpoint
 
 
 class Texts:
     """Calibration samples of random tokens."""
 
-    key = "random"
     ids: tuple[str, ...] = ()
 
     def batches(self, source: Source) -> list[Batch]:
@@ -42,8 +40,9 @@ class Texts:
 
 def host_memory(work: str, model: str) -> Iterator[Row]:
     """Build from a checkpoint of the model's depth, and from one twice as deep."""
-    setting = Setting(model)
-    depth = setting.cell.model.shape["num_hidden_layers"]
+    usual = Setting(model)
+    depth = usual.cell.model.shape["num_hidden_layers"]
+    most, most_ratio = (MOST_GIB, MOST_RATIO) if usual.full else (None, None)
     peaks = []
     for deep in (depth, 2 * depth):
         one = Setting(model, (f"model.shape.num_hidden_layers={deep}", "compression=r25"))
@@ -52,8 +51,9 @@ def host_memory(work: str, model: str) -> Iterator[Row]:
             peak = _build(one, Path(folder))
         peaks.append(peak)
         what = f"anonymous, at most, of {deep} blocks ({size / 1e9:.3g} GB on disk)"
-        yield row(work, what, "GiB", peak, most=MOST_GIB)
-    yield row(work, "of twice the blocks, over that of half", "", peaks[1] / peaks[0], most=1.1)
+        yield row(work, what, "GiB", peak, most=most)
+    ratio = peaks[1] / peaks[0]
+    yield row(work, "of twice the blocks, over that of half", "", ratio, most=most_ratio)
 
 
 def _write(source: Source, folder: Path, device: torch.device) -> int:
@@ -78,6 +78,7 @@ def _write(source: Source, folder: Path, device: torch.device) -> int:
 
 
 def _build(setting: Setting, folder: Path) -> float:
+    """GiB of host memory at most, while an emulator of `folder/checkpoint` is built."""
     cell, device = setting.cell, setting.device
     found = replace(cell.model, source=str(folder / "checkpoint"), weights="checkpoint")
     source = found.open()

@@ -9,6 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+# A number; nan where it could not be taken, and a word where there can be none, such as OOM.
+Figure = float | str
+
 
 @dataclass(frozen=True)
 class Row:
@@ -28,28 +31,40 @@ def row(
     work: str,
     what: str,
     unit: str,
-    ours: float,
+    ours: Figure,
     *,
-    peer: float | None = None,
+    peer: Figure = math.nan,
     most: float | None = None,
     least_ratio: float | None = None,
+    near: float | None = None,
 ) -> Row:
-    """A row with its target: `ours` at most `most`, or the peer at least `least_ratio` times it."""
-    ratio = None if peer is None or not ours else peer / ours
-    target, holds = "", ""
+    """A row with its target, if it has one. Without a number to compare a target does not hold.
+
+    `most`: ours is at most this; `least_ratio`: the peer is at least so many times ours; `near`:
+    the peer is within this share of ours.
+    """
+    ratio = _ratio(ours, peer)
+    target, met = "", False
     if most is not None:
-        target, holds = f"<= {most:g}", _word(ours <= most)
-    if least_ratio is not None and ratio is not None:
-        target, holds = f"ratio >= {least_ratio:g}", _word(ratio >= least_ratio)
+        target, met = f"<= {most:g}", not isinstance(ours, str) and ours <= most
+    elif least_ratio is not None:
+        target, met = f"ratio >= {least_ratio:g}", ratio >= least_ratio
+    elif near is not None:
+        target, met = f"ratio within {near:.0%} of 1", abs(ratio - 1) <= near
+    holds = ("yes" if met else "no") if target else ""
     return Row(work, what, unit, _short(ours), _short(peer), _short(ratio), target, holds)
 
 
-def _word(holds: bool) -> str:
-    return "yes" if holds else "no"
+def _ratio(ours: Figure, peer: Figure) -> float:
+    if isinstance(ours, str) or isinstance(peer, str) or not ours:
+        return math.nan
+    return peer / ours
 
 
-def _short(number: float | None) -> str:
-    return "" if number is None or math.isnan(number) else f"{number:.4g}"
+def _short(figure: Figure) -> str:
+    if isinstance(figure, str):
+        return figure
+    return "" if math.isnan(figure) else f"{figure:.4g}"
 
 
 def merge(path: Path, new: Sequence[Row]) -> list[Row]:

@@ -1,7 +1,8 @@
 """The models, batches and clocks that all benchmarks share.
 
 Weights are random: they cost time and memory as trained ones do. On a machine without a GPU the
-same code runs on a model of the same parts, too small to measure anything.
+same code runs on a model of the same parts, too small for its figures to mean anything: there are
+no targets then, and no figures of device memory.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from torch import Tensor
 
 from emloc.compose import compose
 from emloc.config import Cell, build
-from emloc.errors import ConfigError
+from emloc.examples import Examples
 from emloc.ranks import own_device
 from emloc.source import Source
+from emloc.train import Fit
 from emloc.walk import Batch
 
 # What is left of a language model where there is no GPU, and of a vision tower.
@@ -43,7 +45,7 @@ TILES, TEXT, ANSWER = 7, 256, 128
 
 @dataclass(frozen=True)
 class Setting:
-    """A model of true shape with one method, and samples to go with it."""
+    """A model, of its true shape where there is a GPU, and samples to go with it."""
 
     model: str
     overrides: tuple[str, ...] = ()
@@ -70,6 +72,19 @@ class Setting:
     def source(self) -> Source:
         """The model."""
         return self.cell.model.open()
+
+    @property
+    def fit(self) -> Fit:
+        """How an adapter is trained; its samples are those of `rows`."""
+        cell = self.cell
+        none = Examples("random", ())
+        targets, length = cell.model.lora_targets, self.length
+        return Fit(cell.adapter, cell.lora, targets, none, length, cell.train, cell.seed)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One sample a step, in place of tokens: its length, and the seed it is made from."""
+        tokens = [0] * self.length
+        return [{"input_ids": tokens, "seed": seed} for seed in range(self.cell.train.steps)]
 
     @property
     def tiles(self) -> int:
@@ -128,9 +143,8 @@ def _small(model: str) -> tuple[str, ...]:
     where = "model.shape.text_config" if sees else "model.shape"
     text = tuple(f"{where}.{one}" for one in SMALL_TEXT)
     # Of whole numbers only, tokens that begin and end a text are beyond so few words.
-    ends = tuple(f"{where}.{one}=null" for one in ("bos_token_id", "eos_token_id"))
     known = shape.text_config if sees else shape
-    ends = tuple(one for one in ends if one.rsplit(".", 1)[1].split("=")[0] in known)
+    ends = tuple(f"{where}.{one}=null" for one in ("bos_token_id", "eos_token_id") if one in known)
     return (*text, *ends, "lora=r4", *(SMALL_VISION if sees else ()))
 
 
@@ -195,7 +209,7 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
 def out_of_memory(error: BaseException) -> bool:
     """Whether the device, or what a run may use of it, is full."""
     while not isinstance(error, torch.cuda.OutOfMemoryError):
-        if error.__cause__ is None or isinstance(error, ConfigError):
+        if error.__cause__ is None:
             return False
         error = error.__cause__
     return True

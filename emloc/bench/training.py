@@ -1,7 +1,7 @@
 """A step of training: its memory and time, ours beside an ordinary script's, and what was planned.
 
 The peers are a script as anybody writes it: the whole model, PEFT, transformers' Trainer with
-bfloat16 and gradient checkpointing, labels for every token; for QLoRA with bitsandbytes' layers.
+bfloat16 and gradient checkpointing, logits of every token; for QLoRA with bitsandbytes' layers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +19,41 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from emloc.bench.rows import Row, row
-from emloc.bench.setting import Setting, fresh, now, peak_gb, reserved_gb
+from emloc.bench.rows import Figure, Row, row
+from emloc.bench.setting import Setting, fresh, now, out_of_memory, peak_gb, reserved_gb
 from emloc.emulators.size import ranks_at
-from emloc.examples import Examples
 from emloc.memory import GIB, stay_within
 from emloc.nn.factorized import Factorized, Nf4Factorized
 from emloc.nn.nf4 import Nf4, Nf4Linear
 from emloc.plan.fit import need_of, scheme_of
 from emloc.plan.scheme import Work
 from emloc.source import Source
-from emloc.train import Fit, fit_rows
+from emloc.train import fit_rows
 from emloc.walk import block_of
 
-STEPS, WARM = 8, 3  # of one measurement, and of these not timed
-# How far a planned peak may be from the measured one.
-NEAR = 0.05
+STEPS, WARM = 8, 4  # of one measurement, and of these not timed
+NEAR = 0.05  # the share by which a planned peak may be off the measured one
 
 
 @dataclass(frozen=True)
 class Measured:
     """One way of training."""
 
-    peak: float  # 10^9 bytes allocated at most
-    reserved: float  # 10^9 bytes taken from the device at most
-    step: float  # seconds, the median
+    peak: Figure  # 10^9 bytes allocated at most
+    reserved: Figure  # 10^9 bytes taken from the device at most
+    step: Figure  # seconds, the median
+
+
+# What is measured of a training that the device, or what it may use of it, is too small for.
+FULL = Measured("OOM", "OOM", "OOM")
 
 
 @dataclass(frozen=True)
 class Target:
-    """What an emulator has to stay within, in 10^9 bytes and in seconds."""
+    """What an emulator has to stay within."""
 
-    gb: float
-    step: float | None
+    gb: float  # 10^9 bytes of the device
+    step: float | None  # seconds
 
 
 @dataclass(frozen=True)
@@ -65,85 +68,83 @@ class Opened:
         return self.by(device)
 
 
+Opener = Callable[[Setting, torch.device], PreTrainedModel]
+
+
 def training(
     model: str, ratio: float, names: tuple[str, str, str], targets: tuple[Target, Target]
 ) -> Iterator[Row]:
     """Measure lora, qlora, emloc and emloc_nf4 of one model, and the two peers.
 
-    `names`: what the rows of the emulator, of its four-bit form and of the plan are called.
+    `names`: what the rows of the emulator, of its four-bit form and of the plan are called;
+    `targets`: of the first two.
     """
     setting = Setting(model, (f"train.steps={STEPS}",))
-    lora, qlora = _peer(setting, whole), _peer(setting, quantized)
-    yield from _ours(names[0], setting, partial(factorized, ratio=ratio), targets[0], lora, qlora)
-    yield from _ours(names[1], setting, partial(packed, ratio=ratio), targets[1], lora, qlora)
-    work = Work(setting.length, 1, setting.answer, True, True)
+    thin: Opener = partial(factorized, ratio=ratio)
+    thin_nf4: Opener = partial(packed, ratio=ratio)
+    lora, qlora = (tried(partial(_peer, setting, peer)) for peer in (whole, quantized))
+    for name, opener, target in zip(names, (thin, thin_nf4), targets, strict=False):
+        # On a device no larger than the target; the peers had all of it.
+        stay_within(setting.device, target.gb * 1e9 / GIB)
+        ours = tried(partial(fitted, setting, opener))
+        stay_within(setting.device, None)
+        yield from beside(name, ours, lora, qlora, target if setting.full else None)
+    work = Work(
+        length=setting.length,
+        batch=1,
+        answer=setting.answer,
+        checkpointing=True,
+        host_activations=True,
+    )
     for method, opener, share, bits in (
         ("lora", whole, None, 16),
         ("qlora", quantized, None, 4),
-        ("emloc", partial(factorized, ratio=ratio), ratio, 16),
-        ("emloc_nf4", partial(packed, ratio=ratio), ratio, 4),
+        ("emloc", thin, ratio, 16),
+        ("emloc_nf4", thin_nf4, ratio, 4),
     ):
-        measured = fitted(setting, opener)
+        measured = tried(partial(fitted, setting, opener))
         planned = need_of(scheme_of(setting.cell, setting.source, share, bits), work).peak / 1e9
-        if setting.full:
-            apart = abs(planned / measured.peak - 1)
-            found = row(names[2], f"peak of {method}: planned, measured", "GB", planned)
-            yield Row(
-                **vars(found)
-                | {
-                    "peer": f"{measured.peak:.4g}",
-                    "ratio": f"{measured.peak / planned:.4g}",
-                    "target": f"ratio within {NEAR:.0%} of 1",
-                    "holds": "yes" if apart <= NEAR else "no",
-                }
-            )
-            yield row(names[2], f"step of {method}", "s", measured.step)
-            yield row(names[2], f"reserved by {method}", "GB", measured.reserved)
+        near = NEAR if setting.full and measured is not FULL else None
+        what = f"peak of {method}: planned, measured"
+        yield row(names[2], what, "GB", planned, peer=measured.peak, near=near)
+        yield row(names[2], f"step of {method}", "s", measured.step)
+        yield row(names[2], f"reserved by {method}", "GB", measured.reserved)
 
 
-def _ours(
-    name: str,
-    setting: Setting,
-    opener: Callable[..., PreTrainedModel],
-    target: Target,
-    lora: Measured,
-    qlora: Measured,
+def beside(
+    name: str, ours: Measured, lora: Measured, qlora: Measured, target: Target | None
 ) -> Iterator[Row]:
-    """An emulator on a device no larger than its target, beside the peers on all of it."""
-    cap = target.gb * 1e9 / GIB
-    stay_within(setting.device, cap)
-    ours = fitted(setting, opener)
-    stay_within(setting.device, 1e9)
-    limit = target.gb if setting.full else None
+    """The rows of an emulator and its target beside the peers."""
+    gb, step = (target.gb, target.step) if target else (None, None)
     peak = "peak reserved, on a device of the target's size"
-    yield row(name, f"{peak}; PEFT LoRA", "GB", ours.reserved, peer=lora.reserved, most=limit)
+    yield row(name, f"{peak}; PEFT LoRA", "GB", ours.reserved, peer=lora.reserved, most=gb)
     yield row(name, f"{peak}; bitsandbytes QLoRA", "GB", ours.reserved, peer=qlora.reserved)
-    step = target.step if setting.full else None
     yield row(name, "step; PEFT LoRA", "s", ours.step, peer=lora.step, most=step)
     yield row(name, "step; bitsandbytes QLoRA", "s", ours.step, peer=qlora.step)
 
 
-def fitted(setting: Setting, opener: Callable[..., PreTrainedModel]) -> Measured:
+def tried(measure: Callable[[], Measured]) -> Measured:
+    """What was measured, or that there was no room for it."""
+    try:
+        return measure()
+    except Exception as error:  # why: it may come wrapped in a library's own
+        if not out_of_memory(error):
+            raise
+        return FULL
+
+
+def fitted(setting: Setting, opener: Opener) -> Measured:
     """Our own training of the model that `opener` gives."""
-    cell, device = setting.cell, setting.device
+    device = setting.device
     fresh(device)
     ends: list[float] = []
     made = [setting.learnt(seed) for seed in range(STEPS)]  # not on the clock
-    rows = [{"input_ids": [0] * setting.length, "seed": seed} for seed in range(STEPS)]
     with tempfile.TemporaryDirectory() as folder:
         fit_rows(
             Path(folder),
             Opened(setting.source, partial(opener, setting)),  # type: ignore[arg-type]
-            Fit(
-                cell.adapter,
-                cell.lora,
-                cell.model.lora_targets,
-                Examples("random", ()),
-                setting.length,
-                cell.train,
-                cell.seed,
-            ),
-            rows,
+            setting.fit,
+            setting.rows(),
             lambda some: dict(made[some[0]["seed"]]),
             device=device,
             report=lambda step, values: ends.append(now(device)),
@@ -151,17 +152,16 @@ def fitted(setting: Setting, opener: Callable[..., PreTrainedModel]) -> Measured
     return _measured(ends, device)
 
 
-def _peer(setting: Setting, opener: Callable[..., PreTrainedModel]) -> Measured:
+def _peer(setting: Setting, opener: Opener) -> Measured:
     """The same training by an ordinary script."""
     cell, device = setting.cell, setting.device
     fresh(device)
     model = opener(setting, device)
     for layer in model.modules():
         if isinstance(layer, Nf4Linear):  # bitsandbytes' own product
-            layer.forward = partial(Nf4Linear.__mro__[1].forward, layer)  # type: ignore[method-assign]
+            layer.forward = super(Nf4Linear, layer).forward  # type: ignore[method-assign]
     tuned = cell.adapter.attach(model, cell.lora, cell.model.lora_targets)
     ends: list[float] = []
-
     made = [setting.batch(seed) for seed in range(STEPS)]  # not on the clock
 
     def whole_labels(some: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -175,20 +175,22 @@ def _peer(setting: Setting, opener: Callable[..., PreTrainedModel]) -> Measured:
             ends.append(now(device))
 
     with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            output_dir=folder,
+            max_steps=STEPS,
+            per_device_train_batch_size=1,
+            bf16=True,
+            gradient_checkpointing=True,
+            use_cpu=device.type == "cpu",
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
+        args._n_gpu = min(args.n_gpu, 1)  # one device, as ours, however many are in sight
         Trainer(
             model=tuned,
-            args=TrainingArguments(
-                output_dir=folder,
-                max_steps=STEPS,
-                per_device_train_batch_size=1,
-                bf16=True,
-                gradient_checkpointing=True,
-                use_cpu=device.type == "cpu",
-                save_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-                remove_unused_columns=False,
-            ),
+            args=args,
             train_dataset=[{"seed": seed} for seed in range(STEPS)],
             data_collator=whole_labels,
             callbacks=[Clock()],
@@ -197,7 +199,8 @@ def _peer(setting: Setting, opener: Callable[..., PreTrainedModel]) -> Measured:
 
 
 def _measured(ends: list[float], device: torch.device) -> Measured:
-    steps = [after - before for before, after in zip(ends[WARM:], ends[WARM + 1 :], strict=False)]
+    """`ends`: when each step was over."""
+    steps = [after - before for before, after in pairwise(ends[WARM - 1 :])]
     found = Measured(peak_gb(device), reserved_gb(device), statistics.median(steps))
     fresh(device)
     return found

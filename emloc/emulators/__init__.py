@@ -32,6 +32,12 @@ class Given:
     samples: Samples | None
     bits: int  # of a kept number: 16 as the model's dtype, 4 for nf4
 
+    @property
+    def key(self) -> list[Any]:
+        """The same whether statistics were kept: they are of these samples, by these settings."""
+        seen = self.statistics.key if self.samples is None and self.statistics else None
+        return [key_of(self.ranks), key_of(self.samples), seen, self.bits]
+
 
 class Emulator(Protocol):
     """One way of making a small stand-in for the original model."""

@@ -105,8 +105,7 @@ class Svd:
             table |= found
         (folder / "layers.json").write_text(json.dumps(table, indent=1))
         facts = size_facts(source, factors_of(source, ranks), given.bits)
-        seen = given.samples if statistics is None else None
-        return facts | ({"samples": seen.ids} if seen else {})
+        return facts | ({"samples": given.samples.ids} if given.samples else {})
 
     def _factors(
         self,

@@ -15,7 +15,13 @@ class HostEmbedding(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.rows = weight.detach().cpu()
+        self._device = weight.device
+
+    @property
+    def weight(self) -> Tensor:
+        """The rows, for models that ask where they are."""
+        return self.rows
 
     def forward(self, input: Tensor) -> Tensor:
-        """Ids (...,) to vectors (..., d) on the device of the ids."""
-        return functional.embedding(input.cpu(), self.rows).to(input.device)
+        """Ids (...,) to vectors (..., d) on the device the weight was on."""
+        return functional.embedding(input.cpu(), self.rows).to(self._device)

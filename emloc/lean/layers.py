@@ -102,7 +102,7 @@ class Adapted(torch.autograd.Function):
         """Map (..., n) to (..., m)."""
         flat = x.reshape(-1, x.shape[-1])
         y, hidden = base.forward(flat, low)
-        ctx.save_for_backward(flat, hidden)
+        ctx.save_for_backward(flat, hidden.contiguous())  # a view would keep what it is cut from
         ctx.base, ctx.low = base, low
         return y.view(*x.shape[:-1], -1)
 

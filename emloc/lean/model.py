@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 
 from emloc.lean.embedding import HostEmbedding
@@ -19,8 +21,10 @@ log = logging.getLogger(__name__)
 # Called with the model's output, the labels (batch, kept) and the tokens of the whole step.
 Loss = Callable[..., Tensor]
 
-# The relative size of what rounding does to a vector of logits in 16 bits, with room.
-ROUNDING = 0.05
+# The relative size of what rounding does to a vector in 16 bits, with room.
+ROUNDING = 0.01
+# Logits beyond every cap in use.
+LARGE = 1e3
 
 
 def keep_embedding_on_host(model: PreTrainedModel) -> int:
@@ -39,43 +43,73 @@ def keep_embedding_on_host(model: PreTrainedModel) -> int:
     return size
 
 
+class Passing(nn.Module):
+    """In the place of the output matrix: hands the hidden states on.
+
+    While the model is probed, it answers with `given` instead.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight  # some models ask it for its dtype
+        self.given: Tensor | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., d) as it comes, or (..., V) made up."""
+        return hidden if self.given is None else self.given.expand(*hidden.shape[:-1], -1)
+
+
 def answer_loss(model: PreTrainedModel) -> Loss | None:
     """Take the output matrix off the model and give the loss that uses it; None if it cannot be.
 
-    The model then returns hidden states where it returned logits. Models that do more than one
-    product behind their last norm (a cap, a scale) are found out on a few tokens and left alone.
+    The model then returns hidden states where it returned logits. Left alone are models whose
+    logits go through more than a scale (a cap), and those whose loss has another term (a router's).
     """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
         return None
-    name = next(name for name, module in model.named_modules() if module is head)
-    ids = torch.arange(8, device=head.weight.device)[None]
-    expected = _last(model, ids)
-    model.set_submodule(name, nn.Identity())
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        return None
     weight = head.weight
-    found = _last(model, ids) @ weight.T
-    if (found - expected).float().norm() > ROUNDING * expected.float().norm():
+    passing = Passing(weight)
+    name = next(name for name, module in model.named_modules() if module is head)
+    model.set_submodule(name, passing)
+    if not _only_scales(model, passing):
         model.set_submodule(name, head)
         return None
-
-    def loss(
-        outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        # The hidden state of one position is about the token of the next.
-        hidden, target = outputs.logits[:, :-1], labels[:, 1:]
-        learnt = target != IGNORE
-        count = learnt.sum() if num_items_in_batch is None else num_items_in_batch
-        count = torch.as_tensor(count, device=hidden.device)
-        total: Tensor = AnswerLoss.apply(hidden[learnt], weight, target[learnt], count)
-        return total
-
-    return loss
+    return partial(_answer_loss, weight)
 
 
-@torch.no_grad()
-def _last(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, -1]
-    return logits
+def _only_scales(model: PreTrainedModel, passing: Passing) -> bool:
+    """Whether what stands behind the head is a scale, which hidden states go through as well.
+
+    Logits far larger than any that weights may give, so that no cap stays unseen.
+    """
+    weight = passing.weight
+    words = torch.linspace(-LARGE, LARGE, len(weight), device=weight.device, dtype=weight.dtype)
+    passing.given = words
+    ids = torch.arange(8, device=weight.device)[None]
+    with torch.no_grad():
+        found = model(input_ids=ids, use_cache=False).logits[0, -1].float()
+    passing.given = None
+    given = words.float()
+    scale = (found @ given) / (given @ given)
+    return bool((found - scale * given).norm() <= ROUNDING * found.norm())
+
+
+def _answer_loss(
+    weight: Tensor,
+    outputs: Any,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    # The hidden state of one position is about the token of the next.
+    hidden, target = outputs.logits[:, :-1], labels[:, 1:]
+    learnt = target != IGNORE
+    count = learnt.sum() if num_items_in_batch is None else num_items_in_batch
+    count = torch.as_tensor(count, device=hidden.device)
+    total: Tensor = AnswerLoss.apply(hidden[learnt], weight, target[learnt], count)  # type: ignore[no-untyped-call]
+    return total
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
@@ -96,8 +130,16 @@ def recompute_layers(model: PreTrainedModel) -> None:
             module.gradient_checkpointing = False
 
 
-def _draws(model: PreTrainedModel) -> bool:
-    """Whether a forward pass in training draws random numbers."""
-    drops = any(isinstance(one, nn.Dropout) and one.p > 0 for one in model.modules())
-    configs = [model.config, model.config.get_text_config()]
-    return drops or any(getattr(one, "attention_dropout", 0) for one in configs)
+def _draws(model: nn.Module) -> bool:
+    """Whether a forward pass in training draws random numbers.
+
+    Models keep the rates of their functional dropouts under names of their own.
+    """
+    return any(
+        (isinstance(one, _DropoutNd) and one.p > 0)
+        or any(
+            ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0
+            for name, value in vars(one).items()
+        )
+        for one in model.modules()
+    )

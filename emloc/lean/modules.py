@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -76,11 +77,15 @@ def _shorter(module: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor] | N
         forward, width = _mlp, gate.in_features
     else:
         return None
-    device = next(module.parameters()).device
+    # Packed layers hold buffers alone.
+    device = next(chain(module.parameters(), module.buffers())).device
     if device.type == "meta":
         return forward  # there are no numbers to compare; the device that is planned for has them
     source = torch.Generator(device=device).manual_seed(0)
     trial = torch.randn(4, width, device=device, generator=source).to(dtype)
+    training = module.training
+    module.train()  # or a dropout would not show
     with torch.no_grad():
         expected, found = module(trial).float(), forward(module, trial).float()
+    module.train(training)
     return forward if (found - expected).norm() <= ROUNDING * expected.norm() else None

@@ -5,13 +5,32 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
+
 from emloc.adapters import Adapter
 from emloc.lean.activations import keep_on_host
 from emloc.lean.model import Loss, answer_loss, keep_embedding_on_host, recompute_layers
 from emloc.lean.modules import fewer_operations
-from emloc.settings import TrainSettings
+from emloc.ranks import sharded
+from emloc.settings import LoraSettings, TrainSettings
 
 log = logging.getLogger(__name__)
+
+
+def obstacle(lora: LoraSettings, dtype: torch.dtype) -> str | None:
+    """The override without which a training is not lean; None if it can be.
+
+    With dropout a LoRA is no part of the layer's product; gradients in float16 have to be scaled;
+    and shards of weights only PEFT's and transformers' own modules gather.
+    """
+    for stands, override in (
+        (lora.dropout > 0, "lora.dropout=0"),
+        (dtype == torch.float16, "model.dtype=bfloat16"),
+        (sharded(), "ACCELERATE_USE_FSDP=false"),
+    ):
+        if stands:
+            return override
+    return None
 
 
 def prepare(model: Any, adapter: Adapter, recipe: TrainSettings) -> tuple[bool, Loss | None]:
@@ -25,8 +44,9 @@ def prepare(model: Any, adapter: Adapter, recipe: TrainSettings) -> tuple[bool, 
         log.info("train: this adapter computes more than two products; trained as PEFT does")
         return False, None
     inner = model.get_base_model()
+    dtype = inner.dtype  # asked now: packed layers have none, and then only the LoRA would
     saved = keep_embedding_on_host(inner)
-    shorter = fewer_operations(inner, inner.dtype)
+    shorter = fewer_operations(inner, dtype)
     loss = answer_loss(inner)
     if recipe.checkpointing:
         recompute_layers(inner)

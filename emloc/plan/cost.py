@@ -11,9 +11,11 @@ from emloc.plan.scheme import Scheme, Work
 from emloc.settings import Budget
 
 # Of the makers' rates, what long products and streams of a transformer reach.
-USED = 0.5
+USED = 0.4
 # Of an operation on the side of the host, Python and launch included: it bounds short steps.
-SECONDS_OF_AN_OPERATION = 18e-6
+SECONDS_OF_AN_OPERATION = 22e-6
+# Operations it takes to form a matrix that is held in four bits; the trace has them whole.
+FORMING = 6
 # Products with the energy matrix until a subspace has converged.
 ITERATIONS = 12
 # A Python process with its libraries and the driver.
@@ -33,18 +35,18 @@ class Cost:
 def cost_of(
     scheme: Scheme, work: Work, operations: int, gpu: Gpu, samples: int, budget: Budget
 ) -> Cost:
-    """Estimates for `samples` calibration samples as long as those trained on."""
+    """Estimates for `samples` calibration samples as long as those trained on.
+
+    `operations` of one forward and backward pass.
+    """
     tokens = samples * work.length
-    embedding = scheme.source.sizes.get(scheme.source.lone_embedding or "", 0)
-    size = scheme.source.dtype.itemsize
-    factors = 0
     disk = 2 * 4 * scheme.parameters  # the adapter as trained and as carried
-    build, host = 0.0, PROCESS + embedding * size
+    build, host = 0.0, PROCESS + scheme.embedding
     if scheme.ranks:
-        factors = scheme.factors
         moments = statistics_bytes(scheme.compressed, whole=False)
-        disk += factors + (moments if moments <= budget.statistics_gib * GIB else 0)
-        waiting = tokens * max(columns for _, columns in scheme.adapted.values()) * size
+        disk += scheme.factors + (moments if moments <= budget.statistics_gib * GIB else 0)
+        widest = max(columns for _, columns in scheme.adapted.values())
+        waiting = tokens * widest * scheme.source.dtype.itemsize
         host += min(waiting, int(budget.host_gib * GIB))
         build = _build_seconds(scheme, tokens, gpu)
     return Cost(host, disk, build, _step_seconds(scheme, work, operations, gpu))
@@ -74,9 +76,11 @@ def _build_seconds(scheme: Scheme, tokens: int, gpu: Gpu) -> float:
 
 def _step_seconds(scheme: Scheme, work: Work, operations: int, gpu: Gpu) -> float:
     """The longer of what the device has to multiply and what the host has to launch."""
-    tokens = work.batch * work.length
+    tokens = work.batch * work.length  # of each pass
     passes = 3 if work.checkpointing else 2
     multiplied = sum(scheme.multiplied(layer) for layer in scheme.adapted)
     device = 2 * multiplied * tokens * passes / (USED * gpu.bf16 * 1e12)
     device += scheme.formed * passes / (USED * gpu.bandwidth * 1e12)
-    return max(device, operations * SECONDS_OF_AN_OPERATION)
+    if scheme.bits == 4:
+        operations += FORMING * passes * len(scheme.adapted) * (2 if scheme.ranks else 1)
+    return work.accumulate * max(device, operations * SECONDS_OF_AN_OPERATION)

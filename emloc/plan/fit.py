@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil
 
 from emloc.config import Cell
 from emloc.emulators.full import Full
+from emloc.emulators.size import uniform_ranks
 from emloc.emulators.svd import Svd
 from emloc.errors import ConfigError
+from emloc.lean.prepare import obstacle
 from emloc.memory import GIB
+from emloc.plan.blocks import Blocks
 from emloc.plan.scheme import Scheme, Work
+from emloc.plan.trace import Traced
 from emloc.settings import Compression
 from emloc.source import Source
 
@@ -22,54 +31,107 @@ RESERVE = 0.06
 WORKSPACE = 64 * 2**20
 # With this share kept at 16 bits there is nothing to gain from four.
 NEARLY_ALL = 0.9
-STEP = 0.01
+RATIOS = [count / 100 for count in range(1, 100)]
+# Of a parameter in float32, of its gradient, and of the two moments of AdamW.
+FLOAT, MOMENTS = 4, 8
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes on the device in the heaviest moment of a step: the start of its backward pass."""
+    """Bytes on the device in the heaviest moments: of a step, and of what comes before the first.
+
+    A step's is the start of its backward pass, mostly. Before the first one the token embedding
+    lies where the optimizer's moments and the activations will be.
+    """
 
     weights: int
-    adapter: int  # with optimizer state
-    activations: int  # all that comes and goes; the gradients of the adapter too
+    adapter: int  # with optimizer state, and gradients where they outlive a pass
+    activations: int  # all that comes and goes; the gradients of one pass too
     scratch: int  # where four-bit matrices are formed, and libraries work
-    operations: int  # of one step
+    opening: int  # the embedding, and the adapter without an optimizer
+    operations: int  # of one pass
 
     @property
     def peak(self) -> int:
         """Bytes held at most."""
-        return self.weights + self.adapter + self.activations + self.scratch
+        step = self.adapter + self.activations + self.scratch
+        return self.weights + max(step, self.opening)
 
 
 def need_of(scheme: Scheme, work: Work) -> Need:
     """What training under this scheme needs."""
-    rest = _at_rest(scheme)
-    # Gradients come up in the trace, layer by layer, while activations go.
-    traced = scheme.traced(work)
-    return replace(rest, activations=traced.peak, operations=traced.operations)
+    return need(scheme, work, scheme.traced(work))
 
 
-def _at_rest(scheme: Scheme) -> Need:
-    return Need(scheme.weights, scheme.adapter, 0, scheme.scratch + WORKSPACE, 0)
+def need(scheme: Scheme, work: Work, traced: Traced) -> Need:
+    """The same where it is known what comes and goes, which is next to no matter of bits."""
+    adapter = scheme.copies + FLOAT * scheme.parameters
+    kept = FLOAT * scheme.parameters if work.accumulate > 1 else 0
+    return Need(
+        weights=scheme.weights,
+        adapter=adapter + MOMENTS * scheme.parameters + kept,
+        activations=traced.peak,
+        scratch=scheme.scratch + WORKSPACE,
+        opening=adapter + scheme.embedding,
+        operations=traced.operations,
+    )
 
 
 def scheme_of(cell: Cell, source: Source, ratio: float | None, bits: int) -> Scheme:
-    """The cell's model and adapter, its compressed layers held at `ratio` and `bits`."""
-    multiple = cell.emulator.multiple if isinstance(cell.emulator, Svd) else 1
-    return Scheme(
-        source,
+    """The cell's model and adapter, its compressed layers held at `ratio` and `bits`.
+
+    `ratio` counts what `compression.of` says; None leaves every layer whole.
+
+    Raises:
+        ConfigError: the training is not the lean one, a pattern matches no layer, or the ratio
+            leaves a layer without rank.
+    """
+    wanted = obstacle(cell.lora, source.dtype) if cell.train.lean else "train.lean=true"
+    if wanted:
+        raise ConfigError(f"only the lean training is planned with; set {wanted}")
+    whole = Scheme(
+        Blocks(source),
         cell.model.lora_targets,
         cell.model.adapted(source),
         cell.model.compressed(source),
         cell.lora,
-        ratio,
+        {},
         bits,
-        multiple,
     )
+    if ratio is None:
+        return whole
+    return factored(whole, cell, Compression(ratio, cell.compression.of, bits))
+
+
+def factored(whole: Scheme, cell: Cell, budget: Compression) -> Scheme:
+    """The same with its compressed layers as factors.
+
+    Raises:
+        ConfigError: the ratio leaves a layer without rank.
+    """
+    multiple = cell.emulator.multiple if isinstance(cell.emulator, Svd) else 1
+    ranks = uniform_ranks(whole.source, whole.compressed, budget, multiple)
+    assert budget.bits is not None
+    return replace(whole, ranks=ranks, bits=budget.bits)
 
 
 def fitting(cell: Cell, source: Source, work: Work) -> Compression:
-    """The largest ratio, with its bits, whose training stays within `budget.gpu_gib`.
+    """The compression whose training stays within `budget.gpu_gib`.
+
+    Of a model that is trained through whole the larger bits; else as `fitting_emulator`.
+
+    Raises:
+        ConfigError: there is no budget, or nothing fits it.
+    """
+    room(cell)  # a missing budget is found out before anything is counted
+    whole = scheme_of(cell, source, None, 16)
+    if isinstance(cell.emulator, Full):
+        return _fitting_whole(cell, whole, work)
+    return fitting_emulator(cell, whole, work)
+
+
+def fitting_emulator(cell: Cell, whole: Scheme, work: Work) -> Compression:
+    """The largest ratio of the linears, with its bits, whose training stays within the budget.
 
     16 bits where nearly all can be kept so, else nf4: a number of four bits loses less than leaving
     out three of four.
@@ -77,50 +139,87 @@ def fitting(cell: Cell, source: Source, work: Work) -> Compression:
     Raises:
         ConfigError: there is no budget, or nothing fits it.
     """
-    limit = cell.budget.gpu_gib
-    if limit is None:
-        raise ConfigError("compression=auto needs budget.gpu_gib; set budget.gpu_gib=24")
-    room = int(limit * GIB * (1 - RESERVE))
-    wanted = cell.compression.bits
-    if isinstance(cell.emulator, Full):
-        return _whole(cell, source, work, room)
+    limit, wanted = room(cell), cell.compression.bits
+    schemes = dict(_by_ratio(cell, whole))
+    passing = _passing(schemes, work)
+
+    def too_large(ratio: float, bits: int) -> bool:
+        scheme = replace(schemes[ratio], bits=bits)
+        return need(scheme, work, passing(ratio)).peak > limit
+
     found: dict[int, float] = {}
     for bits in (16, 4) if wanted is None else (wanted,):
-        ratio = _largest(cell, source, work, bits, room)
-        if ratio is not None:
-            found[bits] = ratio
+        ratios = list(schemes)
+        count = bisect_left(ratios, True, key=partial(too_large, bits=bits))
+        if count:
+            found[bits] = ratios[count - 1]
+    gib = cell.budget.gpu_gib
     if not found:
-        rest = scheme_of(cell, source, None, 16).uncompressed / GIB
         raise ConfigError(
-            f"budget.gpu_gib={limit:g}: no ratio fits; what is never compressed takes {rest:.1f} "
-            "GiB of it, the adapter and activations the rest; set budget.gpu_gib higher, or "
-            "train.batch or lora.rank lower"
+            f"budget.gpu_gib={gib:g}: no ratio fits{_at(wanted)}; what is never compressed takes "
+            f"{whole.uncompressed / GIB:.1f} GiB of it, the adapter and activations the rest; set "
+            "budget.gpu_gib higher, or train.batch or lora.rank lower"
         )
     bits = 16 if found.get(16, 0) >= NEARLY_ALL or 4 not in found else 4
-    log.info("compression=auto: ratio %.2f at %d bits within %g GiB", found[bits], bits, limit)
+    log.info("compression=auto: ratio %.2f at %d bits within %g GiB", found[bits], bits, gib)
     return replace(cell.compression, ratio=found[bits], bits=bits, of="linears")
 
 
-def _whole(cell: Cell, source: Source, work: Work, room: int) -> Compression:
-    for bits in (16, 4) if cell.compression.bits is None else (cell.compression.bits,):
-        if need_of(scheme_of(cell, source, None, bits), work).peak <= room:
-            return replace(cell.compression, ratio=0.5, bits=bits)  # the ratio is not read
+def _by_ratio(cell: Cell, whole: Scheme) -> Iterator[tuple[float, Scheme]]:
+    """The ratios to choose from that leave every layer a rank, upwards.
+
+    Raises:
+        ConfigError: none does.
+    """
+    for ratio in RATIOS:
+        with suppress(ConfigError) if ratio < RATIOS[-1] else nullcontext():
+            yield ratio, factored(whole, cell, Compression(ratio, "linears", 16))
+
+
+def _passing(schemes: Mapping[float, Scheme], work: Work) -> Callable[[float], Traced]:
+    """Ratio -> at most what comes and goes, with two of them traced.
+
+    A peak is the largest of several moments, each of which grows with the ranks along a line: so it
+    is nowhere above the line between its two ends.
+    """
+    low, high = min(schemes), max(schemes)
+    first, last = (schemes[ratio].traced(work) for ratio in (low, high))
+
+    def at(ratio: float) -> Traced:
+        share = (ratio - low) / (high - low or 1)
+        return Traced(ceil(first.peak + share * (last.peak - first.peak)), first.operations)
+
+    return at
+
+
+def _fitting_whole(cell: Cell, whole: Scheme, work: Work) -> Compression:
+    limit, wanted, gib = room(cell), cell.compression.bits, cell.budget.gpu_gib
+    traced = whole.traced(work)
+    for bits in (16, 4) if wanted is None else (wanted,):
+        if need(replace(whole, bits=bits), work, traced).peak <= limit:
+            log.info("compression=auto: the whole model at %d bits within %g GiB", bits, gib)
+            return replace(cell.compression, bits=bits)
     raise ConfigError(
-        f"budget.gpu_gib={cell.budget.gpu_gib:g}: the whole model does not fit, at 4 bits either; "
+        f"budget.gpu_gib={gib:g}: the whole model does not fit{_at(wanted or 4)}; "
         "set method=emloc or budget.gpu_gib higher"
     )
 
 
-def _largest(cell: Cell, source: Source, work: Work, bits: int, room: int) -> float | None:
-    """The largest multiple of STEP that fits; activations hardly depend on it, weights do."""
-    passing = need_of(scheme_of(cell, source, 0.5, bits), work).activations
+def room(cell: Cell) -> int:
+    """Bytes of the budget that may be planned with.
 
-    def fits(ratio: float) -> bool:
-        scheme = scheme_of(cell, source, ratio, bits)
-        try:
-            return replace(_at_rest(scheme), activations=passing).peak <= room
-        except ConfigError:  # it leaves a layer without rank
-            return False
+    Raises:
+        ConfigError: there is no budget.
+    """
+    if cell.budget.gpu_gib is None:
+        raise ConfigError("compression=auto needs budget.gpu_gib; set budget.gpu_gib=24")
+    return usable(cell.budget.gpu_gib)
 
-    ratios = (round(STEP * count, 2) for count in range(1, round(1 / STEP)))
-    return max((ratio for ratio in ratios if fits(ratio)), default=None)
+
+def usable(gib: float) -> int:
+    """Bytes of so much device memory that may be planned with."""
+    return int(gib * GIB * (1 - RESERVE))
+
+
+def _at(bits: int | None) -> str:
+    return "" if bits is None else f" at {bits} bits"

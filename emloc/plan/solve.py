@@ -30,5 +30,6 @@ def solved(cell: Cell, source: Source) -> Compression:
         answer=max(len(one.input_ids) - one.answer_start for one in encoded),
         checkpointing=cell.train.checkpointing,
         host_activations=cell.train.host_activations,
+        accumulate=cell.train.accumulate,
     )
     return fitting(cell, source, work)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from emloc.config import Cell
 from emloc.errors import ConfigError
 from emloc.memory import GIB
 from emloc.plan.cost import Cost, cost_of
-from emloc.plan.fit import RESERVE, Need, fitting, need_of, scheme_of
+from emloc.plan.fit import RESERVE, Need, factored, fitting_emulator, need, scheme_of, usable
 from emloc.plan.gpus import Gpu
-from emloc.plan.scheme import Work
-from emloc.source import Source
+from emloc.plan.scheme import Scheme, Work
+from emloc.settings import Compression
 
 HEADER = (
     *("method", "ratio", "bits", "weights", "adapter", "activations", "logits", "peak GiB"),
@@ -39,49 +39,46 @@ def plan(cell: Cell, work: Work, gpu: Gpu) -> str:
     """The table, and in a last line what `compression=auto` would choose.
 
     Raises:
-        ConfigError: the model's shape is not known, or a pattern matches nothing.
+        ConfigError: the model's shape is not known, a pattern matches nothing, or the training is
+            not the lean one.
     """
-    source = cell.model.shape_source()
     limit = cell.budget.gpu_gib or gpu.memory_gib
-    lines = list(_lines(cell, source, work, gpu, limit))
+    whole = scheme_of(cell, cell.model.shape_source(), None, 16)
+    lines = list(_lines(cell, whole, work, gpu, limit))
     rows = [list(HEADER), *(_cells(line) for line in lines)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
     padded = [[cell.ljust(width) for cell, width in zip(r, widths, strict=True)] for r in rows]
     padded.insert(1, ["-" * width for width in widths])
     table = "\n".join("| " + " | ".join(row) + " |" for row in padded)
+    passes = f"{work.accumulate} x " if work.accumulate > 1 else ""
     notes = (
-        f"{cell.model.name}: {work.batch} x {work.length} tokens a step, LoRA rank "
-        f"{cell.lora.rank}; all in GiB; fits: within {limit:g} GiB with {RESERVE:.0%} to spare"
+        f"{cell.model.name}: {passes}{work.batch} x {work.length} tokens a step, LoRA rank "
+        f"{cell.lora.rank}; all in GiB, logits within activations; fits: within {limit:g} GiB with "
+        f"{RESERVE:.0%} to spare"
     )
-    return "\n".join([table, "", notes, _auto(cell, source, work)])
+    return "\n".join([table, "", notes, _auto(cell, whole, work)])
 
 
-def _lines(cell: Cell, source: Source, work: Work, gpu: Gpu, limit: float) -> Iterator[Line]:
-    ratio = cell.compression.ratio or USUAL_RATIO
-    for method, share, bits in (
-        ("lora", None, 16),
-        ("qlora", None, 4),
-        ("emloc", ratio, 16),
-        ("emloc_nf4", ratio, 4),
+def _lines(cell: Cell, whole: Scheme, work: Work, gpu: Gpu, limit: float) -> Iterator[Line]:
+    budget = Compression(cell.compression.ratio or USUAL_RATIO, cell.compression.of, 16)
+    for names, ratio, scheme in (
+        (("lora", "qlora"), None, whole),
+        (("emloc", "emloc_nf4"), budget.ratio, factored(whole, cell, budget)),
     ):
-        scheme = scheme_of(cell, source, share, bits)
-        need = need_of(scheme, work)
-        cost = cost_of(scheme, work, need.operations, gpu, cell.calibration.samples, cell.budget)
-        yield Line(
-            method,
-            share,
-            bits,
-            need,
-            cost,
-            scheme.logits(work),
-            need.peak <= limit * GIB * (1 - RESERVE),
-        )
+        traced = scheme.traced(work)
+        for method, bits in zip(names, (16, 4), strict=True):
+            held = replace(scheme, bits=bits)
+            found = need(held, work, traced)
+            samples = cell.calibration.samples
+            cost = cost_of(held, work, found.operations, gpu, samples, cell.budget)
+            fits = found.peak <= usable(limit)
+            yield Line(method, ratio, bits, found, cost, held.logits(work), fits)
 
 
 def _cells(line: Line) -> list[str]:
-    need, cost = line.need, line.cost
-    adapter = need.adapter + need.scratch
-    sizes = (need.weights, adapter, need.activations, line.logits, need.peak)
+    needed, cost = line.need, line.cost
+    adapter = needed.adapter + needed.scratch
+    sizes = (needed.weights, adapter, needed.activations, line.logits, needed.peak)
     return [
         line.method,
         "." if line.ratio is None else f"{line.ratio:g}",
@@ -95,11 +92,13 @@ def _cells(line: Line) -> list[str]:
     ]
 
 
-def _auto(cell: Cell, source: Source, work: Work) -> str:
+def _auto(cell: Cell, whole: Scheme, work: Work) -> str:
+    """Of an emulator whatever the method, with nothing given but the budget."""
     if cell.budget.gpu_gib is None:
         return "compression=auto: set budget.gpu_gib to see what it would choose"
+    left_open = replace(cell, compression=replace(cell.compression, ratio=None, bits=None))
     try:
-        chosen = fitting(cell, source, work)
+        chosen = fitting_emulator(left_open, whole, work)
     except ConfigError as error:
         return f"compression=auto: {error}"
     return f"compression=auto: compression.ratio={chosen.ratio:g} compression.bits={chosen.bits}"

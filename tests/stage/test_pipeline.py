@@ -402,3 +402,13 @@ def test_budget_of_the_whole_model(go):
     assert 0.75 < facts["share_of_model"] <= 0.8
     assert facts["share_of_linears"] < facts["share_of_model"]
     assert facts["bytes"] == 4 * facts["parameters"]
+
+
+@pytest.mark.parametrize("method", ["qlora", "emloc_nf4"])
+def test_four_bits_train_in_16_bits_with_the_embedding_on_the_host(tiny, store, method):
+    """Then nothing of the model but the LoRA, in 32 bits, is left to ask for a dtype."""
+    said = [*tiny, "model.dtype=bfloat16", f"method={method}", "train.steps=3"]
+    trained = run(build(compose(said)), store, lambda step, values: None).trained
+    losses = [json.loads(line)["loss"] for line in (trained.folder / "curve.jsonl").open()]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]

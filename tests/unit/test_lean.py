@@ -176,6 +176,31 @@ def test_a_layer_that_computes_something_else_leaves_all_as_they_are(lora):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_of_the_hidden_features_only_the_adapter_s_are_kept_for_the_backward_pass():
+    lean = adapted(factorised)
+    fuse(lean)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    layer = lean.get_base_model().model.layers[0].mlp.up_proj
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(torch.randn(10, 32, requires_grad=True))
+    own = [one for one in kept if one.shape == (10, 4)]
+    assert [one.untyped_storage().nbytes() for one in own] == [4 * 10 * 4]
+
+
+def test_packed_layers_without_an_adapter_have_their_device_in_buffers():
+    torch.manual_seed(0)
+    model = tiny_llama(tiny_tokenizer(True)).requires_grad_(False)
+    nf4_factorised(model)
+    tuned = get_peft_model(model, LoraConfig(r=4, target_modules=r".*self_attn.*proj"))
+    assert fuse(tuned) == 8
+    assert fewer_operations(model, torch.float32) == ["LlamaMLP", "LlamaRMSNorm"]
+
+
 def test_factors_are_held_once():
     lean = adapted(factorised)
     layer = lean.get_base_model().model.layers[0].mlp.up_proj
@@ -200,29 +225,6 @@ def test_an_embedding_on_the_host_is_no_parameter_and_looks_up_the_same():
     ids = torch.randint(0, 50, (2, 7))
     assert list(host.parameters()) == list(host.buffers()) == []
     assert torch.equal(host(ids), table(ids))
-
-
-class Capped(nn.Module):
-    """A head with a cap behind it, as Gemma 2 has one."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def get_output_embeddings(self):
-        return self.model.lm_head
-
-    def forward(self, **inputs):
-        out = self.model(**inputs)
-        out.logits = 0.01 * torch.tanh(out.logits / 0.01)
-        return out
-
-
-def test_a_model_with_a_cap_on_its_logits_keeps_its_own_loss():
-    model = Capped(tiny_llama(tiny_tokenizer(True)).requires_grad_(False))
-    head = model.model.lm_head
-    assert answer_loss(model) is None
-    assert model.model.lm_head is head
 
 
 @settings(max_examples=40, deadline=None)

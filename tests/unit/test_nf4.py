@@ -39,6 +39,18 @@ def matrix(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> torc
     return (torch.randn(rows, columns) * torch.logspace(1, -2, rows)[:, None]).to(dtype)
 
 
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal, but for the last place of float16 where bitsandbytes runs with its CUDA library.
+
+    That one does not round every product to the nearest half, whichever device it is formed on.
+    """
+    assert found.dtype == expected.dtype
+    if found.dtype == torch.float16 and torch.cuda.is_available():
+        torch.testing.assert_close(found, expected, rtol=2**-10, atol=0)
+    else:
+        assert torch.equal(found, expected)
+
+
 # The value ---------------------------------------------------------------------------------------
 
 
@@ -52,7 +64,7 @@ def test_a_number_is_its_code_times_the_scale_of_its_block(shape, dtype):
     sizes = create_dynamic_map()[held.absmax.int()] * groups + held.scales[0]
     size = shape[0] * shape[1]
     expected = (STEPS[codes.int()] * sizes[:, None]).to(dtype).view(-1)[:size].view(shape)
-    assert torch.equal(held.dequantize(), expected)
+    assert_same(held.dequantize(), expected)
     assert held.dequantize().dtype == dtype
 
 
@@ -119,10 +131,10 @@ def test_a_device_reads_what_a_cpu_wrote_and_the_other_way_round(shape, dtype):
     w = matrix(*shape, dtype)
     for held in (Nf4.quantize(w), Nf4.quantize(w.to(device)).to(here)):
         there = held.to(device)
-        assert torch.equal(there.dequantize().cpu(), held.dequantize())
+        assert_same(there.dequantize().cpu(), held.dequantize())
         buffer = torch.full((shape[0] + 3, shape[1]), 7.0, dtype=dtype, device=device)
         there.dequantize(buffer[: shape[0]])
-        assert torch.equal(buffer[: shape[0]].cpu(), held.dequantize())
+        assert_same(buffer[: shape[0]].cpu(), held.dequantize())
         assert (buffer[shape[0] :] == 7).all()
 
 

@@ -332,7 +332,7 @@ def test_the_peak_sees_what_is_gone_again():
 
 def test_work_too_short_to_be_looked_at_has_a_peak_too():
     peak = Peak()
-    peak._stop.set()  # over before the first look
+    peak._host._stop.set()  # over before the first look
     with peak:
         pass
     assert peak.bytes > 50e6
@@ -348,7 +348,7 @@ def test_the_peak_survives_a_failure():
     with pytest.raises(MemoryError):
         fail()
     assert peak.bytes > 50e6
-    assert not peak._poller.is_alive()
+    assert not peak._host._poller.is_alive()
 
 
 def test_provenance_names_code_packages_and_machine():

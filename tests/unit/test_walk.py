@@ -1,10 +1,12 @@
 """Block by block, a model does what it does in one forward pass, with one block in memory."""
 
+import gc
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+from greenlet import greenlet
 from safetensors.torch import load_file, save_file
 from tiny import save_checkpoint
 from torch import Tensor, nn
@@ -15,8 +17,10 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from walked import batches_of, made
 
 from emloc.errors import ConfigError
+from emloc.parking import Lot
 from emloc.source import Source
 from emloc.walk import block_of, by_block, open_walk, walk
 
@@ -366,6 +370,107 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_before_anything_runs(source
     with pytest.raises(ConfigError) as caught:
         open_walk(source, BATCHES, names_of("llama"), CPU)
     assert str(caught.value) == f"{tmp_path}: holds no tensor {name}; set model.source"
+
+
+# A look ------------------------------------------------------------------------------------------
+
+
+class Recorded(Lot):
+    """Room that can be asked about while passes are stopped in it."""
+
+    made: ClassVar[list] = []
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.made.append(self)
+
+
+def in_use() -> tuple[int, int, int]:
+    """Bytes parked in memory and on disk, and those of all tensors there are."""
+    gc.collect()
+    # By type: some objects do not like to be asked for their class.
+    tensors = [one for one in gc.get_objects() if issubclass(type(one), Tensor)]
+    sizes = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in tensors}
+    lot = Recorded.made[-1]
+    return lot.memory, lot.disk, sum(sizes.values())
+
+
+def rounds_of(kind: str, looks: int, host_bytes: int | None, folder: Path) -> dict[str, list]:
+    """Block -> for each look, and then the run: all masks, and what goes in and comes out."""
+    model, names = made(kind)
+    found = {}
+    for block in walk(model, batches_of(kind), names, CPU, host_bytes=host_bytes, folder=folder):
+        rounds = found.setdefault(block.name, [])
+        for go in (*[block.look] * looks, block.run):
+            seen, masks = [], []
+            handle = watch(block.module, seen)
+            go(masks.append)
+            handle.remove()
+            rounds.append((masks, seen))
+    return found
+
+
+@pytest.mark.parametrize("host_bytes", [None, 0])
+@pytest.mark.parametrize("kind", ["llama", "internvl"])
+def test_what_was_looked_at_twice_is_run_as_if_it_had_not_been(kind, host_bytes, tmp_path):
+    alone = rounds_of(kind, 0, host_bytes, tmp_path)
+    looked = rounds_of(kind, 2, host_bytes, tmp_path)
+    assert list(looked) == list(alone)
+    counts = {name: len(masks) for name, [(masks, _)] in alone.items()}
+    # One of InternVL's batches has no image, and never comes to the blocks of the tower.
+    assert counts == {name: 2 if "vision" in name else 3 for name in alone}
+    for name, [(masks, expected)] in alone.items():
+        assert len(looked[name]) == 3
+        for masks_then, seen in looked[name]:
+            assert all(map(torch.equal, masks_then, masks))
+            assert len(masks_then) == len(seen) == len(expected) == len(masks)
+            for ours, theirs in zip(seen, expected, strict=True):
+                assert len(ours) == len(theirs) >= 2
+                assert all(map(torch.equal, ours, theirs))
+    padded = [one["attention_mask"].bool() for one in batches_of(kind)]
+    assert not all(mask.all() for mask in padded)
+    assert all(map(torch.equal, looked[name][0][0], padded))
+
+
+@pytest.mark.parametrize("host_bytes", [None, 0])
+@pytest.mark.parametrize("kind", ["llama", "internvl"])
+def test_nothing_is_kept_of_a_look(kind, host_bytes, tmp_path, monkeypatch):
+    monkeypatch.setattr("emloc.walk.Lot", Recorded)
+    model, names = made(kind)
+    given = batches_of(kind)
+    for block in walk(model, given, names, CPU, host_bytes=host_bytes, folder=tmp_path):
+        before = in_use()
+        assert before[2] > 0
+        assert (before[1] > 0) == (host_bytes == 0)
+        block.look(lambda _: None)
+        block.look(lambda _: None)
+        assert in_use() == before
+    assert in_use()[:2] == (0, 0)
+
+
+def test_after_a_look_that_fails(untouched):
+    def fail(_):
+        raise RuntimeError("looking")
+
+    def go():
+        for block in walk(untouched, BATCHES, names_of("llama"), CPU):
+            block.look(fail)
+
+    with pytest.raises(RuntimeError, match="looking"):
+        go()
+
+
+def test_a_walk_within_a_coroutine_looks_at_its_last_block_too(sources):
+    model, names = model_of(sources["llama"]), names_of("llama")
+
+    def go():
+        counts = []
+        for block in walk(model, BATCHES, names, CPU):
+            block.look(lambda _: counts.append("look"))
+            block.run(lambda _: counts.append("run"))
+        return counts
+
+    assert greenlet(go).switch() == (["look"] * 3 + ["run"] * 3) * 2
 
 
 # Names -------------------------------------------------------------------------------------------

@@ -1,0 +1,68 @@
+"""A model of a few decoder blocks and no numbers, for a training step to be traced on."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from emloc.plan.trace import ATTENTION
+from emloc.source import Source
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """A model whose decoder blocks can be had one by one.
+
+    A skeleton of a large model takes seconds to build: it is built once, and parts of it copied.
+    """
+
+    source: Source
+
+    @property
+    def count(self) -> int:
+        """Blocks of the whole decoder."""
+        return len(self._parts[1])
+
+    @cached_property
+    def inside(self) -> str:
+        """What the names of all modules of the decoder begin with."""
+        model = self._parts[0]
+        decoder = model.get_decoder()
+        return next(f"{name}." for name, module in model.named_modules() if module is decoder)
+
+    def first(self, depth: int) -> PreTrainedModel:
+        """A model of its own on the meta device, with the first `depth` blocks of the decoder.
+
+        Blocks outside the decoder, as of a vision tower, are left out: nothing in them is trained,
+        so that all they hold is gone when the decoder begins.
+        """
+        shell, blocks = self._parts
+        # In one go, or what they share, as the configuration, would be copied for each.
+        model, own = copy.deepcopy((shell, blocks[:depth]))
+        _decoder_list(model).extend(own)
+        return model
+
+    @cached_property
+    def _parts(self) -> tuple[PreTrainedModel, list[nn.Module]]:
+        """The model with all its lists of blocks empty, and the blocks of the decoder."""
+        model = self.source.skeleton()
+        model.set_attn_implementation(ATTENTION)
+        model = model.to("meta").requires_grad_(False)
+        own = _decoder_list(model)
+        blocks = list(own)
+        del own[:]
+        decoder = set(model.get_decoder().modules())
+        for module in list(model.modules()):
+            if isinstance(module, nn.ModuleList) and module not in decoder:
+                del module[:]
+        return model, blocks
+
+
+def _decoder_list(model: PreTrainedModel) -> nn.ModuleList:
+    return next(
+        module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList)
+    )

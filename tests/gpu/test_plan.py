@@ -1,0 +1,85 @@
+"""The planned peak is the one a device reaches."""
+
+from dataclasses import asdict
+from functools import partial
+
+import pytest
+import torch
+
+from emloc.bench.setting import Setting, fresh
+from emloc.bench.training import Opened, factorized, packed, quantized, whole
+from emloc.examples import Examples
+from emloc.models.text import collate
+from emloc.plan.fit import need_of, scheme_of
+from emloc.plan.scheme import Work
+from emloc.prompts import Encoded
+from emloc.train import Fit, fit_rows
+
+pytestmark = pytest.mark.gpu
+
+STEPS, BATCH, LENGTH, ANSWER = 3, 2, 1024, 128
+# Two blocks of a Llama of this width would be too small for the allocator's grain not to matter.
+SHAPE = (
+    *("hidden_size=2048", "intermediate_size=5632", "num_hidden_layers=8", "vocab_size=32000"),
+    *("num_attention_heads=16", "num_key_value_heads=4", "bos_token_id=1", "eos_token_id=2"),
+)
+
+
+def peak_of(setting, opener, folder, device):
+    """Bytes allocated at most from the opening of the model to the last of three steps."""
+    cell, source = setting.cell, setting.source
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, 32000, (STEPS * 2 * BATCH, LENGTH), generator=draw).tolist()
+    rows = [asdict(Encoded("random", one, LENGTH - ANSWER)) for one in ids]
+    made = Opened(source, partial(opener, setting))
+    adapter, recipe, targets = cell.adapter, cell.train, cell.model.lora_targets
+    fit = Fit(adapter, cell.lora, targets, Examples("random", ()), LENGTH, recipe, cell.seed)
+    fresh(device)
+    before = torch.cuda.memory_allocated(device)
+    facts = fit_rows(
+        folder,
+        made,
+        fit,
+        rows,
+        lambda some: collate([Encoded(**row) for row in some], pad=0),
+        device=device,
+        report=lambda step, values: None,
+    )
+    assert facts["steps"] == STEPS
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+@pytest.mark.parametrize(
+    ("recipe", "accumulate"), [("kept", 1), ("recomputed", 1), ("on_host", 1), ("on_host", 2)]
+)
+@pytest.mark.parametrize(
+    ("opener", "ratio", "bits"),
+    [
+        (whole, None, 16),
+        (quantized, None, 4),
+        (partial(factorized, ratio=0.3), 0.3, 16),
+        (partial(packed, ratio=0.3), 0.3, 4),
+    ],
+    ids=["lora", "qlora", "emloc", "emloc_nf4"],
+)
+def test_a_training_takes_what_was_planned(
+    tmp_path, opener, ratio, bits, recipe, accumulate, capsys
+):
+    checkpointing, host = recipe != "kept", recipe == "on_host"
+    setting = Setting(
+        "llama3_8b",
+        (
+            *(f"model.shape.{one}" for one in SHAPE),
+            *(f"train.steps={STEPS}", f"train.accumulate={accumulate}"),
+            *(f"train.batch={BATCH}", f"train.checkpointing={str(checkpointing).lower()}"),
+            f"train.host_activations={str(host).lower()}",
+        ),
+    )
+    train, shape = setting.cell.train, setting.source.config
+    assert (train.batch, train.accumulate, shape.num_hidden_layers) == (BATCH, accumulate, 8)
+    work = Work(LENGTH, BATCH, ANSWER, checkpointing, host, accumulate)
+    planned = need_of(scheme_of(setting.cell, setting.source, ratio, bits), work).peak
+    measured = peak_of(setting, opener, tmp_path, setting.device)
+    with capsys.disabled():
+        print(f"\n{planned / 2**20:.0f} MiB planned, {measured / 2**20:.0f} MiB allocated")
+    assert abs(planned - measured) <= 0.05 * measured + 64 * 2**20

@@ -1,0 +1,277 @@
+"""The benchmark's table says what was measured, beside what, and whether a promise was kept."""
+
+import csv
+import json
+import math
+import stat
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from emloc.bench import run
+from emloc.bench.rows import Row, merge, note, read, row, table
+from emloc.bench.run import WORKS, bench, one
+from emloc.bench.setting import Setting, out_of_memory
+from emloc.bench.training import FULL, Measured, Target, beside, fitted, tried
+from emloc.errors import ConfigError, StageError
+
+COLUMNS = ["work", "what", "unit", "ours", "peer", "ratio", "target", "holds"]
+RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "bench.csv"
+NAMES = [
+    *("factorise_8b", "factorise_38b", "train_8b", "train_38b"),
+    *("cap24_38b", "cap12_38b_nf4", "cap24_78b_nf4", "host_memory"),
+]
+# What a work's rows are called, where it is not as the work.
+SEVERAL = {
+    name: [name, f"{name}_nf4", name.replace("train", "plan")] for name in ("train_8b", "train_38b")
+}
+
+
+# Rows --------------------------------------------------------------------------------------------
+
+
+def test_the_columns_are_these():
+    assert [field.name for field in fields(Row)] == COLUMNS
+
+
+@pytest.mark.parametrize(
+    ("ours", "given", "ratio", "target", "holds"),
+    [
+        (2.0, {}, "", "", ""),
+        (2.0, {"peer": 9.0}, "4.5", "", ""),
+        (2.0, {"most": 2}, "", "<= 2", "yes"),
+        (2.001, {"most": 2}, "", "<= 2", "no"),
+        (2.0, {"peer": 40.0, "least_ratio": 20}, "20", "ratio >= 20", "yes"),
+        (2.0, {"peer": 39.9, "least_ratio": 20}, "19.95", "ratio >= 20", "no"),
+        (2.0, {"peer": 2.09, "near": 0.05}, "1.045", "ratio within 5% of 1", "yes"),
+        (2.0, {"peer": 1.91, "near": 0.05}, "0.955", "ratio within 5% of 1", "yes"),
+        (2.0, {"peer": 2.102, "near": 0.05}, "1.051", "ratio within 5% of 1", "no"),
+        (2.0, {"peer": 1.898, "near": 0.05}, "0.949", "ratio within 5% of 1", "no"),
+        (0.0, {"peer": 2.0, "least_ratio": 20}, "", "ratio >= 20", "no"),
+        (2.0, {"least_ratio": 20}, "", "ratio >= 20", "no"),
+        (math.nan, {"most": 2}, "", "<= 2", "no"),
+        (math.nan, {"peer": math.nan, "near": 0.05}, "", "ratio within 5% of 1", "no"),
+        ("OOM", {"peer": 9.0, "most": 2}, "", "<= 2", "no"),
+        (2.0, {"peer": "OOM", "most": 2}, "", "<= 2", "yes"),
+    ],
+)
+def test_a_target_holds_where_there_is_a_number_that_meets_it(ours, given, ratio, target, holds):
+    found = row("work", "what", "s", ours, **given)
+    assert (found.ratio, found.target, found.holds) == (ratio, target, holds)
+
+
+@pytest.mark.parametrize(
+    ("figure", "text"),
+    [(31.2149, "31.21"), (0.0359149, "0.03591"), (0.0, "0"), (math.nan, ""), ("OOM", "OOM")],
+)
+def test_four_digits_are_shown_words_as_they_are_and_nothing_for_no_number(figure, text):
+    found = row("work", "what", "s", figure, peer=figure)
+    assert (found.ours, found.peer) == (text, text)
+
+
+def test_rows_of_the_same_works_are_replaced_and_the_others_stay_in_order(tmp_path):
+    path = tmp_path / "deep" / "bench.csv"
+    assert read(path) == []
+    rows = [row(work, what, "s", 1.0) for work in ("b", "a", "c") for what in ("z", "y", "x")]
+    kept = merge(path, rows)
+    assert [(one.work, one.what) for one in kept] == [(w, x) for w in "abc" for x in "zyx"]
+    new = [row("c", "w", "s", 2.0), row("a_nf4", "v, with a comma", "GB", 3.0, most=2)]
+    assert merge(path, new) == [*kept[:3], new[1], *kept[3:6], new[0]]
+    assert read(path) == [*kept[:3], new[1], *kept[3:6], new[0]]
+    assert next(csv.reader(path.open())) == COLUMNS
+    lines = table(read(path)).splitlines()
+    assert lines[0].split() == ["|", *" | ".join(COLUMNS).split(), "|"]
+    assert len(lines) == 2 + 8
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_how_the_rows_came_about_is_kept_by_work(tmp_path):
+    path = tmp_path / "bench.csv"
+    note(path, "a", {"seconds": 1})
+    note(path, "b", {"seconds": 2})
+    note(path, "a", {"seconds": 3})
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found == {"a": {"seconds": 3}, "b": {"seconds": 2}}
+
+
+# Works -------------------------------------------------------------------------------------------
+
+
+def test_the_works_are_these():
+    assert list(WORKS) == NAMES
+
+
+def test_an_unknown_work_is_refused_in_one_line_before_any_is_run(tmp_path):
+    with pytest.raises(ConfigError) as refused:
+        bench(["host_memory", "train_9b"], tmp_path / "bench.csv")
+    names = ", ".join(NAMES)
+    assert str(refused.value) == f"train_9b: there is no such benchmark; one of {names}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_work_that_fails_is_named_behind_the_others(tmp_path, monkeypatch):
+    """Processes of which the second one fails."""
+    program = tmp_path / "program"
+    program.write_text(
+        "#!/bin/sh\n"
+        'if [ "$3" = train_8b ]; then exit 1; fi\n'
+        'if [ ! -e "$4" ]; then echo work,what,unit,ours > "$4"; fi\n'
+        'echo "$3,time,s,1" >> "$4"\n'
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(sys, "executable", str(program))
+    path = tmp_path / "bench.csv"
+    with pytest.raises(ConfigError, match=r"^failed: train_8b; what it said stands above$"):
+        bench(["factorise_8b", "train_8b", "host_memory"], path)
+    assert [found.work for found in read(path)] == ["factorise_8b", "host_memory"]
+    assert "| host_memory  | time |" in bench(["host_memory"], path)
+
+
+def test_a_work_that_fails_leaves_the_table_as_it_was(tmp_path, monkeypatch):
+    def breaks() -> Iterator[Row]:
+        yield row("cap24_38b", "what", "s", 1.0)
+        raise ArithmeticError("half way")
+
+    path = tmp_path / "bench.csv"
+    before = merge(path, [row(work, "what", "s", 2.0) for work in ("cap24_38b", "host_memory")])
+    monkeypatch.setitem(run.WORKS, "cap24_38b", breaks)
+    with pytest.raises(ArithmeticError):
+        one("cap24_38b", path)
+    assert read(path) == before
+    assert not (tmp_path / "bench.json").exists()
+
+
+# Small shapes ------------------------------------------------------------------------------------
+
+CHAIN = "times the paper's chain (one layer of each shape x count, none wider than 2:1)"
+EXACT = "times our exact path (one layer of each shape x count)"
+PEAK = "peak reserved, on a device of the target's size"
+STAGES = ("emulate", "train", "recover")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run at full size")
+@pytest.mark.parametrize("work", ["factorise_38b", "train_8b", "cap12_38b_nf4", "host_memory"])
+def test_a_work_runs_on_small_shapes_where_there_is_no_gpu(tmp_path, work):
+    path = tmp_path / "bench.csv"
+    one(work, path)
+    rows = read(path)
+    assert {found.work for found in rows} == set(SEVERAL.get(work, [work]))
+    for found in rows:
+        assert (found.target, found.holds) == ("", "")  # nothing is promised of a CPU
+        if "reserved" in found.what:  # there is no device whose memory could be asked for
+            assert (found.ours, found.peer) == ("", "")
+            continue
+        exact = found.what.startswith("relative error")  # so small a layer is solved exactly
+        assert math.isfinite(float(found.ours)), found
+        assert float(found.ours) > 0 or exact, found
+        if found.peer:
+            assert 0 < float(found.peer) < math.inf
+            assert float(found.ratio) == pytest.approx(
+                float(found.peer) / float(found.ours), rel=2e-3
+            )
+    facts = json.loads((tmp_path / "bench.json").read_text())[work]
+    assert facts["device"] == "cpu, reduced shapes"
+    assert facts["command"] == f"emloc bench {work}"
+    assert facts["seconds"] > 0
+    assert {"commit", "versions"} <= set(facts["provenance"])
+    # Rows are called as those of full size, but for what the reduced shape itself says.
+    committed = {(found.work, found.what) for found in read(RESULTS)}
+    for found in rows:
+        at_full_size = (found.work, found.what) in committed
+        assert at_full_size or found.what.startswith(("all ", "anonymous, at most, of "))
+    assert len(rows) == sum(found.work in SEVERAL.get(work, [work]) for found in read(RESULTS))
+
+
+def test_a_sample_is_tiles_and_a_text_whose_second_half_is_learnt():
+    setting = Setting("internvl2_5_8b")
+    sample, learnt = setting.batch(3), setting.learnt(3)
+    config = setting.source.config
+    places = int((sample["input_ids"] == config.image_token_id).sum())
+    assert sample["input_ids"].shape == (1, setting.length)
+    assert places == setting.length - setting.text
+    assert learnt["labels"].shape == (1, setting.answer + 1)
+    assert int((learnt["labels"] != -100).sum()) == setting.answer
+    assert all(torch.equal(sample[name], learnt[name]) for name in sample)
+    assert not torch.equal(setting.batch(4)["input_ids"], sample["input_ids"])
+
+
+# No room -----------------------------------------------------------------------------------------
+
+
+def test_a_training_that_does_not_fit_its_target_is_a_row_that_does_not_hold():
+    def opener(setting, device):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    assert tried(lambda: fitted(Setting("internvl2_5_8b", ("train.steps=8",)), opener)) is FULL
+    lora, qlora = Measured(70.0, 77.4, 1.0), Measured(22.0, 23.4, 1.2)
+    rows = list(beside("train_38b", FULL, lora, qlora, Target(20, 0.55)))
+    assert [(found.ours, found.peer, found.ratio) for found in rows] == [
+        ("OOM", "77.4", ""),
+        ("OOM", "23.4", ""),
+        ("OOM", "1", ""),
+        ("OOM", "1.2", ""),
+    ]
+    assert [(found.target, found.holds) for found in rows] == [
+        ("<= 20", "no"),
+        ("", ""),
+        ("<= 0.55", "no"),
+        ("", ""),
+    ]
+
+
+def test_a_peer_that_does_not_fit_is_no_reason_to_fail():
+    ours = Measured(18.5, 19.1, 0.48)
+    rows = list(beside("train_38b", ours, FULL, Measured(22.0, 23.4, 1.2), Target(20, 0.55)))
+    assert [(found.peer, found.ratio, found.holds) for found in rows] == [
+        ("OOM", "", "yes"),
+        ("23.4", "1.225", ""),
+        ("OOM", "", "yes"),
+        ("1.2", "2.5", ""),
+    ]
+
+
+def test_only_a_full_device_counts_as_one():
+    def fail():
+        raise StageError("train", "RuntimeError: something else") from RuntimeError("else")
+
+    with pytest.raises(StageError) as raised:
+        tried(fail)
+    assert not out_of_memory(raised.value)
+    raised.value.__cause__.__cause__ = torch.cuda.OutOfMemoryError("CUDA out of memory")
+    assert out_of_memory(raised.value)
+    assert not out_of_memory(MemoryError())
+
+
+# What was measured -------------------------------------------------------------------------------
+
+
+def test_every_target_of_the_committed_results_holds():
+    with RESULTS.open(newline="") as file:
+        lines = list(csv.reader(file))
+    assert lines[0] == COLUMNS
+    assert {len(line) for line in lines} == {len(COLUMNS)}
+    rows = read(RESULTS)
+    assert {found.holds for found in rows} == {"yes", ""}
+    assert all((found.holds == "yes") == bool(found.target) for found in rows)
+    assert {found.work for found in rows} == {
+        part for name in NAMES for part in SEVERAL.get(name, [name])
+    }
+    for found in rows:
+        assert float(found.ours) > 0
+        if found.ratio:
+            apart = float(found.ratio) / (float(found.peer) / float(found.ours))
+            assert apart == pytest.approx(1, rel=2e-3)
+        if found.target.startswith("<= "):
+            assert float(found.ours) <= float(found.target[3:])
+        elif found.target.startswith("ratio >= "):
+            assert float(found.ratio) >= float(found.target[9:])
+        elif found.target:
+            assert found.target == "ratio within 5% of 1"
+            assert abs(float(found.ratio) - 1) <= 0.05
+    facts = json.loads(RESULTS.with_suffix(".json").read_text())
+    assert set(NAMES) <= set(facts)
+    assert all(one["device"].startswith("NVIDIA") for one in facts.values())

@@ -1,0 +1,431 @@
+"""What is planned is what is held: weights, adapter, a step; and what a budget has room for."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import save_checkpoint
+
+from emloc.adapters.fused import fuse
+from emloc.adapters.lora import Lora
+from emloc.compose import CONF, compose
+from emloc.config import build
+from emloc.emulators import Given
+from emloc.emulators.full import Full
+from emloc.emulators.svd import Svd
+from emloc.errors import ConfigError
+from emloc.lean.embedding import HostEmbedding
+from emloc.lean.model import keep_embedding_on_host
+from emloc.memory import GIB
+from emloc.nn.factorized import Nf4Factorized
+from emloc.nn.nf4 import Nf4Linear
+from emloc.pipeline import run
+from emloc.plan.cost import cost_of
+from emloc.plan.fit import RESERVE, WORKSPACE, fitting, need_of, scheme_of
+from emloc.plan.gpus import GPUS, gpu_called
+from emloc.plan.scheme import Work
+from emloc.plan.table import HEADER, plan
+from emloc.plan.trace import trace
+from emloc.runs import folder_name
+from emloc.store import Store
+
+CPU = torch.device("cpu")
+MIB = 2**20
+SMALL = (
+    *("hidden_size=64", "intermediate_size=96", "num_hidden_layers=2", "vocab_size=300"),
+    *("num_attention_heads=4", "num_key_value_heads=2", "bos_token_id=null", "eos_token_id=null"),
+)
+# Large enough for a budget to tell ratios from each other; nothing of it ever exists.
+MIDDLE = (
+    *("hidden_size=2048", "intermediate_size=5632", "num_hidden_layers=6", "vocab_size=32000"),
+    *("num_attention_heads=16", "num_key_value_heads=4", "bos_token_id=1", "eos_token_id=2"),
+)
+WORK = Work(length=512, batch=2, answer=64, checkpointing=True, host_activations=False)
+# A checkpoint of which a part more or less can be told in a budget, most of which is WORKSPACE.
+WIDE = {"hidden_size": 256, "intermediate_size": 512}
+BUDGETS_MIB = (71.2, 78)
+HELD = [(None, 16), (None, 4), (0.5, 16), (0.5, 4)]
+NAMES = ["lora", "qlora", "emloc", "emloc_nf4"]
+
+
+def cell_of(shape, *overrides, model="llama3_8b"):
+    shape = tuple(f"model.shape.{one}" for one in shape)
+    return build(compose([f"model={model}", "tracker=none", "lora=r4", *shape, *overrides]))
+
+
+def shaped(cell):
+    return cell.model.shape_source()
+
+
+def opened(cell, ratio, bits, folder):
+    """The model of a scheme as the pipeline opens it, on a CPU; factors by a plain SVD."""
+    source = cell.model.open()
+    chosen = replace(cell.compression, ratio=ratio or 0.5, bits=bits)
+    emulator = Full() if ratio is None else Svd(algorithm="eigen", aware=False, multiple=1)
+    ranks = emulator.plan(source, cell.model.compressed(source), chosen)
+    emulator.build(folder, source, Given(ranks, None, None, bits), device=CPU)
+    return emulator.open(folder, source, CPU)
+
+
+def held_bytes(model):
+    """Of the frozen weights, four-bit scales included, the rows of a host embedding not."""
+    total = sum(one.nbytes for one in model.parameters())
+    for module in model.modules():
+        if isinstance(module, Nf4Linear):
+            total += module.matrix.nbytes - module.weight.nbytes
+        if isinstance(module, Nf4Factorized):
+            total += module.v.nbytes + module.ut.nbytes
+    return total
+
+
+# Weights and adapter ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ratio", "bits"), HELD, ids=NAMES)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("model", ["llama3_8b", "qwen2_5_7b"])
+def test_weights_are_the_bytes_that_an_opened_model_holds(tmp_path, model, tied, ratio, bits):
+    said = ("model.weights=random", f"model.shape.tie_word_embeddings={str(tied).lower()}")
+    cell = cell_of(SMALL, *said, model=model)
+    scheme = scheme_of(cell, shaped(cell), ratio, bits)
+    found = opened(cell, ratio, bits, tmp_path)
+    before = held_bytes(found)
+    freed = keep_embedding_on_host(found)
+    assert scheme.embedding == freed == (0 if tied else 300 * 64 * 2)
+    assert isinstance(found.get_input_embeddings(), HostEmbedding) != tied
+    assert scheme.weights == held_bytes(found) == before - freed
+    assert scheme.weights >= scheme.uncompressed
+
+
+@pytest.mark.parametrize(("ratio", "bits"), HELD, ids=NAMES)
+def test_the_adapter_is_its_parameters_moments_and_copies(tmp_path, ratio, bits):
+    cell = cell_of(SMALL, "model.weights=random")
+    scheme = scheme_of(cell, shaped(cell), ratio, bits)
+
+    def storages(model, lows=()):
+        tensors = [*model.parameters(), *lows]
+        return sum(
+            {(s := one.untyped_storage()).data_ptr(): s.nbytes() for one in tensors}.values()
+        )
+
+    model = opened(cell, ratio, bits, tmp_path)
+    before = storages(model)
+    tuned = Lora().attach(model, cell.lora, cell.model.lora_targets)
+    assert fuse(tuned) == 14
+    layers = [m for m in tuned.modules() if hasattr(m, "lora_A") and len(m.lora_A)]
+    # What a forward pass is given beside its input: base and adapter.
+    lows = [low for layer in layers for low in layer.forward.args if hasattr(low, "down")]
+    assert len(lows) == 14
+    copies = storages(tuned, [t for low in lows for t in (low.down, low.up)]) - before
+    trained = [one for one in tuned.parameters() if one.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    for one in trained:
+        one.grad = torch.zeros_like(one)
+    optimizer.step()
+    state = (t for one in optimizer.state.values() for t in one.values())
+    moments = sum(t.nbytes for t in state if t.dim() == 2)
+    assert scheme.parameters == sum(one.numel() for one in trained)
+    need = need_of(scheme, WORK)
+    assert need.adapter == copies + moments
+    assert need.opening == copies + scheme.embedding
+    again = need_of(scheme, replace(WORK, accumulate=4))
+    assert again.adapter == need.adapter + 4 * scheme.parameters
+
+
+def test_room_for_four_bit_matrices_is_that_of_the_largest_of_both_kinds():
+    cell = cell_of(SMALL)
+    assert scheme_of(cell, shaped(cell), 0.5, 16).scratch == 0
+    assert scheme_of(cell, shaped(cell), None, 4).scratch == 64 * 96 * 2
+    # Ranks 16 (64 x 64), 10 (32 x 64) and 19 (64 x 96) with 4 of the adapter, in eights.
+    assert scheme_of(cell, shaped(cell), 0.5, 4).scratch == (24 * 96 + 24 * 96) * 2
+    few = cell_of(SMALL, r"model.lora_targets='model\.layers\.\d+\.self_attn\.k_proj'")
+    # The adapted one (32, 64), and beside it the largest without an adapter.
+    assert scheme_of(few, shaped(few), None, 4).scratch == (32 * 64 + 64 * 96) * 2
+    assert scheme_of(few, shaped(few), 0.5, 4).scratch == (16 * 64 + 16 * 32 + 19 * 96) * 2
+
+
+@pytest.mark.parametrize("model", sorted(path.stem for path in CONF.glob("model/*.yaml")))
+def test_every_model_can_be_planned_without_its_weights(model):
+    cell = build(compose([f"model={model}", "tracker=none"]))
+    source = shaped(cell)
+    whole = scheme_of(cell, source, None, 16)
+    parameters = sum(source.sizes.values())
+    assert whole.weights + whole.embedding == 2 * parameters
+    four, half = (scheme_of(cell, source, *one).weights for one in ((None, 4), (0.5, 16)))
+    linears = sum(rows * columns for rows, columns in whole.compressed.values())
+    assert half - whole.uncompressed == pytest.approx(linears, rel=0.01)  # half of 2 bytes each
+    assert 0.5 * linears < four < whole.weights
+    packed = scheme_of(cell, source, 0.5, 4).weights - whole.uncompressed
+    assert packed == pytest.approx((0.5 + 1 / 64) * linears / 2, rel=0.01)
+
+
+def test_a_ratio_of_the_model_is_one_of_the_model():
+    cell = cell_of(MIDDLE, "compression.of=model")
+    scheme = scheme_of(cell, shaped(cell), 0.6, 16)
+    total = 2 * sum(scheme.source.sizes.values())
+    assert scheme.weights + scheme.embedding == pytest.approx(0.6 * total, rel=0.002)
+
+
+# One step -----------------------------------------------------------------------------------------
+
+
+def test_a_trace_counts_what_a_graph_keeps_and_lets_go_of():
+    x = torch.empty(MIB // 4, device="meta", requires_grad=True)
+
+    def saving():
+        y = x.exp().exp()  # both results are kept for the backward pass
+        assert y.nbytes == MIB
+        return y
+
+    assert trace(saving).peak == 2 * MIB
+
+    def dropping():
+        with torch.no_grad():
+            for _ in range(5):
+                x.exp()
+
+    assert trace(dropping).peak == MIB
+    assert trace(dropping).operations == 5
+    assert trace(lambda: x.detach().view(2, -1)).peak == 0  # the same storage
+    assert trace(lambda: torch.empty(3, device="meta")).peak == 512
+    rows = torch.empty(4, MIB // 16, device="meta")
+    assert trace(lambda: rows.logsumexp(-1)).peak == MIB  # its kernel writes exp(rows)
+
+
+@pytest.mark.parametrize("ratio", [None, 0.5], ids=["whole", "factors"])
+def test_a_recomputed_block_keeps_one_hidden_state_and_on_the_host_none(ratio):
+    source = shaped(cell_of(MIDDLE))
+    scheme = scheme_of(cell_of(MIDDLE), source, ratio, 16)
+    state = WORK.batch * WORK.length * 2048 * 2
+    assert state >= MIB  # smaller ones stay on the device
+
+    def growth(work):
+        return scheme.run(work, 4).peak - scheme.run(work, 3).peak
+
+    assert growth(WORK) == pytest.approx(state, rel=0.01)
+    assert growth(replace(WORK, host_activations=True)) < 0.25 * state
+    kept = growth(replace(WORK, checkpointing=False))
+    assert kept > 8 * state
+
+
+@pytest.mark.parametrize(("checkpointing", "host"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_few_blocks_tell_what_all_of_them_hold(checkpointing, host, accumulate):
+    cell = cell_of(MIDDLE)
+    scheme = scheme_of(cell, shaped(cell), 0.5, 16)
+    work = Work(512, 2, 64, checkpointing, host, accumulate)
+    assert scheme.blocks.count == 6
+    all_of_them, told = scheme.run(work, 6), scheme.traced(work)
+    assert told.peak == pytest.approx(all_of_them.peak, rel=0.01)
+    assert told.operations == all_of_them.operations
+
+
+def test_the_loss_is_the_peak_where_the_vocabulary_is_most_of_the_model():
+    cell = cell_of((*SMALL, "vocab_size=65536"))
+    scheme = scheme_of(cell, shaped(cell), None, 16)
+    work = replace(WORK, length=256, batch=1, answer=256)
+    assert scheme.logits(work) == 256 * 65536 * (4 + 2)
+    # In float32 with the exponentials beside them, and next to nothing else.
+    assert scheme.traced(work).peak == pytest.approx(256 * 65536 * 8, rel=0.02)
+    assert scheme.logits(replace(work, answer=10)) == 10 * 65536 * 6
+
+
+def test_before_the_first_step_the_embedding_is_on_the_device():
+    cell = cell_of((*SMALL, "vocab_size=2000000"))
+    need = need_of(scheme_of(cell, shaped(cell), None, 16), replace(WORK, length=8, answer=1))
+    assert need.opening > 2000000 * 64 * 2 > need.adapter + need.activations + need.scratch
+    assert need.peak == need.weights + need.opening
+    longer = need_of(scheme_of(cell, shaped(cell), None, 16), replace(WORK, length=100000))
+    assert longer.peak == (longer.weights + longer.adapter + longer.activations + longer.scratch)
+    assert longer.scratch == WORKSPACE
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.lean=false", "train.lean=true"),
+        ("lora.dropout=0.1", "lora.dropout=0"),
+        ("model.dtype=float16", "model.dtype=bfloat16"),
+    ],
+)
+def test_what_is_not_the_lean_training_is_not_planned_with(override, said):
+    cell = cell_of(SMALL, override)
+    with pytest.raises(ConfigError, match=f"^only the lean training is planned with; set {said}$"):
+        scheme_of(cell, shaped(cell), None, 16)
+
+
+# A budget -----------------------------------------------------------------------------------------
+
+
+def auto(*overrides):
+    return cell_of(MIDDLE, "compression=auto", *overrides)
+
+
+def peak(cell, ratio, bits):
+    return need_of(scheme_of(cell, shaped(cell), ratio, bits), WORK).peak
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_budget_gets_the_largest_ratio_that_fits(bits, caplog):
+    cell = auto("budget.gpu_gib=0.55" if bits == 16 else "budget.gpu_gib=0.42")
+    cell = replace(cell, compression=replace(cell.compression, bits=bits))
+    with caplog.at_level(logging.INFO):
+        chosen = fitting(cell, shaped(cell), WORK)
+    assert (chosen.bits, chosen.of) == (bits, "linears")
+    assert 0.1 < chosen.ratio < 0.9
+    room = cell.budget.gpu_gib * GIB * (1 - RESERVE)
+    assert peak(cell, chosen.ratio, bits) <= room
+    assert peak(cell, round(chosen.ratio + 0.01, 2), bits) > room
+    said = f"compression=auto: ratio {chosen.ratio:.2f} at {bits} bits within"
+    assert said in caplog.text
+
+
+def test_left_open_bits_are_16_where_nearly_all_can_be_kept_so_and_else_4():
+    found = {}
+    for gib in (0.36, 0.45, 1):
+        cell = auto(f"budget.gpu_gib={gib}")
+        found[gib] = fitting(cell, shaped(cell), WORK)
+    assert [one.bits for one in found.values()] == [4, 4, 16]
+    assert 0.1 < found[0.36].ratio < 0.5 < found[0.45].ratio < 0.99
+    assert found[1].ratio == 0.99
+
+
+def test_a_model_trained_through_whole_gets_the_larger_bits_that_fit():
+    for gib, bits in ((0.9, 16), (0.6, 4)):
+        cell = auto(f"budget.gpu_gib={gib}", "method=lora")
+        chosen = fitting(cell, shaped(cell), WORK)
+        assert (chosen.ratio, chosen.bits) == (None, bits)
+
+
+REST = "what is never compressed takes 0.1 GiB of it, the adapter and activations the rest; set "
+REST += "budget.gpu_gib higher, or train.batch or lora.rank lower"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ((), "compression=auto needs budget.gpu_gib; set budget.gpu_gib=24"),
+        (("method=lora",), "compression=auto needs budget.gpu_gib; set budget.gpu_gib=24"),
+        (("budget.gpu_gib=0.1",), f"budget.gpu_gib=0.1: no ratio fits; {REST}"),
+        (
+            ("budget.gpu_gib=0.1", "compression.bits=16"),
+            f"budget.gpu_gib=0.1: no ratio fits at 16 bits; {REST}",
+        ),
+        (
+            ("budget.gpu_gib=0.1", "method=lora"),
+            "budget.gpu_gib=0.1: the whole model does not fit at 4 bits; "
+            "set method=emloc or budget.gpu_gib higher",
+        ),
+        (
+            ("budget.gpu_gib=0.6", "method=lora", "compression.bits=16"),
+            "budget.gpu_gib=0.6: the whole model does not fit at 16 bits; "
+            "set method=emloc or budget.gpu_gib higher",
+        ),
+    ],
+)
+def test_what_no_budget_holds_is_said_in_one_line(overrides, said):
+    cell = auto(*overrides)
+    with pytest.raises(ConfigError) as raised:
+        fitting(cell, shaped(cell), WORK)
+    assert str(raised.value) == said
+
+
+# The table ----------------------------------------------------------------------------------------
+
+
+def rows_of(table):
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    return [[word.strip() for word in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_table_has_a_row_for_each_method_and_says_what_fits():
+    cell = cell_of(MIDDLE, "budget.gpu_gib=0.6")
+    work = replace(WORK, accumulate=4)
+    table = plan(cell, work, gpu_called("rtx4090"))
+    header, dashes, *rows = rows_of(table)
+    assert tuple(header) == HEADER
+    assert set("".join(dashes)) == {"-"}
+    assert [row[:3] for row in rows] == [
+        ["lora", ".", "16"],
+        ["qlora", ".", "4"],
+        ["emloc", "0.5", "16"],
+        ["emloc_nf4", "0.5", "4"],
+    ]
+    for row, (ratio, bits) in zip(rows, HELD, strict=True):
+        need = need_of(scheme_of(cell, shaped(cell), ratio, bits), work)
+        found = dict(zip(HEADER, row, strict=True))
+        assert found["peak GiB"] == f"{need.peak / GIB:.2f}"
+        parts = sum(float(found[part]) for part in ("weights", "adapter", "activations"))
+        assert parts == pytest.approx(need.peak / GIB, abs=0.016)
+        assert found["fits"] == ("yes" if need.peak <= 0.6 * GIB * (1 - RESERVE) else "no")
+    assert {row[8] for row in rows} == {"yes", "no"}
+    assert "4 x 2 x 512 tokens a step, LoRA rank 4" in table
+
+
+@pytest.mark.parametrize("method", ["emloc", "lora"])
+def test_the_last_line_is_of_an_emulator_with_nothing_given_but_the_budget(method):
+    cell = cell_of(MIDDLE, "budget.gpu_gib=0.45", f"method={method}", "compression=r25")
+    free = auto("budget.gpu_gib=0.45")
+    chosen = fitting(free, shaped(free), WORK)
+    assert chosen.bits == 4  # the configuration says 16
+    expected = f"compression.ratio={chosen.ratio:g} compression.bits=4"
+    last = plan(cell, WORK, gpu_called("rtx4090")).splitlines()[-1]
+    assert last == f"compression=auto: {expected}"
+    none = plan(cell_of(SMALL), WORK, gpu_called("rtx4090")).splitlines()[-1]
+    assert none == "compression=auto: set budget.gpu_gib to see what it would choose"
+    small = plan(cell_of(MIDDLE, "budget.gpu_gib=0.1"), WORK, gpu_called("rtx4090"))
+    assert small.splitlines()[-1] == f"compression=auto: budget.gpu_gib=0.1: no ratio fits; {REST}"
+
+
+def test_a_step_of_more_passes_takes_so_many_times_as_long():
+    cell = cell_of(MIDDLE)
+    scheme = scheme_of(cell, shaped(cell), 0.5, 16)
+    one, four = (
+        cost_of(scheme, replace(WORK, accumulate=n), 5000, GPUS["h200"], 64, cell.budget)
+        for n in (1, 4)
+    )
+    assert four.step_seconds == pytest.approx(4 * one.step_seconds)
+    assert one.step_seconds >= 5000 * 18e-6
+    assert (four.host, four.disk, four.build_seconds) == (one.host, one.disk, one.build_seconds)
+    assert one.disk > scheme.factors
+
+
+def test_an_unknown_gpu_is_refused():
+    with pytest.raises(ConfigError, match=r"^--gpu gt710: one of rtx3090, rtx4090, "):
+        gpu_called("gt710")
+
+
+# In a run -----------------------------------------------------------------------------------------
+
+
+def test_budgets_have_folders_of_their_own_only_where_they_are_solved_for():
+    def name(*overrides):
+        return folder_name(compose(["tracker=none", *overrides]))
+
+    assert name("budget.gpu_gib=24") == name("budget.gpu_gib=12") == name()
+    solved = {
+        name("compression=auto", *more)
+        for more in ((), ("budget.gpu_gib=24",), ("budget.gpu_gib=12",))
+    }
+    assert len(solved | {name()}) == 4
+    assert name("compression=auto", "budget.host_gib=1") in solved
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a device would be held to so little")
+def test_a_run_finds_its_numbers_and_is_of_them(tiny, tmp_path, caplog):
+    wide = save_checkpoint(tmp_path / "wide", **WIDE)
+    said = [*tiny, f"model.source={wide}", "compression=auto", "train.batch=1", "train.steps=1"]
+    found = {}
+    for mib in BUDGETS_MIB:
+        cell = build(compose([*said, "method=emloc", f"budget.gpu_gib={mib / 1024}"]))
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            result = run(cell, Store(tmp_path / "cache"), lambda step, values: None)
+        facts = result.emulated.facts
+        [line] = [one for one in caplog.messages if one.startswith("compression=auto")]
+        ratio = float(line.split("ratio ")[1].split()[0])
+        assert facts["share_of_linears"] == pytest.approx(ratio, abs=0.02)
+        assert f"at {facts['bits']} bits" in line
+        found[mib] = ratio, facts["bits"], result.stages["emulate"].key
+    assert len(set(found.values())) == 2, found

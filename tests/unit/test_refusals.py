@@ -1,0 +1,142 @@
+"""What cannot work is refused in one line that names the override, before any stage has begun."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from emloc import cli
+from emloc.compose import compose
+from emloc.config import build
+from emloc.errors import ConfigError
+from emloc.pipeline import run
+from emloc.plan.gpus import GPUS
+
+# A language model of nothing but numbers, as small as the tiny checkpoint.
+SHAPE = (
+    *("model=llama3_8b", "model.source=auto", "model.weights=random"),
+    *("model.shape.hidden_size=32", "model.shape.intermediate_size=64"),
+    *("model.shape.num_hidden_layers=2", "model.shape.num_attention_heads=4"),
+    *("model.shape.num_key_value_heads=2", "model.shape.vocab_size=261"),
+    *("model.shape.bos_token_id=1", "model.shape.eos_token_id=2"),
+)
+
+
+@pytest.fixture
+def refusal(tiny, store):
+    """How a run with these overrides is refused, checked to be one line and to leave no stage."""
+
+    def refused(*overrides: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            run(build(compose([*tiny, *overrides])), store, lambda step, values: None)
+        assert list(store.root.glob("*/*")) == []
+        said = str(caught.value)
+        assert "\n" not in said
+        return said
+
+    return refused
+
+
+@pytest.mark.parametrize("method", ["emloc", "emloc_covariance", "lora", "zero_shot"])
+@pytest.mark.parametrize("ratio", ["0", "1", "-0.1", "1.5"])
+def test_a_ratio_that_is_no_share(refusal, method, ratio):
+    """Whatever the method, also where nothing is compressed."""
+    assert refusal(f"method={method}", f"compression.ratio={ratio}") == (
+        f"compression.ratio must lie between 0 and 1, got {ratio}; set compression.ratio=0.5"
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["method=emloc", "compression=auto"],
+            r"compression=auto needs budget\.gpu_gib; set budget\.gpu_gib=24",
+        ),
+        (
+            ["method=emloc", "compression=auto", "budget.gpu_gib=0.01"],
+            r"budget\.gpu_gib=0\.01: no ratio fits; .* set budget\.gpu_gib higher, or "
+            r"train\.batch or lora\.rank lower",
+        ),
+        (
+            ["method=lora", "compression=auto", "budget.gpu_gib=0.01"],
+            r"budget\.gpu_gib=0\.01: .* fit.*; set .*budget\.gpu_gib higher",
+        ),
+        (
+            ["method=lora", "budget.gpu_gib=0"],
+            r"budget\.gpu_gib must be above 0 or null, got 0; set budget\.gpu_gib=24",
+        ),
+    ],
+    ids=["no budget", "too small", "too small for the whole", "none at all"],
+)
+def test_a_budget_that_nothing_fits(refusal, overrides, said):
+    assert re.fullmatch(said, refusal(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [("emloc", "emulator_targets"), ("emloc", "lora_targets"), ("lora", "lora_targets")],
+)
+def test_targets_that_match_no_layer(refusal, method, key):
+    assert refusal(f"method={method}", rf"model.{key}='.*\.nothing'") == (
+        rf"model.{key}='.*\\.nothing' matches no linear layer of smollm2_135m "
+        f"(one is called model.layers.0.self_attn.q_proj); set model.{key}"
+    )
+
+
+@pytest.mark.parametrize("method", ["emloc", "zero_shot"])
+def test_random_weights_without_a_tokenizer(refusal, method):
+    assert refusal(*SHAPE, f"method={method}") == (
+        "meta-llama/Meta-Llama-3-8B: without a checkpoint there is no tokenizer; "
+        "set model.source=/path/to/checkpoint"
+    )
+
+
+def test_a_gpu_nobody_knows_is_refused_with_those_there_are(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["emloc", "plan", "--gpu", "gtx970"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == cli.USER_ERROR
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == f"emloc: --gpu gtx970: one of {', '.join(GPUS)}\n"
+
+
+# Checkpoints -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sharded(checkpoint, tmp_path) -> Path:
+    """The tiny checkpoint in two files and an index."""
+    folder = shutil.copytree(checkpoint, tmp_path / "sharded")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    homes = {name: f"model-0000{1 + ('layers.1' in name)}-of-00002.safetensors" for name in tensors}
+    for file in set(homes.values()):
+        held = {name: tensor for name, tensor in tensors.items() if homes[name] == file}
+        save_file(held, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": homes}))
+    return folder
+
+
+@pytest.mark.parametrize("method", ["emloc", "lora", "zero_shot"])
+def test_a_shard_that_is_missing(refusal, sharded, method):
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    assert refusal(f"model.source={sharded}", f"method={method}") == (
+        f"{sharded}: shard model-00002-of-00002.safetensors is missing; set model.source"
+    )
+
+
+@pytest.mark.parametrize("method", ["emloc", "lora", "zero_shot"])
+def test_a_checkpoint_without_safetensors(refusal, sharded, method):
+    """As of a model that is only there in another format."""
+    for path in sharded.glob("*.safetensors*"):
+        path.unlink()
+    (sharded / "pytorch_model.bin").write_bytes(b"")
+    assert refusal(f"model.source={sharded}", f"method={method}") == (
+        f"{sharded}: no model.safetensors; set model.source to one"
+    )
