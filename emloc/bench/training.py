@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from emloc.bench.rows import Figure, Row, row
 from emloc.bench.setting import Setting, fresh, now, out_of_memory, peak_gb, reserved_gb
+from emloc.emulators.full import in_blocks, load_quantized
 from emloc.emulators.size import ranks_at
 from emloc.memory import GIB, stay_within
 from emloc.nn.factorized import Factorized, Nf4Factorized
@@ -29,7 +30,6 @@ from emloc.plan.fit import need_of, scheme_of
 from emloc.plan.scheme import Work
 from emloc.source import Source
 from emloc.train import fit_rows
-from emloc.walk import block_of
 
 STEPS, WARM = 8, 4  # of one measurement, and of these not timed
 NEAR = 0.05  # the share by which a planned peak may be off the measured one
@@ -213,15 +213,7 @@ def whole(setting: Setting, device: torch.device) -> PreTrainedModel:
 
 def quantized(setting: Setting, device: torch.device) -> PreTrainedModel:
     """The original with the linears of its blocks in nf4."""
-    source = setting.source
-    layers = [layer for layer in source.linears if _in_block(layer)]
-    replace: dict[str, nn.Module] = {
-        layer: Nf4Linear(Nf4.quantize(source.weight(layer, device)), source.bias(layer, device))
-        for layer in layers
-    }
-    model = source.load(device, replace)
-    model.is_loaded_in_4bit = True
-    return model
+    return load_quantized(setting.source, in_blocks(setting.source), device)
 
 
 def factorized(setting: Setting, device: torch.device, *, ratio: float) -> PreTrainedModel:
@@ -250,10 +242,3 @@ def _emulator(
         v = torch.randn(rank, columns, device=device, dtype=source.dtype) / rank**0.5
         replace[layer] = module(u, v, source.bias(layer, device))
     return source.load(device, replace)
-
-
-def _in_block(layer: str) -> bool:
-    try:
-        return bool(block_of(layer))
-    except ValueError:
-        return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,7 @@ class Full:
         host_bytes: int | None = None,
     ) -> dict[str, Any]:
         """Write in `layers.json` which layers are quantised, if any; the size for the record."""
-        held = {
-            layer: [shape]
-            for layer, shape in source.linears.items()
-            if given.bits == 4 and re.fullmatch(IN_A_BLOCK, layer)
-        }
+        held = {layer: [source.linears[layer]] for layer in in_blocks(source) if given.bits == 4}
         if held:
             table = {layer: {"bits": given.bits} for layer in held}
             (folder / "layers.json").write_text(json.dumps(table, indent=1))
@@ -63,15 +60,7 @@ class Full:
 
     def open(self, folder: Path, source: Source, device: torch.device) -> PreTrainedModel:
         """The original model, frozen; what is quantised, one weight at a time."""
-        layers = _quantized(folder)
-        replace = {
-            layer: Nf4Linear(Nf4.quantize(source.weight(layer, device)), source.bias(layer, device))
-            for layer in tqdm(layers, "quantize", unit="layer", disable=not layers)
-        }
-        model = source.load(device, replace)
-        if layers:
-            model.is_loaded_in_4bit = True  # what PEFT asks for
-        return model
+        return load_quantized(source, _quantized(folder), device)
 
     def residual(
         self, folder: Path, source: Source, layer: str, device: torch.device = CPU
@@ -81,6 +70,23 @@ class Full:
             return None
         weight = source.weight(layer, device)
         return weight.double().sub_(Nf4.quantize(weight).dequantize().double())
+
+
+def in_blocks(source: Source) -> list[str]:
+    """The linears of the numbered blocks."""
+    return [layer for layer in source.linears if re.fullmatch(IN_A_BLOCK, layer)]
+
+
+def load_quantized(source: Source, layers: Sequence[str], device: torch.device) -> PreTrainedModel:
+    """The original, frozen, with these layers in nf4; one of their weights at a time is whole."""
+    replace = {
+        layer: Nf4Linear(Nf4.quantize(source.weight(layer, device)), source.bias(layer, device))
+        for layer in tqdm(layers, "quantize", unit="layer", disable=not layers)
+    }
+    model = source.load(device, replace)
+    if layers:
+        model.is_loaded_in_4bit = True  # what PEFT asks for
+    return model
 
 
 def _quantized(folder: Path) -> list[str]:
