@@ -106,15 +106,7 @@ def _plan(arguments: list[str]) -> None:
     if not 1 <= chosen.answer <= chosen.length:
         raise ConfigError(f"--answer {chosen.answer} of --length {chosen.length}: give 1 to all")
     cell = build(cfg)
-    recipe = cell.train
-    work = Work(
-        length=chosen.length,
-        batch=recipe.batch,
-        answer=chosen.answer,
-        checkpointing=recipe.checkpointing,
-        host_activations=recipe.host_activations,
-        accumulate=recipe.accumulate,
-    )
+    work = Work.of(cell.train, chosen.length, chosen.answer)
     print(plan(cell, work, gpu_called(chosen.gpu)))
 
 

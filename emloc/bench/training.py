@@ -89,13 +89,7 @@ def training(
         ours = tried(partial(fitted, setting, opener))
         stay_within(setting.device, None)
         yield from beside(name, ours, lora, qlora, target if setting.full else None)
-    work = Work(
-        length=setting.length,
-        batch=1,
-        answer=setting.answer,
-        checkpointing=True,
-        host_activations=True,
-    )
+    work = Work.of(setting.cell.train, setting.length, setting.answer)
     for method, opener, share, bits in (
         ("lora", whole, None, 16),
         ("qlora", quantized, None, 4),

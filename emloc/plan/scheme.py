@@ -24,7 +24,7 @@ from emloc.nn.factorized import Factorized
 from emloc.nn.nf4 import nf4_bytes
 from emloc.plan.blocks import Blocks
 from emloc.plan.trace import Traced, trace
-from emloc.settings import LoraSettings
+from emloc.settings import LoraSettings, TrainSettings
 from emloc.source import Source
 
 # Blocks that are run to see what the others will hold: the step from one to the next is the same.
@@ -41,6 +41,18 @@ class Work:
     checkpointing: bool
     host_activations: bool
     accumulate: int = 1  # forward passes
+
+    @classmethod
+    def of(cls, recipe: TrainSettings, length: int, answer: int) -> Work:
+        """A step of the recipe, on samples of this length of which so much is learnt."""
+        return cls(
+            length,
+            recipe.batch,
+            answer,
+            recipe.checkpointing,
+            recipe.host_activations,
+            recipe.accumulate,
+        )
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,7 @@ def solved(cell: Cell, source: Source) -> Compression:
     if not cell.adapter.trains:  # then nothing is compressed
         return replace(chosen, bits=16)
     encoded = encode_all(source.tokenizer(), cell.task.train(), cell.model.max_length)
-    work = Work(
-        length=max(len(one.input_ids) for one in encoded),
-        batch=cell.train.batch,
-        answer=max(len(one.input_ids) - one.answer_start for one in encoded),
-        checkpointing=cell.train.checkpointing,
-        host_activations=cell.train.host_activations,
-        accumulate=cell.train.accumulate,
-    )
+    length = max(len(one.input_ids) for one in encoded)
+    answer = max(len(one.input_ids) - one.answer_start for one in encoded)
+    work = Work.of(cell.train, length, answer)
     return fitting(cell, source, work)
