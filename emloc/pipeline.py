@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from emloc.calibrate import calibrate
+from emloc.composition import fit_together
 from emloc.config import Cell
 from emloc.emulators import Built, Given
 from emloc.errors import ConfigError
@@ -52,17 +53,20 @@ def run(cell: Cell, store: Store, report: Report) -> Result:
     device, host = own_device(), int(cell.budget.host_gib * GIB)
     stay_within(device, cell.budget.gpu_gib)
     emulator, adapter, recovery = cell.emulator, cell.adapter, cell.recovery
+    if adapter.trains:
+        fit_together(emulator, adapter, recovery, cell.train)
+    cell = replace(cell, model=emulator.model(cell.model, cell.compression))
     source = cell.model.open()
     source.tokenizer()  # random weights may have none: found out now, not behind a stage
     source.require(list(source.sizes))  # what the files lack, likewise
     layers = cell.model.compressed(source)
     compression = solved(cell, source)
-    ranks = emulator.plan(source, layers, compression)
+    planned = emulator.plan(source, layers, compression)
     fit = _fit(cell, source) if adapter.trains else None
     # What cannot be scored is found out now, not behind the training.
     cell.task.held_out(cell.eval.limit)
     metric = headline(cell.task, cell.eval)
-    samples = _samples(cell) if emulator.statistics or recovery.statistics else None
+    samples = _samples(cell) if emulator.samples or recovery.statistics else None
 
     statistics = trained = carried = None
     whole = emulator.statistics == "input"
@@ -80,7 +84,7 @@ def run(cell: Cell, store: Store, report: Report) -> Result:
             host_bytes=host,
         )
     assert compression.bits is not None
-    given = Given(ranks, statistics, samples if emulator.statistics else None, compression.bits)
+    given = Given(planned, statistics, samples if emulator.samples else None, compression.bits)
     emulated = store.stage("emulate", emulator.build, source, given, device=device, host_bytes=host)
     if fit is not None:
         built = Built(emulator, emulated, source)

@@ -102,7 +102,7 @@ def fit_rows(
             "FSDP cannot split weights of 4 bits; set compression.bits=16, or launch without FSDP"
         )
     set_seed(fit.seed)
-    model = fit.adapter.attach(model, fit.lora, fit.targets)
+    model = fit.adapter.attach(model, fit.lora, built.targets(fit.targets))
     lean, loss = False, None
     if fit.recipe.lean and (other := obstacle(fit.lora, built.source.dtype)):
         log.info("train: as PEFT and transformers train; leaner with %s", other)

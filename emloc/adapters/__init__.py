@@ -14,6 +14,9 @@ from emloc.settings import LoraSettings
 class Adapter(Protocol):
     """One kind of adapter."""
 
+    linear: bool = True  # what it adds to a weight is s B A and nothing else
+    needs_weight: bool = False  # it reads the weight of the layer it is put on
+
     @property
     def trains(self) -> bool:
         """Whether there is anything to train."""

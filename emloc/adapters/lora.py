@@ -10,12 +10,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from transformers import PreTrainedModel
 
+from emloc.adapters import Adapter
 from emloc.adapters.fused import fuse
 from emloc.settings import LoraSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lora:
+class Lora(Adapter):
     """`W x + (alpha / rank) B A x` on every targeted linear; A random, B zero at the start."""
 
     trains = True

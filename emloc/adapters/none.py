@@ -8,11 +8,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from emloc.adapters import Adapter
 from emloc.settings import LoraSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoAdapter:
+class NoAdapter(Adapter):
     """Nothing to train."""
 
     trains = False

@@ -109,6 +109,12 @@ def load_on(model: PreTrainedModel, folder: Path) -> PeftModel:
     return PeftModel.from_pretrained(model, folder)
 
 
+def carry_unchanged(folder: Path, target: Path, carried: dict[str, Any]) -> None:
+    """Copy an adapter of whatever kind, marked as carried."""
+    copy_adapter(folder, target)
+    (target / CARRIED).write_text(json.dumps(carried, indent=2))
+
+
 def copy_adapter(folder: Path, target: Path) -> None:
     """Copy an adapter folder, replacing what is there."""
     shutil.rmtree(target, ignore_errors=True)

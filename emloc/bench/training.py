@@ -67,6 +67,10 @@ class Opened:
         """The model, frozen."""
         return self.by(device)
 
+    def targets(self, targets: str) -> str:
+        """All layers that are matched."""
+        return targets
+
 
 Opener = Callable[[Setting, torch.device], PreTrainedModel]
 

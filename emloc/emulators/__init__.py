@@ -11,13 +11,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from emloc.calibrate import Layers
+from emloc.models.checkpointed import Checkpointed
 from emloc.samples import Samples
 from emloc.settings import Compression
 from emloc.source import CPU, Source
 from emloc.store import Artifact, key_of
 
-# Layer name -> rank: the explicit table an emulator is built to.
+# Layer name -> rank: the explicit table a factorised emulator is built to.
 Ranks = dict[str, int]
+
+# What an emulator is built to, as plain values: ranks, blocks left out, parameters to keep.
+Plan = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Given:
     Samples without statistics: they are taken while it is built, and not kept.
     """
 
-    ranks: Ranks | None
+    plan: Plan | None
     statistics: Artifact | None
     samples: Samples | None
     bits: int  # of a kept number: 16 as the model's dtype, 4 for nf4
@@ -36,22 +40,52 @@ class Given:
     def key(self) -> list[Any]:
         """The same whether statistics were kept: they are of these samples, by these settings."""
         seen = self.statistics.key if self.samples is None and self.statistics else None
-        return [key_of(self.ranks), key_of(self.samples), seen, self.bits]
+        return [key_of(self.plan), key_of(self.samples), seen, self.bits]
 
 
 class Emulator(Protocol):
-    """One way of making a small stand-in for the original model."""
+    """One way of making a small stand-in for the original model.
 
-    def plan(self, source: Source, layers: Layers, budget: Compression) -> Ranks | None:
-        """The rank of every layer it compresses; None if it knows no ranks.
+    A class says so where it differs from the values and methods that are given here.
+    """
+
+    keeps_weights: bool = True  # each adapted layer has one weight (out, in), whole or packed
+    same_shapes: bool = True  # adapted layers take and give what they do in the original
+    recomputes: bool = False  # its weights are gone in the backward pass, unless computed again
+
+    @property
+    def samples(self) -> bool:
+        """Whether it is built from calibration samples."""
+        return False
+
+    @property
+    def statistics(self) -> str | None:
+        """Second moments it wants of them: `smaller` of input and output, `input`, or None."""
+        return None
+
+    def model(self, original: Checkpointed, budget: Compression) -> Checkpointed:
+        """The model that is trained, carried to and scored: the original, but for a sibling.
+
+        Raises:
+            ConfigError: there is none for this budget.
+        """
+        return original
+
+    def targets(self, folder: Path, targets: str) -> str:
+        """Of the layers matched by the regular expression `targets`, those that are adapted."""
+        return targets
+
+    def plan(self, source: Source, layers: Layers, budget: Compression) -> Plan | None:
+        """What it is built to; None if there is nothing to decide.
+
+        Args:
+            source: the original.
+            layers: those that may be compressed, name -> (out, in).
+            budget: what may be kept of them.
 
         Raises:
             ConfigError: the budget cannot be met.
         """
-
-    @property
-    def statistics(self) -> str | None:
-        """Second moments it is built from: `smaller` of input and output, `input`, or None."""
 
     def build(
         self,
@@ -83,6 +117,10 @@ class Built:
     emulator: Emulator
     artifact: Artifact
     source: Source
+
+    def targets(self, targets: str) -> str:
+        """Of the layers matched by the regular expression `targets`, those that are adapted."""
+        return self.emulator.targets(self.artifact.folder, targets)
 
     @property
     def key(self) -> list[Any]:

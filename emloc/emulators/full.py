@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from emloc.calibrate import Layers
-from emloc.emulators import Given
+from emloc.emulators import Emulator, Given
 from emloc.emulators.size import size_facts, solved
 from emloc.nn.nf4 import Nf4, Nf4Linear
 from emloc.settings import Compression
@@ -26,13 +26,11 @@ IN_A_BLOCK = r".*\.\d+\..*"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Full:
+class Full(Emulator):
     """Every layer whole. The artifact is a reference: no weight is copied.
 
     At 4 bits every linear of the numbered blocks is quantised to nf4 while it is read.
     """
-
-    statistics = None
 
     def plan(self, source: Source, layers: Layers, budget: Compression) -> None:
         """No ranks.

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from emloc.calibrate import Layers, linears_of, observe
-from emloc.emulators import Given, Ranks
+from emloc.emulators import Emulator, Given, Ranks
 from emloc.emulators.factors import Factored, factorize, refine
 from emloc.emulators.size import factors_of, size_facts, uniform_ranks
 from emloc.emulators.stored import facts_of, load_factors, save_factors
@@ -29,7 +29,7 @@ ALGORITHMS = ("subspace", "eigen", "whiten")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Svd:
+class Svd(Emulator):
     """Rank-k factors that keep the most of each layer's output energy (EMLoC, stage 1)."""
 
     algorithm: str  # subspace: products only; eigen: one decomposition; whiten: the paper's chain
@@ -56,6 +56,13 @@ class Svd:
         """The same share of every layer."""
         return uniform_ranks(source, layers, budget, self.multiple)
 
+    keeps_weights = False
+
+    @property
+    def samples(self) -> bool:
+        """Not for a plain SVD."""
+        return self.aware
+
     @property
     def statistics(self) -> str | None:
         """The paper's chain needs the input Gram of every layer."""
@@ -78,7 +85,7 @@ class Svd:
         block by block, and not kept. `journal.jsonl` gets a line for every block that is done;
         `layers.json` in the end holds each layer's rank, energy kept and seconds.
         """
-        ranks, statistics = given.ranks, given.statistics
+        ranks, statistics = given.plan, given.statistics
         assert ranks is not None
         blocks = by_block(ranks)
         # Where only outputs were summed, u is solved again in one more pass over the samples.
@@ -116,11 +123,11 @@ class Svd:
         known: Statistics | None,
         device: torch.device,
     ) -> dict[str, Factored]:
-        assert given.ranks is not None
+        assert given.plan is not None
         if block is not None and known is None:
             known = observe(block, layers, self.statistics == "input", stay=True)
         weights = _weights(source, block, layers, device)
-        found = factorize(weights, given.ranks, known, self.algorithm, given.bits)
+        found = factorize(weights, given.plan, known, self.algorithm, given.bits)
         if block is None or known is None:
             return found
         again = [layer for layer in layers if layer in known.outputs]

@@ -15,9 +15,13 @@ from emloc.store import Artifact
 class Recovery(Protocol):
     """One way of carrying an adapter."""
 
+    reads_pairs: bool = True  # it works on A and B themselves
+    scatters: bool = False  # it enlarges what was trained on smaller layers
+
     @property
     def statistics(self) -> bool:
         """Whether it runs the original model over the calibration samples."""
+        return False
 
     def carry(
         self,

@@ -19,6 +19,7 @@ from emloc.emulators import Built
 from emloc.errors import ConfigError
 from emloc.linalg.correct import Change, Moments, Pair, correct_covariance, correct_identity
 from emloc.linalg.gram import cross, gram, product
+from emloc.recovery import Recovery
 from emloc.samples import Samples
 from emloc.source import CPU
 from emloc.statistics import Taken
@@ -31,7 +32,7 @@ METRICS = ("identity", "covariance")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Correction:
+class Correction(Recovery):
     """Take out of the LoRA what it learnt only to make up for the emulator's error."""
 
     metric: str  # identity: the paper; covariance: directions weigh as the calibration tokens do

@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 
-from emloc.adapters.saved import read_lora
+from emloc.adapters.saved import carry_unchanged
 from emloc.emulators import Built
+from emloc.recovery import Recovery
 from emloc.samples import Samples
 from emloc.store import Artifact
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoRecovery:
-    """The LoRA's matrices, unchanged, on the original model."""
+class NoRecovery(Recovery):
+    """The adapter's tensors, unchanged, on the layers of the same names in the original."""
 
-    statistics = False
+    reads_pairs = False
 
     def carry(
         self,
@@ -31,6 +32,5 @@ class NoRecovery:
         host_bytes: int | None = None,
     ) -> dict[str, Any]:
         """Copy the adapter, marked as carried."""
-        adapter = read_lora(trained.folder / "adapter")
-        adapter.map(lambda _, pair: pair, {"by": "none"}).save(folder / "adapter")
+        carry_unchanged(trained.folder / "adapter", folder / "adapter", {"by": "none"})
         return {}
