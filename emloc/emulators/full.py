@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -75,13 +75,21 @@ def in_blocks(source: Source) -> list[str]:
     return [layer for layer in source.linears if re.fullmatch(IN_A_BLOCK, layer)]
 
 
-def load_quantized(source: Source, layers: Sequence[str], device: torch.device) -> PreTrainedModel:
-    """The original, frozen, with these layers in nf4; one of their weights at a time is whole."""
-    replace = {
+def load_quantized(
+    source: Source,
+    layers: Sequence[str],
+    device: torch.device,
+    others: Mapping[str, nn.Module] | None = None,
+) -> PreTrainedModel:
+    """The original, frozen, with these layers in nf4; one of their weights at a time is whole.
+
+    `others`: modules to put in the place of the model's own beside them, by name.
+    """
+    quantized = {
         layer: Nf4Linear(Nf4.quantize(source.weight(layer, device)), source.bias(layer, device))
         for layer in tqdm(layers, "quantize", unit="layer", disable=not layers)
     }
-    model = source.load(device, replace)
+    model = source.load(device, {**(others or {}), **quantized})
     if layers:
         model.is_loaded_in_4bit = True  # what PEFT asks for
     return model
