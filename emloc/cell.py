@@ -20,8 +20,9 @@ from emloc.runs import Run
 if TYPE_CHECKING:
     from emloc.config import Cell
     from emloc.pipeline import Result
+    from emloc.progress import Report
+    from emloc.store import Artifact
     from emloc.track import Session
-    from emloc.train import Report
 
 log = logging.getLogger("emloc")
 
@@ -180,20 +181,30 @@ def _metrics(cell: Cell, result: Result) -> dict[str, Any]:
         "metric": result.metric,
         "score": scores[result.metric],
         "scores": scores,
-        "emulator": {
-            k: v
-            for k, v in result.emulated.facts.items()
-            if k not in ("seconds", "peak_gib", "samples")
-        },
+        **_as_trained(result),
+        "emulator": _own(result.emulated),
         "data": cell.task.key,
         "processes": world_size(),
         "trainable": result.trained.facts["trainable"] if result.trained else 0,
+        "step_seconds": result.trained.facts["step_seconds"] if result.trained else None,
+        "recovery": _own(result.carried) if result.carried else {},
         "seconds": {name: stage.facts["seconds"] for name, stage in stages.items()},
         "peak_gib": {name: stage.facts["peak_gib"] for name, stage in stages.items()},
         "stages": {name: stage.key for name, stage in stages.items()},
         "calibration": (result.statistics or result.emulated).facts.get("samples", []),
         "provenance": provenance(),
     }
+
+
+def _own(stage: Artifact) -> dict[str, Any]:
+    """What a stage reported of its work; what every stage reports is kept elsewhere."""
+    common = ("seconds", "peak_gib", "samples")
+    return {name: value for name, value in stage.facts.items() if name not in common}
+
+
+def _as_trained(result: Result) -> dict[str, Any]:
+    """What a model trained in four bits scores itself, beside what was carried from it."""
+    return {"scores_as_trained": result.as_trained.facts["scores"]} if result.as_trained else {}
 
 
 def _collect(result: Result, folder: Path) -> None:

@@ -65,14 +65,17 @@ def _refuse(message: str) -> None:
 
 def _report(arguments: list[str]) -> None:
     """Print the table of a folder of runs."""
-    from emloc.report import table
+    from emloc.report import table, write_csv
 
     parser = argparse.ArgumentParser("emloc report", description=_report.__doc__)
     parser.add_argument("folder", type=Path, help="runs/<name>, or one run in it")
-    folder = parser.parse_args(arguments).folder
-    if not folder.is_dir():
-        raise ConfigError(f"no folder {folder}; give one such as runs/demo")
-    print(table(folder))
+    parser.add_argument("--csv", type=Path, help="a file to write the table into as well")
+    chosen = parser.parse_args(arguments)
+    if not chosen.folder.is_dir():
+        raise ConfigError(f"no folder {chosen.folder}; give one such as runs/demo")
+    print(table(chosen.folder))
+    if chosen.csv:
+        write_csv(chosen.folder, chosen.csv)
 
 
 def _merge(arguments: list[str]) -> None:

@@ -30,10 +30,29 @@ def register() -> None:
     store.store(name="schema", node=schema())
     for path in sorted((DATA / "experiments").glob("*.yaml")):
         node = OmegaConf.load(path)
+        assert isinstance(node, DictConfig)
+        cells = node.pop("cells", {})
+        if cells:
+            every = ",".join(f"{path.stem}/{name}" for name in cells)
+            OmegaConf.update(node, "hydra.sweeper.params.cell", every)
+        for name, overrides in cells.items():
+            cell = _preset(overrides.split())
+            store.store(group=f"cell/{path.stem}", name=name, node=cell, package="_global_")
         store.store(group="experiments", name=path.stem, node=node, package="_global_")
     OmegaConf.register_new_resolver(
         "emloc.folder", lambda *, _root_: folder_name(_root_), replace=True
     )
+
+
+def _preset(overrides: Sequence[str]) -> DictConfig:
+    """What these do on the command line, as a node for Hydra's defaults list."""
+    pairs = [override.split("=", 1) for override in overrides]
+    groups = {f"override /{key}": value for key, value in pairs if (CONF / key).is_dir()}
+    values = OmegaConf.from_dotlist(
+        [f"{key}={value}" for key, value in pairs if not (CONF / key).is_dir()]
+    )
+    defaults = [{key: value} for key, value in groups.items()]
+    return OmegaConf.create({"defaults": [*defaults, "_self_"], **values})  # type: ignore[dict-item]
 
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from emloc.adapters.saved import load_on
+from emloc.emulators import Built
 from emloc.models.text import IGNORE, by_length, collate, encode_all
 from emloc.prompts import Encoded
 from emloc.settings import EvalSettings
@@ -57,11 +58,37 @@ def evaluate(
     *,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Write predictions and return `scores`: loss, token_accuracy, exact_match and lm-eval's."""
-    tokenizer = source.tokenizer()
+    """Score the original with what was carried to it, if anything was."""
     model = source.load(device)
     if carried is not None:
         model = load_on(model, carried.folder / "adapter").to(device)
+    return _scores(folder, model, source.tokenizer(), task, max_length, settings)
+
+
+def evaluate_as_trained(
+    folder: Path,
+    built: Built,
+    trained: Artifact,
+    task: Task,
+    max_length: int,
+    settings: EvalSettings,
+    *,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Score the very model that was trained, adapter and all, before anything is carried."""
+    model = load_on(built.open(device), trained.folder / "adapter").to(device)
+    return _scores(folder, model, built.source.tokenizer(), task, max_length, settings)
+
+
+def _scores(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    max_length: int,
+    settings: EvalSettings,
+) -> dict[str, Any]:
+    """Write predictions and return `scores`: loss, token_accuracy, exact_match and lm-eval's."""
     model.eval()
     encoded = encode_all(tokenizer, task.held_out(settings.limit), max_length)
     answers = answer_all(model, encoded, settings.batch, tokenizer.pad_token_id)

@@ -10,24 +10,29 @@ from emloc.composition import fit_together
 from emloc.config import Cell
 from emloc.emulators import Built, Given
 from emloc.errors import ConfigError
-from emloc.evaluate import evaluate, headline
+from emloc.evaluate import evaluate, evaluate_as_trained, headline
 from emloc.lean.prepare import obstacle
 from emloc.memory import GIB, stay_within
 from emloc.plan.cost import statistics_bytes
 from emloc.plan.solve import solved
+from emloc.progress import Report
 from emloc.ranks import own_device
 from emloc.samples import Samples, choose
 from emloc.source import Source
 from emloc.store import Artifact, Store
 from emloc.tasks.generic import generic_text
-from emloc.train import Fit, Report, train
+from emloc.train import Fit, train
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Result:
-    """The artifacts of one run; `trained` and `carried` are None where nothing was trained."""
+    """The artifacts of one run; `trained` and `carried` are None where nothing was trained.
+
+    `as_trained`: the scores of what was trained itself, where that is in four bits and the model it
+    is carried to is not.
+    """
 
     metric: str
     emulated: Artifact
@@ -35,6 +40,7 @@ class Result:
     trained: Artifact | None
     carried: Artifact | None
     evaluated: Artifact
+    as_trained: Artifact | None = None
 
     @property
     def stages(self) -> dict[str, Artifact]:
@@ -68,7 +74,7 @@ def run(cell: Cell, store: Store, report: Report) -> Result:
     metric = headline(cell.task, cell.eval)
     samples = _samples(cell) if emulator.samples or recovery.statistics else None
 
-    statistics = trained = carried = None
+    statistics = trained = carried = as_trained = None
     whole = emulator.statistics == "input"
     # Of a large model they would be larger than itself: it is then compressed while it is run.
     kept = statistics_bytes(layers, whole) <= cell.budget.statistics_gib * GIB
@@ -86,18 +92,23 @@ def run(cell: Cell, store: Store, report: Report) -> Result:
     assert compression.bits is not None
     given = Given(planned, statistics, samples if emulator.samples else None, compression.bits)
     emulated = store.stage("emulate", emulator.build, source, given, device=device, host_bytes=host)
+    built = Built(emulator, emulated, source)
     if fit is not None:
-        built = Built(emulator, emulated, source)
         trained = store.stage("train", train, built, fit, device=device, report=report)
         seen = samples if recovery.statistics else None
         carried = store.stage(
             "recover", recovery.carry, trained, built, seen, device=device, host_bytes=host
         )
-    length = cell.model.max_length
+    length, wanted = cell.model.max_length, cell.eval
     evaluated = store.stage(
-        "evaluate", evaluate, source, carried, cell.task, length, cell.eval, device=device
+        "evaluate", evaluate, source, carried, cell.task, length, wanted, device=device
     )
-    return Result(metric, emulated, statistics, trained, carried, evaluated)
+    if trained is not None and given.bits == 4:
+        work = evaluate_as_trained
+        as_trained = store.stage(
+            "evaluate", work, built, trained, cell.task, length, wanted, device=device
+        )
+    return Result(metric, emulated, statistics, trained, carried, evaluated, as_trained)
 
 
 def _fit(cell: Cell, source: Source) -> Fit:

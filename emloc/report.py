@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +40,7 @@ class Row:
 
     def same(self, other: Row, sections: Iterable[str]) -> bool:
         """Whether both runs have these settings in common."""
-        return all(self.config[name] == other.config[name] for name in sections)
+        return all(self.config.get(name) == other.config.get(name) for name in sections)
 
 
 def rows_of(folder: Path) -> list[Row]:
@@ -66,19 +68,57 @@ def _loss_of(method: str, row: Row, rows: Sequence[Row], same: Sequence[str]) ->
 
 
 def table(folder: Path) -> str:
-    """The runs below `folder` as a Markdown table."""
+    """The runs below `folder` as a Markdown table, those that differ in the seed as one line."""
     rows = rows_of(folder)
     if not rows:
         return f"no runs in {folder}"
-    varying = _varying(rows)
-    lines = [_line(row, rows, varying) for row in rows]
+    lines = _lines(rows)
     notes = [
         "through: the model that was trained through; train: peak memory of the training; "
-        "seconds: of each stage when it was computed",
+        "seconds: of each stage when it was computed, of a step the median",
+        *(["±: standard deviation over seeds"] if any("seeds" in line for line in lines) else []),
         *_data(rows),
         *(f"adapter of {row.method}: {row.run.folder / 'adapter'}" for row in _adapted(rows)),
     ]
     return "\n".join([_markdown(lines), "", *notes])
+
+
+def write_csv(folder: Path, path: Path) -> None:
+    """The same table as a CSV file."""
+    lines = _lines(rows_of(folder))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, _columns(lines), restval=EMPTY, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def _lines(rows: Sequence[Row]) -> list[dict[str, str]]:
+    varying = _varying(rows)
+    return [_line(group, rows, varying) for group in _groups(rows)]
+
+
+def _groups(rows: Sequence[Row]) -> list[list[Row]]:
+    """Runs that differ in nothing but the seed together, in the order of the first."""
+    groups: list[list[Row]] = []
+    for row in rows:
+        group = next((group for group in groups if _joins(row, group)), None)
+        if group is None:
+            groups.append([row])
+        else:
+            group.append(row)
+    return groups
+
+
+def _joins(row: Row, group: Sequence[Row]) -> bool:
+    """Whether it is one more seed of the group. What failed is a line by itself."""
+    like = group[0]
+    sections = [section for section in DECISIVE if section != "seed"]
+    return (
+        bool(row.metrics and like.metrics)
+        and (row.method, row.choices) == (like.method, like.choices)
+        and row.same(like, sections)
+        and row.config["seed"] not in [one.config["seed"] for one in group]
+    )
 
 
 def _adapted(rows: Sequence[Row]) -> list[Row]:
@@ -128,29 +168,45 @@ def _value(row: Row, name: str) -> str:
     return "null" if value is None else str(value)
 
 
-def _line(row: Row, rows: Sequence[Row], varying: Sequence[str]) -> dict[str, str]:
-    line = {"method": row.method} | {name: _value(row, name) for name in varying}
+def _line(group: Sequence[Row], rows: Sequence[Row], varying: Sequence[str]) -> dict[str, str]:
+    """One line of runs that differ in nothing but the seed."""
+    first = group[0]
+    line = {"method": first.method} | {name: _value(first, name) for name in varying}
     if len({one.config["seed"] for one in rows}) > 1:
-        line["seed"] = str(row.config["seed"])
+        line["seeds"] = " ".join(str(row.config["seed"]) for row in group)
     metric = _metric_name(rows)
-    if row.state["state"] != DONE:
-        return line | {metric: _word(row.state)}
-    metrics = row.metrics
-    gain = gain_kept(row, rows)
+    if first.state["state"] != DONE:
+        return line | {metric: _word(first.state)}
+    runs = [row.metrics for row in group]
     line |= {
-        metric: f"{metrics['score']:.3f}",
-        "loss": f"{metrics['scores']['loss']:.3f}",
-        "gain kept": EMPTY if gain is None else f"{gain:.0%}",
-        "through MB": EMPTY,
-        "train GiB": EMPTY,
+        metric: _spread([run["score"] for run in runs], ".3f"),
+        "loss": _spread([run["scores"]["loss"] for run in runs], ".3f"),
+        "gain kept": _spread([gain_kept(row, rows) for row in group], ".1%"),
     }
-    if "train" in metrics["seconds"]:
-        line["through MB"] = f"{metrics['emulator']['bytes'] / 1e6:.0f}"
-        line["train GiB"] = f"{metrics['peak_gib']['train']:.2f}"
-    seconds = metrics["seconds"]
+    if any("scores_as_trained" in row.metrics for row in rows):
+        own = [run.get("scores_as_trained", {}).get("loss") for run in runs]
+        line["loss as trained"] = _spread(own, ".3f")
+    line |= {"through MB": EMPTY, "train GiB": EMPTY, "step s": EMPTY}
+    if "train" in runs[0]["seconds"]:
+        line["through MB"] = f"{runs[0]['emulator']['bytes'] / 1e6:.0f}"
+        line["train GiB"] = f"{max(run['peak_gib']['train'] for run in runs):.2f}"
+        line["step s"] = _mean([run.get("step_seconds") for run in runs], ".3f")
     return line | {
-        f"{stage} s": f"{seconds[stage]:.0f}" if stage in seconds else EMPTY for stage in STAGES
+        f"{stage} s": _mean([run["seconds"].get(stage) for run in runs], ".0f") for stage in STAGES
     }
+
+
+def _spread(values: Sequence[float | None], form: str) -> str:
+    """Mean, and standard deviation of several; empty where one of them is not known."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return EMPTY
+    mean = format(statistics.mean(known), form)
+    return f"{mean} ± {format(statistics.stdev(known), form)}" if len(known) > 1 else mean
+
+
+def _mean(values: Sequence[float | None], form: str) -> str:
+    return _spread(values, form).split(" ")[0]
 
 
 def _metric_name(rows: Sequence[Row]) -> str:
@@ -163,8 +219,12 @@ def _word(status: Mapping[str, Any]) -> str:
     return "OOM" if state == "oom" else f"failed({status['stage']})" if state == "failed" else state
 
 
+def _columns(lines: Sequence[Mapping[str, str]]) -> list[str]:
+    return list(dict.fromkeys(column for line in lines for column in line))
+
+
 def _markdown(lines: Sequence[Mapping[str, str]]) -> str:
-    columns = list(dict.fromkeys(column for line in lines for column in line))
+    columns = _columns(lines)
     cells = [columns, *([line.get(column, EMPTY) for column in columns] for line in lines)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     rule = ["-" * width for width in widths]

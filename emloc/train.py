@@ -19,12 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import (
     PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -35,6 +31,7 @@ from emloc.errors import ConfigError
 from emloc.examples import Examples
 from emloc.lean.prepare import obstacle, prepare
 from emloc.models.text import collate, encode_all
+from emloc.progress import Clock, Progress, Report
 from emloc.prompts import Encoded
 from emloc.ranks import first, sharded
 from emloc.settings import LoraSettings, TrainSettings
@@ -49,9 +46,6 @@ _CHECKPOINTING = next(
     for name in ("activation_checkpointing", "gradient_checkpointing")
     if name in TrainingArguments.__dataclass_fields__
 )
-
-# Called with the step and the values of one line of the training log.
-Report = Callable[[int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -120,6 +114,8 @@ def fit_rows(
         compute_loss_func=loss,
     )
     trainer.remove_callback(PrinterCallback)
+    clock = Clock()
+    trainer.add_callback(clock)
     with fit.adapter.training(model, mixed=trainer.args.bf16 or trainer.args.fp16):
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     make_whole(model)
@@ -129,7 +125,11 @@ def fit_rows(
         curve = [line for line in trainer.state.log_history if "loss" in line]
         (folder / "curve.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve))
         shutil.rmtree(checkpoints, ignore_errors=True)
-    return {"trainable": trainable, "steps": trainer.state.global_step}
+    return {
+        "trainable": trainable,
+        "steps": trainer.state.global_step,
+        "step_seconds": clock.median,
+    }
 
 
 def arguments(
@@ -181,51 +181,6 @@ def last_checkpoint(folder: Path) -> str | None:
     found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     newest = max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
     return str(newest) if newest else None
-
-
-class Progress(TrainerCallback):
-    """One bar for the training, and each line of its log handed on."""
-
-    def __init__(self, report: Report) -> None:
-        self._report = report
-        self._bar = tqdm(desc="train", unit="step", disable=True)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Open the bar, at the step a resumed training goes on from."""
-        self._bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc="train",
-            unit="step",
-            disable=not first(),
-        )
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """One more step."""
-        self._bar.update()
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        """Called by the Trainer every `log_every` steps, and once at the end."""
-        if logs and "loss" in logs:
-            self._bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
-            self._report(state.global_step, {name: float(value) for name, value in logs.items()})
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Close the bar."""
-        self._bar.close()
 
 
 def _collate(rows: list[dict[str, Any]], pad: int) -> dict[str, Tensor]:

@@ -12,8 +12,9 @@ from emloc.bench.setting import RandomSamples, Setting, fresh, out_of_memory
 from emloc.emulators import Built, Given
 from emloc.errors import StageError
 from emloc.memory import GIB, HostPeak, stay_within
+from emloc.progress import Report
 from emloc.store import Artifact, Store
-from emloc.train import Fit, Report, fit_rows
+from emloc.train import Fit, fit_rows
 
 STEPS = 20
 # Calibration samples. Their number decides the time of the build, and nothing of the device memory.

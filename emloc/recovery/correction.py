@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm
 
 from emloc.adapters.saved import read_lora
@@ -76,6 +78,10 @@ class Correction(Recovery):
 
         Layer by layer on the device, for the covariance metric along a walk through the original:
         its moments go with their block. `host_bytes` is what hidden states may take of host memory.
+
+        A layer's mismatch is the mean energy by which the original with the adapter misses the
+        emulator with it, as the metric weighs inputs: those of the calibration tokens, or white
+        ones of unit variance. `after` is what is predicted of the corrected adapter.
         """
         adapter = read_lora(trained.folder / "adapter")
         run = None
@@ -89,21 +95,21 @@ class Correction(Recovery):
                 folder=folder,
             )
         corrected: dict[str, Pair] = {}
-        changes: dict[str, Change] = {}
-        known = _known(run, adapter.pairs)
-        for layer, moments in tqdm(known, "recover", total=len(adapter.pairs), unit="layer"):
-            gap = built.residual(layer, device)
-            if gap is not None:
-                pair = _on(adapter.pairs[layer], device)
-                pair, changes[layer] = self.correct(pair, gap, moments)
-                corrected[layer] = _on(pair, CPU)
+        done: dict[str, Done] = {}
+        known = _known(run, adapter.pairs, lambda layer: built.residual(layer, device))
+        for one in tqdm(known, "recover", total=len(adapter.pairs), unit="layer"):
+            if one.gap is not None:
+                pair = _on(adapter.pairs[one.layer], device)
+                pair, change = self.correct(pair, one.gap, one.moments)
+                corrected[one.layer] = _on(pair, CPU)
+                done[one.layer] = Done(change, _before(one))
         carried = adapter.map(
             lambda layer, pair: corrected.get(layer, pair), {"by": "correction", **asdict(self)}
         )
         carried.save(folder / "adapter")
-        table = {layer: asdict(changes[layer]) for layer in adapter.pairs if layer in changes}
+        table = {layer: done[layer].facts for layer in adapter.pairs if layer in done}
         (folder / "layers.json").write_text(json.dumps(table, indent=1))
-        return {"corrected_layers": len(changes), "clamped": _mean(changes)}
+        return {"corrected_layers": len(done), **_summary(list(done.values()))}
 
     def correct(self, pair: Pair, residual: Tensor, moments: Moments | None) -> tuple[Pair, Change]:
         """Correct one layer's pair; `moments` only for the covariance metric."""
@@ -112,20 +118,57 @@ class Correction(Recovery):
         return correct_covariance(pair, residual, moments, clamp=self.clamp, strength=self.strength)
 
 
+@dataclass(frozen=True)
+class Known:
+    """An adapted layer: the gap to close, and what calibration tokens say of it."""
+
+    layer: str
+    gap: Tensor | None  # original minus emulator weight (m, n); None: the same
+    moments: Moments | None = None
+    missed: float | None = None  # mean of ||gap x||^2 over the tokens
+
+
+@dataclass(frozen=True)
+class Done:
+    """What was done to a layer."""
+
+    change: Change
+    before: float  # mismatch of the adapter as it was trained
+
+    @property
+    def after(self) -> float:
+        """Mismatch of the corrected one, which no rounding makes negative."""
+        return max(0.0, self.before - self.change.removed)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is kept of it."""
+        return asdict(self.change) | {"mismatch_before": self.before, "mismatch_after": self.after}
+
+
+def _before(one: Known) -> float:
+    assert one.gap is not None
+    return float(one.gap.square().sum()) if one.missed is None else one.missed
+
+
 def _known(
-    run: Iterable[Block] | None, pairs: Mapping[str, Pair]
-) -> Iterator[tuple[str, Moments | None]]:
+    run: Iterable[Block] | None,
+    pairs: Mapping[str, Pair],
+    gap_of: Callable[[str], Tensor | None],
+) -> Iterator[Known]:
     """Every adapted layer, with what the metric needs of its activations."""
     if run is None:
-        yield from ((layer, None) for layer in pairs)
+        yield from (Known(layer, gap_of(layer)) for layer in pairs)
         return
     members = by_block(pairs)
     for block in run:
-        found = _moments_of(block, {layer: pairs[layer] for layer in members[block.name]})
-        for layer in members[block.name]:
+        layers = members[block.name]
+        gaps = {layer: gap_of(layer) for layer in layers}
+        found = _seen(block, {layer: pairs[layer] for layer in layers}, gaps)
+        for layer in layers:
             if layer not in found:
                 log.warning("%s: no calibration token reached it; corrected by identity", layer)
-            yield layer, found.pop(layer, None)
+            yield Known(layer, gaps.pop(layer), *found.pop(layer, (None, None)))
 
 
 def moments_along(run: Iterable[Block], pairs: Mapping[str, Pair]) -> dict[str, Moments]:
@@ -134,16 +177,24 @@ def moments_along(run: Iterable[Block], pairs: Mapping[str, Pair]) -> dict[str, 
     In host memory, as they are kept for all layers.
     """
     return {
-        layer: replace(moments, aca=moments.aca.cpu(), ca=moments.ca.cpu())
-        for layer, moments in _known(run, pairs)
-        if moments is not None
+        one.layer: replace(one.moments, aca=one.moments.aca.cpu(), ca=one.moments.ca.cpu())
+        for one in _known(run, pairs, lambda _: None)
+        if one.moments is not None
     }
 
 
-def _moments_of(block: Block, pairs: Mapping[str, Pair]) -> dict[str, Moments]:
+def _seen(
+    block: Block, pairs: Mapping[str, Pair], gaps: Mapping[str, Tensor | None]
+) -> dict[str, tuple[Moments, float]]:
+    """Run the block: layer -> moments and mean of ||gap x||^2, of the layers that take tokens."""
     linears = linears_of(block, pairs)
     a = {layer: pairs[layer].a.to(linear.weight.device) for layer, linear in linears.items()}
+    # For the record alone, so that a product in the dtype of the model is exact enough.
+    narrow = {
+        layer: gap.to(linears[layer].weight.dtype) for layer, gap in gaps.items() if gap is not None
+    }
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}
+    missed = dict.fromkeys(pairs, 0.0)
 
     def add(mask: Tensor | None) -> None:
         for layer, rows in taken.rows(mask).items():
@@ -154,18 +205,30 @@ def _moments_of(block: Block, pairs: Mapping[str, Pair]) -> dict[str, Moments]:
                 cross(rows, features, total=ca),
                 tokens + len(rows),
             )
+            if layer in narrow:
+                gone = functional.linear(rows, narrow[layer])
+                missed[layer] += float(gone.float().square().sum(dtype=torch.float64))
 
     with Taken(linears) as taken:
         block.run(add)
-    return {layer: Moments(*one) for layer, one in sums.items() if one[2]}
+    return {layer: (Moments(*one), missed[layer] / one[2]) for layer, one in sums.items() if one[2]}
 
 
 def _on(pair: Pair, device: torch.device) -> Pair:
     return replace(pair, a=pair.a.to(device), b=pair.b.to(device))
 
 
-def _mean(changes: Mapping[str, Change]) -> float:
-    """Share of all directions that the clamp shortened."""
-    directions = sum(change.directions for change in changes.values())
-    clamped = sum(change.clamped * change.directions for change in changes.values())
-    return round(clamped / directions, 4) if directions else 0.0
+def _summary(done: Sequence[Done]) -> dict[str, Any]:
+    """Of all layers: the share of directions that the clamp shortened, and of mismatch left.
+
+    The latter is the mean over layers, whose outputs are of different sizes.
+    """
+    directions = sum(one.change.directions for one in done)
+    clamped = sum(one.change.clamped * one.change.directions for one in done)
+    left = [one.after / one.before for one in done if one.before > 0]
+    ratios = [one.change.ratio for one in done if one.change.ratio is not None]
+    return {
+        "clamped": round(clamped / directions, 4) if directions else 0.0,
+        "ratio": round(statistics.median(ratios), 4) if ratios else None,
+        "mismatch_left": round(statistics.mean(left), 6) if left else None,
+    }

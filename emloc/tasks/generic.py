@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
 
 from emloc.examples import Example, Examples
 from emloc.tasks.stdlib_module import generic_docstrings
@@ -10,7 +11,8 @@ from emloc.tasks.stdlib_module import generic_docstrings
 log = logging.getLogger(__name__)
 
 _ID, _CONFIG = "Salesforce/wikitext", "wikitext-2-raw-v1"
-_SHORTEST = 200  # characters; headings and blank lines are rows of their own there
+# Characters of a sample, whose rows are single paragraphs there: some 1,500 tokens of English.
+_PIECE = 6000
 
 
 def generic_text() -> Examples:
@@ -25,6 +27,18 @@ def generic_text() -> Examples:
     except (ConnectionError, OSError, ValueError):
         log.warning("calibration: no hub for %s; using Python's own documentation", _ID)
         return generic_docstrings()
-    texts = (text.strip() for text in rows["text"])
-    kept = [Example(str(i), "", text) for i, text in enumerate(texts) if len(text) >= _SHORTEST]
-    return Examples("wikitext-2", tuple(kept))
+    return Examples("wikitext-2", tuple(pieces(rows["text"])))
+
+
+def pieces(texts: Iterable[str]) -> Iterator[Example]:
+    """Consecutive texts put together until they are long enough; an id names the first of them."""
+    held: list[str] = []
+    first = size = 0
+    for index, text in enumerate(texts):
+        if not held:
+            first, size = index, 0
+        held.append(text)
+        size += len(text)
+        if size >= _PIECE:
+            yield Example(str(first), "", "".join(held).strip())
+            held = []

@@ -12,14 +12,18 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, set_seed
 
 from emloc.adapters.saved import read_lora
+from emloc.calibrate import calibrate
 from emloc.compose import compose
 from emloc.config import build
 from emloc.errors import ConfigError, StageError
+from emloc.evaluate import answer_all, summary
 from emloc.models.text import collate, encode_all
 from emloc.pipeline import run
+from emloc.samples import Samples, choose
 from emloc.statistics import Statistics
 from emloc.walk import block_of
 
+CPU = torch.device("cpu")
 GOLDEN = Path(__file__).parents[1] / "golden"
 METHODS = [
     *("zero_shot", "lora", "qlora"),
@@ -412,3 +416,67 @@ def test_four_bits_train_in_16_bits_with_the_embedding_on_the_host(tiny, store, 
     losses = [json.loads(line)["loss"] for line in (trained.folder / "curve.jsonl").open()]
     assert len(losses) == 3
     assert losses[-1] < losses[0]
+
+
+def test_the_mismatch_said_of_a_layer_is_that_of_the_calibration_tokens(go, tiny, tmp_path):
+    """Before and after, against the whole second moments of what the layer takes."""
+    result = go("method=emloc_covariance")
+    cell = build(compose([*tiny, "method=emloc_covariance"]))
+    source, layers = (
+        cell.model.open(),
+        json.loads((result.carried.folder / "layers.json").read_text()),
+    )
+    samples = Samples(choose(cell.task.train(), 6, 0), cell.model.max_length)
+    calibrate(tmp_path, source, cell.model.compressed(source), samples, True, device=CPU)
+    trained = read_lora(result.trained.folder / "adapter").pairs
+    for layer, new in read_lora(result.carried.folder / "adapter").pairs.items():
+        known = Statistics.load(tmp_path / f"{block_of(layer)}.safetensors")
+        second = known.of(layer)["input_gram"] / known.tokens
+        gap = cell.emulator.residual(result.emulated.folder, source, layer)
+        left = gap + new.delta.double() - trained[layer].delta.double()
+        for name, miss in (("mismatch_before", gap), ("mismatch_after", left)):
+            energy = float(torch.einsum("ij,jk,ik->", miss, second, miss))
+            assert layers[layer][name] == pytest.approx(energy, rel=1e-4)
+    assert 0 < result.carried.facts["mismatch_left"] < 1
+
+
+def test_under_the_identity_metric_the_mismatch_is_that_of_white_inputs(go, tiny):
+    result = go("method=emloc")
+    cell = build(compose([*tiny, "method=emloc"]))
+    changes = json.loads((result.carried.folder / "layers.json").read_text())
+    for layer, change in changes.items():
+        gap = cell.emulator.residual(result.emulated.folder, cell.model.open(), layer)
+        assert change["mismatch_before"] == pytest.approx(float(gap.square().sum()))
+        assert change["mismatch_after"] == pytest.approx(
+            change["mismatch_before"] - change["removed"]
+        )
+
+
+def test_what_is_trained_in_four_bits_is_scored_as_trained_too(go, tiny):
+    """By the very model of the training, here opened by hand."""
+    plain, result = go("method=lora"), go("method=qlora")
+    assert plain.as_trained is None
+    scores = result.as_trained.facts["scores"]
+    assert scores["loss"] != result.evaluated.facts["scores"]["loss"]
+    cell = build(compose([*tiny, "method=qlora"]))
+    source = cell.model.open()
+    model = cell.emulator.open(result.emulated.folder, source, CPU)
+    model = PeftModel.from_pretrained(model, result.trained.folder / "adapter").eval()
+    encoded = encode_all(source.tokenizer(), cell.task.held_out(64), cell.model.max_length)
+    answers = answer_all(model, encoded, 4, source.tokenizer().pad_token_id)
+    assert summary(answers)["loss"] == pytest.approx(scores["loss"], rel=1e-5)
+
+
+def test_quantising_is_a_gap_that_a_correction_closes(go):
+    """qlora with the correction: what the adapter learnt against rounding is taken out again."""
+    plain = go("method=qlora")
+    result = go("method=qlora", "recovery=correction_covariance")
+    assert result.trained == plain.trained
+    assert result.carried.facts["corrected_layers"] == 14
+    assert 0 < result.carried.facts["mismatch_left"] < 1
+    assert result.evaluated.facts["scores"] != plain.evaluated.facts["scores"]
+
+
+def test_a_training_says_how_long_a_step_took(go):
+    facts = go("method=lora").trained.facts
+    assert 0 < facts["step_seconds"] < facts["seconds"]

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import re
+import sys
 import typing
 from collections.abc import Mapping
 from functools import cache
@@ -89,10 +90,9 @@ def test_every_choice_builds_as_its_yaml_says_with_every_method(method, turn):
     chosen = {g: stems[turn % len(stems)] for g, stems in CHOICES.items() if g != "method"}
     cell = build(compose([f"method={method}", *(f"{g}={stem}" for g, stem in chosen.items())]))
     assert cell.method == method
-    told = OmegaConf.to_container(yaml_of(f"method/{method}")).get("compression", {})
+    told = OmegaConf.to_container(yaml_of(f"method/{method}"))
     for group, stem in chosen.items():
-        preset = told if group == "compression" else {}
-        _check(getattr(cell, group), f"{group}/{stem}", preset)
+        _check(getattr(cell, group), f"{group}/{stem}", told.get(group, {}))
 
 
 @pytest.mark.parametrize("method", CHOICES["method"])
@@ -123,7 +123,9 @@ def _check(built: object, name: str, preset: Mapping[str, object] = MappingProxy
     "path", sorted((DATA / "experiments").glob("*.yaml")), ids=lambda p: p.stem
 )
 def test_every_cell_of_every_experiment_builds(path):
-    params = OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params") or {}
+    compose()  # which registers the experiments
+    known = ConfigStore.instance().repo["experiments"][path.name].node
+    params = OmegaConf.select(known, "hydra.sweeper.params") or {}
     sweeps = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in params.items()])
     for sweep in sweeps:
         for value in sweep.sweep_string_iterator():
@@ -132,6 +134,19 @@ def test_every_cell_of_every_experiment_builds(path):
             assert cell.name == path.stem
             if sweep.get_key_element() == "method":
                 assert cell.method == value
+
+
+def test_a_cell_is_what_its_words_are_on_the_command_line(tmp_path, monkeypatch):
+    """Groups and values, on top of the experiment's own."""
+    words = "method=emloc_covariance compression=r25 emulator.multiple=8 compression.bits=4"
+    text = f"# @package _global_\nname: mine\ntrain: {{steps: 7}}\ncells: {{one: {words}}}\n"
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "mine.yaml").write_text(text)
+    monkeypatch.setattr(sys.modules[compose.__module__], "DATA", tmp_path)
+    chosen = compose(["experiments=mine", "cell=mine/one"])
+    told = compose([*words.split(), "name=mine", "train.steps=7"])
+    assert chosen == told
+    assert compose(["experiments=mine", "cell=mine/one", "compression=r50"]).compression.ratio == 0.5
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("method/")])

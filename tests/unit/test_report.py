@@ -1,5 +1,6 @@
 """Runs on disk, and the table that is made of them: numbers where there are, else words."""
 
+import csv
 import json
 import re
 import subprocess
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 from emloc import provenance as provenance_module
 from emloc.memory import GIB, Peak, process_bytes
 from emloc.provenance import PACKAGES, provenance
-from emloc.report import STAGES, gain_kept, rows_of, table
+from emloc.report import STAGES, gain_kept, rows_of, table, write_csv
 from emloc.runs import Run, find_runs
 
 CHOICES = {"method": "emloc", "model": "tiny", "lora": "r8", "emulator": "svd", "tracker": "none"}
@@ -80,7 +81,7 @@ def test_the_gain_kept_is_the_share_of_loras_gain_over_the_untouched_model(made,
     made("emloc_covariance", 0.75)
     rows = rows_of(folder)
     assert [gain_kept(row, rows) for row in rows] == [0.0, 1.0, 0.75, -0.5, 1.25]
-    assert column(folder, "gain kept") == ["0%", "100%", "75%", "-50%", "125%"]
+    assert column(folder, "gain kept") == ["0.0%", "100.0%", "75.0%", "-50.0%", "125.0%"]
 
 
 @pytest.mark.parametrize("absent", ["zero_shot", "lora"])
@@ -106,7 +107,7 @@ def test_runs_on_other_data_are_no_measure(made, folder, section):
     made("zero_shot", 2.0, **other)
     made("lora", 1.0, **other)
     made("emloc", 1.25)
-    assert column(folder, "gain kept") == ["0%", "100%", "."]
+    assert column(folder, "gain kept") == ["0.0%", "100.0%", "."]
 
 
 @pytest.mark.parametrize("section", ["lora", "train"])
@@ -115,7 +116,7 @@ def test_a_lora_trained_otherwise_is_no_measure_but_the_untouched_model_is(made,
     made("lora", 1.0, **{section: {"value": 1}})
     made("lora", 1.5)
     made("emloc", 1.75)
-    assert column(folder, "gain kept")[1:] == ["100%", "100%", "50%"]
+    assert column(folder, "gain kept")[1:] == ["100.0%", "100.0%", "50.0%"]
 
 
 def test_each_seed_is_measured_by_its_own_lora(made, folder):
@@ -123,8 +124,45 @@ def test_each_seed_is_measured_by_its_own_lora(made, folder):
     for seed, best in ((0, 1.0), (1, 1.5)):
         made("lora", best, seed=seed)
         made("emloc", 1.75, seed=seed)
-    assert column(folder, "gain kept") == ["0%", "100%", "25%", "100%", "50%"]
-    assert column(folder, "seed") == ["0", "0", "0", "1", "1"]
+    rows = rows_of(folder)
+    assert [gain_kept(row, rows) for row in rows] == [0.0, 1.0, 0.25, 1.0, 0.5]
+
+
+def test_seeds_are_one_line_of_mean_and_spread(made, folder):
+    made("zero_shot", 2.0)
+    for seed, best in ((0, 1.0), (1, 1.5)):
+        made("lora", best, seed=seed)
+        made("emloc", 1.75, seed=seed)
+    assert column(folder, "seeds") == ["0", "0 1", "0 1"]
+    assert column(folder, "loss") == ["2.000", "1.250 ± 0.354", "1.750 ± 0.000"]
+    assert column(folder, "gain kept") == ["0.0%", "100.0% ± 0.0%", "37.5% ± 17.7%"]
+    assert column(folder, "train s") == [".", "13", "13"]
+    assert "±: standard deviation over seeds" in table(folder)
+
+
+def test_a_seed_that_failed_is_a_line_of_its_own_and_so_is_a_seed_run_twice(made, folder):
+    made("emloc", 1.0)
+    made("emloc", seed=1).mark("failed", stage="train", error="?")
+    made("emloc", 1.5, seed=2)
+    made("emloc", 1.25, seed=2)
+    assert column(folder, "seeds") == ["0 2", "1", "2"]
+    assert column(folder, "exact_match") == ["0.250 ± 0.000", "failed(train)", "0.250"]
+
+
+def test_what_scored_as_trained_says_so_beside_what_was_carried(made, folder):
+    made("lora", 1.0)
+    four = made("qlora", 1.25)
+    four.finish(four.metrics | {"scores_as_trained": {"loss": 1.5}, "step_seconds": 0.1234})
+    assert column(folder, "loss as trained") == [".", "1.500"]
+    assert column(folder, "step s") == [".", "0.123"]
+
+
+def test_the_table_is_written_as_csv_too(made, folder, tmp_path):
+    made("emloc", 1.5)
+    made("zero_shot", 2.0)
+    write_csv(folder, tmp_path / "table.csv")
+    with (tmp_path / "table.csv").open(newline="") as file:
+        assert list(csv.DictReader(file)) == lines(folder)
 
 
 # The table ---------------------------------------------------------------------------------------
@@ -141,6 +179,7 @@ def test_a_line_of_the_table(made, folder):
         "gain kept": ".",
         "through MB": "123",
         "train GiB": "1.23",
+        "step s": ".",
         **{f"{stage} s": "." for stage in STAGES},
         "emulate s": "1",
         "train s": "13",

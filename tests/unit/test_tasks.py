@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from emloc.errors import ConfigError
+from emloc.tasks.generic import pieces
 from emloc.tasks.mathqa import LETTERS, MathQA, options
 from emloc.tasks.text import TextTask
 
@@ -346,3 +347,11 @@ def test_prompts_are_those_of_lm_eval(name):
         assert task.target == own["doc_to_target"]
     else:
         assert isinstance(task, MathQA)
+
+
+def test_running_text_is_put_together_to_pieces_of_some_length():
+    texts = ["a" * 4000, "", "b" * 1999, "c\n", "d" * 6000, "left over"]
+    found = list(pieces(texts))
+    assert [(one.id, one.prompt) for one in found] == [("0", ""), ("4", "")]
+    assert found[0].target == "a" * 4000 + "b" * 1999 + "c"
+    assert found[1].target == "d" * 6000
