@@ -173,7 +173,7 @@ def _line(group: Sequence[Row], rows: Sequence[Row], varying: Sequence[str]) -> 
     first = group[0]
     line = {"method": first.method} | {name: _value(first, name) for name in varying}
     if len({one.config["seed"] for one in rows}) > 1:
-        line["seeds"] = " ".join(str(row.config["seed"]) for row in group)
+        line["seeds"] = " ".join(str(seed) for seed in sorted(row.config["seed"] for row in group))
     metric = _metric_name(rows)
     if first.state["state"] != DONE:
         return line | {metric: _word(first.state)}

@@ -121,9 +121,14 @@ def fitting(cell: Cell, source: Source, work: Work) -> Compression:
     Of a model that is trained through whole the larger bits; else as `fitting_emulator`.
 
     Raises:
-        ConfigError: there is no budget, or nothing fits it.
+        ConfigError: there is no budget, nothing fits it, or the emulator is one that no plan knows.
     """
     room(cell)  # a missing budget is found out before anything is counted
+    if type(cell.emulator) not in (Full, Svd):
+        raise ConfigError(
+            "compression=auto is solved for emulator=svd and emulator=full; with others "
+            "set compression=r50"
+        )
     whole = scheme_of(cell, source, None, 16)
     if isinstance(cell.emulator, Full):
         return _fitting_whole(cell, whole, work)
