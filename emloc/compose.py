@@ -52,7 +52,7 @@ def _preset(overrides: Sequence[str]) -> DictConfig:
         [f"{key}={value}" for key, value in pairs if not (CONF / key).is_dir()]
     )
     defaults = [{key: value} for key, value in groups.items()]
-    return OmegaConf.create({"defaults": [*defaults, "_self_"], **values})  # type: ignore[dict-item]
+    return OmegaConf.create({"defaults": [*defaults, "_self_"], **values})
 
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:

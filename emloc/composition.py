@@ -32,6 +32,12 @@ def fit_together(
             "has factors in its place; set adapter=lora, or emulator=full",
         ),
         (
+            not adapter.linear and not emulator.same_shapes,
+            "emulator={emulator} trains layers smaller than the original's, and only an update "
+            "s B A can be enlarged, which adapter={adapter}'s is not; set adapter=lora, or "
+            "emulator=full",
+        ),
+        (
             not adapter.linear and recovery.reads_pairs,
             "recovery={recovery} changes the matrices of an update s B A, and adapter={adapter}'s "
             "update is none; set recovery=none, or adapter=lora",
@@ -50,6 +56,11 @@ def fit_together(
             emulator.recomputes and not recipe.checkpointing,
             "emulator={emulator} has a layer's weights only while they are multiplied, so that the "
             "backward pass has to compute them again; set train.checkpointing=true",
+        ),
+        (
+            recipe.host_activations and not adapter.linear,
+            "train.host_activations=true is of the lean training, and adapter={adapter} computes "
+            "more than its two products; set train.host_activations=false, or adapter=lora",
         ),
     ):
         if wrong:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from hydra.utils import get_class
@@ -76,8 +76,21 @@ def _value(cfg: DictConfig, name: str) -> Any:
 def part(node: DictConfig) -> Any:
     """The object of the class a part's `_target_` names, its keys checked against the fields.
 
-    A section without `_target_` is of the class its schema says.
+    A section without `_target_` is of the class its schema says. A mapping of parts becomes one of
+    objects.
     """
     cls = get_class(node._target_) if "_target_" in node else OmegaConf.get_type(node)
     values = {key: value for key, value in node.items() if key != "_target_"}
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
+    parts = {
+        str(key): {name: part(one) for name, one in value.items()}
+        for key, value in values.items()
+        if isinstance(value, DictConfig) and any(_is_part(one) for one in value.values())
+    }
+    # Objects cannot be merged into a schema, but the keys they stand under are checked by it.
+    plain = values | {key: {} for key in parts}
+    made: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), plain))
+    return replace(made, **parts)
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, DictConfig) and "_target_" in value

@@ -5,14 +5,17 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
 from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from tqdm import tqdm
 
-from emloc.adapters.saved import SavedLora, read_lora
+from emloc.adapters.saved import SavedLora, read_adapter
 from emloc.config import part
 from emloc.errors import ConfigError
+from emloc.settings import Compression
 from emloc.source import Source
 from emloc.weights import Safetensors, parameter_name
 
@@ -27,13 +30,15 @@ def merge_run(run: Path, target: Path) -> Path:
         raise ConfigError(f"{run} is no run folder; give one such as runs/demo/<run>")
     if not (run / "adapter").exists():
         raise ConfigError(f"{run} has no adapter: its method trains none, or it is not done")
-    source = part(OmegaConf.load(run / "config.yaml").model).open()
-    return merge(source, read_lora(run / "adapter"), target)
+    cfg = OmegaConf.load(run / "config.yaml")
+    made_for = part(cfg.emulator).model(part(cfg.model), Compression(**cfg.compression))
+    return merge(made_for.open(), read_adapter(run / "adapter"), target)
 
 
 def merge(source: Source, adapter: SavedLora, target: Path) -> Path:
     """Write `source` with `W + s B A` in place of each adapted weight, in the source's own files.
 
+    Where the adapter has a magnitude (DoRA), each row is scaled to have it as its norm.
     Sums are float32 and rounded once to the dtype of the weight.
 
     Raises:
@@ -61,10 +66,17 @@ def merge(source: Source, adapter: SavedLora, target: Path) -> Path:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata()
         for name, weight in tensors.items():
-            pair = adapter.pairs.get(parameter_name(name).removesuffix(".weight"))
-            if pair is not None:
-                delta = pair.scale * (pair.b.float() @ pair.a.float())
-                tensors[name] = (weight.float() + delta).to(weight.dtype)
+            layer = parameter_name(name).removesuffix(".weight")
+            if layer in adapter.pairs:
+                tensors[name] = _merged(weight, adapter, layer)
         save_file(tensors, draft / shard.name, metadata=metadata)
     draft.rename(target)
     return target
+
+
+def _merged(weight: Tensor, adapter: SavedLora, layer: str) -> Tensor:
+    pair, magnitude = adapter.pairs[layer], adapter.magnitudes.get(layer)
+    total = weight.float() + pair.scale * (pair.b.float() @ pair.a.float())
+    if magnitude is not None:
+        total *= (magnitude.float() / torch.linalg.vector_norm(total, dim=1))[:, None]
+    return total.to(weight.dtype)

@@ -10,7 +10,7 @@ from typing import Any
 
 from emloc.errors import ConfigError
 from emloc.examples import Examples
-from emloc.models.text import batches, encode_all
+from emloc.models.text import batches, by_length, collate, encode_all
 from emloc.source import Source
 from emloc.walk import Batch
 
@@ -42,6 +42,15 @@ class Samples:
         tokenizer = source.tokenizer()
         encoded = encode_all(tokenizer, self.examples, self.max_length)
         return batches(encoded, BATCH, tokenizer.pad_token_id)
+
+    def learnt(self, source: Source) -> Sequence[Batch]:
+        """The same with `labels`, of the answers alone, as they are trained on."""
+        tokenizer = source.tokenizer()
+        encoded = encode_all(tokenizer, self.examples, self.max_length)
+        return [
+            collate([encoded[index] for index in group], tokenizer.pad_token_id)
+            for group in by_length(encoded, BATCH)
+        ]
 
 
 def choose(pool: Examples, count: int, seed: int) -> Examples:

@@ -153,9 +153,17 @@ class Block:
 
     def look(self, after: After) -> None:
         """Run the block on every batch and stay in front of it; what comes out is forgotten."""
+        for mask in self.looks():
+            after(mask)
+
+    def looks(self) -> Iterator[Tensor | None]:
+        """`look`, a batch at a time: yields its mask, and goes on when it is asked for the next.
+
+        So that two models can look at the same batch before either goes on.
+        """
         for one in self._passes:
             one.look(self.module)
-            after(one.mask)
+            yield one.mask
             one.park()
 
     def run(self, after: After) -> None:

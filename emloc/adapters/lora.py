@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
@@ -20,6 +23,7 @@ class Lora(Adapter):
     """`W x + (alpha / rank) B A x` on every targeted linear; A random, B zero at the start."""
 
     trains = True
+    variant: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # what PEFT is told beside the size
 
     def attach(self, model: PreTrainedModel, lora: LoraSettings, targets: str) -> PeftModel:
         """PEFT's own LoRA model; factorised layers are linears to it like any other."""
@@ -30,6 +34,7 @@ class Lora(Adapter):
             target_modules=targets,
             bias="none",
             task_type="CAUSAL_LM",
+            **self.variant,
         )
         return get_peft_model(model, config)
 

@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,21 @@ CARRIED = "carried.json"
 _CHANGES_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB])\.weight")
+_MAGNITUDE = ".lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
 class SavedLora:
-    """Layer name -> pair, with PEFT's configuration and how it was carried (None: as trained)."""
+    """Layer name -> pair, with PEFT's configuration and how it was carried (None: as trained).
+
+    A DoRA has a magnitude (out,) for each layer as well: the norms of the rows of `W + s B A` are
+    set to it.
+    """
 
     pairs: dict[str, Pair]
     config: dict[str, Any]
     carried: dict[str, Any] | None = None
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
 
     def map(self, change: Callable[[str, Pair], Pair], carried: dict[str, Any]) -> SavedLora:
         """The adapter with every pair changed, marked as carried.
@@ -51,7 +57,7 @@ class SavedLora:
                 "give the one that was trained (adapter_trained)"
             )
         pairs = {layer: change(layer, pair) for layer, pair in self.pairs.items()}
-        return SavedLora(pairs, self.config, carried)
+        return replace(self, pairs=pairs, carried=carried)
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that `PeftModel.from_pretrained` loads on the original model."""
@@ -61,6 +67,8 @@ class SavedLora:
         for layer, pair in self.pairs.items():
             tensors[f"base_model.model.{layer}.lora_A.weight"] = pair.a.contiguous()
             tensors[f"base_model.model.{layer}.lora_B.weight"] = pair.b.contiguous()
+        for layer, magnitude in self.magnitudes.items():
+            tensors[f"base_model.model.{layer}{_MAGNITUDE}"] = magnitude
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(self.config, indent=2))
         if self.carried is not None:
@@ -73,6 +81,20 @@ def read_lora(folder: Path) -> SavedLora:
     Raises:
         ConfigError: it is none, or holds more than plain LoRA matrices.
     """
+    found = read_adapter(folder)
+    for layer in found.magnitudes:
+        raise ConfigError(
+            f"{folder}: {layer}{_MAGNITUDE} is no LoRA matrix; only plain LoRA can be carried"
+        )
+    return found
+
+
+def read_adapter(folder: Path) -> SavedLora:
+    """Read a PEFT folder of a LoRA or a DoRA.
+
+    Raises:
+        ConfigError: it is none, or holds more than their tensors.
+    """
     if not (folder / WEIGHTS).exists():
         raise ConfigError(f"{folder}: no {WEIGHTS} there; it is no adapter folder")
     config = json.loads((folder / CONFIG).read_text())
@@ -83,7 +105,11 @@ def read_lora(folder: Path) -> SavedLora:
             "only plain LoRA can be carried"
         )
     parts: dict[str, dict[str, Tensor]] = {}
+    magnitudes = {}
     for key, tensor in load_file(folder / WEIGHTS).items():
+        if key.endswith(_MAGNITUDE):
+            magnitudes[key.removeprefix("base_model.model.").removesuffix(_MAGNITUDE)] = tensor
+            continue
         match = _KEY.fullmatch(key)
         if match is None:
             raise ConfigError(f"{folder}: {key} is no LoRA matrix; only plain LoRA can be carried")
@@ -92,7 +118,8 @@ def read_lora(folder: Path) -> SavedLora:
         layer: Pair(found["A"], found["B"], _scale(config, layer)) for layer, found in parts.items()
     }
     carried = folder / CARRIED
-    return SavedLora(pairs, config, json.loads(carried.read_text()) if carried.exists() else None)
+    how = json.loads(carried.read_text()) if carried.exists() else None
+    return SavedLora(pairs, config, how, magnitudes)
 
 
 def lora_of(model: nn.Module) -> SavedLora:

@@ -14,6 +14,7 @@ import torch
 from emloc.bench.capped import capped
 from emloc.bench.factorise import factorise
 from emloc.bench.host import host_memory
+from emloc.bench.offload import offload
 from emloc.bench.rows import Row, merge, note, read, table
 from emloc.bench.training import Target, training
 from emloc.errors import ConfigError
@@ -42,6 +43,7 @@ WORKS: dict[str, Callable[[], Iterator[Row]]] = {
     "cap24_38b": partial(capped, "cap24_38b", M38, 0.2, 16, 24),
     "cap12_38b_nf4": partial(capped, "cap12_38b_nf4", M38, 0.2, 4, 12),
     "cap24_78b_nf4": partial(capped, "cap24_78b_nf4", M78, 0.2, 4, 24),
+    "offload_8b": partial(offload, "offload_8b", M8),
     "host_memory": partial(host_memory, "host_memory", "llama3_8b"),
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -42,6 +42,7 @@ class Measured:
     peak: Figure  # 10^9 bytes allocated at most
     reserved: Figure  # 10^9 bytes taken from the device at most
     step: Figure  # seconds, the median
+    losses: tuple[float, ...] = ()  # of each step, where they were asked for
 
 
 # What is measured of a training that the device, or what it may use of it, is too small for.
@@ -86,7 +87,7 @@ def training(
     setting = Setting(model, (f"train.steps={STEPS}",))
     thin: Opener = partial(factorized, ratio=ratio)
     thin_nf4: Opener = partial(packed, ratio=ratio)
-    lora, qlora = (tried(partial(_peer, setting, peer)) for peer in (whole, quantized))
+    lora, qlora = (tried(partial(scripted, setting, peer)) for peer in (whole, quantized))
     for name, opener, target in zip(names, (thin, thin_nf4), targets, strict=False):
         # On a device no larger than the target; the peers had all of it.
         stay_within(setting.device, target.gb * 1e9 / GIB)
@@ -136,6 +137,12 @@ def fitted(setting: Setting, opener: Opener) -> Measured:
     device = setting.device
     fresh(device)
     ends: list[float] = []
+    losses: list[float] = []
+
+    def follow(step: int, values: dict[str, float]) -> None:
+        ends.append(now(device))
+        losses.append(values["loss"])
+
     made = [setting.learnt(seed) for seed in range(STEPS)]  # not on the clock
     with tempfile.TemporaryDirectory() as folder:
         fit_rows(
@@ -145,12 +152,12 @@ def fitted(setting: Setting, opener: Opener) -> Measured:
             setting.rows(),
             lambda some: dict(made[some[0]["seed"]]),
             device=device,
-            report=lambda step, values: ends.append(now(device)),
+            report=follow,
         )
-    return _measured(ends, device)
+    return of_steps(ends, device, tuple(losses))
 
 
-def _peer(setting: Setting, opener: Opener) -> Measured:
+def scripted(setting: Setting, opener: Opener) -> Measured:
     """The same training by an ordinary script."""
     cell, device = setting.cell, setting.device
     fresh(device)
@@ -193,13 +200,15 @@ def _peer(setting: Setting, opener: Opener) -> Measured:
             data_collator=whole_labels,
             callbacks=[Clock()],
         ).train()
-    return _measured(ends, device)
+    return of_steps(ends, device)
 
 
-def _measured(ends: list[float], device: torch.device) -> Measured:
-    """`ends`: when each step was over."""
+def of_steps(
+    ends: Sequence[float], device: torch.device, losses: tuple[float, ...] = ()
+) -> Measured:
+    """What was measured since `fresh`, of a training that is over; `ends`: of each step."""
     steps = [after - before for before, after in pairwise(ends[WARM - 1 :])]
-    found = Measured(peak_gb(device), reserved_gb(device), statistics.median(steps))
+    found = Measured(peak_gb(device), reserved_gb(device), statistics.median(steps), losses)
     fresh(device)
     return found
 

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from emloc.calibrate import linears_of
 from emloc.emulators import Ranks
+from emloc.linalg.allocate import spectrum
 from emloc.linalg.factorize import Factors, eigen, refit, rounded, whiten
 from emloc.linalg.gram import cross, gram, product
 from emloc.linalg.subspace import subspace
@@ -53,32 +55,63 @@ def factorize(
     found = {}
     for layer, weight in weights.items():
         start = time.perf_counter()
-        grams = {} if statistics is None else statistics.of(layer)
-        grams = {kind: total.to(weight.device) for kind, total in grams.items()}
-        factors, v = _factors(weight, ranks[layer], grams, algorithm), None
-        if bits == 4:
-            # The paper's own chain solves nothing again.
-            solves = algorithm != "whiten" and "output_gram" not in grams
-            factors, v = _quantized(factors, weight, grams.get("input_gram"), solves)
+        grams = _grams(layer, weight, statistics)
+        factors, v = reduced(weight, ranks[layer], grams, algorithm, bits, weight.dtype)
         found[layer] = Factored(factors, time.perf_counter() - start, v)
     return found
 
 
-def _factors(weight: Tensor, rank: int, grams: dict[str, Tensor], algorithm: str) -> Factors:
+def reduced(
+    target: Tensor,
+    rank: int,
+    grams: Mapping[str, Tensor],
+    algorithm: str,
+    bits: int,
+    dtype: torch.dtype,
+) -> tuple[Factors, Nf4 | None]:
+    """The factors of one matrix (out, in), as `Factored` has them, and v in nf4.
+
+    Args:
+        target: what they stand for, be it the layer's weight or not.
+        rank: k.
+        grams: `input_gram`, `output_gram` or none, on the target's device.
+        algorithm: eigen, subspace or whiten.
+        bits: of a kept number.
+        dtype: of the factors.
+    """
     if algorithm == "whiten":
-        return whiten(weight, rank, grams["input_gram"], dtype=weight.dtype)
-    solve = {"eigen": eigen, "subspace": subspace}[algorithm]
-    return solve(weight, rank, **grams, dtype=weight.dtype)
+        factors = whiten(target, rank, grams["input_gram"], dtype=dtype)
+    else:
+        solve = {"eigen": eigen, "subspace": subspace}[algorithm]
+        factors = solve(target, rank, **grams, dtype=dtype)
+    if bits != 4:
+        return factors, None
+    # The paper's own chain solves nothing again.
+    solves = algorithm != "whiten" and "output_gram" not in grams
+    return _quantized(factors, target, grams.get("input_gram"), solves)
+
+
+def spectra(weights: Mapping[str, Tensor], statistics: Statistics | None) -> dict[str, Tensor]:
+    """Layer -> output energy of every direction (min(m, n),), descending, in host memory."""
+    return {
+        layer: spectrum(weight, **_grams(layer, weight, statistics)).cpu()
+        for layer, weight in weights.items()
+    }
+
+
+def _grams(layer: str, weight: Tensor, statistics: Statistics | None) -> dict[str, Tensor]:
+    grams = {} if statistics is None else statistics.of(layer)
+    return {kind: total.to(weight.device) for kind, total in grams.items()}
 
 
 def _quantized(
-    factors: Factors, weight: Tensor, input_gram: Tensor | None, solves: bool
+    factors: Factors, target: Tensor, input_gram: Tensor | None, solves: bool
 ) -> tuple[Factors, Nf4]:
     """The factors with v as nf4 leaves it, and u solved again against that."""
     quantized = Nf4.quantize(factors.v)
     u, v = factors.u, quantized.dequantize()
     if solves:
-        u = rounded(weight.detach().double(), u, v, input_gram).to(u.dtype)
+        u = rounded(target.detach().double(), u, v, input_gram).to(u.dtype)
     return replace(factors, u=u, v=v), quantized
 
 

@@ -27,7 +27,7 @@ def uniform_ranks(source: Source, layers: Layers, budget: Compression, multiple:
     """
     share = solved(budget.ratio)
     if budget.of == "model":
-        share = _share_of_linears(source, layers, share)
+        share = share_of_linears(source, layers, share)
     try:
         return ranks_at(share, layers, multiple)
     except ConfigError as error:
@@ -60,7 +60,12 @@ def ranks_at(share: float, layers: Layers, multiple: int) -> Ranks:
     return ranks
 
 
-def _share_of_linears(source: Source, layers: Layers, ratio: float) -> float:
+def share_of_linears(source: Source, layers: Layers, ratio: float) -> float:
+    """The share of `layers` that leaves `ratio` of the whole model.
+
+    Raises:
+        ConfigError: the rest alone is more, or nothing would be left out.
+    """
     total = sum(source.sizes.values())
     linears = sum(rows * columns for rows, columns in layers.values())
     rest = total - linears
@@ -82,13 +87,14 @@ def factors_of(source: Source, ranks: Ranks) -> Held:
     }
 
 
-def size_facts(source: Source, held: Held, bits: int) -> dict[str, Any]:
+def size_facts(source: Source, held: Held, bits: int, gone: int = 0) -> dict[str, Any]:
     """Parameters and bytes of the model that is trained through, and both shares kept.
 
     Args:
         source: the original.
         held: what stands in for the layers that are not as they were.
         bits: of each number of these: 16 for those of the model's dtype, 4 for nf4.
+        gone: parameters beside these layers' weights that the model trained through has not.
     """
     size = source.dtype.itemsize
     total = sum(source.sizes.values())
@@ -97,10 +103,10 @@ def size_facts(source: Source, held: Held, bits: int) -> dict[str, Any]:
     after = sum(rows * columns for rows, columns in matrices)
     packed = sum(nf4_bytes(rows, columns) for rows, columns in matrices)
     own = packed if bits == 4 else after * size
-    kept = total - before + after
+    kept = total - before + after - gone
     return {
         "parameters": kept,
-        "bytes": (total - before) * size + own,
+        "bytes": (total - before - gone) * size + own,
         "bits": bits,
         "share_of_linears": round(after / before, 4) if before else 1.0,
         "share_of_model": round(kept / total, 4),

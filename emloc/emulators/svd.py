@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from emloc.calibrate import Layers, linears_of, observe
+from emloc.calibrate import Layers, observe
 from emloc.emulators import Emulator, Given, Ranks
-from emloc.emulators.factors import Factored, factorize, refine
+from emloc.emulators.factors import Factored, factorize, refine, spectra
+from emloc.emulators.sequential import Both, fit, lock_step
 from emloc.emulators.size import factors_of, size_facts, uniform_ranks
 from emloc.emulators.stored import facts_of, load_factors, save_factors
+from emloc.emulators.visits import visits, weights_of
 from emloc.errors import ConfigError
 from emloc.journal import Journal
+from emloc.linalg.allocate import greedy
 from emloc.settings import Compression
+from emloc.shard import write_shard
 from emloc.source import CPU, Source
 from emloc.statistics import Statistics
-from emloc.walk import Block, block_of, by_block, open_walk
+from emloc.walk import Block, block_of, by_block
 
 ALGORITHMS = ("subspace", "eigen", "whiten")
+ALLOCATIONS = ("uniform", "greedy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +41,8 @@ class Svd(Emulator):
     algorithm: str  # subspace: products only; eigen: one decomposition; whiten: the paper's chain
     aware: bool  # weigh by the calibration activations; false: plain truncated SVD of the weight
     multiple: int  # ranks are rounded down to a multiple of this
+    sequential: bool  # fit each layer to what the layers compressed before it give it
+    allocation: str  # uniform: the same share of every layer; greedy: where it loses the least
 
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
@@ -46,6 +54,21 @@ class Svd(Emulator):
             raise ConfigError(
                 "emulator.aware=false leaves nothing to whiten; set emulator.algorithm=eigen"
             )
+        if self.allocation not in ALLOCATIONS:
+            raise ConfigError(
+                f"emulator.allocation={self.allocation}: one of {', '.join(ALLOCATIONS)}; "
+                "set emulator.allocation=uniform"
+            )
+        if self.sequential and not self.aware:
+            raise ConfigError(
+                "emulator.sequential=true fits to activations, which emulator.aware=false leaves "
+                "out; set emulator.sequential=false"
+            )
+        if self.sequential and self.algorithm == "whiten":
+            raise ConfigError(
+                "emulator.sequential=true is no part of the paper's chain; "
+                "set emulator.algorithm=eigen, or emulator.sequential=false"
+            )
         if self.multiple < 1:
             raise ConfigError(
                 f"emulator.multiple must be at least 1, got {self.multiple}; "
@@ -53,7 +76,7 @@ class Svd(Emulator):
             )
 
     def plan(self, source: Source, layers: Layers, budget: Compression) -> Ranks:
-        """The same share of every layer."""
+        """The same share of every layer: greedy ranks, found in building, take no more in all."""
         return uniform_ranks(source, layers, budget, self.multiple)
 
     keeps_weights = False
@@ -65,8 +88,11 @@ class Svd(Emulator):
 
     @property
     def statistics(self) -> str | None:
-        """The paper's chain needs the input Gram of every layer."""
-        if not self.aware:
+        """The paper's chain needs the input Gram of every layer; block after block takes its own.
+
+        Greedy ranks are of the original's.
+        """
+        if not self.aware or (self.sequential and self.allocation == "uniform"):
             return None
         return "input" if self.algorithm == "whiten" else "smaller"
 
@@ -81,10 +107,14 @@ class Svd(Emulator):
     ) -> dict[str, Any]:
         """Write one file of factors per block; blocks already there are not computed again.
 
-        One block's weights are in memory at a time. Without statistics they are taken on the way,
-        block by block, and not kept. `journal.jsonl` gets a line for every block that is done;
-        `layers.json` in the end holds each layer's rank, energy kept and seconds.
+        One block's weights are in memory at a time, in both models where it is `sequential`.
+        Without statistics they are taken on the way, block by block, and not kept.
+        `journal.jsonl` gets a line for every block that is done; `layers.json` in the end holds
+        each layer's rank, energy kept and seconds; `spectra.safetensors`, what greedy ranks are
+        chosen by.
         """
+        if self.allocation == "greedy":
+            given = replace(given, plan=self._greedy(folder, source, given, device, host_bytes))
         ranks, statistics = given.plan, given.statistics
         assert ranks is not None
         blocks = by_block(ranks)
@@ -92,19 +122,19 @@ class Svd(Emulator):
         again = bool(statistics and statistics.facts["outputs"]) and self.algorithm != "whiten"
         journal = Journal(folder)
         table: dict[str, Any] = {}
-        run: Iterable[tuple[str, Block | None]] = ((name, None) for name in blocks)
-        if given.samples is not None and (again or statistics is None):
+        run: Iterable[tuple[str, Block | Both | None]]
+        if self.sequential:
+            assert given.samples is not None
             batches = given.samples.batches(source)
-            walked = open_walk(
-                source, batches, list(blocks), device, host_bytes=host_bytes, folder=folder
-            )
-            run = ((block.name, block) for block in walked)
+            run = lock_step(source, batches, blocks, journal.file, device, host_bytes, folder)
+        else:
+            samples = given.samples if again or statistics is None else None
+            run = visits(source, samples, list(blocks), device, host_bytes, folder)
         for name, block in tqdm(run, "emulate", total=len(blocks), unit="block"):
             path = journal.file(name)
             if not path.exists():
-                known = Statistics.load(statistics.folder / path.name) if statistics else None
                 # Nothing of it is held but the file, when the next block is read.
-                save_factors(self._factors(source, block, blocks[name], given, known, device), path)
+                save_factors(self._factors(source, name, block, blocks[name], given, device), path)
             found = facts_of(path)
             if name not in journal.lines:
                 seconds = round(sum(layer["seconds"] for layer in found.values()), 4)
@@ -117,21 +147,54 @@ class Svd(Emulator):
     def _factors(
         self,
         source: Source,
-        block: Block | None,
+        name: str,
+        block: Block | Both | None,
         layers: list[str],
         given: Given,
-        known: Statistics | None,
         device: torch.device,
     ) -> dict[str, Factored]:
         assert given.plan is not None
-        if block is not None and known is None:
-            known = observe(block, layers, self.statistics == "input", stay=True)
-        weights = _weights(source, block, layers, device)
+        if isinstance(block, Both):
+            return fit(block, layers, given.plan, self.algorithm, given.bits)
+        known = self._known(name, block, layers, given)
+        weights = weights_of(source, block, layers, device)
         found = factorize(weights, given.plan, known, self.algorithm, given.bits)
         if block is None or known is None:
             return found
         again = [layer for layer in layers if layer in known.outputs]
         return refine(block, found, again) if self.algorithm != "whiten" else found
+
+    def _known(
+        self, name: str, block: Block | None, layers: list[str], given: Given
+    ) -> Statistics | None:
+        """Second moments of the block: written ones, or those it gives when it is looked at."""
+        if given.statistics is not None:
+            return Statistics.load(given.statistics.folder / f"{name}.safetensors")
+        if block is None:
+            return None
+        return observe(block, layers, self.statistics == "input", stay=True)
+
+    def _greedy(
+        self,
+        folder: Path,
+        source: Source,
+        given: Given,
+        device: torch.device,
+        host_bytes: int | None,
+    ) -> Ranks:
+        """The ranks that lose the least for the parameters planned, by the original's spectra."""
+        assert given.plan is not None
+        blocks, path = by_block(given.plan), folder / "spectra.safetensors"
+        if not path.exists():
+            samples = given.samples if given.statistics is None else None
+            run = visits(source, samples, list(blocks), device, host_bytes, folder)
+            found: dict[str, Tensor] = {}
+            for name, block in tqdm(run, "spectra", total=len(blocks), unit="block"):
+                known = self._known(name, block, blocks[name], given)
+                found |= spectra(weights_of(source, block, blocks[name], device), known)
+            write_shard(path, found, {})
+        shapes = {layer: source.linears[layer] for layer in given.plan}
+        return greedy(load_file(path), shapes, given.plan, self.multiple)
 
     def open(self, folder: Path, source: Source, device: torch.device) -> PreTrainedModel:
         """The original with its compressed layers replaced by their factors."""
@@ -151,12 +214,3 @@ class Svd(Emulator):
         path = folder / f"{block_of(layer)}.safetensors"
         found = load_factors(path, {layer: None}, device)
         return source.weight(layer, device).double().sub_(found[layer].product())
-
-
-def _weights(
-    source: Source, block: Block | None, layers: Iterable[str], device: torch.device
-) -> dict[str, Tensor]:
-    """The block's weights: those of the block about to be run, where there is one."""
-    if block is not None:
-        return {layer: one.weight for layer, one in linears_of(block, layers).items()}
-    return {layer: source.weight(layer, device) for layer in layers}

@@ -93,14 +93,8 @@ def eigen(
     check(weight, rank, input_gram, output_gram)
     w = weight.detach().double()
     gram = None if input_gram is None else input_gram.double()
-    # A tall W acts within its own column space, so work there: the decomposition is n x n.
-    basis, core = torch.linalg.qr(w) if w.shape[0] > w.shape[1] else (None, w)
-    if output_gram is not None:
-        outputs = output_gram.double()
-        energy = outputs if basis is None else basis.T @ outputs @ basis
-    else:
-        energy = core @ core.T if gram is None else core @ gram @ core.T
-    values, vectors = torch.linalg.eigh((energy + energy.T) / 2)
+    basis, core, energy = energies(w, gram, output_gram)
+    values, vectors = torch.linalg.eigh(energy)
     values, vectors = values.flip(0), vectors.flip(1)
     seen = int(supported(values)[:rank].sum())
     left = _filled(core, vectors, rank, seen)
@@ -110,6 +104,23 @@ def eigen(
         u = rounded(w, u, v, gram)
     spectrum = values.clamp(min=0)
     return Factors(u.to(dtype), v, _share(spectrum, rank), spectrum, seen, "eigen")
+
+
+def energies(
+    w: Tensor, gram: Tensor | None, output_gram: Tensor | None
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """W = Q R and the energy matrix R C R^T: Q or None for I, R, and that (min(m, n),) * 2.
+
+    Takes what `eigen` does, in float64.
+    """
+    # A tall W acts within its own column space, so work there: the decomposition is n x n.
+    basis, core = torch.linalg.qr(w) if w.shape[0] > w.shape[1] else (None, w)
+    if output_gram is not None:
+        outputs = output_gram.double()
+        energy = outputs if basis is None else basis.T @ outputs @ basis
+    else:
+        energy = core @ core.T if gram is None else core @ gram @ core.T
+    return basis, core, (energy + energy.T) / 2
 
 
 def rounded(w: Tensor, u0: Tensor, v: Tensor, input_gram: Tensor | None) -> Tensor:

@@ -38,6 +38,8 @@ class Checkpointed:
     lora_targets: str  # regular expression on the full name of a linear layer
     emulator_targets: str  # likewise: what the emulator compresses
     excluded: dict[str, str] = field(default_factory=dict)  # exceptions to it: pattern -> reason
+    # Smaller checkpoints of the family, by the share of this one they are: r50, r25.
+    siblings: dict[str, Checkpointed] = field(default_factory=dict)
     # The transformers configuration, model_type included, where there is no checkpoint to ask.
     shape: dict[str, Any] = field(default_factory=dict)
 

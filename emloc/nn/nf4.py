@@ -32,6 +32,7 @@ from bitsandbytes.functional import (  # noqa: E402
 
 BLOCK = 64  # numbers that share a scale
 GROUP = 256  # scales that share a scale
+PARTS = ("codes", "absmax", "scales")  # the tensors of a matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,15 @@ class Nf4:
         )
         scales = torch.cat([state.offset.reshape(1), state.state2.absmax])
         return Nf4(codes, state.absmax, scales, (rows, columns), matrix.dtype)
+
+    @staticmethod
+    def nowhere(rows: int, columns: int, dtype: torch.dtype) -> Nf4:
+        """A matrix of that shape on the meta device, without numbers."""
+        blocks = -(-rows * columns // BLOCK)
+        there = torch.empty(0, dtype=torch.uint8, device="meta")
+        codes, absmax = there.new_empty(blocks * BLOCK // 2, 1), there.new_empty(blocks)
+        scales = there.new_empty(1 + -(-blocks // GROUP), dtype=torch.float32)
+        return Nf4(codes, absmax, scales, (rows, columns), dtype)
 
     def dequantize(self, out: Tensor | None = None) -> Tensor:
         """The matrix (rows, columns), in `out` if given: contiguous, of this shape and dtype.
@@ -120,12 +130,12 @@ class Nf4:
             KeyError: a part is missing.
         """
         like = mapping[f"{prefix}.like"]
-        codes, absmax, scales = (mapping[f"{prefix}.{n}"] for n in ("codes", "absmax", "scales"))
+        codes, absmax, scales = (mapping[f"{prefix}.{part}"] for part in PARTS)
         return Nf4(codes, absmax, scales, (like.shape[0], like.shape[1]), like.dtype)
 
     def to(self, device: torch.device) -> Nf4:
         """The same on `device`."""
-        moved = {name: getattr(self, name).to(device) for name in ("codes", "absmax", "scales")}
+        moved = {name: getattr(self, name).to(device) for name in PARTS}
         return replace(self, **moved)
 
     @property
@@ -201,14 +211,16 @@ class Nf4Linear(bitsandbytes.nn.Linear4bit):
             bnb_quantized=True,
         )
         self.quant_state = self.weight.quant_state
+        # As bytes: a model cast to another dtype would round the scales.
+        self.register_buffer("scales", weight.scales.view(torch.uint8), False)
         if bias is not None:
             self.bias = nn.Parameter(bias, requires_grad=False)
 
     @property
     def matrix(self) -> Nf4:
-        """The weight as a value."""
+        """The weight as a value, in the tensors that the layer holds."""
         state = self.weight.quant_state
-        scales = torch.cat([state.offset.reshape(1), state.state2.absmax])
+        scales = self.get_buffer("scales").view(torch.float32)
         shape = (self.out_features, self.in_features)
         return Nf4(self.weight.data, state.absmax, scales, shape, state.dtype)
 

@@ -42,6 +42,18 @@ def yaml_of(name: str) -> DictConfig:
     return OmegaConf.load(CONF / f"{name}.yaml")
 
 
+def spelled(name: str) -> dict[str, object]:
+    """What a YAML writes, with what its defaults list puts below its keys; no `_target_`."""
+    written = OmegaConf.to_container(yaml_of(name))
+    written.pop("_target_", None)
+    for line in written.pop("defaults", []):
+        if line != "_self_":
+            choice, _, place = line.partition("@")
+            key, _, below = place.partition(".")
+            written.setdefault(key, {})[below] = spelled(f"{name.split('/')[0]}/{choice}")
+    return written
+
+
 def preset(method: str) -> dict[str, str]:
     """Group -> choice, of the three a method names."""
     lines = (line for one in yaml_of(f"method/{method}").defaults for line in one.items())
@@ -113,8 +125,7 @@ def test_a_part_chosen_on_the_command_line_wins_over_the_preset_and_leaves_the_o
 
 def _check(built: object, name: str, preset: Mapping[str, object] = MappingProxyType({})) -> None:
     """`built` is of the class and has the very values of the YAML, or those a method presets."""
-    written = OmegaConf.to_container(yaml_of(name)) | preset
-    written.pop("_target_", None)
+    written = spelled(name) | preset
     assert type(built) is class_of(name)
     assert dataclasses.asdict(built) == written
 
@@ -151,7 +162,7 @@ def test_a_cell_is_what_its_words_are_on_the_command_line(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("method/")])
 def test_a_yaml_spells_out_every_field(name):
-    written = set(yaml_of(name)) - {"_target_"}
+    written = set(spelled(name))
     assert written == {field.name for field in dataclasses.fields(class_of(name))}
 
 
@@ -196,10 +207,11 @@ def test_alpha_is_the_rank_in_every_lora_yaml():
 def test_a_method_presets_the_three_parts_and_its_own_name(stem):
     node = yaml_of(f"method/{stem}")
     assert (CONF / f"method/{stem}.yaml").read_text().startswith("# @package _global_\n")
-    assert set(node) - {"compression"} == {"defaults", "method"}
+    assert set(node) - {"compression", "train"} == {"defaults", "method"}
     assert node.get("compression", {"bits": 4}) == {"bits": 4}
+    assert node.get("train", {"checkpointing": True}) == {"checkpointing": True}
     assert node.method == stem
-    assert tuple(preset(stem)) == PRESET
+    assert {*PRESET} <= set(preset(stem)) <= {*PRESET, "calibration"}
 
 
 def test_what_is_built_is_frozen():
@@ -374,7 +386,7 @@ def test_the_last_value_that_is_right_is_taken(override):
         ),
         ("method=emlok", "method=emlok: there is no such choice; did you mean emloc?"),
         ("experiments=demmo", "experiments=demmo: there is no such choice; did you mean demo?"),
-        ("adapter=xyz", "adapter=xyz: there is no such choice; there is lora, none"),
+        ("adapter=xyz", "adapter=xyz: there is no such choice; there is dora, lora, none, rslora"),
         ("modle=x", "modle: there is no such setting; did you mean model?"),
         ("compresion=r50", "compresion: there is no such setting; did you mean compression?"),
         ("foo=1", "foo: there is no such setting"),

@@ -31,6 +31,13 @@ from emloc.walk import block_of
 
 CPU = torch.device("cpu")
 IDS = torch.arange(120).reshape(4, 30) + 5
+DEFAULTS = {
+    "algorithm": "subspace",
+    "aware": True,
+    "multiple": 1,
+    "sequential": False,
+    "allocation": "uniform",
+}
 
 
 class Rows:
@@ -64,7 +71,7 @@ def budget(bits: int | None = 4, ratio: float | None = 0.5) -> Compression:
 
 
 def svd(**settings) -> Svd:
-    return Svd(**({"algorithm": "subspace", "aware": True, "multiple": 1} | settings))
+    return Svd(**(DEFAULTS | settings))
 
 
 def built(folder, source, emulator, bits, statistics=None) -> Built:

@@ -171,7 +171,11 @@ def test_a_run_is_merged_with_the_model_it_was_made_for(tmp_path):
             "excluded": {},
         }
     )
-    OmegaConf.save({"model": model}, run / "config.yaml")
+    parts = {
+        "emulator": {"_target_": "emloc.emulators.full.Full"},
+        "compression": {"ratio": 0.5, "of": "linears", "bits": 16},
+    }
+    OmegaConf.save({"model": model, **parts}, run / "config.yaml")
     merged = merge_run(run, run / "merged")
     expected = merge(source, read_lora(run / "adapter"), tmp_path / "by hand")
     for name in ("model.safetensors", "config.json"):

@@ -1,0 +1,66 @@
+"""Carry a LoRA of a pruned model over: zeros where the original has more (LoRAM's recovery)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from emloc.adapters.saved import read_lora
+from emloc.emulators import Built
+from emloc.linalg.correct import Pair
+from emloc.linalg.prune import scatter
+from emloc.recovery import Recovery
+from emloc.samples import Samples
+from emloc.store import Artifact
+
+
+@runtime_checkable
+class Cuts(Protocol):
+    """An emulator that left rows and columns out of layers."""
+
+    def kept(self, folder: Path, layer: str) -> tuple[Tensor | None, Tensor | None]:
+        """The rows and the columns that are left of a layer, ascending; None where all are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scatter(Recovery):
+    """The LoRA's rows and columns at their places in the original; it adds nothing elsewhere.
+
+    Kept weights are the original's, so that there is no error of the emulator to correct.
+    """
+
+    scatters = True
+
+    def carry(
+        self,
+        folder: Path,
+        trained: Artifact,
+        built: Built,
+        samples: Samples | None,
+        *,
+        device: torch.device,
+        host_bytes: int | None = None,
+    ) -> dict[str, Any]:
+        """Write the adapter at the original's shapes.
+
+        Raises:
+            TypeError: the emulator does not say what it kept.
+        """
+        emulator, source = built.emulator, built.source
+        if not isinstance(emulator, Cuts):
+            raise TypeError(f"{type(emulator).__name__} does not say which rows it kept")
+        enlarged = 0
+
+        def enlarge(layer: str, pair: Pair) -> Pair:
+            nonlocal enlarged
+            rows, columns = emulator.kept(built.artifact.folder, layer)
+            enlarged += rows is not None or columns is not None
+            return scatter(pair, source.linears[layer], rows, columns)
+
+        adapter = read_lora(trained.folder / "adapter")
+        adapter.map(enlarge, {"by": "scatter"}).save(folder / "adapter")
+        return {"enlarged_layers": enlarged}

@@ -1,0 +1,110 @@
+"""Blocks streamed to a device train as blocks that are there, in less of its memory.
+
+`make test-gpu`.
+"""
+
+import gc
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from emloc.adapters.lora import Lora
+from emloc.compose import compose
+from emloc.config import build
+from emloc.emulators import Given
+from emloc.emulators.full import Full
+from emloc.emulators.offload import Offload
+from emloc.lean.model import recompute_layers
+from emloc.lean.prepare import prepare
+from emloc.pipeline import run
+from emloc.settings import LoraSettings
+from emloc.source import Source
+from emloc.store import Store
+
+pytestmark = pytest.mark.gpu
+
+CUDA = torch.device("cuda", 0)
+BLOCKS = 9
+SHAPE = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 2048,
+    "intermediate_size": 4096,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "attention_bias": True,
+    "tie_word_embeddings": False,
+}
+BYTES = 2 * (4 * 2048**2 + 3 * 2048 * 4096)  # of the matrices of a block, in bfloat16
+
+
+@pytest.fixture(scope="module")
+def source():
+    """Blocks that take longer to be copied than to be computed on a few tokens."""
+    auto = AutoModelForCausalLM
+    return Source(None, "wide", "0", torch.bfloat16, auto, SHAPE, seed=0)
+
+
+def trained(emulator, source, folder, bits, lean, recipe):
+    """Losses and gradients of three passes; bytes allocated at most and reserved at the end."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    emulator.build(folder, source, Given(None, None, None, bits), device=CUDA)
+    model = emulator.open(folder, source, CUDA)
+    torch.manual_seed(0)
+    adapter = Lora()
+    tuned = adapter.attach(model, LoraSettings(8, 16.0, 0.0), r".*_proj").train()
+    loss = prepare(tuned, adapter, recipe)[1] if lean else None
+    if not lean:
+        recompute_layers(model)
+    for name, one in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(one, std=0.02)
+    losses = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        ids = torch.randint(0, 512, (1, 64), device=CUDA)
+        found = loss(tuned(input_ids=ids), ids) if loss else tuned(input_ids=ids, labels=ids).loss
+        found.backward()
+        losses.append(found.item())
+    gradients = {n: p.grad.cpu() for n, p in tuned.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        again = [float(tuned(input_ids=ids).logits.float().sum()) for _ in range(2)]
+    peak = torch.cuda.max_memory_allocated() - before
+    return losses + again, gradients, peak
+
+
+@pytest.mark.parametrize("lean", [True, False], ids=["lean", "plain"])
+@pytest.mark.parametrize("bits", [16, 4])
+def test_gradients_are_those_of_the_whole_model_in_less_memory(source, tmp_path, tiny, bits, lean):
+    recipe = build(compose([*tiny, "method=offload"])).train
+    runs = [
+        trained(emulator, source, tmp_path, bits, lean, recipe) for emulator in (Full(), Offload())
+    ]
+    (true, expected, whole), (found, gradients, ours) = runs
+    assert found == pytest.approx(true, rel=1e-5)
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).norm() <= 1e-3 * gradient.norm(), name
+    # All but two blocks are gone, and none is there a third time.
+    size = BYTES if bits == 16 else BYTES / 4
+    assert whole - ours > (BLOCKS - 3) * size
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("train.lean=false",), ("compression.bits=4",), ("train.host_activations=true",)],
+    ids=["lean", "plain", "nf4", "activations on the host"],
+)
+def test_a_run_has_the_curve_of_lora(tiny, tmp_path, overrides):
+    curves = []
+    for method in ("lora", "offload"):
+        losses = []
+        cell = build(compose([*tiny, f"method={method}", "train.checkpointing=true", *overrides]))
+        run(cell, Store(tmp_path / method), lambda _, said, to=losses: to.append(said["loss"]))
+        curves.append(losses)
+    assert len(curves[0]) == 5
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)

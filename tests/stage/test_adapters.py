@@ -1,0 +1,258 @@
+"""rsLoRA and DoRA from settings to scores, through each kind of emulator they go with."""
+
+import json
+import math
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from tiny import save_checkpoint, tiny_llama, tiny_tokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM, set_seed
+
+from emloc.adapters.dora import Dora
+from emloc.adapters.lora import Lora
+from emloc.adapters.rslora import RsLora
+from emloc.adapters.saved import load_on, read_adapter, read_lora
+from emloc.compose import compose
+from emloc.config import build
+from emloc.emulators.full import load_quantized
+from emloc.errors import ConfigError, StageError
+from emloc.merging import merge, merge_run
+from emloc.pipeline import run
+from emloc.settings import LoraSettings
+from emloc.source import Source
+
+CPU = torch.device("cpu")
+IDS = torch.arange(24).reshape(2, 12) + 5
+TARGETS = r".*_proj"
+# The widths of a real model: multiples of 64.
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}
+ENDS = ["emulator.first=1", "emulator.last=1", "compression.ratio=0.75"]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("wide"), **WIDE)
+
+
+@pytest.fixture
+def go(tiny, store):
+    def run_with(*overrides: str):
+        losses = []
+        settings = build(compose([*tiny, "train.steps=6", *overrides]))
+        result = run(settings, store, lambda step, values: losses.append(values["loss"]))
+        return result, losses
+
+    return run_with
+
+
+def attached(adapter, **settings):
+    values = {"rank": 4, "alpha": 4, "dropout": 0.0} | settings
+    set_seed(0)
+    model = tiny_llama(tiny_tokenizer(chat=True))
+    return adapter.attach(model, LoraSettings(**values), TARGETS)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits.float()
+
+
+@pytest.mark.parametrize("adapter", [RsLora(), Dora()], ids=["rslora", "dora"])
+def test_a_start_is_lora_s_own_and_changes_nothing(adapter):
+    plain, other = (attached(one) for one in (Lora(), adapter))
+    found = dict(other.named_parameters())
+    pairs = {n: p for n, p in plain.named_parameters() if ".lora_A" in n or ".lora_B" in n}
+    assert len(pairs) == 2 * 14
+    assert all(torch.equal(found[name], tensor) for name, tensor in pairs.items())
+    torch.testing.assert_close(logits(other), logits(plain), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 4), (4, 16), (16, 8)])
+def test_rslora_scales_by_alpha_over_the_root_of_the_rank(tmp_path, rank, alpha):
+    """PEFT's, the fused layer's and that of the pairs are one."""
+    tuned = attached(RsLora(), rank=rank, alpha=alpha)
+    for name, parameter in tuned.named_parameters():
+        if ".lora_" in name:
+            nn.init.normal_(parameter, std=0.1)
+    scales = {one.scaling["default"] for one in tuned.modules() if isinstance(one, LoraLayer)}
+    assert scales == {alpha / math.sqrt(rank)}
+    before = logits(tuned)
+    RsLora().save(tuned, tmp_path, "somebody/model")
+    assert {p.scale for p in read_lora(tmp_path).pairs.values()} == scales
+    assert RsLora().fuse(tuned)
+    torch.testing.assert_close(logits(tuned), before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "through",
+    [
+        ["method=rslora"],
+        ["method=emloc", "adapter=rslora"],
+        ["method=emloc_nf4", "adapter=rslora"],
+    ],
+    ids=["full", "svd", "svd in nf4"],
+)
+def test_rslora_goes_from_settings_to_scores(go, through):
+    result, losses = go(*through, "train.learning_rate=0.02")
+    assert 0 < result.evaluated.facts["scores"]["loss"] < 10
+    assert losses[-1] < losses[0]
+    pairs = read_lora(result.carried.folder / "adapter").pairs
+    assert {pair.scale for pair in pairs.values()} == {2.0}  # 4 / sqrt(4)
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_the_correction_is_exact_at_the_scale_of_rslora(go, tiny, bits):
+    """W x + s B'A' x = W_e x + s B A x for x in the rows of A."""
+    said = ["method=emloc", "adapter=rslora", f"compression.bits={bits}"]
+    result, _ = go(*said, "recovery.clamp=null", "lora.alpha=6")
+    cell = build(compose([*tiny, *said]))
+    source = cell.model.open()
+    trained = read_lora(result.trained.folder / "adapter").pairs
+    for layer, new in read_lora(result.carried.folder / "adapter").pairs.items():
+        old = trained[layer]
+        assert new.scale == 3.0  # 6 / sqrt(4)
+        gap = cell.emulator.residual(result.emulated.folder, source, layer)
+        left = (gap + new.delta.double()) @ old.a.double().T
+        torch.testing.assert_close(left, old.delta.double() @ old.a.double().T, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("through", "layers"),
+    [
+        (["method=dora"], 42),
+        (["method=dora", "model.dtype=bfloat16"], 42),
+        (["method=dora", "compression.bits=4"], 42),
+        (["method=offsite", "adapter=dora", *ENDS], 14),
+        (["method=offsite", "adapter=dora", *ENDS, "compression.bits=4"], 14),
+    ],
+    ids=["full", "bfloat16", "nf4", "layer_drop", "layer_drop in nf4"],
+)
+def test_dora_goes_from_settings_to_scores(go, wide, through, layers):
+    result, losses = go(*through, f"model.source={wide}", "train.learning_rate=0.02")
+    assert 0 < result.evaluated.facts["scores"]["loss"] < 10
+    assert losses[-1] < losses[0]
+    trained, carried = (
+        load_file(one.folder / "adapter" / "adapter_model.safetensors")
+        for one in (result.trained, result.carried)
+    )
+    assert len(trained) == 3 * layers
+    assert trained.keys() == carried.keys()
+    assert all(torch.equal(trained[name], carried[name]) for name in trained)
+    adapter = read_adapter(result.carried.folder / "adapter")
+    assert len(adapter.magnitudes) == layers
+    assert {tensor.dtype for tensor in adapter.magnitudes.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_offsite_tuning_puts_its_ends_on_the_whole_model(go, wide, bits):
+    """Trained through four of six blocks; plain PEFT loads it by the names of the original."""
+    said = ["method=offsite", *ENDS, f"compression.bits={bits}", f"model.source={wide}"]
+    result, losses = go(*said, "train.learning_rate=0.02")
+    assert losses[-1] < losses[0]
+    assert result.emulated.facts["share_of_linears"] == pytest.approx(4 / 6, abs=1e-4)
+    config = json.loads((result.carried.folder / "adapter" / "adapter_config.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(model, result.carried.folder / "adapter")
+    adapted = {n.split(".layers.")[1][0] for n, _ in loaded.named_parameters() if ".lora_" in n}
+    assert (adapted, config["r"]) == ({"0", "5"}, 4)
+    assert len(read_lora(result.carried.folder / "adapter").pairs) == 14
+    assert 0 < result.evaluated.facts["scores"]["loss"] < 10
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_magnitudes_start_as_the_norms_of_the_weights_that_are_trained_through(wide, bits):
+    source = Source(wide, "tiny", "0", torch.bfloat16)
+    layers = [name for name in source.linears if name.endswith("_proj")] if bits == 4 else []
+    model = load_quantized(source, layers, CPU)
+    tuned = Dora().attach(model, LoraSettings(4, 4, 0.0), TARGETS)
+    found = {n: one for n, one in tuned.named_modules() if isinstance(one, LoraLayer)}
+    assert len(found) == 42
+    for layer in found.values():
+        base = layer.get_base_layer()
+        weight = base.matrix.dequantize() if bits == 4 else base.weight
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        assert (magnitude.dtype, magnitude.requires_grad) == (torch.float32, True)
+        torch.testing.assert_close(magnitude.data, weight.float().norm(dim=1))
+
+
+def test_in_bfloat16_a_loaded_dora_is_the_one_that_was_trained(wide, tmp_path):
+    """Its magnitudes stay float32, and the start is the model itself."""
+    source = Source(wide, "tiny", "0", torch.bfloat16)
+    tuned = Dora().attach(source.load(CPU), LoraSettings(4, 4, 0.0), TARGETS)
+    plain = logits(source.load(CPU))
+    assert torch.equal(logits(tuned), plain)
+    for name, parameter in tuned.named_parameters():
+        if ".lora_A" in name or ".lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    Dora().save(tuned, tmp_path / "adapter", "somebody/model")
+    loaded = load_on(source.load(CPU), tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(tuned))
+    assert (logits(loaded) - plain).abs().max() > 0.05
+
+
+def test_four_bits_that_bitsandbytes_reads_wrongly_are_refused(go):
+    """The tiny model is 32 wide."""
+    with pytest.raises((ConfigError, StageError)) as refused:
+        go("method=dora", "compression.bits=4")
+    assert str(refused.value).endswith(
+        "adapter=dora needs the weight of model.layers.0.self_attn.q_proj, and on a CPU "
+        "bitsandbytes reads one of 4 bits wrongly unless its width, 32, is a multiple of 64; set "
+        "compression.bits=16"
+    )
+
+
+def test_dora_is_trained_as_peft_does():
+    assert not Dora().fuse(attached(Dora()))
+
+
+def test_a_dora_run_is_merged_into_the_very_model_that_was_scored(go, tiny, checkpoint, tmp_path):
+    result, _ = go("method=dora", "train.learning_rate=0.05", "lora.alpha=8")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    OmegaConf.save(compose([*tiny, "method=dora"]), folder / "config.yaml", resolve=True)
+    (folder / "adapter").symlink_to(result.carried.folder / "adapter")
+    target = merge_run(folder, tmp_path / "merged")
+    merged, plain = (
+        AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32)
+        for one in (target, checkpoint)
+    )
+    before = logits(plain)
+    expected = logits(PeftModel.from_pretrained(plain, folder / "adapter"))
+    assert (expected - before).abs().max() > 1e-2
+    torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-4)
+    adapter = read_adapter(folder / "adapter")
+    tensors = load_file(target / "model.safetensors")
+    for layer, magnitude in adapter.magnitudes.items():
+        torch.testing.assert_close(tensors[f"{layer}.weight"].norm(dim=1), magnitude.abs())
+
+
+def test_a_dora_is_written_as_it_was_read_and_is_no_plain_lora(tmp_path):
+    tuned = attached(Dora())
+    Dora().save(tuned, tmp_path / "one", "somebody/model")
+    read_adapter(tmp_path / "one").save(tmp_path / "two")
+    first, second = (
+        load_file(tmp_path / one / "adapter_model.safetensors") for one in ("one", "two")
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    config = json.loads((tmp_path / "two" / "adapter_config.json").read_text())
+    assert config["use_dora"]
+    with pytest.raises(ConfigError, match="lora_magnitude_vector is no LoRA matrix"):
+        read_lora(tmp_path / "one")
+
+
+def test_a_plain_lora_is_merged_as_ever(checkpoint, tmp_path):
+    tuned = attached(Lora())
+    for name, parameter in tuned.named_parameters():
+        if ".lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    Lora().save(tuned, tmp_path / "adapter", "somebody/model")
+    source = Source(checkpoint, "tiny", "0", torch.float32)
+    target = merge(source, read_adapter(tmp_path / "adapter"), tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), logits(tuned), atol=1e-5, rtol=1e-4)

@@ -1,0 +1,168 @@
+"""Whole runs through pruned models: upop, loram_stru and loram_rand on the tiny model."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from emloc.adapters.saved import load_on, read_lora
+from emloc.compose import compose
+from emloc.config import build
+from emloc.emulators import Built
+from emloc.errors import ConfigError
+from emloc.nn.nf4 import Nf4Linear
+from emloc.pipeline import run
+
+CPU = torch.device("cpu")
+METHODS = ["upop", "loram_stru", "loram_rand"]
+IDS = torch.arange(60).reshape(2, 30) + 5
+
+
+@pytest.fixture
+def go(tiny, store):
+    """Run the pipeline with overrides on top of the tiny ones, every block of two pruned."""
+
+    def run_with(*overrides: str, report=lambda step, values: None):
+        return run(build(compose([*tiny, *WHOLE, *overrides])), store, report)
+
+    return run_with
+
+
+WHOLE = ["emulator.first=0", "emulator.last=0"]
+LEARNING = ["train.learning_rate=0.05", "train.schedule=constant"]
+
+
+def built_of(result, tiny, method) -> Built:
+    cell = build(compose([*tiny, f"method={method}", *WHOLE]))
+    return Built(cell.emulator, result.emulated, cell.model.open())
+
+
+def tables(result) -> dict[str, dict]:
+    return json.loads((result.emulated.folder / "layers.json").read_text())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_pruned_trained_scattered_and_scored(go, method):
+    losses = []
+    result = go(
+        f"method={method}", *LEARNING, report=lambda step, values: losses.append(values["loss"])
+    )
+    assert result.evaluated.facts["rows"] == 6
+    assert 0 < result.evaluated.facts["scores"]["loss"] < 10
+    assert losses[-1] < losses[0] - 0.2
+    facts = result.emulated.facts
+    assert 0.45 < facts["share_of_linears"] <= 0.5
+    assert facts["whole"] == {}
+    assert ("samples" in facts) == (method != "loram_rand")
+    assert result.statistics is None
+    assert result.carried.facts["enlarged_layers"] == 14
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_carried_adapter_is_plain_peft_on_the_original(go, tiny, checkpoint, tmp_path, method):
+    """The same logits as the original's weights with the trained product on kept rows, columns."""
+    result = go(f"method={method}", *LEARNING, "lora.alpha=8")
+    folder = shutil.copytree(result.carried.folder / "adapter", tmp_path / "elsewhere")
+    built = built_of(result, tiny, method)
+    ours = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    for layer, pair in read_lora(result.trained.folder / "adapter").pairs.items():
+        rows, columns = built.emulator.kept(result.emulated.folder, layer)
+        weight = ours.get_submodule(layer).weight.data
+        rows = torch.arange(weight.shape[0]) if rows is None else rows
+        columns = torch.arange(weight.shape[1]) if columns is None else columns
+        weight[rows[:, None], columns] += pair.delta
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    with torch.no_grad():
+        before = plain(input_ids=IDS).logits
+        after = PeftModel.from_pretrained(plain, folder).eval()(input_ids=IDS).logits
+        torch.testing.assert_close(after, ours(input_ids=IDS).logits, atol=1e-5, rtol=1e-5)
+    assert float((after - before).norm()) > 0.01 * float(before.norm())
+    assert json.loads((folder / "carried.json").read_text()) == {"by": "scatter"}
+
+
+def test_what_is_trained_is_the_smaller_model(go, tiny):
+    result = go("method=upop", *LEARNING)
+    built = built_of(result, tiny, "upop")
+    model = built.open(CPU)
+    for layer, line in tables(result).items():
+        module = model.get_submodule(layer)
+        assert [module.out_features, module.in_features] == line["shape"]
+    assert sum(one.numel() for one in model.parameters()) == result.emulated.facts["parameters"]
+    load_on(model, result.trained.folder / "adapter")  # of the same smaller shapes
+
+
+def test_seeds_decide_the_random_units_and_nothing_else(go):
+    first, again, other = (
+        go("method=loram_rand", *more) for more in ([], ["seed=1"], ["emulator.seed=1"])
+    )
+    assert first.emulated == again.emulated != other.emulated
+    kept, others = (load_file(one.emulated.folder / "kept.safetensors") for one in (first, other))
+    assert {name: one.shape for name, one in kept.items()} == {
+        name: one.shape for name, one in others.items()
+    }
+    assert any(not torch.equal(kept[name], others[name]) for name in kept)
+
+
+def test_four_bits_are_trained_through_and_scattered(go):
+    losses = []
+    recipe = ["method=upop", *LEARNING]
+    result = go(
+        *recipe, "compression.bits=4", report=lambda step, values: losses.append(values["loss"])
+    )
+    wide = go(*recipe)
+    assert losses[-1] < losses[0] - 0.2
+    four, sixteen = result.emulated.facts, wide.emulated.facts
+    assert four["parameters"] == sixteen["parameters"]
+    assert four["bytes"] < sixteen["bytes"]
+    carried = read_lora(result.carried.folder / "adapter").pairs
+    assert {pair.a.shape[1] for pair in carried.values()} == {32, 64}
+
+
+def test_four_bits_reach_the_blocks_that_are_left_whole(go, tiny):
+    result = go(
+        "method=loram_stru", "compression.bits=4", "compression.ratio=0.7", "emulator.first=1"
+    )
+    model = built_of(result, tiny, "loram_stru").open(CPU)
+    lines = tables(result)
+    assert len(lines) == 14
+    for layer, line in lines.items():
+        assert type(model.get_submodule(layer)) is Nf4Linear
+        assert ("unit" in line) == layer.startswith("model.layers.1.")
+    assert result.emulated.facts["whole"] == {
+        f"model.layers.*.{name}_proj": 1
+        for name in (
+            *("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o"),
+            *("mlp.gate", "mlp.up", "mlp.down"),
+        )
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["method=loram_stru"],
+            "emulator.first=4 and emulator.last=2 leave no block of HuggingFaceTB/"
+            "SmolLM2-135M-Instruct to prune; set emulator.first=0 emulator.last=0",
+        ),
+        (
+            ["method=upop", "recovery=none"],
+            "emulator=prune trains layers smaller than the original's, and recovery=none does not "
+            "enlarge them; set recovery=scatter",
+        ),
+        (
+            ["method=upop", r"model.emulator_targets='.*\.q_proj'"],
+            "has no MLP (gate_proj, up_proj, down_proj; fc1, fc2) or decoder attention",
+        ),
+    ],
+)
+def test_what_cannot_be_pruned_is_refused_in_a_line(tiny, store, settings, message):
+    with pytest.raises(ConfigError) as caught:
+        run(build(compose([*tiny, *settings])), store, lambda step, values: None)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not store.root.exists()

@@ -1,0 +1,140 @@
+"""method=small_model is LoRA on the smaller checkpoint, and nothing of the larger one."""
+
+import json
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from tiny import save_checkpoint
+
+from emloc.compose import compose
+from emloc.config import build
+from emloc.errors import ConfigError
+from emloc.merging import merge_run
+from emloc.pipeline import run
+from emloc.runs import folder_name
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A narrower model of one layer."""
+    overrides = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 48}
+    return save_checkpoint(tmp_path_factory.mktemp("small"), **overrides)
+
+
+@pytest.fixture
+def pair(tiny, small):
+    """Overrides of a tiny run whose model names a sibling of half its size."""
+    model = compose(tiny).model
+    own = OmegaConf.to_container(model) | {
+        "name": "small",
+        "id": "somebody/small",
+        "source": str(small),
+    }
+    own.pop("siblings", None)
+    own["shape"] = {}
+    values = [f"{key}={_quoted(value)}" for key, value in own.items()]
+    return [*tiny, *(f"++model.siblings.r50.{value}" for value in values)]
+
+
+def _quoted(value):
+    if isinstance(value, dict):
+        return "{}"
+    return "null" if value is None else f"'{value}'" if isinstance(value, str) else value
+
+
+@pytest.fixture
+def go(store):
+    def run_with(*overrides: str):
+        return run(build(compose([*overrides])), store, lambda step, values: None)
+
+    return run_with
+
+
+def test_it_is_lora_on_the_sibling(go, pair, tiny, small):
+    result = go(*pair, "method=small_model")
+    alone = go(*tiny, "method=lora", f"model.source={small}", "model.id=somebody/small")
+    assert result.evaluated.facts["scores"] == alone.evaluated.facts["scores"]
+    assert result.trained.facts["trainable"] == alone.trained.facts["trainable"]
+    tensors = load_file(result.carried.folder / "adapter" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 7
+    q = "base_model.model.model.layers.0.self_attn.q_proj.lora"
+    assert tensors[f"{q}_A.weight"].shape == (4, 16)
+    assert tensors[f"{q}_B.weight"].shape == (16, 4)
+    config = json.loads((result.carried.folder / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "somebody/small"
+    facts = result.emulated.facts
+    held = load_file(small / "model.safetensors")
+    assert facts["model"] == "somebody/small"
+    assert facts["parameters"] == sum(tensor.numel() for tensor in held.values())
+
+
+def test_it_is_another_run_than_that_of_the_original(pair):
+    names = [folder_name(compose([*pair, f"method={one}"])) for one in ("lora", "small_model")]
+    assert names[0].rpartition("-")[2] != names[1].rpartition("-")[2]
+
+
+def test_in_four_bits_it_is_qlora_on_the_sibling(go, pair):
+    result = go(*pair, "method=small_model", "compression.bits=4")
+    assert result.emulated.facts["bits"] == 4
+    layers = json.loads((result.emulated.folder / "layers.json").read_text())
+    assert len(layers) == 7
+
+
+def test_a_run_is_merged_into_the_sibling(go, pair, small, tmp_path):
+    result = go(*pair, "method=small_model", "train.learning_rate=0.05")
+    folder = tmp_path / "run"
+    cfg = compose([*pair, "method=small_model"])
+    folder.mkdir()
+    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+    (folder / "adapter").symlink_to(result.carried.folder / "adapter")
+    merged = load_file(merge_run(folder, tmp_path / "merged") / "model.safetensors")
+    own = load_file(small / "model.safetensors")
+    assert {n: t.shape for n, t in merged.items()} == {n: t.shape for n, t in own.items()}
+    changed = {name for name in own if not torch.equal(own[name], merged[name])}
+    assert len(changed) == 7
+
+
+def test_a_model_of_the_package_names_its_siblings():
+    cell = build(compose(["model=internvl2_5_8b", "method=small_model"]))
+    names = {choice: one.name for choice, one in cell.model.siblings.items()}
+    assert names == {"r50": "internvl2_5_4b", "r25": "internvl2_5_2b"}
+    for choice, name in names.items():
+        alone = build(compose([f"model={name}", "method=lora"])).model
+        assert cell.model.siblings[choice] == alone
+        ratio = int(choice[1:]) / 100
+        chosen = build(
+            compose(["model=internvl2_5_8b", "method=small_model", f"compression.ratio={ratio}"])
+        )
+        assert chosen.emulator.model(chosen.model, chosen.compression) == alone
+    moved = ["model=internvl2_5_8b", "method=small_model", "model.siblings.r25.source=/elsewhere"]
+    assert build(compose(moved)).model.siblings["r25"].source == "/elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["model=qwen2_5_7b"],
+            "emulator=sibling: qwen2_5_7b names no smaller checkpoint of its family; set model to "
+            "one with siblings, such as model=internvl2_5_8b, or emulator=full",
+        ),
+        (
+            ["model=internvl2_5_8b", "compression=r75"],
+            "emulator=sibling: compression.ratio=0.75 asks for r75, and internvl2_5_8b has r50, "
+            "r25; set compression=r50",
+        ),
+        (
+            ["model=internvl2_5_8b", "compression=auto", "budget.gpu_gib=24"],
+            "emulator=sibling: compression=auto has no ratio to choose a smaller checkpoint by; "
+            "internvl2_5_8b has r50, r25; set compression=r50",
+        ),
+    ],
+    ids=["none", "none of this share", "auto"],
+)
+def test_a_sibling_that_is_not_there_is_refused(overrides, message):
+    cell = build(compose(["method=small_model", *overrides]))
+    with pytest.raises(ConfigError) as refused:
+        cell.emulator.model(cell.model, cell.compression)
+    assert str(refused.value) == message

@@ -1,0 +1,117 @@
+"""Every triple of parts is either let through or refused in a line that says what to set."""
+
+import re
+from itertools import product
+
+import pytest
+
+from emloc.compose import CONF, compose
+from emloc.composition import fit_together
+from emloc.config import build, part
+from emloc.errors import ConfigError
+from emloc.settings import TrainSettings
+
+CHOICES = {
+    group: sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    for group in ("emulator", "adapter", "recovery")
+}
+TRIPLES = list(product(*CHOICES.values()))
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """Group and choice -> the part."""
+    return {
+        (group, choice): part(compose([f"{group}={choice}"])[group])
+        for group, choices in CHOICES.items()
+        for choice in choices
+    }
+
+
+@pytest.fixture(scope="module")
+def recipe() -> TrainSettings:
+    """One that no part has anything against."""
+    return build(compose(["method=lora", "train.checkpointing=true"])).train
+
+
+def refusal(parts, recipe, *triple: str) -> str | None:
+    """Why these parts do not go together; None if they do."""
+    chosen = [parts[key] for key in zip(CHOICES, triple, strict=True)]
+    try:
+        fit_together(*chosen, recipe)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("triple", TRIPLES, ids="-".join)
+def test_a_triple_goes_together_or_says_what_to_set(parts, recipe, triple):
+    """Taken at its word, one override after the other, it ends in one that goes."""
+    chosen = dict(zip(CHOICES, triple, strict=True))
+    for _ in CHOICES:
+        said = refusal(parts, recipe, *chosen.values())
+        if said is None:
+            return
+        assert "\n" not in said
+        assert "{" not in said
+        found = re.search(r"; set (emulator|adapter|recovery)=(\w+)", said)
+        assert found is not None, said
+        group, choice = found.groups()
+        named = re.search(rf"\b{group}=(\w+)", said)[1]
+        assert chosen[group].startswith(named)
+        assert choice in CHOICES[group]
+        chosen[group] = choice
+    assert refusal(parts, recipe, *chosen.values()) is None
+
+
+GO = [
+    *(("full", adapter, "none") for adapter in ("lora", "rslora", "dora")),
+    *(("sibling", adapter, "none") for adapter in ("lora", "rslora", "dora")),
+    *(("layer_drop", adapter, "none") for adapter in ("lora", "rslora", "dora")),
+    *(("svd", "lora", recovery) for recovery in ("none", "correction", "correction_covariance")),
+    *(("svd", "rslora", recovery) for recovery in ("none", "correction", "correction_covariance")),
+    ("full", "rslora", "correction"),
+]
+NOT = {
+    ("svd", "dora", "none"): "adapter=dora is made of the norms of a layer's weight, and "
+    "emulator=svd has factors in its place; set adapter=lora, or emulator=full",
+    ("prune", "dora", "scatter"): "emulator=prune trains layers smaller than the original's, and "
+    "only an update s B A can be enlarged, which adapter=dora's is not; set adapter=lora, or "
+    "emulator=full",
+    ("full", "dora", "correction"): "recovery=correction changes the matrices of an update s B A, "
+    "and adapter=dora's update is none; set recovery=none, or adapter=lora",
+    ("layer_drop", "dora", "correction_covariance"): "recovery=correction changes the matrices of "
+    "an update s B A, and adapter=dora's update is none; set recovery=none, or adapter=lora",
+}
+
+
+@pytest.mark.parametrize("triple", GO, ids="-".join)
+def test_what_goes_together(parts, recipe, triple):
+    assert refusal(parts, recipe, *triple) is None
+
+
+@pytest.mark.parametrize("triple", NOT, ids="-".join)
+def test_what_does_not(parts, recipe, triple):
+    assert refusal(parts, recipe, *triple) == NOT[triple]
+
+
+@pytest.mark.parametrize("adapter", ["lora", "rslora"])
+def test_from_smaller_layers_an_update_is_scattered_and_from_no_others(parts, recipe, adapter):
+    assert refusal(parts, recipe, "prune", adapter, "scatter") is None
+    for recovery in ("none", "correction"):
+        said = refusal(parts, recipe, "prune", adapter, recovery)
+        assert said.endswith("does not enlarge them; set recovery=scatter")
+    for emulator in ("full", "svd", "layer_drop", "sibling"):
+        said = refusal(parts, recipe, emulator, adapter, "scatter")
+        assert said.endswith("leaves out nothing; set recovery=none")
+
+
+def test_activations_wait_on_the_host_only_where_the_training_is_lean(parts):
+    recipe = build(compose(["method=lora", "train=steps500"])).train
+    assert recipe.host_activations
+    assert refusal(parts, recipe, "full", "rslora", "none") is None
+    said = refusal(parts, recipe, "full", "dora", "none")
+    assert said == (
+        "train.host_activations=true is of the lean training, and adapter=dora computes more than "
+        "its two products; set train.host_activations=false, or adapter=lora"
+    )

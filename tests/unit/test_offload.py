@@ -1,0 +1,260 @@
+"""LoRA with the blocks in host memory gives what LoRA gives, to the last digit of float32."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import image_batch, save_checkpoint, tiny_internvl
+from transformers import AutoModelForImageTextToText, LlamaForCausalLM
+
+from emloc.adapters.lora import Lora
+from emloc.bench.offload import apart_at_most
+from emloc.bench.training import FULL, STEPS, Measured
+from emloc.compose import compose
+from emloc.config import build
+from emloc.emulators import Built, Given
+from emloc.emulators.full import Full
+from emloc.emulators.offload import Offload
+from emloc.errors import ConfigError
+from emloc.lean.prepare import prepare
+from emloc.pipeline import run
+from emloc.settings import Compression, LoraSettings
+from emloc.source import Source
+from emloc.store import Artifact, Store
+from emloc.train import Fit, train
+
+CPU = torch.device("cpu")
+BLOCKS = 5
+IDS = torch.arange(60).reshape(2, 30) + 5
+LORA = LoraSettings(4, 8.0, 0.0)
+
+
+@pytest.fixture(scope="module", params=["biases", "tied"])
+def deep(request, tmp_path_factory):
+    """Five blocks: with biases as Qwen's have, or with one matrix at both ends."""
+    special = {"attention_bias": True, "mlp_bias": True}
+    if request.param == "tied":
+        special = {"tie_word_embeddings": True}
+    folder = save_checkpoint(
+        tmp_path_factory.mktemp("deep"), num_hidden_layers=BLOCKS, initializer_range=0.1, **special
+    )
+    return folder
+
+
+@pytest.fixture(params=[16, 4])
+def bits(request):
+    return request.param
+
+
+def opened(emulator, folder, source, bits):
+    emulator.build(folder, source, Given(None, None, None, bits), device=CPU)
+    return emulator.open(folder, source, CPU)
+
+
+def both(tmp_path, source, bits):
+    return [opened(emulator, tmp_path, source, bits) for emulator in (Full(), Offload())]
+
+
+# Training ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("train.lean=true",),
+        ("train.lean=true", "train.host_activations=true", "train.accumulate=2"),
+        ("train.lean=false",),
+    ],
+    ids=["lean", "activations on the host", "plain"],
+)
+def test_the_curve_and_the_adapter_are_those_of_lora(deep, tiny, tmp_path, bits, overrides):
+    recipe = ("train.steps=6", "train.learning_rate=0.02", "train.checkpointing=true")
+    cell = build(compose([*tiny, f"model.source={deep}", *recipe, *overrides]))
+    source, model = cell.model.open(), cell.model
+    examples = cell.task.train()
+    fit = Fit(
+        *(cell.adapter, cell.lora, model.lora_targets),
+        *(examples, model.max_length, cell.train, cell.seed),
+    )
+    curves, adapters = [], []
+    for emulator in (Full(), Offload()):
+        folder, losses = tmp_path / type(emulator).__name__, []
+        folder.mkdir()
+        emulator.build(folder, source, Given(None, None, None, bits), device=CPU)
+        built = Built(emulator, Artifact("emulate", "0", folder), source)
+
+        def follow(_, said, losses=losses):
+            losses.append(said["loss"])
+
+        train(folder, built, fit, device=CPU, report=follow)
+        curves.append(losses)
+        adapters.append(load_file(folder / "adapter" / "adapter_model.safetensors"))
+    assert len(curves[0]) == 6
+    assert curves[0][-1] < curves[0][0] - 0.1
+    assert curves[1] == pytest.approx(curves[0], rel=1e-6)
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_of_the_method_scores_as_lora_does(tiny, tmp_path):
+    scores = []
+    for method in ("lora", "offload"):
+        cell = build(compose([*tiny, f"method={method}"]))
+        result = run(cell, Store(tmp_path / method), lambda *_: None)
+        scores.append(result.evaluated.facts["scores"])
+    assert cell.train.checkpointing
+    assert cell.emulator == Offload()
+    assert scores[1] == pytest.approx(scores[0], rel=1e-5)
+
+
+def test_without_recomputation_it_is_refused_in_one_line(tiny, tmp_path):
+    cell = build(compose([*tiny, "method=offload", "train.checkpointing=false"]))
+    with pytest.raises(ConfigError, match=r"set train.checkpointing=true$"):
+        run(cell, Store(tmp_path), lambda *_: None)
+
+
+def test_an_adapter_that_reads_weights_before_a_block_is_computed_is_refused(tiny, tmp_path):
+    cell = build(compose([*tiny, "method=offload", "adapter=dora"]))
+    with pytest.raises(ConfigError, match=r"adapter=dora .* emulator=offload .* emulator=full$"):
+        run(cell, Store(tmp_path), lambda *_: None)
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_without_recomputation_the_backward_pass_fails_aloud(deep, tmp_path, bits, lean):
+    model = opened(Offload(), tmp_path, Source(deep, "deep", "0", torch.float32), bits)
+    tuned = Lora().attach(model, LORA, r".*_proj").train()
+    if lean:
+        assert Lora().fuse(tuned)
+    loss = tuned(input_ids=IDS, labels=IDS).loss
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_frozen_blocks_of_a_vision_tower_are_streamed_and_not_recomputed(tiny, tmp_path, bits):
+    tiny_internvl().save_pretrained(tmp_path / "model")
+    source = Source(tmp_path / "model", "tiny", "0", torch.float32, AutoModelForImageTextToText)
+    recipe = build(compose([*tiny, "method=offload"])).train
+    batch = image_batch()
+    gradients = []
+    for model in both(tmp_path, source, bits):
+        torch.manual_seed(0)
+        adapter = Lora()
+        tuned = adapter.attach(model, LORA, r".*language_model.*_proj")
+        lean, loss = prepare(tuned, adapter, recipe)
+        assert lean
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+        towers = [m for n, m in tuned.named_modules() if n.endswith("vision_tower.encoder.layer.0")]
+        assert [tower.gradient_checkpointing for tower in towers] == [False]
+        tuned.train()
+        for _ in range(2):
+            tuned.zero_grad()
+            loss(tuned(**batch), batch["input_ids"]).backward()
+        gradients.append({n: p.grad for n, p in tuned.named_parameters() if p.grad is not None})
+    assert len(gradients[0]) == 2 * 7 * 2
+    for name, gradient in gradients[0].items():
+        assert gradient.norm() > 0
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-6)
+
+
+# The model ---------------------------------------------------------------------------------------
+
+
+def test_it_computes_and_generates_what_the_whole_model_does(deep, tmp_path, bits):
+    whole, streamed = both(tmp_path, Source(deep, "deep", "0", torch.float32), bits)
+    with torch.no_grad():
+        expected = whole(input_ids=IDS).logits
+        for _ in range(2):
+            assert torch.equal(streamed(input_ids=IDS).logits, expected)
+    settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
+    found = streamed.generate(IDS, **settings)
+    assert torch.equal(found, whole.generate(IDS, **settings))
+    assert not streamed.training
+    assert not any(parameter.requires_grad for parameter in streamed.parameters())
+    assert getattr(streamed, "is_loaded_in_4bit", False) == (bits == 4)
+
+
+def test_two_rooms_hold_the_blocks_and_nothing_else_of_them_is_there(deep, tmp_path, bits):
+    """Also what belongs to weights of four bits; the rooms are as large as a block."""
+    streamed = opened(Offload(), tmp_path, Source(deep, "deep", "0", torch.float32), bits)
+    for layer in streamed.modules():
+        if bits == 4 and hasattr(layer, "quant_state"):
+            state = layer.weight.quant_state
+            for part in (state.absmax, state.offset, state.state2.absmax, layer.scales):
+                assert (
+                    part.untyped_storage().data_ptr() == layer.weight.untyped_storage().data_ptr()
+                )
+    rooms = {}
+    for index, block in enumerate(streamed.model.layers):
+        storages = [one.untyped_storage() for one in (*block.parameters(), *block.buffers())]
+        rooms[index] = {one.data_ptr() for one in storages}
+        assert len(rooms[index]) == 1
+        size = sum(one.nbytes for one in (*block.parameters(), *block.buffers()))
+        assert size <= storages[0].nbytes() < size + 256 * 50
+    assert rooms[0] != rooms[1]
+    assert all(rooms[index] == rooms[index % 2] for index in rooms)
+
+
+def test_what_quantising_loses_is_known_as_for_the_whole_model(deep, tmp_path):
+    source = Source(deep, "deep", "0", torch.float32)
+    both(tmp_path, source, 4)
+    layer = "model.layers.3.mlp.up_proj"
+    expected = Full().residual(tmp_path, source, layer)
+    assert torch.equal(Offload().residual(tmp_path, source, layer), expected)
+    assert expected.abs().max() > 0
+
+
+# Refusals ----------------------------------------------------------------------------------------
+
+
+def test_weights_that_fsdp_would_split_are_refused_before_any_is_read(deep, tmp_path, monkeypatch):
+    source = Source(deep, "deep", "0", torch.float32)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    Offload().plan(source, {}, Compression(0.5, "linears", 16))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    says = r"^emulator=offload .* launch without FSDP, or set emulator=full$"
+    with pytest.raises(ConfigError, match=says):
+        Offload().plan(source, {}, Compression(0.5, "linears", 16))
+    with pytest.raises(ConfigError, match=says):
+        Offload().open(tmp_path, source, CPU)
+
+
+def test_bits_that_are_still_to_be_solved_for_are_refused(deep):
+    with pytest.raises(ConfigError, match=r"set budget.gpu_gib=24"):
+        Offload().plan(
+            Source(deep, "deep", "0", torch.float32), {}, Compression(None, "linears", None)
+        )
+
+
+def test_weights_that_two_blocks_share_are_refused(tmp_path, monkeypatch):
+    shared = {
+        "lm_head.weight": "model.embed_tokens.weight",
+        "model.layers.2.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight",
+    }
+    folder = save_checkpoint(tmp_path / "model", num_hidden_layers=3, tie_word_embeddings=True)
+    monkeypatch.setattr(LlamaForCausalLM, "_tied_weights_keys", shared)
+    with pytest.raises(ConfigError, match=r"layers\.2\.mlp\.up_proj.* set emulator=full$"):
+        Offload().open(tmp_path, Source(folder, "tiny", "0", torch.float32), CPU)
+
+
+def test_a_checkpoint_without_one_tensor_of_a_block_is_refused(tmp_path):
+    folder = save_checkpoint(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(ConfigError, match=r"holds no tensor model\.layers\.2\."):
+        Offload().open(tmp_path, Source(folder, "tiny", "0", torch.float32), CPU)
+
+
+# The benchmark -----------------------------------------------------------------------------------
+
+
+def test_loss_curves_are_as_far_apart_as_at_their_worst_step():
+    one, other = (Measured(1.0, 1.0, 1.0, tuple(range(s, s + STEPS))) for s in (0, 2))
+    assert apart_at_most(one, other) == 2
+    assert apart_at_most(one, one) == 0
+    assert math.isnan(apart_at_most(one, FULL))

@@ -1,0 +1,589 @@
+"""Which units there are, how much they matter, which are kept, and what the smaller model gives."""
+
+import json
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tiny import (
+    TINY_INTERNVL,
+    image_batch,
+    save_checkpoint,
+    tiny_internvl,
+    tiny_llama,
+    tiny_tokenizer,
+)
+from torch.nn import functional
+from transformers import (
+    AutoModelForImageTextToText,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from emloc.emulators import Given
+from emloc.emulators.importance import Masked, importance, recompute_blocks
+from emloc.emulators.prune import Prune
+from emloc.emulators.units import units_of
+from emloc.errors import ConfigError
+from emloc.examples import Example, Examples
+from emloc.lean.model import answer_loss
+from emloc.linalg.prune import ATTENTION, MLP, Group, keep_best, keep_evenly, least
+from emloc.models.text import IGNORE
+from emloc.samples import Samples
+from emloc.settings import Compression
+from emloc.source import Source
+
+CPU = torch.device("cpu")
+IDS = torch.arange(120).reshape(4, 30) + 5
+
+
+def prune(**changes) -> Prune:
+    settings = {"importance": "random", "spread": "global", "first": 0, "last": 0, "seed": 0}
+    return Prune(**(settings | changes))
+
+
+def qwen2(tokenizer) -> Qwen2ForCausalLM:
+    """Two blocks with biases on q, k and v that are not zero."""
+    sizes = tiny_llama(tokenizer).config.to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    heads = ("num_attention_heads", "num_key_value_heads")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        config = Qwen2Config(**{name: sizes[name] for name in (*names, *heads)})
+        model = Qwen2ForCausalLM(config).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.data.normal_()
+    return model
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def source(request, tmp_path_factory) -> Source:
+    folder = tmp_path_factory.mktemp(request.param)
+    tokenizer = tiny_tokenizer(True)
+    model = tiny_llama(tokenizer) if request.param == "llama" else qwen2(tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Source(folder, request.param, "0", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Source:
+    return Source(save_checkpoint(tmp_path_factory.mktemp("model")), "tiny", "0", torch.float64)
+
+
+def layers_of(source) -> dict[str, tuple[int, int]]:
+    return {name: shape for name, shape in source.linears.items() if name.endswith("_proj")}
+
+
+def samples(count=5) -> Samples:
+    rows = tuple(Example(str(i), f"{i} + {i}?", f"it is {2 * i}") for i in range(count))
+    return Samples(Examples("sums", rows), 512)
+
+
+def built(folder, source, emulator, ratio=0.5, bits=16, of="linears"):
+    """The facts of an emulator that was built into `folder`, and its model."""
+    plan = emulator.plan(source, layers_of(source), Compression(ratio, of, bits))
+    given = Given(plan, None, samples() if emulator.samples else None, bits)
+    facts = emulator.build(folder, source, given, device=CPU)
+    return facts, emulator.open(folder, source, CPU)
+
+
+# Which units are kept -----------------------------------------------------------------------------
+
+
+@st.composite
+def grouped(draw):
+    """Groups of both kinds, scores, and a budget that holds one unit of each."""
+    groups, scores = {}, {}
+    for index in range(draw(st.integers(1, 5))):
+        kind = draw(st.sampled_from([ATTENTION, MLP]))
+        group = Group(kind, draw(st.integers(1, 12)), draw(st.integers(1, 30)))
+        # A few values only, so that some are equal.
+        values = draw(st.lists(st.integers(-5, 5), min_size=group.count, max_size=group.count))
+        groups[str(index)] = group
+        scores[str(index)] = torch.tensor(values, dtype=torch.float32)
+    whole = sum(group.count * group.size for group in groups.values())
+    return groups, scores, draw(st.integers(least(groups), whole))
+
+
+def size(groups, kept) -> int:
+    return sum(len(kept[name]) * group.size for name, group in groups.items())
+
+
+@given(grouped())
+def test_the_best_units_fill_the_budget_and_no_further_one_would_fit(given):
+    groups, scores, budget = given
+    kept = keep_best(groups, scores, budget)
+    assert size(groups, kept) <= budget
+    for name, group in groups.items():
+        assert len(kept[name]) >= 1
+        assert kept[name].tolist() == sorted(set(kept[name].tolist()))
+        assert kept[name].dtype == torch.int64
+        assert 0 <= int(kept[name][0]) <= int(kept[name][-1]) < group.count
+        if len(kept[name]) < group.count:
+            assert size(groups, kept) + group.size > budget
+
+
+@given(grouped())
+def test_within_a_group_no_unit_that_is_left_out_is_better_than_one_that_is_kept(given):
+    groups, scores, budget = given
+    for keep in (keep_best, keep_evenly):
+        for name, units in keep(groups, scores, budget).items():
+            out = [i for i in range(groups[name].count) if i not in units.tolist()]
+            if out:
+                assert scores[name][out].max() <= scores[name][units].min()
+
+
+@given(grouped(), st.integers(1, 50))
+def test_a_larger_budget_keeps_no_less_of_any_group_in_even_shares(given, more):
+    groups, scores, budget = given
+    small, large = (keep_evenly(groups, scores, one) for one in (budget, budget + more))
+    assert all(set(small[name].tolist()) <= set(large[name].tolist()) for name in groups)
+
+
+@given(grouped())
+def test_even_shares_are_loram_s_counts_and_the_largest_the_budget_holds(given):
+    """A share in exact arithmetic reproduces every count, and the next one up is too much."""
+    groups, scores, budget = given
+    kept = keep_evenly(groups, scores, budget)
+    assert size(groups, kept) <= budget
+
+    def counts(step, steps):
+        found = {}
+        for name, group in groups.items():
+            p = step * group.count
+            up = group.count - (group.count * (steps - step)) // steps
+            found[name] = max(1, up if group.kind == ATTENTION else p // steps)
+        return found
+
+    steps = 2 * math.lcm(*(group.count for group in groups.values()))
+    sizes = [
+        sum(n * groups[name].size for name, n in counts(step, steps).items())
+        for step in range(1, steps + 1)
+    ]
+    assert sizes == sorted(sizes)
+    best = max(step for step, one in enumerate(sizes, 1) if one <= budget)
+    assert {name: len(units) for name, units in kept.items()} == counts(best, steps)
+
+
+def test_attention_and_mlp_are_ranked_together_in_their_own_deviations():
+    """Scores of one kind a thousand times those of the other change nothing."""
+    groups = {"a": Group(ATTENTION, 3, 10), "m": Group(MLP, 3, 10)}
+    scores = {"a": torch.tensor([1.0, 2.0, 3.0]), "m": torch.tensor([4e3, 1e3, 2e3])}
+    kept = keep_best(groups, scores, 30)
+    assert {name: units.tolist() for name, units in kept.items()} == {"a": [2], "m": [0, 2]} or {
+        name: units.tolist() for name, units in kept.items()
+    } == {"a": [1, 2], "m": [0]}
+    larger = {"a": scores["a"] * 1e6 + 7, "m": scores["m"]}
+    again = keep_best(groups, larger, 30)
+    assert all(torch.equal(kept[name], again[name]) for name in groups)
+
+
+def test_a_budget_below_one_unit_of_each_group_is_refused():
+    groups = {"a": Group(ATTENTION, 3, 10), "m": Group(MLP, 3, 7)}
+    scores = {name: torch.zeros(3) for name in groups}
+    for keep in (keep_best, keep_evenly):
+        assert [len(units) for units in keep(groups, scores, 17).values()] == [1, 1]
+        with pytest.raises(ValueError, match="one unit of each group has 17 parameters, not 16"):
+            keep(groups, scores, 16)
+
+
+# Which units there are ----------------------------------------------------------------------------
+
+
+def test_a_unit_is_a_neuron_or_a_key_value_head_with_its_queries(source):
+    units = units_of(source, layers_of(source), 0, 0)
+    assert list(units) == [
+        f"model.layers.{i}.{module}" for i in (0, 1) for module in ("self_attn", "mlp")
+    ]
+    attention, mlp = units["model.layers.1.self_attn"], units["model.layers.1.mlp"]
+    # head_dim 8, two queries a key
+    assert (attention.kind, attention.count) == (ATTENTION, 2)
+    assert attention.size == 32 * (16 + 8 + 8 + 16)
+    assert [*attention.rows.values(), *attention.columns.values()] == [16, 8, 8, 16]
+    assert (mlp.kind, mlp.count, mlp.size) == (MLP, 64, 3 * 32)
+    total = sum(m * n for m, n in layers_of(source).values())
+    assert sum(one.count * one.size for one in units.values()) == total
+
+
+def test_outer_blocks_and_modules_that_are_not_compressed_whole_have_none(source):
+    layers = layers_of(source)
+    assert {name.split(".")[2] for name in units_of(source, layers, 1, 0)} == {"1"}
+    assert {name.split(".")[2] for name in units_of(source, layers, 0, 1)} == {"0"}
+    assert units_of(source, layers, 1, 1) == {}
+    assert units_of(source, layers, 4, 2) == {}
+    some = {name for name in layers if not name.endswith("layers.0.mlp.down_proj")}
+    assert "model.layers.0.mlp" not in units_of(source, some, 0, 0)
+    assert "model.layers.0.self_attn" in units_of(source, some, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory) -> Source:
+    folder = tmp_path_factory.mktemp("internvl")
+    tiny_internvl().save_pretrained(folder)
+    return Source(folder, "internvl", "0", torch.float32, AutoModelForImageTextToText)
+
+
+def in_both_halves(source) -> dict[str, tuple[int, int]]:
+    halves = ("model.language_model.layers.", "model.vision_tower.encoder.layer.")
+    return {name: shape for name, shape in source.linears.items() if name.startswith(halves)}
+
+
+def test_a_vision_tower_has_neurons_and_its_attention_stays_whole(vision, caplog):
+    assert TINY_INTERNVL["vision_config"]["intermediate_size"] == 24
+    units = units_of(vision, in_both_halves(vision), 1, 0)
+    assert set(units) == {
+        *(f"model.vision_tower.encoder.layer.{i}.mlp" for i in (0, 1)),
+        *(f"model.language_model.layers.1.{module}" for module in ("self_attn", "mlp")),
+    }
+    tower = units["model.vision_tower.encoder.layer.0.mlp"]
+    assert (tower.count, tower.size) == (24, 2 * 16)
+    with caplog.at_level("INFO"):
+        plan = prune().plan(vision, in_both_halves(vision), Compression(0.6, "linears", 16))
+    total = sum(m * n for m, n in in_both_halves(vision).values())
+    assert plan["parameters"] == int(0.6 * total)
+    assert "model.vision_tower.encoder.layer.*.attention.q_proj (2)" in caplog.text
+    assert "mlp" not in caplog.text
+
+
+def test_both_halves_are_pruned_and_run(tmp_path, vision):
+    emulator, layers = prune(), in_both_halves(vision)
+    given = Given(emulator.plan(vision, layers, Compression(0.6, "linears", 16)), None, None, 16)
+    facts = emulator.build(tmp_path, vision, given, device=CPU)
+    model = emulator.open(tmp_path, vision, CPU)
+    assert facts["parameters"] == sum(one.numel() for one in model.parameters())
+    assert 0.55 < facts["share_of_linears"] <= 0.6
+    assert facts["whole"]["model.vision_tower.encoder.layer.*.attention.k_proj"] == 2
+    twin = emptied(emulator, tmp_path, vision)
+    with torch.no_grad():
+        found, expected = (one(**image_batch()).logits for one in (model, twin))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+# The smaller model --------------------------------------------------------------------------------
+
+
+def emptied(emulator, folder, source):
+    """The original with zeros in the columns that read a pruned unit."""
+    model = source.load(CPU)
+    for layer in source.linears:
+        _, columns = emulator.kept(folder, layer)
+        if columns is not None:
+            weight = model.get_submodule(layer).weight
+            gone = torch.ones(weight.shape[1], dtype=torch.bool)
+            gone[columns] = False
+            weight.data[:, gone] = 0
+    return model
+
+
+@pytest.mark.parametrize("spread", ["global", "layer"])
+@pytest.mark.parametrize("importance", ["upop", "taylor", "random"])
+def test_the_smaller_model_is_the_original_with_pruned_units_emptied(
+    tmp_path, source, importance, spread
+):
+    """Biases included: those of rows that are gone go with them, those of outputs stay."""
+    emulator = prune(importance=importance, spread=spread)
+    facts, model = built(tmp_path, source, emulator)
+    twin = emptied(emulator, tmp_path, source)
+    with torch.no_grad():
+        found, expected = (one(input_ids=IDS).logits for one in (model, twin))
+        original = source.load(CPU)(input_ids=IDS).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert float((found - original).norm()) > 0.01 * float(original.norm())
+    assert facts["parameters"] == sum(one.numel() for one in model.parameters())
+    assert facts["bytes"] == 4 * facts["parameters"]
+    assert 0.45 < facts["share_of_linears"] <= 0.5
+
+
+def test_what_is_stored_are_indices_scores_and_a_line_for_each_layer(tmp_path, source):
+    emulator = prune(importance="upop")
+    built(tmp_path, source, emulator)
+    table = json.loads((tmp_path / "layers.json").read_text())
+    scores = load_file(tmp_path / "scores.safetensors")
+    for layer, (out, into) in layers_of(source).items():
+        rows, columns = emulator.kept(tmp_path, layer)
+        kept = [out if rows is None else len(rows), into if columns is None else len(columns)]
+        line = table[layer]
+        assert line["shape"] == kept
+        cuts_rows = not layer.endswith(("down_proj", "o_proj"))
+        if line["kept"] < line["of"]:
+            assert (rows is None, columns is None) == (not cuts_rows, cuts_rows)
+        assert line["kept"] / line["of"] == (kept[0] / out if cuts_rows else kept[1] / into)
+        assert scores[layer.rpartition(".")[0]].shape == (line["of"],)
+    assert emulator.kept(tmp_path, "lm_head") == (None, None)
+    assert emulator.residual(tmp_path, source, "model.layers.0.mlp.up_proj") is None
+
+
+def test_a_share_of_the_model_counts_what_is_never_compressed(tmp_path, source):
+    facts, _ = built(tmp_path, source, prune(), 0.7, of="model")
+    assert 0.69 < facts["share_of_model"] <= 0.7
+
+
+def test_a_share_of_one_thing_after_another_prunes_no_less(tmp_path, source):
+    shares = []
+    for ratio in (0.3, 0.5, 0.7):
+        folder = tmp_path / str(ratio)
+        folder.mkdir()
+        facts, _ = built(folder, source, prune(spread="layer"), ratio)
+        shares.append(facts["parameters"])
+    assert shares == sorted(set(shares))
+
+
+# How much a unit matters --------------------------------------------------------------------------
+
+
+def text_batches() -> list[dict[str, torch.Tensor]]:
+    """Batches in which the second half of each row is learnt."""
+    found = []
+    for ids in (IDS, IDS[:1].flip(1)):
+        labels = ids.clone()
+        labels[:, :14] = IGNORE
+        found.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    return found
+
+
+def answers(batches) -> int:
+    return sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
+
+
+def part_of_the_loss(model, batch, batches) -> torch.Tensor:
+    """What a batch adds to the mean over the answer tokens of all; transformers' is in float32."""
+    logits = model(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1)
+    labels = batch["labels"][:, 1:].flatten()
+    return functional.cross_entropy(logits, labels, reduction="sum") / answers(batches)
+
+
+def in_float64(source):
+    """The model with norms that do not round to float32 on the way."""
+    model = source.load(CPU)
+    for module in model.modules():
+        if type(module) is LlamaRMSNorm:
+            module.forward = partial(
+                functional.rms_norm,
+                normalized_shape=module.weight.shape,
+                weight=module.weight,
+                eps=module.variance_epsilon,
+            )
+    return model
+
+
+def mean_loss(model, batches) -> float:
+    with torch.no_grad():
+        return sum(float(part_of_the_loss(model, batch, batches)) for batch in batches)
+
+
+def test_the_score_of_upop_is_minus_the_slope_of_the_loss_in_the_mask(llama):
+    """By central differences in float64, for every head and some neurons."""
+    units = units_of(llama, layers_of(llama), 0, 0)
+    scores = importance(in_float64(llama), text_batches(), units, "upop")
+    for name, one in units.items():
+        ((layer, size),) = one.columns.items()
+        assert scores[name].dtype == torch.float64
+        for unit in range(0, one.count, 1 if one.kind == ATTENTION else 13):
+            losses = []
+            for mask in (1 + 1e-5, 1 - 1e-5):
+                model = in_float64(llama)
+                weight = model.get_submodule(layer).weight.data
+                weight[:, unit * size : (unit + 1) * size] *= mask
+                losses.append(mean_loss(model, text_batches()))
+            slope = (losses[0] - losses[1]) / 2e-5
+            assert float(scores[name][unit]) == pytest.approx(-slope, abs=1e-9, rel=1e-6)
+
+
+def test_upop_prunes_what_the_loss_would_most_like_smaller(tmp_path, source):
+    emulator = prune(importance="upop", spread="layer")
+    built(tmp_path, source, emulator)
+    batches = samples().learnt(source)
+    units = units_of(source, layers_of(source), 0, 0)
+    model = source.load(CPU)
+    name = "model.layers.0.mlp"
+    rows, _ = emulator.kept(tmp_path, f"{name}.up_proj")
+    gradient = -importance(model, batches, units, "upop")[name]
+    gone = [unit for unit in range(64) if unit not in rows.tolist()]
+    assert gradient[gone].min() >= gradient[rows].max()
+
+
+def test_taylor_of_one_batch_is_the_whole_gradient_times_the_weights(llama):
+    units = units_of(llama, layers_of(llama), 0, 0)
+    (batch, *_) = text_batches()
+    scores = importance(llama.load(CPU), [batch], units, "taylor")
+    for name, summed in by_autograd(llama, [batch], units).items():
+        torch.testing.assert_close(scores[name], summed, atol=1e-14, rtol=1e-10)
+
+
+def test_taylor_of_several_batches_adds_their_magnitudes(llama):
+    units = units_of(llama, layers_of(llama), 0, 0)
+    scores = importance(llama.load(CPU), text_batches(), units, "taylor")
+    for name, summed in by_autograd(llama, text_batches(), units).items():
+        torch.testing.assert_close(scores[name], summed, atol=1e-14, rtol=1e-10)
+
+
+def by_autograd(source, batches, units) -> dict[str, torch.Tensor]:
+    """Sum of |w dL/dw| of each unit with the gradients of all weights at once."""
+    model = source.load(CPU).requires_grad_(True)
+    found = {name: torch.zeros(one.count, dtype=torch.float64) for name, one in units.items()}
+    for batch in batches:
+        model.zero_grad()
+        part_of_the_loss(model, batch, batches).backward()
+        for name, one in units.items():
+            for dim, sizes in enumerate((one.rows, one.columns)):
+                for layer, size in sizes.items():
+                    weight = model.get_submodule(layer).weight
+                    each = (weight * weight.grad).detach().abs().sum(1 - dim)
+                    found[name] += each.reshape(-1, size).sum(1)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["upop", "taylor"])
+def test_recomputed_blocks_and_the_lean_loss_give_the_same_scores(source, kind):
+    units = units_of(source, layers_of(source), 0, 0)
+    plain = importance(source.load(CPU), text_batches(), units, kind)
+    model = source.load(CPU)
+    loss = answer_loss(model)
+    assert loss is not None
+    recompute_blocks(model)
+    runs = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    again = importance(model, text_batches(), units, kind, loss)
+    assert len(runs) == 2 * len(text_batches())  # once more in the backward pass
+    for name in units:
+        torch.testing.assert_close(again[name], plain[name], atol=1e-6, rtol=1e-4)
+
+
+def test_nothing_of_the_scoring_stays_in_the_model(source):
+    model = source.load(CPU)
+    units = units_of(source, layers_of(source), 0, 0)
+    before = model(input_ids=IDS).logits
+    for kind in ("upop", "taylor"):
+        importance(model, text_batches(), units, kind)
+    after = model(input_ids=IDS).logits
+    assert torch.equal(before, after)
+    assert not after.requires_grad
+    assert not any(one.requires_grad or one.grad is not None for one in model.parameters())
+    assert not any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
+
+
+def test_scores_are_float32_sums_for_a_model_of_16_bits(source):
+    half = replace(source, dtype=torch.bfloat16)
+    units = units_of(half, layers_of(half), 0, 0)
+    for kind in ("upop", "taylor"):
+        wide = importance(source.load(CPU), text_batches(), units, kind)
+        found = importance(half.load(CPU), text_batches(), units, kind)
+        for name in units:
+            assert found[name].dtype == torch.float32
+            assert float((found[name] - wide[name]).norm()) < 0.15 * float(wide[name].norm())
+
+
+def test_a_mask_of_ones_passes_on_what_comes():
+    x = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(3, 5, 6, dtype=torch.float64)
+    y = Masked.apply(x, mask)
+    assert torch.equal(y, x)
+    y.backward(upstream)
+    assert torch.equal(x.grad, upstream)
+    expected = (x * upstream).detach().view(15, 2, 3).sum((0, 2))
+    torch.testing.assert_close(mask.grad, expected)
+
+
+def test_random_scores_depend_on_the_seed_alone(tmp_path, source):
+    scores = []
+    for index, seed in enumerate((3, 3, 4)):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        built(folder, source, prune(seed=seed), bits=16 if index else 4)
+        scores.append(load_file(folder / "scores.safetensors")["model.layers.1.mlp"])
+    assert torch.equal(scores[0], scores[1])
+    assert not torch.equal(scores[0], scores[2])
+
+
+def test_the_learnt_samples_are_those_of_the_training(source):
+    """Labels on answers alone, the last of which is the end of the text."""
+    tokenizer = source.tokenizer()
+    told = set()
+    for batch in samples(9).learnt(source):
+        assert set(batch) >= {"input_ids", "attention_mask", "labels", "logits_to_keep"}
+        for labels in batch["labels"]:
+            told.add(tokenizer.decode(labels[labels != IGNORE], skip_special_tokens=True))
+    assert told == {f"it is {2 * i}" for i in range(9)}
+
+
+def test_running_text_is_learnt_whole(source):
+    rows = Samples(Examples("text", (Example("0", "", "some words"),)), 512)
+    (batch,) = rows.learnt(source)
+    assert int((batch["labels"] != IGNORE).sum()) >= len("some words")
+
+
+# What cannot be right -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"importance": "act"}, "emulator.importance=act: one of upop, taylor, random; set "),
+        ({"spread": "block"}, "emulator.spread=block: one of global, layer; set emulator.spread="),
+        ({"first": -1}, "emulator.first must be at least 0, got -1; set emulator.first=0"),
+        ({"last": -2}, "emulator.last must be at least 0, got -2; set emulator.last=0"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_one_that_is_right(changes, message):
+    with pytest.raises(ConfigError) as caught:
+        prune(**changes)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["upop", "taylor"])
+def test_a_module_that_no_sample_reaches_has_no_score(vision, kind):
+    """Text alone does not run through the vision tower."""
+    model = vision.load(CPU)
+    units = units_of(vision, in_both_halves(vision), 0, 0)
+    message = (
+        r"model.vision_tower.encoder.layer.0.mlp: no calibration sample runs through it.*"
+        r"set emulator.importance=random"
+    )
+    with pytest.raises(ConfigError, match=message):
+        importance(model, text_batches(), units, kind)
+    images = image_batch()
+    learnt = [images | {"labels": images["input_ids"]}]
+    scores = importance(model, learnt, units, kind)
+    assert all(float(one.abs().sum()) > 0 for one in scores.values())
+
+
+def test_gradients_that_are_not_finite_are_refused(source):
+    model = source.load(CPU)
+    model.get_submodule("model.layers.1.mlp.up_proj").weight.data[0, 0] = float("nan")
+    units = units_of(source, layers_of(source), 0, 0)
+    with pytest.raises(ConfigError, match="gradients of the calibration loss are not finite"):
+        importance(model, text_batches(), units, "upop")
+
+
+@pytest.mark.parametrize("of", ["linears", "model"])
+@pytest.mark.parametrize("emulator", [prune(), prune(last=1, spread="layer")], ids=str)
+def test_a_ratio_that_is_too_small_is_refused_with_the_smallest_that_is_not(
+    tmp_path, source, emulator, of
+):
+    def plan(ratio):
+        return emulator.plan(source, layers_of(source), Compression(ratio, of, 16))
+
+    with pytest.raises(ConfigError) as caught:
+        plan(0.0001 if of == "linears" else 0.49)
+    said = str(caught.value)
+    assert "\n" not in said
+    assert ("or emulator.first=0 emulator.last=0" in said) == (emulator.last == 1)
+    ratio = float(said.partition("set compression.ratio=")[2].split()[0].rstrip(","))
+    with pytest.raises(ConfigError, match=f"set compression.ratio={ratio:g} or more"):
+        plan(round(ratio - 2e-4, 4))
+    facts = emulator.build(tmp_path, source, Given(plan(ratio), None, None, 16), device=CPU)
+    table = json.loads((tmp_path / "layers.json").read_text())
+    attention = {line["kept"] for name, line in table.items() if line.get("unit") == ATTENTION}
+    assert attention == {1}
+    share = facts["share_of_linears" if of == "linears" else "share_of_model"]
+    assert ratio - 0.01 < share <= ratio
