@@ -29,7 +29,7 @@ def fit_together(
         (
             adapter.needs_weight and not emulator.keeps_weights,
             "adapter={adapter} is made of the norms of a layer's weight, and emulator={emulator} "
-            "has factors in its place; set adapter=lora, or emulator=full",
+            "does not have it at hand; set adapter=lora, or emulator=full",
         ),
         (
             not adapter.linear and not emulator.same_shapes,

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from emloc.adapters import Adapter
+from emloc.attention import without_cudnn
 from emloc.emulators import Built
 from emloc.errors import ConfigError
 from emloc.examples import Examples
@@ -116,7 +117,8 @@ def fit_rows(
     trainer.remove_callback(PrinterCallback)
     clock = Clock()
     trainer.add_callback(clock)
-    with fit.adapter.training(model, mixed=trainer.args.bf16 or trainer.args.fp16):
+    mixed = trainer.args.bf16 or trainer.args.fp16
+    with without_cudnn(), fit.adapter.training(model, mixed=mixed):
         trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
     make_whole(model)
     trainer.accelerator.wait_for_everyone()  # the last checkpoint has parts of every process

@@ -49,7 +49,9 @@ class Emulator(Protocol):
     A class says so where it differs from the values and methods that are given here.
     """
 
-    keeps_weights: bool = True  # each adapted layer has one weight (out, in), whole or packed
+    keeps_weights: bool = (
+        True  # each adapted layer has one weight (out, in), to be read at any time
+    )
     same_shapes: bool = True  # adapted layers take and give what they do in the original
     recomputes: bool = False  # its weights are gone in the backward pass, unless computed again
 

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from emloc.attention import without_cudnn
 from emloc.emulators.units import Units
 from emloc.errors import ConfigError
 from emloc.lean.model import Loss, recompute_layers
@@ -74,10 +75,11 @@ def importance(
         for batch in tqdm(batches, "importance", unit="batch"):
             moved = {key: value.to(model.device) for key, value in batch.items()}
             labels = moved.pop("labels")
-            outputs = model(**moved, use_cache=False)
             count = torch.tensor(answers, device=labels.device)
-            total = (loss or _loss)(outputs, labels, count)
-            total.backward()  # type: ignore[no-untyped-call]
+            with without_cudnn():
+                outputs = model(**moved, use_cache=False)
+                total = (loss or _loss)(outputs, labels, count)
+                total.backward()  # type: ignore[no-untyped-call]
             del outputs, total
     finally:
         for handle in handles:

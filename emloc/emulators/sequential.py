@@ -4,9 +4,9 @@ Two walks over the same samples in lock step: the original model on its own hidd
 model whose layers so far are their factors on the hidden states these give. Of every batch, a layer
 is then known by the rows it takes in both, X and X'.
 
-Within a block as well, where query, key and value come before the output projection: fitted to one
-look at the whole block, each of its four steps would make good the same drift of the blocks before,
-three times too often. On SmolLM2-135M the emulator is then far worse than without any of this.
+Within a block as well, where query, key and value come before the output projection. Fitted to one
+look at the block as it was, each of its layers would make good the same drift once more: on
+SmolLM2-135M such an emulator is far worse than one that is blind to the drift.
 """
 
 from __future__ import annotations

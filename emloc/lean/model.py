@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from emloc.lean.embedding import HostEmbedding
 from emloc.lean.loss import AnswerLoss
@@ -123,11 +124,13 @@ def recompute_layers(model: PreTrainedModel) -> None:
     enable = getattr(model, name, None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False, "preserve_rng_state": _draws(model)})
     model.disable_input_require_grads()
+    reached = False  # the first layer that is trained, which all above it come behind
     for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False) and not any(
-            parameter.requires_grad for parameter in module.parameters()
-        ):
-            module.gradient_checkpointing = False
+        if getattr(module, "gradient_checkpointing", False):
+            trained = any(parameter.requires_grad for parameter in module.parameters())
+            if not trained and not reached:
+                module.gradient_checkpointing = False
+            reached = reached or (trained and isinstance(module, GradientCheckpointingLayer))
 
 
 def _draws(model: nn.Module) -> bool:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Of the mean diagonal of C': next to nothing where there is data, and W where there is none.
-RIDGE = 1e-6
+# Of the mean diagonal of C'. What the calibration tokens gain with less is not for others: on the
+# first blocks of SmolLM2-135M (1,733 tokens, half the parameters) they gain as much from 1e-6 to
+# 1e-2, and held-out tokens less and less below. A tenth takes away from the calibration tokens too.
+RIDGE = 1e-2
 
 
 def regressed(weight: Tensor, input_gram: Tensor, drift: Tensor) -> Tensor:

@@ -1,15 +1,23 @@
 """The same runs on a CUDA device: `make test-gpu`."""
 
 import json
+import math
+from dataclasses import asdict
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from emloc.compose import compose
 from emloc.config import build
+from emloc.examples import Examples
+from emloc.models.text import collate
 from emloc.pipeline import run
+from emloc.prompts import Encoded
+from emloc.source import Source
 from emloc.statistics import Statistics
 from emloc.store import Store
+from emloc.train import Fit, fit_rows
 
 pytestmark = pytest.mark.gpu
 
@@ -20,12 +28,20 @@ def result_of(tiny, root, *overrides):
 
 
 @pytest.mark.parametrize(
-    "method", ["zero_shot", "lora", "emloc", "emloc_covariance", "qlora", "emloc_nf4"]
+    "chosen",
+    [
+        *("zero_shot", "lora", "emloc", "emloc_covariance", "qlora", "emloc_nf4", "offload"),
+        *("rslora", "dora", "svd_llm"),
+        *("emloc emulator.sequential=true", "emloc emulator.allocation=greedy"),
+        *("upop compression=r75", "loram_stru emulator.first=0 emulator.last=0"),
+        "loram_rand emulator.first=0 emulator.last=0 compression.bits=4",
+    ],
 )
-def test_a_device_gives_what_a_cpu_gives(tiny, tmp_path, monkeypatch, method):
-    there = result_of(tiny, tmp_path / "device", f"method={method}")
+def test_a_device_gives_what_a_cpu_gives(tiny, tmp_path, monkeypatch, chosen):
+    overrides = f"method={chosen}".split()
+    there = result_of(tiny, tmp_path / "device", *overrides)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    here = result_of(tiny, tmp_path / "cpu", f"method={method}")
+    here = result_of(tiny, tmp_path / "cpu", *overrides)
     scores = [one.evaluated.facts["scores"]["loss"] for one in (there, here)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
     if there.statistics:
@@ -34,6 +50,53 @@ def test_a_device_gives_what_a_cpu_gives(tiny, tmp_path, monkeypatch, method):
         ]
         for name, layer in tables[0].items():
             assert layer["kept"] == pytest.approx(tables[1][name]["kept"], abs=1e-5)
+
+
+def test_padding_makes_no_nan_of_a_gradient_at_any_length(tmp_path):
+    """As cuDNN's attention does at lengths of 64 beyond a multiple of 128."""
+    shape = {
+        "model_type": "llama",
+        "vocab_size": 300,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    device = torch.device("cuda", 0)
+    source = Source(None, "x", "0", torch.bfloat16, AutoModelForCausalLM, shape, seed=0)
+    cell = build(compose(["train.steps=4", "train.batch=8", "train.log_every=1"]))
+    fit = Fit(cell.adapter, cell.lora, r".*_proj", Examples("x", ()), 512, cell.train, 0)
+    draw = torch.Generator().manual_seed(0)
+
+    def row(index: int) -> Encoded:
+        ids = torch.randint(9, 300, (192 - index % 8,), generator=draw).tolist()
+        return Encoded(str(index), ids, len(ids) // 2)
+
+    class Whole:
+        def open(self, device):
+            return source.load(device)
+
+        def targets(self, targets):
+            return targets
+
+        source = None
+
+    whole = Whole()
+    whole.source = source
+    rows = [asdict(row(index)) for index in range(32)]
+    losses = []
+    fit_rows(
+        tmp_path,
+        whole,
+        fit,
+        rows,
+        lambda some: collate([Encoded(**one) for one in some], 0),
+        device=device,
+        report=lambda step, values: losses.append(values["loss"]),
+    )
+    assert len(losses) == 4
+    assert all(math.isfinite(loss) for loss in losses)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(96, 64), (64, 96)])

@@ -52,9 +52,7 @@ def layers_of(source) -> dict[str, tuple[int, int]]:
 
 
 def svd(algorithm: str) -> Svd:
-    return Svd(
-        algorithm=algorithm, aware=True, multiple=1, sequential=False, allocation="uniform"
-    )
+    return Svd(algorithm=algorithm, aware=True, multiple=1, sequential=False, allocation="uniform")
 
 
 def build_in(folder: Path, source, emulator: Svd, bits: int, statistics=None) -> dict:

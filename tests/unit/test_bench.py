@@ -23,7 +23,7 @@ COLUMNS = ["work", "what", "unit", "ours", "peer", "ratio", "target", "holds"]
 RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "bench.csv"
 NAMES = [
     *("factorise_8b", "factorise_38b", "train_8b", "train_38b"),
-    *("cap24_38b", "cap12_38b_nf4", "cap24_78b_nf4", "host_memory"),
+    *("cap24_38b", "cap12_38b_nf4", "cap24_78b_nf4", "offload_8b", "host_memory"),
 ]
 # What a work's rows are called, where it is not as the work.
 SEVERAL = {
@@ -261,7 +261,7 @@ def test_every_target_of_the_committed_results_holds():
         part for name in NAMES for part in SEVERAL.get(name, [name])
     }
     for found in rows:
-        assert float(found.ours) > 0
+        assert float(found.ours) > 0 or found.unit == "nats"
         if found.ratio:
             apart = float(found.ratio) / (float(found.peer) / float(found.ours))
             assert apart == pytest.approx(1, rel=2e-3)

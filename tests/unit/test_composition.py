@@ -74,7 +74,7 @@ GO = [
 ]
 NOT = {
     ("svd", "dora", "none"): "adapter=dora is made of the norms of a layer's weight, and "
-    "emulator=svd has factors in its place; set adapter=lora, or emulator=full",
+    "emulator=svd does not have it at hand; set adapter=lora, or emulator=full",
     ("prune", "dora", "scatter"): "emulator=prune trains layers smaller than the original's, and "
     "only an update s B A can be enlarged, which adapter=dora's is not; set adapter=lora, or "
     "emulator=full",

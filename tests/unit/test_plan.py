@@ -31,6 +31,7 @@ from emloc.runs import folder_name
 from emloc.store import Store
 
 CPU = torch.device("cpu")
+PLAIN_SVD = Svd(algorithm="eigen", aware=False, multiple=1, sequential=False, allocation="uniform")
 MIB = 2**20
 SMALL = (
     *("hidden_size=64", "intermediate_size=96", "num_hidden_layers=2", "vocab_size=300"),
@@ -62,7 +63,7 @@ def opened(cell, ratio, bits, folder):
     """The model of a scheme as the pipeline opens it, on a CPU; factors by a plain SVD."""
     source = cell.model.open()
     chosen = replace(cell.compression, ratio=ratio or 0.5, bits=bits)
-    emulator = Full() if ratio is None else Svd(algorithm="eigen", aware=False, multiple=1)
+    emulator = Full() if ratio is None else PLAIN_SVD
     ranks = emulator.plan(source, cell.model.compressed(source), chosen)
     emulator.build(folder, source, Given(ranks, None, None, bits), device=CPU)
     return emulator.open(folder, source, CPU)
