@@ -16,7 +16,7 @@ def without_cudnn() -> Iterator[None]:
     NaN of a row whose scores are all very low, padding for one (from torch 2.11 on, pytorch issue
     196678). The other kernels do not, at the same speed for what masks are used for.
     """
-    before = torch.backends.cuda.cudnn_sdp_enabled()
+    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield

@@ -50,7 +50,7 @@ class Emulator(Protocol):
     """
 
     keeps_weights: bool = (
-        True  # each adapted layer has one weight (out, in), to be read at any time
+        True  # an adapted layer has one weight (out, in), there at any time
     )
     same_shapes: bool = True  # adapted layers take and give what they do in the original
     recomputes: bool = False  # its weights are gone in the backward pass, unless computed again
