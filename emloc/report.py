@@ -38,6 +38,11 @@ class Row:
         """The preset it ran with."""
         return str(self.config["method"])
 
+    @property
+    def cell(self) -> str:
+        """The experiment's name for it; empty where the experiment is a product."""
+        return self.choices.get("cell", "").rpartition("/")[2]
+
     def same(self, other: Row, sections: Iterable[str]) -> bool:
         """Whether both runs have these settings in common."""
         return all(self.config.get(name) == other.config.get(name) for name in sections)
@@ -140,8 +145,9 @@ def _varying(rows: Sequence[Row]) -> list[str]:
 
 
 def _varying_in(section: str, rows: Sequence[Row]) -> list[str]:
-    # What a method presets is told by its name: it counts only where one method ran with two.
-    by_method = [row.method if section in _PRESET else "" for row in rows]
+    # What a method presets is told by its name: it counts only where one method ran with two. Of a
+    # cell all is told by its name.
+    by_method = [row.cell or (row.method if section in _PRESET else "") for row in rows]
     choices = [_value(row, section) for row in rows]
     names = [section] if _differ(by_method, choices) else []
     peers = list(zip(by_method, choices, strict=True))
@@ -172,6 +178,8 @@ def _line(group: Sequence[Row], rows: Sequence[Row], varying: Sequence[str]) -> 
     """One line of runs that differ in nothing but the seed."""
     first = group[0]
     line = {"method": first.method} | {name: _value(first, name) for name in varying}
+    if any(row.cell for row in rows):
+        line = {"cell": first.cell or EMPTY, **line}
     if len({one.config["seed"] for one in rows}) > 1:
         line["seeds"] = " ".join(str(seed) for seed in sorted(row.config["seed"] for row in group))
     metric = _metric_name(rows)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from emloc.ranks import born, first, hush
 from emloc.report import table
-from emloc.runs import DONE, Run, find_runs
+from emloc.runs import DONE, RUNNING, Run, find_runs
 
 FAILED, REFUSED = 1, 2
 
@@ -43,15 +43,16 @@ class Table(Callback):
         if first():
             print(f"\n{table(folder)}\n")
             for run in bad:
-                print(f"{run.folder.name}: {run.status['error']}", file=sys.stderr)
+                said = run.status.get("error", run.status["state"])
+                print(f"{run.folder.name}: {said}", file=sys.stderr)
         if bad:
             sys.exit(_code(bad))
 
 
 def _bad(run: Run) -> bool:
-    """Whether it ended badly in this launch: what was left before it is another sweep's."""
+    """Whether it ended badly in this launch: what was left before it, or goes on, is another's."""
     status = run.status
-    return status["state"] != DONE and status["time"] >= born()
+    return status["state"] not in (DONE, RUNNING) and status["time"] >= born()
 
 
 def _code(bad: list[Run]) -> int:

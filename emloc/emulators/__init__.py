@@ -49,9 +49,7 @@ class Emulator(Protocol):
     A class says so where it differs from the values and methods that are given here.
     """
 
-    keeps_weights: bool = (
-        True  # an adapted layer has one weight (out, in), there at any time
-    )
+    keeps_weights: bool = True  # an adapted layer has one weight (out, in), there at any time
     same_shapes: bool = True  # adapted layers take and give what they do in the original
     recomputes: bool = False  # its weights are gone in the backward pass, unless computed again
 

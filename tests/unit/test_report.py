@@ -15,6 +15,7 @@ from emloc.memory import GIB, Peak, process_bytes
 from emloc.provenance import PACKAGES, provenance
 from emloc.report import STAGES, gain_kept, rows_of, table, write_csv
 from emloc.runs import Run, find_runs
+from emloc.sweep import FAILED, Table
 
 CHOICES = {"method": "emloc", "model": "tiny", "lora": "r8", "emulator": "svd", "tracker": "none"}
 
@@ -155,6 +156,30 @@ def test_what_scored_as_trained_says_so_beside_what_was_carried(made, folder):
     four.finish(four.metrics | {"scores_as_trained": {"loss": 1.5}, "step_seconds": 0.1234})
     assert column(folder, "loss as trained") == [".", "1.500"]
     assert column(folder, "step s") == [".", "0.123"]
+
+
+def test_cells_are_told_by_their_names_and_what_else_differs(made, folder):
+    """Not by the settings that are what a cell is."""
+    for name, value in (("one", 1), ("two", 2)):
+        for rate in (3, 4):
+            cell = {"method": "emloc", "cell": f"mine/{name}"}
+            made("emloc", 1.5, eval={"value": value}, train={"value": rate}, choices=cell)
+    assert column(folder, "cell") == ["one", "one", "two", "two"]
+    assert column(folder, "train.value") == ["3", "4", "3", "4"]
+    assert "eval.value" not in lines(folder)[0]
+
+
+def test_a_run_that_another_launch_is_at_is_no_failure_of_this_one(made, folder, capsys):
+    made("emloc", 1.0)
+    going_on = made("lora")
+    sweep = OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}})
+    Table().on_multirun_end(sweep)
+    assert "| running" in capsys.readouterr().out
+    going_on.mark("interrupted")
+    with pytest.raises(SystemExit) as ended:
+        Table().on_multirun_end(sweep)
+    assert ended.value.code == FAILED
+    assert capsys.readouterr().err == f"{going_on.folder.name}: interrupted\n"
 
 
 def test_the_table_is_written_as_csv_too(made, folder, tmp_path):
