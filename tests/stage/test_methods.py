@@ -1,0 +1,98 @@
+"""Every method there is, end to end on text, and every emulator in four bits."""
+
+import json
+
+import pytest
+from tiny import save_checkpoint
+
+from emloc.adapters.saved import read_adapter
+from emloc.compose import CONF, compose
+from emloc.config import build
+from emloc.pipeline import run
+
+METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+# What a model of eight blocks with two key/value heads in each leaves room for.
+ROOM = {
+    "offsite": ["compression=r75"],
+    "loram_stru": ["emulator.first=1", "emulator.last=1", "compression=r75"],
+    "loram_rand": ["emulator.first=1", "emulator.last=1", "compression=r75"],
+    "upop": ["compression=r75"],
+    "svd_llm": ["calibration.samples=6"],
+}
+# One method for each emulator.
+IN_NF4 = ["emloc", "lora", "offload", "offsite", "small_model", "upop"]
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """A model of eight blocks, and a sibling of four: overrides."""
+    folders = [tmp_path_factory.mktemp("model") for _ in range(2)]
+    for folder, depth in zip(folders, (8, 4), strict=True):
+        save_checkpoint(folder, num_hidden_layers=depth)
+    sibling = {
+        "_target_": "emloc.models.text.TextModel",
+        "name": "tiny_sibling",
+        "id": "tiny/sibling",
+        "revision": None,
+        "source": str(folders[1]),
+        "wheel": None,
+        "dtype": "float32",
+        "max_length": 2048,
+        "lora_targets": r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj",
+        "emulator_targets": r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj",
+    }
+    return folders, sibling
+
+
+@pytest.fixture
+def go(tiny, store, family):
+    folders, sibling = family
+
+    def run_with(*overrides: str):
+        cfg = compose([*tiny, f"model.source={folders[0]}", "compression=r50", *overrides])
+        cfg.model.siblings = {"r50": sibling, "r75": sibling}
+        return run(build(cfg), store, lambda step, values: None)
+
+    return run_with
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_from_settings_to_scores(go, method):
+    result = go(f"method={method}", *ROOM.get(method, []))
+    scores = result.evaluated.facts["scores"]
+    assert 0 < scores["loss"] < 10
+    lines = (result.evaluated.folder / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == [f"test/{i}" for i in range(6)]
+    if method == "zero_shot":
+        assert result.trained is None
+        return
+    facts = result.emulated.facts
+    assert facts["bytes"] > 0
+    assert 0 < facts["share_of_model"] <= 1
+    assert result.trained.facts["step_seconds"] > 0
+    adapter = read_adapter(result.carried.folder / "adapter")
+    assert adapter.carried is not None
+    depth = 4 if method == "small_model" else 8
+    shapes = {name: tuple(pair.delta.shape) for name, pair in adapter.pairs.items()}
+    assert len(shapes) == 7 * (4 if method == "offsite" else depth)
+    for name, shape in shapes.items():  # the original's, whatever was trained
+        assert shape == SHAPES[name.rpartition(".")[2]]
+
+
+SHAPES = {
+    **dict.fromkeys(("q_proj", "o_proj"), (32, 32)),
+    **dict.fromkeys(("k_proj", "v_proj"), (16, 32)),
+    **dict.fromkeys(("gate_proj", "up_proj"), (64, 32)),
+    "down_proj": (32, 64),
+}
+
+
+@pytest.mark.parametrize("method", IN_NF4)
+def test_every_emulator_is_trained_through_in_four_bits(go, method):
+    whole = go(f"method={method}", *ROOM.get(method, []))
+    packed = go(f"method={method}", *ROOM.get(method, []), "compression.bits=4")
+    assert packed.emulated.facts["bits"] == 4
+    assert packed.emulated.facts["bytes"] < whole.emulated.facts["bytes"]
+    assert packed.as_trained is not None
+    assert whole.as_trained is None
+    assert packed.evaluated.facts["scores"] != whole.evaluated.facts["scores"]
