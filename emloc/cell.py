@@ -191,7 +191,7 @@ def _metrics(cell: Cell, result: Result) -> dict[str, Any]:
         "seconds": {name: stage.facts["seconds"] for name, stage in stages.items()},
         "peak_gib": {name: stage.facts["peak_gib"] for name, stage in stages.items()},
         "stages": {name: stage.key for name, stage in stages.items()},
-        "calibration": (result.statistics or result.emulated).facts.get("samples", []),
+        "calibration": result.samples,
         "provenance": provenance(),
     }
 

@@ -46,7 +46,7 @@ def main() -> None:
 def _hydra() -> None:
     # With it Hydra raises its errors instead of printing them, and ours is the one line shown.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    register()
+    register(sys.argv[1:])
     hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(run_cell)()
 
 

@@ -24,8 +24,12 @@ DATA = _PACKAGE / "_data" if (_PACKAGE / "_data").exists() else _PACKAGE.parent
 CONF = DATA / "conf"
 
 
-def register() -> None:
-    """Make schema, experiments and resolvers known to Hydra."""
+def register(words: Sequence[str] = ()) -> None:
+    """Make schema, experiments and resolvers known to Hydra.
+
+    Cells of those experiments alone that are named in `words`, the command line: Hydra copies all
+    it knows for each group, which is the most of what `--help` takes.
+    """
     store = ConfigStore.instance()
     store.store(name="schema", node=schema())
     for path in sorted((DATA / "experiments").glob("*.yaml")):
@@ -35,7 +39,8 @@ def register() -> None:
         if cells:
             every = ",".join(f"{path.stem}/{name}" for name in cells)
             OmegaConf.update(node, "hydra.sweeper.params.cell", every)
-        for name, overrides in cells.items():
+        named = any(path.stem in word for word in words)
+        for name, overrides in cells.items() if named else ():
             cell = _preset(overrides.split())
             store.store(group=f"cell/{path.stem}", name=name, node=cell, package="_global_")
         store.store(group="experiments", name=path.stem, node=node, package="_global_")
@@ -57,7 +62,7 @@ def _preset(overrides: Sequence[str]) -> DictConfig:
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:
     """The configuration of one run, as the command line would compose it."""
-    register()
+    register(overrides)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra_compose("config", list(overrides))

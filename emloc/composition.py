@@ -29,13 +29,13 @@ def fit_together(
         (
             adapter.needs_weight and not emulator.keeps_weights,
             "adapter={adapter} is made of the norms of a layer's weight, and emulator={emulator} "
-            "does not have it at hand; set adapter=lora, or emulator=full",
+            "does not have it at hand; set adapter=lora, or emulator=full recovery=none",
         ),
         (
             not adapter.linear and not emulator.same_shapes,
             "emulator={emulator} trains layers smaller than the original's, and only an update "
             "s B A can be enlarged, which adapter={adapter}'s is not; set adapter=lora, or "
-            "emulator=full",
+            "emulator=full recovery=none",
         ),
         (
             not adapter.linear and recovery.reads_pairs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, replace
 
 from emloc.calibrate import calibrate
@@ -46,7 +47,15 @@ class Result:
     def stages(self) -> dict[str, Artifact]:
         """The stages that were needed, in order."""
         every = (self.statistics, self.emulated, self.trained, self.carried, self.evaluated)
-        return {one.stage: one for one in every if one is not None}
+        found = {one.stage: one for one in every if one is not None}
+        return found | ({"evaluate_as_trained": self.as_trained} if self.as_trained else {})
+
+    @property
+    def samples(self) -> list[str]:
+        """Names of the calibration rows, whichever stage read them first."""
+        read = (self.statistics, self.emulated, self.carried)
+        named = (one.facts.get("samples") for one in read if one is not None)
+        return next((names for names in named if names), [])
 
 
 def run(cell: Cell, store: Store, report: Report) -> Result:
@@ -94,6 +103,7 @@ def run(cell: Cell, store: Store, report: Report) -> Result:
     emulated = store.stage("emulate", emulator.build, source, given, device=device, host_bytes=host)
     built = Built(emulator, emulated, source)
     if fit is not None:
+        _refuse_nothing_adapted(built, fit)
         trained = store.stage("train", train, built, fit, device=device, report=report)
         seen = samples if recovery.statistics else None
         carried = store.stage(
@@ -139,6 +149,20 @@ def _fit(cell: Cell, source: Source) -> Fit:
         cell.train,
         cell.seed,
     )
+
+
+def _refuse_nothing_adapted(built: Built, fit: Fit) -> None:
+    """Refuse an emulator that leaves none of the layers to adapt, before it is opened.
+
+    Raises:
+        ConfigError: that is so.
+    """
+    adapted = re.compile(built.targets(fit.targets))
+    if not any(adapted.fullmatch(name) for name in built.source.linears):
+        raise ConfigError(
+            f"model.lora_targets={fit.targets!r} matches none of the layers that the emulator "
+            "leaves to adapt; set model.lora_targets, or emulator.first and emulator.last higher"
+        )
 
 
 def _samples(cell: Cell) -> Samples:

@@ -21,6 +21,8 @@ _PRESET = ("emulator", "adapter", "recovery")  # the groups a method chooses
 # What a row has in common with the LoRA, or the untouched model, that its gain is measured by.
 _SAME_DATA = ("model", "task", "eval")
 _SAME_TRAINING = (*_SAME_DATA, "lora", "train", "seed")
+# Settings of `train` that change what is kept where, and when it is written, and nothing learnt.
+_NOT_LEARNT = ("checkpointing", "host_activations", "lean", "log_every", "save_every")
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,20 @@ def gain_kept(row: Row, rows: Sequence[Row]) -> float | None:
 
 
 def _loss_of(method: str, row: Row, rows: Sequence[Row], same: Sequence[str]) -> float | None:
-    found = [one for one in rows if one.method == method and one.same(row, same)]
+    found = [one for one in rows if one.method == method and _alike(one, row, same)]
     return float(found[0].metrics["scores"]["loss"]) if found else None
+
+
+def _alike(one: Row, other: Row, sections: Sequence[str]) -> bool:
+    """Whether both have learnt from the same, in the same way."""
+    return all(_learnt(one, name) == _learnt(other, name) for name in sections)
+
+
+def _learnt(row: Row, section: str) -> object:
+    values = row.config.get(section)
+    if section != "train" or not isinstance(values, dict):
+        return values
+    return {key: value for key, value in values.items() if key not in _NOT_LEARNT}
 
 
 def table(folder: Path) -> str:

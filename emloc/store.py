@@ -33,7 +33,7 @@ from emloc.ranks import LOOK, Notice, first, world_size
 log = logging.getLogger(__name__)
 
 # Bumped when the meaning of a stage's files changes: explicit and reviewable, unlike hashing code.
-VERSION = {"calibrate": 1, "emulate": 1, "train": 2, "recover": 2, "evaluate": 1}
+VERSION = {"calibrate": 1, "emulate": 1, "train": 2, "recover": 3, "evaluate": 1}
 
 Facts = dict[str, Any]
 Work = TypeVar("Work", bound=Callable[..., Facts])

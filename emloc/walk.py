@@ -86,18 +86,19 @@ def walk(
     host_bytes: int | None = None,
     folder: Path | None = None,
 ) -> Iterator[Block]:
-    """Yield the blocks in order, each about to be run; what follows the last one never runs.
+    """Yield the blocks in the order of the model, each about to be run; behind the last it ends.
 
     Args:
         model: whole, or with its blocks on the meta device if `source` has their weights.
         batches: keyword arguments for its forward; tensors are moved to `device`.
-        blocks: names of the blocks, in the order of the model.
+        blocks: names of the blocks, in whatever order: a file of layers may have 10 before 2.
         device: where the model runs.
         source: where to read a block's weights; None if the model has them.
         host_bytes: what the stopped passes may take of host memory; None for no limit.
         folder: where they take disk beyond that; None for the system's temporary files.
 
     Raises:
+        ValueError: the model has no block of that name.
         ConfigError: the disk is full.
     """
     home = getcurrent()
@@ -114,12 +115,15 @@ def walk(
         if getcurrent() is not home:
             raise GreenletExit
 
-    modules = {name: model.get_submodule(name) for name in blocks}
+    wanted = set(blocks)
+    modules = {name: module for name, module in model.named_modules() if name in wanted}
+    if missing := wanted - modules.keys():
+        raise ValueError(f"the model has no block {min(missing)}")
     handles = [
         module.register_forward_pre_hook(stop_at(name), with_kwargs=True)
         for name, module in modules.items()
     ]
-    handles.append(modules[blocks[-1]].register_forward_hook(leave))
+    handles.append(list(modules.values())[-1].register_forward_hook(leave))
     lot = Lot(model, device, host_bytes, folder)
     passes = [Pass(model, batch, lot) for batch in batches]
     try:

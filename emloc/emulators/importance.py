@@ -75,7 +75,7 @@ def importance(
         for batch in tqdm(batches, "importance", unit="batch"):
             moved = {key: value.to(model.device) for key, value in batch.items()}
             labels = moved.pop("labels")
-            count = torch.tensor(answers, device=labels.device)
+            count = torch.ones((), device=labels.device)  # by all tokens, float16 would underflow
             with without_cudnn():
                 outputs = model(**moved, use_cache=False)
                 total = (loss or _loss)(outputs, labels, count)
@@ -85,7 +85,7 @@ def importance(
         for handle in handles:
             handle.remove()
     sign = -1 if kind == "upop" else 1
-    return {name: sign * _gradient(name, leaf) for name, leaf in leaves.items()}
+    return {name: sign * _gradient(name, leaf) / answers for name, leaf in leaves.items()}
 
 
 def recompute_blocks(model: PreTrainedModel) -> None:

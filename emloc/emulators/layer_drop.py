@@ -34,7 +34,10 @@ FEWEST = 2
 
 
 class Skipped(nn.Module):
-    """In the place of a decoder block: hands the hidden states on."""
+    """In the place of a decoder block: hands the hidden states on.
+
+    Of a decoder whose blocks give a tensor, as those of transformers do but for a few hybrids.
+    """
 
     def __init__(self, attention_type: str | None) -> None:
         super().__init__()

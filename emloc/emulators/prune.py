@@ -63,6 +63,10 @@ class Prune(Emulator):
                     f"emulator.{key}={value}: one of {', '.join(known)}; "
                     f"set emulator.{key}={known[0]}"
                 )
+        if self.seed and self.importance != "random":
+            raise ConfigError(
+                f"emulator.seed={self.seed} is of emulator.importance=random; set emulator.seed=0"
+            )
         for key, number in (("first", self.first), ("last", self.last)):
             if number < 0:
                 raise ConfigError(

@@ -41,8 +41,9 @@ class Svd(Emulator):
     algorithm: str  # subspace: products only; eigen: one decomposition; whiten: the paper's chain
     aware: bool  # weigh by the calibration activations; false: plain truncated SVD of the weight
     multiple: int  # ranks are rounded down to a multiple of this
-    sequential: bool  # fit each layer to what the layers compressed before it give it
-    allocation: str  # uniform: the same share of every layer; greedy: where it loses the least
+    # With values, as runs made before there were these settings name neither.
+    sequential: bool = False  # fit each layer to what the layers compressed before it give it
+    allocation: str = "uniform"  # the same share of every layer; greedy: where it loses the least
 
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:

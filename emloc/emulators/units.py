@@ -37,8 +37,8 @@ class Units(Group):
 def units_of(source: Source, layers: Collection[str], first: int, last: int) -> dict[str, Units]:
     """Module name -> its units, of each module with more than one, all in `layers`.
 
-    Attention only of the decoder: there heads are counted by what the projections give, and not by
-    the configuration. The `first` and `last` blocks of the decoder have none.
+    Attention only of the decoder, and where heads are counted by what the projections give. The
+    `first` and `last` blocks of the decoder have none.
     """
     model = source.skeleton()
     inside = _decoder(model)
@@ -84,7 +84,8 @@ def _neurons(name: str, module: nn.Module, makers: tuple[str, ...], taker: str) 
 def _attention(name: str, module: nn.Module) -> Iterator[Units]:
     linears = _linears(module, ("q_proj", "k_proj", "v_proj", "o_proj"))
     head = getattr(module, "head_dim", None)
-    if linears is None or not isinstance(head, int):
+    # One that keeps the number of its heads splits by that, whatever the projections give.
+    if linears is None or not isinstance(head, int) or hasattr(module, "num_heads"):
         return
     q, k, v, o = linears.values()
     count, over = divmod(k.out_features, head)

@@ -129,6 +129,11 @@ def fitting(cell: Cell, source: Source, work: Work) -> Compression:
             "compression=auto is solved for emulator=svd and emulator=full; with others "
             "set compression=r50"
         )
+    if not cell.adapter.linear:
+        raise ConfigError(
+            "compression=auto is solved for the lean training, and this adapter computes more than "
+            "its two products; set adapter=lora, or compression=r50"
+        )
     whole = scheme_of(cell, source, None, 16)
     if isinstance(cell.emulator, Full):
         return _fitting_whole(cell, whole, work)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,8 +26,6 @@ from emloc.source import CPU
 from emloc.statistics import Taken
 from emloc.store import Artifact
 from emloc.walk import Block, by_block, open_walk
-
-log = logging.getLogger(__name__)
 
 METRICS = ("identity", "covariance")
 
@@ -109,7 +106,8 @@ class Correction(Recovery):
         carried.save(folder / "adapter")
         table = {layer: done[layer].facts for layer in adapter.pairs if layer in done}
         (folder / "layers.json").write_text(json.dumps(table, indent=1))
-        return {"corrected_layers": len(done), **_summary(list(done.values()))}
+        facts = {"corrected_layers": len(done), **_summary(list(done.values()))}
+        return facts | ({"samples": samples.ids} if samples is not None else {})
 
     def correct(self, pair: Pair, residual: Tensor, moments: Moments | None) -> tuple[Pair, Change]:
         """Correct one layer's pair; `moments` only for the covariance metric."""
@@ -167,8 +165,11 @@ def _known(
         found = _seen(block, {layer: pairs[layer] for layer in layers}, gaps)
         for layer in layers:
             if layer not in found:
-                log.warning("%s: no calibration token reached it; corrected by identity", layer)
-            yield Known(layer, gaps.pop(layer), *found.pop(layer, (None, None)))
+                raise ConfigError(
+                    f"recovery=correction: no calibration token reaches {layer}, so that its "
+                    "inputs have no covariance; set recovery.metric=identity recovery.clamp=3"
+                )
+            yield Known(layer, gaps.pop(layer), *found.pop(layer))
 
 
 def moments_along(run: Iterable[Block], pairs: Mapping[str, Pair]) -> dict[str, Moments]:

@@ -8,6 +8,7 @@ from tiny import save_checkpoint
 from emloc.adapters.saved import read_adapter
 from emloc.compose import CONF, compose
 from emloc.config import build
+from emloc.errors import ConfigError
 from emloc.pipeline import run
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
@@ -85,6 +86,19 @@ SHAPES = {
     **dict.fromkeys(("gate_proj", "up_proj"), (64, 32)),
     "down_proj": (32, 64),
 }
+
+
+def test_an_emulator_that_leaves_nothing_to_adapt_is_refused(go):
+    """Ends of two blocks each, and a LoRA that was to go between them."""
+    middle = r"model.lora_targets='model\.layers\.[345]\.mlp\.\w+_proj'"
+    with pytest.raises(ConfigError, match="matches none of the layers that the emulator leaves"):
+        go("method=offsite", *ROOM["offsite"], middle)
+
+
+def test_calibration_rows_are_on_record_whichever_stage_read_them(go):
+    result = go("method=qlora", "recovery=correction_covariance")
+    assert len(result.samples) == 6
+    assert result.stages["evaluate_as_trained"] is result.as_trained
 
 
 @pytest.mark.parametrize("method", IN_NF4)

@@ -74,10 +74,10 @@ GO = [
 ]
 NOT = {
     ("svd", "dora", "none"): "adapter=dora is made of the norms of a layer's weight, and "
-    "emulator=svd does not have it at hand; set adapter=lora, or emulator=full",
+    "emulator=svd does not have it at hand; set adapter=lora, or emulator=full recovery=none",
     ("prune", "dora", "scatter"): "emulator=prune trains layers smaller than the original's, and "
     "only an update s B A can be enlarged, which adapter=dora's is not; set adapter=lora, or "
-    "emulator=full",
+    "emulator=full recovery=none",
     ("full", "dora", "correction"): "recovery=correction changes the matrices of an update s B A, "
     "and adapter=dora's update is none; set recovery=none, or adapter=lora",
     ("layer_drop", "dora", "correction_covariance"): "recovery=correction changes the matrices of "

@@ -134,7 +134,7 @@ def _check(built: object, name: str, preset: Mapping[str, object] = MappingProxy
     "path", sorted((DATA / "experiments").glob("*.yaml")), ids=lambda p: p.stem
 )
 def test_every_cell_of_every_experiment_builds(path):
-    compose()  # which registers the experiments
+    compose()  # which registers the experiments, and what each sweeps
     known = ConfigStore.instance().repo["experiments"][path.name].node
     params = OmegaConf.select(known, "hydra.sweeper.params") or {}
     sweeps = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in params.items()])

@@ -152,7 +152,9 @@ def _full_disk(*_, **__):
     raise OSError("no space left")
 
 
-def test_a_run_is_merged_with_the_model_it_was_made_for(tmp_path):
+@pytest.mark.parametrize("emulator", ["full.Full", "svd.Svd"])
+def test_a_run_is_merged_with_the_model_it_was_made_for(tmp_path, emulator):
+    """Also one made before an emulator knew all of the settings it has now."""
     source = checkpoint(tmp_path / "base")
     run = tmp_path / "run"
     copy_adapter(adapter(source, tmp_path / "adapter"), run / "adapter")
@@ -172,9 +174,11 @@ def test_a_run_is_merged_with_the_model_it_was_made_for(tmp_path):
         }
     )
     parts = {
-        "emulator": {"_target_": "emloc.emulators.full.Full"},
+        "emulator": {"_target_": f"emloc.emulators.{emulator}"},
         "compression": {"ratio": 0.5, "of": "linears", "bits": 16},
     }
+    if emulator == "svd.Svd":
+        parts["emulator"] |= {"algorithm": "subspace", "aware": True, "multiple": 1}
     OmegaConf.save({"model": model, **parts}, run / "config.yaml")
     merged = merge_run(run, run / "merged")
     expected = merge(source, read_lora(run / "adapter"), tmp_path / "by hand")

@@ -422,7 +422,8 @@ def test_taylor_of_several_batches_adds_their_magnitudes(llama):
     units = units_of(llama, layers_of(llama), 0, 0)
     scores = importance(llama.load(CPU), text_batches(), units, "taylor")
     for name, summed in by_autograd(llama, text_batches(), units).items():
-        torch.testing.assert_close(scores[name], summed, atol=1e-14, rtol=1e-10)
+        # The model's norms round to float32 on the way.
+        torch.testing.assert_close(scores[name], summed, atol=1e-14, rtol=1e-6)
 
 
 def by_autograd(source, batches, units) -> dict[str, torch.Tensor]:
@@ -468,6 +469,41 @@ def test_nothing_of_the_scoring_stays_in_the_model(source):
     assert not after.requires_grad
     assert not any(one.requires_grad or one.grad is not None for one in model.parameters())
     assert not any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["upop", "taylor"])
+def test_the_number_of_answer_tokens_is_no_matter_of_rounding(llama, kind):
+    """As of a calibration with very many: in float16 gradients would vanish, and no score be 0."""
+    many = [{key: one.repeat(1, 8) for key, one in batch.items()} for batch in text_batches()] * 8
+    units = units_of(llama, layers_of(llama), 0, 0)
+    scores = []
+    for dtype in (torch.float32, torch.float16):
+        model = replace(llama, dtype=dtype).load(CPU)
+        scores.append(importance(model, many, units, kind))
+    for name, exact in scores[0].items():
+        together = torch.corrcoef(torch.stack([exact, scores[1][name].float()]))[0, 1]
+        assert together > 0.99, name
+
+
+def test_attention_that_splits_by_a_number_of_its_own_stays_whole():
+    """As StableLM's, which would be given another number of heads than it reckons with."""
+    shape = {
+        "model_type": "stablelm",
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    source = Source(None, "stable", "0", torch.float32, shape=shape, seed=0)
+    kinds = {one.kind for one in units_of(source, layers_of(source), 0, 0).values()}
+    assert kinds == {MLP}
+
+
+def test_a_seed_where_nothing_is_drawn_is_refused():
+    with pytest.raises(ConfigError, match=r"emulator\.seed=3 is of emulator\.importance=random"):
+        prune(importance="taylor", seed=3)
 
 
 def test_scores_are_float32_sums_for_a_model_of_16_bits(source):

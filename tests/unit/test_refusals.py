@@ -67,11 +67,21 @@ def test_a_ratio_that_is_no_share(refusal, method, ratio):
             r"budget\.gpu_gib=0\.01: .* fit.*; set .*budget\.gpu_gib higher",
         ),
         (
+            ["method=upop", "compression=auto", "budget.gpu_gib=1"],
+            r"compression=auto is solved for emulator=svd and emulator=full; with others "
+            r"set compression=r50",
+        ),
+        (
+            ["method=dora", "compression=auto", "budget.gpu_gib=1"],
+            r"compression=auto is solved for the lean training, and this adapter .*; "
+            r"set adapter=lora, or compression=r50",
+        ),
+        (
             ["method=lora", "budget.gpu_gib=0"],
             r"budget\.gpu_gib must be above 0 or null, got 0; set budget\.gpu_gib=24",
         ),
     ],
-    ids=["no budget", "too small", "too small for the whole", "none at all"],
+    ids=["no budget", "too small", "too small for the whole", "pruned", "dora", "none at all"],
 )
 def test_a_budget_that_nothing_fits(refusal, overrides, said):
     assert re.fullmatch(said, refusal(*overrides))

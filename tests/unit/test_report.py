@@ -120,6 +120,15 @@ def test_a_lora_trained_otherwise_is_no_measure_but_the_untouched_model_is(made,
     assert column(folder, "gain kept")[1:] == ["100.0%", "100.0%", "50.0%"]
 
 
+def test_what_is_kept_where_makes_no_other_training(made, folder):
+    """Offloading computes layers again, and is measured by the LoRA that does not."""
+    made("zero_shot", 2.0)
+    made("lora", 1.0, train={"steps": 9, "checkpointing": False})
+    made("offload", 1.0, train={"steps": 9, "checkpointing": True})
+    made("offload", 1.0, train={"steps": 8, "checkpointing": True})
+    assert column(folder, "gain kept") == [".", "100.0%", "100.0%", "."]
+
+
 def test_each_seed_is_measured_by_its_own_lora(made, folder):
     made("zero_shot", 2.0)
     for seed, best in ((0, 1.0), (1, 1.5)):

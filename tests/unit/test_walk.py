@@ -498,3 +498,20 @@ def test_a_name_without_a_number_is_in_no_block(name):
 def test_layers_by_block_keep_their_order():
     names = ["m.1.b", "m.0.a", "m.1.a", "m.10.a"]
     assert by_block(names) == {"m.1": ["m.1.b", "m.1.a"], "m.0": ["m.0.a"], "m.10": ["m.10.a"]}
+
+
+def test_blocks_are_walked_in_the_order_of_the_model_however_they_are_named(sources):
+    """As a file sorts them: none may be passed by."""
+    model, names = model_of(sources["llama"]), names_of("llama")
+    reached = []
+    for block in walk(model, BATCHES, sorted(names, reverse=True), CPU):
+        masks = []
+        block.run(masks.append)
+        reached.append((block.name, len(masks)))
+    assert reached == [(name, len(BATCHES)) for name in names]
+
+
+def test_a_block_the_model_has_not_is_refused(sources):
+    model = model_of(sources["llama"])
+    with pytest.raises(ValueError, match=r"the model has no block model\.layers\.99"):
+        next(walk(model, BATCHES, [*names_of("llama"), "model.layers.99"], CPU))
