@@ -129,6 +129,12 @@ class Source:
         """Parameter name -> number of elements, tied parameters once."""
         return {name: parameter.numel() for name, parameter in self._bare.named_parameters()}
 
+    @cached_property
+    def decoder(self) -> str:
+        """What the names of all modules of the language decoder begin with."""
+        decoder = self._bare.get_decoder()
+        return next(f"{name}." for name, one in self._bare.named_modules() if one is decoder)
+
     @property
     def vocabulary(self) -> int:
         """Number of tokens the model knows."""

@@ -24,7 +24,6 @@ from emloc.emulators.full import in_blocks, load_quantized
 from emloc.emulators.size import size_facts, solved
 from emloc.errors import ConfigError
 from emloc.nn.nf4 import Nf4
-from emloc.plan.blocks import Blocks
 from emloc.settings import Compression
 from emloc.source import CPU, Source
 from emloc.walk import block_of, by_block
@@ -175,8 +174,7 @@ def thinned(count: int, first: int, last: int, middle: int) -> list[int]:
 
 def decoder_blocks(source: Source) -> list[str]:
     """Names of the language decoder's blocks, in order."""
-    inside = Blocks(source).inside
-    return [block for block in by_block(in_blocks(source)) if block.startswith(inside)]
+    return [block for block in by_block(in_blocks(source)) if block.startswith(source.decoder)]
 
 
 def _size(counted: dict[str, int], block: str) -> int:

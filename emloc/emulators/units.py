@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from emloc.emulators.full import in_blocks
 from emloc.linalg.prune import ATTENTION, MLP, Group
@@ -41,7 +40,7 @@ def units_of(source: Source, layers: Collection[str], first: int, last: int) -> 
     `first` and `last` blocks of the decoder have none.
     """
     model = source.skeleton()
-    inside = _decoder(model)
+    inside = source.decoder
     blocks = list(by_block(name for name in in_blocks(source) if name.startswith(inside)))
     whole = {*blocks[:first], *blocks[max(0, len(blocks) - last) :]}
     found: dict[str, Units] = {}
@@ -51,12 +50,6 @@ def units_of(source: Source, layers: Collection[str], first: int, last: int) -> 
             if numbered and units.count > 1 and block_of(units.layers[0]) not in whole:
                 found[name] = units
     return found
-
-
-def _decoder(model: PreTrainedModel) -> str:
-    """What the names of all modules of the decoder begin with."""
-    decoder = model.get_decoder()
-    return next(f"{name}." for name, module in model.named_modules() if module is decoder)
 
 
 def _of_module(name: str, module: nn.Module, in_decoder: bool) -> Iterator[Units]:

@@ -27,13 +27,6 @@ class Blocks:
         """Blocks of the whole decoder."""
         return len(self._parts[1])
 
-    @cached_property
-    def inside(self) -> str:
-        """What the names of all modules of the decoder begin with."""
-        model = self._parts[0]
-        decoder = model.get_decoder()
-        return next(f"{name}." for name, module in model.named_modules() if module is decoder)
-
     def first(self, depth: int) -> PreTrainedModel:
         """A model of its own on the meta device, with the first `depth` blocks of the decoder.
 

@@ -159,7 +159,7 @@ class Scheme:
         """
         rooms, aside = (0, 0), 0
         for layer, (rows, columns) in self.source.linears.items():
-            if not self._packed(layer) or not layer.startswith(self.blocks.inside):
+            if not self._packed(layer) or not layer.startswith(self.source.decoder):
                 continue
             k = self.ranks.get(layer)
             if layer not in self.adapted:
