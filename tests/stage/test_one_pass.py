@@ -186,10 +186,8 @@ def test_with_no_room_for_statistics_a_run_has_no_stage_for_them(tiny, tmp_path,
         return run(cell, Store(tmp_path / home), lambda step, values: None)
 
     once, twice = go("one", "budget.statistics_gib=0"), go("two")
-    assert (once.statistics, list(once.stages)) == (
-        None,
-        ["emulate", "train", "recover", "evaluate"],
-    )
+    assert once.statistics is None
+    assert list(once.stages)[:4] == ["emulate", "train", "recover", "evaluate"]
     assert list(twice.stages) == ["calibrate", *once.stages]
     assert once.emulated.facts["samples"] == twice.statistics.facts["samples"]
     assert len(once.emulated.facts["samples"]) == 6
