@@ -38,7 +38,9 @@ CARDS = {"2b": 2.21, "4b": 3.71, "8b": 8.08, "26b": 25.51, "38b": 38.39, "78b": 
 
 
 def settings(name: str, **changed) -> Checkpointed:
-    return part(OmegaConf.merge(OmegaConf.load(CONF / "model" / f"{name}.yaml"), changed))
+    written = OmegaConf.load(CONF / "model" / f"{name}.yaml")
+    written.pop("defaults", None)  # its siblings, which are models of their own
+    return part(OmegaConf.merge(written, changed))
 
 
 @cache
