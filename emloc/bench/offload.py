@@ -30,6 +30,7 @@ from emloc.bench.training import STEPS, Measured, fitted, of_steps, scripted, tr
 from emloc.emulators import Given
 from emloc.emulators.full import in_blocks
 from emloc.emulators.offload import Offload
+from emloc.lean.model import checkpoint_layers
 from emloc.memory import GIB, HostPeak
 from emloc.walk import by_block
 
@@ -107,7 +108,7 @@ def by_fsdp(setting: Setting) -> Measured:
     model = whole(setting, device)
     names = by_block(in_blocks(setting.source))
     blocks = [model.get_submodule(name) for name in names]
-    _recompute(model)
+    checkpoint_layers(model)
     tuned: Any = cell.adapter.attach(model, cell.lora, cell.model.lora_targets)
     learnt = [one for one in tuned.parameters() if one.requires_grad]
     for one in learnt:
@@ -134,14 +135,6 @@ def by_fsdp(setting: Setting) -> Measured:
     return found
 
 
-def _recompute(model: PreTrainedModel) -> None:
-    name = "activation_checkpointing_enable"  # from transformers 5.23 on
-    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    # A vision tower, which is frozen, would be gone through backwards as well.
-    model.disable_input_require_grads()
-
-
 def _in_its_own_process(model: str) -> Hosted:
     """FSDP2's figures, or the word of why there are none: how it fails is not ours to decide."""
     command = [sys.executable, "-m", "emloc.bench.offload", model]
@@ -158,7 +151,7 @@ def _say(model: str) -> None:
     """Print what FSDP2 needs as one line of JSON."""
     try:
         found = hosted(partial(by_fsdp, Setting(model, RECIPE)))
-    except Exception as error:  # of a library: its figures are the word
+    except Exception as error:  # why: how a library fails is the figure, and goes to stderr too
         if not out_of_memory(error):
             print(error, file=sys.stderr)
         word = "OOM" if out_of_memory(error) else type(error).__name__

@@ -64,10 +64,13 @@ class Full(Emulator):
         self, folder: Path, source: Source, layer: str, device: torch.device = CPU
     ) -> Tensor | None:
         """What quantising, done again here, takes from the weight; None for a layer left whole."""
-        if layer not in _quantized(folder):
-            return None
-        weight = source.weight(layer, device)
-        return weight.double().sub_(Nf4.quantize(weight).dequantize().double())
+        return rounding(source, layer, device) if layer in _quantized(folder) else None
+
+
+def rounding(source: Source, layer: str, device: torch.device) -> Tensor:
+    """What nf4 takes from a weight (out, in), in float64."""
+    weight = source.weight(layer, device)
+    return weight.double().sub_(Nf4.quantize(weight).dequantize().double())
 
 
 def in_blocks(source: Source) -> list[str]:
@@ -85,12 +88,13 @@ def load_quantized(
 
     `others`: modules to put in the place of the model's own beside them, by name.
     """
-    quantized = {
+    replace = dict(others or {})
+    replace |= {
         layer: Nf4Linear(Nf4.quantize(source.weight(layer, device)), source.bias(layer, device))
         for layer in tqdm(layers, "quantize", unit="layer", disable=not layers)
     }
-    model = source.load(device, {**(others or {}), **quantized})
-    if layers:
+    model = source.load(device, replace)
+    if any(isinstance(module, Nf4Linear) for module in replace.values()):
         model.is_loaded_in_4bit = True  # what PEFT asks for
     return model
 

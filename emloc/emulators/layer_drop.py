@@ -20,10 +20,9 @@ from transformers import PreTrainedModel
 
 from emloc.calibrate import Layers
 from emloc.emulators import Emulator, Given, Plan
-from emloc.emulators.full import in_blocks, load_quantized
+from emloc.emulators.full import in_blocks, load_quantized, rounding
 from emloc.emulators.size import size_facts, solved
 from emloc.errors import ConfigError
-from emloc.nn.nf4 import Nf4
 from emloc.settings import Compression
 from emloc.source import CPU, Source
 from emloc.walk import block_of, by_block
@@ -156,10 +155,7 @@ class LayerDrop(Emulator):
 
         Of a dropped block nothing is adapted, and so nothing is asked.
         """
-        if layer not in _quantized(folder, source):
-            return None
-        weight = source.weight(layer, device)
-        return weight.double().sub_(Nf4.quantize(weight).dequantize().double())
+        return rounding(source, layer, device) if layer in _quantized(folder, source) else None
 
 
 def thinned(count: int, first: int, last: int, middle: int) -> list[int]:

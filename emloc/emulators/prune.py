@@ -200,10 +200,7 @@ class Prune(Emulator):
                 smaller[layer] = _linear(weight, bias, line["bits"])
             elif line["bits"] == 4:
                 whole.append(layer)
-        model = load_quantized(source, whole, device, smaller)
-        if any(isinstance(one, Nf4Linear) for one in smaller.values()):
-            model.is_loaded_in_4bit = True  # what PEFT asks for
-        return model
+        return load_quantized(source, whole, device, smaller)
 
     def residual(
         self, folder: Path, source: Source, layer: str, device: torch.device = CPU

@@ -119,11 +119,7 @@ def recompute_layers(model: PreTrainedModel) -> None:
     transformers asks for gradients of every embedding once layers are recomputed, pixels included:
     a frozen vision tower would then be recomputed and differentiated for nothing.
     """
-    # Its name from transformers 5.23 on, which warns at the older one.
-    name = "activation_checkpointing_enable"
-    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False, "preserve_rng_state": _draws(model)})
-    model.disable_input_require_grads()
+    checkpoint_layers(model, preserve_rng_state=_draws(model))
     reached = False  # the first layer that is trained, which all above it come behind
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
@@ -131,6 +127,15 @@ def recompute_layers(model: PreTrainedModel) -> None:
             if not trained and not reached:
                 module.gradient_checkpointing = False
             reached = reached or (trained and isinstance(module, GradientCheckpointingLayer))
+
+
+def checkpoint_layers(model: PreTrainedModel, **arguments: bool) -> None:
+    """Switch on what transformers computes again, without gradients of embeddings."""
+    # Its name from transformers 5.23 on, which warns at the older one.
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, **arguments})
+    model.disable_input_require_grads()
 
 
 def _draws(model: nn.Module) -> bool:
