@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from emloc.merging import merge
     from emloc.nn.factorized import Factorized
     from emloc.pipeline import run
-    from emloc.report import table
+    from emloc.report.markdown import table
     from emloc.store import Store
 
 # Name -> module. Resolved when asked for, so that `emloc --help` never waits for torch. None may be
@@ -31,7 +31,7 @@ _HOMES = {
     "merge": "emloc.merging",
     "read_lora": "emloc.adapters.saved",
     "run": "emloc.pipeline",
-    "table": "emloc.report",
+    "table": "emloc.report.markdown",
 }
 
 __all__ = [

@@ -66,7 +66,8 @@ def _refuse(message: str) -> None:
 
 def _report(arguments: list[str]) -> None:
     """Print the table of a folder of runs."""
-    from emloc.report import table, write_csv
+    from emloc.report.markdown import table
+    from emloc.report.rows import rows_of, write_rows
 
     parser = argparse.ArgumentParser("emloc report", description=_report.__doc__)
     parser.add_argument("folder", type=Path, help="runs/<name>, or one run in it")
@@ -76,7 +77,7 @@ def _report(arguments: list[str]) -> None:
         raise ConfigError(f"no folder {chosen.folder}; give one such as runs/demo")
     print(table(chosen.folder))
     if chosen.csv:
-        write_csv(chosen.folder, chosen.csv)
+        write_rows(rows_of(chosen.folder), chosen.csv)
 
 
 def _merge(arguments: list[str]) -> None:

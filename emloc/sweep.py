@@ -11,7 +11,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from emloc.ranks import born, first, hush
-from emloc.report import table
+from emloc.report.markdown import table
 from emloc.runs import DONE, RUNNING, Run, find_runs
 
 FAILED, REFUSED = 1, 2

@@ -36,7 +36,8 @@ PUBLIC = [
 
 # What takes seconds to import, and nobody waits for who asks for help or a table.
 HEAVY = {"torch", "transformers", "peft", "lm_eval", "wandb", "datasets", "accelerate"}
-LIGHT = ["emloc", "emloc.cli", "emloc.compose", "emloc.report", "emloc.runs", "emloc.sweep"]
+REPORT = ["emloc.report.markdown", "emloc.report.rows"]
+LIGHT = ["emloc", "emloc.cli", "emloc.compose", *REPORT, "emloc.runs", "emloc.sweep"]
 
 
 def where(module: Path) -> str:

@@ -1,6 +1,5 @@
 """Runs on disk, and the table that is made of them: numbers where there are, else words."""
 
-import csv
 import json
 import mmap
 import re
@@ -14,7 +13,9 @@ from omegaconf import OmegaConf
 from emloc import provenance as provenance_module
 from emloc.memory import GIB, Peak, process_bytes
 from emloc.provenance import PACKAGES, provenance
-from emloc.report import STAGES, gain_kept, rows_of, table, write_csv
+from emloc.report.lines import lines_of
+from emloc.report.markdown import table
+from emloc.report.rows import STAGES, rows_of, write_rows
 from emloc.runs import Run, find_runs
 from emloc.sweep import FAILED, Table
 
@@ -82,7 +83,7 @@ def test_the_gain_kept_is_the_share_of_loras_gain_over_the_untouched_model(made,
     made("emloc_uncorrected", 2.5)
     made("emloc_covariance", 0.75)
     rows = rows_of(folder)
-    assert [gain_kept(row, rows) for row in rows] == [0.0, 1.0, 0.75, -0.5, 1.25]
+    assert [row.number("gain_kept") for row in rows] == [0.0, 1.0, 0.75, -0.5, 1.25]
     assert column(folder, "gain kept") == ["0.0%", "100.0%", "75.0%", "-50.0%", "125.0%"]
 
 
@@ -91,7 +92,7 @@ def test_without_both_ends_there_is_no_gain(made, folder, absent):
     for method, loss in (("zero_shot", 2.0), ("lora", 1.0), ("emloc", 1.25)):
         made(method, None if method == absent else loss)
     rows = rows_of(folder)
-    assert [gain_kept(row, rows) for row in rows if row.metrics] == [None, None]
+    assert [row.number("gain_kept") for row in rows if row.done] == [None, None]
     assert [line["gain kept"] for line in lines(folder)] == ["."] * 3
 
 
@@ -136,7 +137,7 @@ def test_each_seed_is_measured_by_its_own_lora(made, folder):
         made("lora", best, seed=seed)
         made("emloc", 1.75, seed=seed)
     rows = rows_of(folder)
-    assert [gain_kept(row, rows) for row in rows] == [0.0, 1.0, 0.25, 1.0, 0.5]
+    assert [row.number("gain_kept") for row in rows] == [0.0, 1.0, 0.25, 1.0, 0.5]
 
 
 def test_seeds_are_one_line_of_mean_and_spread(made, folder):
@@ -192,12 +193,18 @@ def test_a_run_that_another_launch_is_at_is_no_failure_of_this_one(made, folder,
     assert capsys.readouterr().err == f"{going_on.folder.name}: interrupted\n"
 
 
-def test_the_table_is_written_as_csv_too(made, folder, tmp_path):
-    made("emloc", 1.5)
+def test_a_tidy_file_holds_all_that_the_table_is_made_of(made, folder, tmp_path):
     made("zero_shot", 2.0)
-    write_csv(folder, tmp_path / "table.csv")
-    with (tmp_path / "table.csv").open(newline="") as file:
-        assert list(csv.DictReader(file)) == lines(folder)
+    for seed in (0, 1):
+        made("lora", 1.0, seed=seed, recovery={"clamp": None})
+        made("emloc", 1.5, seed=seed, recovery={"clamp": 3.0})
+    made("qlora").mark("failed", stage="train", error="x")
+    rows = rows_of(folder)
+    write_rows(rows, tmp_path / "rows.csv")
+    again = rows_of(tmp_path / "rows.csv")
+    assert len(again) == 6
+    assert lines_of(again) == lines_of(rows)
+    assert [row.numbers for row in again] == [row.numbers for row in rows]
 
 
 # The table ---------------------------------------------------------------------------------------
@@ -292,7 +299,7 @@ def test_runs_stand_in_the_order_they_ended(made, folder):
     time.sleep(0.01)
     first.finish(metrics(1.0))
     assert column(folder, "method") == ["lora", "emloc"]
-    assert [row.run for row in rows_of(folder)] == [second, first]
+    assert [row.run for row in rows_of(folder)] == [second.folder.name, first.folder.name]
 
 
 def test_an_empty_folder_says_so(folder):

@@ -1,0 +1,160 @@
+"""One run as a line of results: all that tables and figures are made of. Imports no torch."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emloc.digest import digest
+from emloc.report.gain import Scored, gain_kept
+from emloc.runs import DONE, Run, find_runs
+from emloc.settings import DECISIVE
+
+STAGES = ("calibrate", "emulate", "train", "recover", "evaluate")
+# What is known of every run, and a column of every file.
+FIELDS = ("experiment", "run", "state", "cell", "method", "model", "task", "seed", "metric", "data")
+# Settings that are a column even where all runs have the same.
+ALWAYS = ("compression.ratio", "compression.bits", "lora.rank", "calibration.samples")
+_NUMBER = "="  # before the name of a number in the head of a file, which tells it from a setting
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run. `settings`: group -> choice and dotted key -> value, in the command line's words.
+
+    `numbers`: `score`, `scores/<name>`, `as_trained/<name>`, `gain_kept` (a share), `bytes` (of the
+    model trained through), `trainable` (parameters), `step_seconds`, `seconds/<stage>`,
+    `peak_gib/<stage>`; what was not measured is not there.
+    """
+
+    experiment: str
+    run: str  # the folder's name
+    state: str  # done, running, interrupted, OOM or failed(<stage>)
+    cell: str  # the experiment's name for it; empty where the experiment is a product
+    method: str
+    model: str
+    task: str
+    seed: int
+    metric: str  # what `score` is called; empty unless done
+    data: str  # digest of what the scores are about; empty unless done
+    settings: Mapping[str, str]
+    numbers: Mapping[str, float]
+
+    @property
+    def done(self) -> bool:
+        """Whether there are results."""
+        return self.state == DONE
+
+    def number(self, name: str) -> float | None:
+        """One of `numbers`, or None."""
+        return self.numbers.get(name)
+
+
+def rows_of(place: Path) -> list[Row]:
+    """The runs below a folder in the order they ended, or those of a file of `write_rows`."""
+    if place.is_file():
+        return _read(place)
+    read = [(run, run.status, run.config, run.metrics) for run in find_runs(place)]
+    read.sort(key=lambda each: each[1]["time"])
+    scored = [Scored(config, _loss(metrics)) for _, _, config, metrics in read]
+    gains = [gain_kept(each, scored) for each in scored]
+    return [_row(*each, gain) for each, gain in zip(read, gains, strict=True)]
+
+
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """A tidy CSV: a line for each run, with the settings in which runs differ and all numbers."""
+    every = dict.fromkeys(name for row in rows for name in row.settings)
+    settings = [name for name in every if name in ALWAYS or _differs(name, rows)]
+    numbers = dict.fromkeys(name for row in rows for name in row.numbers)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*FIELDS, *settings, *(_NUMBER + name for name in numbers)])
+        for row in rows:
+            known = [getattr(row, name) for name in FIELDS]
+            chosen = [row.settings.get(name, "") for name in settings]
+            writer.writerow([*known, *chosen, *(row.numbers.get(name, "") for name in numbers)])
+
+
+def _differs(name: str, rows: Iterable[Row]) -> bool:
+    return name not in FIELDS and len({row.settings.get(name) for row in rows}) > 1
+
+
+def _read(path: Path) -> list[Row]:
+    with path.open(newline="") as file:
+        return [_parsed(line) for line in csv.DictReader(file)]
+
+
+def _parsed(line: Mapping[str, str]) -> Row:
+    fields: dict[str, Any] = {name: line[name] for name in FIELDS}
+    fields["seed"] = int(fields["seed"])
+    rest = {name: value for name, value in line.items() if name not in FIELDS and value}
+    numbers = {name[1:]: float(v) for name, v in rest.items() if name.startswith(_NUMBER)}
+    settings = {name: value for name, value in rest.items() if not name.startswith(_NUMBER)}
+    named = {name: line[name] for name in ("cell", "method", "model", "task") if line[name]}
+    return Row(**fields, settings=named | settings, numbers=numbers)
+
+
+def _loss(metrics: Mapping[str, Any]) -> float | None:
+    return float(metrics["scores"]["loss"]) if metrics else None
+
+
+def _row(
+    run: Run,
+    status: Mapping[str, Any],
+    config: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    gain: float | None,
+) -> Row:
+    choices = run.choices
+    return Row(
+        experiment=run.folder.resolve().parent.name,
+        run=run.folder.name,
+        state=_word(status),
+        cell=choices.get("cell", "").rpartition("/")[2],
+        method=str(config["method"]),
+        model=_called(config, "model"),
+        task=_called(config, "task"),
+        seed=int(config["seed"]),
+        metric=metrics.get("metric", ""),
+        data=digest(metrics["data"]) if metrics else "",
+        settings=choices | _leaves(config),
+        numbers=_numbers(metrics, gain) if metrics else {},
+    )
+
+
+def _called(config: Mapping[str, Any], section: str) -> str:
+    return str(config[section].get("name", ""))
+
+
+def _leaves(config: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted name of every setting that decides results -> its value, in one line."""
+    return {
+        f"{section}.{key}": "null" if value is None else " ".join(str(value).split())
+        for section in DECISIVE
+        if isinstance(values := config.get(section), Mapping)
+        for key, value in values.items()
+        if key != "_target_" and not isinstance(value, Mapping)
+    }
+
+
+def _numbers(metrics: Mapping[str, Any], gain: float | None) -> dict[str, float]:
+    found = {
+        "score": metrics["score"],
+        **{f"scores/{name}": value for name, value in metrics["scores"].items()},
+        **{f"as_trained/{k}": v for k, v in metrics.get("scores_as_trained", {}).items()},
+        "gain_kept": gain,
+        "bytes": metrics.get("emulator", {}).get("bytes"),
+        "trainable": metrics.get("trainable"),
+        "step_seconds": metrics.get("step_seconds"),
+        **{f"seconds/{stage}": value for stage, value in metrics["seconds"].items()},
+        **{f"peak_gib/{stage}": value for stage, value in metrics["peak_gib"].items()},
+    }
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def _word(status: Mapping[str, Any]) -> str:
+    state = str(status["state"])
+    return "OOM" if state == "oom" else f"failed({status['stage']})" if state == "failed" else state
