@@ -1,9 +1,11 @@
 """Pretrain the tiny InternVL of the vision-language demo on the plain part of easy-VQA.
 
-    python experiments/models/pretrain_tiny_internvl.py --steps 1000 --out DIR
+    python experiments/models/pretrain_tiny_internvl.py --steps 2000 --out DIR
+    python experiments/models/pretrain_tiny_internvl.py --steps 2000 --out DIR --size r50
 
 Tokenizer, configuration and weights are made from nothing. What came of it on one GPU is committed
-beside this file, in `tiny_internvl/`.
+beside this file, in `tiny_internvl/`, and smaller ones of half and a quarter of its parameters, for
+the comparison with a small model, in `tiny_internvl_r50/` and `tiny_internvl_r25/`.
 """
 
 from __future__ import annotations
@@ -48,6 +50,23 @@ NOISE, SHIFT, LIGHT = 25.0, 4, 20.0  # the most of each, in grey levels and pixe
 LOG_SECONDS = 10
 
 
+@dataclass(frozen=True)
+class Size:
+    """Widths of both halves of the model; heads of the language model are of even width."""
+
+    vision: int
+    text: int
+    inner: int  # of the language model's MLP
+    heads: int  # of the language model; the vision tower has four
+
+
+SIZES = {
+    "whole": Size(vision=128, text=160, inner=432, heads=5),
+    "r50": Size(vision=88, text=112, inner=304, heads=4),
+    "r25": Size(vision=64, text=80, inner=192, heads=4),
+}
+
+
 def rendered(question: str, answer: str) -> tuple[str, str]:
     """Prompt and answer in ChatML without a system turn, as the model's reader writes them."""
     prompt = f"{START}user\n<img>{IMAGE * PLACES}</img>\n{question}{END}\n{START}assistant\n"
@@ -72,17 +91,19 @@ def train_tokenizer(rows: Iterable[Example]) -> PreTrainedTokenizerFast:
     )
 
 
-def configuration(tokenizer: PreTrainedTokenizerBase) -> InternVLConfig:
-    """Both halves of four blocks; 2.2 million parameters."""
+def configuration(tokenizer: PreTrainedTokenizerBase, size: Size) -> InternVLConfig:
+    """Both halves of four blocks; 2.2 million parameters if whole."""
     blocks = {"num_hidden_layers": 4, "initializer_range": 0.05}
-    vision: dict[str, Any] = {"model_type": "internvl_vision", "hidden_size": 128}
-    vision |= {"intermediate_size": 512, "num_attention_heads": 4, "attention_bias": True}
+    vision: dict[str, Any] = {"model_type": "internvl_vision", "hidden_size": size.vision}
+    vision |= {"intermediate_size": 4 * size.vision, "num_attention_heads": 4}
     # Branches of full strength, and weights of more than the usual size: with a tenth of the one
     # and .02 of the other it takes many times as long until shapes are told apart.
     vision |= {"image_size": SIDE, "patch_size": PATCH, "layer_scale_init_value": 1.0}
+    vision |= {"attention_bias": True}
     text: dict[str, Any] = {"model_type": "llama", "vocab_size": len(tokenizer)}
-    text |= {"hidden_size": 160, "intermediate_size": 432, "max_position_embeddings": 512}
-    text |= {"num_attention_heads": 5, "num_key_value_heads": 5, "tie_word_embeddings": True}
+    text |= {"hidden_size": size.text, "intermediate_size": size.inner}
+    text |= {"num_attention_heads": size.heads, "num_key_value_heads": size.heads}
+    text |= {"max_position_embeddings": 512, "tie_word_embeddings": True}
     text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     return InternVLConfig(
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
@@ -252,6 +273,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, required=True, help="of training")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--size", choices=SIZES, default="whole", help="share of the parameters")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -261,7 +283,7 @@ def main() -> None:
     tokenizer = train_tokenizer(task.train())
     rows = on_device(task.train(), tokenizer, device)
     test = on_device(task.held_out(None), tokenizer, device)
-    model = build(configuration(tokenizer)).to(device)
+    model = build(configuration(tokenizer, SIZES[arguments.size])).to(device)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{count:,} parameters, {len(tokenizer)} tokens, rows of {rows.ids.shape[1]}", flush=True)
     train(model, rows, test, lambda step: step / arguments.steps)

@@ -61,7 +61,7 @@ def made(script, examples, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny_internvl")
     tokenizer = script.train_tokenizer(examples * 50)
     torch.manual_seed(0)
-    model = script.build(script.configuration(tokenizer)).eval()
+    model = script.build(script.configuration(tokenizer, script.SIZES["whole"])).eval()
     script.save(model, tokenizer, folder)
     return model, tokenizer, folder
 
@@ -173,7 +173,7 @@ def test_training_learns_four_rows_by_heart(made, script, examples, monkeypatch)
     _, tokenizer, _ = made
     monkeypatch.setattr(script, "BATCH", 4)
     torch.manual_seed(0)
-    model = script.build(script.configuration(tokenizer))
+    model = script.build(script.configuration(tokenizer, script.SIZES["whole"]))
     rows = script.on_device(examples, tokenizer, torch.device("cpu"))
     assert script.accuracy(model, rows).startswith("all 0.000")
     script.train(model, rows, rows, lambda step: step / 25)
