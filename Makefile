@@ -37,7 +37,10 @@ test-gpu: setup ## the tests that need a CUDA device
 bench: setup ## speed and memory at full size on the GPU there is; small shapes without one
 	$(BIN)/emloc bench
 
+tables: setup ## one page of results over all experiments, with the paper's numbers
+	@$(BIN)/emloc tables
+
 clean: ## remove the environment and build leftovers, keep runs
 	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: help setup run lint type test test-gpu bench clean
+.PHONY: help setup run lint type test test-gpu bench tables clean

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
 import traceback
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from emloc.errors import ConfigError, StageError
 from emloc.quiet import quiet
 from emloc.ranks import first, hush, rank, sharded, world_size
+from emloc.record import Record, stage_line, training_line
 from emloc.runs import Run
 
 if TYPE_CHECKING:
@@ -22,18 +26,15 @@ if TYPE_CHECKING:
     from emloc.pipeline import Result
     from emloc.progress import Report
     from emloc.store import Artifact
-    from emloc.track import Session
 
 log = logging.getLogger("emloc")
-
-NOT_A_NUMBER = float("nan")
 
 # Seconds the first process has to fail for the same reason as another one, and to record it.
 GRACE = 10
 
 
-def run_cell(cfg: DictConfig) -> float:
-    """The headline score of one run; nan if it failed, which its status.json then explains.
+def run_cell(cfg: DictConfig) -> float | None:
+    """The headline score of one run; None if it failed, which its status.json then explains.
 
     A run that is done is never done again, so repeating a sweep is resuming it. Of several
     processes only the first writes into the run's folder.
@@ -50,38 +51,54 @@ def run_cell(cfg: DictConfig) -> float:
         return float(run.metrics["score"])
     if not first():
         return _follow(cfg, run)
-    choices = {group: choice for group, choice in hydra.runtime.choices.items() if choice}
-    run.begin(cfg, {group: c for group, c in choices.items() if not group.startswith("hydra")})
+    begin(run, cfg, hydra.runtime.choices)
     log.info("%s: started", run.folder.name)
+    with Record(run) as record:
+        return _lead(cfg, run, record)
+
+
+def begin(run: Run, cfg: DictConfig, choices: Mapping[str, str | None]) -> None:
+    """Record that the run was begun, with its settings and the choice of each group."""
+    own = {group: choice for group, choice in choices.items() if not group.startswith("hydra")}
+    run.begin(cfg, {group: choice for group, choice in own.items() if choice})
+
+
+def _lead(cfg: DictConfig, run: Run, record: Record) -> float | None:
+    """Do what there is to do, and record how it ended."""
     try:
-        metrics = _work(cfg, run)
+        metrics = _work(cfg, run, record)
     except (ConfigError, StageError) as error:
-        return _failed(run, error)
+        _failed(run, error)
+        return None
     except KeyboardInterrupt:
         run.mark("interrupted")
         raise
-    except Exception as error:  # why: no folder may go on saying "running"; the error is raised on
+    except Exception as error:  # why: no folder may go on saying "running"
         _crashed(run, error)
-        raise
+        if HydraConfig.get().mode != RunMode.MULTIRUN:
+            raise
+        log.exception("%s", run.folder.name)  # the other cells of a sweep go on
+        return None
     run.finish(metrics)
     log.info("%s: done", run.folder.name)
     return float(metrics["score"])
 
 
-def _follow(cfg: DictConfig, run: Run) -> float:
+def _follow(cfg: DictConfig, run: Run) -> float | None:
     """Take part in a run that the first process records, and end it as that one does."""
     try:
-        _work(cfg, run)
+        _pipeline(_cell(cfg), lambda step, values: None)
     except (ConfigError, StageError) as error:
-        return _failed(run, error)
+        _failed(run, error)
+        return None
     except Exception as error:  # why: as in the first process
         _crashed(run, error)
         raise
     run.ended(within=math.inf)
-    return float(run.metrics["score"]) if run.done else NOT_A_NUMBER
+    return float(run.metrics["score"]) if run.done else None
 
 
-def _failed(run: Run, error: ConfigError | StageError) -> float:
+def _failed(run: Run, error: ConfigError | StageError) -> None:
     """Record and say what went wrong, unless another process has."""
     state, stage, message = "failed", "config", str(error)
     if isinstance(error, StageError):
@@ -96,7 +113,6 @@ def _failed(run: Run, error: ConfigError | StageError) -> float:
     if _out_of_step(error):
         words = "ended here: a training that one process failed in may hold up the others"
         raise SystemExit(words if first() else 1) from error
-    return NOT_A_NUMBER
 
 
 def _crashed(run: Run, error: Exception) -> None:
@@ -127,45 +143,50 @@ def _out_of_memory(error: StageError) -> bool:
     return any(word in str(error) for word in words)
 
 
-def _work(cfg: DictConfig, run: Run) -> dict[str, Any]:
-    """The results; what the followers get is of no use to them."""
+def _cell(cfg: DictConfig) -> Cell:
     quiet()
     from emloc.config import build  # torch comes in here, after all that needs none
 
-    cell = build(cfg)
-    if not first():
-        _pipeline(cell, lambda step, values: None)
-        return {}
-    session = cell.tracker.start(run.folder, cell.name, run.folder.name, run.config)
-    metrics: dict[str, Any] | None = None
-    try:
-        metrics = _measure(cell, run, session)
-    finally:
-        session.finish(metrics)
-    return metrics
+    return build(cfg)
 
 
-def _measure(cell: Cell, run: Run, session: Session) -> dict[str, Any]:
-    def report(step: int, values: dict[str, float]) -> None:
-        line = {f"train/{key}": value for key, value in values.items()} | {"train/step": step}
-        run.log(line)
-        session.log(line)
-
-    result = _pipeline(cell, report)
+def _work(cfg: DictConfig, run: Run, record: Record) -> dict[str, Any]:
+    """The results, which are in the run's folder then, as is every number that led to them."""
+    cell = _cell(cfg)
+    record.follow(cell.tracker)
+    result = _pipeline(cell, lambda step, values: record.add(training_line(step, values)))
     metrics = _metrics(cell, result)
     _collect(result, run.folder)
-    line = {f"evaluate/{key}": value for key, value in metrics["scores"].items()}
-    run.log(line)
-    session.log(line)
+    for line in _lines(result, record.last, (run.folder / "config.yaml").stat().st_mtime):
+        record.add(line)
     return metrics
+
+
+def _lines(result: Result, last: int, begun: float) -> Iterator[dict[str, float]]:
+    """What is to be recorded of all stages, and of the training what is not: behind step `last`.
+
+    A stage that had been finished before this run was begun is `cached`.
+    """
+    if result.trained:
+        for text in (result.trained.folder / "curve.jsonl").read_text().splitlines():
+            values = json.loads(text)
+            if values["step"] > last:
+                yield training_line(values["step"], values)
+    for stage, artifact in result.stages.items():
+        written = (artifact.folder / "stage.json").stat().st_mtime
+        name = "as_trained" if stage == "evaluate_as_trained" else stage
+        yield stage_line(name, {**artifact.facts, "cached": written < begun})
 
 
 def _pipeline(cell: Cell, report: Report) -> Result:
+    from emloc.devices import own_slot
     from emloc.pipeline import run
     from emloc.store import open_store
 
     sharded()  # refused now rather than behind the emulator
-    return run(cell, open_store(), report)
+    store = open_store()
+    with own_slot(cell.budget.jobs_per_gpu, store.root / "devices"):
+        return run(cell, store, report)
 
 
 def _metrics(cell: Cell, result: Result) -> dict[str, Any]:

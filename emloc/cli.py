@@ -65,19 +65,48 @@ def _refuse(message: str) -> None:
 
 
 def _report(arguments: list[str]) -> None:
-    """Print the table of a folder of runs."""
-    from emloc.report.markdown import table
+    """Print the table of a folder of runs, and write it with figures and a page to look at."""
+    from emloc.report.markdown import is_run, table_with_notes
     from emloc.report.rows import rows_of, write_rows
 
     parser = argparse.ArgumentParser("emloc report", description=_report.__doc__)
-    parser.add_argument("folder", type=Path, help="runs/<name>, or one run in it")
-    parser.add_argument("--csv", type=Path, help="a file to write the table into as well")
+    parser.add_argument("place", type=Path, help="runs/<name>, one run in it, or a file of --csv")
+    parser.add_argument("--to", type=Path, help="folder to write (of runs/<name>: its report/)")
+    parser.add_argument("--csv", type=Path, help="a file to write the numbers of all runs into")
     chosen = parser.parse_args(arguments)
-    if not chosen.folder.is_dir():
-        raise ConfigError(f"no folder {chosen.folder}; give one such as runs/demo")
-    print(table(chosen.folder))
-    if chosen.csv:
-        write_rows(rows_of(chosen.folder), chosen.csv)
+    place: Path = chosen.place
+    if not place.exists():
+        raise ConfigError(f"no folder or file {place}; give one such as runs/demo")
+    rows = rows_of(place)
+    if not rows:
+        print(f"no runs in {place}")
+        return
+    several = place.is_dir() and not is_run(place)
+    print(table_with_notes(place, rows, unrun=not is_run(place)))
+    to = chosen.to or (place / "report" if several else None)
+    written = []
+    try:
+        if to:
+            from emloc.report.written import write_report
+
+            written += write_report(place, rows, to)
+        if chosen.csv:
+            write_rows(rows, chosen.csv)
+            written.append(chosen.csv)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {error.filename}: {error.strerror}; give another folder, --to FOLDER"
+        ) from error
+    print("", *(f"wrote {path}" for path in written), sep="\n")
+
+
+def _tables(arguments: list[str]) -> None:
+    """Print one page over all experiments: what was run, what is missing, the paper's numbers."""
+    argparse.ArgumentParser("emloc tables", description=_tables.__doc__).parse_args(arguments)
+    from emloc.report.tables import tables
+    from emloc.shipped import EXPERIMENTS
+
+    print(tables(EXPERIMENTS, Path(os.environ.get("EMLOC_RUNS", "runs"))))
 
 
 def _merge(arguments: list[str]) -> None:
@@ -87,6 +116,7 @@ def _merge(arguments: list[str]) -> None:
     parser.add_argument("--to", type=Path, help="folder to write (default: <run>/merged)")
     chosen = parser.parse_args(arguments)
 
+    quiet()
     from emloc.merging import merge_run
 
     print(merge_run(chosen.run, chosen.to or chosen.run / "merged"))
@@ -130,6 +160,7 @@ def _bench(arguments: list[str]) -> None:
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "report": _report,
+    "tables": _tables,
     "merge": _merge,
     "plan": _plan,
     "bench": _bench,

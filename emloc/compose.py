@@ -10,13 +10,23 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
 from hydra.errors import MissingConfigException
+from hydra.plugins.config_source import ConfigLoadError
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from emloc.runs import folder_name
 from emloc.settings import schema
 from emloc.shipped import CONF, EXPERIMENTS
+
+# Where a plugin's settings would be -> the extra that installs it.
+EXTRAS = {
+    "hydra/launcher/joblib": "parallel",
+    "hydra/launcher/submitit_local": "slurm",
+    "hydra/launcher/submitit_slurm": "slurm",
+    "hydra/sweeper/optuna": "search",
+}
 
 
 def register(words: Sequence[str] = ()) -> None:
@@ -39,9 +49,22 @@ def register(words: Sequence[str] = ()) -> None:
             cell = _preset(overrides.split())
             store.store(group=f"cell/{path.stem}", name=name, node=cell, package="_global_")
         store.store(group="experiments", name=path.stem, node=node, package="_global_")
+    _replace_joblib(store)
     OmegaConf.register_new_resolver(
         "emloc.folder", lambda *, _root_: folder_name(_root_), replace=True
     )
+
+
+def _replace_joblib(store: ConfigStore) -> None:
+    """Have `hydra/launcher=joblib`, where it is installed, outlive a worker that is killed."""
+    Plugins.instance()  # or the plugin's own settings would come later, and in the place of these
+    try:
+        node = store.load("hydra/launcher/joblib.yaml").node
+    except ConfigLoadError:
+        return
+    node._target_ = "hydra_plugins.emloc_sweeps.Joblib"
+    node.batch_size = "1"  # a cell may take long: none waits in the hands of a busy worker
+    store.store(group="hydra/launcher", name="joblib", node=node, provider="emloc")
 
 
 def _preset(overrides: Sequence[str]) -> DictConfig:
@@ -67,9 +90,11 @@ def explain(error: Exception) -> str:
     """One line about a configuration that cannot be composed, with the nearest possible name."""
     text = str(error)
     if isinstance(error, MissingConfigException) and (
-        match := re.search(r"Could not find '([^']+)/([^'/]+)'", text)
+        match := re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text)
     ):
         group, choice = match.groups()
+        if extra := EXTRAS.get(f"{group}/{choice}"):
+            return f"{group}={choice} is not installed; pip install 'emloc[{extra}]'"
         return f"{group}={choice}: there is no such choice{_nearest(choice, error.options or [])}"
     if match := re.search(r"Could not override '([^'@]+)", text):
         return f"{match[1]}: there is no such setting{_nearest(match[1], list(_settings()))}"

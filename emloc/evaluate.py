@@ -182,9 +182,11 @@ def answer_all(
 ) -> list[Answer]:
     """Every answer under the model, in the given order."""
     found: dict[int, Answer] = {}
-    for group in tqdm(by_length(encoded, size), "evaluate", unit="batch"):
-        answers = _answers(model, [encoded[index] for index in group], reader)
-        found |= dict(zip(group, answers, strict=True))
+    with tqdm(desc="evaluate", total=len(encoded), unit="row") as bar:
+        for group in by_length(encoded, size):
+            answers = _answers(model, [encoded[index] for index in group], reader)
+            found |= dict(zip(group, answers, strict=True))
+            bar.update(len(group))
     return [found[index] for index in range(len(encoded))]
 
 

@@ -110,6 +110,9 @@ def sharded() -> bool:
 def own_device() -> torch.device:
     """The GPU of this process, made the current one, or the CPU where there is none.
 
+    Of processes started together each has the one of its rank; one alone has the current one, which
+    `emloc.devices` decides.
+
     Raises:
         ConfigError: more processes than GPUs were started on this machine.
     """
@@ -117,6 +120,8 @@ def own_device() -> torch.device:
 
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    if world_size() == 1:
+        return torch.device("cuda", torch.cuda.current_device())
     local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local >= there:
         raise ConfigError(

@@ -23,7 +23,7 @@ class Run:
     """One run's folder.
 
     config.yaml: resolved settings. status.json: running, done, oom, failed or interrupted.
-    metrics.json: results. metrics.jsonl: every number as it came.
+    metrics.json: results. metrics.jsonl: every number as it came (`emloc.record`).
     """
 
     folder: Path
@@ -53,7 +53,6 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, self.folder / "config.yaml", resolve=True)
         _write(self.folder / "choices.json", choices)
-        (self.folder / "metrics.jsonl").unlink(missing_ok=True)
         self.mark(RUNNING)
 
     @property
@@ -76,11 +75,6 @@ class Run:
                 return False
             time.sleep(LOOK)
         return True
-
-    def log(self, values: dict[str, Any]) -> None:
-        """Add one line to metrics.jsonl."""
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(values) + "\n")
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Record the results, then that they are complete."""

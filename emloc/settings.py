@@ -74,6 +74,7 @@ class Budget:
     gpu_gib: float | None  # device memory: capped at it, and what compression=auto solves for
     host_gib: float  # hidden states waiting in host memory; what is above goes to disk
     statistics_gib: float  # second moments kept to try other ratios; larger ones are never written
+    jobs_per_gpu: int  # runs of a sweep that may share a device; the others wait for it
 
     def __post_init__(self) -> None:
         if self.gpu_gib is not None and self.gpu_gib <= 0:
@@ -86,6 +87,11 @@ class Budget:
                 raise ConfigError(
                     f"budget.{name} must be at least 0, got {size:g}; set budget.{name}={usual}"
                 )
+        if self.jobs_per_gpu < 1:
+            raise ConfigError(
+                f"budget.jobs_per_gpu must be at least 1, got {self.jobs_per_gpu}; "
+                "set budget.jobs_per_gpu=1"
+            )
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,9 @@ from emloc.nn.nf4 import Nf4
 from emloc.statistics import PIECE, Statistics, Taken
 from emloc.walk import Block
 
+# Directions whose energy is kept for the record: more would show nothing new in a figure.
+POINTS = 64
+
 
 @dataclass(frozen=True)
 class Factored:
@@ -41,7 +44,26 @@ class Factored:
             "solver": one.solver,
             "steps": one.steps,
             "seconds": round(self.seconds, 4),
+            "spectrum": recorded(one),
         }
+
+
+def recorded(factors: Factors) -> dict[str, Any]:
+    """Output energy of some directions, as evenly spaced in the logarithm as their numbers allow.
+
+    `index`: which direction, the strongest is 1; `energy`: of each; `total`: of all there are;
+    `directions`: how many that is, min(m, n).
+    """
+    spectrum, rank = factors.spectrum.cpu(), factors.v.shape[0]
+    known = len(spectrum)
+    index = sorted({round(known ** (step / (POINTS - 1))) for step in range(POINTS)})
+    total = float(spectrum[:rank].sum()) / factors.kept if factors.kept > 0 else 0.0
+    return {
+        "index": index,
+        "energy": [float(f"{spectrum[i - 1]:.5g}") for i in index],
+        "total": float(f"{total:.5g}"),
+        "directions": min(factors.u.shape[0], factors.v.shape[1]),
+    }
 
 
 def factorize(

@@ -28,7 +28,7 @@ from emloc.settings import Compression
 from emloc.shard import write_shard
 from emloc.source import CPU, Source
 from emloc.statistics import Statistics
-from emloc.walk import Block, block_of, by_block
+from emloc.walk import Block, by_block
 
 ALGORITHMS = ("subspace", "eigen", "whiten")
 ALLOCATIONS = ("uniform", "greedy")
@@ -111,8 +111,8 @@ class Svd(Emulator):
         One block's weights are in memory at a time, in both models where it is `sequential`.
         Without statistics they are taken on the way, block by block, and not kept.
         `journal.jsonl` gets a line for every block that is done; `layers.json` in the end holds
-        each layer's rank, energy kept and seconds; `spectra.safetensors`, what greedy ranks are
-        chosen by.
+        each layer's rank, energy kept, seconds and some of its spectrum, a layer a line;
+        `spectra.safetensors`, what greedy ranks are chosen by.
         """
         if self.allocation == "greedy":
             given = replace(given, plan=self._greedy(folder, source, given, device, host_bytes))
@@ -141,7 +141,8 @@ class Svd(Emulator):
                 seconds = round(sum(layer["seconds"] for layer in found.values()), 4)
                 journal.add(name, layers=list(found), seconds=seconds)
             table |= found
-        (folder / "layers.json").write_text(json.dumps(table, indent=1))
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(one)}" for name, one in table.items())
+        (folder / "layers.json").write_text(f"{{\n{lines}\n}}\n")
         facts = size_facts(source, factors_of(source, ranks), given.bits)
         return facts | ({"samples": given.samples.ids} if given.samples else {})
 
@@ -210,8 +211,9 @@ class Svd(Emulator):
         self, folder: Path, source: Source, layer: str, device: torch.device = CPU
     ) -> Tensor | None:
         """Original minus the product of the factors, as both are stored."""
-        if layer not in json.loads((folder / "layers.json").read_text()):
+        files = folder.glob("*.safetensors")
+        path = next((file for file in files if layer.startswith(f"{file.stem}.")), None)
+        if path is None or layer not in facts_of(path):
             return None
-        path = folder / f"{block_of(layer)}.safetensors"
         found = load_factors(path, {layer: None}, device)
         return source.weight(layer, device).double().sub_(found[layer].product())

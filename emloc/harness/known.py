@@ -129,7 +129,7 @@ def _write_samples(samples: list[dict[str, Any]], file: Path) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval's errors and progress bars only, not its notes on every option."""
+    """lm-eval's errors only, not its notes on every option; of its bars see `emloc.quiet`."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

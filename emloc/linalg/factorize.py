@@ -20,13 +20,14 @@ WHITEN_FLOOR = 1e-7
 
 @dataclass(frozen=True)
 class Factors:
-    """u (m, k) and v (k, n) of one layer, and the spectrum they were cut from where it is known."""
+    """u (m, k) and v (k, n) of one layer, and the spectrum they were cut from."""
 
     u: Tensor
     v: Tensor
     kept: float  # share of the output energy ||W C^1/2||^2 in the k directions taken, in [0, 1]
-    # (min(m, n),) float64, descending: output energy of every direction; None: never decomposed
-    spectrum: Tensor | None
+    # (min(m, n),) float64, descending: output energy of every direction. Where none was decomposed
+    # only of the k taken, (k,): they add up, and each is within some per cent of its eigenvalue.
+    spectrum: Tensor
     seen: int  # leading columns of u chosen by data; the remaining k - seen only approximate W
     solver: str  # eigen, subspace or whiten: what found them, whatever was asked for
     steps: int = 0  # products with K of a subspace iteration; with solver eigen, spent in vain

@@ -1,110 +1,42 @@
-"""Runs that differ in the seed alone as one line of words."""
+"""A folder of runs as a table: those that differ in the seed alone are one line of words."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+from emloc.report.groups import groups_of, varying
+from emloc.report.paper import QUANTITIES, Number, Paper, Quantity, facts_of
 from emloc.report.rows import STAGES, Row
-from emloc.settings import DECISIVE
+from emloc.report.table import EMPTY, Table, best
 
-EMPTY = "."
 KINDS = 6  # of rows, that have columns of their own
-
-_PRESET = ("emulator", "adapter", "recovery")  # the groups a method chooses
-_SECTIONS = tuple(section for section in DECISIVE if section != "seed")
+NO_PAPER = Paper()
 
 
-def lines_of(rows: Sequence[Row]) -> list[dict[str, str]]:
+def lines_of(rows: Sequence[Row]) -> list[Mapping[str, str]]:
     """Column -> words, a line for each group of runs, in the order of its first."""
-    varying = _varying(rows)
-    return [_line(group, rows, varying) for group in _groups(rows)]
+    return list(table_of(rows).lines)
 
 
-def columns_of(lines: Sequence[Mapping[str, str]]) -> list[str]:
-    """Every column, in the order it comes up."""
-    return list(dict.fromkeys(column for line in lines for column in line))
+def table_of(rows: Sequence[Row], paper: Paper = NO_PAPER, *, unrun: bool = True) -> Table:
+    """A line for each group of runs, the paper's numbers of their models beside them.
+
+    `unrun`: a line also for what the paper has of these models and no run is about.
+    """
+    paper = paper.of_models(row.model for row in rows)
+    absent = _absent(paper, rows) if unrun else []
+    heads = _heads(rows, paper, absent)
+    groups = groups_of(rows)
+    lines = [_line(group, heads, paper) for group in groups]
+    peers = [(row.experiment, row.model, row.task, row.data) for row, *_ in groups]
+    larger = {heads.metric: True} | dict.fromkeys(heads.kinds, True)
+    leading = best(lines, peers, larger | {"loss": False, "gain kept": True})
+    return Table([*lines, *(_absent_line(numbers, heads) for numbers in absent)], leading)
 
 
-def _groups(rows: Sequence[Row]) -> list[list[Row]]:
-    """Runs that differ in nothing but the seed together, in the order of the first."""
-    groups: list[list[Row]] = []
-    for row in rows:
-        group = next((group for group in groups if _joins(row, group)), None)
-        if group is None:
-            groups.append([row])
-        else:
-            group.append(row)
-    return groups
-
-
-def _joins(row: Row, group: Sequence[Row]) -> bool:
-    """Whether it is one more seed of the group. What failed is a line by itself."""
-    like = group[0]
-    return (
-        row.done
-        and like.done
-        and (row.method, row.settings) == (like.method, like.settings)
-        and row.seed not in [one.seed for one in group]
-    )
-
-
-def _varying(rows: Sequence[Row]) -> list[str]:
-    """Groups whose choice differs between rows, and settings that differ under one choice."""
-    return [name for section in _SECTIONS for name in _varying_in(section, rows)]
-
-
-def _varying_in(section: str, rows: Sequence[Row]) -> list[str]:
-    # What a method presets is told by its name: it counts only where one method ran with two. Of a
-    # cell all is told by its name.
-    by_method = [row.cell or (row.method if section in _PRESET else "") for row in rows]
-    choices = [row.settings.get(section, EMPTY) for row in rows]
-    names = [section] if _differ(by_method, choices) else []
-    peers = list(zip(by_method, choices, strict=True))
-    inside = f"{section}."
-    leaves = dict.fromkeys(key for row in rows for key in row.settings if key.startswith(inside))
-    swept = {leaf: [row.settings.get(leaf, EMPTY) for row in rows] for leaf in leaves}
-    return names + [leaf for leaf, values in swept.items() if _differ(peers, values)]
-
-
-def _differ(peers: Sequence[object], values: Sequence[str]) -> bool:
-    """Whether rows of the same `peers` have different values."""
-    return len(set(zip(peers, values, strict=True))) > len(set(peers))
-
-
-def _line(group: Sequence[Row], rows: Sequence[Row], varying: Sequence[str]) -> dict[str, str]:
-    """One line of runs that differ in nothing but the seed."""
-    first = group[0]
-    line = {"method": first.method} | {name: first.settings.get(name, EMPTY) for name in varying}
-    if any(row.cell for row in rows):
-        line = {"cell": first.cell or EMPTY, **line}
-    if len({row.seed for row in rows}) > 1:
-        line["seeds"] = " ".join(str(seed) for seed in sorted(row.seed for row in group))
-    metric = _metric_name(rows)
-    if not first.done:
-        return line | {metric: first.state}
-
-    def spread(name: str, form: str) -> str:
-        return _spread([row.number(name) for row in group], form)
-
-    def mean(name: str, form: str) -> str:
-        return spread(name, form).split(" ")[0]
-
-    line[metric] = spread("score", ".3f")
-    for kind in _kinds(rows, metric):
-        line[kind] = spread(f"scores/{metric}/{kind}", ".3f")
-    line |= {"loss": spread("scores/loss", ".3f"), "gain kept": spread("gain_kept", ".1%")}
-    if any("as_trained/loss" in row.numbers for row in rows):
-        line["loss as trained"] = spread("as_trained/loss", ".3f")
-    line |= {"through MB": EMPTY, "train GiB": EMPTY, "step s": EMPTY}
-    if "seconds/train" in first.numbers:
-        line["through MB"] = f"{first.numbers['bytes'] / 1e6:.0f}"
-        line["train GiB"] = f"{max(row.numbers['peak_gib/train'] for row in group):.2f}"
-        line["step s"] = mean("step_seconds", ".3f")
-    return line | {f"{stage} s": mean(f"seconds/{stage}", ".0f") for stage in STAGES}
-
-
-def _spread(values: Sequence[float | None], form: str) -> str:
+def spread(values: Sequence[float | None], form: str) -> str:
     """Mean, and standard deviation of several; empty where one of them is not known."""
     known = [value for value in values if value is not None]
     if len(known) < len(values):
@@ -113,13 +45,126 @@ def _spread(values: Sequence[float | None], form: str) -> str:
     return f"{mean} ± {format(statistics.stdev(known), form)}" if len(known) > 1 else mean
 
 
-def _metric_name(rows: Sequence[Row]) -> str:
-    names = {row.metric for row in rows if row.done}
-    return names.pop() if len(names) == 1 else "score"
+def measured(group: Sequence[Row], quantity: Quantity) -> str:
+    """What these runs have of it, in its unit."""
+    return spread([quantity.ours(row) for row in group], f".{quantity.digits}f")
 
 
-def _kinds(rows: Sequence[Row], metric: str) -> list[str]:
-    """Kinds of rows that the metric is also given for; none if they are more than fit a table."""
-    head = f"scores/{metric}/"
-    found = sorted({n.removeprefix(head) for r in rows for n in r.numbers if n.startswith(head)})
-    return found if len(found) <= KINDS else []
+@dataclass(frozen=True)
+class _Heads:
+    """Which columns a table has, as far as that depends on its rows."""
+
+    names: Sequence[str]  # of settings, that tell lines apart
+    seeds: bool
+    metric: str  # what the score is called
+    kinds: Mapping[str, str]  # head of rows of one kind -> their number's name
+    as_trained: bool
+    quantities: Sequence[Quantity]  # that the paper has
+
+    @property
+    def percent(self) -> bool:
+        """Whether scores are shown as the paper's are."""
+        return any(quantity.name == "score" for quantity in self.quantities)
+
+
+def _heads(rows: Sequence[Row], paper: Paper, absent: Sequence[Sequence[Number]]) -> _Heads:
+    metrics = {row.metric for row in rows if row.done}
+    metric = metrics.pop() if len(metrics) == 1 else "score"
+    kind = f"scores/{metric}/"
+    found = sorted({name for row in rows for name in row.numbers if name.startswith(kind)})
+    return _Heads(
+        names=_names(rows, [number for numbers in absent for number in numbers]),
+        seeds=len({row.seed for row in rows}) > 1,
+        metric=f"{metric} %" if "score" in paper.quantities else metric,
+        kinds={name.removeprefix(kind): name for name in found} if len(found) <= KINDS else {},
+        as_trained=any("as_trained/loss" in row.numbers for row in rows),
+        quantities=[QUANTITIES[name] for name in paper.quantities],
+    )
+
+
+def _names(rows: Sequence[Row], absent: Sequence[Number]) -> list[str]:
+    """Columns that tell lines apart."""
+    found = varying(rows)
+    of = [key for key in ("model", "task") if key in found or _tells(key, rows, absent)]
+    several = len({row.experiment for row in rows}) > 1
+    cells = any(row.cell for row in rows)
+    others = [name for name in found if name not in of]
+    return [*["experiment"] * several, *["cell"] * cells, "method", *of, *others]
+
+
+def _tells(key: str, rows: Sequence[Row], absent: Sequence[Number]) -> bool:
+    """Whether the paper has numbers of another one than all rows."""
+    ours = {row.settings.get(key) for row in rows}
+    return bool({number.keys.get(key) for number in absent} - ours - {None})
+
+
+def _line(group: Sequence[Row], heads: _Heads, paper: Paper) -> dict[str, str]:
+    """One line of runs that differ in nothing but the seed."""
+    first = group[0]
+    told = {"experiment": first.experiment, "cell": first.cell, "method": first.method}
+    known = {**first.settings, **told}
+    line = {name: known.get(name) or EMPTY for name in heads.names}
+    if heads.seeds:
+        line["seeds"] = " ".join(str(seed) for seed in sorted(row.seed for row in group))
+    if not first.done:
+        return line | {heads.metric: first.state} | _compared(group, heads, paper)
+
+    def shown(name: str, form: str, scale: int = 1) -> str:
+        values = [row.number(name) for row in group]
+        return spread([None if value is None else scale * value for value in values], form)
+
+    def mean(name: str, form: str) -> str:
+        return shown(name, form).split(" ")[0]
+
+    share = (".1f", 100) if heads.percent else (".3f", 1)
+    line[heads.metric] = shown("score", *share)
+    line |= {head: shown(name, *share) for head, name in heads.kinds.items()}
+    line |= _compared(group, heads, paper)
+    line |= {"loss": shown("scores/loss", ".3f"), "gain kept": shown("gain_kept", ".1%")}
+    if heads.as_trained:
+        line["loss as trained"] = shown("as_trained/loss", ".3f")
+    line |= {"through MB": EMPTY, "train GiB": EMPTY, "step s": EMPTY}
+    if "seconds/train" in first.numbers:
+        line["through MB"] = f"{first.numbers['bytes'] / 1e6:.0f}"
+        line["train GiB"] = f"{max(row.numbers['peak_gib/train'] for row in group):.2f}"
+        line["step s"] = mean("step_seconds", ".3f")
+    return line | {f"{stage} s": mean(f"seconds/{stage}", ".0f") for stage in STAGES}
+
+
+def _compared(group: Sequence[Row], heads: _Heads, paper: Paper) -> dict[str, str]:
+    """What the paper has of these runs, and ours less that, in its unit."""
+    line = {}
+    for quantity in heads.quantities:
+        if quantity.name != "score":  # which has a column anyway
+            line[quantity.head] = measured(group, quantity)
+        number = paper.find(quantity.name, facts_of(group[0]))
+        line |= _beside(quantity, number, [quantity.ours(row) for row in group])
+    return line
+
+
+def _beside(
+    quantity: Quantity, number: Number | None, ours: Sequence[float | None]
+) -> dict[str, str]:
+    known = [value for value in ours if value is not None]
+    less = EMPTY
+    if number is not None and known and len(known) == len(ours):
+        exact = statistics.mean(known) - float(number.word)
+        less = format(round(exact, quantity.digits) + 0.0, f"+.{quantity.digits}f")  # no minus zero
+    sign = "" if quantity.name == "score" else f" {quantity.sign}"
+    return {f"paper{sign}": number.word if number else EMPTY, f"difference{sign}": less}
+
+
+def _absent_line(numbers: Sequence[Number], heads: _Heads) -> dict[str, str]:
+    """What the paper has and no run is about."""
+    line = {name: numbers[0].keys.get(name, EMPTY) for name in heads.names} | {heads.metric: EMPTY}
+    for number in numbers:
+        line |= _beside(QUANTITIES[number.quantity], number, [])
+    return line
+
+
+def _absent(paper: Paper, rows: Sequence[Row]) -> list[list[Number]]:
+    """The paper's numbers that no run is about, those of one thing together."""
+    facts = [facts_of(row) for row in rows]
+    left = [number for number in paper.numbers if not any(map(number.about, facts))]
+    things = {tuple(number.keys.items()): number.keys for number in left}
+    return [[number for number in left if number.keys == keys] for keys in things.values()]

@@ -1,40 +1,76 @@
-"""The table of a folder of runs as Markdown."""
+"""A table as Markdown, and what has to be said below it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from emloc.report.lines import EMPTY, columns_of, lines_of
+from emloc.report.lines import table_of
+from emloc.report.paper import Paper, paper_of
 from emloc.report.rows import Row, rows_of
+from emloc.report.table import Table, split
+from emloc.shipped import EXPERIMENTS
 
 
 def table(folder: Path) -> str:
-    """The runs below `folder` as a Markdown table, those that differ in the seed as one line."""
+    """The runs below `folder` as a Markdown table, those that differ in the seed as one line.
+
+    Also of one run, and of a tidy CSV file of runs.
+    """
     rows = rows_of(folder)
-    if not rows:
-        return f"no runs in {folder}"
-    lines = lines_of(rows)
-    notes = [
-        "through: the model that was trained through; train: peak memory of the training; "
-        "seconds: of each stage when it was computed, of a step the median",
-        *(["±: standard deviation over seeds"] if any("seeds" in line for line in lines) else []),
-        *_data(rows),
-        *_adapters(folder, rows),
+    return table_with_notes(folder, rows, unrun=False) if rows else f"no runs in {folder}"
+
+
+def table_with_notes(place: Path, rows: Sequence[Row], *, unrun: bool) -> str:
+    """The same of rows that were read from `place`, at least one.
+
+    `unrun`: with lines of what the paper has and was not run.
+    """
+    paper = paper_of([row.experiment for row in rows], EXPERIMENTS)
+    shown = table_of(rows, paper, unrun=unrun)
+    return "\n".join([markdown(shown), "", *notes(shown, rows, paper), *_adapters(place, rows)])
+
+
+def is_run(place: Path) -> bool:
+    """Whether it is a single run."""
+    return (place / "status.json").exists()
+
+
+def markdown(shown: Table, *, bold: bool = False) -> str:
+    """A table whose columns stand below one another, the best in bold if asked for."""
+
+    def cell(index: int, column: str, word: str) -> str:
+        word = word.replace("|", "\\|")
+        if not bold or (index, column) not in shown.best:
+            return word
+        ours, aside = split(word)
+        return f"**{ours}** {aside}".rstrip()
+
+    columns = shown.columns
+    cells = [
+        [cell(index, *each) for each in zip(columns, words, strict=True)]
+        for index, words in enumerate(shown.words())
     ]
-    return "\n".join([markdown(lines), "", *notes])
-
-
-def markdown(lines: Sequence[Mapping[str, str]]) -> str:
-    """Lines as a table whose columns stand below one another."""
-    columns = columns_of(lines)
-    cells = [columns, *([line.get(column, EMPTY) for column in columns] for line in lines)]
+    cells = [[column.replace("|", "\\|") for column in columns], *cells]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     rule = ["-" * width for width in widths]
     return "\n".join(
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
         for row in [cells[0], rule, *cells[1:]]
     )
+
+
+def notes(shown: Table, rows: Sequence[Row], paper: Paper) -> list[str]:
+    """What has to be known to read the table."""
+    columns = shown.columns
+    sources = paper.of_models(row.model for row in rows).sources
+    return [
+        "through: the model that was trained through; train: peak memory of the training; "
+        "seconds: of each stage when it was computed, of a step the median",
+        *(["±: standard deviation over seeds"] if "seeds" in columns else []),
+        *(f"paper: {source}; difference: ours less the paper's" for source in sources),
+        *_data(rows),
+    ]
 
 
 def _data(rows: Sequence[Row]) -> list[str]:
@@ -45,7 +81,6 @@ def _data(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _adapters(folder: Path, rows: Sequence[Row]) -> list[str]:
-    one = (folder / "status.json").exists()
-    places = ((row, (folder if one else folder / row.run) / "adapter") for row in rows)
-    return [f"adapter of {row.method}: {place}" for row, place in places if place.exists()]
+def _adapters(place: Path, rows: Sequence[Row]) -> list[str]:
+    paths = ((row, (place if is_run(place) else place / row.run) / "adapter") for row in rows)
+    return [f"adapter of {row.method}: {path}" for row, path in paths if path.exists()]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc.digest import digest
+from emloc.errors import ConfigError
 from emloc.report.gain import Scored, gain_kept
 from emloc.runs import DONE, Run, find_runs
 from emloc.settings import DECISIVE
@@ -84,10 +85,25 @@ def _differs(name: str, rows: Iterable[Row]) -> bool:
 
 def _read(path: Path) -> list[Row]:
     with path.open(newline="") as file:
-        return [_parsed(line) for line in csv.DictReader(file)]
+        table = csv.DictReader(file)
+        missing = [name for name in FIELDS if name not in (table.fieldnames or ())]
+        if missing:
+            raise ConfigError(
+                f"{path}: no table of runs, it has no column {', '.join(missing)}; "
+                "give one that emloc report --csv wrote"
+            )
+        rows = []
+        for line in table:
+            try:
+                rows.append(_parsed(line))
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"{path}:{table.line_num}: cannot be read: {error}") from error
+        return rows
 
 
-def _parsed(line: Mapping[str, str]) -> Row:
+def _parsed(line: Mapping[Any, Any]) -> Row:
+    if None in line or None in line.values():
+        raise ValueError("it has more or fewer values than the head has columns")
     fields: dict[str, Any] = {name: line[name] for name in FIELDS}
     fields["seed"] = int(fields["seed"])
     rest = {name: value for name, value in line.items() if name not in FIELDS and value}

@@ -13,7 +13,7 @@ from torch import nn
 
 from emloc.calibrate import calibrate
 from emloc.emulators import Built, Given
-from emloc.emulators.factors import factorize
+from emloc.emulators.factors import factorize, recorded
 from emloc.emulators.full import Full
 from emloc.emulators.size import factors_of, size_facts, uniform_ranks
 from emloc.emulators.stored import facts_of
@@ -258,8 +258,38 @@ def test_the_journal_has_one_line_for_each_block(tmp_path, source, statistics):
         spent = sum(table[layer]["seconds"] for layer in line["layers"])
         assert line["seconds"] == pytest.approx(spent, abs=1e-4)
     one = table["model.layers.0.mlp.up_proj"]
-    assert set(one) == {"rank", "kept", "seen", "solver", "steps", "seconds"}
+    assert set(one) == {"rank", "kept", "seen", "solver", "steps", "seconds", "spectrum"}
     assert one["solver"] == "eigen"  # too small for the iteration
+
+
+def test_of_each_layer_the_spectrum_is_recorded(tmp_path, source, statistics):
+    built(tmp_path, source, svd(), 16, statistics)
+    table = json.loads((tmp_path / "layers.json").read_text())
+    assert len((tmp_path / "layers.json").read_text().splitlines()) == len(table) + 2
+    for layer, one in table.items():
+        found = one["spectrum"]
+        assert found["directions"] == min(source.linears[layer])
+        assert found["index"][0] == 1
+        assert found["index"][-1] == found["directions"]
+        assert found["energy"] == sorted(found["energy"], reverse=True)
+        leading = zip(found["index"], found["energy"], strict=True)
+        known = sum(energy for index, energy in leading if index <= one["rank"])
+        assert known <= one["kept"] * found["total"] * 1.0001
+
+
+def test_a_spectrum_is_recorded_in_few_numbers_that_hold_its_shares():
+    layer = torch.diag(torch.arange(1000, 0, -1.0).sqrt())
+    one = eigen(layer, 100, dtype=torch.float32)
+    found = recorded(one)
+    assert len(found["index"]) == len(found["energy"]) <= 64
+    assert found["index"][:9] == list(range(1, 10))
+    assert found["index"][-1] == found["directions"] == 1000
+    assert found["energy"] == [pytest.approx(1001 - index, rel=1e-4) for index in found["index"]]
+    assert found["total"] == 500_500
+    # What is known of the directions taken alone says as much of the whole.
+    taken = recorded(replace(one, spectrum=one.spectrum[:100]))
+    assert taken["index"][-1] == 100
+    assert (taken["total"], taken["directions"]) == (500_500, 1000)
 
 
 @pytest.mark.parametrize("bits", [16, 4])

@@ -341,26 +341,20 @@ def test_a_run_from_start_to_end(tmp_path):
     assert run.status["state"] == "running"
     assert before <= run.status["time"] <= time.time()
     assert not run.done
-    run.log({"train/loss": 1.5})
-    run.log({"train/loss": 1.0})
     run.finish({"score": 0.5})
     assert run.done
     assert run.metrics == {"score": 0.5}
-    written = (run.folder / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in written] == [{"train/loss": 1.5}, {"train/loss": 1.0}]
     assert {path.name for path in run.folder.iterdir()} == {
-        *("config.yaml", "choices.json", "status.json", "metrics.json", "metrics.jsonl")
+        *("config.yaml", "choices.json", "status.json", "metrics.json")
     }
     assert Run(run.folder).done
 
 
-def test_a_run_that_begins_again_forgets_its_old_numbers(tmp_path):
+def test_a_run_that_begins_again_forgets_how_it_failed(tmp_path):
     run = Run(tmp_path)
     run.begin(OmegaConf.create({"seed": 1}), {})
-    run.log({"train/loss": 1.5})
     run.mark("failed", stage="train", error="x")
     run.begin(OmegaConf.create({"seed": 1}), {})
-    assert not (tmp_path / "metrics.jsonl").exists()
     assert set(run.status) == {"state", "time"}
 
 

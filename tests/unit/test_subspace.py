@@ -61,7 +61,7 @@ def test_loses_hardly_more_than_the_optimum(name: str, rank: int) -> None:
     """Over spectra and ranks: relative error within 0.1 %, and no less is kept than `kept` says."""
     w, c = rotation(1, P), spread(SPECTRA[name], 2)
     fast = subspace(w, rank, input_gram=c, dtype=F64)
-    assert (fast.solver, fast.spectrum, fast.seen) == ("subspace", None, rank)
+    assert (fast.solver, fast.seen) == ("subspace", rank)
     assert (fast.u.shape, fast.v.shape) == ((P, rank), (rank, P))
     assert 0 < fast.steps <= STEPS
     best = eigen(w, rank, input_gram=c, dtype=F64)
@@ -70,6 +70,15 @@ def test_loses_hardly_more_than_the_optimum(name: str, rank: int) -> None:
     # Solving u again is half a step more, so a little more is kept than the block captured.
     left = lost(w, fast, c)
     assert -1e-12 < 1 - left - fast.kept < 0.001 * left
+    assert fast.spectrum.shape == (rank,)
+    assert (fast.spectrum.diff() <= 0).all()
+    assert float(fast.spectrum.sum()) == pytest.approx(fast.kept * float(best.spectrum.sum()))
+    # Of directions that are all but the leading ones, so that no sum is above theirs.
+    ahead = best.spectrum[:rank].cumsum(0) - fast.spectrum.cumsum(0)
+    assert float(ahead.min()) > -1e-9 * float(best.spectrum.sum())
+    off = (fast.spectrum / best.spectrum[:rank]).log().abs()
+    assert float(off.mean()) < 0.05
+    assert float(off.max()) < 0.35
 
 
 @pytest.mark.parametrize("shape", [(P, P), (P, 800), (800, P)])
@@ -90,13 +99,16 @@ def test_gaussian_weights(shape: tuple[int, int], kind: str) -> None:
 @given(seed=st.integers(0, 999), power=st.floats(0, 2.5), rank=st.integers(1, 220))
 @settings(max_examples=12, deadline=None)
 def test_any_power_law(seed: int, power: float, rank: int) -> None:
-    """Tail within 0.2 % of the optimum, whatever the decay, rank and directions."""
+    """Tail within 0.2 % of the optimum, whatever the decay, rank and directions.
+
+    A spectrum that is nearly flat may take all steps there are, and `eigen` finds the rest.
+    """
     spectrum = INDEX**-power
     w = rotation(seed, P)
     c = spread(spectrum, seed + 1)
     fast = subspace(w, rank, input_gram=c, dtype=F64)
     tail = float(spectrum[rank:].sum() / spectrum.sum())
-    assert fast.solver == "subspace"
+    assert fast.solver == "subspace" or fast.steps == STEPS
     assert -1e-9 < (1 - fast.kept) / tail - 1 < 0.002
 
 
@@ -185,7 +197,7 @@ def test_slow_convergence_is_left_to_the_exact_solver() -> None:
     c = spread(torch.where(INDEX <= 100, 1.0, 0.98).double(), 22)
     fast = subspace(w, 100, input_gram=c, dtype=F64)
     assert (fast.solver, fast.steps) == ("eigen", STEPS)
-    assert fast.spectrum is not None
+    assert fast.spectrum.shape == (P,)
 
 
 @pytest.mark.parametrize(("size", "rank"), [(P - 1, 50), (P, 256), (P, P)])

@@ -1,0 +1,167 @@
+"""A sweep as each launcher runs it: side by side, killed, or searched for."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+# In the place of Slurm: what is submitted is kept, and every job is out of memory.
+SLURM = {
+    "sbatch": 'cp "$1" "$SUBMITTED"\necho Submitted batch job 12',
+    "sacct": 'echo "JobID|State|NodeList"\necho "12|OUT_OF_MEMORY|node1"',
+    "srun": "true",
+}
+WITHOUT_PLUGINS = """
+import sys
+for name in ("joblib_launcher", "submitit_launcher", "optuna_sweeper"):
+    sys.modules[f"hydra_plugins.hydra_{name}"] = None
+sys.argv[0] = "emloc"
+from emloc.cli import main; main()
+"""
+
+
+@pytest.fixture
+def states(tmp_path):
+    """Value of a setting -> how its run went, of the runs below a name."""
+
+    def read(name: str, section: str, key: str) -> dict[str, str]:
+        found = {}
+        for path in (tmp_path / "runs" / name).glob("*/status.json"):
+            config = (path.parent / "config.yaml").read_text()
+            below = config.split(f"\n{section}:\n")[1]
+            value = below.split(f"  {key}: ")[1].split("\n")[0]
+            found[value] = json.loads(path.read_text())["state"]
+        return found
+
+    return read
+
+
+def writers(file: Path, launched: subprocess.Popen) -> list[psutil.Process]:
+    """The processes of a launch that have this file open."""
+    found = []
+    for process in psutil.Process(launched.pid).children(recursive=True):
+        try:
+            if str(file) in {one.path for one in process.open_files()}:
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def kill_whoever_trains(launched: subprocess.Popen, runs: Path, steps: int, times: int) -> None:
+    """Kill the process of that run as soon as it trains; again where it is begun again."""
+    killed: set[int] = set()
+    while launched.poll() is None:
+        time.sleep(0.2)
+        for config in runs.glob("*/config.yaml"):
+            log = config.with_name("run.log")
+            if f"steps: {steps}\n" in config.read_text() and "train: working" in log.read_text():
+                for process in writers(log, launched):
+                    if process.pid not in killed and len(killed) < times:
+                        process.kill()
+                        killed.add(process.pid)
+    assert len(killed) == times
+
+
+def test_a_sweep_says_how_far_it_is_and_draws_no_bar_where_nobody_looks(tiny, tmp_path):
+    command = [sys.executable, "-m", "emloc", "-m", "method=zero_shot,lora", "name=plain", *tiny]
+    first = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120)
+    assert first.returncode == 0, first.stderr.decode()
+    assert b"] 1 of 2 cells done, about " in first.stdout
+    assert b"] 2 of 2 cells done\n" in first.stdout
+    assert not {b"\r", b"\x1b"} & {bytes([c]) for c in first.stdout + first.stderr}
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60)
+    assert b"] 1 of 2 cells done\n" in again.stdout
+    assert {path.name for path in (tmp_path / "runs/plain").glob("[!lz]*")} == {"multirun.yaml"}
+
+
+def test_a_process_for_each_cell_and_the_done_ones_are_skipped(emloc, tiny, tmp_path, states):
+    sweep = ["-m", "name=each", "hydra/launcher=local", "method=lora", "eval.harness=false", *tiny]
+    ran = emloc(*sweep, "train.learning_rate=1e-4,1e30")
+    assert ran.code == 1, ran.said
+    assert "| failed(train)" in ran.out
+    assert "] 1 of 2 cells done, 1 failed" in ran.out
+    assert states("each", "train", "learning_rate") == {"0.0001": "done", "1.0e+30": "failed"}
+    assert len(list(tmp_path.rglob("*.pkl"))) == len(
+        list((tmp_path / "runs/each/.submitit").rglob("*.pkl"))
+    )
+    done = next(path for path in (tmp_path / "runs/each").glob("*/metrics.json"))
+    written = done.stat().st_mtime_ns
+    again = emloc(*sweep, "train.learning_rate=1e-4")
+    assert again.code == 0, again.said
+    assert "] 1 of 1 cells done" in again.out
+    assert done.stat().st_mtime_ns == written
+    logs = (tmp_path / "runs/each/.submitit").rglob("*.out")
+    assert sum(": done before" in path.read_text() for path in logs) == 1
+
+
+def test_a_worker_that_is_killed_ends_one_cell_alone(tiny, tmp_path, states):
+    sweep = ["-m", "method=lora", "train.steps=5,100000,6", "name=killed", "hydra/launcher=joblib"]
+    settings = [one for one in tiny if not one.startswith("train.steps")]
+    command = [sys.executable, "-m", "emloc", *sweep, "hydra.launcher.n_jobs=2", *settings]
+    with (tmp_path / "said").open("w") as said:
+        launched = subprocess.Popen(command, cwd=tmp_path, stdout=said, stderr=said)
+        kill_whoever_trains(launched, tmp_path / "runs/killed", steps=100000, times=2)
+    said = (tmp_path / "said").read_text()
+    assert launched.returncode == 1, said
+    assert states("killed", "train", "steps") == {"5": "done", "6": "done", "100000": "failed"}
+    assert said.count("to be run again alone: lora-") == 1
+    assert "its process was killed (SIGKILL(-9))" in said
+    assert "| failed(killed)" in said
+    assert "] 2 of 3 cells done, 1 failed\n" in said
+
+
+def test_slurm_is_asked_for_a_gpu_for_each_cell_and_its_word_is_recorded(emloc, tiny, tmp_path):
+    for name, script in SLURM.items():
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+    ran = emloc(
+        *("-m", "method=lora", "name=far", "hydra/launcher=slurm", *tiny),
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        SUBMITTED=str(tmp_path / "submitted"),
+        EMLOC_SLURM_PARTITION="short",
+    )
+    asked = (tmp_path / "submitted").read_text()
+    for line in ("--partition=short", "--gpus-per-node=1", "--time=720", "--job-name=emloc-far"):
+        assert f"#SBATCH {line}\n" in asked
+    assert ran.code == 1, ran.said
+    assert "| lora   | OOM" in ran.out
+    assert "its process ended without a result (OUT_OF_MEMORY; more in " in ran.err
+
+
+def test_a_search_passes_over_a_failed_trial_and_the_same_command_repeats_it(emloc, tiny, tmp_path):
+    settings = [one for one in tiny if not one.startswith("lora")]
+    search = ["-m", "hydra/sweeper=search", "lora=choice(r4,r64)", "method=lora", "name=best"]
+    search += ["eval.harness=false", *settings]
+    ran = emloc(*search, "hydra.sweeper.n_trials=3")
+    assert ran.code == 2, ran.said  # rank 64 is too much for so small a model
+    assert "] 1 of 3 cells done, 2 failed" in ran.out
+    assert "\x1b" not in ran.said
+    best = (tmp_path / "runs/best/optimization_results.yaml").read_text()
+    assert "  lora: r4\n" in best
+    assert "Best value: " in ran.out
+    again = emloc(*search, "hydra.sweeper.n_trials=1")
+    assert again.code == 0, again.said
+    assert again.out.count("done before") == 1
+    assert len(list((tmp_path / "runs/best").glob("lora-*"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("choice", "line"),
+    [
+        ("hydra/launcher=joblib", "hydra/launcher=joblib is not installed; pip install 'emloc[par"),
+        ("hydra/launcher=slurm", "submitit_slurm is not installed; pip install 'emloc[slurm]'"),
+        ("hydra/sweeper=search", "hydra/sweeper=optuna is not installed; pip install 'emloc[sea"),
+    ],
+)
+def test_a_plugin_that_is_not_there_is_named_with_its_extra(emloc, choice, line):
+    ran = emloc("-m", "method=lora", choice, program=(sys.executable, "-c", WITHOUT_PLUGINS))
+    assert ran.code == 2
+    assert line in ran.err
+    assert len(ran.said.splitlines()) == 1

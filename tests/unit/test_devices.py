@@ -1,0 +1,107 @@
+"""One GPU for each job: who gets which, and who waits."""
+
+import logging
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from emloc.devices import chosen, held, own_slot
+from emloc.errors import ConfigError
+from emloc.settings import Budget
+
+HOLD = """
+import sys
+from pathlib import Path
+from emloc.devices import held
+with held(["a", "b"], int(sys.argv[2]), Path(sys.argv[1])) as index:
+    print(index, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Start a process that holds a slot of two devices until its input is closed."""
+    started = []
+
+    def start(slots: int = 1) -> subprocess.Popen:
+        arguments = [sys.executable, "-c", HOLD, str(tmp_path / "devices"), str(slots)]
+        process = subprocess.Popen(
+            arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def device(process: subprocess.Popen) -> int:
+    return int(process.stdout.readline())
+
+
+def test_the_device_with_most_room_is_chosen_then_the_one_used_last_then_the_first():
+    assert chosen([1, 2, 0], last=0) == 1
+    assert chosen([2, 2, 2], last=2) == 2
+    assert chosen([0, 2, 2], last=0) == 1
+    assert chosen([0, 0], last=1) is None
+
+
+def test_two_jobs_get_different_devices_and_a_third_waits_until_one_has_ended(job):
+    first = job()
+    assert device(first) == 0
+    second = job()
+    assert device(second) == 1
+    third = job()
+    time.sleep(1)
+    assert third.poll() is None
+    second.stdin.close()
+    assert second.wait(20) == 0
+    assert device(third) == 1
+
+
+def test_a_job_that_is_killed_frees_its_slot(job):
+    first, second = job(), job()
+    assert {device(first), device(second)} == {0, 1}
+    first.kill()
+    first.wait()
+    start = time.perf_counter()
+    device(job())
+    assert time.perf_counter() - start < 10
+
+
+def test_jobs_that_share_devices_are_spread_over_them(job):
+    jobs = []
+    for _ in range(4):
+        jobs.append(job(slots=2))
+        jobs[-1].index = device(jobs[-1])
+    assert [one.index for one in jobs] == [0, 1, 0, 1]
+
+
+def test_a_device_is_free_again_behind_the_work_even_if_it_failed(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    with pytest.raises(RuntimeError, match="why"), held(["a"], 1, tmp_path):
+        raise RuntimeError("why")
+    with held(["a", "b"], 1, tmp_path) as one, held(["a", "b"], 1, tmp_path) as other:
+        assert (one, other) == (0, 1)
+    with held(["a", "b"], 1, tmp_path, last=1) as again:
+        assert again == 1
+    assert "waiting for a GPU" not in caplog.text
+
+
+@pytest.mark.parametrize("world", ["1", "2"])
+def test_without_cuda_or_with_a_device_by_rank_nothing_is_held(tmp_path, monkeypatch, world):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: world == "2")
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with own_slot(1, tmp_path / "devices"):
+        assert not (tmp_path / "devices").exists()
+
+
+def test_a_device_has_at_least_one_slot():
+    with pytest.raises(ConfigError, match="jobs_per_gpu must be at least 1, got 0; set budget"):
+        Budget(gpu_gib=None, host_gib=4, statistics_gib=16, jobs_per_gpu=0)

@@ -1,0 +1,410 @@
+"""What the figures of a report show: read from their axes, not from their pixels."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.text import Text
+
+from emloc.report.draw.cost import NAMED
+from emloc.report.draw.sheet import columns_of, note_of
+from emloc.report.draw.style import COLUMN, PAGE, looks_of
+from emloc.report.draw.sweep import positions
+from emloc.report.figures import figures, save
+from emloc.report.rows import Row, rows_of, write_rows
+from emloc.shipped import CONF
+
+EMULATORS = {"zero_shot": "full", "lora": "full", "dora": "full", "qlora": "full"}
+SETTINGS = {
+    "compression.ratio": "0.5",
+    "compression.bits": "16",
+    "calibration.samples": "64",
+    "lora.rank": "8",
+    "lora.alpha": "8",
+    "train.steps": "100",
+}
+
+
+def row(method: str, score: float = 0.5, seed: int = 0, **more) -> Row:
+    """A run that is done; `more`: settings, with __ for the dot, and fields and numbers of it."""
+    fields = {name: more.pop(name) for name in ("cell", "model", "task", "state") if name in more}
+    numbers = {"score": score} | more.pop("numbers", {})
+    settings = SETTINGS | {"emulator": EMULATORS.get(method, "svd")}
+    settings |= {name.replace("__", "."): value for name, value in more.items()}
+    done = fields.get("state", "done") == "done"
+    return Row(
+        **{"experiment": "x", "state": "done", "cell": "", "model": "tiny", "task": "sums"}
+        | fields,
+        run=f"{method}-{score}-{seed}",
+        method=method,
+        seed=seed,
+        metric="exact_match" if done else "",
+        data="",
+        settings=settings,
+        numbers=numbers if done else {},
+    )
+
+
+def trained(gib: float, mb: float = 100.0, seconds: float = 10.0, **more) -> dict:
+    """Numbers of what was trained."""
+    return {"peak_gib/train": gib, "bytes": mb * 1e6, "seconds/train": seconds, **more}
+
+
+def drawn(rows: list[Row], place) -> dict:
+    return figures(rows, place / "rows.csv")
+
+
+def lines(axes: Axes) -> dict[str, tuple[list[float], list[float]]]:
+    """Label -> x and y of what is labelled."""
+    found = {}
+    for line in axes.get_lines():
+        if not str(line.get_label()).startswith("_"):
+            found[line.get_label()] = (list(line.get_xdata()), list(line.get_ydata()))
+    return found
+
+
+def words(figure) -> list[str]:
+    """All that is written into the panels."""
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def legend(figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def ticks(axis) -> list[str]:
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+# Score against ratio -----------------------------------------------------------------------------
+
+
+def of_ratios() -> list[Row]:
+    rows = [row("zero_shot", 0.1), row("lora", 0.9), row("lora", 0.8, seed=1)]
+    for ratio, score in (("0.25", 0.2), ("0.5", 0.4)):
+        rows += [
+            row("emloc", score + 0.1 * seed, seed, compression__ratio=ratio) for seed in (0, 1)
+        ]
+    return rows
+
+
+def test_a_line_of_means_against_the_ratio_and_the_references_across(tmp_path):
+    figure = drawn(of_ratios(), tmp_path)["score_ratio"]
+    (axes,) = figure.axes
+    found = lines(axes)
+    assert found["emloc"] == ([0.25, 0.5], [pytest.approx(0.25), pytest.approx(0.45)])
+    assert found["lora"][1] == [pytest.approx(0.85)] * 2
+    assert found["zero_shot"][1] == [0.1, 0.1]
+    assert legend(figure) == ["emloc", "lora", "zero_shot"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("share of parameters kept", "exact_match")
+    assert ticks(axes.xaxis) == ["25%", "50%"]
+    assert axes.get_title() == "tiny on sums"
+    assert figure.get_size_inches()[0] == COLUMN
+
+
+def test_the_spread_over_seeds_is_drawn(tmp_path):
+    (axes,) = drawn(of_ratios(), tmp_path)["score_ratio"].axes
+    (bars,) = axes.containers
+    low, high = bars.lines[2][0].get_segments()[0][:, 1]
+    assert (low, high) == (pytest.approx(0.25 - 0.0707, abs=1e-4), pytest.approx(0.3207, abs=1e-4))
+    spans = sorted(patch.get_height() for patch in axes.patches)
+    assert spans == [0.0, pytest.approx(2 * 0.0707, abs=1e-4)]
+
+
+def test_a_cells_ratio_is_no_part_of_its_lines_name(tmp_path):
+    rows = [
+        row("emloc", 0.2, cell="svd_r25_sequential", compression__ratio="0.25"),
+        row("emloc", 0.3, cell="svd_r50_sequential", compression__ratio="0.5"),
+        row("emloc", 0.4, cell="svd_r90_nf4", compression__ratio="0.9", compression__bits="4"),
+    ]
+    rows = [replace(one, settings={**one.settings, "cell": f"x/{one.cell}"}) for one in rows]
+    figure = drawn(rows, tmp_path)["score_ratio"]
+    found = lines(figure.axes[0])
+    assert found["svd_sequential"] == ([0.25, 0.5], [0.2, 0.3])
+    assert found["svd_nf4"] == ([0.9], [0.4])
+    faces = {one.get_label(): one.get_markerfacecolor() for one in figure.axes[0].get_lines()}
+    assert faces["svd_nf4"] == "white" != faces["svd_sequential"]
+    assert figure._supxlabel.get_text() == "hollow: nf4"
+
+
+def test_settings_that_differ_within_a_method_are_lines_of_their_own(tmp_path):
+    rows = [
+        row("emloc", 0.2, emulator__sequential=flag, compression__ratio=ratio)
+        for flag in ("True", "False")
+        for ratio in ("0.25", "0.5")
+    ]
+    found = lines(drawn(rows, tmp_path)["score_ratio"].axes[0])
+    assert set(found) == {"emloc sequential=True", "emloc sequential=False"}
+
+
+def test_what_leaves_nothing_out_stands_at_all_of_the_parameters(tmp_path):
+    """Once, however many ratios it was run with, which it ignores."""
+    rows = of_ratios()
+    rows += [row("dora", 0.7, compression__ratio=ratio) for ratio in ("0.25", "0.5")]
+    (axes,) = drawn(rows, tmp_path)["score_ratio"].axes
+    assert lines(axes)["dora"] == ([1.0], [0.7])
+    assert ticks(axes.xaxis) == ["25%", "50%", "100%"]
+
+
+def test_one_ratio_is_no_figure(tmp_path):
+    assert "score_ratio" not in drawn([row("lora"), row("emloc"), row("svd_llm")], tmp_path)
+
+
+def test_a_method_has_its_colour_in_every_figure(tmp_path):
+    rows = [replace(one, numbers=one.numbers | trained(1.0)) for one in of_ratios()]
+    found = drawn(rows, tmp_path)
+    assert {"score_ratio", "score_memory"} <= set(found)
+    expected = looks_of([("emloc", "emloc", False)])["emloc"].colour
+    for name, label in (("score_ratio", "emloc"), ("score_memory", None)):
+        colours = {to_hex(one.get_color()) for one in found[name].axes[0].get_lines()}
+        assert expected.lower() in colours, (name, label)
+
+
+def test_every_method_has_a_look_and_no_two_the_same():
+    methods = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+    looks = looks_of((method, method, False) for method in methods)
+    assert len({(look.colour, look.marker) for look in looks.values()}) == len(methods)
+    some = looks_of([("lora", "lora", False), ("new", "mine", False)])
+    assert some["lora"] == looks["lora"]
+
+
+def test_lines_of_one_method_share_the_colour_and_not_the_marker():
+    looks = looks_of([("b", "emloc", False), ("a", "emloc", False)])
+    assert looks["a"].colour == looks["b"].colour
+    assert looks["a"].marker != looks["b"].marker
+    assert looks == looks_of([("a", "emloc", False), ("b", "emloc", False)])
+
+
+# Panels ------------------------------------------------------------------------------------------
+
+
+def test_every_model_and_task_is_a_panel(tmp_path):
+    rows = [replace(one, task=task) for task in ("a", "b", "c") for one in of_ratios()]
+    figure = drawn(rows, tmp_path)["score_ratio"]
+    assert [axes.get_title() for axes in figure.axes] == ["tiny on a", "tiny on b", "tiny on c"]
+    assert figure.get_size_inches()[0] == PAGE
+
+
+def test_eight_panels_are_a_page(tmp_path):
+    rows = [replace(one, task=f"t{task}") for task in range(9) for one in of_ratios()]
+    found = drawn(rows, tmp_path)
+    assert [len(found[name].axes) for name in ("score_ratio", "score_ratio_2")] == [8, 1]
+
+
+def test_what_did_not_finish_is_counted_below(tmp_path):
+    rows = [*of_ratios(), row("emloc", state="OOM"), row("qlora", state="failed(train)")]
+    figure = drawn([*rows, row("lora", state="running")], tmp_path)["score_ratio"]
+    note = "2 runs failed or ran out of memory; 1 run not finished"
+    assert figure._supxlabel.get_text() == note
+    assert note_of(of_ratios()) == ""
+
+
+def test_a_legend_takes_as_many_columns_as_fit():
+    assert columns_of(["a" * 5] * 8, 3.3) == 4
+    assert columns_of(["a" * 60] * 3, 3.3) == 1
+    assert columns_of(["a"], 3.3) == 1
+
+
+# Sweeps of other settings ------------------------------------------------------------------------
+
+
+def of_settings(name: str, values: list[str], method: str = "emloc") -> list[Row]:
+    return [row(method, at / 10, **{name: value}) for at, value in enumerate(values)]
+
+
+def test_a_setting_swept_within_a_method_is_a_figure(tmp_path):
+    rows = [row("lora", 0.9), *of_settings("recovery__clamp", ["1.0", "null", "3.0"])]
+    found = drawn(rows, tmp_path)
+    assert set(found) == {"score_clamp"}
+    (axes,) = found["score_clamp"].axes
+    assert lines(axes)["emloc"] == ([1.0, 3.0, 5.0], [0.0, 0.2, 0.1])
+    assert ticks(axes.xaxis) == ["1", "3", "none"]
+    assert lines(axes)["lora"][1] == [0.9, 0.9]
+
+
+def test_two_values_are_no_sweep(tmp_path):
+    assert drawn(of_settings("recovery__clamp", ["1.0", "3.0"]), tmp_path) == {}
+
+
+def test_values_of_other_methods_are_no_sweep(tmp_path):
+    rows = [
+        row(method, recovery__clamp=value)
+        for method, value in (("emloc", "1.0"), ("emloc_nf4", "2.0"), ("mine", "3.0"))
+    ]
+    assert drawn(rows, tmp_path) == {}
+
+
+def test_lora_is_no_reference_across_ranks(tmp_path):
+    """Alpha goes with the rank, and is no other setting."""
+    rows = [row("zero_shot", 0.1)]
+    for method in ("lora", "emloc"):
+        rows += [
+            row(method, int(rank) / 100, lora__rank=rank, lora__alpha=rank)
+            for rank in ("4", "8", "16")
+        ]
+    found = drawn(rows, tmp_path)
+    assert set(found) == {"score_rank"}
+    (axes,) = found["score_rank"].axes
+    assert lines(axes)["lora"] == lines(axes)["emloc"] == ([4.0, 8.0, 16.0], [0.04, 0.08, 0.16])
+    assert lines(axes)["zero_shot"][1] == [0.1, 0.1]
+    assert axes.get_xscale() == "log"
+    assert axes.get_title() == "tiny on sums"
+
+
+def test_gain_against_calibration_size(tmp_path):
+    rows = [
+        row("emloc", seed=seed, calibration__samples=size, numbers={"gain_kept": gain + 0.1 * seed})
+        for size, gain in (("16", 0.5), ("64", 0.7))
+        for seed in (0, 1)
+    ]
+    rows.append(row("lora", 0.9, numbers={"gain_kept": 1.0}))
+    rows.append(row("svd_llm", 0.4, numbers={"gain_kept": 0.3}, calibration__samples="64"))
+    found = drawn(rows, tmp_path)
+    (axes,) = found["gain_calibration"].axes
+    assert lines(axes)["emloc"] == ([16.0, 64.0], [pytest.approx(0.55), pytest.approx(0.75)])
+    assert (axes.get_xscale(), ticks(axes.xaxis)) == ("log", ["16", "64"])
+    assert axes.get_ylabel() == "share of gain kept"
+    assert axes.yaxis.get_major_formatter()(0.5) == "50%"
+    # One value says nothing about a setting.
+    assert legend(found["gain_calibration"]) == ["emloc", "lora"]
+
+
+def test_without_a_gain_there_is_no_figure_of_it(tmp_path):
+    rows = of_settings("calibration__samples", ["16", "64", "256"])
+    assert set(drawn(rows, tmp_path)) == {"score_samples"}
+
+
+@pytest.mark.parametrize(
+    ("values", "where", "log"),
+    [
+        (["4", "16", "64"], [4, 16, 64], True),
+        (["0.25", "0.5", "0.75", "1.0"], [0.25, 0.5, 0.75, 1], False),
+        (["0.0", "1.0", "3.0", "null"], [0, 1, 3, 5], False),
+        (["1.0", "4.0", "null"], [1, 4, 8], True),
+        (["0", "1.0", "4.0", "16.0"], [0.25, 1, 4, 16], True),
+        (["null"], [2], False),
+        (["2.0", "3.0"], [2, 3], False),
+    ],
+)
+def test_an_axis_is_logarithmic_where_that_is_more_even(values, where, log):
+    found, is_log = positions(values)
+    assert [found[value] for value in values] == where
+    assert is_log == log
+
+
+# Score against what it costs ---------------------------------------------------------------------
+
+
+def of_costs(count: int, **more) -> list[Row]:
+    return [
+        row(f"m{i:02}", i / 100, numbers=trained(1.0 + i, 10.0 + i, 5.0 + i) | more)
+        for i in range(count)
+    ]
+
+
+def test_each_cell_is_a_named_point_and_the_front_is_joined(tmp_path):
+    rows = [
+        row("zero_shot", 0.1),
+        row("lora", 0.9, numbers=trained(8.0, 200.0)),
+        row("emloc", 0.7, numbers=trained(4.0, 100.0, 20.0, **{"seconds/emulate": 5.0})),
+        row("upop", 0.5, numbers=trained(5.0, 90.0, 7.0)),
+    ]
+    found = drawn(rows, tmp_path)
+    assert set(found) == {"score_memory", "score_weights", "score_time"}
+    (axes,) = found["score_memory"].axes
+    assert lines(axes)["Pareto front"] == ([4.0, 8.0], [0.7, 0.9])
+    assert lines(axes)["zero_shot"][1] == [0.1, 0.1]
+    assert sorted(words(found["score_memory"])) == ["emloc", "lora", "upop"]
+    assert axes.get_xlabel() == "peak memory of training (GiB)"
+    fronts = {name: lines(figure.axes[0])["Pareto front"][0] for name, figure in found.items()}
+    assert fronts["score_weights"] == [90.0, 100.0, 200.0]
+    assert fronts["score_time"] == [7.0, 10.0]
+
+
+def test_the_gain_is_a_second_panel_where_it_is_known(tmp_path):
+    figure = drawn(of_costs(4, gain_kept=0.5), tmp_path)["score_memory"]
+    names = [axes.get_ylabel() for axes in figure.axes]
+    assert names == ["exact_match", "share of gain kept"]
+
+
+def test_many_points_have_numbers_and_a_key(tmp_path):
+    figure = drawn(of_costs(NAMED + 1), tmp_path)["score_memory"]
+    assert sorted(words(figure), key=int) == [str(i) for i in range(1, NAMED + 2)]
+    assert legend(figure)[0] == "1  m00"
+    assert legend(figure)[NAMED] == f"{NAMED + 1}  m{NAMED}"
+
+
+def test_names_cover_neither_one_another_nor_a_point(tmp_path):
+    figure = drawn(of_costs(NAMED), tmp_path)["score_memory"]
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    # Of the letters, without the line to their point.
+    boxes = [Text.get_window_extent(text).padded(-0.5) for text in axes.texts]
+    assert len(boxes) == NAMED
+    for one in boxes:
+        assert sum(one.overlaps(other) for other in boxes) == 1
+    points = axes.transData.transform([(1.0 + i, i / 100) for i in range(NAMED)])
+    assert not any(box.contains(*point) for box in boxes for point in points)
+
+
+def test_a_recipe_of_two_points_is_no_panel_beside_one_of_more(tmp_path):
+    rows = of_costs(4) + [
+        replace(one, settings={**one.settings, "train.steps": "9"}) for one in of_costs(2)
+    ]
+    figure = drawn(rows, tmp_path)["score_memory"]
+    assert [axes.get_title() for axes in figure.axes] == ["tiny on sums, steps=100"]
+    assert len(drawn(of_costs(2), tmp_path)["score_memory"].axes) == 1
+
+
+def test_costs_far_apart_stand_on_a_logarithmic_axis(tmp_path):
+    rows = [row(f"m{gib}", 0.5, numbers=trained(gib)) for gib in (1.0, 2.0, 9.0)]
+    found = drawn(rows, tmp_path)
+    scales = [found[name].axes[0].get_xscale() for name in ("score_memory", "score_weights")]
+    assert scales == ["log", "linear"]
+
+
+# Files -------------------------------------------------------------------------------------------
+
+
+def test_nothing_done_is_no_figure(tmp_path):
+    assert drawn([row("emloc", state="running")], tmp_path) == {}
+    assert drawn([], tmp_path) == {}
+
+
+def test_a_file_of_rows_gives_the_figures_of_its_folder(tmp_path):
+    rows = [replace(one, numbers=one.numbers | trained(1.0 + one.seed)) for one in of_ratios()]
+    write_rows(rows, tmp_path / "rows.csv")
+    again = rows_of(tmp_path / "rows.csv")
+    first, second = drawn(rows, tmp_path), drawn(again, tmp_path)
+    assert list(first) == list(second)
+    for name, figure in first.items():
+        pairs = zip(figure.axes, second[name].axes, strict=True)
+        assert all(lines(one) == lines(other) for one, other in pairs)
+
+
+def test_figures_are_saved_as_png_and_pdf_and_the_same_every_time(tmp_path):
+    found = drawn(of_ratios(), tmp_path)
+    written = save(found, tmp_path / "a" / "figures")
+    assert [path.name for path in written] == ["score_ratio.png", "score_ratio.pdf"]
+    again = save(drawn(of_ratios(), tmp_path), tmp_path / "b")
+    assert [path.read_bytes() for path in written] == [path.read_bytes() for path in again]
+    head = written[0].read_bytes()
+    assert head.startswith(b"\x89PNG")
+    assert int.from_bytes(head[16:20], "big") == round(200 * COLUMN)
+
+
+def test_tables_do_not_wait_for_matplotlib_nor_figures_for_torch():
+    program = (
+        "import sys\n"
+        "import emloc.report.figures\n"
+        "print({'matplotlib', 'torch'} & {*sys.modules})\n"
+        "import emloc.report.draw.cost, emloc.report.draw.layers, emloc.report.draw.sweep\n"
+        "print({'matplotlib', 'matplotlib.pyplot', 'torch', 'transformers'} & {*sys.modules})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == ["set()", "{'matplotlib'}"]

@@ -1,0 +1,188 @@
+"""What figures are made of: fronts, places of labels, points, lines and panels."""
+
+import random
+
+import pytest
+
+from emloc.report.draw.labels import distinct
+from emloc.report.draw.panels import panels
+from emloc.report.draw.pareto import front
+from emloc.report.draw.placing import Box, place, steps
+from emloc.report.draw.series import Value, number, series
+from emloc.report.rows import Row
+
+
+def row(method: str, seed: int = 0, score: float = 0.5, cell: str = "", **settings) -> Row:
+    known = {name.replace("__", "."): value for name, value in settings.items()}
+    fields = {"experiment": "x", "run": "r", "state": "done", "model": "m", "task": "t"}
+    numbers = {"score": score}
+    return Row(
+        **fields,
+        cell=cell,
+        method=method,
+        seed=seed,
+        metric="f1",
+        data="",
+        settings=known,
+        numbers=numbers,
+    )
+
+
+# The Pareto front --------------------------------------------------------------------------------
+
+
+def test_the_front_is_what_nothing_beats():
+    points = [(3.0, 0.9), (1.0, 0.2), (2.0, 0.5), (2.5, 0.4), (2.0, 0.3), (9.0, 0.9)]
+    assert front(points) == [1, 2, 0]
+    assert front([]) == []
+    assert front([(1.0, 1.0), (1.0, 1.0)]) == [0, 1]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_front_is_the_definition(seed):
+    draw = random.Random(seed)
+    points = [(float(draw.randrange(8)), float(draw.randrange(8))) for _ in range(30)]
+    free = {
+        i
+        for i, (x, y) in enumerate(points)
+        if not any(a <= x and b >= y and (a, b) != (x, y) for a, b in points)
+    }
+    found = front(points)
+    assert set(found) == free
+    assert [points[i] for i in found] == sorted(points[i] for i in found)
+
+
+# Places of labels --------------------------------------------------------------------------------
+
+
+def test_one_label_stands_on_the_right_of_its_point():
+    (box,) = place([(50.0, 50.0)], [(20.0, 6.0)], Box(0, 0, 100, 100), 4.0)
+    assert box == (54.0, 47.0, 74.0, 53.0)
+
+
+def test_a_label_stays_inside():
+    (box,) = place([(95.0, 50.0)], [(20.0, 6.0)], Box(0, 0, 100, 100), 4.0)
+    assert box.right <= 100
+
+
+def test_a_label_keeps_off_what_it_is_told_to():
+    wall = Box(51, 0, 100, 100)
+    (box,) = place([(50.0, 50.0)], [(20.0, 6.0)], Box(0, 0, 100, 100), 4.0, [wall])
+    assert box.shared(wall) == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_thirty_labels_cover_nothing(seed):
+    draw = random.Random(seed)
+    points = [(draw.uniform(0, 200), draw.uniform(0, 150)) for _ in range(32)]
+    inside = Box(-10, -10, 230, 170)
+    boxes = place(points, [(8.0, 6.0)] * 32, inside, 3.0)
+    for i, box in enumerate(boxes):
+        assert box.shared(inside) == pytest.approx(box.area)
+        assert all(box.shared(other) == 0 for other in boxes[:i])
+        assert all(box.away(*point) > 0 for point in points)
+
+
+def test_a_column_of_points_is_readable():
+    """As where all emulators of a ratio are equally large."""
+    points = [(100.0, 10.0 + 4 * i) for i in range(20)]
+    boxes = place(points, [(8.0, 6.0)] * 20, Box(0, 0, 200, 150), 3.0)
+    covered = sum(one.shared(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    assert covered == 0
+
+
+def test_stairs_go_level_first():
+    assert steps([(0.0, 0.0), (4.0, 3.0)]) == [Box(0, -1, 4, 1), Box(3, 0, 5, 3)]
+
+
+# Points and lines --------------------------------------------------------------------------------
+
+
+def test_seeds_are_one_point_of_mean_and_spread():
+    (line,) = series([row("emloc", seed, score) for seed, score in ((0, 0.2), (1, 0.4))])
+    (point,) = line.points.values()
+    assert point.value(number("score")) == Value(pytest.approx(0.3), pytest.approx(0.02**0.5))
+    assert point.value(number("gain_kept")) is None
+
+
+def test_a_point_is_not_known_unless_all_its_seeds_are():
+    rows = [row("emloc", 0), row("emloc", 1)]
+    rows[0].numbers["gain_kept"] = 0.5
+    (line,) = series(rows)
+    assert line.points[""].value(number("gain_kept")) is None
+
+
+def test_what_ignores_a_ratio_is_one_point_with_each_seed_once():
+    rows = [
+        row("lora", seed, 0.5 + seed, emulator="full", compression__ratio=ratio)
+        for ratio in ("0.25", "0.5")
+        for seed in (0, 1)
+    ]
+    (line,) = series(rows)
+    assert [one.seed for one in line.points[""].rows] == [0, 1]
+    assert len(series([row("emloc", compression__ratio=ratio) for ratio in ("0.25", "0.5")])) == 2
+
+
+def test_lines_have_names_of_what_tells_them_apart():
+    rows = [
+        row("emloc", recovery="correction", recovery__clamp="3.0"),
+        row("emloc", recovery="correction", recovery__clamp="null"),
+        row("emloc", recovery="none"),
+        row("lora", recovery="none"),
+    ]
+    labels = [line.label for line in series(rows)]
+    assert labels == [
+        "emloc correction clamp=3.0",
+        "emloc correction clamp=none",
+        "emloc none",
+        "lora",
+    ]
+    assert [line.label for line in series(rows, "recovery.clamp")] == ["emloc", "lora"]
+
+
+def test_cells_of_one_method_with_other_recipes_stay_apart():
+    rows = [row("emloc", cell=f"lr_{rate}", train__learning_rate=rate) for rate in ("1", "2")]
+    assert [line.label for line in series(rows)] == ["lr_1", "lr_2"]
+
+
+def test_a_choice_stands_for_its_values_unless_one_was_changed():
+    one, two = {"recovery": "a", "recovery.x": "1"}, {"recovery": "b", "recovery.x": "2"}
+    assert distinct([one, two]) == ["recovery"]
+    assert distinct([one, two, {**one, "recovery.x": "3"}]) == ["recovery", "recovery.x"]
+    assert distinct([one]) == []
+
+
+# Panels ------------------------------------------------------------------------------------------
+
+
+def test_recipes_of_one_method_are_panels_with_the_untouched_model_in_each():
+    rows = [row("zero_shot", train__learning_rate="1", train="quick")]
+    rows += [
+        row(method, train__learning_rate=rate) for method in ("lora", "emloc") for rate in "12"
+    ]
+    found = panels(rows)
+    assert [panel.title for panel in found] == [
+        "m on t, learning_rate=1",
+        "m on t, learning_rate=2",
+    ]
+    methods = [[one.method for one in panel.rows] for panel in found]
+    assert methods == [["lora", "emloc", "zero_shot"]] * 2
+
+
+def test_the_swept_setting_makes_no_panels():
+    rows = [row("emloc", lora__rank=rank, lora__alpha=rank) for rank in ("4", "8")]
+    assert len(panels(rows)) == 2
+    assert [panel.title for panel in panels(rows)] == ["m on t, rank=4", "m on t, rank=8"]
+    assert len(panels(rows, "lora.rank", ["lora.alpha"])) == 1
+
+
+def test_a_setting_that_belongs_to_a_method_makes_no_panel():
+    rows = [row("offload", train__checkpointing="True"), row("lora", train__checkpointing="False")]
+    (panel,) = panels(rows)
+    assert len(panel.rows) == 2
+    assert panel.metric == "f1"
+
+
+def test_the_untouched_model_alone_is_a_panel():
+    (panel,) = panels([row("zero_shot")])
+    assert [one.method for one in panel.rows] == ["zero_shot"]

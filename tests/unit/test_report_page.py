@@ -1,0 +1,386 @@
+"""What a report is written as: the best in bold, LaTeX that compiles, a page, and the files."""
+
+import csv
+import json
+import re
+from base64 import b64decode
+from html.parser import HTMLParser
+
+import pytest
+from omegaconf import OmegaConf
+from reported import row
+
+from emloc.cli import VERBS
+from emloc.errors import ConfigError
+from emloc.report.latex import escaped, latex
+from emloc.report.lines import lines_of, table_of
+from emloc.report.markdown import markdown, table, table_with_notes
+from emloc.report.origin import origin
+from emloc.report.page import Picture, Report, Section, page
+from emloc.report.rows import rows_of, write_rows
+from emloc.report.table import Table, best, number, split
+from emloc.report.written import write_report
+from emloc.runs import Run
+
+EIGHT = "internvl2_5_8b"
+WORDS = Table(
+    [
+        {"cell": "zero_shot", "accuracy": "40.0", "loss": "1.50"},
+        {"cell": "lora_r8", "accuracy": "52.0 ± 1.0 (52.9)", "loss": "1.25"},
+        {"cell": "emloc & <b>", "accuracy": "OOM (51.0)", "loss": "."},
+    ],
+    {(1, "accuracy")},
+)
+
+# The best ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "up", "expected"),
+    [
+        (["0.3", "0.5 ± 0.1", "0.4"], True, [1]),
+        (["0.3", "0.5", "0.4"], False, [0]),
+        (["-10.0%", "9.0%", "100.0%"], True, [2]),
+        (["0.5", "0.5", "0.4"], True, [0, 1]),  # equals as they are shown
+        (["0.5", "OOM", "."], True, []),
+        (["0.5", "0.5"], True, []),
+        (["failed(train)", "."], True, []),
+    ],
+)
+def test_the_best_is_the_leading_number_among_several(words, up, expected):
+    lines = [{"score": word} for word in words]
+    assert best(lines, [""] * len(words), {"score": up}) == {(i, "score") for i in expected}
+
+
+def test_the_best_is_found_among_runs_on_the_same_model_and_data():
+    rows = [row("lora", 0.6, **{"scores/loss": 1.0}), row("emloc", 0.5, **{"scores/loss": 0.5})]
+    rows += [row("lora", 0.1, task="websrc"), row("emloc", 0.2, task="websrc")]
+    rows += [row("lora", 0.9, model="tiny")]
+    assert table_of(rows).best == {(0, "accuracy"), (1, "loss"), (3, "accuracy")}
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("52.1 ± 0.3 (52.3)", 52.1),
+        ("-14.1%", -14.1),
+        ("+0.5", 0.5),
+        ("1e-05", 1e-5),
+        ("50.0 ± 0.0; OOM", 50.0),
+        (".", None),
+        ("OOM", None),
+        ("nan", None),
+        ("8b", None),
+        ("r8", None),
+    ],
+)
+def test_a_number_is_what_a_word_starts_with(word, value):
+    assert number(word) == value
+
+
+def test_ours_is_apart_from_what_stands_in_brackets():
+    assert split("52.1 ± 0.3 [2/3] (52.3)") == ("52.1 ± 0.3 [2/3]", "(52.3)")
+    assert split("failed(train)") == ("failed(train)", "")
+
+
+# Markdown and LaTeX ------------------------------------------------------------------------------
+
+
+def test_the_best_is_bold_where_it_is_asked_for():
+    assert "| **52.0 ± 1.0** (52.9) |" in markdown(WORDS, bold=True)
+    assert "**" not in markdown(WORDS)
+    assert len({len(line) for line in markdown(WORDS, bold=True).splitlines()}) == 1
+
+
+def test_a_bar_within_a_word_is_no_column():
+    assert markdown(Table([{"a|b": "c|d"}])).splitlines()[2] == "| c\\|d |"
+
+
+def test_latex_is_a_tabular_in_the_manner_of_booktabs():
+    assert latex(WORDS, ["100% of it"]).splitlines() == [
+        r"% \usepackage{booktabs}",
+        r"% 100% of it",
+        r"\begin{tabular}{@{}lrr@{}}",
+        r"\toprule",
+        r"cell & accuracy & loss \\",
+        r"\midrule",
+        r"zero\_shot & 40.0 & 1.50 \\",
+        r"lora\_r8 & \textbf{52.0 $\pm$ 1.0} (52.9) & 1.25 \\",
+        r"emloc \& \textless{}b\textgreater{} & OOM (51.0) & . \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("-14.1% ± 0.2%", r"$-$14.1\% $\pm$ 0.2\%"),
+        ("(-3.0)", r"($-$3.0)"),
+        ("1e-05", "1e-05"),
+        ("lm-eval", "lm-eval"),
+        ("tiny·vqa_1", r"tiny$\cdot$vqa\_1"),
+        (r"a\b~c^d{e}#$&", r"a\textbackslash{}b\textasciitilde{}c\textasciicircum{}d\{e\}\#\$\&"),
+    ],
+)
+def test_words_are_escaped_for_latex(word, said):
+    assert escaped(word) == said
+
+
+# The page ----------------------------------------------------------------------------------------
+
+
+class Reader(HTMLParser):
+    """Start tags with attributes, those left open, and the words of every cell of tables."""
+
+    VOID = ("meta", "img")
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.open, self.cells, self.strange = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.cells.append([])
+        if tag in ("td", "th"):
+            self.cells[-1].append("")
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.strange.append(tag)
+
+    def handle_data(self, data):
+        if {"td", "th"} & set(self.open):
+            self.cells[-1][-1] += data
+
+    def named(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def made(**changed) -> Report:
+    known = {
+        "title": "mine <i>",
+        "lead": ["3 runs"],
+        "sections": [Section("Runs", WORDS, ["a & b"])],
+        "pictures": [Picture("score memory", 'accuracy against "GiB"', b"\x89PNG")],
+        "origin": {"commit": ["abc"], "versions": {"torch": ["2.13", "2.14"]}, "settings": {}},
+    }
+    return Report(**known | changed)
+
+
+def test_the_page_is_whole_and_asks_for_nothing_else():
+    text = page(made())
+    read = Reader(text)
+    assert read.open == read.strange == []
+    assert not re.search(r"""(src|href)=["'](?!data:)|@import|url\(""", text)
+    assert [one["lang"] for one in read.named("html")] == ["en"]
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_the_page_has_the_tables_words_and_what_they_are_sorted_by():
+    read = Reader(page(made()))
+    head, *lines = [[cell.strip() for cell in line] for line in read.cells]
+    assert head == WORDS.columns
+    assert lines == list(WORDS.words())
+    values = [one.get("data-value") for one in read.named("td")]
+    assert values == ["40.0", "1.5", "52.0", "1.25", None, None]
+    kinds = [one["class"].split()[0] for one in read.named("td")]
+    assert kinds == ["number", "number", "number", "number", "bad", "empty"]
+    assert len(read.named("button")) == 3
+    assert len(read.named("b")) == 1
+
+
+def test_the_page_shows_figures_in_words_too():
+    (image,) = Reader(page(made())).named("img")
+    assert image["alt"] == 'accuracy against "GiB"'
+    assert b64decode(image["src"].removeprefix("data:image/png;base64,")) == b"\x89PNG"
+
+
+def test_the_page_says_what_it_was_made_with_and_escapes_it():
+    text = page(made())
+    assert "<title>mine &lt;i&gt;</title>" in text
+    assert "<li>a &amp; b</li>" in text
+    assert "<dt>versions.torch</dt><dd>2.13, 2.14</dd>" in text
+    assert "<dt>commit</dt><dd>abc</dd>" in text
+
+
+# The files ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Runs of table3_nlp: two seeds of one cell, one out of memory, one on another model."""
+    place = tmp_path / "runs" / "table3_nlp"
+
+    def make(cell: str, score: float | None, seed: int = 0, model: str = "llama3_8b") -> None:
+        choices = {"cell": f"table3_nlp/{cell}", "model": model, "task": "gsm8k", "lora": "r8"}
+        config = {"method": cell, "seed": seed, "model": {"name": model}, "task": {"name": "gsm8k"}}
+        run = Run(place / f"{cell}-{model}-s{seed}")
+        run.begin(OmegaConf.create(config), choices)
+        if score is None:
+            return run.mark("oom", stage="train", error="x")
+        run.finish(
+            {
+                "metric": "exact_match",
+                "score": score,
+                "scores": {"loss": 1 - score, "exact_match": score},
+                "data": {"name": "gsm8k"},
+                "emulator": {"bytes": 8e9},
+                "seconds": {"emulate": 60.0, "train": 600.0},
+                "peak_gib": {"emulate": 3.0, "train": 10.0},
+                "provenance": {"commit": "abc", "versions": {"torch": f"2.{seed}"}, "dirty": None},
+            }
+        )
+
+    make("emloc", 0.3)
+    make("emloc", 0.32, seed=1)
+    make("lora", None)
+    make("loram_rand", 0.272)
+    make("emloc", 0.1, model="smollm2_135m")
+    return place
+
+
+def report(*arguments: object) -> None:
+    VERBS["report"]([str(argument) for argument in arguments])
+
+
+def test_a_report_of_a_folder_is_written_into_it_and_says_so(folder, capsys):
+    report(folder)
+    said = capsys.readouterr().out
+    written = re.findall("^wrote (.*)$", said, re.M)
+    assert {
+        *("table.md", "table.tex", "table.csv", "by_task_score.md", "by_task_score.tex"),
+        *("runs.csv", "report.html", "provenance.json"),
+    } == {path.removeprefix(f"{folder}/report/") for path in written if "/figures/" not in path}
+    assert sorted(map(str, (folder / "report").rglob("*.*"))) == sorted(written)
+    assert len(rows_of(folder)) == 5  # what was written is no run
+
+
+def test_the_papers_numbers_are_in_every_form_of_the_table(folder):
+    rows = rows_of(folder)
+    write_report(folder, rows, folder / "report")
+    with (folder / "report" / "table.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    (ours,) = [line for line in lines if line["seeds"] == "0 1"]
+    assert (ours["exact_match %"], ours["paper"], ours["difference"]) == (
+        *("31.0 ± 1.4", "29.8", "+1.2"),
+    )
+    (lost,) = [line for line in lines if line["cell"] == "lora"]
+    assert (lost["exact_match %"], lost["paper"]) == ("OOM", ".")
+    assert {line["paper"] for line in lines if line["exact_match %"] == "."} == {
+        *("32.6", "24.3", "33.8", "24.6", "33.9")
+    }
+    by_task = (folder / "report" / "by_task_score.tex").read_text()
+    assert r"emloc & . (33.9) & \textbf{31.0 $\pm$ 1.4} (29.8) & 10.0 \\" in by_task
+    assert "| **31.0 ± 1.4** |" in (folder / "report" / "table.md").read_text()
+    html = (folder / "report" / "report.html").read_text()
+    assert '<b>31.0 ± 1.4</b> <span class="aside">(29.8)</span>' in html
+    assert Reader(html).strange == []
+
+
+def test_the_tidy_file_of_a_report_gives_the_same_table(folder):
+    write_report(folder, rows_of(folder), folder / "report")
+    assert lines_of(rows_of(folder / "report" / "runs.csv")) == lines_of(rows_of(folder))
+
+
+def test_what_runs_were_made_with_is_said_once(folder):
+    found = origin(folder, rows_of(folder))
+    assert json.loads(json.dumps(found)) == found
+    assert found["commit"] == ["abc"]
+    assert found["versions"] == {"torch": ["2.0", "2.1"]}
+    assert found["dirty"] == []
+    assert found["experiments"] == ["table3_nlp"]
+    assert found["settings"]["lora"] == "r8"
+    assert "model" not in found["settings"]
+    assert found["runs"] == 5
+
+
+def test_the_same_runs_give_the_same_files(folder, tmp_path):
+    first, second = (
+        write_report(folder, rows_of(folder), tmp_path / name) for name in ("first", "second")
+    )
+    for one, other in zip(first, second, strict=True):
+        assert one.read_bytes() == other.read_bytes(), one
+
+
+def test_the_printed_table_is_plain_and_has_what_was_not_run(folder):
+    said = table_with_notes(folder, rows_of(folder), unrun=True)
+    assert "zero_shot" not in table(folder)  # as it is printed when a sweep has ended
+    assert "**" not in said
+    assert re.search(r"^\| \. +\| zero_shot +\| .*\| 24\.3 +\| \. ", said, re.M)
+    assert "paper: EMLoC, Table 3" in said
+
+
+def test_of_one_run_and_of_a_file_nothing_is_written_unless_asked_for(folder, tmp_path, capsys):
+    file = tmp_path / "rows.csv"
+    write_rows(rows_of(folder), file)
+    before = sorted(tmp_path.rglob("*"))
+    report(folder / "emloc-llama3_8b-s0")
+    assert "zero_shot" not in capsys.readouterr().out  # no run is answerable for the others
+    report(file)
+    assert "31.0 ± 1.4" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+    report(file, "--to", tmp_path / "there")
+    assert (tmp_path / "there" / "report.html").exists()
+    assert json.loads((tmp_path / "there" / "provenance.json").read_text())["runs"] == 5
+
+
+def test_a_file_of_numbers_is_written_besides_where_asked_for(folder, tmp_path, capsys):
+    report(folder, "--csv", tmp_path / "rows.csv")
+    assert f"wrote {tmp_path / 'rows.csv'}\n" in capsys.readouterr().out
+    assert len(rows_of(tmp_path / "rows.csv")) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("cell,loss\na,1\n", "no table of runs, it has no column experiment, run, state"),
+        ("", "no table of runs, it has no column experiment"),
+    ],
+)
+def test_a_file_that_is_no_table_of_runs_is_refused(tmp_path, text, said):
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(ConfigError, match=rf"rows.csv: {said}"):
+        report(tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(",0,accuracy", ",zero,accuracy"), (",1.0\n", ",low\n"), (",1.0\n", "\n")]
+)
+def test_a_line_that_cannot_be_read_is_named(tmp_path, old, new):
+    file = tmp_path / "rows.csv"
+    write_rows([row(), row("lora")], file)
+    text = file.read_text()
+    assert old in text
+    file.write_text(text[::-1].replace(old[::-1], new[::-1], 1)[::-1])
+    with pytest.raises(ConfigError, match=r"rows.csv:3: cannot be read: "):
+        report(file)
+
+
+def test_a_place_that_is_not_there_or_cannot_be_written_is_said_in_one_line(folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"no folder or file .*nowhere; give one such as"):
+        report(tmp_path / "nowhere")
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(ConfigError, match=r"cannot write .*taken.*; give another folder, --to"):
+        report(folder, "--to", tmp_path / "taken")
+
+
+def test_a_folder_without_runs_is_left_as_it_is(tmp_path, capsys):
+    report(tmp_path)
+    assert capsys.readouterr().out == f"no runs in {tmp_path}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_figure_is_told_by_its_axes(folder):
+    written = write_report(folder, rows_of(folder), folder / "report")
+    drawn = [path for path in written if path.suffix == ".png"]
+    read = Reader((folder / "report" / "report.html").read_text())
+    images = read.named("img")
+    assert len(images) == len(drawn) >= 1
+    shown = [b64decode(one["src"].removeprefix("data:image/png;base64,")) for one in images]
+    assert shown == [path.read_bytes() for path in drawn]
+    assert all("exact_match against " in one["alt"] for one in images)

@@ -1,0 +1,484 @@
+"""What is written of a run while it goes on, and what W&B is told of it."""
+
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from inspected import entries
+from omegaconf import OmegaConf
+
+from emloc.errors import ConfigError
+from emloc.exhibits import PREDICTIONS, table_of_runs, tables_of_run
+from emloc.record import Record, stage_line, training_line
+from emloc.runs import Run
+from emloc.track import Nothing, Wandb, compare
+
+SETTINGS = {"project": "emloc", "entity": None, "mode": "offline", "adapter": False}
+PROVENANCE = {"commit": "abc", "versions": {"torch": "2"}}
+
+
+@pytest.fixture
+def tracker():
+    return Wandb(**SETTINGS)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """A home folder in which nothing of W&B's may be found."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_ERROR_REPORTING"):
+        monkeypatch.delenv(name, raising=False)
+    yield tmp_path / "home"
+    assert not list((tmp_path / "home").rglob("*wandb*"))
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """Begin a run as `emloc` does."""
+
+    def begin(name: str = "emloc-tiny-sums-s0-12345678") -> Run:
+        sections = {"model": {"name": "tiny"}, "task": {"name": "sums"}, "lora": {"rank": 8}}
+        run = Run(tmp_path / "runs" / "demo" / name)
+        sections["tracker"] = {"_target_": "emloc.track.Wandb", **SETTINGS}
+        run.begin(OmegaConf.create({"name": "demo", "method": "emloc", "seed": 0, **sections}), {})
+        return run
+
+    return begin
+
+
+def results(score: float = 0.5) -> dict:
+    return {
+        "method": "emloc",
+        "metric": "exact_match",
+        "score": score,
+        "scores": {"exact_match": score, "loss": 1.0},
+        "data": {"name": "sums"},
+        "emulator": {"bytes": 1000},
+        "seconds": {"train": 1.0},
+        "peak_gib": {"train": 0.5},
+        "provenance": PROVENANCE,
+    }
+
+
+def lines(run: Run) -> list[dict]:
+    text = (run.folder / "metrics.jsonl").read_text()
+    assert text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def write_lines(path, rows) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+class Told:
+    """A tracker, and its session, that keeps what it is told."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.lines, self.status, self.last, self.fails = [], None, None, fails
+
+    def start(self, folder, config, last):
+        self.last = last
+        return self
+
+    def log(self, line):
+        if self.fails:
+            raise ConnectionResetError("it is gone")
+        self.lines.append(dict(line))
+
+    def close(self, status):
+        self.status = status
+
+    def compare(self, folder, group):
+        raise NotImplementedError
+
+
+# The record --------------------------------------------------------------------------------------
+
+
+def test_what_is_logged_is_in_the_file_and_told_to_the_tracker(begun):
+    run, told = begun(), Told()
+    with Record(run) as record:
+        record.follow(told)
+        record.add(training_line(10, {"loss": 1.5, "learning_rate": 1e-4}))
+        assert lines(run) == told.lines
+        record.add(stage_line("train", {"seconds": 2.5, "note": "x", "samples": ["a"]}))
+        run.finish(results())
+    first = {"train/loss": 1.5, "train/learning_rate": 1e-4, "train/step": 10}
+    assert lines(run) == told.lines == [first, {"train/seconds": 2.5}]
+    assert (told.last, told.status["state"]) == (0, "done")
+
+
+def test_a_stages_scores_are_called_by_their_names():
+    facts = {"scores": {"loss": 1.5, "exact_match/even": 0.5}, "rows": 6, "seconds": 0.1}
+    assert stage_line("evaluate", facts) == {
+        "evaluate/rows": 6,
+        "evaluate/seconds": 0.1,
+        "evaluate/loss": 1.5,
+        "evaluate/exact_match/even": 0.5,
+    }
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_null(begun, value):
+    run = begun()
+    with Record(run) as record:
+        record.add({"evaluate/loss": value, "evaluate/rows": 6})
+    assert lines(run) == [{"evaluate/loss": None, "evaluate/rows": 6}]
+
+
+def attempt(run: Run, *steps: int, told: Told | None = None, loss: float = 1.0) -> None:
+    with Record(run) as record:
+        record.follow(told or Nothing())
+        for step in steps:
+            record.add(training_line(step, {"loss": loss}))
+
+
+def test_a_training_that_goes_on_from_its_checkpoint_has_every_step_once(begun):
+    attempt(begun(), 10, 20, 30, 40)
+    told = Told()
+    attempt(begun(), 30, 40, 50, told=told, loss=2.0)
+    found = [(line["train/step"], line["train/loss"]) for line in lines(begun())]
+    assert found == [(10, 1.0), (20, 1.0), (30, 2.0), (40, 2.0), (50, 2.0)]
+    assert told.lines == lines(begun())
+    assert told.last == 40
+
+
+def test_a_training_that_starts_afresh_leaves_nothing_of_the_last(begun):
+    attempt(begun(), 10, 20, 30)
+    attempt(begun(), 10, loss=2.0)
+    assert lines(begun()) == [{"train/loss": 2.0, "train/step": 10}]
+
+
+def test_an_attempt_that_logs_nothing_tells_what_was_logged_before(begun):
+    attempt(begun(), 10, 20)
+    told = Told()
+    attempt(begun(), told=told)
+    assert [line["train/step"] for line in told.lines] == [10, 20]
+
+
+def test_a_stage_that_is_recorded_again_replaces_its_own_line_only(begun):
+    for seconds in (1.0, 2.0):
+        with Record(begun()) as record:
+            if seconds == 1.0:
+                record.add(training_line(10, {"loss": 1.5}))
+            record.add(stage_line("emulate", {"seconds": seconds}))
+            record.add(stage_line("train", {"seconds": seconds}))
+    assert lines(begun()) == [
+        {"train/loss": 1.5, "train/step": 10},
+        {"emulate/seconds": 2.0},
+        {"train/seconds": 2.0},
+    ]
+
+
+def test_a_line_that_was_cut_off_is_dropped(begun):
+    run = begun()
+    whole = '{"train/step": 10}\n'
+    (run.folder / "metrics.jsonl").write_text(whole + '{"train/st')
+    attempt(begun(), 20)
+    assert [line["train/step"] for line in lines(run)] == [10, 20]
+
+
+def test_a_tracker_that_fails_costs_the_run_nothing_and_is_said_once(begun, caplog):
+    told = Told(fails=True)
+    with caplog.at_level(logging.WARNING):
+        attempt(begun(), 10, 20, 30, told=told)
+    assert len(lines(begun())) == 3
+    assert len(caplog.messages) == 1
+    assert "ConnectionResetError: it is gone" in caplog.text
+    assert told.status["state"] == "running"  # it is ended all the same
+
+
+# Tables ------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_predictions_has_losses_and_answers_and_a_first_part(tmp_path):
+    count = PREDICTIONS + 5
+    rows = [{"id": f"test/{i}", "nll": 6.0 + i, "tokens": 4, "right": 2} for i in range(count)]
+    write_lines(tmp_path / "predictions.jsonl", rows)
+    answers = [{"id": f"test/{i}", "answer": f"é{i}", "references": ["a", "b"]} for i in (1, 0)]
+    write_lines(tmp_path / "answers.jsonl", answers)
+    table = tables_of_run(tmp_path)["predictions"]
+    assert table.columns == ["id", "loss", "nll", "tokens", "right", "answer", "references"]
+    assert len(table.rows) == PREDICTIONS == 200
+    assert table.rows[1] == ["test/1", 1.75, 7.0, 4, 2, "é1", '["a", "b"]']
+    assert table.rows[2][-2:] == [None, None]
+
+
+def test_layers_are_a_table_where_the_file_is_about_layers(tmp_path):
+    spectrum = {"index": [1], "energy": [0.5]}
+    layers = {"a": {"rank": 3, "shape": [2, 4], "spectrum": spectrum}, "b": {"rank": 5}}
+    (tmp_path / "layers.json").write_text(json.dumps(layers))
+    (tmp_path / "correction.json").write_text(json.dumps({"dropped": [1, 2], "bits": 16}))
+    tables = tables_of_run(tmp_path)
+    assert list(tables) == ["layers"]
+    assert tables["layers"].columns == ["layer", "rank", "shape"]
+    assert tables["layers"].rows == [["a", 3, "[2, 4]"], ["b", 5, None]]
+
+
+def test_the_table_of_runs_has_what_differs_and_numbers(begun, tmp_path):
+    for name, score in (("one", 0.25), ("two", 0.75)):
+        run = begun(name)
+        config = OmegaConf.create(run.config | {"lora": {"rank": int(score * 8)}})
+        run.begin(config, {"method": "emloc"})
+        run.finish(results(score))
+    table = table_of_runs(tmp_path / "runs" / "demo")
+    found = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    assert [row["run"] for row in found] == ["one", "two"]
+    assert [row["lora.rank"] for row in found] == ["2", "6"]
+    assert [row["score"] for row in found] == [0.25, 0.75]
+    assert "task.name" not in table.columns
+
+
+# Weights & Biases --------------------------------------------------------------------------------
+
+
+def finished(run: Run, tracker: Wandb) -> None:
+    """A run from start to end, with what a run leaves in its folder."""
+    with Record(run) as record:
+        record.follow(tracker)
+        for step in (1, 2, 3):
+            record.add(training_line(step, {"loss": 1 / step}))
+        rows = [{"id": f"test/{i}", "nll": 6.0 + i, "tokens": 4} for i in range(3)]
+        write_lines(run.folder / "predictions.jsonl", rows)
+        adapter = run.folder / "adapter"
+        adapter.mkdir()
+        (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "hub/tiny"}')
+        (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+        record.add(stage_line("evaluate", {"scores": {"loss": 1.0}}))
+        run.finish(results())
+
+
+def test_an_offline_run_holds_all_of_the_run(begun, tracker, home):
+    run = begun()
+    finished(run, tracker)
+    (entry,) = entries(run.folder)
+    described = entry.run
+    assert described["run_group"] == "demo"
+    assert described["display_name"] == run.folder.name
+    assert described["run_id"] == f"demo-{run.folder.name}"
+    assert described["job_type"] == "emloc"
+    assert described["tags"] == ["tiny", "sums"]
+    config = described["config"]["update"]
+    assert {k: v for k, v in config.items() if k != "_wandb"} == run.config
+    assert entry.history == lines(run)
+    assert any(one.get("step_metric") == "train/step" for one in entry.of("metric"))
+    assert entry.exit_code == 0
+    assert entry.summary["state"] == "done"
+    assert entry.summary["score"] == 0.5
+    assert entry.table("predictions")[2] == {"id": "test/2", "loss": 2.0, "nll": 8.0, "tokens": 4}
+    assert [one["type"] for one in entry.of("artifact")] == ["run_table"]
+
+
+def test_nothing_is_told_of_the_machine_or_the_code(begun, tracker):
+    run = begun()
+    finished(run, tracker)
+    (entry,) = entries(run.folder)
+    kinds = {record["type"] for record in entry.records}
+    assert not {"environment", "stats", "output", "output_raw"} & kinds
+    assert "git" not in entry.run
+    files = {path.name for path in (entry.folder / "files").iterdir()}
+    assert files == {"media"}
+
+
+def test_the_adapter_is_kept_if_wished_for_and_not_copied(begun, tracker):
+    run = begun()
+    wishes = Wandb(**SETTINGS | {"adapter": True})
+    finished(run, wishes)
+    (entry,) = entries(run.folder)
+    (artifact,) = [one for one in entry.of("artifact") if one["type"] == "adapter"]
+    assert artifact["name"] == f"adapter-{run.folder.name}"
+    kept = {one["path"]: one["local_path"] for one in artifact["manifest"]["contents"]}
+    assert kept == {
+        name: str(run.folder / "adapter" / name)
+        for name in ("adapter_config.json", "adapter_model.safetensors")
+    }
+    metadata = json.loads(artifact["metadata"])
+    assert metadata == {"base_model": "hub/tiny", "method": "emloc", "exact_match": 0.5}
+
+
+def test_a_run_without_an_adapter_has_none_to_keep(begun):
+    run = begun()
+    with Record(run) as record:
+        record.follow(Wandb(**SETTINGS | {"adapter": True}))
+        run.finish(results())
+    (entry,) = entries(run.folder)
+    assert entry.of("artifact") == []
+    assert entry.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("state", "code"), [("failed", 1), ("oom", 1), ("interrupted", 130), ("running", 1)]
+)
+def test_a_run_that_ended_badly_says_how(begun, tracker, state, code):
+    run = begun()
+    with Record(run) as record:
+        record.follow(tracker)
+        record.add(training_line(1, {"loss": 1.0}))
+        if state != "running":
+            run.mark(state, stage="train", error="too large")
+    (entry,) = entries(run.folder)
+    assert entry.exit_code == code
+    assert entry.summary["state"] == state
+    if state != "running":
+        assert (entry.summary["stage"], entry.summary["error"]) == ("train", "too large")
+    assert not (entry.folder / "files/media").exists()
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from emloc.record import Record, training_line
+from emloc.runs import Run
+from emloc.track import Wandb
+
+record = Record(Run(Path(sys.argv[1])))
+record.follow(Wandb(project="emloc", entity=None, mode="offline", adapter=False))
+for step in (1, 2, 3):
+    record.add(training_line(step, {"loss": 1.0}))
+time.sleep(0.5)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_run_that_was_killed_is_there_without_an_end(begun):
+    """Which `wandb sync` takes for one that failed."""
+    run = begun()
+    subprocess.run([sys.executable, "-c", KILLED, str(run.folder)], timeout=60)
+    (entry,) = entries(run.folder)
+    assert entry.history == lines(run)
+    assert [line["train/step"] for line in lines(run)] == [1, 2, 3]
+    assert entry.of("exit") == []
+
+
+def test_an_interrupted_run_is_continued_where_it_was_left(begun, tracker):
+    for steps in ((1, 2, 3), (3, 4)):
+        run = begun()
+        with Record(run) as record:
+            record.follow(tracker)
+            for step in steps:
+                record.add(training_line(step, {"loss": 1.0}))
+            run.mark("interrupted")
+    finished(begun(), Nothing())
+    with Record(run) as record:
+        record.follow(tracker)
+        record.add(stage_line("train", {"seconds": 1.0}))
+    first, second, third = entries(run.folder)
+    assert first.run["run_id"] == second.run["run_id"] == third.run["run_id"]
+    # With this `wandb sync` puts one behind the other, and does not begin anew.
+    assert [entry.run.get("resume", False) for entry in (first, second, third)] == [
+        False,
+        True,
+        True,
+    ]
+    assert [line["train/step"] for line in first.history] == [1, 2, 3]
+    assert [line["train/step"] for line in second.history] == [4]
+
+
+def test_runs_one_after_the_other_in_one_process_keep_to_their_folders(begun, tracker, tmp_path):
+    before = dict(os.environ)
+    for name in ("one", "two"):
+        finished(begun(name), tracker)
+    assert dict(os.environ) == before
+    for name in ("one", "two"):
+        (entry,) = entries(tmp_path / "runs" / "demo" / name)
+        assert entry.run["display_name"] == name
+        assert len(entry.history) == 4
+        (artifact,) = entry.of("artifact")
+        (table,) = artifact["manifest"]["contents"]
+        assert f"/demo/{name}/wandb/" in table["local_path"]
+
+
+def test_the_same_settings_in_another_experiment_are_another_run(begun, tracker, tmp_path):
+    run = begun()
+    finished(run, tracker)
+    other = Run(tmp_path / "runs" / "a b:c" / run.folder.name)
+    other.begin(OmegaConf.create(run.config | {"name": "a b:c"}), {})
+    with Record(other) as record:
+        record.follow(tracker)
+    (one,), (two,) = entries(run.folder), entries(other.folder)
+    assert one.run["run_id"] == f"demo-{run.folder.name}"
+    assert two.run["run_id"] == f"a-b-c-{run.folder.name}"
+
+
+def test_a_sweep_has_a_run_of_its_own_with_the_table_of_all(begun, tracker, tmp_path):
+    for name, score in (("one", 0.25), ("two", 0.75)):
+        begun(name).finish(results(score))
+    folder = tmp_path / "runs" / "demo"
+    compare(folder)
+    compare(folder)
+    first, again = entries(folder)
+    assert first.run["display_name"] == "report"
+    assert first.run["run_group"] == "demo"
+    assert [row["score"] for row in first.table("runs")] == [0.25, 0.75]
+    assert again.run["run_id"] == first.run["run_id"] == "demo-report"
+    assert again.run["resume"]
+
+
+def test_a_sweep_of_which_nothing_has_been_done_now_has_no_report(begun, tmp_path, monkeypatch):
+    folder = tmp_path / "runs" / "demo"
+    begun("failed").mark("failed", stage="config", error="x")
+    compare(folder)
+    begun("before").finish(results())
+    monkeypatch.setattr("emloc.track.born", lambda: time.time() + 1)
+    compare(folder)
+    assert not (folder / "wandb").exists()
+
+
+def test_a_sweep_that_is_followed_by_nothing_has_no_report(begun, tmp_path):
+    run = begun()
+    nothing = {"tracker": {"_target_": "emloc.track.Nothing"}}
+    run.begin(OmegaConf.create(run.config | nothing), {})
+    run.finish(results())
+    compare(tmp_path / "runs" / "demo")
+    assert not (tmp_path / "runs" / "demo" / "wandb").exists()
+
+
+def online() -> Wandb:
+    return Wandb(**SETTINGS | {"mode": "online"})
+
+
+def test_going_online_without_an_account_is_refused_and_nothing_is_asked(begun):
+    run = begun()
+    with pytest.raises(ConfigError, match="no W&B account on this machine; run `wandb login`"):
+        online().start(run.folder, run.config, 0)
+    assert not entries(run.folder)
+
+
+def test_a_key_that_is_none_is_refused(begun, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "123")
+    run = begun()
+    with pytest.raises(ConfigError, match=r"WANDB_API_KEY invalid.*set tracker.mode=offline"):
+        online().start(run.folder, run.config, 0)
+
+
+def test_where_wandb_cannot_be_reached_a_run_is_followed_offline(begun, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+    run = begun()
+    with caplog.at_level(logging.WARNING), Record(run) as record:
+        record.follow(online())
+        record.add(training_line(1, {"loss": 1.0}))
+        run.mark("failed", stage="train", error="x")
+    assert "W&B cannot be reached" in caplog.text
+    assert "wandb sync" in caplog.text
+    (entry,) = entries(run.folder)
+    assert entry.history == lines(run)
+
+
+def test_without_wandb_it_says_what_to_do(begun, tracker, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    run = begun()
+    with pytest.raises(ConfigError, match="pip install wandb, or set tracker=none"):
+        tracker.start(run.folder, run.config, 0)
+
+
+@pytest.mark.parametrize("mode", ["disabled", "on"])
+def test_a_mode_it_has_not_is_refused(mode):
+    with pytest.raises(ConfigError, match="one of offline, online; set"):
+        Wandb(**SETTINGS | {"mode": mode})
