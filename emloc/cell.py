@@ -51,10 +51,13 @@ def run_cell(cfg: DictConfig) -> float | None:
         return float(run.metrics["score"])
     if not first():
         return _follow(cfg, run)
-    begin(run, cfg, hydra.runtime.choices)
-    log.info("%s: started", run.folder.name)
-    with Record(run) as record:
-        return _lead(cfg, run, record)
+    with run.alone():
+        if run.done:  # by another process, while this one waited
+            return float(run.metrics["score"])
+        begin(run, cfg, hydra.runtime.choices)
+        log.info("%s: started", run.folder.name)
+        with Record(run) as record:
+            return _lead(cfg, run, record)
 
 
 def begin(run: Run, cfg: DictConfig, choices: Mapping[str, str | None]) -> None:

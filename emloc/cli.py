@@ -39,6 +39,8 @@ def main() -> None:
         if not _of_hydra(error):
             raise
         _refuse(f"{str(error).strip()}; a group takes one of its choices, as in tracker=none")
+    except BrokenPipeError:  # whoever was reading has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("emloc: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -79,8 +81,7 @@ def _report(arguments: list[str]) -> None:
         raise ConfigError(f"no folder or file {place}; give one such as runs/demo")
     rows = rows_of(place)
     if not rows:
-        print(f"no runs in {place}")
-        return
+        raise ConfigError(f"no runs in {place}; give one such as runs/demo")
     several = place.is_dir() and not is_run(place)
     print(table_with_notes(place, rows, unrun=not is_run(place)))
     to = chosen.to or (place / "report" if several else None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -37,13 +39,9 @@ def register(words: Sequence[str] = ()) -> None:
     """
     store = ConfigStore.instance()
     store.store(name="schema", node=schema())
+    store.repo.pop("cell", None)  # of what was named before
     for path in sorted(EXPERIMENTS.glob("*.yaml")):
-        node = OmegaConf.load(path)
-        assert isinstance(node, DictConfig)
-        cells = node.pop("cells", {})
-        if cells:
-            every = ",".join(f"{path.stem}/{name}" for name in cells)
-            OmegaConf.update(node, "hydra.sweeper.params.cell", every)
+        node, cells = _experiment(path, path.stat().st_mtime_ns)
         named = any(path.stem in word for word in words)
         for name, overrides in cells.items() if named else ():
             cell = _preset(overrides.split())
@@ -53,6 +51,21 @@ def register(words: Sequence[str] = ()) -> None:
     OmegaConf.register_new_resolver(
         "emloc.folder", lambda *, _root_: folder_name(_root_), replace=True
     )
+
+
+@cache
+def _experiment(path: Path, modified: int) -> tuple[DictConfig, dict[str, str]]:
+    """The experiment as Hydra is to know it, and its cells: name -> words of the command line.
+
+    Kept until the file is `modified`, for it takes longer to read all of them than to compose.
+    """
+    node = OmegaConf.load(path)
+    assert isinstance(node, DictConfig)
+    cells = dict(node.pop("cells", {}))
+    if cells:
+        every = ",".join(f"{path.stem}/{name}" for name in cells)
+        OmegaConf.update(node, "hydra.sweeper.params.cell", every)
+    return node, cells
 
 
 def _replace_joblib(store: ConfigStore) -> None:
@@ -95,7 +108,12 @@ def explain(error: Exception) -> str:
         group, choice = match.groups()
         if extra := EXTRAS.get(f"{group}/{choice}"):
             return f"{group}={choice} is not installed; pip install 'emloc[{extra}]'"
+        if group.partition("/")[0] == "cell":  # of which Hydra knows what was named alone
+            word = f"{group}/{choice}".removeprefix("cell/")
+            return f"cell={word}: there is no such choice{_nearest(word, list(_cells()))}"
         return f"{group}={choice}: there is no such choice{_nearest(choice, error.options or [])}"
+    if re.search(r"Could not override 'cell'", text):
+        return "cell: there is no such choice; it is experiment/cell, such as demo_vqa/lora"
     if match := re.search(r"Could not override '([^'@]+)", text):
         return f"{match[1]}: there is no such setting{_nearest(match[1], list(_settings()))}"
     if isinstance(error.__cause__, OmegaConfBaseException):
@@ -108,7 +126,14 @@ def _nearest(word: str, options: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
     if close:
         return f"; did you mean {close[0]}?"
-    return f"; there is {', '.join(options)}" if len(options) < 20 else ""
+    return f"; there is {', '.join(options)}" if 0 < len(options) < 20 else ""
+
+
+def _cells() -> Iterator[str]:
+    """Every cell of every experiment."""
+    for path in sorted(EXPERIMENTS.glob("*.yaml")):
+        _, cells = _experiment(path, path.stat().st_mtime_ns)
+        yield from (f"{path.stem}/{name}" for name in cells)
 
 
 def _settings() -> Iterator[str]:

@@ -60,7 +60,7 @@ def held(names: Sequence[str], slots: int, folder: Path, last: int = 0) -> Itera
     folder.mkdir(parents=True, exist_ok=True)
     taken = _take(names, slots, folder, last)
     if taken is None:
-        log.info("waiting for a GPU: %d of %d are taken by other jobs", len(names), len(names))
+        log.info("waiting for a GPU: all %d are taken by other jobs", len(names))
     while taken is None:
         time.sleep(LOOK)
         taken = _take(names, slots, folder, last)

@@ -6,7 +6,6 @@ Imports no torch, and matplotlib only to draw.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ def tables_of_run(folder: Path) -> dict[str, Table]:
 def table_of_runs(folder: Path) -> Table:
     """All runs below a folder: what they are, the settings in which they differ, their numbers."""
     rows = rows_of(folder)
-    every = dict.fromkeys(name for row in rows for name in row.settings if name not in FIELDS)
+    every = dict.fromkeys(name for row in rows for name in row.decisive)
     differ = [name for name in every if len({row.settings.get(name) for row in rows}) > 1]
     return _table(
         {name: getattr(row, name) for name in FIELDS}
@@ -59,12 +58,9 @@ def pictures_of(folder: Path) -> Iterator[dict[str, Path]]:
     """
     from emloc.report.figures import figures, save
 
-    # The first time of all it says that it has looked for fonts.
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.WARNING)
     with TemporaryDirectory() as place:
-        written = save(figures(rows_of(folder), folder), Path(place))
-        pictures = [path for path in written if path.suffix == ".png"]
-        yield {path.stem.removesuffix(f"_{folder.name}"): path for path in pictures}
+        pictures = save(figures(rows_of(folder), folder), Path(place), ("png",))
+        yield {path.stem.replace(f"_{folder.name}", ""): path for path in pictures}
 
 
 def _predictions(folder: Path) -> list[dict[str, Any]]:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from emloc.digest import digest
 from emloc.ranks import LOOK, born, world_size
 from emloc.settings import DECISIVE
+
+log = logging.getLogger("emloc")
 
 DONE, RUNNING = "done", "running"
 
@@ -63,6 +69,21 @@ class Run:
     def mark(self, state: str, **more: Any) -> None:
         """Record how the run is going."""
         _write(self.folder / "status.json", {"state": state, "time": time.time(), **more})
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Work on it in this process alone; wait as long as another one does."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("%s: waiting, another process is at it", self.folder.name)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def ended(self, within: float) -> bool:
         """Wait at most `within` seconds until the first process has recorded how its run ended.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,7 +61,7 @@ class WandbRun:
         self._before = {name: os.environ.get(name) for name in (*_PLACES, _REPORTING)}
         os.environ.update(dict.fromkeys(_PLACES, str(home.absolute())))
         os.environ.setdefault(_REPORTING, "false")
-        identity = f"{described['group']}-{described['name']}"
+        identity = f"{described['group']}-{described['name']}-{self._own_word()}"
         given = {
             **described,
             "id": re.sub(r"[^\w.=-]", "-", identity)[-_LONGEST:],
@@ -74,6 +75,14 @@ class WandbRun:
         except BaseException:  # why: the environment is given back whatever it was
             self._leave()
             raise
+
+    def _own_word(self) -> str:
+        """Tells the run from one of the same settings on another machine, or before it."""
+        path = self._home / "id"
+        if not path.exists():
+            self._home.mkdir(parents=True, exist_ok=True)
+            path.write_text(secrets.token_hex(4))
+        return path.read_text()
 
     def _online(self, given: dict[str, Any]) -> Any:
         settings = self._wandb.Settings(**_SETTINGS)

@@ -6,6 +6,7 @@ number behind their name. Imports matplotlib when a figure is asked for: tables 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,18 +42,23 @@ def figures(rows: Sequence[Row], place: Path) -> dict[str, Figure]:
     return found
 
 
-def save(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
-    """Write each as PNG and PDF: the same figure gives the same bytes."""
+def save(
+    figures: Mapping[str, Figure], folder: Path, forms: Sequence[str] = ("png", "pdf")
+) -> list[Path]:
+    """Write each in these forms: the same figure gives the same bytes."""
     from matplotlib import rc_context
 
     from emloc.report.draw.style import RC
 
+    # They tell of each font that is looked for, and of each part of one that is written.
+    for name in ("matplotlib.font_manager", "fontTools"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     with rc_context(RC):
         for stem, figure in figures.items():
-            for form, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
+            for form in forms:
                 path = folder / f"{stem}.{form}"
-                figure.savefig(path, metadata=metadata)
+                figure.savefig(path, metadata={"CreationDate": None} if form == "pdf" else {})
                 written.append(path)
     return written

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from emloc.report.rows import FIELDS, Row
+from emloc.report.rows import Row
 from emloc.report.table import EMPTY
 from emloc.settings import DECISIVE
 
@@ -38,7 +38,7 @@ def _joins(row: Row, group: Sequence[Row]) -> bool:
 def _what(row: Row) -> tuple[object, ...]:
     """All that a run is told by but its seed."""
     named = (row.experiment, row.cell, row.method, row.model, row.task)
-    return (*named, {name: word for name, word in row.settings.items() if name not in FIELDS})
+    return (*named, row.decisive)
 
 
 def varying(rows: Sequence[Row]) -> list[str]:

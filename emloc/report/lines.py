@@ -15,11 +15,6 @@ KINDS = 6  # of rows, that have columns of their own
 NO_PAPER = Paper()
 
 
-def lines_of(rows: Sequence[Row]) -> list[Mapping[str, str]]:
-    """Column -> words, a line for each group of runs, in the order of its first."""
-    return list(table_of(rows).lines)
-
-
 def table_of(rows: Sequence[Row], paper: Paper = NO_PAPER, *, unrun: bool = True) -> Table:
     """A line for each group of runs, the paper's numbers of their models beside them.
 
@@ -30,7 +25,7 @@ def table_of(rows: Sequence[Row], paper: Paper = NO_PAPER, *, unrun: bool = True
     heads = _heads(rows, paper, absent)
     groups = groups_of(rows)
     lines = [_line(group, heads, paper) for group in groups]
-    peers = [(row.experiment, row.model, row.task, row.data) for row, *_ in groups]
+    peers = [(row.experiment, row.model, row.task, row.data, row.metric) for row, *_ in groups]
     larger = {heads.metric: True} | dict.fromkeys(heads.kinds, True)
     leading = best(lines, peers, larger | {"loss": False, "gain kept": True})
     return Table([*lines, *(_absent_line(numbers, heads) for numbers in absent)], leading)
@@ -85,14 +80,14 @@ def _heads(rows: Sequence[Row], paper: Paper, absent: Sequence[Sequence[Number]]
 def _names(rows: Sequence[Row], absent: Sequence[Number]) -> list[str]:
     """Columns that tell lines apart."""
     found = varying(rows)
-    of = [key for key in ("model", "task") if key in found or _tells(key, rows, absent)]
+    of = [key for key in ("model", "task") if key in found or _is_of_another(key, rows, absent)]
     several = len({row.experiment for row in rows}) > 1
     cells = any(row.cell for row in rows)
     others = [name for name in found if name not in of]
     return [*["experiment"] * several, *["cell"] * cells, "method", *of, *others]
 
 
-def _tells(key: str, rows: Sequence[Row], absent: Sequence[Number]) -> bool:
+def _is_of_another(key: str, rows: Sequence[Row], absent: Sequence[Number]) -> bool:
     """Whether the paper has numbers of another one than all rows."""
     ours = {row.settings.get(key) for row in rows}
     return bool({number.keys.get(key) for number in absent} - ours - {None})
@@ -109,7 +104,7 @@ def _line(group: Sequence[Row], heads: _Heads, paper: Paper) -> dict[str, str]:
     if not first.done:
         return line | {heads.metric: first.state} | _compared(group, heads, paper)
 
-    def shown(name: str, form: str, scale: int = 1) -> str:
+    def shown(name: str, form: str, scale: float = 1) -> str:
         values = [row.number(name) for row in group]
         return spread([None if value is None else scale * value for value in values], form)
 
@@ -125,8 +120,9 @@ def _line(group: Sequence[Row], heads: _Heads, paper: Paper) -> dict[str, str]:
         line["loss as trained"] = shown("as_trained/loss", ".3f")
     line |= {"through MB": EMPTY, "train GiB": EMPTY, "step s": EMPTY}
     if "seconds/train" in first.numbers:
-        line["through MB"] = f"{first.numbers['bytes'] / 1e6:.0f}"
-        line["train GiB"] = f"{max(row.numbers['peak_gib/train'] for row in group):.2f}"
+        peaks = [row.number("peak_gib/train") for row in group]
+        line["through MB"] = shown("bytes", ".0f", 1e-6).split(" ")[0]
+        line["train GiB"] = spread([max((p for p in peaks if p), default=None)], ".2f")
         line["step s"] = mean("step_seconds", ".3f")
     return line | {f"{stage} s": mean(f"seconds/{stage}", ".0f") for stage in STAGES}
 
@@ -138,6 +134,8 @@ def _compared(group: Sequence[Row], heads: _Heads, paper: Paper) -> dict[str, st
         if quantity.name != "score":  # which has a column anyway
             line[quantity.head] = measured(group, quantity)
         number = paper.find(quantity.name, facts_of(group[0]))
+        if quantity.name == "score" and not group[0].headline:
+            number = None  # of another metric
         line |= _beside(quantity, number, [quantity.ours(row) for row in group])
     return line
 

@@ -109,6 +109,8 @@ class _View:
         groups = sorted(groups_of(ours), key=lambda group: not group[0].done)  # numbers first
         words = dict.fromkeys(self._of(group, seeds) for group in groups)
         number = self.paper.find(self.quantity.name, self._facts(spot))
+        if number and self.quantity.name == "score" and not all(row.headline for row in ours):
+            number = None  # of another metric
         return ("; ".join(words) or EMPTY) + (f" ({number.word})" if number else "")
 
     def _of(self, group: Sequence[Row], seeds: int) -> str:

@@ -18,7 +18,13 @@ STAGES = ("calibrate", "emulate", "train", "recover", "evaluate")
 # What is known of every run, and a column of every file.
 FIELDS = ("experiment", "run", "state", "cell", "method", "model", "task", "seed", "metric", "data")
 # Settings that are a column even where all runs have the same.
-ALWAYS = ("compression.ratio", "compression.bits", "lora.rank", "calibration.samples")
+ALWAYS = (
+    "task.metric",
+    "compression.ratio",
+    "compression.bits",
+    "lora.rank",
+    "calibration.samples",
+)
 _NUMBER = "="  # before the name of a number in the head of a file, which tells it from a setting
 
 
@@ -48,6 +54,20 @@ class Row:
     def done(self) -> bool:
         """Whether there are results."""
         return self.state == DONE
+
+    @property
+    def headline(self) -> bool:
+        """Whether the score is the task's own, and not what is at hand without lm-eval."""
+        return self.metric == self.settings.get("task.metric", self.metric)
+
+    @property
+    def decisive(self) -> dict[str, str]:
+        """The settings that decide the results: not who follows a run, or how it was called."""
+        return {
+            name: word
+            for name, word in self.settings.items()
+            if name not in FIELDS and name.partition(".")[0] in DECISIVE
+        }
 
     def number(self, name: str) -> float | None:
         """One of `numbers`, or None."""
@@ -126,7 +146,7 @@ def _row(
 ) -> Row:
     choices = run.choices
     return Row(
-        experiment=run.folder.resolve().parent.name,
+        experiment=choices.get("experiments", run.folder.resolve().parent.name),
         run=run.folder.name,
         state=_word(status),
         cell=choices.get("cell", "").rpartition("/")[2],

@@ -34,6 +34,8 @@ MODELS = {
     "qwen2_5_72b": (72_706_203_648, 80 * 7, 80 * 7),
     "gemma3_4b": (4_300_079_472, 34 * 7, 34 * 7 + 27 * 6),
     "tiny_internvl": (2_235_968, 4 * 7, 4 * 7 + 4 * 6),
+    "tiny_internvl_r50": (1_104_520, 4 * 7, 4 * 7 + 4 * 6),
+    "tiny_internvl_r25": (561_696, 4 * 7, 4 * 7 + 4 * 6),
     "smollm2_135m": (134_515_008, 30 * 7, 30 * 7),
 }
 # In billions, as the model cards round them.
@@ -115,7 +117,7 @@ def test_a_shape_is_of_the_kind_its_settings_build(name):
     assert type(model) is kinds[source.config.model_type]
     assert source.auto is type(model).auto
     assert source.name == model.id
-    dtype = torch.float32 if name == "tiny_internvl" else torch.bfloat16
+    dtype = torch.float32 if name.startswith("tiny") else torch.bfloat16
     assert {parameter.dtype for parameter in source.skeleton().parameters()} == {dtype}
 
 

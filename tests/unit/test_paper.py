@@ -117,6 +117,13 @@ def test_a_score_stands_in_percent_beside_the_papers(paper):
     assert list(second.values())[4:7] == ["86.0", "85.2", "+0.8"]
 
 
+def test_a_score_of_another_metric_is_not_held_against_the_papers(paper):
+    numbers = paper(f"emloc,{EIGHT},pmc_vqa,score,52.3,percent\n")
+    rows = [row(cell="emloc", settings={"task.metric": "anls"})]  # scored by accuracy
+    (line,) = words(rows, numbers)
+    assert (line["paper"], line["difference"]) == (".", ".")
+
+
 def test_no_difference_has_no_minus(paper):
     found = paper(f"a,{EIGHT},pmc_vqa,score,52.3,percent\n")
     (line,) = words([row(score=0.52299, cell="a")], found)

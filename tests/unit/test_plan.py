@@ -156,10 +156,11 @@ def test_every_model_can_be_planned_without_its_weights(model):
     assert whole.weights + whole.embedding == 2 * parameters
     four, half = (scheme_of(cell, source, *one).weights for one in ((None, 4), (0.5, 16)))
     linears = sum(rows * columns for rows, columns in whole.compressed.values())
-    assert half - whole.uncompressed == pytest.approx(linears, rel=0.01)  # half of 2 bytes each
+    # Half of 2 bytes each; the ranks of a layer 88 wide are rounded down by up to a 44th.
+    assert half - whole.uncompressed == pytest.approx(linears, rel=0.015)
     assert 0.5 * linears < four < whole.weights
     packed = scheme_of(cell, source, 0.5, 4).weights - whole.uncompressed
-    assert packed == pytest.approx((0.5 + 1 / 64) * linears / 2, rel=0.01)
+    assert packed == pytest.approx((0.5 + 1 / 64) * linears / 2, rel=0.015)
 
 
 def test_a_ratio_of_the_model_is_one_of_the_model():

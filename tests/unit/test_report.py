@@ -4,6 +4,7 @@ import json
 import mmap
 import re
 import subprocess
+import sys
 import time
 
 import pytest
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 from emloc import provenance as provenance_module
 from emloc.memory import GIB, Peak, process_bytes
 from emloc.provenance import PACKAGES, provenance
-from emloc.report.lines import lines_of
+from emloc.report.lines import table_of
 from emloc.report.markdown import table
 from emloc.report.rows import STAGES, rows_of, write_rows
 from emloc.runs import Run, find_runs
@@ -35,7 +36,12 @@ def made(folder):
     def make(method: str, loss: float | None = None, *, seed: int = 0, **changed) -> Run:
         choices = CHOICES | {"method": method} | changed.pop("choices", {})
         sections = {name: {"value": 0} for name in ("model", "eval", "lora", "train")}
-        config = sections | {"method": method, "seed": seed, "task": {"name": "sums"}} | changed
+        sections["tracker"] = {"_target_": "emloc.track.Nothing"}
+        config = (
+            sections
+            | {"name": "demo", "method": method, "seed": seed, "task": {"name": "sums"}}
+            | changed
+        )
         run = Run(folder / f"{next(count):02}-{method}")
         run.begin(OmegaConf.create(config), choices)
         if loss is not None:
@@ -193,6 +199,44 @@ def test_a_run_that_another_launch_is_at_is_no_failure_of_this_one(made, folder,
     assert capsys.readouterr().err == f"{going_on.folder.name}: interrupted\n"
 
 
+def test_who_follows_a_run_makes_it_no_other(made, folder):
+    made("emloc", 1.0)
+    made("emloc", 1.5, seed=1, choices={"tracker": "wandb", "local": "mine"})
+    assert column(folder, "seeds") == ["0 1"]
+
+
+def test_a_run_is_worked_on_by_one_process_at_a_time(tmp_path):
+    program = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from emloc.runs import Run\n"
+        "with Run(Path(sys.argv[1])).alone():\n"
+        "    print(time.time(), flush=True)\n"
+        "    time.sleep(0.5)\n"
+        "    print(time.time(), flush=True)\n"
+    )
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path / "run")],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    times = sorted([float(word) for word in one.communicate()[0].split()] for one in both)
+    (_, first_ends), (second_begins, _) = times
+    assert second_begins >= first_ends
+
+
+def test_what_was_not_measured_is_a_dot(made, folder, tmp_path):
+    made("emloc", 1.5)
+    write_rows(rows_of(folder), tmp_path / "rows.csv")
+    text = (tmp_path / "rows.csv").read_text()
+    (tmp_path / "rows.csv").write_text(text.replace("=bytes", "=other"))
+    (line,) = table_of(rows_of(tmp_path / "rows.csv")).lines
+    assert (line["through MB"], line["train GiB"]) == (".", "1.23")
+
+
 def test_a_tidy_file_holds_all_that_the_table_is_made_of(made, folder, tmp_path):
     made("zero_shot", 2.0)
     for seed in (0, 1):
@@ -203,7 +247,7 @@ def test_a_tidy_file_holds_all_that_the_table_is_made_of(made, folder, tmp_path)
     write_rows(rows, tmp_path / "rows.csv")
     again = rows_of(tmp_path / "rows.csv")
     assert len(again) == 6
-    assert lines_of(again) == lines_of(rows)
+    assert table_of(again) == table_of(rows)
     assert [row.numbers for row in again] == [row.numbers for row in rows]
 
 

@@ -13,7 +13,7 @@ from reported import row
 from emloc.cli import VERBS
 from emloc.errors import ConfigError
 from emloc.report.latex import escaped, latex
-from emloc.report.lines import lines_of, table_of
+from emloc.report.lines import table_of
 from emloc.report.markdown import markdown, table, table_with_notes
 from emloc.report.origin import origin
 from emloc.report.page import Picture, Report, Section, page
@@ -284,7 +284,7 @@ def test_the_papers_numbers_are_in_every_form_of_the_table(folder):
 
 def test_the_tidy_file_of_a_report_gives_the_same_table(folder):
     write_report(folder, rows_of(folder), folder / "report")
-    assert lines_of(rows_of(folder / "report" / "runs.csv")) == lines_of(rows_of(folder))
+    assert table_of(rows_of(folder / "report" / "runs.csv")) == table_of(rows_of(folder))
 
 
 def test_what_runs_were_made_with_is_said_once(folder):
@@ -369,9 +369,9 @@ def test_a_place_that_is_not_there_or_cannot_be_written_is_said_in_one_line(fold
         report(folder, "--to", tmp_path / "taken")
 
 
-def test_a_folder_without_runs_is_left_as_it_is(tmp_path, capsys):
-    report(tmp_path)
-    assert capsys.readouterr().out == f"no runs in {tmp_path}\n"
+def test_a_folder_without_runs_is_refused_and_left_as_it_is(tmp_path):
+    with pytest.raises(ConfigError, match=f"no runs in {tmp_path}; give one such as runs/demo"):
+        report(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

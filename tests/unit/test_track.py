@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -260,7 +261,7 @@ def test_an_offline_run_holds_all_of_the_run(begun, tracker, home):
     described = entry.run
     assert described["run_group"] == "demo"
     assert described["display_name"] == run.folder.name
-    assert described["run_id"] == f"demo-{run.folder.name}"
+    assert re.fullmatch(f"demo-{run.folder.name}-[0-9a-f]{{8}}", described["run_id"])
     assert described["job_type"] == "emloc"
     assert described["tags"] == ["tiny", "sums"]
     config = described["config"]["update"]
@@ -401,8 +402,8 @@ def test_the_same_settings_in_another_experiment_are_another_run(begun, tracker,
     with Record(other) as record:
         record.follow(tracker)
     (one,), (two,) = entries(run.folder), entries(other.folder)
-    assert one.run["run_id"] == f"demo-{run.folder.name}"
-    assert two.run["run_id"] == f"a-b-c-{run.folder.name}"
+    assert re.fullmatch(f"demo-{run.folder.name}-[0-9a-f]{{8}}", one.run["run_id"])
+    assert re.fullmatch(f"a-b-c-{run.folder.name}-[0-9a-f]{{8}}", two.run["run_id"])
 
 
 def test_a_sweep_has_a_run_of_its_own_with_the_table_of_all(begun, tracker, tmp_path):
@@ -415,7 +416,8 @@ def test_a_sweep_has_a_run_of_its_own_with_the_table_of_all(begun, tracker, tmp_
     assert first.run["display_name"] == "report"
     assert first.run["run_group"] == "demo"
     assert [row["score"] for row in first.table("runs")] == [0.25, 0.75]
-    assert again.run["run_id"] == first.run["run_id"] == "demo-report"
+    assert again.run["run_id"] == first.run["run_id"]
+    assert re.fullmatch("demo-report-[0-9a-f]{8}", first.run["run_id"])
     assert again.run["resume"]
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from emloc.report.draw.labels import called
 from emloc.report.rows import Row
-from emloc.settings import DECISIVE
 
 Measure = Callable[[Row], float | None]
 
@@ -99,15 +98,13 @@ def _told(row: Row, skipped: Sequence[str]) -> dict[str, str]:
     """The settings by which a row is of one line and not of another of its method."""
     return {
         name: value
-        for name, value in row.settings.items()
+        for name, value in row.decisive.items()
         if name not in skipped and _tells(name, row, skipped)
     }
 
 
 def _tells(name: str, row: Row, skipped: Sequence[str]) -> bool:
     section, _, leaf = name.partition(".")
-    if section not in DECISIVE:
-        return False
     if is_whole(row) and name == RATIO:
         return False
     weighted = row.settings.get("recovery.metric") == "covariance"
