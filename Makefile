@@ -40,7 +40,11 @@ bench: setup ## speed and memory at full size on the GPU there is; small shapes 
 tables: setup ## one page of results over all experiments, with the paper's numbers
 	@$(BIN)/emloc tables
 
+notebooks: setup ## notebooks/, executed, into build/notebooks
+	mkdir -p build/notebooks
+	$(BIN)/jupyter-execute --output='../build/notebooks/{notebook_name}' notebooks/*.ipynb
+
 clean: ## remove the environment and build leftovers, keep runs
 	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: help setup run lint type test test-gpu bench tables clean
+.PHONY: help setup run lint type test test-gpu bench tables notebooks clean

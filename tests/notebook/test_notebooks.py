@@ -1,0 +1,103 @@
+"""Every notebook: kept clean, short, and true when it is executed as Jupyter would."""
+
+import ast
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+HOME = Path(__file__).parents[2] / "notebooks"
+NOTEBOOKS = sorted(HOME.glob("*.ipynb"))
+CELLS = 11
+LINES = 5  # of a function or class that a notebook defines
+SECONDS = 240  # of one cell
+MAGIC = "%matplotlib inline"
+
+every = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def read(path):
+    book = nbformat.read(path, as_version=4)
+    nbformat.validate(book)
+    return book
+
+
+def code(path):
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def parsed(path):
+    """All its code as one module, without the one magic that is allowed."""
+    lines = "\n".join(cell.source for cell in code(path)).splitlines()
+    return ast.parse("\n".join(line for line in lines if line != MAGIC))
+
+
+@pytest.fixture(scope="module")
+def shared_cache(tmp_path_factory):
+    """One store for all of them: who reads them in order computes nothing twice either."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_the_four_of_them_are_there():
+    stems = {path.stem for path in NOTEBOOKS}
+    assert stems >= {"01_one_layer", "02_first_run", "03_read_results", "04_compression_ratio"}
+
+
+@every
+def test_is_short(path):
+    assert 3 <= len(read(path).cells) <= CELLS
+
+
+@every
+def test_is_stored_without_what_running_it_leaves(path):
+    for cell in code(path):
+        assert cell.outputs == []
+        assert cell.execution_count is None
+    assert all(set(cell.metadata) <= {"tags"} for cell in read(path).cells)
+
+
+@every
+def test_defines_next_to_nothing(path):
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, kinds):
+            first = min([node.lineno, *(one.lineno for one in node.decorator_list)])
+            assert node.end_lineno - first < LINES, node.name
+
+
+@every
+def test_says_itself_what_its_numbers_have_to_be(path):
+    assert any(isinstance(node, ast.Assert) for node in ast.walk(parsed(path)))
+
+
+@every
+def test_begins_with_its_title_and_explains_its_code(path):
+    kinds = [cell.cell_type for cell in read(path).cells]
+    assert read(path).cells[0].source.startswith("# ")
+    assert kinds.count("markdown") >= kinds.count("code")
+
+
+@every
+def test_links_to_notebooks_that_exist(path):
+    for cell in read(path).cells:
+        for part in cell.source.split("](")[1:]:
+            target = part.partition(")")[0]
+            assert not target.endswith(".ipynb") or (HOME / target).exists(), target
+
+
+@pytest.mark.timeout(600)
+@every
+def test_runs_from_its_own_folder_and_leaves_nothing_there(
+    path, shared_cache, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("EMLOC_CACHE", str(shared_cache))
+    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    before = sorted(HOME.rglob("*"))
+    book = read(path)
+    resources = {"metadata": {"path": str(HOME)}}
+    NotebookClient(book, timeout=SECONDS, kernel_name="python3", resources=resources).execute()
+    assert sorted(HOME.rglob("*")) == before
+    shown = [one for cell in book.cells for one in cell.get("outputs", ()) if "data" in one]
+    assert sum("image/png" in one.data for one in shown) >= 2
