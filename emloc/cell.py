@@ -18,8 +18,8 @@ from omegaconf import DictConfig
 from emloc.errors import ConfigError, StageError
 from emloc.quiet import quiet
 from emloc.ranks import first, hush, rank, sharded, world_size
-from emloc.record import Record, stage_line, training_line
 from emloc.runs import Run
+from emloc.tracking.record import Record, stage_line, training_line
 
 if TYPE_CHECKING:
     from emloc.config import Cell

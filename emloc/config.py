@@ -23,7 +23,7 @@ from emloc.settings import (
     TrainSettings,
 )
 from emloc.tasks import Task
-from emloc.track import Tracker
+from emloc.tracking.track import Tracker
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Run:
     """One run's folder.
 
     config.yaml: resolved settings. status.json: running, done, oom, failed or interrupted.
-    metrics.json: results. metrics.jsonl: every number as it came (`emloc.record`).
+    metrics.json: results. metrics.jsonl: every number as it came (`emloc.tracking.record`).
     """
 
     folder: Path

@@ -18,7 +18,7 @@ from emloc.report.lines import table_of
 from emloc.report.markdown import table
 from emloc.report.rows import STAGES, rows_of, write_rows
 from emloc.runs import Run, find_runs
-from emloc.sweep import FAILED, Table
+from emloc.sweeps.callbacks import FAILED, Table
 
 CHOICES = {"method": "emloc", "model": "tiny", "lora": "r8", "emulator": "svd", "tracker": "none"}
 
@@ -36,7 +36,7 @@ def made(folder):
     def make(method: str, loss: float | None = None, *, seed: int = 0, **changed) -> Run:
         choices = CHOICES | {"method": method} | changed.pop("choices", {})
         sections = {name: {"value": 0} for name in ("model", "eval", "lora", "train")}
-        sections["tracker"] = {"_target_": "emloc.track.Nothing"}
+        sections["tracker"] = {"_target_": "emloc.tracking.track.Nothing"}
         config = (
             sections
             | {"name": "demo", "method": method, "seed": seed, "task": {"name": "sums"}}

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from emloc.compose import register
 from emloc.shipped import CONF
-from emloc.sweep import Progress, cells_of
+from emloc.sweeps.callbacks import Progress, cells_of
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ if find_spec("hydra_plugins.hydra_joblib_launcher"):
             try:
                 return super().launch(job_overrides, initial_job_idx)
             except BrokenProcessPool as error:
-                from emloc.killed import Lost, go_on
+                from emloc.sweeps.killed import Lost, go_on
 
                 codes = re.search(r"exit codes? of the workers are \{(.*)\}", str(error))
                 lost = Lost(why=f"was killed ({codes[1]})" if codes else "ended")
@@ -50,7 +50,7 @@ if find_spec("hydra_plugins.hydra_submitit_launcher"):
 
         def launch(self, job_overrides: Jobs, initial_job_idx: int) -> Sequence[JobReturn]:
             """Submit them all."""
-            from emloc.killed import Job, Lost
+            from emloc.sweeps.killed import Job, Lost
 
             since = time.time()
             with _lost_jobs_return():
@@ -66,7 +66,7 @@ if find_spec("hydra_plugins.hydra_submitit_launcher"):
         """A job without a result gives `Lost` where submitit would leave the others behind."""
         import submitit
 
-        from emloc.killed import Lost
+        from emloc.sweeps.killed import Lost
 
         results = submitit.Job.results
 

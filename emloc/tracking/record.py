@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from emloc.runs import Run
-from emloc.track import STEP, Line, Nothing, Session, Tracker
+from emloc.tracking.track import STEP, Line, Nothing, Session, Tracker
 
 log = logging.getLogger("emloc")
 

@@ -22,8 +22,8 @@ from omegaconf import DictConfig
 from emloc.ranks import born, first, hush
 from emloc.report.markdown import table
 from emloc.runs import DONE, RUNNING, Run, find_runs
-from emloc.tally import Tally, line
-from emloc.track import compare
+from emloc.sweeps.tally import Tally, line
+from emloc.tracking.track import compare
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc.errors import ConfigError
-from emloc.exhibits import Table
+from emloc.tracking.exhibits import Table
 
 log = logging.getLogger("emloc")
 

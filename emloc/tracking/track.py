@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from emloc.errors import ConfigError
-from emloc.exhibits import pictures_of, table_of_runs, tables_of_run
 from emloc.ranks import born
 from emloc.runs import DONE, Run, find_runs
-from emloc.wandb_run import WandbRun
+from emloc.tracking.exhibits import pictures_of, table_of_runs, tables_of_run
+from emloc.tracking.wandb_run import WandbRun
 
 log = logging.getLogger("emloc")
 
