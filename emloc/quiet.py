@@ -25,6 +25,9 @@ def quiet() -> None:
     # One library calling another by a name that has just become the older of two.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 
+    # It asks for bars as widgets, in a notebook, where none are drawn.
+    warnings.filterwarnings("ignore", "IProgress not found")
+
     import datasets
     import huggingface_hub
     import transformers
