@@ -15,7 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.errors import MissingConfigException
 from hydra.plugins.config_source import ConfigLoadError
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from emloc.runs import folder_name
@@ -31,21 +31,26 @@ EXTRAS = {
 }
 
 
+# Of an experiment that was not named: who takes it all the same is told that its name is missing.
+_UNNAMED = OmegaConf.create({"name": MISSING})
+
+
 def register(words: Sequence[str] = ()) -> None:
     """Make schema, experiments and resolvers known to Hydra.
 
-    Cells of those experiments alone that are named in `words`, the command line: Hydra copies all
-    it knows for each group, which is the most of what `--help` takes.
+    What is in an experiment only if it is named in `words`, the command line: Hydra copies all it
+    knows for each group, which is the most of what `--help` takes.
     """
     store = ConfigStore.instance()
     store.store(name="schema", node=schema())
     store.repo.pop("cell", None)  # of what was named before
     for path in sorted(EXPERIMENTS.glob("*.yaml")):
-        node, cells = _experiment(path, path.stat().st_mtime_ns)
-        named = any(path.stem in word for word in words)
-        for name, overrides in cells.items() if named else ():
-            cell = _preset(overrides.split())
-            store.store(group=f"cell/{path.stem}", name=name, node=cell, package="_global_")
+        node = _UNNAMED
+        if any(path.stem in word or "glob(" in word for word in words):
+            node, cells = _experiment(path, path.stat().st_mtime_ns)
+            for name, overrides in cells.items():
+                cell = _preset(overrides.split())
+                store.store(group=f"cell/{path.stem}", name=name, node=cell, package="_global_")
         store.store(group="experiments", name=path.stem, node=node, package="_global_")
     _replace_joblib(store)
     OmegaConf.register_new_resolver(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -134,16 +135,23 @@ def test_each_budget_solved_for_is_a_run_of_its_own(emloc, tiny, tmp_path):
         assert bits == held
 
 
+def _seconds_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_and_settings_answer_at_once_without_torch(emloc):
     for arguments in (["--help"], ["--cfg", "job"]):
         times = []
         for _ in range(3):
-            start = time.perf_counter()
+            before = _seconds_of_children()
             ran = emloc(*arguments)
-            times.append(time.perf_counter() - start)
+            times.append(_seconds_of_children() - before)
             assert ran.code == 0
-        # Most of it is Hydra's, which copies all it knows once for each group.
-        assert min(times) < 1.5, times
+        # Most of it is Hydra's, which copies all it knows once for each group: the settings of
+        # three launchers and a sweeper among it. Of the processor's time, as a clock on the wall
+        # goes on while another program has its turn.
+        assert min(times) < 1.8, times
     assert "compression" in ran.out
     probe = "import sys, emloc.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", probe]).returncode == 0

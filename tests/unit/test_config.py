@@ -138,7 +138,7 @@ def test_every_cell_of_every_experiment_builds(path):
     """One of those whose words differ in their numbers alone."""
     cells = OmegaConf.load(path).get("cells", {})
     shapes = {f"{path.stem}/{name}": re.sub(r"\d+", "0", words) for name, words in cells.items()}
-    compose()  # which registers the experiments, and what each sweeps
+    compose([f"experiments={path.stem}"])  # which registers it, and what it sweeps
     known = ConfigStore.instance().repo["experiments"][path.name].node
     params = OmegaConf.select(known, "hydra.sweeper.params") or {}
     sweeps = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in params.items()])
