@@ -58,7 +58,7 @@ class Run:
         """Record settings, the choice of each group, and the start."""
         self.folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, self.folder / "config.yaml", resolve=True)
-        _write(self.folder / "choices.json", choices)
+        write_json(self.folder / "choices.json", choices)
         self.mark(RUNNING)
 
     @property
@@ -68,7 +68,7 @@ class Run:
 
     def mark(self, state: str, **more: Any) -> None:
         """Record how the run is going."""
-        _write(self.folder / "status.json", {"state": state, "time": time.time(), **more})
+        write_json(self.folder / "status.json", {"state": state, "time": time.time(), **more})
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -99,7 +99,7 @@ class Run:
 
     def finish(self, metrics: dict[str, Any]) -> None:
         """Record the results, then that they are complete."""
-        _write(self.folder / "metrics.json", metrics)
+        write_json(self.folder / "metrics.json", metrics)
         self.mark(DONE)
 
 
@@ -130,7 +130,8 @@ def _read(path: Path) -> dict[str, Any]:
     return value
 
 
-def _write(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write a file that is there whole or not at all."""
     draft = path.with_name(path.name + ".draft")
     draft.write_text(json.dumps(value, indent=1))
     os.replace(draft, path)

@@ -7,13 +7,12 @@ file system will do.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from emloc.runs import DONE
+from emloc.runs import DONE, write_json
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,7 @@ class Tally:
         return self.folder / f"{cell}-{number}.json"
 
     def _put(self, number: int, stint: Stint) -> None:
-        path = self._path(number, stint.cell)
-        draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps(asdict(stint)))
-        os.replace(draft, path)
+        write_json(self._path(number, stint.cell), asdict(stint))
 
 
 def _read(path: Path) -> Stint:
