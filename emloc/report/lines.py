@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from emloc.report.groups import groups_of, varying
 from emloc.report.paper import QUANTITIES, Number, Paper, Quantity, facts_of
-from emloc.report.rows import STAGES, Row
+from emloc.report.rows import STAGES, Row, metric_of
 from emloc.report.table import EMPTY, Table, best
 
 KINDS = 6  # of rows, that have columns of their own
@@ -63,8 +63,7 @@ class _Heads:
 
 
 def _heads(rows: Sequence[Row], paper: Paper, absent: Sequence[Sequence[Number]]) -> _Heads:
-    metrics = {row.metric for row in rows if row.done}
-    metric = metrics.pop() if len(metrics) == 1 else "score"
+    metric = metric_of(rows)
     kind = f"scores/{metric}/"
     found = sorted({name for row in rows for name in row.numbers if name.startswith(kind)})
     return _Heads(

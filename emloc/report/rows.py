@@ -74,6 +74,12 @@ class Row:
         return self.numbers.get(name)
 
 
+def metric_of(rows: Iterable[Row]) -> str:
+    """What the score of these runs is called; `score` where they have several."""
+    metrics = {row.metric for row in rows if row.done}
+    return metrics.pop() if len(metrics) == 1 else "score"
+
+
 def rows_of(place: Path) -> list[Row]:
     """The runs below a folder in the order they ended, or those of a file of `write_rows`."""
     if place.is_file():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from emloc.report.draw.series import ZERO_SHOT
-from emloc.report.rows import Row
+from emloc.report.rows import Row, metric_of
 
 _DATA = ("model", "task", "eval")
 _TRAINING = ("lora", "train")
@@ -88,6 +88,5 @@ def _trains(row: Row) -> bool:
 def _panel(rows: Sequence[Row], apart: Sequence[str]) -> Panel:
     first = next((row for row in rows if _trains(row)), rows[0])
     words = [f"{name.partition('.')[2]}={first.settings.get(name, '')}" for name in apart]
-    metrics = {row.metric for row in rows}
-    metric = metrics.pop() if len(metrics) == 1 else "score"
-    return Panel(", ".join([f"{first.model} on {first.task}", *words]), metric, tuple(rows))
+    title = ", ".join([f"{first.model} on {first.task}", *words])
+    return Panel(title, metric_of(rows), tuple(rows))
