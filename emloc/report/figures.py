@@ -27,6 +27,9 @@ def figures(rows: Sequence[Row], place: Path) -> dict[str, Figure]:
         rows: as `rows_of(place)` gives them.
         place: a folder of runs, one run, or a file of rows, which has no layers to show.
     """
+    # They tell of each font that is looked for, and of each part of one that is written.
+    for name in ("matplotlib.font_manager", "fontTools"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     from matplotlib import rc_context
 
     from emloc.report.draw import cost, layers, sweep
@@ -50,9 +53,6 @@ def save(
 
     from emloc.report.draw.style import RC
 
-    # They tell of each font that is looked for, and of each part of one that is written.
-    for name in ("matplotlib.font_manager", "fontTools"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     with rc_context(RC):
