@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import shutil
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from emloc.digest import digest
 from emloc.errors import ConfigError, StageError
 from emloc.quiet import quiet
 from emloc.ranks import first, hush, rank, sharded, world_size
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from emloc.store import Artifact
 
 log = logging.getLogger("emloc")
+
+# Stages whose facts have places of their own among the results.
+_ELSEWHERE = ("calibrate", "emulate", "train", "recover", "evaluate", "evaluate_as_trained")
 
 # Seconds the first process has to fail for the same reason as another one, and to record it.
 GRACE = 10
@@ -46,18 +51,65 @@ def run_cell(cfg: DictConfig) -> float | None:
     hush()
     hydra = HydraConfig.get()
     run = Run(Path(hydra.runtime.output_dir))
-    if run.done:
+    if run.done and _still_holds(cfg, run):
         log.info("%s: done before", run.folder.name)
         return float(run.metrics["score"])
     if not first():
         return _follow(cfg, run)
+    asked = time.time()
     with run.alone():
-        if run.done:  # by another process, while this one waited
+        if run.done and run.status["time"] >= asked:  # by another process, while this one waited
             return float(run.metrics["score"])
         begin(run, cfg, hydra.runtime.choices)
         log.info("%s: started", run.folder.name)
         with Record(run) as record:
             return _lead(cfg, run, record)
+
+
+def _still_holds(cfg: DictConfig, run: Run) -> bool:
+    """Whether data and model are those that a finished run recorded; says which are not.
+
+    A run of before they were recorded is believed, and so is one whose data or model cannot be
+    reached any more: its results are what is left of it.
+    """
+    recorded = run.metrics
+    try:
+        present = _present(digest(OmegaConf.to_container(_of_identity(cfg), resolve=True)), cfg)
+    except ConfigError as error:
+        name = run.folder.name
+        log.warning("%s: done before; its data and model cannot be compared: %s", name, error)
+        return True
+    changed = [
+        name for name, value in present.items() if name in recorded and recorded[name] != value
+    ]
+    for name in changed:
+        log.info("%s: done before, but its %s has changed since; done again", run.folder.name, name)
+    return not changed
+
+
+def _of_identity(cfg: DictConfig) -> DictConfig:
+    names = ("model", "task", "emulator", "compression")
+    return OmegaConf.create({name: cfg[name] for name in names})
+
+
+# Many runs of a sweep have the same data and model, which take seconds to read.
+_PRESENT: dict[str, dict[str, Any]] = {}
+
+
+def _present(key: str, cfg: DictConfig) -> dict[str, Any]:
+    if key not in _PRESENT:
+        _PRESENT[key] = identities(_cell(cfg))
+    return _PRESENT[key]
+
+
+def identities(cell: Cell) -> dict[str, Any]:
+    """What tells data and model apart from any other, as the run's results record it.
+
+    Raises:
+        ConfigError: one of them cannot be found.
+    """
+    model = cell.emulator.model(cell.model, cell.compression)
+    return {"data": cell.task.key, "model": model.open().key}
 
 
 def begin(run: Run, cfg: DictConfig, choices: Mapping[str, str | None]) -> None:
@@ -159,26 +211,26 @@ def _work(cfg: DictConfig, run: Run, record: Record) -> dict[str, Any]:
     record.follow(cell.tracker)
     result = _pipeline(cell, lambda step, values: record.add(training_line(step, values)))
     metrics = _metrics(cell, result)
-    _collect(result, run.folder)
-    for line in _lines(result, record.last, (run.folder / "config.yaml").stat().st_mtime):
+    _collect(cell, result, run.folder)
+    for line in _lines(cell, result, record.last, (run.folder / "config.yaml").stat().st_mtime):
         record.add(line)
     return metrics
 
 
-def _lines(result: Result, last: int, begun: float) -> Iterator[dict[str, float]]:
+def _lines(cell: Cell, result: Result, last: int, begun: float) -> Iterator[dict[str, float]]:
     """What is to be recorded of all stages, and of the training what is not: behind step `last`.
 
     A stage that had been finished before this run was begun is `cached`.
     """
-    if result.trained:
-        for text in (result.trained.folder / "curve.jsonl").read_text().splitlines():
+    if (trained := result.current.get("trained")) is not None:
+        for text in (trained.folder / "curve.jsonl").read_text().splitlines():
             values = json.loads(text)
             if values["step"] > last:
                 yield training_line(values["step"], values)
-    for stage, artifact in result.stages.items():
+    for name, artifact in result.stages.items():
         written = (artifact.folder / "stage.json").stat().st_mtime
-        name = "as_trained" if stage == "evaluate_as_trained" else stage
-        yield stage_line(name, {**artifact.facts, "cached": written < begun})
+        called = cell.stage[name].logged_as or name
+        yield stage_line(called, {**artifact.facts, "cached": written < begun})
 
 
 def _pipeline(cell: Cell, report: Report) -> Result:
@@ -195,23 +247,25 @@ def _pipeline(cell: Cell, report: Report) -> Result:
 def _metrics(cell: Cell, result: Result) -> dict[str, Any]:
     from emloc.provenance import provenance
 
-    scores = result.evaluated.facts["scores"]
+    current = result.current
+    scores = current["scores"].facts["scores"]
     if result.metric not in scores:
         known = ", ".join(scores)
         raise ConfigError(f"task.metric={result.metric} is no score of this run; there is {known}")
-    stages = result.stages
+    stages, trained = result.stages, current.get("trained")
     return {
         "method": cell.method,
         "metric": result.metric,
         "score": scores[result.metric],
         "scores": scores,
         **_as_trained(result),
-        "emulator": _own(result.emulated),
-        "data": cell.task.key,
+        "emulator": _own(stages["emulate"]),
+        **identities(cell),
         "processes": world_size(),
-        "trainable": result.trained.facts["trainable"] if result.trained else 0,
-        "step_seconds": result.trained.facts["step_seconds"] if result.trained else None,
-        "recovery": _own(result.carried) if result.carried else {},
+        "trainable": trained.facts["trainable"] if trained else 0,
+        "step_seconds": trained.facts["step_seconds"] if trained else None,
+        "recovery": _own(stages["recover"]) if "recover" in stages else {},
+        "facts": {name: _own(one) for name, one in stages.items() if name not in _ELSEWHERE},
         "seconds": {name: stage.facts["seconds"] for name, stage in stages.items()},
         "peak_gib": {name: stage.facts["peak_gib"] for name, stage in stages.items()},
         "stages": {name: stage.key for name, stage in stages.items()},
@@ -228,25 +282,18 @@ def _own(stage: Artifact) -> dict[str, Any]:
 
 def _as_trained(result: Result) -> dict[str, Any]:
     """What a model trained in four bits scores itself, beside what was carried from it."""
-    return {"scores_as_trained": result.as_trained.facts["scores"]} if result.as_trained else {}
+    made = result.current.get("scores as trained")
+    return {"scores_as_trained": made.facts["scores"]} if made else {}
 
 
-def _collect(result: Result, folder: Path) -> None:
-    """Copy what a person wants at hand out of the store: adapters, curve, predictions, layers."""
+def _collect(cell: Cell, result: Result, folder: Path) -> None:
+    """Copy what a person wants at hand out of the store: adapters, and what each stage names."""
     from emloc.adapters.saved import copy_adapter
 
-    if result.trained and result.carried:
-        copy_adapter(result.trained.folder / "adapter", folder / "adapter_trained")
-        copy_adapter(result.carried.folder / "adapter", folder / "adapter")
-    stages = result.stages
-    for stage, name in (
-        ("train", "curve.jsonl"),
-        ("evaluate", "predictions.jsonl"),
-        ("evaluate", "lm_eval_samples.jsonl"),
-        ("evaluate", "answers.jsonl"),
-        ("emulate", "layers.json"),
-        ("recover", "layers.json"),
-    ):
-        if stage in stages and (stages[stage].folder / name).exists():
-            target = name if stage != "recover" else "correction.json"
-            shutil.copy(stages[stage].folder / name, folder / target)
+    for kind, target in (("trained", "adapter_trained"), ("carried", "adapter")):
+        if kind in result.current:
+            copy_adapter(result.current[kind].folder / "adapter", folder / target)
+    for name, artifact in result.stages.items():
+        for file, target in cell.stage[name].collected.items():
+            if (artifact.folder / file).exists():
+                shutil.copy(artifact.folder / file, folder / target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -22,6 +23,9 @@ from emloc.settings import (
     LoraSettings,
     TrainSettings,
 )
+from emloc.shipped import plugin_folders
+from emloc.stages import Stage
+from emloc.stages.order import in_order
 from emloc.tasks import Task
 from emloc.tracking.track import Tracker
 
@@ -41,6 +45,7 @@ class Cell:
     emulator: Emulator
     adapter: Adapter
     recovery: Recovery
+    stage: Mapping[str, Stage]  # by name, in the order they run in
     train: TrainSettings
     eval: EvalSettings
     budget: Budget
@@ -57,12 +62,16 @@ def build(cfg: DictConfig) -> Cell:
     unknown = [str(key) for key in cfg if key not in names]
     if unknown:
         raise ConfigError(f"{unknown[0]}: there is no such setting")
-    return Cell(**{name: _value(cfg, name) for name in names})
+    values = {name: _value(cfg, name) for name in names}
+    order = in_order({name: one.after for name, one in values["stage"].items()})
+    return Cell(**values | {"stage": {name: values["stage"][name] for name in order}})
 
 
 def _value(cfg: DictConfig, name: str) -> Any:
     try:
         node = cfg[name]
+        if name == "stage":
+            return {str(one): part(below) for one, below in node.items()}
         return part(node) if isinstance(node, DictConfig) else node
     except OmegaConfBaseException as error:
         key = str(error.full_key or error.key)
@@ -77,8 +86,9 @@ def part(node: DictConfig) -> Any:
     """The object of the class a part's `_target_` names, its keys checked against the fields.
 
     A section without `_target_` is of the class its schema says. A mapping of parts becomes one of
-    objects.
+    objects. Classes of plug-ins are found in the folders of `EMLOC_PLUGINS`.
     """
+    plugin_folders()
     cls = get_class(node._target_) if "_target_" in node else OmegaConf.get_type(node)
     values = {key: value for key, value in node.items() if key != "_target_"}
     parts = {

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
+
+from emloc.manifest import file_hash
+
+log = logging.getLogger(__name__)
 
 
 class Journal:
     """`journal.jsonl` in a stage's folder: block -> what was noted when its file was written.
 
-    A line follows its block's file. What an interrupted run left behind is put in order at once: a
-    line that was cut off or whose file is gone is dropped, and its block has to be done again.
+    A line follows its block's file, with the file's size and hash. What an interrupted run left
+    behind is put in order at once: a line that was cut off is dropped, and so are a line and a file
+    that do not belong together. The block is then made again.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -21,7 +27,7 @@ class Journal:
         written = self._path.read_text() if self._path.exists() else ""
         for line in written.splitlines():
             entry = _parsed(line)
-            if entry is not None and self.file(entry["block"]).exists():
+            if entry is not None and self._is_whole(entry):
                 self.lines[entry["block"]] = entry
         kept = "".join(json.dumps(entry) + "\n" for entry in self.lines.values())
         if kept != written:
@@ -34,11 +40,24 @@ class Journal:
         return self._folder / f"{block}.safetensors"
 
     def add(self, block: str, **facts: Any) -> None:
-        """Note that the file of this block is written, and its size."""
-        entry = {"block": block, **facts, "bytes": self.file(block).stat().st_size}
+        """Note that the file of this block is written, its size and its hash."""
+        path = self.file(block)
+        entry = {"block": block, **facts, "bytes": path.stat().st_size, "xxh3": file_hash(path)}
         self.lines[block] = entry
         with self._path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
+
+    def _is_whole(self, entry: dict[str, Any]) -> bool:
+        """Whether the file is what the line says; one that is not is removed."""
+        path = self.file(entry["block"])
+        if not path.exists():
+            return False
+        size = path.stat().st_size
+        if size == entry.get("bytes") and file_hash(path) == entry.get("xxh3"):
+            return True
+        log.warning("%s: %s is damaged, its block is made again", self._folder, path.name)
+        path.unlink()
+        return False
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -1,71 +1,95 @@
-"""calibrate -> emulate -> train -> recover -> evaluate, every stage cached by content."""
+"""From settings to scores: everything is checked, then stage follows stage, cached by content."""
 
 from __future__ import annotations
 
 import logging
-import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from emloc.calibrate import calibrate
 from emloc.composition import fit_together
 from emloc.config import Cell
-from emloc.emulators import Built, Given
 from emloc.errors import ConfigError
-from emloc.evaluate import evaluate, evaluate_as_trained, headline
+from emloc.evaluate import headline
 from emloc.examples import Examples
 from emloc.lean.prepare import obstacle
+from emloc.manifest import DamagedError, set_aside
 from emloc.memory import GIB, stay_within
-from emloc.plan.cost import statistics_bytes
 from emloc.plan.solve import solved
 from emloc.progress import Report
 from emloc.ranks import own_device
 from emloc.reading import Reader
 from emloc.samples import Samples, choose
 from emloc.source import Source
-from emloc.store import Artifact, Store
+from emloc.stages import Context
+from emloc.store import Artifact, Facts, Store
 from emloc.tasks.generic import generic_text
-from emloc.train import Fit, train
+from emloc.train import Fit
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Result:
-    """The artifacts of one run; `trained` and `carried` are None where nothing was trained.
+    """The artifacts of one run.
 
-    `as_trained`: the scores of what was trained itself, where that is in four bits and the model it
-    is carried to is not.
+    `stages`: by the stage that made it, in order. `current`: by what it is (see `emloc.stages`), of
+    several the newest.
     """
 
     metric: str
-    emulated: Artifact
-    statistics: Artifact | None
-    trained: Artifact | None
-    carried: Artifact | None
-    evaluated: Artifact
-    as_trained: Artifact | None = None
-
-    @property
-    def stages(self) -> dict[str, Artifact]:
-        """The stages that were needed, in order."""
-        every = (self.statistics, self.emulated, self.trained, self.carried, self.evaluated)
-        found = {one.stage: one for one in every if one is not None}
-        return found | ({"evaluate_as_trained": self.as_trained} if self.as_trained else {})
+    stages: dict[str, Artifact]
+    current: dict[str, Artifact]
 
     @property
     def samples(self) -> list[str]:
         """Names of the calibration rows, whichever stage read them first."""
-        read = (self.statistics, self.emulated, self.carried)
-        named = (one.facts.get("samples") for one in read if one is not None)
+        named = (one.facts.get("samples") for one in self.stages.values())
         return next((names for names in named if names), [])
 
 
 def run(cell: Cell, store: Store, report: Report) -> Result:
     """One run from settings to scores.
 
+    An artifact that turns out to be damaged when it is opened is moved aside, and made again.
+
     Raises:
-        ConfigError: something cannot be right; raised before any weight is read.
+        ConfigError: something cannot be right; raised before any stage begins.
         StageError: a stage failed.
+    """
+    metric, context = checked(cell, store, report)
+    damaged: set[Path] = set()
+    while True:
+        try:
+            context = _through_stages(replace(context, made={}, current={}), store)
+            return Result(metric, context.made, context.current)
+        except DamagedError as error:
+            if error.folder in damaged:
+                raise
+            damaged.add(error.folder)
+            aside = set_aside(error.folder)
+            log.warning("%s; moved to %s, made again", error, aside.name)
+
+
+def _through_stages(context: Context, store: Store) -> Context:
+    for name, stage in context.cell.stage.items():
+        if stage.needed(context):
+            artifact = store.stage(
+                name,
+                stage.enter,
+                *stage.inputs(context),
+                version=stage.version,
+                together=stage.together,
+                context=context,
+            )
+            context.made[name] = context.current[stage.gives] = artifact
+    return context
+
+
+def checked(cell: Cell, store: Store, report: Report) -> tuple[str, Context]:
+    """The name of the headline score, and what the stages read, once all of it has been checked.
+
+    Raises:
+        ConfigError: something cannot be right.
     """
     device, host = own_device(), int(cell.budget.host_gib * GIB)
     stay_within(device, cell.budget.gpu_gib)
@@ -74,58 +98,27 @@ def run(cell: Cell, store: Store, report: Report) -> Result:
         fit_together(emulator, adapter, recovery, cell.train)
     cell = replace(cell, model=emulator.model(cell.model, cell.compression))
     source = cell.model.open()
-    reader = source.reader()  # random weights may have none: found out now, not behind a stage
-    source.require(list(source.sizes))  # what the files lack, likewise
+    reader = source.reader()  # random weights may have none
+    source.require(list(source.sizes))
     layers = cell.model.compressed(source)
     compression = solved(cell, source)
     planned = emulator.plan(source, layers, compression)
     fit = _fit(cell, source) if adapter.trains else None
-    # What cannot be scored is found out now, not behind the training.
-    held_out = cell.task.held_out(cell.eval.limit)
     metric = headline(cell.task, cell.eval)
-    _refuse_unreadable(reader, held_out, cell)
-    samples = _samples(cell) if emulator.samples or recovery.statistics else None
-
-    statistics = trained = carried = as_trained = None
-    whole = emulator.statistics == "input"
-    # Of a large model they would be larger than itself: it is then compressed while it is run.
-    kept = statistics_bytes(layers, whole) <= cell.budget.statistics_gib * GIB
-    if emulator.statistics and kept:
-        statistics = store.stage(
-            "calibrate",
-            calibrate,
-            source,
-            layers,
-            samples,
-            whole,
-            device=device,
-            host_bytes=host,
-        )
-    assert compression.bits is not None
-    given = Given(planned, statistics, samples if emulator.samples else None, compression.bits)
-    emulated = store.stage("emulate", emulator.build, source, given, device=device, host_bytes=host)
-    built = Built(emulator, emulated, source)
-    if fit is not None:
-        _refuse_nothing_adapted(built, fit)
-        trained = store.stage("train", train, built, fit, device=device, report=report)
-        seen = samples if recovery.statistics else None
-        carried = store.stage(
-            "recover", recovery.carry, trained, built, seen, device=device, host_bytes=host
-        )
-    length, wanted = cell.model.max_length, cell.eval
-    evaluated = store.stage(
-        "evaluate", evaluate, source, carried, cell.task, length, wanted, device=device
+    _refuse_unreadable(store, source, reader, cell)
+    read = emulator.samples or recovery.statistics
+    read = read or any(stage.reads_samples for stage in cell.stage.values())
+    samples = _samples(cell) if read else None
+    context = Context(
+        cell, source, layers, compression, planned, samples, fit, device, host, report
     )
-    if trained is not None and given.bits == 4:
-        work = evaluate_as_trained
-        as_trained = store.stage(
-            "evaluate", work, built, trained, cell.task, length, wanted, device=device
-        )
-    return Result(metric, emulated, statistics, trained, carried, evaluated, as_trained)
+    for stage in cell.stage.values():
+        stage.check(context)
+    return metric, context
 
 
-def _refuse_unreadable(reader: Reader, held_out: Examples, cell: Cell) -> None:
-    """Read images as they will be read, before there is anything to lose.
+def _refuse_unreadable(store: Store, source: Source, reader: Reader, cell: Cell) -> None:
+    """Read images as they will be read, before there is anything to lose; once for all runs.
 
     All that are held out, as they come last. Of the training rows the first: whether the model
     reads such rows at all. The others are read when training begins, behind stages that are kept.
@@ -133,12 +126,20 @@ def _refuse_unreadable(reader: Reader, held_out: Examples, cell: Cell) -> None:
     Raises:
         ConfigError: one of them cannot be read.
     """
-    trained = cell.task.train().rows[:1] if cell.adapter.trains else ()
-    for row in (*trained, *held_out):
-        if row.images:
-            reader.encode(row)
+    first = cell.task.train().rows[:1] if cell.adapter.trains else ()
+    rows = (*first, *cell.task.held_out(cell.eval.limit))
+    pictured = Examples(cell.task.name, tuple(row for row in rows if row.images))
+    if pictured.rows:
+        store.stage("check", read_all, pictured, source, reader=reader)
+
+
+def read_all(folder: Path, rows: Examples, source: Source, *, reader: Reader) -> Facts:
+    """Decode every image of these rows, as the model reads it."""
+    for row in rows:
+        reader.encode(row)
         for image in row.images:
             image.open()
+    return {"rows": len(rows)}
 
 
 def _fit(cell: Cell, source: Source) -> Fit:
@@ -169,20 +170,6 @@ def _fit(cell: Cell, source: Source) -> Fit:
         cell.train,
         cell.seed,
     )
-
-
-def _refuse_nothing_adapted(built: Built, fit: Fit) -> None:
-    """Refuse an emulator that leaves none of the layers to adapt, before it is opened.
-
-    Raises:
-        ConfigError: that is so.
-    """
-    adapted = re.compile(built.targets(fit.targets))
-    if not any(adapted.fullmatch(name) for name in built.source.linears):
-        raise ConfigError(
-            f"model.lora_targets={fit.targets!r} matches none of the layers that the emulator "
-            "leaves to adapt; set model.lora_targets, or emulator.first and emulator.last higher"
-        )
 
 
 def _samples(cell: Cell) -> Samples:

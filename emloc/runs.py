@@ -6,18 +6,22 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from emloc.digest import digest
+from emloc.keys import class_name, without_neutral
 from emloc.ranks import LOOK, born, world_size
-from emloc.settings import DECISIVE
+from emloc.settings import DECISIVE, SECTIONS
+from emloc.shipped import plugin_folders
+from emloc.stages.order import standard_stages
 
 log = logging.getLogger("emloc")
 
@@ -112,13 +116,44 @@ def find_runs(folder: Path) -> list[Run]:
 
 def folder_name(config: DictConfig) -> str:
     """`<method>-<model>-<task>-s<seed>-<id>`: the same settings give the same folder."""
-    decisive = {name: _plain(config[name]) for name in DECISIVE}
+    decisive = {name: _meaning(name, _plain(config[name])) for name in DECISIVE}
+    if decisive["stage"] == _meaning("stage", standard_stages()):
+        del decisive["stage"]
     if config.compression.ratio is None:  # compression=auto: the budget decides it
         decisive["gpu_gib"] = config.budget.gpu_gib
     if world_size() > 1:  # they share a step of the training, which is the larger for it
         decisive["processes"] = world_size()
     words = (config.method, config.model.name, config.task.name, f"s{config.seed}")
     return "-".join([*words, digest(decisive)[:8]])
+
+
+def _meaning(name: str, value: Any) -> Any:
+    """A section without what says nothing: where its class lies, and settings that are neutral."""
+    if name == "stage":
+        return {stage: _without(one, ("counted", "column")) for stage, one in value.items()}
+    fixed = SECTIONS.get(name)
+    return _without(value) if fixed is None else without_neutral(value, fixed)
+
+
+def _without(value: Any, names: Sequence[str] = ()) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    kept = {key: _without(one) for key, one in value.items() if key not in names}
+    target = kept.pop("_target_", None)
+    if target is None:
+        return kept
+    cls = _class_of(str(target))
+    if cls is None:  # which is refused in a moment, by what builds the parts
+        return {"part": target, **kept}
+    return {"part": class_name(cls), **without_neutral(kept, cls)}
+
+
+def _class_of(target: str) -> type | None:
+    plugin_folders()
+    try:
+        return get_class(target)
+    except ImportError:
+        return None
 
 
 def _plain(node: Any) -> Any:

@@ -195,6 +195,7 @@ class Config:
     emulator: Any = MISSING
     adapter: Any = MISSING
     recovery: Any = MISSING
+    stage: Any = MISSING
     train: TrainSettings = MISSING
     eval: EvalSettings = MISSING
     budget: Budget = MISSING
@@ -204,23 +205,24 @@ class Config:
 # What decides a run's results, and so its folder. Not the tracker, the name or a path.
 DECISIVE = (
     *("model", "task", "calibration", "compression", "lora"),
-    *("emulator", "adapter", "recovery", "train", "eval", "seed"),
+    *("emulator", "adapter", "recovery", "stage", "train", "eval", "seed"),
 )
+
+
+# The sections whose keys are fixed. All others are parts, checked against the class they name.
+SECTIONS: dict[str, type] = {
+    "calibration": Calibration,
+    "compression": Compression,
+    "lora": LoraSettings,
+    "train": TrainSettings,
+    "eval": EvalSettings,
+    "budget": Budget,
+}
 
 
 def schema() -> DictConfig:
     """The types of the fixed sections, as a node that overrides may still write to."""
-    sections = {
-        name: OmegaConf.structured(cls)
-        for name, cls in {
-            "calibration": Calibration,
-            "compression": Compression,
-            "lora": LoraSettings,
-            "train": TrainSettings,
-            "eval": EvalSettings,
-            "budget": Budget,
-        }.items()
-    }
+    sections = {name: OmegaConf.structured(cls) for name, cls in SECTIONS.items()}
     for section in sections.values():
         OmegaConf.set_readonly(section, None)  # frozen classes make frozen nodes
     node: DictConfig = OmegaConf.structured(Config(**sections))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from emloc.linalg.gram import gram, product
+from emloc.manifest import whole
 from emloc.shard import write_shard
 
 # Tokens whose outputs are formed at once: in float64, inputs and outputs of a whole batch would be
@@ -70,7 +71,7 @@ class Statistics:
     @staticmethod
     def load(path: Path) -> Statistics:
         """Read what `save` wrote."""
-        with safe_open(path, framework="pt") as file:
+        with safe_open(whole(path), framework="pt") as file:
             facts = file.metadata()
             found = Statistics(json.loads(facts["sites"]), tokens=int(facts["tokens"]))
             for name in file.keys():  # noqa: SIM118 - the file is no mapping

@@ -1,18 +1,20 @@
 """Stages cached by content: the same inputs are never worked through twice.
 
 A stage is a function `work(folder, *inputs, **live) -> facts` that writes files into `folder`. Its
-key is the digest of its name, the version of its meaning, the function (with the settings of the
-object it is bound to) and every input. `live` arguments (devices, progress, loggers) change nothing
-in the result and are never hashed.
+key is the digest of its name, the version of its meaning, the settings of the object that the
+function is bound to, if any, and every input (`emloc.keys`). `live` arguments (devices, progress,
+loggers) change nothing in the result and are never hashed.
+
+An artifact is believed only whole (`emloc.manifest`): one that is not is named, moved aside and
+made again.
 
 Of several processes started together (`emloc.ranks`) the first does the work and the others wait
-for the artifact, except for work that is marked as done by `all_together`. They tell each other
+for the artifact, except for work that they do together. They tell each other
 through files beside the artifact and never through a collective: those time out, stages take hours.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -21,22 +23,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from filelock import FileLock
 
 from emloc.digest import digest
 from emloc.errors import ConfigError, StageError
+from emloc.keys import key_of
+from emloc.manifest import DamagedError, flaw_of, seal, set_aside
 from emloc.memory import Peak
 from emloc.ranks import LOOK, Notice, first, world_size
 
 log = logging.getLogger(__name__)
 
-# Bumped when the meaning of a stage's files changes: explicit and reviewable, unlike hashing code.
-VERSION = {"calibrate": 1, "emulate": 1, "train": 2, "recover": 3, "evaluate": 1}
+# How artifacts are written and keys are made, whatever the stage.
+LAYOUT = 2
 
 Facts = dict[str, Any]
-Work = TypeVar("Work", bound=Callable[..., Facts])
 Bound = Callable[[Path], Facts]
 Failure = Callable[[str, str], StageError]
 
@@ -46,16 +49,6 @@ class OutOfStep(StageError):
 
     A further collective could meet one that was left open.
     """
-
-
-def all_together(work: Work) -> Work:
-    """Mark work that all processes enter at the same time, each with the same arguments.
-
-    Only the first may write into the folder, and the facts are its facts. The result may depend on
-    the number of processes, which is therefore in the key.
-    """
-    work.all_together = True  # type: ignore[attr-defined]
-    return work
 
 
 @dataclass(frozen=True)
@@ -79,8 +72,23 @@ class Store:
 
     root: Path
 
-    def stage(self, name: str, work: Callable[..., Facts], *inputs: Any, **live: Any) -> Artifact:
+    def stage(
+        self,
+        name: str,
+        work: Callable[..., Facts],
+        *inputs: Any,
+        version: int = 1,
+        together: bool = False,
+        **live: Any,
+    ) -> Artifact:
         """The artifact of `work` on `inputs`: found if it was ever finished, else computed.
+
+        `version` is raised when the meaning of the stage's files changes: it is explicit and can be
+        reviewed, unlike a hash of code.
+
+        With `together` all processes of a launch enter the work at the same time, each with the
+        same arguments. Only the first may write into the folder, and the facts are its facts. The
+        result may depend on the number of processes, which is therefore in the key.
 
         The work writes into `<key>.partial`, which becomes the artifact by one rename. An
         interrupted stage leaves that folder behind, and the next attempt finds it as it was.
@@ -89,12 +97,13 @@ class Store:
             ConfigError: as raised by the work, untouched.
             StageError: anything else that went wrong in the work, memory included.
         """
-        key = digest([name, VERSION[name], key_of(work), [key_of(item) for item in inputs]])
-        shared = world_size() > 1 and getattr(work, "all_together", False)
+        bound_to = key_of(getattr(_named(work), "__self__", None))
+        key = digest([LAYOUT, name, version, bound_to, [key_of(item) for item in inputs]])
+        shared = together and world_size() > 1
         if shared:  # the samples of one step are those of all processes
             key = digest([key, world_size()])
         home = self.root / name / key
-        if home.exists():
+        if home.exists() and flaw_of(home) is None:
             log.info("%s: found (%s)", name, key)
             return Artifact(name, key, home)
         home.parent.mkdir(parents=True, exist_ok=True)
@@ -105,6 +114,7 @@ class Store:
         failure = OutOfStep if shared else StageError
         if first():
             with FileLock(home.with_suffix(".lock")):
+                put_aside_if_damaged(home, name)
                 if not home.exists():
                     self._lead(name, home, bound, failure)
         else:
@@ -131,7 +141,7 @@ class Store:
         """Wait until the first process has made the artifact, taking part where all do."""
         notice = Notice(home.with_suffix(".notice"))
         to_do = failure is OutOfStep
-        while not home.exists():
+        while not home.exists() or flaw_of(home) is not None:
             _pass_on(name, notice)
             if to_do and notice.read()[0] == "begun":
                 log.info("%s: working (%s)", name, home.name)
@@ -148,7 +158,27 @@ class Store:
             facts = _attempt(name, draft, work, failure)
         facts |= {"seconds": round(time.perf_counter() - start, 3), "peak_gib": peak.gib}
         (draft / "stage.json").write_text(json.dumps(facts, indent=1))
+        seal(draft)
         os.replace(draft, home)
+
+
+def put_aside_if_damaged(home: Path, name: str) -> None:
+    """Say what is wrong with a finished folder, if anything, and move it out of the way."""
+    if home.exists() and (flaw := flaw_of(home)) is not None:
+        aside = set_aside(home)
+        log.warning("%s: %s is damaged: %s; moved to %s, made again", name, home, flaw, aside.name)
+
+
+def _named(work: Callable[..., Facts]) -> Callable[..., Facts]:
+    """The work itself.
+
+    Raises:
+        TypeError: it is defined within a function and may hold anything, which no key would show.
+    """
+    if not hasattr(work, "__qualname__") or "<" in work.__qualname__:
+        name = getattr(work, "__qualname__", type(work).__name__)
+        raise TypeError(f"{name} cannot be part of a stage's key")
+    return work
 
 
 def _attempt(name: str, draft: Path, work: Bound, failure: Failure) -> Facts:
@@ -156,6 +186,12 @@ def _attempt(name: str, draft: Path, work: Bound, failure: Failure) -> Facts:
         return work(draft)
     except ConfigError:
         raise
+    except DamagedError as error:  # whoever runs the stages makes it again, and then this one
+        if world_size() == 1:
+            raise
+        if first():
+            set_aside(error.folder)
+        raise failure(name, f"{error}; start again, and it is made again") from error
     except Exception as error:  # why: whatever it was, the record names the stage
         raise failure(name, f"{type(error).__name__}: {error}") from error
 
@@ -167,40 +203,6 @@ def _pass_on(name: str, notice: Notice) -> None:
         raise ConfigError(text)
     if state == "failed":
         raise StageError(name, text)
-
-
-def key_of(item: Any) -> Any:
-    """The JSON value that stands for `item` in a stage's key.
-
-    Raises:
-        TypeError: `item` has no `key`, is no settings dataclass, no function or class of a module
-            and no plain value.
-    """
-    if item is None or isinstance(item, str | int | float | bool):
-        return item
-    if hasattr(item, "key"):
-        return item.key
-    if hasattr(item, "__self__"):  # a bound method: the settings of its object decide the result
-        return [key_of(item.__self__), item.__name__]
-    if callable(item) and hasattr(item, "__qualname__"):
-        return _name(item)
-    if dataclasses.is_dataclass(item):
-        fields = {
-            field.name: key_of(getattr(item, field.name)) for field in dataclasses.fields(item)
-        }
-        return {"class": _name(type(item)), **fields}
-    if isinstance(item, dict):
-        return {str(name): key_of(value) for name, value in item.items()}
-    if isinstance(item, list | tuple):
-        return [key_of(value) for value in item]
-    raise TypeError(f"{type(item).__name__} cannot be part of a stage's key")
-
-
-def _name(item: Any) -> str:
-    """The dotted name of a function or class. A lambda or a nested one shares its with others."""
-    if "<" in item.__qualname__:
-        raise TypeError(f"{item.__qualname__} cannot be part of a stage's key")
-    return f"{item.__module__}.{item.__qualname__}"
 
 
 def open_store() -> Store:

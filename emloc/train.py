@@ -36,7 +36,6 @@ from emloc.prompts import Encoded
 from emloc.ranks import first, sharded
 from emloc.reading import Reader, encode_all
 from emloc.settings import LoraSettings, TrainSettings
-from emloc.store import all_together
 from emloc.trainer import FiniteTrainer, make_whole
 
 log = logging.getLogger(__name__)
@@ -62,7 +61,6 @@ class Fit:
     seed: int
 
 
-@all_together
 def train(
     folder: Path,
     built: Built,

@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from emloc.calibrate import Layers
+from emloc.keys import key_of
 from emloc.models.checkpointed import Checkpointed
 from emloc.samples import Samples
 from emloc.settings import Compression
 from emloc.source import CPU, Source
-from emloc.store import Artifact, key_of
+from emloc.store import Artifact
 
 # Layer name -> rank: the explicit table a factorised emulator is built to.
 Ranks = dict[str, int]

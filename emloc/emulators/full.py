@@ -49,22 +49,21 @@ class Full(Emulator):
         device: torch.device,
         host_bytes: int | None = None,
     ) -> dict[str, Any]:
-        """Write in `layers.json` which layers are quantised, if any; the size for the record."""
+        """Write in `layers.json` which layers are quantised; the size for the record."""
         held = {layer: [source.linears[layer]] for layer in in_blocks(source) if given.bits == 4}
-        if held:
-            table = {layer: {"bits": given.bits} for layer in held}
-            (folder / "layers.json").write_text(json.dumps(table, indent=1))
+        table = {layer: {"bits": given.bits} for layer in held}
+        (folder / "layers.json").write_text(json.dumps(table, indent=1))
         return size_facts(source, held, given.bits)
 
     def open(self, folder: Path, source: Source, device: torch.device) -> PreTrainedModel:
         """The original model, frozen; what is quantised, one weight at a time."""
-        return load_quantized(source, _quantized(folder), device)
+        return load_quantized(source, quantized_layers(folder), device)
 
     def residual(
         self, folder: Path, source: Source, layer: str, device: torch.device = CPU
     ) -> Tensor | None:
         """What quantising, done again here, takes from the weight; None for a layer left whole."""
-        return rounding(source, layer, device) if layer in _quantized(folder) else None
+        return rounding(source, layer, device) if layer in quantized_layers(folder) else None
 
 
 def rounding(source: Source, layer: str, device: torch.device) -> Tensor:
@@ -99,6 +98,6 @@ def load_quantized(
     return model
 
 
-def _quantized(folder: Path) -> list[str]:
-    path = folder / "layers.json"
-    return list(json.loads(path.read_text())) if path.exists() else []
+def quantized_layers(folder: Path) -> list[str]:
+    """The layers that are quantised. The file is always there: a lost one does not mean none."""
+    return list(json.loads((folder / "layers.json").read_text()))

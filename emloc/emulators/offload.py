@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from emloc.calibrate import Layers
-from emloc.emulators.full import Full, in_blocks
+from emloc.emulators.full import Full, in_blocks, quantized_layers
 from emloc.errors import ConfigError
 from emloc.nn.nf4 import PARTS, Nf4, Nf4Linear
 from emloc.nn.streamed import Streamed
@@ -52,8 +52,7 @@ class Offload(Full):
                 weights, or blocks share one.
         """
         _refuse_shards()
-        packed = in_blocks(source) if (folder / "layers.json").exists() else []
-        return load_streamed(source, set(packed), device)
+        return load_streamed(source, set(quantized_layers(folder)), device)
 
 
 def load_streamed(

@@ -27,6 +27,7 @@ from emloc.emulators.units import Units, units_of
 from emloc.errors import ConfigError
 from emloc.lean.model import answer_loss
 from emloc.linalg.prune import keep_best, keep_evenly, least, spans
+from emloc.manifest import whole
 from emloc.nn.nf4 import Nf4, Nf4Linear
 from emloc.settings import Compression
 from emloc.shard import write_shard
@@ -181,7 +182,7 @@ class Prune(Emulator):
 
     def kept(self, folder: Path, layer: str) -> tuple[Tensor | None, Tensor | None]:
         """The rows and the columns that are left of a layer, ascending; None where all are."""
-        with safe_open(folder / KEPT, framework="pt") as file:
+        with safe_open(whole(folder / KEPT), framework="pt") as file:
             names, held = (f"{layer}.rows", f"{layer}.columns"), set(file.keys())
             rows, columns = (file.get_tensor(n) if n in held else None for n in names)
         return rows, columns

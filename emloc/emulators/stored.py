@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from emloc.emulators.factors import Factored
+from emloc.manifest import whole
 from emloc.nn.factorized import Factorized, Nf4Factorized
 from emloc.nn.nf4 import Nf4
 from emloc.shard import write_shard
@@ -43,7 +44,7 @@ def load_factors(
         KeyError: one of them is not in the file.
     """
     found: dict[str, Factorized | Nf4Factorized] = {}
-    with safe_open(path, framework="pt", device=str(device)) as file:
+    with safe_open(whole(path), framework="pt", device=str(device)) as file:
         held = set(file.keys())
         for layer, bias in biases.items():
             nf4 = (f"{layer}.v.", f"{layer}.ut.")
@@ -59,5 +60,5 @@ def load_factors(
 
 def facts_of(path: Path) -> dict[str, Any]:
     """Layer -> what is known of it, by name: the file keeps no order."""
-    with safe_open(path, framework="pt") as file:
+    with safe_open(whole(path), framework="pt") as file:
         return {layer: json.loads(facts) for layer, facts in sorted(file.metadata().items())}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from emloc.emulators.stored import facts_of, load_factors, save_factors
 from emloc.emulators.visits import visits, weights_of
 from emloc.errors import ConfigError
 from emloc.journal import Journal
+from emloc.keys import neutral
 from emloc.linalg.allocate import greedy
+from emloc.manifest import whole
 from emloc.settings import Compression
 from emloc.shard import write_shard
 from emloc.source import CPU, Source
 from emloc.statistics import Statistics
-from emloc.walk import Block, by_block
+from emloc.walk import Block, block_of, by_block
 
 ALGORITHMS = ("subspace", "eigen", "whiten")
 ALLOCATIONS = ("uniform", "greedy")
@@ -41,9 +44,8 @@ class Svd(Emulator):
     algorithm: str  # subspace: products only; eigen: one decomposition; whiten: the paper's chain
     aware: bool  # weigh by the calibration activations; false: plain truncated SVD of the weight
     multiple: int  # ranks are rounded down to a multiple of this
-    # With values, as runs made before there were these settings name neither.
-    sequential: bool = False  # fit each layer to what the layers compressed before it give it
-    allocation: str = "uniform"  # the same share of every layer; greedy: where it loses the least
+    sequential: bool = neutral(False)  # fit each layer to what those compressed before it give
+    allocation: str = neutral("uniform")  # greedy: more of the layers that would lose the most
 
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
@@ -196,7 +198,7 @@ class Svd(Emulator):
                 found |= spectra(weights_of(source, block, blocks[name], device), known)
             write_shard(path, found, {})
         shapes = {layer: source.linears[layer] for layer in given.plan}
-        return greedy(load_file(path), shapes, given.plan, self.multiple)
+        return greedy(load_file(whole(path)), shapes, given.plan, self.multiple)
 
     def open(self, folder: Path, source: Source, device: torch.device) -> PreTrainedModel:
         """The original with its compressed layers replaced by their factors."""
@@ -211,9 +213,20 @@ class Svd(Emulator):
         self, folder: Path, source: Source, layer: str, device: torch.device = CPU
     ) -> Tensor | None:
         """Original minus the product of the factors, as both are stored."""
-        files = folder.glob("*.safetensors")
-        path = next((file for file in files if layer.startswith(f"{file.stem}.")), None)
-        if path is None or layer not in facts_of(path):
+        if layer not in _ranks(folder):
             return None
+        # The file has to be there: a lost one does not mean that the layer is as it was.
+        path = folder / f"{block_of(layer)}.safetensors"
         found = load_factors(path, {layer: None}, device)
         return source.weight(layer, device).double().sub_(found[layer].product())
+
+
+def _ranks(folder: Path) -> Ranks:
+    """The layers that were factorised, whichever files are there."""
+    return _ranks_in(folder / "layers.json", (folder / "layers.json").stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _ranks_in(path: Path, modified: int) -> Ranks:
+    """Read once: a recovery asks for every layer, and the table holds much more than ranks."""
+    return {layer: line["rank"] for layer, line in json.loads(path.read_text()).items()}

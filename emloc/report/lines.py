@@ -5,11 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 from emloc.report.groups import groups_of, varying
 from emloc.report.paper import QUANTITIES, Number, Paper, Quantity, facts_of
-from emloc.report.rows import STAGES, Row, metric_of
+from emloc.report.rows import Row, metric_of
 from emloc.report.table import EMPTY, Table, best
+from emloc.stages.order import merged
 
 KINDS = 6  # of rows, that have columns of their own
 NO_PAPER = Paper()
@@ -55,6 +57,7 @@ class _Heads:
     kinds: Mapping[str, str]  # head of rows of one kind -> their number's name
     as_trained: bool
     quantities: Sequence[Quantity]  # that the paper has
+    stages: Sequence[str]  # whose seconds are a column
 
     @property
     def percent(self) -> bool:
@@ -73,6 +76,7 @@ def _heads(rows: Sequence[Row], paper: Paper, absent: Sequence[Sequence[Number]]
         kinds={name.removeprefix(kind): name for name in found} if len(found) <= KINDS else {},
         as_trained=any("as_trained/loss" in row.numbers for row in rows),
         quantities=[QUANTITIES[name] for name in paper.quantities],
+        stages=reduce(merged, (row.columns for row in rows), ()),
     )
 
 
@@ -123,7 +127,7 @@ def _line(group: Sequence[Row], heads: _Heads, paper: Paper) -> dict[str, str]:
         line["through MB"] = shown("bytes", ".0f", 1e-6).split(" ")[0]
         line["train GiB"] = spread([max((p for p in peaks if p), default=None)], ".2f")
         line["step s"] = mean("step_seconds", ".3f")
-    return line | {f"{stage} s": mean(f"seconds/{stage}", ".0f") for stage in STAGES}
+    return line | {f"{stage} s": mean(f"seconds/{stage}", ".0f") for stage in heads.stages}
 
 
 def _compared(group: Sequence[Row], heads: _Heads, paper: Paper) -> dict[str, str]:

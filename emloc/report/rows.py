@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from emloc.errors import ConfigError
 from emloc.report.gain import Scored, gain_kept
 from emloc.runs import DONE, Run, find_runs
 from emloc.settings import DECISIVE
+from emloc.stages.order import merged, stages_of, standard_stages
 
-STAGES = ("calibrate", "emulate", "train", "recover", "evaluate")
 # What is known of every run, and a column of every file.
 FIELDS = ("experiment", "run", "state", "cell", "method", "model", "task", "seed", "metric", "data")
 # Settings that are a column even where all runs have the same.
@@ -25,6 +25,8 @@ ALWAYS = (
     "lora.rank",
     "calibration.samples",
 )
+_SECONDS = "seconds/"
+_ADDED = {"counted": True, "column": True}  # a stage that is none of the standard ones
 _NUMBER = "="  # before the name of a number in the head of a file, which tells it from a setting
 
 
@@ -49,6 +51,8 @@ class Row:
     data: str  # digest of what the scores are about; empty unless done
     settings: Mapping[str, str]
     numbers: Mapping[str, float]
+    # Stage -> whether its seconds are `counted` and a `column`, in the order they ran in.
+    stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False)
 
     @property
     def done(self) -> bool:
@@ -68,6 +72,17 @@ class Row:
             for name, word in self.settings.items()
             if name not in FIELDS and name.partition(".")[0] in DECISIVE
         }
+
+    @property
+    def columns(self) -> list[str]:
+        """The stages whose seconds are a column of tables."""
+        return [name for name, stage in self.stages.items() if stage["column"]]
+
+    @property
+    def cost_seconds(self) -> float:
+        """Seconds of the stages that fine-tuning costs; what was reused counts as when computed."""
+        counted = [name for name, stage in self.stages.items() if stage["counted"]]
+        return sum(self.numbers.get(f"{_SECONDS}{name}", 0.0) for name in counted)
 
     def number(self, name: str) -> float | None:
         """One of `numbers`, or None."""
@@ -136,7 +151,10 @@ def _parsed(line: Mapping[Any, Any]) -> Row:
     numbers = {name[1:]: float(v) for name, v in rest.items() if name.startswith(_NUMBER)}
     settings = {name: value for name, value in rest.items() if not name.startswith(_NUMBER)}
     named = {name: line[name] for name in ("cell", "method", "model", "task") if line[name]}
-    return Row(**fields, settings=named | settings, numbers=numbers)
+    timed = [name[len(_SECONDS) :] for name in numbers if name.startswith(_SECONDS)]
+    standard = standard_stages()
+    stages = {name: standard.get(name, _ADDED) for name in merged([*standard], timed)}
+    return Row(**fields, settings=named | settings, numbers=numbers, stages=stages)
 
 
 def _loss(metrics: Mapping[str, Any]) -> float | None:
@@ -164,6 +182,7 @@ def _row(
         data=digest(metrics["data"]) if metrics else "",
         settings=choices | _leaves(config),
         numbers=_numbers(metrics, gain) if metrics else {},
+        stages=stages_of(config),
     )
 
 
@@ -191,7 +210,7 @@ def _numbers(metrics: Mapping[str, Any], gain: float | None) -> dict[str, float]
         "bytes": metrics.get("emulator", {}).get("bytes"),
         "trainable": metrics.get("trainable"),
         "step_seconds": metrics.get("step_seconds"),
-        **{f"seconds/{stage}": value for stage, value in metrics["seconds"].items()},
+        **{f"{_SECONDS}{stage}": value for stage, value in metrics["seconds"].items()},
         **{f"peak_gib/{stage}": value for stage, value in metrics["peak_gib"].items()},
     }
     return {name: float(value) for name, value in found.items() if value is not None}

@@ -2,6 +2,9 @@
 
 import json
 
+import pytest
+import xxhash
+
 from emloc.journal import Journal
 
 
@@ -18,10 +21,13 @@ def done(folder, *blocks: str) -> None:
 
 def test_a_line_for_each_block_in_order_with_the_size_of_its_file(tmp_path):
     done(tmp_path, "h.0", "h.1")
-    assert written(tmp_path) == [
+    lines = written(tmp_path)
+    hashes = [line.pop("xxh3") for line in lines]
+    assert lines == [
         {"block": "h.0", "tokens": 7, "bytes": 3},
         {"block": "h.1", "tokens": 7, "bytes": 4},
     ]
+    assert hashes == [xxhash.xxh3_128_hexdigest(bytes(size)) for size in (3, 4)]
     assert list(Journal(tmp_path).lines) == ["h.0", "h.1"]
 
 
@@ -59,3 +65,13 @@ def test_a_whole_last_line_without_its_end_is_kept_once(tmp_path):
     journal.file("h.1").write_bytes(b"")
     journal.add("h.1")
     assert [line["block"] for line in written(tmp_path)] == ["h.0", "h.1"]
+
+
+@pytest.mark.parametrize("content", [b"12", b"1234"], ids=["cut off", "changed"])
+def test_a_block_whose_file_is_not_as_it_was_written_is_made_again(tmp_path, caplog, content):
+    done(tmp_path, "h.0", "h.1")
+    (tmp_path / "h.1.safetensors").write_bytes(content)
+    journal = Journal(tmp_path)
+    assert list(journal.lines) == ["h.0"]
+    assert not journal.file("h.1").exists()
+    assert "h.1.safetensors is damaged" in caplog.text

@@ -15,7 +15,9 @@ import torch
 
 from emloc.errors import ConfigError, StageError
 from emloc.examples import Example, Examples
-from emloc.store import VERSION, Store, all_together, key_of, open_store
+from emloc.keys import class_name, key_of, neutral
+from emloc.manifest import MANIFEST, DamagedError, seal, whole
+from emloc.store import Store, open_store
 
 CALLS: list[tuple] = []
 REFUSAL = ConfigError("task.path: nothing there")
@@ -31,13 +33,18 @@ class Keys(Store):
 
     def _compute(self, name, home, *_):
         home.mkdir()
+        seal(home)
 
 
 @pytest.fixture
 def key(tmp_path):
     """The key of a stage that works on the given inputs."""
     keys = Keys(tmp_path / "keys")
-    return lambda *inputs, work=write, name="emulate": keys.stage(name, work, *inputs).key
+
+    def make(*inputs, work=write, name="emulate", version=1):
+        return keys.stage(name, work, *inputs, version=version).key
+
+    return make
 
 
 class Interrupted(BaseException):
@@ -106,6 +113,9 @@ class Fields:
     rank: int = 8
     name: str = "a"
 
+    def work(self, folder: Path, *inputs) -> dict:
+        return write(folder, *inputs)
+
 
 @dataclass(frozen=True)
 class Nested:
@@ -126,7 +136,7 @@ def test_a_finished_stage_is_found(store):
     assert CALLS == [((1, "a"), {})]
     assert first.folder == store.root / "emulate" / first.key
     assert (first.folder / "inputs.txt").read_text() == "(1, 'a')"
-    assert {path.name for path in first.folder.iterdir()} == {"inputs.txt", "stage.json"}
+    assert {path.name for path in first.folder.iterdir()} == {"inputs.txt", "stage.json", MANIFEST}
 
 
 def test_facts_are_those_of_the_work_with_seconds_and_memory(store):
@@ -158,8 +168,6 @@ def test_facts_are_those_of_the_work_with_seconds_and_memory(store):
         pytest.param((Nested(Settings(8)),), (Nested(Settings(16)),), id="a field of a field"),
         pytest.param((Settings(),), (Fields(),), id="the class of equal fields"),
         pytest.param((Keyed("a"),), (Keyed("b"),), id="an object's own key"),
-        pytest.param((Settings,), (Fields,), id="a class"),
-        pytest.param((write,), (write_too,), id="a function"),
     ],
 )
 def test_every_input_is_in_the_key(key, first, second):
@@ -184,14 +192,58 @@ def test_work_and_the_settings_it_is_bound_to_are_in_the_key(key):
     keys = [
         key(),
         key(name="train"),
-        key(work=write_too),
         key(work=Settings(8).work),
-        key(work=Settings(8).other),
         key(work=Settings(16).work),
         key(work=Settings(8, "b").work),
+        key(work=Fields(8).work),
     ]
     assert len(set(keys)) == len(keys)
-    assert key(work=Settings(8).work) == keys[3]
+    assert key(work=Settings(8).work) == keys[2]
+
+
+def test_a_function_can_be_renamed_and_moved(key):
+    """What a stage does is said by its name and version: a refactoring throws no cache away."""
+    assert key(1, work=write_too) == key(1, work=write)
+    assert key(work=Settings(8).other) == key(work=Settings(8).work)
+
+
+def test_a_class_can_be_moved_to_another_folder(key):
+    def part(module: str, **body):
+        space = {"__name__": module, "dataclass": dataclass, **body}
+        exec("@dataclass(frozen=True)\nclass Part:\n    rank: int = 8\n", space)
+        return space["Part"]
+
+    before, moved = part("emloc.emulators.thin"), part("elsewhere.parts.thin")
+    assert key(before()) == key(moved())
+    renamed = part("emloc.emulators.narrow")
+    assert key(renamed()) != key(before())
+    renamed.key_name = class_name(before)
+    assert key(renamed()) == key(before())
+
+
+@dataclass(frozen=True)
+class Grown:
+    """As `Settings` once was, and a setting that came later."""
+
+    key_name = "test_store.Settings"
+
+    rank: int = 8
+    name: str = "a"
+    fresh: bool = neutral(False)
+    share: float = neutral(0.0)
+
+
+def test_a_setting_that_comes_later_changes_no_key_while_it_is_neutral(key):
+    assert key(Grown()) == key(Settings())
+    assert key(Nested(Grown())) == key(Nested(Settings()))
+    assert key(work=Settings(8).work) == key(work=Settings().work)
+    assert len({key(Grown()), key(Grown(fresh=True)), key(Grown(share=0.5))}) == 3
+
+
+def test_no_key_holds_the_name_of_a_module():
+    for item in (Settings(), Nested(Grown(fresh=True)), {"a": [Settings()]}):
+        assert "emloc." not in json.dumps(key_of(item))
+    assert key_of(Settings()) == {"part": "test_store.Settings", "rank": 8, "name": "a"}
 
 
 def test_classes_of_one_name_in_two_files_are_not_each_other():
@@ -203,14 +255,11 @@ def test_classes_of_one_name_in_two_files_are_not_each_other():
         parts.append(space["Part"])
     assert parts[0].__qualname__ == parts[1].__qualname__
     assert key_of(parts[0]()) != key_of(parts[1]())
-    assert key_of(parts[0]) != key_of(parts[1])
 
 
-def test_a_new_meaning_is_a_new_key(key, monkeypatch):
-    before = key(1), key(1, name="train")
-    monkeypatch.setitem(VERSION, "emulate", VERSION["emulate"] + 1)
-    assert key(1) != before[0]
-    assert key(1, name="train") == before[1]
+def test_a_new_meaning_is_a_new_key(key):
+    assert key(1, version=2) != key(1)
+    assert key(1, version=1) == key(1)
 
 
 def test_live_arguments_reach_the_work_and_not_the_key(store):
@@ -291,6 +340,8 @@ def test_processes_compute_once(store, tmp_path):
         ({"a": {2}}, "set"),
         (Nested(Settings(), {"a": object()}), "object"),
         (lambda folder: {}, "<lambda>"),
+        (write, "write"),
+        (Settings, "Settings"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -329,14 +380,16 @@ def sign(folder: Path, journal: str) -> dict:
     return {"by": os.environ["RANK"]}
 
 
-@all_together
 def sign_all(folder: Path, journal: str) -> dict:
     return sign(folder, journal)
 
 
-@all_together
 def fall(folder: Path) -> dict:
     raise MemoryError("no more")
+
+
+def together(store):
+    return functools.partial(store.stage, together=True)
 
 
 def go_wrong(folder: Path, journal: str) -> dict:
@@ -391,16 +444,16 @@ def test_of_several_processes_the_first_works_and_the_others_wait(store, tmp_pat
 
 
 def test_all_enter_together_what_is_marked_and_the_first_has_the_word(store, tmp_path, in_three):
-    facts = in_three(store.stage, "train", sign_all, str(tmp_path / "journal"))
+    facts = in_three(together(store), "train", sign_all, str(tmp_path / "journal"))
     assert sorted((tmp_path / "journal").read_text().split()) == ["0", "1", "2"]
     assert [one["by"] for one in facts] == ["0", "0", "0"]
     assert facts[1]["seconds"] >= 0.3  # the others were done before
 
 
 def test_what_all_do_depends_on_how_many_they_are(store, tmp_path, in_three, monkeypatch):
-    in_three(store.stage, "train", sign_all, str(tmp_path / "journal"))
+    in_three(together(store), "train", sign_all, str(tmp_path / "journal"))
     monkeypatch.setenv("RANK", "0")
-    store.stage("train", sign_all, str(tmp_path / "journal"))
+    together(store)("train", sign_all, str(tmp_path / "journal"))
     assert len((tmp_path / "journal").read_text().split()) == 4
 
 
@@ -430,7 +483,95 @@ def test_what_the_user_set_wrong_reaches_all_processes_as_it_is(store, in_three)
 
 
 def test_who_fails_among_others_says_that_they_are_no_longer_in_step(store, in_three):
-    first, *others = in_three(store.stage, "train", fall)
+    first, *others = in_three(together(store), "train", fall)
     assert first == "OutOfStep: train: MemoryError: no more"
     # They failed as well, or had heard of it before they began.
     assert {one.partition(": ")[2] for one in others} == {"train: MemoryError: no more"}
+
+
+# What a disk, a copy or a cleaner did to an artifact.
+
+
+def write_files(folder: Path, content: str = "abc") -> dict:
+    CALLS.append(((content,), {}))
+    (folder / "below").mkdir()
+    (folder / "below" / "small.txt").write_text(content)
+    (folder / "block.safetensors").write_text(content)
+    return {}
+
+
+def cut(folder: Path) -> None:
+    (folder / "below" / "small.txt").write_text("ab")
+
+
+def purge(folder: Path) -> None:
+    (folder / "block.safetensors").unlink()
+
+
+def change(folder: Path) -> None:
+    path = folder / "below" / "small.txt"
+    path.write_text("abd")
+    os.utime(path, ns=(1, 1))
+
+
+def lose_the_list(folder: Path) -> None:
+    (folder / MANIFEST).unlink()
+
+
+def cut_the_list(folder: Path) -> None:
+    (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:-5])
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (cut, "below/small.txt has 2 of 3 bytes"),
+        (purge, "block.safetensors is missing"),
+        (change, "the content of below/small.txt has changed"),
+        (lose_the_list, "no readable manifest.json"),
+        (cut_the_list, "no readable manifest.json"),
+    ],
+)
+def test_a_damaged_artifact_is_named_moved_aside_and_made_again(store, caplog, damage, said):
+    caplog.set_level("WARNING")
+    artifact = store.stage("emulate", write_files)
+    damage(artifact.folder)
+    again = store.stage("emulate", write_files)
+    assert again == artifact
+    assert len(CALLS) == 2
+    assert (again.folder / "below" / "small.txt").read_text() == "abc"
+    (line,) = caplog.messages
+    assert said in line
+    assert str(artifact.folder) in line
+    (aside,) = (store.root / "emulate").glob("*.damaged-*")
+    assert aside.name in line
+    store.stage("emulate", write_files)
+    assert len(CALLS) == 2
+
+
+def test_a_mapped_file_is_compared_when_it_is_opened(store):
+    path = store.stage("emulate", write_files).folder / "block.safetensors"
+    assert whole(path) == path
+    path.write_text("abd")
+    os.utime(path, ns=(1, 1))
+    store.stage("emulate", write_files)
+    assert len(CALLS) == 1  # its size is right
+    with pytest.raises(DamagedError, match=r"content of block\.safetensors has changed") as caught:
+        whole(path)
+    assert caught.value.folder == path.parent
+    path.unlink()
+    with pytest.raises(DamagedError, match=r"block\.safetensors is missing"):
+        whole(path)
+
+
+def test_a_file_of_a_folder_that_is_being_written_is_believed(tmp_path):
+    path = tmp_path / "block.safetensors"
+    path.write_text("abc")
+    assert whole(path) == path
+
+
+def test_contents_are_read_once_in_a_process(store, monkeypatch):
+    artifact = store.stage("emulate", write_files)
+    store.stage("emulate", write_files)
+    monkeypatch.setattr("emloc.manifest.file_hash", lambda path: pytest.fail(f"reads {path}"))
+    assert store.stage("emulate", write_files) == artifact

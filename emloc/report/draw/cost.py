@@ -21,7 +21,6 @@ from emloc.report.rows import Row
 NAMED = 15  # points of a panel with their names beside them; of more there are numbers, and a key
 FEW = 3  # points that are a panel, if another has as many
 WIDE = 8  # from the least cost to the greatest, where an axis becomes logarithmic
-_STAGES = ("calibrate", "emulate", "train", "recover")
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,7 @@ def _megabytes(row: Row) -> float | None:
 
 def _seconds(row: Row) -> float | None:
     """Of all that comes before the evaluation; what was reused counts as when it was computed."""
-    known = [row.number(f"seconds/{stage}") for stage in _STAGES]
-    return sum(one or 0.0 for one in known) if "seconds/train" in row.numbers else None
+    return row.cost_seconds if "seconds/train" in row.numbers else None
 
 
 COSTS = (

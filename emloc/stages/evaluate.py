@@ -1,0 +1,36 @@
+"""Score the original model with the carried adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from emloc.evaluate import evaluate
+from emloc.stages import CARRIED, SCORES, Context, Stage
+from emloc.store import Facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Stage):
+    """Scores on the held-out rows, and what was answered to each."""
+
+    gives = SCORES
+    collected = MappingProxyType(
+        {name: name for name in ("predictions.jsonl", "lm_eval_samples.jsonl", "answers.jsonl")}
+    )
+
+    def needed(self, context: Context) -> bool:
+        """Always."""
+        return True
+
+    def inputs(self, context: Context) -> list[Any]:
+        """The model, what was carried to it, the data, and how much of it."""
+        cell = context.cell
+        carried = context.current.get(CARRIED)
+        return [context.source, carried, cell.task, cell.model.max_length, cell.eval]
+
+    def work(self, folder: Path, context: Context) -> Facts:
+        """See `emloc.evaluate`."""
+        return evaluate(folder, *self.inputs(context), device=context.device)

@@ -1,0 +1,32 @@
+"""Score the very model that was trained, where it is held in a packed format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emloc.evaluate import evaluate_as_trained
+from emloc.stages import SCORES_AS_TRAINED, TRAINED, Context, Stage
+from emloc.store import Facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateAsTrained(Stage):
+    """Scores of the model as it was trained, beside those of what was carried from it."""
+
+    gives = SCORES_AS_TRAINED
+    logged_as = "as_trained"
+
+    def needed(self, context: Context) -> bool:
+        """Where something was trained in fewer bits than the original's."""
+        return TRAINED in context.current and context.compression.bits == 4
+
+    def inputs(self, context: Context) -> list[Any]:
+        """The emulator, the adapter, the data, and how much of it."""
+        cell, trained = context.cell, context.current[TRAINED]
+        return [context.built, trained, cell.task, cell.model.max_length, cell.eval]
+
+    def work(self, folder: Path, context: Context) -> Facts:
+        """See `emloc.evaluate`."""
+        return evaluate_as_trained(folder, *self.inputs(context), device=context.device)

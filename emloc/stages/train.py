@@ -1,0 +1,54 @@
+"""Train the adapter through the emulator."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from emloc.emulators import Built
+from emloc.errors import ConfigError
+from emloc.stages import TRAINED, Context, Stage
+from emloc.store import Facts
+from emloc.train import Fit, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Stage):
+    """The adapter as it was trained, and its curve."""
+
+    gives = TRAINED
+    together = True
+    collected = MappingProxyType({"curve.jsonl": "curve.jsonl"})
+
+    def needed(self, context: Context) -> bool:
+        """Unless the method trains nothing."""
+        return context.fit is not None
+
+    def inputs(self, context: Context) -> list[Any]:
+        """The emulator, and what is fitted to what."""
+        return [context.built, context.fit]
+
+    def work(self, folder: Path, context: Context) -> Facts:
+        """See `emloc.train`."""
+        assert context.fit is not None
+        _refuse_nothing_adapted(context.built, context.fit)
+        return train(
+            folder, context.built, context.fit, device=context.device, report=context.report
+        )
+
+
+def _refuse_nothing_adapted(built: Built, fit: Fit) -> None:
+    """Refuse an emulator that leaves none of the layers to adapt, before it is opened.
+
+    Raises:
+        ConfigError: that is so.
+    """
+    adapted = re.compile(built.targets(fit.targets))
+    if not any(adapted.fullmatch(name) for name in built.source.linears):
+        raise ConfigError(
+            f"model.lora_targets={fit.targets!r} matches none of the layers that the emulator "
+            "leaves to adapt; set model.lora_targets, or emulator.first and emulator.last higher"
+        )
