@@ -222,8 +222,8 @@ def _lines(cell: Cell, result: Result, last: int, begun: float) -> Iterator[dict
 
     A stage that had been finished before this run was begun is `cached`.
     """
-    if (trained := result.current.get("trained")) is not None:
-        for text in (trained.folder / "curve.jsonl").read_text().splitlines():
+    if result.trained:
+        for text in (result.trained.folder / "curve.jsonl").read_text().splitlines():
             values = json.loads(text)
             if values["step"] > last:
                 yield training_line(values["step"], values)
@@ -247,12 +247,11 @@ def _pipeline(cell: Cell, report: Report) -> Result:
 def _metrics(cell: Cell, result: Result) -> dict[str, Any]:
     from emloc.provenance import provenance
 
-    current = result.current
-    scores = current["scores"].facts["scores"]
+    scores = result.evaluated.facts["scores"]
     if result.metric not in scores:
         known = ", ".join(scores)
         raise ConfigError(f"task.metric={result.metric} is no score of this run; there is {known}")
-    stages, trained = result.stages, current.get("trained")
+    stages, trained = result.stages, result.trained
     return {
         "method": cell.method,
         "metric": result.metric,
@@ -282,17 +281,16 @@ def _own(stage: Artifact) -> dict[str, Any]:
 
 def _as_trained(result: Result) -> dict[str, Any]:
     """What a model trained in four bits scores itself, beside what was carried from it."""
-    made = result.current.get("scores as trained")
-    return {"scores_as_trained": made.facts["scores"]} if made else {}
+    return {"scores_as_trained": result.as_trained.facts["scores"]} if result.as_trained else {}
 
 
 def _collect(cell: Cell, result: Result, folder: Path) -> None:
     """Copy what a person wants at hand out of the store: adapters, and what each stage names."""
     from emloc.adapters.saved import copy_adapter
 
-    for kind, target in (("trained", "adapter_trained"), ("carried", "adapter")):
-        if kind in result.current:
-            copy_adapter(result.current[kind].folder / "adapter", folder / target)
+    if result.trained and result.carried:
+        copy_adapter(result.trained.folder / "adapter", folder / "adapter_trained")
+        copy_adapter(result.carried.folder / "adapter", folder / "adapter")
     for name, artifact in result.stages.items():
         for file, target in cell.stage[name].collected.items():
             if (artifact.folder / file).exists():

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import shutil
 import tempfile
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from emloc.digest import digest
 from emloc.errors import ConfigError
+from emloc.manifest import seal
 from emloc.shipped import EXPERIMENTS
-from emloc.store import open_store
+from emloc.store import open_store, put_aside_if_damaged
 
 log = logging.getLogger(__name__)
 
@@ -95,15 +96,17 @@ def _from_package(package: str | None) -> tuple[Path, str]:
     with found[0].open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     home = open_store().root / "checkpoints" / f"{package}-{content[:16]}"
-    if not home.exists():
-        _convert(found[0], home)
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(home.with_suffix(".lock")):
+        put_aside_if_damaged(home, "model")
+        if not home.exists():
+            _convert(found[0], home)
     return home, f"{package}:{content}"
 
 
 def _convert(gguf: Path, home: Path) -> None:
     """Unpack a GGUF file into an ordinary bfloat16 checkpoint folder."""
     log.info("model: converting %s to safetensors, once", gguf.name)
-    home.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=home.parent))
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The converter loses SmolLM2's splitting of numbers into digits.
@@ -119,7 +122,5 @@ def _convert(gguf: Path, home: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
     )
     model.save_pretrained(draft)
-    try:
-        draft.rename(home)
-    except OSError:  # another process was first
-        shutil.rmtree(draft)
+    seal(draft)
+    draft.rename(home)

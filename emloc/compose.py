@@ -10,17 +10,19 @@ from pathlib import Path
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.errors import MissingConfigException
 from hydra.plugins.config_source import ConfigLoadError
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from emloc.runs import folder_name
 from emloc.settings import schema
-from emloc.shipped import CONF, EXPERIMENTS
+from emloc.shipped import CONF, EXPERIMENTS, conf_folders, plugin_folders
 
 # Where a plugin's settings would be -> the extra that installs it.
 EXTRAS = {
@@ -29,6 +31,15 @@ EXTRAS = {
     "hydra/launcher/submitit_slurm": "slurm",
     "hydra/sweeper/optuna": "search",
 }
+
+
+class PluginGroups(SearchPathPlugin):
+    """Have Hydra look for groups in the folders of plug-ins, too."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Called by Hydra when it composes."""
+        for folder in conf_folders()[1:]:
+            search_path.append("emloc-plugins", f"file://{folder}")
 
 
 # Of an experiment that was not named: who takes it all the same is told that its name is missing.
@@ -41,6 +52,8 @@ def register(words: Sequence[str] = ()) -> None:
     What is in an experiment only if it is named in `words`, the command line: Hydra copies all it
     knows for each group, which is the most of what `--help` takes.
     """
+    Plugins.instance().register(PluginGroups)
+    plugin_folders()
     store = ConfigStore.instance()
     store.store(name="schema", node=schema())
     store.repo.pop("cell", None)  # of what was named before
@@ -88,12 +101,16 @@ def _replace_joblib(store: ConfigStore) -> None:
 def _preset(overrides: Sequence[str]) -> DictConfig:
     """What these do on the command line, as a node for Hydra's defaults list."""
     pairs = [override.split("=", 1) for override in overrides]
-    groups = {f"override /{key}": value for key, value in pairs if (CONF / key).is_dir()}
+    groups = {f"override /{key}": value for key, value in pairs if _is_group(key)}
     values = OmegaConf.from_dotlist(
-        [f"{key}={value}" for key, value in pairs if not (CONF / key).is_dir()]
+        [f"{key}={value}" for key, value in pairs if not _is_group(key)]
     )
     defaults = [{key: value} for key, value in groups.items()]
     return OmegaConf.create({"defaults": [*defaults, "_self_"], **values})
+
+
+def _is_group(key: str) -> bool:
+    return any((folder / key).is_dir() for folder in conf_folders())
 
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:

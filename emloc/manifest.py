@@ -45,10 +45,9 @@ class _Entry:
 
 def seal(folder: Path) -> None:
     """Write the list of all files in `folder`, to the disk, when nothing more will be written."""
-    names = sorted(path.relative_to(folder).as_posix() for path in _files(folder))
     entries = {
         name: {"bytes": (folder / name).stat().st_size, "xxh3": file_hash(folder / name)}
-        for name in names
+        for name in _names(folder)
     }
     draft = folder / f".{MANIFEST}"
     with draft.open("w") as file:
@@ -98,6 +97,12 @@ def whole(path: Path) -> Path:
     return path
 
 
+def lists_all(folder: Path) -> bool:
+    """Whether there is a list that names every file in the folder."""
+    entries = _entries(folder)
+    return entries is not None and {*entries} == {*_names(folder)}
+
+
 def set_aside(folder: Path) -> Path:
     """Rename a damaged folder, so that it can be looked at and is not found again."""
     aside = folder.with_name(f"{folder.name}.damaged-{time.time_ns()}")
@@ -114,8 +119,13 @@ def file_hash(path: Path) -> str:
     return total.hexdigest()
 
 
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
+def _names(folder: Path) -> list[str]:
+    """All files but the list itself and locks, which come and go."""
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name.lstrip(".") != MANIFEST and path.suffix != ".lock"
+    )
 
 
 def _entries(folder: Path) -> Mapping[str, _Entry] | None:

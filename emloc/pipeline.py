@@ -20,7 +20,15 @@ from emloc.ranks import own_device
 from emloc.reading import Reader
 from emloc.samples import Samples, choose
 from emloc.source import Source
-from emloc.stages import Context
+from emloc.stages import (
+    CARRIED,
+    EMULATOR,
+    SCORES,
+    SCORES_AS_TRAINED,
+    STATISTICS,
+    TRAINED,
+    Context,
+)
 from emloc.store import Artifact, Facts, Store
 from emloc.tasks.generic import generic_text
 from emloc.train import Fit
@@ -39,6 +47,36 @@ class Result:
     metric: str
     stages: dict[str, Artifact]
     current: dict[str, Artifact]
+
+    @property
+    def statistics(self) -> Artifact | None:
+        """Second moments; None where they were not kept."""
+        return self.current.get(STATISTICS)
+
+    @property
+    def emulated(self) -> Artifact:
+        """The emulator."""
+        return self.current[EMULATOR]
+
+    @property
+    def trained(self) -> Artifact | None:
+        """The adapter as it was trained; None where nothing was."""
+        return self.current.get(TRAINED)
+
+    @property
+    def carried(self) -> Artifact | None:
+        """The adapter for the original model."""
+        return self.current.get(CARRIED)
+
+    @property
+    def evaluated(self) -> Artifact:
+        """Scores of the original model with it."""
+        return self.current[SCORES]
+
+    @property
+    def as_trained(self) -> Artifact | None:
+        """Scores of the model that was trained, where its numbers are packed."""
+        return self.current.get(SCORES_AS_TRAINED)
 
     @property
     def samples(self) -> list[str]:

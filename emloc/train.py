@@ -36,7 +36,7 @@ from emloc.prompts import Encoded
 from emloc.ranks import first, sharded
 from emloc.reading import Reader, encode_all
 from emloc.settings import LoraSettings, TrainSettings
-from emloc.trainer import FiniteTrainer, make_whole
+from emloc.trainer import FiniteTrainer, make_whole, newest_whole_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,8 @@ def fit_rows(
     trainer.add_callback(clock)
     mixed = trainer.args.bf16 or trainer.args.fp16
     with without_cudnn(), fit.adapter.training(model, mixed=mixed):
-        trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+        whole = newest_whole_checkpoint(checkpoints)
+        trainer.train(resume_from_checkpoint=str(whole) if whole else None)
     make_whole(model)
     trainer.accelerator.wait_for_everyone()  # the last checkpoint has parts of every process
     if first():
@@ -164,7 +165,7 @@ def arguments(
         logging_steps=recipe.log_every,
         logging_nan_inf_filter=False,  # it would write 0 for a loss that is not finite
         save_steps=recipe.save_every,
-        save_total_limit=1,
+        save_total_limit=2,  # the older one is whole while the newer one is being written
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
         report_to=[],
@@ -174,13 +175,6 @@ def arguments(
     # One process keeps to one device: the Trainer would cut its batches up over all GPUs in sight.
     made._n_gpu = min(made.n_gpu, 1)
     return made
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end."""
-    found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    newest = max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
-    return str(newest) if newest else None
 
 
 def _collate(reader: Reader, rows: list[dict[str, Any]]) -> dict[str, Tensor]:

