@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from emloc.atomic import whole_folder
 from emloc.digest import digest
 from emloc.errors import ConfigError
 from emloc.shipped import EXPERIMENTS
@@ -95,22 +95,23 @@ def _from_package(package: str | None) -> tuple[Path, str]:
     with found[0].open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     home = open_store().root / "checkpoints" / f"{package}-{content[:16]}"
-    if not home.exists():
-        _convert(found[0], home)
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(home.with_name(home.name + ".lock")):
+        if not home.exists():
+            with whole_folder(home) as draft:
+                _convert(found[0], draft)
     return home, f"{package}:{content}"
 
 
-def _convert(gguf: Path, home: Path) -> None:
-    """Unpack a GGUF file into an ordinary bfloat16 checkpoint folder."""
+def _convert(gguf: Path, to: Path) -> None:
+    """Unpack a GGUF file into an ordinary bfloat16 checkpoint in an empty folder."""
     log.info("model: converting %s to safetensors, once", gguf.name)
-    home.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=home.parent))
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The converter loses SmolLM2's splitting of numbers into digits.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
-    tokenizer.save_pretrained(draft)
+    tokenizer.save_pretrained(to)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
@@ -118,8 +119,4 @@ def _convert(gguf: Path, home: Path) -> None:
         # Without it the model counts as quantised and can be neither saved nor trained.
         quantization_config=GgufConfig(dequantize=True),
     )
-    model.save_pretrained(draft)
-    try:
-        draft.rename(home)
-    except OSError:  # another process was first
-        shutil.rmtree(draft)
+    model.save_pretrained(to)

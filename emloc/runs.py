@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
+from emloc.atomic import write_json
 from emloc.digest import digest
 from emloc.ranks import LOOK, born, world_size
 from emloc.settings import DECISIVE
@@ -128,10 +128,3 @@ def _plain(node: Any) -> Any:
 def _read(path: Path) -> dict[str, Any]:
     value: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a file that is there whole or not at all."""
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text(json.dumps(value, indent=1))
-    os.replace(draft, path)
