@@ -16,6 +16,7 @@ from hydra.plugins.config_source import ConfigLoadError
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from emloc.choices import hide_bases, refuse_bases
 from emloc.grid import read_experiment
 from emloc.runs import folder_name
 from emloc.settings import schema
@@ -39,7 +40,12 @@ def register(words: Sequence[str] = ()) -> None:
 
     What is in an experiment only if it is named in `words`, the command line: Hydra copies all it
     knows for each group, which is the most of what `--help` takes.
+
+    Raises:
+        ConfigError: `words` choose a base, which is no choice.
     """
+    hide_bases()
+    refuse_bases(words)
     store = ConfigStore.instance()
     store.store(name="schema", node=schema())
     store.repo.pop("cell", None)  # of what was named before
