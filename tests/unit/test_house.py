@@ -67,11 +67,6 @@ def test_the_modules_are_found():
     assert {"cli.py", "linalg/gram.py", "tasks/text.py"} <= {where(module) for module in MODULES}
 
 
-@pytest.mark.parametrize("module", MODULES, ids=where)
-def test_a_module_stays_short(module):
-    assert len(module.read_text(encoding="utf-8").splitlines()) <= 300
-
-
 def test_the_public_names_are_these():
     assert emloc.__all__ == PUBLIC
 
