@@ -6,7 +6,7 @@ import logging
 import re
 from dataclasses import dataclass, replace
 
-from emloc.calibrate import calibrate
+from emloc.calibrate import calibrate, statistics_bytes
 from emloc.composition import fit_together
 from emloc.config import Cell
 from emloc.emulators import Built, Given
@@ -15,7 +15,6 @@ from emloc.evaluate import evaluate, evaluate_as_trained, headline
 from emloc.examples import Examples
 from emloc.lean.prepare import obstacle
 from emloc.memory import GIB, stay_within
-from emloc.plan.cost import statistics_bytes
 from emloc.plan.solve import solved
 from emloc.progress import Report
 from emloc.ranks import own_device
