@@ -18,7 +18,14 @@ from emloc.source import Source
 from emloc.statistics import Statistics, Taken
 from emloc.walk import Block, by_block, open_walk
 
+# Name -> (out, in).
 Layers = dict[str, tuple[int, int]]
+
+
+def statistics_bytes(layers: Layers, whole: bool) -> int:
+    """Bytes of all second moments in float64, at most: layers of one input share theirs."""
+    sides = ((n if whole else min(m, n)) for m, n in layers.values())
+    return sum(8 * side * side for side in sides)
 
 
 def calibrate(

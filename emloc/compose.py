@@ -5,8 +5,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Sequence
-from functools import cache
-from pathlib import Path
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -20,6 +18,8 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from emloc.choices import hide_bases, refuse_bases
+from emloc.grid import read_experiment
 from emloc.runs import folder_name
 from emloc.settings import schema
 from emloc.shipped import CONF, EXPERIMENTS, conf_folders, plugin_folders
@@ -51,17 +51,23 @@ def register(words: Sequence[str] = ()) -> None:
 
     What is in an experiment only if it is named in `words`, the command line: Hydra copies all it
     knows for each group, which is the most of what `--help` takes.
+
+    Raises:
+        ConfigError: `words` choose a base, which is no choice.
     """
     Plugins.instance().register(PluginGroups)
     plugin_folders()
+    hide_bases()
+    refuse_bases(words)
     store = ConfigStore.instance()
     store.store(name="schema", node=schema())
     store.repo.pop("cell", None)  # of what was named before
     for path in sorted(EXPERIMENTS.glob("*.yaml")):
         node = _UNNAMED
         if any(path.stem in word or "glob(" in word for word in words):
-            node, cells = _experiment(path, path.stat().st_mtime_ns)
-            for name, overrides in cells.items():
+            file = read_experiment(path)
+            node = file.node
+            for name, overrides in file.cells.items():
                 cell = _preset(overrides.split())
                 store.store(group=f"cell/{path.stem}", name=name, node=cell, package="_global_")
         store.store(group="experiments", name=path.stem, node=node, package="_global_")
@@ -69,21 +75,6 @@ def register(words: Sequence[str] = ()) -> None:
     OmegaConf.register_new_resolver(
         "emloc.folder", lambda *, _root_: folder_name(_root_), replace=True
     )
-
-
-@cache
-def _experiment(path: Path, modified: int) -> tuple[DictConfig, dict[str, str]]:
-    """The experiment as Hydra is to know it, and its cells: name -> words of the command line.
-
-    Kept until the file is `modified`, for it takes longer to read all of them than to compose.
-    """
-    node = OmegaConf.load(path)
-    assert isinstance(node, DictConfig)
-    cells = dict(node.pop("cells", {}))
-    if cells:
-        every = ",".join(f"{path.stem}/{name}" for name in cells)
-        OmegaConf.update(node, "hydra.sweeper.params.cell", every)
-    return node, cells
 
 
 def _replace_joblib(store: ConfigStore) -> None:
@@ -154,8 +145,7 @@ def _nearest(word: str, options: Sequence[str]) -> str:
 def _cells() -> Iterator[str]:
     """Every cell of every experiment."""
     for path in sorted(EXPERIMENTS.glob("*.yaml")):
-        _, cells = _experiment(path, path.stat().st_mtime_ns)
-        yield from (f"{path.stem}/{name}" for name in cells)
+        yield from (f"{path.stem}/{name}" for name in read_experiment(path).cells)
 
 
 def _settings() -> Iterator[str]:

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from emloc.atomic import write_text
 from emloc.manifest import file_hash
 
 log = logging.getLogger(__name__)
@@ -31,9 +32,7 @@ class Journal:
                 self.lines[entry["block"]] = entry
         kept = "".join(json.dumps(entry) + "\n" for entry in self.lines.values())
         if kept != written:
-            draft = self._path.with_suffix(".draft")
-            draft.write_text(kept)
-            draft.rename(self._path)
+            write_text(self._path, kept)
 
     def file(self, block: str) -> Path:
         """The file of one block."""

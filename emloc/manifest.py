@@ -19,6 +19,8 @@ from typing import Any
 
 import xxhash
 
+from emloc.atomic import write_json
+
 MANIFEST = "manifest.json"
 VERSION = 1
 # Files directly in the folder with this ending are read block by block, and compared as they are.
@@ -49,13 +51,7 @@ def seal(folder: Path) -> None:
         name: {"bytes": (folder / name).stat().st_size, "xxh3": file_hash(folder / name)}
         for name in _names(folder)
     }
-    draft = folder / f".{MANIFEST}"
-    with draft.open("w") as file:
-        json.dump({"version": VERSION, "files": entries}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, folder / MANIFEST)
-    _sync(folder)
+    write_json(folder / MANIFEST, {"version": VERSION, "files": entries})
 
 
 def flaw_of(folder: Path) -> str | None:
@@ -124,7 +120,7 @@ def _names(folder: Path) -> list[str]:
     return sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if path.is_file() and path.name.lstrip(".") != MANIFEST and path.suffix != ".lock"
+        if path.is_file() and path.name != MANIFEST and path.suffix != ".lock"
     )
 
 
@@ -157,12 +153,3 @@ def _known_hash(path: Path) -> str:
 @lru_cache(maxsize=65536)
 def _hashed(path: Path, size: int, modified: int) -> str:
     return file_hash(path)
-
-
-def _sync(folder: Path) -> None:
-    """Have the names in the folder on the disk, too."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from emloc.adapters.saved import SavedLora, read_adapter
+from emloc.atomic import whole_folder
 from emloc.config import part
 from emloc.errors import ConfigError
 from emloc.settings import Compression
@@ -55,28 +56,25 @@ def merge(source: Source, adapter: SavedLora, target: Path) -> Path:
     missing = [name for name in adapter.pairs if f"{name}.weight" not in weights.names]
     if missing:
         raise ConfigError(f"the model holds no layer {missing[0]}; the adapter is for another one")
-    draft = target.with_name(target.name + ".partial")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    for path in weights.folder.iterdir():
-        if path.is_file() and path.suffix != ".safetensors":
-            shutil.copy(path, draft)
-    for shard in tqdm(sorted(set(weights.files.values())), "merge", unit="file"):
-        with safe_open(shard, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata()
-        for name, weight in tensors.items():
-            for parameter, rows in weights.layout(name).items():
-                layer = parameter.removesuffix(".weight")
-                if layer not in adapter.pairs:
-                    continue
-                if rows is None:
-                    tensors[name] = _merged(weight, adapter, layer)
-                else:
-                    own = rows.of(weight, len(weight))
-                    rows.put(weight, _merged(own, adapter, layer))
-        save_file(tensors, draft / shard.name, metadata=metadata)
-    draft.rename(target)
+    with whole_folder(target) as draft:
+        for path in weights.folder.iterdir():
+            if path.is_file() and path.suffix != ".safetensors":
+                shutil.copy(path, draft)
+        for shard in tqdm(sorted(set(weights.files.values())), "merge", unit="file"):
+            with safe_open(shard, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = file.metadata()
+            for name, weight in tensors.items():
+                for parameter, rows in weights.layout(name).items():
+                    layer = parameter.removesuffix(".weight")
+                    if layer not in adapter.pairs:
+                        continue
+                    if rows is None:
+                        tensors[name] = _merged(weight, adapter, layer)
+                    else:
+                        own = rows.of(weight, len(weight))
+                        rows.put(weight, _merged(own, adapter, layer))
+            save_file(tensors, draft / shard.name, metadata=metadata)
     return target
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from emloc.atomic import write_json
 from emloc.digest import digest
 from emloc.errors import ConfigError
 
@@ -74,9 +75,7 @@ class Notice:
     def put(self, state: str, text: str = "") -> None:
         """Say how it goes, in place of what was said before. One process alone says nothing."""
         if world_size() > 1:
-            draft = self.path.with_name(self.path.name + ".draft")
-            draft.write_text(json.dumps([launch(), time.time(), state, text]))
-            os.replace(draft, self.path)
+            write_json(self.path, [launch(), time.time(), state, text])
 
     def read(self) -> tuple[str, str]:
         """State and text; both empty where nothing was said in this launch."""

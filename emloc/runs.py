@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from filelock import FileLock, Timeout
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
+from emloc.atomic import write_json
 from emloc.digest import digest
 from emloc.keys import class_name, without_neutral
 from emloc.ranks import LOOK, born, world_size
@@ -163,10 +163,3 @@ def _plain(node: Any) -> Any:
 def _read(path: Path) -> dict[str, Any]:
     value: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a file that is there whole or not at all."""
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text(json.dumps(value, indent=1))
-    os.replace(draft, path)

@@ -8,10 +8,11 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from emloc.atomic import whole_file
+
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write the tensors, from whatever device, beside `path` and then rename."""
-    draft = path.with_suffix(".draft")
+    """Write the tensors, from whatever device."""
     here = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(here, draft, metadata=metadata)
-    draft.rename(path)
+    with whole_file(path) as draft:
+        save_file(here, draft, metadata=metadata)

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from emloc.report.markdown_table import markdown_table
+
 # A number; nan where it could not be taken, and a word where there can be none, such as OOM.
 Figure = float | str
 
@@ -90,11 +92,8 @@ def read(path: Path) -> list[Row]:
 
 def table(rows: Iterable[Row]) -> str:
     """The rows in Markdown."""
-    lines = [[field.name for field in fields(Row)], *(list(asdict(one).values()) for one in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [" | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
-    text.insert(1, " | ".join("-" * width for width in widths))
-    return "\n".join(f"| {line} |" for line in text)
+    header = [field.name for field in fields(Row)]
+    return markdown_table(header, [list(asdict(one).values()) for one in rows])
 
 
 def note(path: Path, work: str, facts: dict[str, object]) -> None:

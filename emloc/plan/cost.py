@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from emloc.calibrate import Layers
+from emloc.calibrate import statistics_bytes
 from emloc.memory import GIB
 from emloc.plan.gpus import Gpu
 from emloc.plan.scheme import Scheme, Work
@@ -50,12 +50,6 @@ def cost_of(
         host += min(waiting, int(budget.host_gib * GIB))
         build = _build_seconds(scheme, tokens, gpu)
     return Cost(host, disk, build, _step_seconds(scheme, work, operations, gpu))
-
-
-def statistics_bytes(layers: Layers, whole: bool) -> int:
-    """Bytes of all second moments in float64, at most: layers of one input share theirs."""
-    sides = ((n if whole else min(m, n)) for m, n in layers.values())
-    return sum(8 * side * side for side in sides)
 
 
 def _build_seconds(scheme: Scheme, tokens: int, gpu: Gpu) -> float:

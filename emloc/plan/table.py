@@ -12,6 +12,7 @@ from emloc.plan.cost import Cost, cost_of
 from emloc.plan.fit import RESERVE, Need, factored, fitting_emulator, need, scheme_of, usable
 from emloc.plan.gpus import Gpu
 from emloc.plan.scheme import Scheme, Work
+from emloc.report.markdown_table import markdown_table
 from emloc.settings import Compression
 
 HEADER = (
@@ -45,11 +46,7 @@ def plan(cell: Cell, work: Work, gpu: Gpu) -> str:
     limit = cell.budget.gpu_gib or gpu.memory_gib
     whole = scheme_of(cell, cell.model.shape_source(), None, 16)
     lines = list(_lines(cell, whole, work, gpu, limit))
-    rows = [list(HEADER), *(_cells(line) for line in lines)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
-    padded = [[cell.ljust(width) for cell, width in zip(r, widths, strict=True)] for r in rows]
-    padded.insert(1, ["-" * width for width in widths])
-    table = "\n".join("| " + " | ".join(row) + " |" for row in padded)
+    table = markdown_table(HEADER, [_cells(line) for line in lines])
     passes = f"{work.accumulate} x " if work.accumulate > 1 else ""
     notes = (
         f"{cell.model.name}: {passes}{work.batch} x {work.length} tokens a step, LoRA rank "

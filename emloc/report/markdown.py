@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from emloc.report.lines import table_of
+from emloc.report.markdown_table import markdown_table
 from emloc.report.paper import Paper, paper_of
 from emloc.report.rows import Row, rows_of
 from emloc.report.table import Table, split
@@ -40,7 +41,6 @@ def markdown(shown: Table, *, bold: bool = False) -> str:
     """A table whose columns stand below one another, the best in bold if asked for."""
 
     def cell(index: int, column: str, word: str) -> str:
-        word = word.replace("|", "\\|")
         if not bold or (index, column) not in shown.best:
             return word
         ours, aside = split(word)
@@ -51,13 +51,7 @@ def markdown(shown: Table, *, bold: bool = False) -> str:
         [cell(index, *each) for each in zip(columns, words, strict=True)]
         for index, words in enumerate(shown.words())
     ]
-    cells = [[column.replace("|", "\\|") for column in columns], *cells]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    rule = ["-" * width for width in widths]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in [cells[0], rule, *cells[1:]]
-    )
+    return markdown_table(columns, cells)
 
 
 def notes(shown: Table, rows: Sequence[Row], paper: Paper) -> list[str]:

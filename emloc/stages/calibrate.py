@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emloc.calibrate import calibrate
+from emloc.calibrate import calibrate, statistics_bytes
 from emloc.memory import GIB
-from emloc.plan.cost import statistics_bytes
 from emloc.stages import STATISTICS, Context, Stage
 from emloc.store import Facts
 

@@ -11,14 +11,13 @@ from tempfile import TemporaryDirectory
 from threading import Event, Lock, Thread
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from emloc.grid import split_sweep
 from emloc.ranks import born, first, hush
 from emloc.report.markdown import table
 from emloc.runs import DONE, RUNNING, Run, find_runs
@@ -168,10 +167,8 @@ def cells_of(config: DictConfig) -> int | None:
         return int(sweeper.n_trials)
     if not sweeper._target_.endswith(".BasicSweeper"):
         return None
-    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    overrides = parser.parse_overrides(list(_swept(config)))
     try:
-        return sum(len(batch) for batch in BasicSweeper.split_arguments(overrides, None))
+        return len(split_sweep([*_swept(config)], GlobalHydra.instance().config_loader()))
     except HydraException:  # a kind of sweep that it refuses itself in a moment
         return None
 

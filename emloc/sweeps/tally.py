@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from emloc.runs import DONE, write_json
+from emloc.atomic import write_json
+from emloc.runs import DONE
 
 
 @dataclass(frozen=True)

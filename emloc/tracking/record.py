@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from emloc.atomic import write_text
 from emloc.runs import Run
 from emloc.tracking.track import STEP, Line, Nothing, Session, Tracker
 
@@ -86,9 +87,7 @@ class Record:
             self._lost = True
 
     def _write(self) -> None:
-        draft = self._path.with_suffix(".draft")
-        draft.write_text("".join(json.dumps(line) + "\n" for line in self._lines))
-        draft.replace(self._path)
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
 
 
 def training_line(step: int, values: Mapping[str, float]) -> dict[str, float]:

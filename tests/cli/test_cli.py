@@ -191,6 +191,7 @@ def test_the_wheel_runs_from_another_folder(tmp_path, emloc):
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
+    assert "emloc/py.typed" in names
     assert "emloc/_data/conf/config.yaml" in names
     assert "emloc/_data/experiments/demo.yaml" in names
     assert not [name for name in names if name.startswith("tests")]

@@ -13,7 +13,7 @@ from emloc.settings import TrainSettings
 from emloc.shipped import CONF
 
 CHOICES = {
-    group: sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    group: sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
     for group in ("emulator", "adapter", "recovery")
 }
 TRIPLES = list(product(*CHOICES.values()))

@@ -25,7 +25,7 @@ from emloc.settings import DECISIVE, SCHEDULES, Config
 from emloc.shipped import CONF, DATA
 
 CHOICES = {
-    folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
+    folder.name: sorted(path.stem for path in folder.glob("[!_]*.yaml"))
     for folder in sorted(CONF.iterdir())
     if folder.is_dir() and any(folder.glob("*.yaml"))
 }
@@ -44,14 +44,21 @@ def yaml_of(name: str) -> DictConfig:
 
 
 def spelled(name: str) -> dict[str, object]:
-    """What a YAML writes, with what its defaults list puts below its keys; no `_target_`."""
+    """What a YAML writes, with its bases and what its defaults list puts below its keys.
+
+    Without `_target_`.
+    """
     written = OmegaConf.to_container(yaml_of(name))
     written.pop("_target_", None)
     for line in written.pop("defaults", []):
         if line != "_self_":
             choice, _, place = line.partition("@")
-            key, _, below = place.partition(".")
-            written.setdefault(key, {})[below] = spelled(f"{name.split('/')[0]}/{choice}")
+            other = spelled(f"{name.split('/')[0]}/{choice}")
+            if place:
+                key, _, below = place.partition(".")
+                written[key] = written.get(key, {}) | {below: other}
+            else:
+                written = other | written
     return written
 
 
@@ -64,7 +71,11 @@ def preset(method: str) -> dict[str, str]:
 def class_of(name: str) -> type:
     """What a YAML of a group builds: the class it names, or its section's."""
     node = yaml_of(name)
-    return get_class(node._target_) if "_target_" in node else SECTIONS[name.split("/")[0]]
+    group = name.split("/")[0]
+    if "_target_" in node:
+        return get_class(node._target_)
+    bases = [line for line in node.get("defaults", []) if line[0] == "_" and line != "_self_"]
+    return class_of(f"{group}/{bases[0]}") if bases else SECTIONS[group]
 
 
 @cache

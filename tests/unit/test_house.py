@@ -67,11 +67,6 @@ def test_the_modules_are_found():
     assert {"cli.py", "linalg/gram.py", "tasks/text.py"} <= {where(module) for module in MODULES}
 
 
-@pytest.mark.parametrize("module", MODULES, ids=where)
-def test_a_module_stays_short(module):
-    assert len(module.read_text(encoding="utf-8").splitlines()) <= 300
-
-
 def test_the_public_names_are_these():
     assert emloc.__all__ == PUBLIC
 
@@ -134,7 +129,16 @@ def test_some_libraries_are_imported_in_one_place_only():
 
 
 def test_hydra_ends_where_objects_begin():
-    allowed = {"cell.py", "cli.py", "compose.py", "config.py", "grid.py", "merging.py", "runs.py"}
+    allowed = {
+        "cell.py",
+        "choices.py",
+        "cli.py",
+        "compose.py",
+        "config.py",
+        "grid.py",
+        "merging.py",
+        "runs.py",
+    }
     allowed |= {"settings.py", "plugins/hydra_plugins/emloc_sweeps.py"}
     found = importers("hydra") | importers("omegaconf")
     assert {place for place in found if not place.startswith("sweeps/")} <= allowed

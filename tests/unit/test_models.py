@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from tiny import TINY_INTERNVL, image_batch, tiny_internvl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from emloc.compose import compose
 from emloc.config import part
 from emloc.errors import ConfigError
 from emloc.models.checkpointed import Checkpointed
@@ -43,8 +44,8 @@ CARDS = {"2b": 2.21, "4b": 3.71, "8b": 8.08, "26b": 25.51, "38b": 38.39, "78b": 
 
 
 def settings(name: str, **changed) -> Checkpointed:
-    written = OmegaConf.load(CONF / "model" / f"{name}.yaml")
-    written.pop("defaults", None)  # its siblings, which are models of their own
+    written = compose([f"model={name}"]).model
+    written.siblings = {}  # models of their own
     return part(OmegaConf.merge(written, changed))
 
 
@@ -82,7 +83,7 @@ def folder(tmp_path_factory):
 
 
 def test_every_model_is_in_the_table():
-    assert set(MODELS) == {path.stem for path in (CONF / "model").glob("*.yaml")}
+    assert set(MODELS) == {path.stem for path in (CONF / "model").glob("[!_]*.yaml")}
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -23,6 +23,7 @@ from transformers.convert_slow_tokenizer import import_protobuf
 
 import emloc
 from emloc.adapters.saved import SavedLora
+from emloc.compose import compose
 from emloc.errors import ConfigError
 from emloc.layout import Part
 from emloc.linalg.correct import Pair
@@ -251,7 +252,7 @@ def test_the_model_its_settings_build_gives_the_same_logits(pair):
 
 def test_the_targets_of_the_configuration_match_the_modules_of_split_projections(pair):
     model, _ = pair
-    conf = yaml.safe_load((MODELS / "internvl2_5_8b.yaml").read_text(encoding="utf-8"))
+    conf = compose(["model=internvl2_5_8b"]).model
     linears = [n for n, one in model.named_modules() if isinstance(one, torch.nn.Linear)]
     adapted = [name for name in linears if re.fullmatch(conf["lora_targets"], name)]
     compressed = [name for name in linears if re.fullmatch(conf["emulator_targets"], name)]

@@ -1,0 +1,70 @@
+"""Bases of several choices, which are no choices themselves."""
+
+import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.errors import MissingConfigException
+from omegaconf import OmegaConf
+
+from emloc.compose import compose, explain, register
+from emloc.errors import ConfigError
+from emloc.grid import split_sweep
+from emloc.shipped import CONF
+
+BASES = sorted(path for path in CONF.glob("*/_*.yaml"))
+GROUPS = sorted({path.parent.name for path in CONF.glob("*/*.yaml")})
+
+
+@pytest.fixture
+def loader():
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield GlobalHydra.instance().config_loader()
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_what_is_offered_of_a_group_is_its_files_without_bases(loader, group):
+    """By `--help`, completion and messages, which all ask this of Hydra."""
+    stems = {path.stem for path in (CONF / group).glob("*.yaml")}
+    offered = set(loader.get_group_options(group, ObjectType.CONFIG))
+    assert offered == {stem for stem in stems if not stem.startswith("_")}
+
+
+def test_there_is_a_base_and_nine_choices_are_made_of_it():
+    assert [path.stem for path in BASES] == ["_internvl"]
+    lists = [OmegaConf.load(path).get("defaults", []) for path in (CONF / "model").glob("*.yaml")]
+    assert sum("_internvl" in lines for lines in lists) == 9
+
+
+def test_all_choices_of_a_group_are_swept_without_its_base(loader):
+    swept = {words[0] for words in split_sweep(["model=glob(*internvl*)"], loader)}
+    assert swept == {
+        *(f"model=internvl2_5_{size}b" for size in (2, 4, 8, 26, 38, 78)),
+        *(f"model=tiny_internvl{size}" for size in ("", "_r25", "_r50")),
+    }
+
+
+def test_a_message_about_a_wrong_name_offers_no_base():
+    with pytest.raises(MissingConfigException) as caught:
+        compose(["model=nothing_like_it"])
+    message = explain(caught.value)
+    assert message.startswith("model=nothing_like_it: there is no such choice; there is gemma3_4b,")
+    assert "_internvl," not in message.replace("tiny_internvl,", "")
+
+
+@pytest.mark.parametrize(
+    "word", ["model=_internvl", "+model=_internvl", "model=gemma3_4b,_internvl"]
+)
+def test_a_base_that_is_chosen_is_refused(word):
+    group = word.partition("=")[0]
+    with pytest.raises(ConfigError) as caught:
+        compose([word])
+    assert str(caught.value) == (
+        f"{group}=_internvl: there is no such choice; _internvl is a base that others are made of"
+    )
+
+
+def test_a_value_of_a_setting_may_begin_as_a_base_does():
+    assert compose(["name=_mine"]).name == "_mine"
