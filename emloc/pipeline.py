@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 class Result:
     """The artifacts of one run; `trained` and `carried` are None where nothing was trained.
 
-    `as_trained`: the scores of what was trained itself, where that is in four bits and the model it
-    is carried to is not.
+    `as_trained`: the scores of what was trained itself, where that is packed and the model it is
+    carried to is not.
     """
 
     metric: str
@@ -77,8 +77,8 @@ def run(cell: Cell, store: Store, report: Report) -> Result:
     reader = source.reader()  # random weights may have none: found out now, not behind a stage
     source.require(list(source.sizes))  # what the files lack, likewise
     layers = cell.model.compressed(source)
-    compression = solved(cell, source)
-    planned = emulator.plan(source, layers, compression)
+    cell = solved(cell, source)
+    planned = emulator.plan(source, layers, cell.compression)
     fit = _fit(cell, source) if adapter.trains else None
     # What cannot be scored is found out now, not behind the training.
     held_out = cell.task.held_out(cell.eval.limit)
@@ -101,10 +101,9 @@ def run(cell: Cell, store: Store, report: Report) -> Result:
             device=device,
             host_bytes=host,
         )
-    assert compression.bits is not None
-    given = Given(planned, statistics, samples if emulator.samples else None, compression.bits)
+    given = Given(planned, statistics, samples if emulator.samples else None, cell.precision)
     emulated = store.stage("emulate", emulator.build, source, given, device=device, host_bytes=host)
-    built = Built(emulator, emulated, source)
+    built = Built(emulator, emulated, source, cell.precision)
     if fit is not None:
         _refuse_nothing_adapted(built, fit)
         trained = store.stage("train", train, built, fit, device=device, report=report)
@@ -116,7 +115,7 @@ def run(cell: Cell, store: Store, report: Report) -> Result:
     evaluated = store.stage(
         "evaluate", evaluate, source, carried, cell.task, length, wanted, device=device
     )
-    if trained is not None and given.bits == 4:
+    if trained is not None and cell.precision is not None:
         work = evaluate_as_trained
         as_trained = store.stage(
             "evaluate", work, built, trained, cell.task, length, wanted, device=device

@@ -112,7 +112,9 @@ def find_runs(folder: Path) -> list[Run]:
 
 def folder_name(config: DictConfig) -> str:
     """`<method>-<model>-<task>-s<seed>-<id>`: the same settings give the same folder."""
-    decisive = {name: _plain(config[name]) for name in DECISIVE}
+    # What was left open is not named: a section that is new changes no folder of before.
+    chosen = {name: _plain(config[name]) for name in DECISIVE}
+    decisive = {name: value for name, value in chosen.items() if value is not None}
     if config.compression.ratio is None:  # compression=auto: the budget decides it
         decisive["gpu_gib"] = config.budget.gpu_gib
     if world_size() > 1:  # they share a step of the training, which is the larger for it

@@ -128,7 +128,7 @@ def test_no_public_name_is_also_a_module_that_can_hide_it():
 def test_some_libraries_are_imported_in_one_place_only():
     assert importers("wandb") == {"tracking/wandb_run.py"}
     assert {place.split("/")[0] for place in importers("lm_eval")} == {"harness"}
-    assert importers("bitsandbytes") == {"nn/nf4.py"}
+    assert importers("bitsandbytes") == {"precision/nf4.py"}
     assert {place.split("/")[0] for place in importers("peft")} == {"adapters"}
     assert {"adapters/lora.py", "adapters/saved.py"} <= importers("peft")
 

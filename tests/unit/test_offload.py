@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from packed import held_at
 from safetensors.torch import load_file
 from tiny import image_batch, save_checkpoint, tiny_internvl
 from transformers import AutoModelForImageTextToText, LlamaForCausalLM
@@ -49,8 +50,8 @@ def bits(request):
 
 
 def opened(emulator, folder, source, bits):
-    emulator.build(folder, source, Given(None, None, None, bits), device=CPU)
-    return emulator.open(folder, source, CPU)
+    emulator.build(folder, source, Given(None, None, None, held_at(bits)), device=CPU)
+    return emulator.open(folder, source, CPU, precision=held_at(bits))
 
 
 def both(tmp_path, source, bits):
@@ -82,8 +83,8 @@ def test_the_curve_and_the_adapter_are_those_of_lora(deep, tiny, tmp_path, bits,
     for emulator in (Full(), Offload()):
         folder, losses = tmp_path / type(emulator).__name__, []
         folder.mkdir()
-        emulator.build(folder, source, Given(None, None, None, bits), device=CPU)
-        built = Built(emulator, Artifact("emulate", "0", folder), source)
+        emulator.build(folder, source, Given(None, None, None, held_at(bits)), device=CPU)
+        built = Built(emulator, Artifact("emulate", "0", folder), source, held_at(bits))
 
         def follow(_, said, losses=losses):
             losses.append(said["loss"])
@@ -205,8 +206,10 @@ def test_what_quantising_loses_is_known_as_for_the_whole_model(deep, tmp_path):
     source = Source(deep, "deep", "0", torch.float32)
     both(tmp_path, source, 4)
     layer = "model.layers.3.mlp.up_proj"
-    expected = Full().residual(tmp_path, source, layer)
-    assert torch.equal(Offload().residual(tmp_path, source, layer), expected)
+    expected, gap = (
+        one.residual(tmp_path, source, layer, precision=held_at(4)) for one in (Full(), Offload())
+    )
+    assert torch.equal(gap, expected)
     assert expected.abs().max() > 0
 
 
