@@ -39,7 +39,7 @@ HEAVY = {"torch", "transformers", "peft", "lm_eval", "wandb", "datasets", "accel
 DRAWN = ["emloc.report.figures"]
 REPORT = ["emloc.report.rows", "emloc.report.tables", "emloc.report.written", *DRAWN]
 SWEEP = ["emloc.runs", "emloc.sweeps.callbacks", "emloc.sweeps.killed"]
-LIGHT = ["emloc", "emloc.cli", "emloc.compose", *REPORT, *SWEEP]
+LIGHT = ["emloc", "emloc.cli", "emloc.compose", "emloc.formats", *REPORT, *SWEEP]
 
 
 def where(module: Path) -> str:
@@ -131,6 +131,11 @@ def test_some_libraries_are_imported_in_one_place_only():
     assert importers("bitsandbytes") == {"precision/nf4.py"}
     assert {place.split("/")[0] for place in importers("peft")} == {"adapters"}
     assert {"adapters/lora.py", "adapters/saved.py"} <= importers("peft")
+
+
+def test_a_packed_format_is_known_by_its_interface_alone():
+    homes = {where(module) for module in MODULES if "emloc.precision.nf4" in {*imported(module)}}
+    assert homes == {"bench/training.py"}  # where bitsandbytes' own layer is the peer
 
 
 def test_hydra_ends_where_objects_begin():

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from packed import held_at
+from packed import THREE_BITS, held_at
 from tiny import save_checkpoint
 
 from emloc.adapters.fused import fuse
@@ -296,6 +296,24 @@ def test_left_open_bits_are_16_where_nearly_all_can_be_kept_so_and_else_4():
     assert [one.bits for one in found.values()] == [4, 4, 16]
     assert 0.1 < found[0.36].ratio < 0.5 < found[0.45].ratio < 0.99
     assert found[1].ratio == 0.99
+
+
+def test_a_format_of_a_plug_in_is_solved_for_and_has_rows_of_its_own(monkeypatch):
+    monkeypatch.setattr("emloc.shipped.conf_folders", lambda: [CONF, THREE_BITS / "conf"])
+    cell = auto("budget.gpu_gib=0.36")
+    chosen = fitting(cell, shaped(cell), WORK)
+    assert chosen.bits == 3  # of four bits not nearly all can be kept either
+    room = cell.budget.gpu_gib * GIB * (1 - RESERVE)
+    assert peak(cell, chosen.ratio, 3) <= room < peak(cell, round(chosen.ratio + 0.01, 2), 3)
+    named = replace(cell, precision=held_at(4))
+    assert fitting(named, shaped(named), WORK).bits == 4
+    rows = rows_of(plan(cell_of(MIDDLE), WORK, gpu_called("rtx4090")))[2:]
+    assert [(row[0], row[2]) for row in rows] == [
+        *(("lora", "16"), ("qlora", "4"), ("lora three_bits", "3")),
+        *(("emloc", "16"), ("emloc_nf4", "4"), ("emloc three_bits", "3")),
+    ]
+    weights = [float(row[3]) for row in rows]
+    assert weights[0] > weights[1] > weights[2]
 
 
 def test_a_model_trained_through_whole_gets_the_larger_bits_that_fit():
