@@ -280,7 +280,7 @@ def _own(stage: Artifact) -> dict[str, Any]:
 
 
 def _as_trained(result: Result) -> dict[str, Any]:
-    """What a model trained in four bits scores itself, beside what was carried from it."""
+    """What was trained through packed weights scores itself, beside what was carried from it."""
     return {"scores_as_trained": result.as_trained.facts["scores"]} if result.as_trained else {}
 
 

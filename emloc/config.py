@@ -13,9 +13,12 @@ from omegaconf.errors import OmegaConfBaseException
 from emloc.adapters import Adapter
 from emloc.emulators import Emulator
 from emloc.errors import ConfigError
+from emloc.formats import format_of, widths
 from emloc.models.checkpointed import Checkpointed
+from emloc.precision import Precision
 from emloc.recovery import Recovery
 from emloc.settings import (
+    MODEL_BITS,
     Budget,
     Calibration,
     Compression,
@@ -23,7 +26,7 @@ from emloc.settings import (
     LoraSettings,
     TrainSettings,
 )
-from emloc.shipped import plugin_folders
+from emloc.shipped import choices, plugin_folders
 from emloc.stages import Stage
 from emloc.stages.order import in_order
 from emloc.tasks import Task
@@ -41,6 +44,7 @@ class Cell:
     task: Task
     calibration: Calibration
     compression: Compression
+    precision: Precision | None  # None: the model's dtype, or left open as compression.bits is
     lora: LoraSettings
     emulator: Emulator
     adapter: Adapter
@@ -64,7 +68,50 @@ def build(cfg: DictConfig) -> Cell:
         raise ConfigError(f"{unknown[0]}: there is no such setting")
     values = {name: _value(cfg, name) for name in names}
     order = in_order({name: one.after for name, one in values["stage"].items()})
-    return Cell(**values | {"stage": {name: values["stage"][name] for name in order}})
+    cell = Cell(**values | {"stage": {name: values["stage"][name] for name in order}})
+    return replace(cell, precision=precision_of(cell.compression.bits, cell.precision))
+
+
+def precision_of(bits: int | None, named: Precision | None = None) -> Precision | None:
+    """The packed format of `compression.bits`; None for the model's own dtype.
+
+    `named`: what `precision` says. Where the bits are left open, it is left as it is.
+
+    Raises:
+        ConfigError: there is no format of that width, more than one, or `named` is of another.
+    """
+    if named is not None and bits not in (None, named.bits):
+        raise ConfigError(
+            f"precision={named.name} is a format of {named.bits} bits, and "
+            f"compression.bits={bits}; set compression.bits={named.bits}"
+            + (", or precision=null" if bits == MODEL_BITS else "")
+        )
+    if named is not None or bits in (None, MODEL_BITS):
+        return named
+    assert bits is not None
+    return _format(format_of(bits))
+
+
+def formats(named: Precision | None = None) -> list[Precision]:
+    """One packed format of each width there is, from the most bits to the fewest.
+
+    Raises:
+        ConfigError: two have one width, and `named` is neither.
+    """
+    known = {named.name: named} if named else {}
+    names = [
+        named.name if named is not None and named.bits == bits else format_of(bits)
+        for bits in dict.fromkeys(widths().values())
+    ]
+    return [known.get(name) or _format(name) for name in names]
+
+
+def _format(name: str) -> Precision:
+    """The format as its YAML file says it."""
+    node = OmegaConf.load(choices("precision")[name])
+    made = _value(OmegaConf.create({"precision": node}), "precision")
+    assert isinstance(made, Precision)
+    return made
 
 
 def _value(cfg: DictConfig, name: str) -> Any:

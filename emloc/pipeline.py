@@ -139,17 +139,15 @@ def checked(cell: Cell, store: Store, report: Report) -> tuple[str, Context]:
     reader = source.reader()  # random weights may have none
     source.require(list(source.sizes))
     layers = cell.model.compressed(source)
-    compression = solved(cell, source)
-    planned = emulator.plan(source, layers, compression)
+    cell = solved(cell, source)
+    planned = emulator.plan(source, layers, cell.compression)
     fit = _fit(cell, source) if adapter.trains else None
     metric = headline(cell.task, cell.eval)
     _refuse_unreadable(store, source, reader, cell)
     read = emulator.samples or recovery.statistics
     read = read or any(stage.reads_samples for stage in cell.stage.values())
     samples = _samples(cell) if read else None
-    context = Context(
-        cell, source, layers, compression, planned, samples, fit, device, host, report
-    )
+    context = Context(cell, source, layers, planned, samples, fit, device, host, report)
     for stage in cell.stage.values():
         stage.check(context)
     return metric, context

@@ -116,7 +116,9 @@ def find_runs(folder: Path) -> list[Run]:
 
 def folder_name(config: DictConfig) -> str:
     """`<method>-<model>-<task>-s<seed>-<id>`: the same settings give the same folder."""
-    decisive = {name: _meaning(name, _plain(config[name])) for name in DECISIVE}
+    # What was left open is not named: a section that is new changes no folder of before.
+    chosen = {name: _plain(config[name]) for name in DECISIVE}
+    decisive = {name: _meaning(name, one) for name, one in chosen.items() if one is not None}
     if decisive["stage"] == _meaning("stage", standard_stages()):
         del decisive["stage"]
     if config.compression.ratio is None:  # compression=auto: the budget decides it

@@ -18,6 +18,9 @@ SCHEDULES = (
     *("cosine_with_restarts", "polynomial", "inverse_sqrt"),
 )
 
+# `compression.bits` of numbers in the model's own dtype, which are in no packed format.
+MODEL_BITS = 16
+
 # What a training counts, and a usual number of each.
 _COUNTS = {"steps": 500, "batch": 8, "accumulate": 1, "log_every": 10, "save_every": 100}
 
@@ -48,7 +51,7 @@ class Compression:
 
     ratio: float | None  # share kept, in (0, 1); null: the largest that budget.gpu_gib holds
     of: str  # linears: of the compressed layers; model: of all parameters
-    bits: int | None  # 16: as the model's dtype; 4: nf4; null: what budget.gpu_gib allows
+    bits: int | None  # 16: the model's dtype; else of group `precision`; null: what gpu_gib allows
 
     def __post_init__(self) -> None:
         if self.ratio is not None and not 0 < self.ratio < 1:
@@ -58,12 +61,10 @@ class Compression:
             )
         if self.of not in ("linears", "model"):
             raise ConfigError(f"compression.of={self.of}: set compression.of=linears or model")
-        if self.bits not in (None, 4, 16):
-            raise ConfigError(f"compression.bits={self.bits}: set compression.bits=16 or 4")
         if self.bits is None and self.ratio is not None:
             raise ConfigError(
                 "compression.bits is only solved for together with compression.ratio; "
-                "set compression.bits=16 or 4"
+                f"set compression.bits={MODEL_BITS}"
             )
 
 
@@ -191,6 +192,7 @@ class Config:
     task: Any = MISSING
     calibration: Calibration = MISSING
     compression: Compression = MISSING
+    precision: Any = None  # a packed format; null: the one of compression.bits
     lora: LoraSettings = MISSING
     emulator: Any = MISSING
     adapter: Any = MISSING
@@ -204,7 +206,7 @@ class Config:
 
 # What decides a run's results, and so its folder. Not the tracker, the name or a path.
 DECISIVE = (
-    *("model", "task", "calibration", "compression", "lora"),
+    *("model", "task", "calibration", "compression", "precision", "lora"),
     *("emulator", "adapter", "recovery", "stage", "train", "eval", "seed"),
 )
 

@@ -37,3 +37,9 @@ def plugin_folders() -> list[Path]:
 def conf_folders() -> list[Path]:
     """The folders of groups: the package's own, and those of the plug-ins."""
     return [CONF, *(folder / "conf" for folder in plugin_folders())]
+
+
+def choices(group: str) -> dict[str, Path]:
+    """The choices of a group: name -> YAML file; of one name, that of the earlier folder."""
+    files = [file for folder in conf_folders() for file in sorted(folder.glob(f"{group}/*.yaml"))]
+    return {file.stem: file for file in reversed(files)}

@@ -31,11 +31,12 @@ from emloc.emulators import Built
 from emloc.errors import ConfigError
 from emloc.examples import Examples
 from emloc.lean.prepare import obstacle, prepare
+from emloc.precision import PackedLayer
 from emloc.progress import Clock, Progress, Report
 from emloc.prompts import Encoded
 from emloc.ranks import first, sharded
 from emloc.reading import Reader, encode_all
-from emloc.settings import LoraSettings, TrainSettings
+from emloc.settings import MODEL_BITS, LoraSettings, TrainSettings
 from emloc.trainer import FiniteTrainer, make_whole, newest_whole_checkpoint
 
 log = logging.getLogger(__name__)
@@ -90,9 +91,10 @@ def fit_rows(
     """`train` on rows that are tokens already; `collate_rows` makes the model's batch of some."""
     # What is to be split waits in host memory, mapped from its files, and goes over block by block.
     model = built.open(torch.device("cpu") if sharded() else device)
-    if sharded() and not all(one.is_floating_point() for one in model.parameters()):
+    if sharded() and (packed := [m for m in model.modules() if isinstance(m, PackedLayer)]):
         raise ConfigError(
-            "FSDP cannot split weights of 4 bits; set compression.bits=16, or launch without FSDP"
+            f"FSDP cannot split weights of {packed[0].matrix.precision.bits} bits; "
+            f"set compression.bits={MODEL_BITS}, or launch without FSDP"
         )
     set_seed(fit.seed)
     model = fit.adapter.attach(model, fit.lora, built.targets(fit.targets))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,8 +15,8 @@ from transformers import PreTrainedModel
 
 from emloc.adapters.lora import Lora
 from emloc.errors import ConfigError
-from emloc.nn.nf4 import BLOCK, Nf4Linear
-from emloc.settings import LoraSettings
+from emloc.precision import Packed, PackedLayer
+from emloc.settings import MODEL_BITS, LoraSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +35,15 @@ class Dora(Lora):
         """PEFT's own DoRA model, its magnitudes in float32.
 
         Raises:
-            ConfigError: a layer in nf4 is one that PEFT reads wrongly on this device.
+            ConfigError: a layer is packed in a way that PEFT cannot read on this device.
         """
+        for name, layer in model.named_modules():
+            if isinstance(layer, PackedLayer) and re.fullmatch(targets, name):
+                _refuse_unreadable(name, layer.matrix)
         tuned = super().attach(model, lora, targets)
-        for name, layer in tuned.named_modules():
+        for layer in tuned.modules():
             if isinstance(layer, LoraLayer):
-                weight = _weight(name.removeprefix("base_model.model."), layer.get_base_layer())
+                weight = _weight(layer.get_base_layer())
                 # PEFT rounds them to the model's dtype: the start would not be the model itself.
                 norms = torch.linalg.vector_norm(weight.float(), dim=1)
                 layer.lora_magnitude_vector["default"].weight = nn.Parameter(norms)
@@ -50,14 +54,16 @@ class Dora(Lora):
         return nullcontext()
 
 
-def _weight(name: str, layer: nn.Module) -> Tensor:
-    if not isinstance(layer, Nf4Linear):
-        return layer.get_parameter("weight")
-    # PEFT has bitsandbytes form the weight, which it does wrongly there (see `emloc.nn.nf4`).
-    if layer.weight.device.type == "cpu" and layer.in_features % BLOCK:
+def _weight(layer: nn.Module) -> Tensor:
+    if isinstance(layer, PackedLayer):
+        return layer.matrix.dequantize()
+    return layer.get_parameter("weight")
+
+
+def _refuse_unreadable(name: str, matrix: Packed) -> None:
+    """Refuse a layer before PEFT reads its weight, or fails to."""
+    device = next(iter(matrix.parts.values())).device
+    if why := matrix.precision.unreadable(*matrix.shape, device):
         raise ConfigError(
-            f"adapter=dora needs the weight of {name}, and on a CPU bitsandbytes reads one of "
-            f"4 bits wrongly unless its width, {layer.in_features}, is a multiple of {BLOCK}; set "
-            "compression.bits=16"
+            f"adapter=dora needs the weight of {name}, and {why}; set compression.bits={MODEL_BITS}"
         )
-    return layer.matrix.dequantize()

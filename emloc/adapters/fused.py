@@ -6,8 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
-from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from emloc.lean.layers import (
@@ -21,8 +20,8 @@ from emloc.lean.layers import (
     refresh,
     stack,
 )
-from emloc.nn.factorized import Factorized, Nf4Factorized
-from emloc.nn.nf4 import Nf4, Nf4Linear
+from emloc.nn.factorized import Factorized, PackedFactorized
+from emloc.precision import Packed, PackedLayer
 
 # Two, since both factors of a layer are needed at once.
 Rooms = tuple[Scratch, Scratch]
@@ -38,9 +37,7 @@ def fuse(model: nn.Module) -> int:
         Number of layers changed: all, or none where one of them computes something else (dropout,
         DoRA, several adapters) or has a base layer of another kind.
     """
-    layers = [
-        module for module in model.modules() if isinstance(module, LoraLinear | LoraLinear4bit)
-    ]
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not layers or not all(_plain(layer) for layer in layers):
         return 0
     lows = []
@@ -58,7 +55,7 @@ def fuse(model: nn.Module) -> int:
 def _plain(layer: Any) -> bool:
     name = layer.active_adapters[0]
     return (
-        type(layer.base_layer) in _BASES
+        _base_of(layer.base_layer) is not None
         and list(layer.lora_A) == [name]
         and name not in layer.lora_variant
         and isinstance(layer.lora_dropout[name], nn.Identity)
@@ -75,7 +72,9 @@ def _forward(base: Base, low: Low, x: Tensor, *_: Any) -> Tensor:
 def _halves(layer: Any, rooms: Rooms) -> tuple[Base, Low]:
     name = layer.active_adapters[0]
     lora = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
-    return _BASES[type(layer.base_layer)](layer.base_layer, rooms, *lora)
+    base = _base_of(layer.base_layer)
+    assert base is not None  # or the layer were not plain
+    return base(layer.base_layer, rooms, *lora)
 
 
 def _low(like: Tensor, a: nn.Parameter, b: nn.Parameter, scale: float) -> Low:
@@ -86,9 +85,10 @@ def _whole(base: nn.Linear, _: Rooms, *lora: Any) -> tuple[Base, Low]:
     return Whole(lambda: base.weight, base.bias), _low(base.weight, *lora)
 
 
-def _whole_nf4(base: Nf4Linear, rooms: Rooms, *lora: Any) -> tuple[Base, Low]:
+def _whole_packed(base: PackedLayer, rooms: Rooms, *lora: Any) -> tuple[Base, Low]:
     matrix = base.matrix
-    low = _low(matrix.codes.new_empty(0, dtype=matrix.dtype), *lora)
+    part = next(iter(matrix.parts.values()))
+    low = _low(part.new_empty(0, dtype=matrix.dtype), *lora)
 
     def weight() -> Tensor:
         return matrix.dequantize(rooms[0].of(*matrix.shape, low.down))
@@ -106,12 +106,12 @@ def _stacked(
     return Stacked(k, lambda _: (down, up), base.bias), low
 
 
-def _stacked_nf4(base: Nf4Factorized, rooms: Rooms, *lora: Any) -> tuple[Base, Low]:
+def _stacked_packed(base: PackedFactorized, rooms: Rooms, *lora: Any) -> tuple[Base, Low]:
     v, ut, k = base.v, base.ut, base.rank
     low = _low(base.weight, *lora)
     height = aligned(k + len(low.down))
 
-    def formed(room: Scratch, matrix: Nf4, below: Tensor) -> Tensor:
+    def formed(room: Scratch, matrix: Packed, below: Tensor) -> Tensor:
         full = room.of(height, matrix.shape[1], below)
         matrix.dequantize(full[:k])
         full[k : k + len(below)] = below
@@ -125,9 +125,14 @@ def _stacked_nf4(base: Nf4Factorized, rooms: Rooms, *lora: Any) -> tuple[Base, L
     return Stacked(k, matrices, base.bias), low
 
 
+# Of exactly these classes: another one's forward may do more than its weight says.
 _BASES: dict[type, Callable[..., tuple[Base, Low]]] = {
     nn.Linear: _whole,
-    Nf4Linear: _whole_nf4,
     Factorized: _stacked,
-    Nf4Factorized: _stacked_nf4,
+    PackedFactorized: _stacked_packed,
 }
+
+
+def _base_of(layer: nn.Module) -> Callable[..., tuple[Base, Low]] | None:
+    """How the layer is fused; None if it cannot be. A packed one of any format is its matrix."""
+    return _whole_packed if isinstance(layer, PackedLayer) else _BASES.get(type(layer))

@@ -21,7 +21,7 @@ STEPS = 20
 SAMPLES = 8
 
 
-def capped(work: str, model: str, ratio: float, bits: int, gb: float) -> Iterator[Row]:
+def capped(work: str, model: str, ratio: float, method: str, gb: float) -> Iterator[Row]:
     """Run the stages as `emloc` runs them, the process refused all device memory above `gb`.
 
     One that is refused memory ends the work with one row: the stage it was in.
@@ -31,8 +31,7 @@ def capped(work: str, model: str, ratio: float, bits: int, gb: float) -> Iterato
         (
             f"train.steps={STEPS}",
             f"compression.ratio={ratio}",
-            f"compression.bits={bits}",
-            "method=emloc_nf4" if bits == 4 else "method=emloc",
+            f"method={method}",
         ),
     )
     fresh(setting.device)
@@ -65,13 +64,12 @@ def stages_of(setting: Setting, store: Store) -> list[Artifact]:
     cell, source, device = setting.cell, setting.source, setting.device
     ranks = cell.emulator.plan(source, cell.model.compressed(source), cell.compression)
     samples = RandomSamples(setting, SAMPLES if setting.full else 2)
-    assert cell.compression.bits is not None
-    given = Given(ranks, None, samples, cell.compression.bits)  # type: ignore[arg-type]
+    given = Given(ranks, None, samples, cell.precision)  # type: ignore[arg-type]
     host = int(cell.budget.host_gib * GIB)
     emulated = store.stage(
         "emulate", cell.emulator.build, source, given, device=device, host_bytes=host
     )
-    built = Built(cell.emulator, emulated, source)
+    built = Built(cell.emulator, emulated, source, cell.precision)
     trained = store.stage("train", fit_random, built, setting.fit, setting=setting, report=_unheard)
     carried = store.stage(
         "recover", cell.recovery.carry, trained, built, None, device=device, host_bytes=host

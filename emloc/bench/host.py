@@ -84,7 +84,7 @@ def _build(setting: Setting, folder: Path) -> float:
     source = found.open()
     layers = found.compressed(source)
     ranks = cell.emulator.plan(source, layers, cell.compression)
-    given = Given(ranks, None, Texts(), 16)  # type: ignore[arg-type]
+    given = Given(ranks, None, Texts(), None)  # type: ignore[arg-type]
     home = folder / "emulator"
     home.mkdir()
     fresh(device)

@@ -26,12 +26,23 @@ from transformers import PreTrainedModel
 
 from emloc.bench.rows import Figure, Row, row
 from emloc.bench.setting import Setting, fresh, now, out_of_memory
-from emloc.bench.training import STEPS, Measured, fitted, of_steps, scripted, tried, whole
+from emloc.bench.training import (
+    FOUR_BITS,
+    STEPS,
+    Measured,
+    fitted,
+    of_steps,
+    scripted,
+    tried,
+    whole,
+)
+from emloc.config import precision_of
 from emloc.emulators import Given
 from emloc.emulators.full import in_blocks
 from emloc.emulators.offload import Offload
 from emloc.lean.model import checkpoint_layers
 from emloc.memory import GIB, HostPeak
+from emloc.precision import Precision
 from emloc.walk import by_block
 
 LEAST_RATIO = 4  # times the memory of the device that the whole model needs
@@ -52,8 +63,9 @@ def offload(work: str, model: str) -> Iterator[Row]:
     setting = Setting(model, RECIPE)
     other = _in_its_own_process(model)
     # First: what others have pinned stays with the process.
-    ours = hosted(partial(tried, partial(fitted, setting, partial(streamed, bits=16))))
-    packed = tried(partial(fitted, setting, partial(streamed, bits=4)))
+    ours = hosted(partial(tried, partial(fitted, setting, partial(streamed, precision=None))))
+    four = precision_of(FOUR_BITS)
+    packed = tried(partial(fitted, setting, partial(streamed, precision=four)))
     lora, again = (tried(partial(fitted, setting, whole)) for _ in range(2))
     plain = tried(partial(scripted, setting, whole))
     least = LEAST_RATIO if setting.full else None
@@ -78,12 +90,14 @@ def apart_at_most(one: Measured, other: Measured) -> Figure:
     return max(abs(a - b) for a, b in zip(one.losses, other.losses, strict=True))
 
 
-def streamed(setting: Setting, device: torch.device, *, bits: int) -> PreTrainedModel:
+def streamed(
+    setting: Setting, device: torch.device, *, precision: Precision | None
+) -> PreTrainedModel:
     """The original model with its blocks in host memory."""
-    given, emulator = Given(None, None, None, bits), Offload()
+    given, emulator = Given(None, None, None, precision), Offload()
     with tempfile.TemporaryDirectory() as folder:
         emulator.build(Path(folder), setting.source, given, device=device)
-        return emulator.open(Path(folder), setting.source, device)
+        return emulator.open(Path(folder), setting.source, device, precision=precision)
 
 
 def hosted(measure: Callable[[], Measured]) -> Hosted:

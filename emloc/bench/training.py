@@ -21,16 +21,19 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from emloc.bench.rows import Figure, Row, row
 from emloc.bench.setting import Setting, fresh, now, out_of_memory, peak_gb, reserved_gb
+from emloc.config import precision_of
 from emloc.emulators.full import in_blocks, load_quantized
 from emloc.emulators.size import ranks_at
 from emloc.memory import GIB, stay_within
-from emloc.nn.factorized import Factorized, Nf4Factorized
-from emloc.nn.nf4 import Nf4, Nf4Linear
+from emloc.nn.factorized import Factorized, PackedFactorized
 from emloc.plan.fit import need_of, scheme_of
 from emloc.plan.scheme import Work
+from emloc.precision import require_format
+from emloc.precision.nf4 import Nf4Linear
 from emloc.source import Source
 from emloc.train import fit_rows
 
+FOUR_BITS = 4  # of QLoRA, and of what is measured beside it
 STEPS, WARM = 8, 4  # of one measurement, and of these not timed
 NEAR = 0.05  # the share by which a planned peak may be off the measured one
 
@@ -95,14 +98,16 @@ def training(
         stay_within(setting.device, None)
         yield from beside(name, ours, lora, qlora, target if setting.full else None)
     work = Work.of(setting.cell.train, setting.length, setting.answer)
-    for method, opener, share, bits in (
-        ("lora", whole, None, 16),
-        ("qlora", quantized, None, 4),
-        ("emloc", thin, ratio, 16),
-        ("emloc_nf4", thin_nf4, ratio, 4),
+    four = precision_of(FOUR_BITS)
+    for method, opener, share, precision in (
+        ("lora", whole, None, None),
+        ("qlora", quantized, None, four),
+        ("emloc", thin, ratio, None),
+        ("emloc_nf4", thin_nf4, ratio, four),
     ):
         measured = tried(partial(fitted, setting, opener))
-        planned = need_of(scheme_of(setting.cell, setting.source, share, bits), work).peak / 1e9
+        scheme = scheme_of(setting.cell, setting.source, share, precision)
+        planned = need_of(scheme, work).peak / 1e9
         near = NEAR if setting.full and measured is not FULL else None
         what = f"peak of {method}: planned, measured"
         yield row(names[2], what, "GB", planned, peer=measured.peak, near=near)
@@ -219,8 +224,9 @@ def whole(setting: Setting, device: torch.device) -> PreTrainedModel:
 
 
 def quantized(setting: Setting, device: torch.device) -> PreTrainedModel:
-    """The original with the linears of its blocks in nf4."""
-    return load_quantized(setting.source, in_blocks(setting.source), device)
+    """The original with the linears of its blocks in four bits."""
+    layers = in_blocks(setting.source)
+    return load_quantized(setting.source, layers, device, precision_of(FOUR_BITS))
 
 
 def factorized(setting: Setting, device: torch.device, *, ratio: float) -> PreTrainedModel:
@@ -229,10 +235,11 @@ def factorized(setting: Setting, device: torch.device, *, ratio: float) -> PreTr
 
 
 def packed(setting: Setting, device: torch.device, *, ratio: float) -> PreTrainedModel:
-    """The same in nf4."""
+    """The same in four bits."""
+    quantize = require_format(precision_of(FOUR_BITS)).quantize
 
     def module(u: Tensor, v: Tensor, bias: Tensor | None) -> nn.Module:
-        return Nf4Factorized(Nf4.quantize(v), Nf4.quantize(u.T.contiguous()), bias)
+        return PackedFactorized(quantize(v), quantize(u.T.contiguous()), bias)
 
     return _emulator(setting, device, ratio, module)
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from emloc.calibrate import Layers
 from emloc.keys import key_of
 from emloc.models.checkpointed import Checkpointed
+from emloc.precision import Precision, bits_of
 from emloc.samples import Samples
 from emloc.settings import Compression
 from emloc.source import CPU, Source
@@ -35,13 +36,19 @@ class Given:
     plan: Plan | None
     statistics: Artifact | None
     samples: Samples | None
-    bits: int  # of a kept number: 16 as the model's dtype, 4 for nf4
+    precision: Precision | None  # of a kept number; None: the model's dtype
 
     @property
     def key(self) -> list[Any]:
         """The same whether statistics were kept: they are of these samples, by these settings."""
         seen = self.statistics.key if self.samples is None and self.statistics else None
-        return [key_of(self.plan), key_of(self.samples), seen, self.bits]
+        held = self.bits if self.precision is None else self.precision.key
+        return [key_of(self.plan), key_of(self.samples), seen, held]
+
+    @property
+    def bits(self) -> int:
+        """Of a kept number, for the record."""
+        return bits_of(self.precision)
 
 
 class Emulator(Protocol):
@@ -102,11 +109,28 @@ class Emulator(Protocol):
         `host_bytes` is what hidden states may take of host memory, where samples are run again.
         """
 
-    def open(self, folder: Path, source: Source, device: torch.device) -> PreTrainedModel:
-        """The model to train through, frozen."""
+    def open(
+        self,
+        folder: Path,
+        source: Source,
+        device: torch.device,
+        *,
+        precision: Precision | None = None,
+    ) -> PreTrainedModel:
+        """The model to train through, frozen; `precision` is the one it was built with.
+
+        Raises:
+            ValueError: it was built with one, and none is given.
+        """
 
     def residual(
-        self, folder: Path, source: Source, layer: str, device: torch.device = CPU
+        self,
+        folder: Path,
+        source: Source,
+        layer: str,
+        device: torch.device = CPU,
+        *,
+        precision: Precision | None = None,
     ) -> Tensor | None:
         """Original minus emulator weight (out, in) in float64; None where they are the same."""
 
@@ -118,6 +142,7 @@ class Built:
     emulator: Emulator
     artifact: Artifact
     source: Source
+    precision: Precision | None = None  # as it was built
 
     def targets(self, targets: str) -> str:
         """Of the layers matched by the regular expression `targets`, those that are adapted."""
@@ -130,11 +155,13 @@ class Built:
 
     def open(self, device: torch.device) -> PreTrainedModel:
         """The model to train through, frozen."""
-        return self.emulator.open(self.artifact.folder, self.source, device)
+        folder = self.artifact.folder
+        return self.emulator.open(folder, self.source, device, precision=self.precision)
 
     def residual(self, layer: str, device: torch.device = CPU) -> Tensor | None:
         """Original minus emulator weight (out, in) in float64; None where they are the same.
 
         It is formed on `device`.
         """
-        return self.emulator.residual(self.artifact.folder, self.source, layer, device)
+        folder = self.artifact.folder
+        return self.emulator.residual(folder, self.source, layer, device, precision=self.precision)

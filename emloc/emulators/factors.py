@@ -16,7 +16,7 @@ from emloc.linalg.allocate import spectrum
 from emloc.linalg.factorize import Factors, eigen, refit, rounded, whiten
 from emloc.linalg.gram import cross, gram, product
 from emloc.linalg.subspace import subspace
-from emloc.nn.nf4 import Nf4
+from emloc.precision import Packed, Precision
 from emloc.statistics import PIECE, Statistics, Taken
 from emloc.walk import Block
 
@@ -28,9 +28,9 @@ POINTS = 64
 class Factored:
     """One layer's factors and the seconds they took."""
 
-    factors: Factors  # in nf4: v as it is multiplied by, u not yet quantised
+    factors: Factors  # where packed: v as it is multiplied by, u not yet quantised
     seconds: float
-    v: Nf4 | None  # v in nf4; None at 16 bits
+    v: Packed | None  # None in the model's dtype
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -71,14 +71,14 @@ def factorize(
     ranks: Ranks,
     statistics: Statistics | None,
     algorithm: str,
-    bits: int = 16,
+    precision: Precision | None = None,
 ) -> dict[str, Factored]:
     """Layer -> factors in the dtype of its weight (out, in); plain SVD without statistics."""
     found = {}
     for layer, weight in weights.items():
         start = time.perf_counter()
         grams = _grams(layer, weight, statistics)
-        factors, v = reduced(weight, ranks[layer], grams, algorithm, bits, weight.dtype)
+        factors, v = reduced(weight, ranks[layer], grams, algorithm, precision, weight.dtype)
         found[layer] = Factored(factors, time.perf_counter() - start, v)
     return found
 
@@ -88,17 +88,17 @@ def reduced(
     rank: int,
     grams: Mapping[str, Tensor],
     algorithm: str,
-    bits: int,
+    precision: Precision | None,
     dtype: torch.dtype,
-) -> tuple[Factors, Nf4 | None]:
-    """The factors of one matrix (out, in), as `Factored` has them, and v in nf4.
+) -> tuple[Factors, Packed | None]:
+    """The factors of one matrix (out, in), as `Factored` has them, and v packed.
 
     Args:
         target: what they stand for, be it the layer's weight or not.
         rank: k.
         grams: `input_gram`, `output_gram` or none, on the target's device.
         algorithm: eigen, subspace or whiten.
-        bits: of a kept number.
+        precision: of a kept number; None: `dtype`.
         dtype: of the factors.
     """
     if algorithm == "whiten":
@@ -106,11 +106,11 @@ def reduced(
     else:
         solve = {"eigen": eigen, "subspace": subspace}[algorithm]
         factors = solve(target, rank, **grams, dtype=dtype)
-    if bits != 4:
+    if precision is None:
         return factors, None
     # The paper's own chain solves nothing again.
     solves = algorithm != "whiten" and "output_gram" not in grams
-    return _quantized(factors, target, grams.get("input_gram"), solves)
+    return _quantized(factors, precision, target, grams.get("input_gram"), solves)
 
 
 def spectra(weights: Mapping[str, Tensor], statistics: Statistics | None) -> dict[str, Tensor]:
@@ -127,10 +127,14 @@ def _grams(layer: str, weight: Tensor, statistics: Statistics | None) -> dict[st
 
 
 def _quantized(
-    factors: Factors, target: Tensor, input_gram: Tensor | None, solves: bool
-) -> tuple[Factors, Nf4]:
-    """The factors with v as nf4 leaves it, and u solved again against that."""
-    quantized = Nf4.quantize(factors.v)
+    factors: Factors,
+    precision: Precision,
+    target: Tensor,
+    input_gram: Tensor | None,
+    solves: bool,
+) -> tuple[Factors, Packed]:
+    """The factors with v as the format leaves it, and u solved again against that."""
+    quantized = precision.quantize(factors.v)
     u, v = factors.u, quantized.dequantize()
     if solves:
         u = rounded(target.detach().double(), u, v, input_gram).to(u.dtype)
@@ -141,7 +145,7 @@ def refine(block: Block, found: dict[str, Factored], layers: Sequence[str]) -> d
     """Run the block and solve u again, against the rounded v, where only outputs were known.
 
     For those layers the first pass kept the Gram of the outputs alone, which says nothing about
-    what the rounding of v did, be it to 16 bits or to nf4.
+    what the rounding of v did, be it to 16 bits or to fewer.
     """
     linears = linears_of(block, layers)
     sums: dict[str, tuple[Tensor, Tensor]] = {}

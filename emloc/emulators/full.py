@@ -1,4 +1,4 @@
-"""The original model itself: LoRA as everybody knows it, and the upper bound; in nf4: QLoRA."""
+"""The original model itself: LoRA as everybody knows it, and the upper bound; packed: QLoRA."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from emloc.calibrate import Layers
 from emloc.emulators import Emulator, Given
 from emloc.emulators.size import size_facts, solved
-from emloc.nn.nf4 import Nf4, Nf4Linear
+from emloc.precision import PackedLayer, Precision, require_format
 from emloc.settings import Compression
 from emloc.source import CPU, Source
 
@@ -29,7 +29,7 @@ IN_A_BLOCK = r".*\.\d+\..*"
 class Full(Emulator):
     """Every layer whole. The artifact is a reference: no weight is copied.
 
-    At 4 bits every linear of the numbered blocks is quantised to nf4 while it is read.
+    In a packed format every linear of the numbered blocks is quantised while it is read.
     """
 
     def plan(self, source: Source, layers: Layers, budget: Compression) -> None:
@@ -50,26 +50,45 @@ class Full(Emulator):
         host_bytes: int | None = None,
     ) -> dict[str, Any]:
         """Write in `layers.json` which layers are quantised; the size for the record."""
-        held = {layer: [source.linears[layer]] for layer in in_blocks(source) if given.bits == 4}
+        packed = in_blocks(source) if given.precision else []
+        held = {layer: [source.linears[layer]] for layer in packed}
         table = {layer: {"bits": given.bits} for layer in held}
         (folder / "layers.json").write_text(json.dumps(table, indent=1))
-        return size_facts(source, held, given.bits)
+        return size_facts(source, held, given.precision)
 
-    def open(self, folder: Path, source: Source, device: torch.device) -> PreTrainedModel:
+    def open(
+        self,
+        folder: Path,
+        source: Source,
+        device: torch.device,
+        *,
+        precision: Precision | None = None,
+    ) -> PreTrainedModel:
         """The original model, frozen; what is quantised, one weight at a time."""
-        return load_quantized(source, quantized_layers(folder), device)
+        return load_quantized(source, quantized_layers(folder), device, precision)
 
     def residual(
-        self, folder: Path, source: Source, layer: str, device: torch.device = CPU
+        self,
+        folder: Path,
+        source: Source,
+        layer: str,
+        device: torch.device = CPU,
+        *,
+        precision: Precision | None = None,
     ) -> Tensor | None:
         """What quantising, done again here, takes from the weight; None for a layer left whole."""
-        return rounding(source, layer, device) if layer in quantized_layers(folder) else None
+        if layer not in quantized_layers(folder):
+            return None
+        return rounding(source, layer, device, precision)
 
 
-def rounding(source: Source, layer: str, device: torch.device) -> Tensor:
-    """What nf4 takes from a weight (out, in), in float64."""
+def rounding(
+    source: Source, layer: str, device: torch.device, precision: Precision | None
+) -> Tensor:
+    """What a packed format takes from a weight (out, in), in float64."""
     weight = source.weight(layer, device)
-    return weight.double().sub_(Nf4.quantize(weight).dequantize().double())
+    packed = require_format(precision).quantize(weight)
+    return weight.double().sub_(packed.dequantize().double())
 
 
 def in_blocks(source: Source) -> list[str]:
@@ -81,20 +100,24 @@ def load_quantized(
     source: Source,
     layers: Sequence[str],
     device: torch.device,
+    precision: Precision | None,
     others: Mapping[str, nn.Module] | None = None,
 ) -> PreTrainedModel:
-    """The original, frozen, with these layers in nf4; one of their weights at a time is whole.
+    """The original, frozen, with these layers packed; one of their weights at a time is whole.
 
     `others`: modules to put in the place of the model's own beside them, by name.
+
+    Raises:
+        ValueError: there are such layers, and no format.
     """
     replace = dict(others or {})
-    replace |= {
-        layer: Nf4Linear(Nf4.quantize(source.weight(layer, device)), source.bias(layer, device))
-        for layer in tqdm(layers, "quantize", unit="layer", disable=not layers)
-    }
+    for layer in tqdm(layers, "quantize", unit="layer", disable=not layers):
+        held = require_format(precision)
+        weight = held.quantize(source.weight(layer, device))
+        replace[layer] = held.linear(weight, source.bias(layer, device))
     model = source.load(device, replace)
-    if any(isinstance(module, Nf4Linear) for module in replace.values()):
-        model.is_loaded_in_4bit = True  # what PEFT asks for
+    if precision and any(isinstance(module, PackedLayer) for module in replace.values()):
+        precision.announce(model)
     return model
 
 

@@ -23,7 +23,8 @@ from emloc.emulators import Emulator, Given, Plan
 from emloc.emulators.full import in_blocks, load_quantized, rounding
 from emloc.emulators.size import size_facts, solved
 from emloc.errors import ConfigError
-from emloc.settings import Compression
+from emloc.precision import Precision
+from emloc.settings import MODEL_BITS, Compression
 from emloc.source import CPU, Source
 from emloc.walk import block_of, by_block
 
@@ -119,7 +120,7 @@ class LayerDrop(Emulator):
         device: torch.device,
         host_bytes: int | None = None,
     ) -> dict[str, Any]:
-        """Write which blocks are adapted, kept and dropped; at 4 bits the kept ones are in nf4."""
+        """Write which blocks are adapted, kept and dropped; only kept ones are ever packed."""
         plan = given.plan
         assert plan is not None
         (folder / "layers.json").write_text(json.dumps({**plan, "bits": given.bits}, indent=1))
@@ -130,14 +131,21 @@ class LayerDrop(Emulator):
         }
         whole = {n: c for n, c in source.sizes.items() if n.removesuffix(".weight") not in held}
         gone = sum(_size(whole, block) for block in dropped)
-        return size_facts(source, held, given.bits, gone) | {"dropped": len(dropped)}
+        return size_facts(source, held, given.precision, gone) | {"dropped": len(dropped)}
 
     def targets(self, folder: Path, targets: str) -> str:
         """Those in the blocks at both ends."""
         ends = "|".join(re.escape(block) for block in _table(folder)["adapted"])
         return rf"(?=(?:{ends})\.)(?:{targets})"
 
-    def open(self, folder: Path, source: Source, device: torch.device) -> PreTrainedModel:
+    def open(
+        self,
+        folder: Path,
+        source: Source,
+        device: torch.device,
+        *,
+        precision: Precision | None = None,
+    ) -> PreTrainedModel:
         """The original, frozen, with nothing where its dropped blocks were."""
         dropped = set(_table(folder)["dropped"])
         kinds = getattr(source.config.get_text_config(), "layer_types", None)
@@ -146,16 +154,24 @@ class LayerDrop(Emulator):
             for index, block in enumerate(decoder_blocks(source))
             if block in dropped
         }
-        return load_quantized(source, _quantized(folder, source), device, skipped)
+        return load_quantized(source, _quantized(folder, source), device, precision, skipped)
 
     def residual(
-        self, folder: Path, source: Source, layer: str, device: torch.device = CPU
+        self,
+        folder: Path,
+        source: Source,
+        layer: str,
+        device: torch.device = CPU,
+        *,
+        precision: Precision | None = None,
     ) -> Tensor | None:
         """What quantising, done again here, takes from the weight; None for a layer left whole.
 
         Of a dropped block nothing is adapted, and so nothing is asked.
         """
-        return rounding(source, layer, device) if layer in _quantized(folder, source) else None
+        if layer not in _quantized(folder, source):
+            return None
+        return rounding(source, layer, device, precision)
 
 
 def thinned(count: int, first: int, last: int, middle: int) -> list[int]:
@@ -179,7 +195,7 @@ def _size(counted: dict[str, int], block: str) -> int:
 
 def _quantized(folder: Path, source: Source) -> list[str]:
     table = _table(folder)
-    if table["bits"] != 4:
+    if table["bits"] == MODEL_BITS:
         return []
     dropped = set(table["dropped"])
     return [layer for layer in in_blocks(source) if block_of(layer) not in dropped]

@@ -1,14 +1,14 @@
 """The original model with its blocks in host memory: what LoRA gives, in less of the device.
 
 Why not a well-kept engine: accelerate's `cpu_offload` leaves the adapter without gradients, and
-FSDP2's `CPUOffloadPolicy` takes no weights of four bits. The latter is the peer of
+FSDP2's `CPUOffloadPolicy` takes no packed weights. The latter is the peer of
 `emloc bench offload_8b`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from emloc.calibrate import Layers
 from emloc.emulators.full import Full, in_blocks, quantized_layers
 from emloc.errors import ConfigError
-from emloc.nn.nf4 import PARTS, Nf4, Nf4Linear
 from emloc.nn.streamed import Streamed
 from emloc.nn.surgery import put
+from emloc.precision import Precision, require_format
 from emloc.ranks import sharded
 from emloc.settings import Compression
 from emloc.source import Source
@@ -30,7 +30,7 @@ from emloc.walk import by_block
 
 @dataclass(frozen=True, kw_only=True)
 class Offload(Full):
-    """Every layer whole, two blocks on the device at a time; at 4 bits they travel in nf4."""
+    """Every layer whole, two blocks on the device at a time; packed ones travel packed."""
 
     keeps_weights = False  # not where an adapter could read them before a block is computed
     recomputes = True
@@ -44,7 +44,14 @@ class Offload(Full):
         super().plan(source, layers, budget)
         _refuse_shards()
 
-    def open(self, folder: Path, source: Source, device: torch.device) -> PreTrainedModel:
+    def open(
+        self,
+        folder: Path,
+        source: Source,
+        device: torch.device,
+        *,
+        precision: Precision | None = None,
+    ) -> PreTrainedModel:
         """The original model, frozen; its numbered blocks are in host memory.
 
         Raises:
@@ -52,23 +59,29 @@ class Offload(Full):
                 weights, or blocks share one.
         """
         _refuse_shards()
-        return load_streamed(source, set(quantized_layers(folder)), device)
+        return load_streamed(source, set(quantized_layers(folder)), device, precision)
 
 
 def load_streamed(
-    source: Source, quantized: Collection[str], device: torch.device
+    source: Source,
+    quantized: Collection[str],
+    device: torch.device,
+    precision: Precision | None = None,
 ) -> PreTrainedModel:
-    """The original, frozen, its blocks streamed to `device`; these layers in nf4.
+    """The original, frozen, its blocks streamed to `device`; these layers packed.
 
     Raises:
+        ValueError: there are such layers, and no format.
         ConfigError: the checkpoint leaves a parameter without weights, or blocks share one.
     """
     model = source.skeleton()
     names = by_block(in_blocks(source))
-    streamed = Streamed([_held(source, model, name, quantized) for name in names], device)
+    packed = dict.fromkeys(quantized, require_format(precision)) if quantized else {}
+    streamed = Streamed([_held(source, model, name, packed) for name in names], device)
     for index, layers in enumerate(tqdm(names.values(), "offload", unit="block")):
         views = streamed.views(index)
-        _fill(source, model, views, [layer for layer in layers if layer in quantized], device)
+        some = {layer: packed[layer] for layer in layers if layer in packed}
+        _fill(source, model, views, some, device)
         streamed.keep(index)
     placed = {name: one for name, one in model.named_parameters() if not one.is_meta}
     source.fill(model, [n for n, one in model.named_parameters() if one.is_meta], device)
@@ -82,7 +95,7 @@ def load_streamed(
             )
     streamed.attach([model.get_submodule(name) for name in names])
     if quantized:
-        model.is_loaded_in_4bit = True  # what PEFT asks for
+        require_format(precision).announce(model)
     return model.to(device).requires_grad_(False)
 
 
@@ -95,7 +108,7 @@ def _refuse_shards() -> None:
 
 
 def _held(
-    source: Source, model: PreTrainedModel, block: str, quantized: Collection[str]
+    source: Source, model: PreTrainedModel, block: str, packed: Mapping[str, Precision]
 ) -> dict[str, Tensor]:
     """What of a block is streamed: name -> a tensor of its shape and dtype.
 
@@ -106,9 +119,9 @@ def _held(
     for leaf, parameter in model.get_submodule(block).named_parameters():
         name = f"{block}.{leaf}"
         layer = name.removesuffix(".weight")
-        if layer in quantized:
-            packed = Nf4.nowhere(*source.linears[layer], source.dtype)
-            held |= {f"{layer}.{part}": getattr(packed, part) for part in PARTS}
+        if layer in packed:
+            matrix = packed[layer].nowhere(*source.linears[layer], source.dtype)
+            held |= {f"{layer}.{part}": tensor for part, tensor in matrix.parts.items()}
         elif "." in leaf:
             held[name] = torch.empty(parameter.shape, dtype=source.dtype, device="meta")
     return held
@@ -118,18 +131,20 @@ def _fill(
     source: Source,
     model: PreTrainedModel,
     views: dict[str, Tensor],
-    quantized: list[str],
+    packed: Mapping[str, Precision],
     device: torch.device,
 ) -> None:
-    """Read a block into its room and make its parameters look there; these layers in nf4."""
-    packed = {f"{layer}.{part}" for layer in quantized for part in PARTS}
-    for name, tensor in source.read([name for name in views if name not in packed], device):
+    """Read a block into its room and make its parameters look there; these layers packed."""
+    own = {
+        f"{layer}.{part}"
+        for layer, precision in packed.items()
+        for part in precision.layout(*source.linears[layer])
+    }
+    for name, tensor in source.read([name for name in views if name not in own], device):
         put(model, name, tensor)  # refuses another shape, which a copy would spread out
         put(model, name, views[name].copy_(tensor))
-    for layer in quantized:
-        exact = Nf4.quantize(source.weight(layer, device))
-        codes, absmax, scales = (
-            views[f"{layer}.{part}"].copy_(getattr(exact, part)) for part in PARTS
-        )
-        matrix = Nf4(codes, absmax, scales, exact.shape, exact.dtype)
-        model.set_submodule(layer, Nf4Linear(matrix, views.get(f"{layer}.bias")))
+    for layer, precision in packed.items():
+        matrix = precision.quantize(source.weight(layer, device))
+        parts = {p: views[f"{layer}.{p}"].copy_(tensor) for p, tensor in matrix.parts.items()}
+        there = replace(matrix, parts=parts)
+        model.set_submodule(layer, precision.linear(there, views.get(f"{layer}.bias")))

@@ -28,8 +28,8 @@ from emloc.errors import ConfigError
 from emloc.lean.model import answer_loss
 from emloc.linalg.prune import keep_best, keep_evenly, least, spans
 from emloc.manifest import whole
-from emloc.nn.nf4 import Nf4, Nf4Linear
-from emloc.settings import Compression
+from emloc.precision import Precision, require_format
+from emloc.settings import MODEL_BITS, Compression
 from emloc.shard import write_shard
 from emloc.source import CPU, Source
 
@@ -150,7 +150,7 @@ class Prune(Emulator):
 
         table: dict[str, dict[str, Any]] = {
             layer: {"shape": list(source.linears[layer]), "bits": given.bits}
-            for layer in (in_blocks(source) if given.bits == 4 else layers)
+            for layer in (in_blocks(source) if given.precision else layers)
         }
         for name, one in units.items():
             left = len(kept[name])
@@ -160,7 +160,7 @@ class Prune(Emulator):
                     table[layer] |= {"unit": one.kind, "kept": left, "of": one.count}
         (folder / "layers.json").write_text(json.dumps(table, indent=1))
         held = {layer: [line["shape"]] for layer, line in table.items()}
-        facts = size_facts(source, held, given.bits, gone=_biases(source, units, kept))
+        facts = size_facts(source, held, given.precision, gone=_biases(source, units, kept))
         left = sum(len(kept[name]) * one.size for name, one in units.items())
         facts |= {
             "share_of_linears": round(1 - (inside - left) / _numbers(layers), 4),
@@ -187,24 +187,39 @@ class Prune(Emulator):
             rows, columns = (file.get_tensor(n) if n in held else None for n in names)
         return rows, columns
 
-    def open(self, folder: Path, source: Source, device: torch.device) -> PreTrainedModel:
+    def open(
+        self,
+        folder: Path,
+        source: Source,
+        device: torch.device,
+        *,
+        precision: Precision | None = None,
+    ) -> PreTrainedModel:
         """The original with smaller layers; one weight at a time is read whole, and cut."""
         table = json.loads((folder / "layers.json").read_text())
         smaller: dict[str, nn.Module] = {}
-        whole: list[str] = []
+        whole: list[str] = []  # of the packed ones, those that are not cut
         for layer, line in table.items():
+            packed = line["bits"] != MODEL_BITS
             rows, columns = self.kept(folder, layer)
             if rows is not None or columns is not None:
                 weight = _cut(_cut(source.weight(layer, device), rows, 0), columns, 1)
                 bias = source.bias(layer, device)
                 bias = None if bias is None else _cut(bias, rows, 0)
-                smaller[layer] = _linear(weight, bias, line["bits"])
-            elif line["bits"] == 4:
+                held = require_format(precision) if packed else None
+                smaller[layer] = _linear(weight, bias, held)
+            elif packed:
                 whole.append(layer)
-        return load_quantized(source, whole, device, smaller)
+        return load_quantized(source, whole, device, precision, smaller)
 
     def residual(
-        self, folder: Path, source: Source, layer: str, device: torch.device = CPU
+        self,
+        folder: Path,
+        source: Source,
+        layer: str,
+        device: torch.device = CPU,
+        *,
+        precision: Precision | None = None,
     ) -> None:
         """None: a smaller layer takes and gives something else than the original."""
 
@@ -243,9 +258,9 @@ def _cut(tensor: Tensor, kept: Tensor | None, dim: int) -> Tensor:
     return tensor if kept is None else tensor.index_select(dim, kept.to(tensor.device))
 
 
-def _linear(weight: Tensor, bias: Tensor | None, bits: int) -> nn.Module:
-    if bits == 4:
-        return Nf4Linear(Nf4.quantize(weight), bias)
+def _linear(weight: Tensor, bias: Tensor | None, precision: Precision | None) -> nn.Module:
+    if precision is not None:
+        return precision.linear(precision.quantize(weight), bias)
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:

@@ -26,8 +26,8 @@ from emloc.emulators.stored import load_factors
 from emloc.errors import ConfigError
 from emloc.linalg.gram import cross, gram
 from emloc.linalg.regression import regressed
-from emloc.nn.factorized import Factorized, Nf4Factorized
-from emloc.nn.nf4 import Nf4
+from emloc.nn.factorized import Factorized, PackedFactorized
+from emloc.precision import Precision
 from emloc.source import Source
 from emloc.statistics import PIECE, Taken
 from emloc.walk import Batch, Block, open_walk
@@ -55,6 +55,7 @@ def lock_step(
     batches: Sequence[Batch],
     blocks: Mapping[str, Sequence[str]],
     file: Callable[[str], Path],
+    precision: Precision | None,
     device: torch.device,
     host_bytes: int | None,
     folder: Path,
@@ -66,6 +67,7 @@ def lock_step(
         batches: as `walk` takes them.
         blocks: block -> its layers that are compressed.
         file: block -> where its factors lie by the time that the next block is asked for.
+        precision: in which these are.
         device: where both models run; one block of each is there at a time.
         host_bytes: what the hidden states of both may take of host memory; None for no limit.
         folder: where they take disk beyond that.
@@ -83,12 +85,17 @@ def lock_step(
         yield original.name, Both(original, compressed)
         linears = linears_of(compressed, blocks[compressed.name])
         biases = {layer: linear.bias for layer, linear in linears.items()}
-        for layer, module in load_factors(file(compressed.name), biases, device).items():
+        made = load_factors(file(compressed.name), biases, device, precision)
+        for layer, module in made.items():
             _put(compressed, layer, module)
 
 
 def fit(
-    both: Both, layers: Sequence[str], ranks: Ranks, algorithm: str, bits: int
+    both: Both,
+    layers: Sequence[str],
+    ranks: Ranks,
+    algorithm: str,
+    precision: Precision | None,
 ) -> dict[str, Factored]:
     """Layer -> factors that make of the compressed model's rows what the original makes of its own.
 
@@ -109,7 +116,7 @@ def fit(
         targets = torch.split(target, [len(weight) for weight in weights])
         for layer, target, weight in zip(site.layers, targets, weights, strict=True):
             grams = {"input_gram": site.input_gram}
-            factors, v = reduced(target, ranks[layer], grams, algorithm, bits, weight.dtype)
+            factors, v = reduced(target, ranks[layer], grams, algorithm, precision, weight.dtype)
             now = time.perf_counter()
             found[layer] = Factored(factors, now - start, v)
             start = now
@@ -151,7 +158,7 @@ def _module(one: Factored, bias: Tensor | None) -> nn.Module:
     """The layer as it will be read from its file."""
     if one.v is None:
         return Factorized(one.factors.u, one.factors.v, bias)
-    return Nf4Factorized(one.v, Nf4.quantize(one.factors.u.T), bias)
+    return PackedFactorized(one.v, one.v.precision.quantize(one.factors.u.T), bias)
 
 
 def _put(block: Block, layer: str, module: nn.Module) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
+
+import torch
 
 from emloc.calibrate import Layers
 from emloc.emulators import Ranks
 from emloc.errors import ConfigError
 from emloc.linalg.factorize import rank_of
-from emloc.nn.nf4 import nf4_bytes
+from emloc.precision import Precision, bits_of
 from emloc.settings import Compression
 from emloc.source import Source
 
@@ -80,20 +82,33 @@ def share_of_linears(source: Source, layers: Layers, ratio: float) -> float:
 
 def factors_of(source: Source, ranks: Ranks) -> Held:
     """Both factors of every layer of rank k: u^T (k, m) and v (k, n)."""
-    shapes = {layer: source.linears[layer] for layer in ranks}
-    return {
-        layer: [(ranks[layer], rows), (ranks[layer], columns)]
-        for layer, (rows, columns) in shapes.items()
-    }
+    return {layer: thin(source.linears[layer], rank) for layer, rank in ranks.items()}
 
 
-def size_facts(source: Source, held: Held, bits: int, gone: int = 0) -> dict[str, Any]:
+def thin(shape: tuple[int, int], rank: int) -> list[tuple[int, int]]:
+    """The matrices that stand for one of `shape` (m, n): u^T (k, m) and v (k, n)."""
+    rows, columns = shape
+    return [(rank, rows), (rank, columns)]
+
+
+def bytes_of(
+    matrices: Iterable[tuple[int, int]], precision: Precision | None, dtype: torch.dtype
+) -> int:
+    """Bytes of matrices (rows, columns) in a packed format, or in `dtype` without one."""
+    if precision is not None:
+        return sum(precision.nbytes(rows, columns) for rows, columns in matrices)
+    return sum(rows * columns for rows, columns in matrices) * dtype.itemsize
+
+
+def size_facts(
+    source: Source, held: Held, precision: Precision | None, gone: int = 0
+) -> dict[str, Any]:
     """Parameters and bytes of the model that is trained through, and both shares kept.
 
     Args:
         source: the original.
         held: what stands in for the layers that are not as they were.
-        bits: of each number of these: 16 for those of the model's dtype, 4 for nf4.
+        precision: of these; None for the model's dtype.
         gone: parameters beside these layers' weights that the model trained through has not.
     """
     size = source.dtype.itemsize
@@ -101,13 +116,12 @@ def size_facts(source: Source, held: Held, bits: int, gone: int = 0) -> dict[str
     before = sum(rows * columns for rows, columns in (source.linears[layer] for layer in held))
     matrices = [shape for shapes in held.values() for shape in shapes]
     after = sum(rows * columns for rows, columns in matrices)
-    packed = sum(nf4_bytes(rows, columns) for rows, columns in matrices)
-    own = packed if bits == 4 else after * size
     kept = total - before + after - gone
     return {
         "parameters": kept,
-        "bytes": (total - before - gone) * size + own,
-        "bits": bits,
+        "bytes": (total - before - gone) * size + bytes_of(matrices, precision, source.dtype),
+        "bits": bits_of(precision),
         "share_of_linears": round(after / before, 4) if before else 1.0,
         "share_of_model": round(kept / total, 4),
+        **({"precision": precision.name} if precision else {}),
     }

@@ -1,6 +1,6 @@
 """The factors of one block as a file.
 
-A layer is `<layer>.u` (m, k) and `<layer>.v` (k, n), or in nf4 the parts of `<layer>.ut` (k, m) and
+A layer is `<layer>.u` (m, k) and `<layer>.v` (k, n), or packed the parts of `<layer>.ut` (k, m) and
 `<layer>.v`. What is known of each layer stands in the file's metadata.
 """
 
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from emloc.emulators.factors import Factored
 from emloc.manifest import whole
-from emloc.nn.factorized import Factorized, Nf4Factorized
-from emloc.nn.nf4 import Nf4
+from emloc.nn.factorized import Factorized, PackedFactorized
+from emloc.precision import Precision, require_format
 from emloc.shard import write_shard
 
 
@@ -30,31 +30,36 @@ def save_factors(found: Mapping[str, Factored], path: Path) -> None:
         if one.v is None:
             tensors |= {f"{layer}.u": factors.u, f"{layer}.v": factors.v}
         else:
-            ut = Nf4.quantize(factors.u.T)
+            ut = one.v.precision.quantize(factors.u.T)
             tensors |= one.v.tensors(f"{layer}.v") | ut.tensors(f"{layer}.ut")
     write_shard(path, tensors, {layer: json.dumps(one.facts) for layer, one in found.items()})
 
 
 def load_factors(
-    path: Path, biases: Mapping[str, Tensor | None], device: torch.device
-) -> dict[str, Factorized | Nf4Factorized]:
-    """Layer -> module, of the layers that have an entry in `biases`.
+    path: Path,
+    biases: Mapping[str, Tensor | None],
+    device: torch.device,
+    precision: Precision | None,
+) -> dict[str, Factorized | PackedFactorized]:
+    """Layer -> module, of the layers that have an entry in `biases`; `precision` as they were made.
 
     Raises:
         KeyError: one of them is not in the file.
+        ValueError: they are packed, and in no format or another one.
     """
-    found: dict[str, Factorized | Nf4Factorized] = {}
+    found: dict[str, Factorized | PackedFactorized] = {}
     with safe_open(whole(path), framework="pt", device=str(device)) as file:
         held = set(file.keys())
         for layer, bias in biases.items():
-            nf4 = (f"{layer}.v.", f"{layer}.ut.")
-            names = [n for n in held if n in (f"{layer}.u", f"{layer}.v") or n.startswith(nf4)]
+            packed = (f"{layer}.v.", f"{layer}.ut.")
+            names = [n for n in held if n in (f"{layer}.u", f"{layer}.v") or n.startswith(packed)]
             parts = {name: file.get_tensor(name) for name in names}
             if f"{layer}.u" in parts:
                 found[layer] = Factorized(parts[f"{layer}.u"], parts[f"{layer}.v"], bias)
             else:
-                v, ut = (Nf4.from_tensors(f"{layer}.{name}", parts) for name in ("v", "ut"))
-                found[layer] = Nf4Factorized(v, ut, bias)
+                read = require_format(precision).from_tensors
+                v, ut = (read(f"{layer}.{name}", parts) for name in ("v", "ut"))
+                found[layer] = PackedFactorized(v, ut, bias)
     return found
 
 

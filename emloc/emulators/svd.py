@@ -27,6 +27,7 @@ from emloc.journal import Journal
 from emloc.keys import neutral
 from emloc.linalg.allocate import greedy
 from emloc.manifest import whole
+from emloc.precision import Precision
 from emloc.settings import Compression
 from emloc.shard import write_shard
 from emloc.source import CPU, Source
@@ -129,7 +130,16 @@ class Svd(Emulator):
         if self.sequential:
             assert given.samples is not None
             batches = given.samples.batches(source)
-            run = lock_step(source, batches, blocks, journal.file, device, host_bytes, folder)
+            run = lock_step(
+                source,
+                batches,
+                blocks,
+                journal.file,
+                given.precision,
+                device,
+                host_bytes,
+                folder,
+            )
         else:
             samples = given.samples if again or statistics is None else None
             run = visits(source, samples, list(blocks), device, host_bytes, folder)
@@ -145,7 +155,7 @@ class Svd(Emulator):
             table |= found
         lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(one)}" for name, one in table.items())
         (folder / "layers.json").write_text(f"{{\n{lines}\n}}\n")
-        facts = size_facts(source, factors_of(source, ranks), given.bits)
+        facts = size_facts(source, factors_of(source, ranks), given.precision)
         return facts | ({"samples": given.samples.ids} if given.samples else {})
 
     def _factors(
@@ -159,10 +169,10 @@ class Svd(Emulator):
     ) -> dict[str, Factored]:
         assert given.plan is not None
         if isinstance(block, Both):
-            return fit(block, layers, given.plan, self.algorithm, given.bits)
+            return fit(block, layers, given.plan, self.algorithm, given.precision)
         known = self._known(name, block, layers, given)
         weights = weights_of(source, block, layers, device)
-        found = factorize(weights, given.plan, known, self.algorithm, given.bits)
+        found = factorize(weights, given.plan, known, self.algorithm, given.precision)
         if block is None or known is None:
             return found
         again = [layer for layer in layers if layer in known.outputs]
@@ -200,24 +210,38 @@ class Svd(Emulator):
         shapes = {layer: source.linears[layer] for layer in given.plan}
         return greedy(load_file(whole(path)), shapes, given.plan, self.multiple)
 
-    def open(self, folder: Path, source: Source, device: torch.device) -> PreTrainedModel:
+    def open(
+        self,
+        folder: Path,
+        source: Source,
+        device: torch.device,
+        *,
+        precision: Precision | None = None,
+    ) -> PreTrainedModel:
         """The original with its compressed layers replaced by their factors."""
         layers = json.loads((folder / "layers.json").read_text())
         replace: dict[str, nn.Module] = {}
         for block, members in by_block(layers).items():
             biases = {layer: source.bias(layer, device) for layer in members}
-            replace |= load_factors(folder / f"{block}.safetensors", biases, device)
+            path = folder / f"{block}.safetensors"
+            replace |= load_factors(path, biases, device, precision)
         return source.load(device, replace)
 
     def residual(
-        self, folder: Path, source: Source, layer: str, device: torch.device = CPU
+        self,
+        folder: Path,
+        source: Source,
+        layer: str,
+        device: torch.device = CPU,
+        *,
+        precision: Precision | None = None,
     ) -> Tensor | None:
         """Original minus the product of the factors, as both are stored."""
         if layer not in _ranks(folder):
             return None
         # The file has to be there: a lost one does not mean that the layer is as it was.
         path = folder / f"{block_of(layer)}.safetensors"
-        found = load_factors(path, {layer: None}, device)
+        found = load_factors(path, {layer: None}, device, precision)
         return source.weight(layer, device).double().sub_(found[layer].product())
 
 

@@ -51,7 +51,7 @@ class Whole:
     """A weight (m, n)."""
 
     def __init__(self, weight: Callable[[], Tensor], bias: Tensor | None) -> None:
-        self._weight = weight  # formed for the moment where it is held in four bits
+        self._weight = weight  # formed for the moment where it is packed
         self.bias = bias
 
     def forward(self, x: Tensor, low: Low) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from emloc.nn.nf4 import Nf4, multiply
+from emloc.precision import Packed, multiply, parts_in, put_parts
 
 
 class Factorized(nn.Linear):
@@ -49,44 +48,42 @@ class Factorized(nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
-class Nf4Factorized(nn.Linear):
-    """`y = u (v x) + bias` with v (k, in) and u^T (k, out) in nf4.
+class PackedFactorized(nn.Linear):
+    """`y = u (v x) + bias` with v (k, in) and u^T (k, out) in one packed format.
 
-    u lies turned, so that both factors are rows to be formed on top of a LoRA's; and so that each
-    block of nf4 belongs to one direction, whose scale it shares with no other. Either factor is
-    formed when it is multiplied and dropped again, in the backward pass too.
+    u lies turned, so that both factors are rows to be formed on top of a LoRA's; and so that where
+    a format's groups are of numbers in a row, each belongs to one direction, whose scale it shares
+    with few others. Either factor is formed when it is multiplied and dropped again, in the
+    backward pass too.
     """
 
     weight: Tensor
 
-    def __init__(self, v: Nf4, ut: Nf4, bias: Tensor | None = None) -> None:
+    def __init__(self, v: Packed, ut: Packed, bias: Tensor | None = None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.rank = v.shape[1], ut.shape[1], v.shape[0]
+        self.precision = v.precision
         # Asked for device and dtype, as PEFT does, and holds nothing: see `Factorized.weight`.
-        self.register_buffer("weight", v.codes.new_empty((*v.shape, 0), dtype=v.dtype), False)
-        for name, matrix in (("v", v), ("ut", ut)):
-            self.register_buffer(f"{name}_codes", matrix.codes, False)
-            self.register_buffer(f"{name}_absmax", matrix.absmax, False)
-            # As bytes: a model cast to another dtype would round the scales.
-            self.register_buffer(f"{name}_scales", matrix.scales.view(torch.uint8), False)
+        like = next(iter(v.parts.values()))
+        self.register_buffer("weight", like.new_empty((*v.shape, 0), dtype=v.dtype), False)
+        put_parts(self, "v", v)
+        put_parts(self, "ut", ut)
         _keep_bias(self, bias)
 
     @property
-    def v(self) -> Nf4:
+    def v(self) -> Packed:
         """v (k, in)."""
         return self._matrix("v", self.in_features)
 
     @property
-    def ut(self) -> Nf4:
+    def ut(self) -> Packed:
         """u^T (k, out)."""
         return self._matrix("ut", self.out_features)
 
-    def _matrix(self, name: str, columns: int) -> Nf4:
-        codes, absmax, scales = (
-            self.get_buffer(f"{name}_{part}") for part in ("codes", "absmax", "scales")
-        )
+    def _matrix(self, name: str, columns: int) -> Packed:
         shape = (self.rank, columns)
-        return Nf4(codes, absmax, scales.view(torch.float32), shape, self.weight.dtype)
+        parts = parts_in(self, name, self.precision.layout(*shape))
+        return Packed(self.precision, parts, shape, self.weight.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in) to (..., out), in the dtype of the factors."""

@@ -14,8 +14,6 @@ from emloc.settings import Budget
 USED = 0.4
 # Of an operation on the side of the host, Python and launch included: it bounds short steps.
 SECONDS_OF_AN_OPERATION = 22e-6
-# Operations it takes to form a matrix that is held in four bits; the trace has them whole.
-FORMING = 6
 # Products with the energy matrix until a subspace has converged.
 ITERATIONS = 12
 # A Python process with its libraries and the driver.
@@ -75,6 +73,7 @@ def _step_seconds(scheme: Scheme, work: Work, operations: int, gpu: Gpu) -> floa
     multiplied = sum(scheme.multiplied(layer) for layer in scheme.adapted)
     device = 2 * multiplied * tokens * passes / (USED * gpu.bf16 * 1e12)
     device += scheme.formed * passes / (USED * gpu.bandwidth * 1e12)
-    if scheme.bits == 4:
-        operations += FORMING * passes * len(scheme.adapted) * (2 if scheme.ranks else 1)
+    if scheme.precision is not None:  # the trace has its matrices whole
+        matrices = len(scheme.adapted) * (2 if scheme.ranks else 1)
+        operations += scheme.precision.forming * passes * matrices
     return work.accumulate * max(device, operations * SECONDS_OF_AN_OPERATION)

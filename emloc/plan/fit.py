@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
 
-from emloc.config import Cell
+from emloc.config import Cell, formats
 from emloc.emulators.full import Full
 from emloc.emulators.size import uniform_ranks
 from emloc.emulators.svd import Svd
@@ -20,7 +20,8 @@ from emloc.memory import GIB
 from emloc.plan.blocks import Blocks
 from emloc.plan.scheme import Scheme, Work
 from emloc.plan.trace import Traced
-from emloc.settings import Compression
+from emloc.precision import Precision, bits_of
+from emloc.settings import MODEL_BITS, Compression
 from emloc.source import Source
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 RESERVE = 0.06
 # What the libraries of products and attention keep for themselves.
 WORKSPACE = 64 * 2**20
-# With this share kept at 16 bits there is nothing to gain from four.
+# With this share kept there is nothing to gain from fewer bits.
 NEARLY_ALL = 0.9
 RATIOS = [count / 100 for count in range(1, 100)]
 # Of a parameter in float32, of its gradient, and of the two moments of AdamW.
@@ -47,7 +48,7 @@ class Need:
     weights: int
     adapter: int  # with optimizer state, and gradients where they outlive a pass
     activations: int  # all that comes and goes; the gradients of one pass too
-    scratch: int  # where four-bit matrices are formed, and libraries work
+    scratch: int  # where packed matrices are formed, and libraries work
     opening: int  # the embedding, and the adapter without an optimizer
     operations: int  # of one pass
 
@@ -64,7 +65,7 @@ def need_of(scheme: Scheme, work: Work) -> Need:
 
 
 def need(scheme: Scheme, work: Work, traced: Traced) -> Need:
-    """The same where it is known what comes and goes, which is next to no matter of bits."""
+    """The same where it is known what comes and goes, which hardly depends on the precision."""
     adapter = scheme.copies + FLOAT * scheme.parameters
     kept = FLOAT * scheme.parameters if work.accumulate > 1 else 0
     return Need(
@@ -77,8 +78,10 @@ def need(scheme: Scheme, work: Work, traced: Traced) -> Need:
     )
 
 
-def scheme_of(cell: Cell, source: Source, ratio: float | None, bits: int) -> Scheme:
-    """The cell's model and adapter, its compressed layers held at `ratio` and `bits`.
+def scheme_of(
+    cell: Cell, source: Source, ratio: float | None, precision: Precision | None
+) -> Scheme:
+    """The cell's model and adapter, its compressed layers held at `ratio` in `precision`.
 
     `ratio` counts what `compression.of` says; None leaves every layer whole.
 
@@ -96,29 +99,41 @@ def scheme_of(cell: Cell, source: Source, ratio: float | None, bits: int) -> Sch
         cell.model.compressed(source),
         cell.lora,
         {},
-        bits,
+        precision,
     )
     if ratio is None:
         return whole
-    return factored(whole, cell, Compression(ratio, cell.compression.of, bits))
+    return factored(whole, cell, Compression(ratio, cell.compression.of, bits_of(precision)))
 
 
 def factored(whole: Scheme, cell: Cell, budget: Compression) -> Scheme:
-    """The same with its compressed layers as factors.
+    """The same with its compressed layers as factors within the ratio of `budget`.
 
     Raises:
         ConfigError: the ratio leaves a layer without rank.
     """
     multiple = cell.emulator.multiple if isinstance(cell.emulator, Svd) else 1
     ranks = uniform_ranks(whole.source, whole.compressed, budget, multiple)
-    assert budget.bits is not None
-    return replace(whole, ranks=ranks, bits=budget.bits)
+    return replace(whole, ranks=ranks)
+
+
+def precisions(cell: Cell) -> list[Precision | None]:
+    """What a compression may be solved for, from the most bits to the fewest.
+
+    The model's dtype and a packed format of each width there is, as far as the cell leaves it open.
+
+    Raises:
+        ConfigError: two formats have one width, and the cell names neither.
+    """
+    if cell.compression.bits is not None:
+        return [cell.precision]
+    return [None, *([cell.precision] if cell.precision else formats())]
 
 
 def fitting(cell: Cell, source: Source, work: Work) -> Compression:
     """The compression whose training stays within `budget.gpu_gib`.
 
-    Of a model that is trained through whole the larger bits; else as `fitting_emulator`.
+    Of a model that is trained through whole the most bits; else as `fitting_emulator`.
 
     Raises:
         ConfigError: there is no budget, nothing fits it, or the emulator is one that no plan knows.
@@ -134,7 +149,7 @@ def fitting(cell: Cell, source: Source, work: Work) -> Compression:
             "compression=auto is solved for the lean training, and this adapter computes more than "
             "its two products; set adapter=lora, or compression=r50"
         )
-    whole = scheme_of(cell, source, None, 16)
+    whole = scheme_of(cell, source, None, None)
     if isinstance(cell.emulator, Full):
         return _fitting_whole(cell, whole, work)
     return fitting_emulator(cell, whole, work)
@@ -143,8 +158,8 @@ def fitting(cell: Cell, source: Source, work: Work) -> Compression:
 def fitting_emulator(cell: Cell, whole: Scheme, work: Work) -> Compression:
     """The largest ratio of the linears, with its bits, whose training stays within the budget.
 
-    16 bits where nearly all can be kept so, else nf4: a number of four bits loses less than leaving
-    out three of four.
+    The most bits of which nearly all can be kept, else the fewest: a number of four bits loses less
+    than leaving out three of four.
 
     Raises:
         ConfigError: there is no budget, or nothing fits it.
@@ -153,16 +168,16 @@ def fitting_emulator(cell: Cell, whole: Scheme, work: Work) -> Compression:
     schemes = dict(_by_ratio(cell, whole))
     passing = _passing(schemes, work)
 
-    def too_large(ratio: float, bits: int) -> bool:
-        scheme = replace(schemes[ratio], bits=bits)
+    def too_large(ratio: float, precision: Precision | None) -> bool:
+        scheme = replace(schemes[ratio], precision=precision)
         return need(scheme, work, passing(ratio)).peak > limit
 
     found: dict[int, float] = {}
-    for bits in (16, 4) if wanted is None else (wanted,):
+    for precision in precisions(cell):
         ratios = list(schemes)
-        count = bisect_left(ratios, True, key=partial(too_large, bits=bits))
+        count = bisect_left(ratios, True, key=partial(too_large, precision=precision))
         if count:
-            found[bits] = ratios[count - 1]
+            found[bits_of(precision)] = ratios[count - 1]
     gib = cell.budget.gpu_gib
     if not found:
         raise ConfigError(
@@ -170,7 +185,7 @@ def fitting_emulator(cell: Cell, whole: Scheme, work: Work) -> Compression:
             f"{whole.uncompressed / GIB:.1f} GiB of it, the adapter and activations the rest; set "
             "budget.gpu_gib higher, or train.batch or lora.rank lower"
         )
-    bits = 16 if found.get(16, 0) >= NEARLY_ALL or 4 not in found else 4
+    bits = next((b for b, ratio in found.items() if ratio >= NEARLY_ALL), min(found))
     log.info("compression=auto: ratio %.2f at %d bits within %g GiB", found[bits], bits, gib)
     return replace(cell.compression, ratio=found[bits], bits=bits, of="linears")
 
@@ -183,7 +198,7 @@ def _by_ratio(cell: Cell, whole: Scheme) -> Iterator[tuple[float, Scheme]]:
     """
     for ratio in RATIOS:
         with suppress(ConfigError) if ratio < RATIOS[-1] else nullcontext():
-            yield ratio, factored(whole, cell, Compression(ratio, "linears", 16))
+            yield ratio, factored(whole, cell, Compression(ratio, "linears", MODEL_BITS))
 
 
 def _passing(schemes: Mapping[float, Scheme], work: Work) -> Callable[[float], Traced]:
@@ -203,14 +218,16 @@ def _passing(schemes: Mapping[float, Scheme], work: Work) -> Callable[[float], T
 
 
 def _fitting_whole(cell: Cell, whole: Scheme, work: Work) -> Compression:
-    limit, wanted, gib = room(cell), cell.compression.bits, cell.budget.gpu_gib
+    limit, gib = room(cell), cell.budget.gpu_gib
     traced = whole.traced(work)
-    for bits in (16, 4) if wanted is None else (wanted,):
-        if need(replace(whole, bits=bits), work, traced).peak <= limit:
+    tried = precisions(cell)
+    for precision in tried:
+        if need(replace(whole, precision=precision), work, traced).peak <= limit:
+            bits = bits_of(precision)
             log.info("compression=auto: the whole model at %d bits within %g GiB", bits, gib)
             return replace(cell.compression, bits=bits)
     raise ConfigError(
-        f"budget.gpu_gib={gib:g}: the whole model does not fit{_at(wanted or 4)}; "
+        f"budget.gpu_gib={gib:g}: the whole model does not fit{_at(bits_of(tried[-1]))}; "
         "set method=emloc or budget.gpu_gib higher"
     )
 

@@ -15,15 +15,16 @@ from emloc.adapters.lora import Lora
 from emloc.calibrate import Layers
 from emloc.emulators import Ranks
 from emloc.emulators.full import IN_A_BLOCK
+from emloc.emulators.size import bytes_of, thin
 from emloc.lean.activations import keep_on_host
 from emloc.lean.layers import aligned
 from emloc.lean.loss import CHUNK_BYTES, AnswerLoss
 from emloc.lean.model import recompute_layers
 from emloc.lean.modules import fewer_operations
 from emloc.nn.factorized import Factorized
-from emloc.nn.nf4 import nf4_bytes
 from emloc.plan.blocks import Blocks
 from emloc.plan.trace import Traced, trace
+from emloc.precision import Precision
 from emloc.settings import LoraSettings, TrainSettings
 from emloc.source import Source
 
@@ -65,7 +66,7 @@ class Scheme:
     compressed: Layers
     lora: LoraSettings
     ranks: Ranks  # of the compressed layers; empty: every layer is whole
-    bits: int  # 16 or 4, of what is compressed, or of all blocks where nothing is
+    precision: Precision | None  # of what is compressed, or of all blocks where nothing is
 
     @property
     def source(self) -> Source:
@@ -110,7 +111,7 @@ class Scheme:
 
     @property
     def formed(self) -> int:
-        """Bytes written in one pass to form what is held in four bits."""
+        """Bytes written in one pass to form what is packed."""
         packed = [layer for layer in self.adapted if self._packed(layer)]
         return sum(self.multiplied(layer) for layer in packed) * self.source.dtype.itemsize
 
@@ -121,18 +122,16 @@ class Scheme:
         return rows * vocabulary * (4 + (size if size < 4 else 0))
 
     def _packed(self, layer: str) -> bool:
-        """Whether it is held in four bits: its factors, or with no factors anywhere itself."""
-        if self.bits != 4:
+        """Whether it is packed: its factors, or with no factors anywhere itself."""
+        if self.precision is None:
             return False
         return layer in self.ranks if self.ranks else bool(re.fullmatch(IN_A_BLOCK, layer))
 
     def _held(self, layer: str) -> int:
-        rows, columns = self.source.linears[layer]
-        k = self.ranks.get(layer)
-        matrices = [(rows, columns)] if k is None else [(k, rows), (k, columns)]
-        if self._packed(layer):
-            return sum(nf4_bytes(*matrix) for matrix in matrices)
-        return sum(m * n for m, n in matrices) * self.source.dtype.itemsize
+        shape, k = self.source.linears[layer], self.ranks.get(layer)
+        matrices = [shape] if k is None else thin(shape, k)
+        precision = self.precision if self._packed(layer) else None
+        return bytes_of(matrices, precision, self.source.dtype)
 
     @property
     def parameters(self) -> int:
@@ -145,14 +144,14 @@ class Scheme:
         rank, copies = self.lora.rank, 0
         for layer, (rows, columns) in self.adapted.items():
             extra = rank
-            if layer in self.ranks and self.bits == 16:
+            if layer in self.ranks and self.precision is None:
                 extra = aligned(self.ranks[layer] + rank) - self.ranks[layer]
             copies += extra * (rows + columns)
         return copies * self.source.dtype.itemsize
 
     @property
     def scratch(self) -> int:
-        """Bytes in which four-bit matrices are formed to be multiplied.
+        """Bytes in which packed matrices are formed to be multiplied.
 
         Adapted layers share room for the largest of their first and of their second matrices; a
         layer of the decoder without an adapter forms one matrix at a time beside it.

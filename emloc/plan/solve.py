@@ -1,30 +1,33 @@
-"""`compression=auto`: from what a run will train on to the ratio and bits it can afford."""
+"""`compression=auto`: from what a run will train on to the ratio and format it can afford."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from emloc.config import Cell
-from emloc.plan.fit import fitting
+from emloc.plan.fit import fitting, precisions
 from emloc.plan.scheme import Work
+from emloc.precision import bits_of
 from emloc.reading import encode_all
-from emloc.settings import Compression
+from emloc.settings import MODEL_BITS
 from emloc.source import Source
 
 
-def solved(cell: Cell, source: Source) -> Compression:
-    """The compression with its numbers: as set, or found for the longest training sample.
+def solved(cell: Cell, source: Source) -> Cell:
+    """The cell with numbers and format of its compression, as set or for the longest sample.
 
     Raises:
         ConfigError: there is no budget to solve for, or nothing fits it.
     """
     chosen = cell.compression
     if chosen.ratio is not None and chosen.bits is not None:
-        return chosen
+        return cell
     if not cell.adapter.trains:  # then nothing is compressed
-        return replace(chosen, bits=16)
+        return replace(cell, compression=replace(chosen, bits=MODEL_BITS), precision=None)
     encoded = encode_all(source.reader(), cell.task.train(), cell.model.max_length)
     length = max(len(one.input_ids) for one in encoded)
     answer = max(len(one.input_ids) - one.answer_start for one in encoded)
     work = Work.of(cell.train, length, answer)
-    return fitting(cell, source, work)
+    found = fitting(cell, source, work)
+    precision = next(one for one in precisions(cell) if bits_of(one) == found.bits)
+    return replace(cell, compression=found, precision=precision)

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from emloc.config import Cell
+import yaml
+
+from emloc.config import Cell, formats
 from emloc.errors import ConfigError
 from emloc.memory import GIB
 from emloc.plan.cost import Cost, cost_of
 from emloc.plan.fit import RESERVE, Need, factored, fitting_emulator, need, scheme_of, usable
 from emloc.plan.gpus import Gpu
 from emloc.plan.scheme import Scheme, Work
+from emloc.precision import Precision, bits_of
 from emloc.report.markdown_table import markdown_table
-from emloc.settings import Compression
+from emloc.settings import MODEL_BITS, Compression
+from emloc.shipped import choices
 
 HEADER = (
     *("method", "ratio", "bits", "weights", "adapter", "activations", "logits", "peak GiB"),
@@ -21,6 +25,8 @@ HEADER = (
 )
 # Where the configuration leaves the ratio open and gives no budget to solve for it.
 USUAL_RATIO = 0.25
+# Method -> the one that presets the same in a packed format.
+PACKED = {"lora": "qlora", "emloc": "emloc_nf4"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ def plan(cell: Cell, work: Work, gpu: Gpu) -> str:
             not the lean one.
     """
     limit = cell.budget.gpu_gib or gpu.memory_gib
-    whole = scheme_of(cell, cell.model.shape_source(), None, 16)
+    whole = scheme_of(cell, cell.model.shape_source(), None, None)
     lines = list(_lines(cell, whole, work, gpu, limit))
     table = markdown_table(HEADER, [_cells(line) for line in lines])
     passes = f"{work.accumulate} x " if work.accumulate > 1 else ""
@@ -57,19 +63,27 @@ def plan(cell: Cell, work: Work, gpu: Gpu) -> str:
 
 
 def _lines(cell: Cell, whole: Scheme, work: Work, gpu: Gpu, limit: float) -> Iterator[Line]:
-    budget = Compression(cell.compression.ratio or USUAL_RATIO, cell.compression.of, 16)
-    for names, ratio, scheme in (
-        (("lora", "qlora"), None, whole),
-        (("emloc", "emloc_nf4"), budget.ratio, factored(whole, cell, budget)),
+    budget = Compression(cell.compression.ratio or USUAL_RATIO, cell.compression.of, MODEL_BITS)
+    for method, ratio, scheme in (
+        ("lora", None, whole),
+        ("emloc", budget.ratio, factored(whole, cell, budget)),
     ):
         traced = scheme.traced(work)
-        for method, bits in zip(names, (16, 4), strict=True):
-            held = replace(scheme, bits=bits)
+        for precision in (None, *formats(cell.precision)):
+            held = replace(scheme, precision=precision)
             found = need(held, work, traced)
             samples = cell.calibration.samples
             cost = cost_of(held, work, found.operations, gpu, samples, cell.budget)
             fits = found.peak <= usable(limit)
-            yield Line(method, ratio, bits, found, cost, held.logits(work), fits)
+            name = method if precision is None else _called(method, precision)
+            yield Line(name, ratio, bits_of(precision), found, cost, held.logits(work), fits)
+
+
+def _called(method: str, precision: Precision) -> str:
+    """The method that presets this width, or the one that `precision` is set beside."""
+    preset = yaml.safe_load(choices("method")[PACKED[method]].read_text(encoding="utf-8"))
+    same = preset["compression"]["bits"] == precision.bits
+    return PACKED[method] if same else f"{method} {precision.name}"
 
 
 def _cells(line: Line) -> list[str]:

@@ -15,7 +15,6 @@ from emloc.emulators import Built, Plan
 from emloc.keys import class_name, key_of, without_neutral
 from emloc.progress import Report
 from emloc.samples import Samples
-from emloc.settings import Compression
 from emloc.source import Source
 from emloc.store import Artifact, Facts
 
@@ -33,10 +32,9 @@ SCORES, SCORES_AS_TRAINED = "scores", "scores as trained"
 class Context:
     """All that a stage can read: the settings of the run, checked, and what was made so far."""
 
-    cell: Cell
+    cell: Cell  # its ratio and precision as they were solved for
     source: Source  # the model that is trained, carried to and scored
     layers: Layers  # those that an emulator may compress: name -> (out, in)
-    compression: Compression  # with its numbers, also where they were solved for
     plan: Plan | None  # what the emulator is built to
     samples: Samples | None  # of calibration; None where no stage reads them
     fit: Fit | None  # what the adapter is fitted to; None where nothing is trained
@@ -53,7 +51,8 @@ class Context:
         Raises:
             KeyError: no stage has made one.
         """
-        return Built(self.cell.emulator, self.current[EMULATOR], self.source)
+        cell = self.cell
+        return Built(cell.emulator, self.current[EMULATOR], self.source, cell.precision)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,6 +40,4 @@ class Emulate(Stage):
 
 def _given(context: Context) -> Given:
     samples = context.samples if context.cell.emulator.samples else None
-    bits = context.compression.bits
-    assert bits is not None
-    return Given(context.plan, context.current.get(STATISTICS), samples, bits)
+    return Given(context.plan, context.current.get(STATISTICS), samples, context.cell.precision)

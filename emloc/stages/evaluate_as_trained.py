@@ -19,8 +19,8 @@ class EvaluateAsTrained(Stage):
     logged_as = "as_trained"
 
     def needed(self, context: Context) -> bool:
-        """Where something was trained in fewer bits than the original's."""
-        return TRAINED in context.current and context.compression.bits == 4
+        """Where something was trained that is held in a packed format."""
+        return TRAINED in context.current and context.cell.precision is not None
 
     def inputs(self, context: Context) -> list[Any]:
         """The emulator, the adapter, the data, and how much of it."""

@@ -7,6 +7,7 @@ import gc
 
 import pytest
 import torch
+from packed import held_at
 from transformers import AutoModelForCausalLM
 
 from emloc.adapters.lora import Lora
@@ -53,8 +54,8 @@ def trained(emulator, source, folder, bits, lean, recipe):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    emulator.build(folder, source, Given(None, None, None, bits), device=CUDA)
-    model = emulator.open(folder, source, CUDA)
+    emulator.build(folder, source, Given(None, None, None, held_at(bits)), device=CUDA)
+    model = emulator.open(folder, source, CUDA, precision=held_at(bits))
     torch.manual_seed(0)
     adapter = Lora()
     tuned = adapter.attach(model, LoraSettings(8, 16.0, 0.0), r".*_proj").train()

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from packed import held_at
 
 from emloc.batching import collate
 from emloc.bench.setting import Setting, fresh
@@ -78,7 +79,7 @@ def test_a_training_takes_what_was_planned(
     train, shape = setting.cell.train, setting.source.config
     assert (train.batch, train.accumulate, shape.num_hidden_layers) == (BATCH, accumulate, 8)
     work = Work(LENGTH, BATCH, ANSWER, checkpointing, host, accumulate)
-    planned = need_of(scheme_of(setting.cell, setting.source, ratio, bits), work).peak
+    planned = need_of(scheme_of(setting.cell, setting.source, ratio, held_at(bits)), work).peak
     measured = peak_of(setting, opener, tmp_path, setting.device)
     with capsys.disabled():
         print(f"\n{planned / 2**20:.0f} MiB planned, {measured / 2**20:.0f} MiB allocated")

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from omegaconf import OmegaConf
+from packed import held_at
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -116,7 +117,9 @@ def test_the_correction_is_exact_at_the_scale_of_rslora(go, tiny, bits):
     for layer, new in read_lora(result.carried.folder / "adapter").pairs.items():
         old = trained[layer]
         assert new.scale == 3.0  # 6 / sqrt(4)
-        gap = cell.emulator.residual(result.emulated.folder, source, layer)
+        gap = cell.emulator.residual(
+            result.emulated.folder, source, layer, precision=cell.precision
+        )
         left = (gap + new.delta.double()) @ old.a.double().T
         torch.testing.assert_close(left, old.delta.double() @ old.a.double().T, atol=1e-6, rtol=0)
 
@@ -168,7 +171,7 @@ def test_offsite_tuning_puts_its_ends_on_the_whole_model(go, wide, bits):
 def test_magnitudes_start_as_the_norms_of_the_weights_that_are_trained_through(wide, bits):
     source = Source(wide, "tiny", "0", torch.bfloat16)
     layers = [name for name in source.linears if name.endswith("_proj")] if bits == 4 else []
-    model = load_quantized(source, layers, CPU)
+    model = load_quantized(source, layers, CPU, held_at(bits))
     tuned = Dora().attach(model, LoraSettings(4, 4, 0.0), TARGETS)
     found = {n: one for n, one in tuned.named_modules() if isinstance(one, LoraLayer)}
     assert len(found) == 42

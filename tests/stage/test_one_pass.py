@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packed import held_at
 from safetensors import safe_open
 from tiny import save_checkpoint
 
@@ -59,7 +60,9 @@ def build_in(folder: Path, source, emulator: Svd, bits: int, statistics=None) ->
     """One pass, or two where there are statistics; the facts."""
     ranks = emulator.plan(source, layers_of(source), Compression(RATIO, "linears", bits))
     folder.mkdir(exist_ok=True)
-    return emulator.build(folder, source, Given(ranks, statistics, Rows(), bits), device=CPU)
+    return emulator.build(
+        folder, source, Given(ranks, statistics, Rows(), held_at(bits)), device=CPU
+    )
 
 
 @pytest.fixture(scope="module", params=["subspace", "eigen", "whiten"])
@@ -98,7 +101,10 @@ def test_one_pass_and_two_stages_give_the_same_factors(tmp_path, source, both, b
         assert (one["rank"], one["solver"]) == (other["rank"], other["solver"])
         assert one["kept"] == pytest.approx(other["kept"], abs=1e-9)
         weight = source.weight(layer).double()
-        products = [weight - emulator.residual(at, source, layer) for at in (once, twice)]
+        products = [
+            weight - emulator.residual(at, source, layer, precision=held_at(bits))
+            for at in (once, twice)
+        ]
         assert products[0].shape == shape
         torch.testing.assert_close(*products, atol=1e-6, rtol=1e-6)
         assert float((weight - products[0]).norm()) > 0.05 * float(weight.norm())

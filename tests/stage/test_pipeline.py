@@ -16,6 +16,7 @@ from emloc.adapters.saved import read_lora
 from emloc.calibrate import calibrate
 from emloc.compose import compose
 from emloc.config import build
+from emloc.emulators import Built
 from emloc.errors import ConfigError, StageError
 from emloc.evaluate import answer_all, summary
 from emloc.pipeline import run
@@ -302,8 +303,9 @@ def test_four_bits_are_trained_through_and_carried_to_the_original(go, tiny, met
     assert len(adapter) == 14
     cell = build(compose([*tiny, f"method={method}"]))
     source = cell.model.open()
+    built = Built(cell.emulator, result.emulated, source, cell.precision)
     for layer in adapter:
-        gap = cell.emulator.residual(result.emulated.folder, source, layer)
+        gap = built.residual(layer)
         assert float(gap.norm()) > 0.05 * float(source.weight(layer).norm())
 
 
@@ -312,7 +314,8 @@ def test_the_correction_knows_what_four_bits_lost(go, tiny):
     result = go("method=emloc_nf4", "recovery.clamp=null", "lora.alpha=8")
     cell = build(compose([*tiny, "method=emloc_nf4"]))
     source = cell.model.open()
-    model = cell.emulator.open(result.emulated.folder, source, torch.device("cpu"))
+    built = Built(cell.emulator, result.emulated, source, cell.precision)
+    model = built.open(torch.device("cpu"))
     trained = read_lora(result.trained.folder / "adapter").pairs
     for layer, new in read_lora(result.carried.folder / "adapter").pairs.items():
         old, held = trained[layer], model.get_submodule(layer).product()

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from packed import held_at
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -14,8 +15,8 @@ from emloc.compose import compose
 from emloc.config import build
 from emloc.emulators import Built
 from emloc.errors import ConfigError
-from emloc.nn.nf4 import Nf4Linear
 from emloc.pipeline import run
+from emloc.precision.nf4 import Nf4Linear
 
 CPU = torch.device("cpu")
 METHODS = ["upop", "loram_stru", "loram_rand"]
@@ -38,7 +39,8 @@ LEARNING = ["train.learning_rate=0.05", "train.schedule=constant"]
 
 def built_of(result, tiny, method) -> Built:
     cell = build(compose([*tiny, f"method={method}", *WHOLE]))
-    return Built(cell.emulator, result.emulated, cell.model.open())
+    held = held_at(result.emulated.facts["bits"])
+    return Built(cell.emulator, result.emulated, cell.model.open(), held)
 
 
 def tables(result) -> dict[str, dict]:

@@ -31,12 +31,17 @@ CHOICES = {
 }
 FILES = [f"{group}/{stem}" for group, stems in CHOICES.items() for stem in stems]
 PRESET = ("emulator", "adapter", "recovery")
+# Parts that lie in a module of their own, called as their YAML file.
+PARTS = (*PRESET, "precision")
 PACKAGES = {
     "emulator": "emloc.emulators",
     "adapter": "emloc.adapters",
     "recovery": "emloc.recovery",
+    "precision": "emloc.precision",
 }
 SECTIONS = typing.get_type_hints(Config)
+# Groups of which any choice goes with any method; a format goes with its own bits alone.
+FREE = [group for group in CHOICES if group not in ("method", "precision")]
 
 
 def yaml_of(name: str) -> DictConfig:
@@ -108,10 +113,10 @@ def test_the_groups_are_the_sections_and_the_presets():
 
 
 @pytest.mark.parametrize("method", CHOICES["method"])
-@pytest.mark.parametrize("turn", range(max(len(s) for g, s in CHOICES.items() if g != "method")))
+@pytest.mark.parametrize("turn", range(max(len(CHOICES[group]) for group in FREE)))
 def test_every_choice_builds_as_its_yaml_says_with_every_method(method, turn):
     """One choice of each group at a time, all of them within a few turns."""
-    chosen = {g: stems[turn % len(stems)] for g, stems in CHOICES.items() if g != "method"}
+    chosen = {group: CHOICES[group][turn % len(CHOICES[group])] for group in FREE}
     cell = build(compose([f"method={method}", *(f"{g}={stem}" for g, stem in chosen.items())]))
     assert cell.method == method
     told = OmegaConf.to_container(yaml_of(f"method/{method}"))
@@ -187,7 +192,7 @@ def test_a_yaml_spells_out_every_field(name):
     assert written == {field.name for field in dataclasses.fields(class_of(name))}
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name.split("/")[0] in PRESET])
+@pytest.mark.parametrize("name", [name for name in FILES if name.split("/")[0] in PARTS])
 def test_a_part_lies_in_the_file_its_yaml_is_called_after(name):
     group, stem = name.split("/")
     package, _, module = class_of(name).__module__.rpartition(".")
@@ -195,8 +200,10 @@ def test_a_part_lies_in_the_file_its_yaml_is_called_after(name):
     assert stem == module or stem.startswith(f"{module}_")
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if n.startswith(("model/", "task/"))])
-def test_a_model_or_task_is_called_as_its_yaml(name):
+@pytest.mark.parametrize(
+    "name", [n for n in FILES if n.startswith(("model/", "task/", "precision/"))]
+)
+def test_what_has_a_name_is_called_as_its_yaml(name):
     assert yaml_of(name).name == name.split("/")[1]
 
 
@@ -455,6 +462,7 @@ ELSE = {
     "task": "task.seed=1",
     "calibration": "calibration.seed=1",
     "compression": "compression=r25",
+    "precision": "precision=nf4",
     "lora": "lora=r4",
     "emulator": "emulator.multiple=2",
     "adapter": "adapter=none",

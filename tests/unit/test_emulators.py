@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from packed import NF4, held_at
 from safetensors import safe_open
 from tiny import save_checkpoint
 from torch import nn
@@ -21,8 +22,8 @@ from emloc.emulators.svd import Svd
 from emloc.errors import ConfigError
 from emloc.linalg.correct import Pair, correct_identity
 from emloc.linalg.factorize import eigen, lost
-from emloc.nn.factorized import Factorized, Nf4Factorized
-from emloc.nn.nf4 import Nf4, Nf4Linear
+from emloc.nn.factorized import Factorized, PackedFactorized
+from emloc.precision.nf4 import Nf4Linear
 from emloc.settings import Compression
 from emloc.source import Source
 from emloc.statistics import Statistics
@@ -76,10 +77,10 @@ def svd(**settings) -> Svd:
 
 def built(folder, source, emulator, bits, statistics=None) -> Built:
     ranks = emulator.plan(source, layers_of(source), budget(bits))
-    given = Given(ranks, statistics, Rows() if statistics else None, bits)
+    given = Given(ranks, statistics, Rows() if statistics else None, held_at(bits))
     facts = emulator.build(folder, source, given, device=CPU)
     (folder / "stage.json").write_text(json.dumps(facts))
-    return Built(emulator, Artifact("emulate", "0", folder), source)
+    return Built(emulator, Artifact("emulate", "0", folder), source, held_at(bits))
 
 
 # What it multiplies by ---------------------------------------------------------------------------
@@ -95,10 +96,10 @@ def test_u_solved_again_for_v_in_nf4_loses_less_than_both_factors_quantised():
         gram, weight = x.T @ x, torch.randn(96, 80).bfloat16()
         known = Statistics(sites={"one": "one"}, inputs={"one": gram}, tokens=2000)
         plain = eigen(weight, 24, input_gram=gram, dtype=torch.bfloat16)
-        solved = factorize({"one": weight}, {"one": 24}, known, "eigen", 4)["one"].factors
-        assert torch.equal(solved.v, Nf4.quantize(plain.v).dequantize())
+        solved = factorize({"one": weight}, {"one": 24}, known, "eigen", NF4)["one"].factors
+        assert torch.equal(solved.v, NF4.quantize(plain.v).dequantize())
         quantised = [
-            replace(one, u=Nf4.quantize(one.u.T).dequantize().T, v=solved.v)
+            replace(one, u=NF4.quantize(one.u.T).dequantize().T, v=solved.v)
             for one in (plain, solved)
         ]
         naive, again = (lost(weight, one, gram) for one in quantised)
@@ -123,7 +124,7 @@ def test_both_passes_solve_u_for_the_v_that_is_stored(tmp_path, source, statisti
         kinds |= set(given)
         weight = source.weight(layer)
         plain = eigen(weight, rank, **given, dtype=source.dtype)
-        u, v = (Nf4.quantize(one).dequantize().double() for one in (plain.u.T, plain.v))
+        u, v = (NF4.quantize(one).dequantize().double() for one in (plain.u.T, plain.v))
         gaps = [four.residual(layer), weight.double() - u.T @ v]
         gram = (
             Statistics.load(exact / file).of(layer)["input_gram"] if aware else torch.eye(len(v.T))
@@ -135,7 +136,7 @@ def test_both_passes_solve_u_for_the_v_that_is_stored(tmp_path, source, statisti
 
 @pytest.mark.parametrize(
     ("emulator", "bits", "kind"),
-    [(svd(), 16, Factorized), (svd(), 4, Nf4Factorized), (Full(), 4, Nf4Linear)],
+    [(svd(), 16, Factorized), (svd(), 4, PackedFactorized), (Full(), 4, Nf4Linear)],
 )
 def test_the_residual_is_the_weight_less_what_the_model_multiplies_by(
     tmp_path, source, statistics, emulator, bits, kind
@@ -199,7 +200,7 @@ def test_the_bytes_are_those_of_the_stored_tensors(tmp_path, source, bits):
     assert 0.45 < facts["share_of_linears"] <= 0.5
     model = one.open(CPU)
     # Rotary frequencies and whatever else a model computes for itself are not counted.
-    own = (Factorized, Nf4Factorized)
+    own = (Factorized, PackedFactorized)
     buffers = [m.buffers(recurse=False) for m in model.modules() if isinstance(m, own)]
     held = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for x in buffers for b in x)
     assert held == facts["bytes"]
@@ -223,7 +224,7 @@ def test_at_sixteen_bits_the_original_is_the_original(tmp_path, source):
     assert not any(isinstance(module, Nf4Linear) for module in one.open(CPU).modules())
     assert one.residual("model.layers.0.mlp.up_proj") is None
     total = sum(source.sizes.values())
-    assert one.artifact.facts == size_facts(source, {}, 16)
+    assert one.artifact.facts == size_facts(source, {}, None)
     assert one.artifact.facts["bytes"] == total * source.dtype.itemsize
 
 

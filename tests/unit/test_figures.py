@@ -130,6 +130,27 @@ def test_a_cells_ratio_is_no_part_of_its_lines_name(tmp_path):
     assert figure._supxlabel.get_text() == "hollow: nf4"
 
 
+def test_formats_of_one_width_are_told_apart_by_their_names(tmp_path):
+    named = {"precision": "other", "precision__name": "other", "precision__bits": "4"}
+    rows = [
+        row("emloc", score, compression__ratio=ratio, **more)
+        for ratio in ("0.25", "0.5")
+        for score, more in (
+            (0.2, {}),
+            (0.3, {"compression__bits": "4"}),
+            (0.4, {"compression__bits": "4", **named}),
+            (0.5, {"compression__bits": "3"}),
+        )
+    ]
+    figure = drawn(rows, tmp_path)["score_ratio"]
+    found = lines(figure.axes[0])
+    assert sorted(found) == ["emloc 16 bit", "emloc 3 bit", "emloc nf4", "emloc other"]
+    assert found["emloc other"] == ([0.25, 0.5], [0.4, 0.4])
+    faces = {one.get_label(): one.get_markerfacecolor() for one in figure.axes[0].get_lines()}
+    assert [faces[name] == "white" for name in sorted(found)] == [False, True, True, True]
+    assert figure._supxlabel.get_text() == "hollow: 3 bit, nf4, other"
+
+
 def test_settings_that_differ_within_a_method_are_lines_of_their_own(tmp_path):
     rows = [
         row("emloc", 0.2, emulator__sequential=flag, compression__ratio=ratio)

@@ -39,7 +39,7 @@ HEAVY = {"torch", "transformers", "peft", "lm_eval", "wandb", "datasets", "accel
 DRAWN = ["emloc.report.figures"]
 REPORT = ["emloc.report.rows", "emloc.report.tables", "emloc.report.written", *DRAWN]
 SWEEP = ["emloc.runs", "emloc.sweeps.callbacks", "emloc.sweeps.killed"]
-LIGHT = ["emloc", "emloc.cli", "emloc.compose", *REPORT, *SWEEP]
+LIGHT = ["emloc", "emloc.cli", "emloc.compose", "emloc.formats", *REPORT, *SWEEP]
 
 
 def where(module: Path) -> str:
@@ -123,9 +123,14 @@ def test_no_public_name_is_also_a_module_that_can_hide_it():
 def test_some_libraries_are_imported_in_one_place_only():
     assert importers("wandb") == {"tracking/wandb_run.py"}
     assert {place.split("/")[0] for place in importers("lm_eval")} == {"harness"}
-    assert importers("bitsandbytes") == {"nn/nf4.py"}
+    assert importers("bitsandbytes") == {"precision/nf4.py"}
     assert {place.split("/")[0] for place in importers("peft")} == {"adapters"}
     assert {"adapters/lora.py", "adapters/saved.py"} <= importers("peft")
+
+
+def test_a_packed_format_is_known_by_its_interface_alone():
+    homes = {where(module) for module in MODULES if "emloc.precision.nf4" in {*imported(module)}}
+    assert homes == {"bench/training.py"}  # where bitsandbytes' own layer is the peer
 
 
 def test_hydra_ends_where_objects_begin():

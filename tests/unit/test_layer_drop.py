@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from packed import NF4, held_at
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import image_batch, save_checkpoint, tiny_internvl, tiny_llama, tiny_tokenizer
 from torch import nn
@@ -16,7 +17,7 @@ from emloc.emulators.layer_drop import LayerDrop, Skipped, decoder_blocks, thinn
 from emloc.errors import ConfigError
 from emloc.lean.model import recompute_layers
 from emloc.lean.modules import fewer_operations
-from emloc.nn.nf4 import Nf4, Nf4Linear
+from emloc.precision.nf4 import Nf4Linear
 from emloc.settings import Compression
 from emloc.source import Source
 
@@ -48,7 +49,7 @@ def linears(source):
 def built(folder, source, bits=16, ratio=0.75, of="linears", drop=DROP):
     """The facts of an emulator in `folder`."""
     plan = drop.plan(source, linears(source), Compression(ratio, of, bits))
-    return drop.build(folder, source, Given(plan, None, None, bits), device=CPU)
+    return drop.build(folder, source, Given(plan, None, None, held_at(bits)), device=CPU)
 
 
 def numbers(blocks):
@@ -243,7 +244,7 @@ def test_of_a_vision_language_model_the_vision_tower_stays(tmp_path):
     ratio = (tower + 4.01 * (total - tower) / 5) / total
     plan = drop.plan(source, layers, Compression(ratio, "linears", 16))
     assert numbers(plan["dropped"]) == [2]
-    drop.build(tmp_path, source, Given(plan, None, None, 16), device=CPU)
+    drop.build(tmp_path, source, Given(plan, None, None, None), device=CPU)
     opened = drop.open(tmp_path, source, CPU)
     with torch.no_grad():
         before, after = whole(**image_batch()).logits, opened(**image_batch()).logits
@@ -258,7 +259,7 @@ def test_of_a_vision_language_model_the_vision_tower_stays(tmp_path):
 @pytest.mark.parametrize("bits", [16, 4])
 def test_the_size_is_that_of_the_tensors(source, tmp_path, bits):
     facts = built(tmp_path, source, bits)
-    model = DROP.open(tmp_path, source, CPU)
+    model = DROP.open(tmp_path, source, CPU, precision=held_at(bits))
     packed = [one.matrix for one in model.modules() if isinstance(one, Nf4Linear)]
     apart = {id(one.weight) for one in model.modules() if isinstance(one, Nf4Linear)}
     plain = [parameter for parameter in model.parameters() if id(parameter) not in apart]
@@ -276,7 +277,7 @@ def test_the_gap_is_what_four_bits_take_and_nothing_at_sixteen(source, tmp_path)
     assert DROP.residual(tmp_path, source, layer) is None
     built(tmp_path, source, 4)
     weight = source.weight(layer)
-    gap = DROP.residual(tmp_path, source, layer)
+    gap = DROP.residual(tmp_path, source, layer, precision=NF4)
     assert 0.05 < float(gap.norm() / weight.norm()) < 0.15
-    expected = weight.double() - Nf4.quantize(weight).dequantize().double()
+    expected = weight.double() - NF4.quantize(weight).dequantize().double()
     torch.testing.assert_close(gap, expected)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed import NF4
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama, tiny_tokenizer
 from torch import nn
@@ -14,8 +15,8 @@ from emloc.lean.embedding import HostEmbedding
 from emloc.lean.loss import AnswerLoss
 from emloc.lean.model import answer_loss, keep_embedding_on_host, recompute_layers
 from emloc.lean.modules import GatedUnit, fewer_operations
-from emloc.nn.factorized import Factorized, Nf4Factorized
-from emloc.nn.nf4 import Nf4, Nf4Linear
+from emloc.nn.factorized import Factorized, PackedFactorized
+from emloc.precision.nf4 import Nf4Linear
 
 BLOCKS = r".*layers.*proj"
 
@@ -42,12 +43,12 @@ def factorised(model):
 def nf4_factorised(model):
     for name, layer in linears(model):
         u, v = factors(layer)
-        model.set_submodule(name, Nf4Factorized(Nf4.quantize(v), Nf4.quantize(u.T)))
+        model.set_submodule(name, PackedFactorized(NF4.quantize(v), NF4.quantize(u.T)))
 
 
 def nf4(model):
     for name, layer in linears(model):
-        model.set_submodule(name, Nf4Linear(Nf4.quantize(layer.weight)))
+        model.set_submodule(name, Nf4Linear(NF4.quantize(layer.weight)))
     model.is_loaded_in_4bit = True
 
 

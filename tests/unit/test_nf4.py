@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from bitsandbytes.functional import create_dynamic_map
+from packed import NF4
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.bnb import Linear4bit
@@ -12,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_llama, tiny_tokenizer
 from torch import nn
 
-from emloc.nn.factorized import Nf4Factorized
-from emloc.nn.nf4 import Nf4, Nf4Linear, multiply, nf4_bytes
+from emloc.nn.factorized import PackedFactorized
 from emloc.nn.surgery import with_modules
+from emloc.precision import multiply
+from emloc.precision.nf4 import Nf4Linear
 
 # QLoRA's table: the quantiles of a normal distribution, as its authors published them.
 STEPS = torch.tensor(
@@ -58,10 +60,12 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_number_is_its_code_times_the_scale_of_its_block(shape, dtype):
     """Written out from the layout, which is the same on every device."""
-    held = Nf4.quantize(matrix(*shape, dtype))
-    codes = torch.stack([held.codes.view(-1) >> 4, held.codes.view(-1) & 15], 1).view(-1, 64)
-    groups = held.scales[1:].repeat_interleave(256)[: len(codes)]
-    sizes = create_dynamic_map()[held.absmax.int()] * groups + held.scales[0]
+    held = NF4.quantize(matrix(*shape, dtype))
+    codes = torch.stack(
+        [held.parts["codes"].view(-1) >> 4, held.parts["codes"].view(-1) & 15], 1
+    ).view(-1, 64)
+    groups = held.parts["scales"][1:].repeat_interleave(256)[: len(codes)]
+    sizes = create_dynamic_map()[held.parts["absmax"].int()] * groups + held.parts["scales"][0]
     size = shape[0] * shape[1]
     expected = (STEPS[codes.int()] * sizes[:, None]).to(dtype).view(-1)[:size].view(shape)
     assert_same(held.dequantize(), expected)
@@ -72,32 +76,33 @@ def test_a_number_is_its_code_times_the_scale_of_its_block(shape, dtype):
 def test_a_tenth_of_the_size_is_lost_at_any_width(columns):
     torch.manual_seed(0)
     w = torch.randn(64, columns)
-    lost = (Nf4.quantize(w).dequantize() - w).norm() / w.norm()
+    lost = (NF4.quantize(w).dequantize() - w).norm() / w.norm()
     assert 0.07 < float(lost) < 0.11
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_file_gives_back_the_very_matrix(tmp_path, shape):
-    held = Nf4.quantize(matrix(*shape))
-    parts = held.tensors("layer.v") | Nf4.quantize(matrix(4, 4)).tensors("layer.ut")
+    held = NF4.quantize(matrix(*shape))
+    parts = held.tensors("layer.v") | NF4.quantize(matrix(4, 4)).tensors("layer.ut")
     save_file(parts, tmp_path / "file.safetensors")
-    found = Nf4.from_tensors("layer.v", load_file(tmp_path / "file.safetensors"))
+    found = NF4.from_tensors("layer.v", load_file(tmp_path / "file.safetensors"))
     assert (found.shape, found.dtype, found.nbytes) == (held.shape, held.dtype, held.nbytes)
-    for part in ("codes", "absmax", "scales"):
-        assert torch.equal(getattr(found, part), getattr(held, part))
+    assert list(found.parts) == list(held.parts) == ["codes", "absmax", "scales"]
+    for part, tensor in held.parts.items():
+        assert torch.equal(found.parts[part], tensor)
     assert torch.equal(found.dequantize(), held.dequantize())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_its_bytes_are_known_without_it(shape):
-    held = Nf4.quantize(matrix(*shape))
-    assert held.nbytes == nf4_bytes(*shape)
-    assert nf4_bytes(4096, 4096) / 4096**2 == pytest.approx(0.5 + 1 / 64 + 4 / 64 / 256, abs=1e-6)
+    held = NF4.quantize(matrix(*shape))
+    assert held.nbytes == NF4.nbytes(*shape)
+    assert NF4.nbytes(4096, 4096) / 4096**2 == pytest.approx(0.5 + 1 / 64 + 4 / 64 / 256, abs=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(16, 32), (5, 37)], ids=str)
 def test_it_is_written_on_top_of_a_taller_buffer(shape):
-    held = Nf4.quantize(matrix(*shape))
+    held = NF4.quantize(matrix(*shape))
     buffer = torch.full((shape[0] + 3, shape[1]), 7.0, dtype=torch.bfloat16)
     top = buffer[: shape[0]]
     assert held.dequantize(top) is top
@@ -106,7 +111,7 @@ def test_it_is_written_on_top_of_a_taller_buffer(shape):
 
 
 def test_a_buffer_that_does_not_fit_is_refused():
-    held = Nf4.quantize(matrix(4, 8))
+    held = NF4.quantize(matrix(4, 8))
     wrong = (
         torch.empty(5, 8, dtype=torch.bfloat16),
         torch.empty(4, 8),
@@ -116,11 +121,11 @@ def test_a_buffer_that_does_not_fit_is_refused():
         with pytest.raises(ValueError, match=r"need \(4, 8\) torch.bfloat16 contiguous"):
             held.dequantize(out)
     with pytest.raises(ValueError, match="need a matrix"):
-        Nf4.quantize(torch.zeros(3))
+        NF4.quantize(torch.zeros(3))
 
 
 def test_nothing_is_lost_of_zeros():
-    assert not Nf4.quantize(torch.zeros(3, 64)).dequantize().any()
+    assert not NF4.quantize(torch.zeros(3, 64)).dequantize().any()
 
 
 @pytest.mark.gpu
@@ -129,7 +134,7 @@ def test_nothing_is_lost_of_zeros():
 def test_a_device_reads_what_a_cpu_wrote_and_the_other_way_round(shape, dtype):
     device, here = torch.device("cuda"), torch.device("cpu")
     w = matrix(*shape, dtype)
-    for held in (Nf4.quantize(w), Nf4.quantize(w.to(device)).to(here)):
+    for held in (NF4.quantize(w), NF4.quantize(w.to(device)).to(here)):
         there = held.to(device)
         assert_same(there.dequantize().cpu(), held.dequantize())
         buffer = torch.full((shape[0] + 3, shape[1]), 7.0, dtype=dtype, device=device)
@@ -144,12 +149,12 @@ def test_a_device_reads_what_a_cpu_wrote_and_the_other_way_round(shape, dtype):
 def thin(out: int = 24, inside: int = 40, rank: int = 6, bias=None, dtype=torch.float32):
     torch.manual_seed(0)
     v, ut = (torch.randn(rank, size).to(dtype) / 4 for size in (inside, out))
-    return Nf4Factorized(Nf4.quantize(v), Nf4.quantize(ut), bias)
+    return PackedFactorized(NF4.quantize(v), NF4.quantize(ut), bias)
 
 
 def whole(out: int = 24, inside: int = 40, bias=None, dtype=torch.float32):
     torch.manual_seed(0)
-    return Nf4Linear(Nf4.quantize(torch.randn(out, inside).to(dtype)), bias)
+    return Nf4Linear(NF4.quantize(torch.randn(out, inside).to(dtype)), bias)
 
 
 def dense(layer) -> torch.Tensor:
@@ -201,7 +206,7 @@ def test_the_product_is_what_is_multiplied():
     u, v = layer.ut.dequantize().double().T, layer.v.dequantize().double()
     assert torch.equal(layer.product(), u @ v)
     assert (layer.in_features, layer.out_features, layer.rank) == (40, 24, 6)
-    assert repr(layer) == "Nf4Factorized(in_features=40, out_features=24, rank=6)"
+    assert repr(layer) == "PackedFactorized(in_features=40, out_features=24, rank=6)"
 
 
 def test_it_answers_for_its_weight_and_saves_none():
@@ -211,7 +216,7 @@ def test_it_answers_for_its_weight_and_saves_none():
     assert layer.weight.numel() == 0
     assert set(layer.state_dict()) == {"bias"}
     held = sum(buffer.nbytes for buffer in layer.buffers())
-    assert held == nf4_bytes(6, 40) + nf4_bytes(6, 24)
+    assert held == NF4.nbytes(6, 40) + NF4.nbytes(6, 24)
     assert {buffer.device.type for buffer in layer.to("meta").buffers()} == {"meta"}
 
 
@@ -224,7 +229,7 @@ def test_a_cast_changes_the_type_it_computes_in_and_no_scale():
 
 
 def test_the_product_with_a_turned_matrix_is_the_other_one():
-    held = Nf4.quantize(torch.randn(5, 7))
+    held = NF4.quantize(torch.randn(5, 7))
     x, full = torch.randn(2, 5), held.dequantize()
     torch.testing.assert_close(multiply(x, held, turned=True), x @ full)
     torch.testing.assert_close(multiply(torch.eye(7), held), full.T)
@@ -242,7 +247,7 @@ def model(request):
             if request.param == "thin":
                 modules[name] = thin(layer.out_features, layer.in_features, 16)
             else:
-                modules[name] = Nf4Linear(Nf4.quantize(layer.weight))
+                modules[name] = Nf4Linear(NF4.quantize(layer.weight))
     emulator = with_modules(llama, modules)
     emulator.is_loaded_in_4bit = request.param == "whole"
     return emulator
@@ -255,7 +260,7 @@ def adapted(emulator) -> nn.Module:
 
 
 def test_peft_trains_the_adapter_and_nothing_else(model):
-    quantized = {n for n, m in model.named_modules() if isinstance(m, Nf4Factorized | Nf4Linear)}
+    quantized = {n for n, m in model.named_modules() if isinstance(m, PackedFactorized | Nf4Linear)}
     assert len(quantized) == 14
     four_bits = model.is_loaded_in_4bit
     tuned = adapted(model).train()

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from packed import held_at
 from safetensors.torch import load_file
 from tiny import image_batch, save_checkpoint, tiny_internvl
 from transformers import AutoModelForImageTextToText, LlamaForCausalLM
@@ -43,14 +44,14 @@ def deep(request, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=[16, 4])
+@pytest.fixture(params=[16, 4, 3])
 def bits(request):
     return request.param
 
 
 def opened(emulator, folder, source, bits):
-    emulator.build(folder, source, Given(None, None, None, bits), device=CPU)
-    return emulator.open(folder, source, CPU)
+    emulator.build(folder, source, Given(None, None, None, held_at(bits)), device=CPU)
+    return emulator.open(folder, source, CPU, precision=held_at(bits))
 
 
 def both(tmp_path, source, bits):
@@ -82,8 +83,8 @@ def test_the_curve_and_the_adapter_are_those_of_lora(deep, tiny, tmp_path, bits,
     for emulator in (Full(), Offload()):
         folder, losses = tmp_path / type(emulator).__name__, []
         folder.mkdir()
-        emulator.build(folder, source, Given(None, None, None, bits), device=CPU)
-        built = Built(emulator, Artifact("emulate", "0", folder), source)
+        emulator.build(folder, source, Given(None, None, None, held_at(bits)), device=CPU)
+        built = Built(emulator, Artifact("emulate", "0", folder), source, held_at(bits))
 
         def follow(_, said, losses=losses):
             losses.append(said["loss"])
@@ -181,7 +182,7 @@ def test_it_computes_and_generates_what_the_whole_model_does(deep, tmp_path, bit
 
 
 def test_two_rooms_hold_the_blocks_and_nothing_else_of_them_is_there(deep, tmp_path, bits):
-    """Also what belongs to weights of four bits; the rooms are as large as a block."""
+    """Also what belongs to packed weights; the rooms are as large as a block."""
     streamed = opened(Offload(), tmp_path, Source(deep, "deep", "0", torch.float32), bits)
     for layer in streamed.modules():
         if bits == 4 and hasattr(layer, "quant_state"):
@@ -192,10 +193,11 @@ def test_two_rooms_hold_the_blocks_and_nothing_else_of_them_is_there(deep, tmp_p
                 )
     rooms = {}
     for index, block in enumerate(streamed.model.layers):
-        storages = [one.untyped_storage() for one in (*block.parameters(), *block.buffers())]
+        held = [one for one in (*block.parameters(), *block.buffers()) if one.nbytes]
+        storages = [one.untyped_storage() for one in held]
         rooms[index] = {one.data_ptr() for one in storages}
         assert len(rooms[index]) == 1
-        size = sum(one.nbytes for one in (*block.parameters(), *block.buffers()))
+        size = sum(one.nbytes for one in held)
         assert size <= storages[0].nbytes() < size + 256 * 50
     assert rooms[0] != rooms[1]
     assert all(rooms[index] == rooms[index % 2] for index in rooms)
@@ -205,8 +207,10 @@ def test_what_quantising_loses_is_known_as_for_the_whole_model(deep, tmp_path):
     source = Source(deep, "deep", "0", torch.float32)
     both(tmp_path, source, 4)
     layer = "model.layers.3.mlp.up_proj"
-    expected = Full().residual(tmp_path, source, layer)
-    assert torch.equal(Offload().residual(tmp_path, source, layer), expected)
+    expected, gap = (
+        one.residual(tmp_path, source, layer, precision=held_at(4)) for one in (Full(), Offload())
+    )
+    assert torch.equal(gap, expected)
     assert expected.abs().max() > 0
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from packed import THREE_BITS, held_at
 from tiny import save_checkpoint
 
 from emloc.adapters.fused import fuse
@@ -18,8 +19,7 @@ from emloc.errors import ConfigError
 from emloc.lean.embedding import HostEmbedding
 from emloc.lean.model import keep_embedding_on_host
 from emloc.memory import GIB
-from emloc.nn.factorized import Nf4Factorized
-from emloc.nn.nf4 import Nf4Linear
+from emloc.nn.factorized import PackedFactorized
 from emloc.pipeline import run
 from emloc.plan.cost import cost_of
 from emloc.plan.fit import RESERVE, WORKSPACE, fitting, need_of, scheme_of
@@ -27,6 +27,7 @@ from emloc.plan.gpus import GPUS, gpu_called
 from emloc.plan.scheme import Work
 from emloc.plan.table import HEADER, plan
 from emloc.plan.trace import trace
+from emloc.precision.nf4 import Nf4Linear
 from emloc.runs import folder_name
 from emloc.shipped import CONF
 from emloc.store import Store
@@ -66,8 +67,8 @@ def opened(cell, ratio, bits, folder):
     chosen = replace(cell.compression, ratio=ratio or 0.5, bits=bits)
     emulator = Full() if ratio is None else PLAIN_SVD
     ranks = emulator.plan(source, cell.model.compressed(source), chosen)
-    emulator.build(folder, source, Given(ranks, None, None, bits), device=CPU)
-    return emulator.open(folder, source, CPU)
+    emulator.build(folder, source, Given(ranks, None, None, held_at(bits)), device=CPU)
+    return emulator.open(folder, source, CPU, precision=held_at(bits))
 
 
 def held_bytes(model):
@@ -76,7 +77,7 @@ def held_bytes(model):
     for module in model.modules():
         if isinstance(module, Nf4Linear):
             total += module.matrix.nbytes - module.weight.nbytes
-        if isinstance(module, Nf4Factorized):
+        if isinstance(module, PackedFactorized):
             total += module.v.nbytes + module.ut.nbytes
     return total
 
@@ -90,7 +91,7 @@ def held_bytes(model):
 def test_weights_are_the_bytes_that_an_opened_model_holds(tmp_path, model, tied, ratio, bits):
     said = ("model.weights=random", f"model.shape.tie_word_embeddings={str(tied).lower()}")
     cell = cell_of(SMALL, *said, model=model)
-    scheme = scheme_of(cell, shaped(cell), ratio, bits)
+    scheme = scheme_of(cell, shaped(cell), ratio, held_at(bits))
     found = opened(cell, ratio, bits, tmp_path)
     before = held_bytes(found)
     freed = keep_embedding_on_host(found)
@@ -103,7 +104,7 @@ def test_weights_are_the_bytes_that_an_opened_model_holds(tmp_path, model, tied,
 @pytest.mark.parametrize(("ratio", "bits"), HELD, ids=NAMES)
 def test_the_adapter_is_its_parameters_moments_and_copies(tmp_path, ratio, bits):
     cell = cell_of(SMALL, "model.weights=random")
-    scheme = scheme_of(cell, shaped(cell), ratio, bits)
+    scheme = scheme_of(cell, shaped(cell), ratio, held_at(bits))
 
     def storages(model, lows=()):
         tensors = [*model.parameters(), *lows]
@@ -137,35 +138,37 @@ def test_the_adapter_is_its_parameters_moments_and_copies(tmp_path, ratio, bits)
 
 def test_room_for_four_bit_matrices_is_that_of_the_largest_of_both_kinds():
     cell = cell_of(SMALL)
-    assert scheme_of(cell, shaped(cell), 0.5, 16).scratch == 0
-    assert scheme_of(cell, shaped(cell), None, 4).scratch == 64 * 96 * 2
+    assert scheme_of(cell, shaped(cell), 0.5, None).scratch == 0
+    assert scheme_of(cell, shaped(cell), None, held_at(4)).scratch == 64 * 96 * 2
     # Ranks 16 (64 x 64), 10 (32 x 64) and 19 (64 x 96) with 4 of the adapter, in eights.
-    assert scheme_of(cell, shaped(cell), 0.5, 4).scratch == (24 * 96 + 24 * 96) * 2
+    assert scheme_of(cell, shaped(cell), 0.5, held_at(4)).scratch == (24 * 96 + 24 * 96) * 2
     few = cell_of(SMALL, r"model.lora_targets='model\.layers\.\d+\.self_attn\.k_proj'")
     # The adapted one (32, 64), and beside it the largest without an adapter.
-    assert scheme_of(few, shaped(few), None, 4).scratch == (32 * 64 + 64 * 96) * 2
-    assert scheme_of(few, shaped(few), 0.5, 4).scratch == (16 * 64 + 16 * 32 + 19 * 96) * 2
+    assert scheme_of(few, shaped(few), None, held_at(4)).scratch == (32 * 64 + 64 * 96) * 2
+    assert scheme_of(few, shaped(few), 0.5, held_at(4)).scratch == (16 * 64 + 16 * 32 + 19 * 96) * 2
 
 
 @pytest.mark.parametrize("model", sorted(path.stem for path in CONF.glob("model/[!_]*.yaml")))
 def test_every_model_can_be_planned_without_its_weights(model):
     cell = build(compose([f"model={model}", "model.dtype=bfloat16", "tracker=none"]))
     source = shaped(cell)
-    whole = scheme_of(cell, source, None, 16)
+    whole = scheme_of(cell, source, None, None)
     parameters = sum(source.sizes.values())
     assert whole.weights + whole.embedding == 2 * parameters
-    four, half = (scheme_of(cell, source, *one).weights for one in ((None, 4), (0.5, 16)))
+    four, half = (
+        scheme_of(cell, source, *one).weights for one in ((None, held_at(4)), (0.5, None))
+    )
     linears = sum(rows * columns for rows, columns in whole.compressed.values())
     # Half of 2 bytes each; the ranks of a layer 88 wide are rounded down by up to a 44th.
     assert half - whole.uncompressed == pytest.approx(linears, rel=0.015)
     assert 0.5 * linears < four < whole.weights
-    packed = scheme_of(cell, source, 0.5, 4).weights - whole.uncompressed
+    packed = scheme_of(cell, source, 0.5, held_at(4)).weights - whole.uncompressed
     assert packed == pytest.approx((0.5 + 1 / 64) * linears / 2, rel=0.015)
 
 
 def test_a_ratio_of_the_model_is_one_of_the_model():
     cell = cell_of(MIDDLE, "compression.of=model")
-    scheme = scheme_of(cell, shaped(cell), 0.6, 16)
+    scheme = scheme_of(cell, shaped(cell), 0.6, None)
     total = 2 * sum(scheme.source.sizes.values())
     assert scheme.weights + scheme.embedding == pytest.approx(0.6 * total, rel=0.002)
 
@@ -199,7 +202,7 @@ def test_a_trace_counts_what_a_graph_keeps_and_lets_go_of():
 @pytest.mark.parametrize("ratio", [None, 0.5], ids=["whole", "factors"])
 def test_a_recomputed_block_keeps_one_hidden_state_and_on_the_host_none(ratio):
     source = shaped(cell_of(MIDDLE))
-    scheme = scheme_of(cell_of(MIDDLE), source, ratio, 16)
+    scheme = scheme_of(cell_of(MIDDLE), source, ratio, None)
     state = WORK.batch * WORK.length * 2048 * 2
     assert state >= MIB  # smaller ones stay on the device
 
@@ -216,7 +219,7 @@ def test_a_recomputed_block_keeps_one_hidden_state_and_on_the_host_none(ratio):
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_a_few_blocks_tell_what_all_of_them_hold(checkpointing, host, accumulate):
     cell = cell_of(MIDDLE)
-    scheme = scheme_of(cell, shaped(cell), 0.5, 16)
+    scheme = scheme_of(cell, shaped(cell), 0.5, None)
     work = Work(512, 2, 64, checkpointing, host, accumulate)
     assert scheme.blocks.count == 6
     all_of_them, told = scheme.run(work, 6), scheme.traced(work)
@@ -226,7 +229,7 @@ def test_a_few_blocks_tell_what_all_of_them_hold(checkpointing, host, accumulate
 
 def test_the_loss_is_the_peak_where_the_vocabulary_is_most_of_the_model():
     cell = cell_of((*SMALL, "vocab_size=65536"))
-    scheme = scheme_of(cell, shaped(cell), None, 16)
+    scheme = scheme_of(cell, shaped(cell), None, None)
     work = replace(WORK, length=256, batch=1, answer=256)
     assert scheme.logits(work) == 256 * 65536 * (4 + 2)
     # In float32 with the exponentials beside them, and next to nothing else.
@@ -236,10 +239,10 @@ def test_the_loss_is_the_peak_where_the_vocabulary_is_most_of_the_model():
 
 def test_before_the_first_step_the_embedding_is_on_the_device():
     cell = cell_of((*SMALL, "vocab_size=2000000"))
-    need = need_of(scheme_of(cell, shaped(cell), None, 16), replace(WORK, length=8, answer=1))
+    need = need_of(scheme_of(cell, shaped(cell), None, None), replace(WORK, length=8, answer=1))
     assert need.opening > 2000000 * 64 * 2 > need.adapter + need.activations + need.scratch
     assert need.peak == need.weights + need.opening
-    longer = need_of(scheme_of(cell, shaped(cell), None, 16), replace(WORK, length=100000))
+    longer = need_of(scheme_of(cell, shaped(cell), None, None), replace(WORK, length=100000))
     assert longer.peak == (longer.weights + longer.adapter + longer.activations + longer.scratch)
     assert longer.scratch == WORKSPACE
 
@@ -255,7 +258,7 @@ def test_before_the_first_step_the_embedding_is_on_the_device():
 def test_what_is_not_the_lean_training_is_not_planned_with(override, said):
     cell = cell_of(SMALL, override)
     with pytest.raises(ConfigError, match=f"^only the lean training is planned with; set {said}$"):
-        scheme_of(cell, shaped(cell), None, 16)
+        scheme_of(cell, shaped(cell), None, None)
 
 
 # A budget -----------------------------------------------------------------------------------------
@@ -266,13 +269,14 @@ def auto(*overrides):
 
 
 def peak(cell, ratio, bits):
-    return need_of(scheme_of(cell, shaped(cell), ratio, bits), WORK).peak
+    return need_of(scheme_of(cell, shaped(cell), ratio, held_at(bits)), WORK).peak
 
 
 @pytest.mark.parametrize("bits", [16, 4])
 def test_a_budget_gets_the_largest_ratio_that_fits(bits, caplog):
     cell = auto("budget.gpu_gib=0.55" if bits == 16 else "budget.gpu_gib=0.42")
-    cell = replace(cell, compression=replace(cell.compression, bits=bits))
+    compression = replace(cell.compression, bits=bits)
+    cell = replace(cell, compression=compression, precision=held_at(bits))
     with caplog.at_level(logging.INFO):
         chosen = fitting(cell, shaped(cell), WORK)
     assert (chosen.bits, chosen.of) == (bits, "linears")
@@ -292,6 +296,24 @@ def test_left_open_bits_are_16_where_nearly_all_can_be_kept_so_and_else_4():
     assert [one.bits for one in found.values()] == [4, 4, 16]
     assert 0.1 < found[0.36].ratio < 0.5 < found[0.45].ratio < 0.99
     assert found[1].ratio == 0.99
+
+
+def test_a_format_of_a_plug_in_is_solved_for_and_has_rows_of_its_own(monkeypatch):
+    monkeypatch.setattr("emloc.shipped.conf_folders", lambda: [CONF, THREE_BITS / "conf"])
+    cell = auto("budget.gpu_gib=0.36")
+    chosen = fitting(cell, shaped(cell), WORK)
+    assert chosen.bits == 3  # of four bits not nearly all can be kept either
+    room = cell.budget.gpu_gib * GIB * (1 - RESERVE)
+    assert peak(cell, chosen.ratio, 3) <= room < peak(cell, round(chosen.ratio + 0.01, 2), 3)
+    named = replace(cell, precision=held_at(4))
+    assert fitting(named, shaped(named), WORK).bits == 4
+    rows = rows_of(plan(cell_of(MIDDLE), WORK, gpu_called("rtx4090")))[2:]
+    assert [(row[0], row[2]) for row in rows] == [
+        *(("lora", "16"), ("qlora", "4"), ("lora three_bits", "3")),
+        *(("emloc", "16"), ("emloc_nf4", "4"), ("emloc three_bits", "3")),
+    ]
+    weights = [float(row[3]) for row in rows]
+    assert weights[0] > weights[1] > weights[2]
 
 
 def test_a_model_trained_through_whole_gets_the_larger_bits_that_fit():
@@ -356,7 +378,7 @@ def test_the_table_has_a_row_for_each_method_and_says_what_fits():
         ["emloc_nf4", "0.5", "4"],
     ]
     for row, (ratio, bits) in zip(rows, HELD, strict=True):
-        need = need_of(scheme_of(cell, shaped(cell), ratio, bits), work)
+        need = need_of(scheme_of(cell, shaped(cell), ratio, held_at(bits)), work)
         found = dict(zip(HEADER, row, strict=True))
         assert found["peak GiB"] == f"{need.peak / GIB:.2f}"
         parts = sum(float(found[part]) for part in ("weights", "adapter", "activations"))
@@ -383,7 +405,7 @@ def test_the_last_line_is_of_an_emulator_with_nothing_given_but_the_budget(metho
 
 def test_a_step_of_more_passes_takes_so_many_times_as_long():
     cell = cell_of(MIDDLE)
-    scheme = scheme_of(cell, shaped(cell), 0.5, 16)
+    scheme = scheme_of(cell, shaped(cell), 0.5, None)
     one, four = (
         cost_of(scheme, replace(WORK, accumulate=n), 5000, GPUS["h200"], 64, cell.budget)
         for n in (1, 4)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from packed import held_at
 from safetensors.torch import load_file
 from tiny import (
     TINY_INTERNVL,
@@ -90,9 +91,9 @@ def samples(count=5) -> Samples:
 def built(folder, source, emulator, ratio=0.5, bits=16, of="linears"):
     """The facts of an emulator that was built into `folder`, and its model."""
     plan = emulator.plan(source, layers_of(source), Compression(ratio, of, bits))
-    given = Given(plan, None, samples() if emulator.samples else None, bits)
+    given = Given(plan, None, samples() if emulator.samples else None, held_at(bits))
     facts = emulator.build(folder, source, given, device=CPU)
-    return facts, emulator.open(folder, source, CPU)
+    return facts, emulator.open(folder, source, CPU, precision=held_at(bits))
 
 
 # Which units are kept -----------------------------------------------------------------------------
@@ -255,7 +256,7 @@ def test_a_vision_tower_has_neurons_and_its_attention_stays_whole(vision, caplog
 
 def test_both_halves_are_pruned_and_run(tmp_path, vision):
     emulator, layers = prune(), in_both_halves(vision)
-    given = Given(emulator.plan(vision, layers, Compression(0.6, "linears", 16)), None, None, 16)
+    given = Given(emulator.plan(vision, layers, Compression(0.6, "linears", 16)), None, None, None)
     facts = emulator.build(tmp_path, vision, given, device=CPU)
     model = emulator.open(tmp_path, vision, CPU)
     assert facts["parameters"] == sum(one.numel() for one in model.parameters())
@@ -617,7 +618,7 @@ def test_a_ratio_that_is_too_small_is_refused_with_the_smallest_that_is_not(
     ratio = float(said.partition("set compression.ratio=")[2].split()[0].rstrip(","))
     with pytest.raises(ConfigError, match=f"set compression.ratio={ratio:g} or more"):
         plan(round(ratio - 2e-4, 4))
-    facts = emulator.build(tmp_path, source, Given(plan(ratio), None, None, 16), device=CPU)
+    facts = emulator.build(tmp_path, source, Given(plan(ratio), None, None, None), device=CPU)
     table = json.loads((tmp_path / "layers.json").read_text())
     attention = {line["kept"] for name, line in table.items() if line.get("unit") == ATTENTION}
     assert attention == {1}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed import held_at
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import image_batch, tiny_internvl, tiny_llama, tiny_tokenizer
@@ -83,7 +84,7 @@ def svd(**settings) -> Svd:
 
 def given_to(emulator: Svd, source, bits: int = 16, statistics=None, rows=None) -> Given:
     ranks = emulator.plan(source, layers_of(source), Compression(0.4, "linears", bits))
-    return Given(ranks, statistics, rows or Rows(), bits)
+    return Given(ranks, statistics, rows or Rows(), held_at(bits))
 
 
 def build_in(folder, source, emulator: Svd, bits: int = 16, **given_settings) -> dict:
@@ -262,6 +263,7 @@ def test_both_models_reach_each_block_with_what_they_give_themselves(tmp_path, s
         batches,
         blocks,
         lambda name: tmp_path / f"{name}.safetensors",
+        None,
         CPU,
         host_bytes,
         tmp_path,
@@ -309,7 +311,8 @@ def test_the_emulator_ends_nearer_to_the_original_than_without(tmp_path, sources
         for way in (True, False):
             emulator, folder = svd(sequential=way), tmp_path / f"{seed}-{way}"
             build_in(folder, source, emulator, bits)
-            found = final(emulator.open(folder, source, CPU), Rows())
+            model = emulator.open(folder, source, CPU, precision=held_at(bits))
+            found = final(model, Rows())
             errors.append(float((found - wanted).square().sum()))
         gains.append(errors[0] / errors[1])
     assert max(gains) < 0.9, gains
@@ -385,7 +388,7 @@ def test_both_halves_of_a_model_of_images_and_text(tmp_path):
         emulator, folder = svd(sequential=way), tmp_path / str(way)
         folder.mkdir()
         ranks = emulator.plan(source, layers, Compression(0.4, "linears", 16))
-        emulator.build(folder, source, Given(ranks, None, Images(), 16), device=CPU)
+        emulator.build(folder, source, Given(ranks, None, Images(), None), device=CPU)
     blocks = list(by_block(layers))
     assert len(blocks) == 4
     assert ["vision_tower" in block for block in blocks] == [True, True, False, False]
@@ -406,7 +409,7 @@ def test_a_layer_that_no_sample_runs_is_refused(tmp_path):
     emulator = svd()
     ranks = emulator.plan(source, layers, Compression(0.4, "linears", 16))
     with pytest.raises(ConfigError) as refused:
-        emulator.build(tmp_path, source, Given(ranks, None, Rows(), 16), device=CPU)
+        emulator.build(tmp_path, source, Given(ranks, None, Rows(), None), device=CPU)
     assert str(refused.value).startswith(
         f"{next(iter(layers))}: no calibration sample runs it, so there is nothing to fit it to; "
         "set "

@@ -107,7 +107,7 @@ def _page(shown: Sequence[Scatter], cost: Cost, numbered: bool, rows: Sequence[R
         _points(axes, one.spots, key, looks)
         _front(axes, one.points)
         _untouched(axes, one)
-    note = note_of(rows, any(line.nf4 for line in lines))
+    note = note_of(rows, [line.packed for line in lines])
     finish(figure, note, [f"{key[label]}  {label}" for label in key])
     figure.draw_without_rendering()  # lays out what names are then placed in
     figure.set_layout_engine("none")
@@ -142,7 +142,7 @@ def _points(
 ) -> None:
     for spot in spots:
         line = spot.line
-        look = looks[line.method]._replace(hollow=line.nf4)
+        look = looks[line.method]._replace(hollow=bool(line.packed))
         label = f"{key[line.label]}  {line.label}" if key else None
         axes.plot([spot.x], [spot.y], label=label, linestyle="", **look.marks)
         if spot.spread:

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from emloc.formats import width_name
 from emloc.report.rows import Row
+from emloc.settings import MODEL_BITS
 
 Told = Mapping[str, str]
 
-_NF4 = {"compression.bits=4": "nf4", "compression.bits=16": "16 bit"}
+BITS = "compression.bits"
+
+
+def format_name(settings: Told) -> str:
+    """The packed format of a run: the one it names, else the one of its bits.
+
+    Empty where numbers are in the model's dtype, or the bits were left open.
+    """
+    bits = settings.get(BITS, "null")
+    if bits in ("", "null", str(MODEL_BITS)):
+        return ""
+    return settings.get("precision") or width_name(int(bits))
 
 
 def called(lines: Sequence[Sequence[Row]], told: Callable[[Row], Told], swept: str) -> list[str]:
@@ -24,8 +37,9 @@ def called(lines: Sequence[Sequence[Row]], told: Callable[[Row], Told], swept: s
     found = []
     for name, mine in zip(names, settings, strict=True):
         peers = [one for one, other in zip(settings, names, strict=True) if other == name]
-        words = [word for key in distinct(peers) if (word := _word(key, mine.get(key)))]
-        found.append(" ".join([name, *words]))
+        words = [word for key in distinct(peers) if (word := _word(key, mine))]
+        # Once, where a format is told by its name and by its bits.
+        found.append(" ".join([name, *dict.fromkeys(words)]))
     return found
 
 
@@ -49,13 +63,15 @@ def _decides(choice: str, differing: Sequence[str], peers: Sequence[Told]) -> bo
     return len(values) == len({one.get(choice) for one in peers})
 
 
-def _word(name: str, value: str | None) -> str:
+def _word(name: str, told: Told) -> str:
+    value = told.get(name)
     if value is None:
         return ""
     if "." not in name:
         return value
-    whole = f"{name}={'none' if value == 'null' else value}"
-    return _NF4.get(whole, whole.partition(".")[2])
+    if name == BITS and value != "null":
+        return format_name(told) or f"{value} bit"
+    return f"{name.partition('.')[2]}={'none' if value == 'null' else value}"
 
 
 def _name(rows: Sequence[Row], swept: str) -> str:

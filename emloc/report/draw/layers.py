@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpecBase
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from emloc.report.draw.series import BITS, RATIO
+from emloc.report.draw.labels import format_name
+from emloc.report.draw.series import RATIO
 from emloc.report.draw.sheet import finish, percent
 from emloc.report.draw.style import KINDS, PAGE
 from emloc.report.rows import Row
@@ -92,7 +93,8 @@ def _chosen(rows: Sequence[Row], place: Path) -> list[tuple[Row, list[Layer]]]:
         folder = place if (place / "status.json").exists() else place / row.run
         path = folder / "layers.json"
         if row.done and path.exists() and (layers := layers_of(json.loads(path.read_text()))):
-            size = (row.model, row.task, row.settings.get(RATIO, ""), row.settings.get(BITS, ""))
+            held = row.settings.get(RATIO, ""), format_name(row.settings)
+            size = (row.model, row.task, *held)
             before = found.get(size)
             if before is None or (_has_spectra(layers) and not _has_spectra(before[1])):
                 found[size] = (row, layers)
@@ -106,7 +108,8 @@ def _has_spectra(layers: Sequence[Layer]) -> bool:
 def _size(row: Row) -> str:
     ratio = row.settings.get(RATIO, "null")
     share = "" if ratio == "null" else f"{float(ratio):.0%} of parameters"
-    return share + (" in nf4" if row.settings.get(BITS) == "4" else "")
+    packed = format_name(row.settings)
+    return share + (f" in {packed}" if packed else "")
 
 
 def kinds_of(layers: Sequence[Layer]) -> list[str]:

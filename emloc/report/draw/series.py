@@ -6,17 +6,18 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from emloc.report.draw.labels import called
+from emloc.report.draw.labels import called, format_name
 from emloc.report.rows import Row
 
 Measure = Callable[[Row], float | None]
 
 ZERO_SHOT = "zero_shot"
 REFERENCES = (ZERO_SHOT, "lora")  # what everything else lies between
-RATIO, BITS = "compression.ratio", "compression.bits"
+RATIO = "compression.ratio"
 
 _WHOLE = ("full", "offload")  # emulators that no ratio and no calibration changes
-_PARTS = ("calibration", "emulator", "adapter", "recovery")  # told by the choice of their group
+# Told by the choice of their group.
+_PARTS = ("calibration", "precision", "emulator", "adapter", "recovery")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Series:
 
     label: str
     method: str
-    nf4: bool
+    packed: str  # the format trained through; empty for the model's dtype
     points: Mapping[str, Point]
 
     @property
@@ -81,7 +82,7 @@ def series(rows: Iterable[Row], swept: str = "", alike: Sequence[str] = ()) -> l
             lines.setdefault((row.method, frozenset(told.items())), []).append(row)
     labels = called(list(lines.values()), lambda row: _told(row, (swept, *alike)), swept)
     return [
-        Series(label, runs[0].method, runs[0].settings.get(BITS) == "4", _points(runs, swept))
+        Series(label, runs[0].method, format_name(runs[0].settings), _points(runs, swept))
         for runs, label in zip(lines.values(), labels, strict=True)
     ]
 

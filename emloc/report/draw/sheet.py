@@ -96,11 +96,12 @@ def _percentage(share: float) -> str:
     return f"{round(100 * share, 9):g}%".replace("-", "\N{MINUS SIGN}")
 
 
-def note_of(rows: Sequence[Row], nf4: bool = False) -> str:
-    """What hollow markers are, and how many runs are in no figure, and why."""
+def note_of(rows: Sequence[Row], packed: Sequence[str] = ()) -> str:
+    """Of which format hollow markers are, and how many runs are in no figure, and why."""
     ended = sum(row.state == "OOM" or row.state.startswith("failed") for row in rows)
     going = sum(not row.done for row in rows) - ended
-    said = ["hollow: nf4"] if nf4 else []
+    formats = sorted({name for name in packed if name})
+    said = [f"hollow: {', '.join(formats)}"] if formats else []
     said += [_runs(ended, "failed or ran out of memory")] if ended else []
     said += [_runs(going, "not finished")] if going else []
     return "; ".join(said)

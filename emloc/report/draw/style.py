@@ -92,19 +92,19 @@ def looks_of(lines: Iterable[tuple[str, str, bool]]) -> dict[str, Look]:
     """Label -> look, whatever the order of the lines.
 
     Args:
-        lines: label, method and whether it was trained in four bits, which is drawn hollow. Lines
-            of one method share its colour, and have markers and dashes of their own.
+        lines: label, method and whether it was trained in a packed format, which is drawn hollow.
+            Lines of one method share its colour, and have markers and dashes of their own.
     """
     every = sorted(set(lines))
     others = sorted({method for _, method, _ in every} - _METHODS.keys())
     found = {}
-    for label, method, nf4 in every:
+    for label, method, hollow in every:
         variant = [one for one, other, _ in every if other == method].index(label)
         colour, marker = _METHODS.get(method) or _other(others.index(method))
         if variant:
             marker = _MARKERS[(_MARKERS.index(marker) + variant) % len(_MARKERS)]
         rule = ":" if method == "zero_shot" else "--"
-        found[label] = Look(colour, marker, _DASHES[variant % len(_DASHES)], nf4, rule)
+        found[label] = Look(colour, marker, _DASHES[variant % len(_DASHES)], hollow, rule)
     return found
 
 

@@ -84,14 +84,14 @@ def draw(rows: Sequence[Row], sweep: Sweep) -> Mapping[str, Figure]:
     figures = []
     for page in pages(len(shown), 2 * ROWS):
         every = [line for _, lines in shown[page] for line in lines]
-        looks = looks_of((line.label, line.method, line.nf4) for line in every)
+        looks = looks_of((line.label, line.method, bool(line.packed)) for line in every)
         figure, places = blank(len(shown[page]), wide=len(looks) > _KEYS)
         for (panel, lines), axes in zip(shown[page], places, strict=True):
             axes.set_title(panel.title)
             axes.set_ylabel(panel.metric if sweep.measure == "score" else "share of gain kept")
             _lines(axes, lines, sweep, looks)
         order = sorted(looks, key=lambda label: (label in REFERENCES, label))
-        finish(figure, note_of(rows, any(line.nf4 for line in every)), order)
+        finish(figure, note_of(rows, [line.packed for line in every]), order)
         figures.append(figure)
     return by_stem(sweep.stem, figures)
 

@@ -1,0 +1,98 @@
+"""A format of a plug-in, one module and one YAML, goes through every emulator end to end."""
+
+from dataclasses import replace
+
+import pytest
+from packed import THREE_BITS, TOY
+from tiny import save_checkpoint
+
+from emloc.adapters.saved import read_lora
+from emloc.compose import compose
+from emloc.config import build
+from emloc.emulators import Built
+from emloc.emulators.size import bytes_of
+from emloc.errors import ConfigError, StageError
+from emloc.nn.factorized import PackedFactorized
+from emloc.pipeline import run
+from emloc.precision import PackedLayer
+from emloc.shipped import CONF
+from emloc.source import CPU
+
+# Emulator -> a method of it, and a share that it can be made to.
+METHODS = {
+    "full": ["method=lora"],
+    "svd": ["method=emloc"],
+    "svd, sequential": ["method=emloc", "emulator.sequential=true"],
+    "prune": ["method=upop", "compression=r75"],
+    "layer_drop": ["method=offsite", "compression=r75"],
+    "offload": ["method=offload"],
+}
+
+
+@pytest.fixture
+def cell_of(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("emloc.shipped.conf_folders", lambda: [CONF, THREE_BITS / "conf"])
+
+    def make(*overrides: str):
+        last = ("train.learning_rate=0.02", *overrides, "compression.bits=3")
+        if "method=offsite" in overrides:  # which leaves out blocks between the outer four
+            deep = save_checkpoint(tmp_path / "deep", num_hidden_layers=8)
+            last += (f"model.source={deep}",)
+        return build(compose([*tiny, *last]))
+
+    return make
+
+
+@pytest.mark.parametrize("emulator", METHODS)
+def test_it_is_quantised_saved_trained_through_and_carried(cell_of, store, emulator):
+    cell, losses = cell_of(*METHODS[emulator]), []
+    result = run(cell, store, lambda step, values: losses.append(values["loss"]))
+    assert len(losses) == 5
+    assert all(4 < loss < 7 for loss in losses)
+    trained = read_lora(result.trained.folder / "adapter").pairs
+    assert all(float(pair.b.abs().max()) > 0.01 for pair in trained.values())
+    facts = result.emulated.facts
+    assert (facts["bits"], facts["precision"]) == (3, "three_bits")
+    # What was trained is scored as well, for it is not what it was carried to.
+    assert result.as_trained is not None
+    assert result.evaluated.facts["scores"] != result.as_trained.facts["scores"]
+
+    source = cell.model.open()
+    built = Built(cell.emulator, result.emulated, source, cell.precision)
+    model = built.open(CPU)
+    packed = {
+        name: [layer.v, layer.ut] if isinstance(layer, PackedFactorized) else [layer.matrix]
+        for name, layer in model.named_modules()
+        if isinstance(layer, PackedLayer | PackedFactorized)
+    }
+    assert len(packed) == (6 * 7 if emulator == "layer_drop" else 2 * 7)
+    # Bytes are counted with the scales of whole groups.
+    shapes = [matrix.shape for matrices in packed.values() for matrix in matrices]
+    held = sum(matrix.nbytes for matrices in packed.values() for matrix in matrices)
+    assert held == bytes_of(shapes, TOY, source.dtype)
+    assert held >= sum(3 * m * n / 8 + 2 * m * n / 64 for m, n in shapes)
+    gone = [name for name in source.sizes if name.removesuffix(".weight") not in packed]
+    if emulator != "layer_drop":
+        rest = sum(source.sizes[name] for name in gone) * source.dtype.itemsize
+        assert facts["bytes"] == held + rest
+
+    # Cut layers are of another shape, and streamed ones are there when they are computed.
+    if emulator not in ("prune", "offload"):
+        for layer in [name for name in packed if name.endswith("layers.0.mlp.up_proj")]:
+            gap, weight = built.residual(layer), source.weight(layer).double()
+            left = weight - gap
+            matrices = [matrix.dequantize().double() for matrix in packed[layer]]
+            formed = matrices[1].T @ matrices[0] if len(matrices) == 2 else matrices[0]
+            assert float((left - formed).abs().max()) < 1e-12
+
+
+def test_the_same_is_found_again_and_other_settings_of_the_format_are_not(cell_of, store):
+    cell = cell_of("method=lora")
+    other = replace(cell, precision=replace(TOY, group=32))
+    keys = [run(one, store, lambda *_: None).emulated.key for one in (cell, cell, other)]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_an_adapter_that_reads_weights_is_refused(cell_of, store):
+    with pytest.raises((ConfigError, StageError), match="no library reads a weight in three_bits"):
+        run(cell_of("method=dora"), store, lambda *_: None)
