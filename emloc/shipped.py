@@ -35,8 +35,9 @@ def plugin_folders() -> list[Path]:
 
 
 def conf_folders() -> list[Path]:
-    """The folders of groups: the package's own, and those of the plug-ins."""
-    return [CONF, *(folder / "conf" for folder in plugin_folders())]
+    """Where the YAML files of groups lie, `<folder>/<group>/<choice>.yaml`: ours, then plug-ins'."""
+    folders = (folder / "conf" for folder in plugin_folders())
+    return [CONF, *(folder for folder in folders if folder.is_dir())]
 
 
 def choices(group: str) -> dict[str, Path]:
