@@ -35,7 +35,7 @@ def plugin_folders() -> list[Path]:
 
 
 def conf_folders() -> list[Path]:
-    """Where the YAML files of groups lie, `<folder>/<group>/<choice>.yaml`: ours, then plug-ins'."""
+    """Where the YAML files of groups lie, `<folder>/<group>/<choice>.yaml`; ours come first."""
     folders = (folder / "conf" for folder in plugin_folders())
     return [CONF, *(folder for folder in folders if folder.is_dir())]
 

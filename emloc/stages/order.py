@@ -30,7 +30,7 @@ def in_order(after: Mapping[str, str | None]) -> list[str]:
             name, before = next(iter(waiting.items()))
             raise ConfigError(
                 f"stage.{name}.after={before}: there is no such stage before it; there is "
-                f"{', '.join(after)}; set stage.{name}.after to one of them"
+                f"{', '.join(after)}; set stage=[standard,{name}], or stage.{name}.after to one of them"
             )
         for name in placed:
             before = waiting.pop(name)
@@ -58,7 +58,8 @@ def stages_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         ConfigError: a stage stands behind one that is not there.
     """
     stages = config.get("stage") or standard_stages()
-    return {name: stages[name] for name in in_order({n: s["after"] for n, s in stages.items()})}
+    order = in_order({name: stage["after"] for name, stage in stages.items()})
+    return {name: {"counted": True, "column": True} | stages[name] for name in order}
 
 
 def merged(first: Sequence[str], second: Sequence[str]) -> list[str]:
