@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from emloc.atomic import write_json
 from emloc.digest import digest
 from emloc.keys import class_name, without_neutral
+from emloc.quiet import quiet
 from emloc.ranks import LOOK, born, world_size
 from emloc.settings import DECISIVE, SECTIONS
 from emloc.shipped import plugin_folders
@@ -152,6 +153,7 @@ def _without(value: Any, names: Sequence[str] = ()) -> Any:
 
 def _class_of(target: str) -> type | None:
     plugin_folders()
+    quiet()  # what is imported with a part may remark upon it
     try:
         return get_class(target)
     except ImportError:

@@ -29,8 +29,8 @@ def in_order(after: Mapping[str, str | None]) -> list[str]:
         if not placed:
             name, before = next(iter(waiting.items()))
             raise ConfigError(
-                f"stage.{name}.after={before}: there is no such stage before it; there is "
-                f"{', '.join(after)}; set stage=[standard,{name}], or stage.{name}.after to one of them"
+                f"stage.{name}.after={before}: there is no such stage before it, of "
+                f"{', '.join(after)}; set stage=[standard,{name}], or stage.{name}.after"
             )
         for name in placed:
             before = waiting.pop(name)
