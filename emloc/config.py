@@ -27,8 +27,8 @@ from emloc.settings import (
     TrainSettings,
 )
 from emloc.shipped import choices, plugin_folders
+from emloc.stage_order import in_order
 from emloc.stages import Stage
-from emloc.stages.order import in_order
 from emloc.tasks import Task
 from emloc.tracking.track import Tracker
 

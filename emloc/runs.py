@@ -22,7 +22,7 @@ from emloc.quiet import quiet
 from emloc.ranks import LOOK, born, world_size
 from emloc.settings import DECISIVE, SECTIONS
 from emloc.shipped import plugin_folders
-from emloc.stages.order import standard_stages
+from emloc.stage_order import standard_stages
 
 log = logging.getLogger("emloc")
 

@@ -11,7 +11,7 @@ from emloc.report.groups import groups_of, varying
 from emloc.report.paper import QUANTITIES, Number, Paper, Quantity, facts_of
 from emloc.report.rows import Row, metric_of
 from emloc.report.table import EMPTY, Table, best
-from emloc.stages.order import merged
+from emloc.stage_order import merged
 
 KINDS = 6  # of rows, that have columns of their own
 NO_PAPER = Paper()

@@ -13,7 +13,7 @@ from emloc.errors import ConfigError
 from emloc.report.gain import Scored, gain_kept
 from emloc.runs import DONE, Run, find_runs
 from emloc.settings import DECISIVE
-from emloc.stages.order import merged, stages_of, standard_stages
+from emloc.stage_order import merged, stages_of, standard_stages
 
 # What is known of every run, and a column of every file.
 FIELDS = ("experiment", "run", "state", "cell", "method", "model", "task", "seed", "metric", "data")

@@ -10,8 +10,8 @@ from emloc.config import build
 from emloc.errors import ConfigError
 from emloc.keys import neutral
 from emloc.runs import folder_name
+from emloc.stage_order import in_order, merged, stages_of, standard_stages
 from emloc.stages import Stage
-from emloc.stages.order import in_order, merged, stages_of, standard_stages
 
 STANDARD = ["calibrate", "emulate", "train", "recover", "evaluate", "evaluate_as_trained"]
 
