@@ -20,12 +20,18 @@ from emloc.adapters.rslora import RsLora
 from emloc.adapters.saved import read_adapter, read_lora
 from emloc.compose import compose
 from emloc.config import build
+from emloc.emulators import Built
 from emloc.emulators.full import load_quantized
 from emloc.errors import ConfigError, StageError
+from emloc.lean.embedding import HostEmbedding
+from emloc.lean.prepare import prepare
 from emloc.merging import merge_run
 from emloc.pipeline import run
+from emloc.prompts import Encoded
+from emloc.reading import encode_all
 from emloc.settings import LoraSettings
 from emloc.source import Source
+from emloc.train import Fit, fit_rows
 
 CPU = torch.device("cpu")
 IDS = torch.arange(24).reshape(2, 12) + 5
@@ -210,6 +216,78 @@ def test_four_bits_that_bitsandbytes_reads_wrongly_are_refused(go):
 
 def test_dora_is_trained_as_peft_does():
     assert not Dora().fuse(attached(Dora()))
+
+
+# What of the lean training is not of the adapter -------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter", [Lora(), Dora()], ids=["lora", "dora"])
+def test_every_adapter_gets_what_is_not_of_the_adapter(tiny, adapter):
+    """The embedding on the host, the loss of the answers alone, inputs of layers on the host."""
+    recipe = build(compose([*tiny, "train=steps500"])).train
+    assert recipe.host_activations
+    tuned = attached(adapter).train()
+    fused, loss = prepare(tuned, adapter, recipe)
+    assert fused == (type(adapter) is Lora)
+    inner = adapter.base(tuned)
+    assert type(inner.get_input_embeddings()) is HostEmbedding
+    assert type(inner.get_output_embeddings()) is not nn.Linear  # it hands hidden states on
+    waiting = [one for one in inner.modules() if getattr(one, "gradient_checkpointing", False)]
+    assert len(waiting) == 2 + 1  # the blocks and the decoder around them
+    assert all("_offloaded" in repr(one._gradient_checkpointing_func) for one in waiting)
+    plain = attached(adapter).train()
+    expected = plain(input_ids=IDS, labels=IDS).loss
+    found = loss(tuned(input_ids=IDS), IDS)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    expected.backward()
+    found.backward()
+    true = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    got = {name: p.grad for name, p in tuned.named_parameters() if p.grad is not None}
+    assert got.keys() == true.keys()
+    assert len(got) == (28 if fused else 42)
+    for name, gradient in true.items():
+        assert (got[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+
+
+@pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_a_lean_dora_differs_by_rounding_only(go, dtype, close):
+    said = ["method=dora", f"model.dtype={dtype}", "train.learning_rate=0.02"]
+    curves = [go(*said, f"train.lean={lean}")[1] for lean in ("true", "false")]
+    assert len(curves[0]) == 6
+    assert curves[0] == pytest.approx(curves[1], rel=close)
+
+
+def test_a_training_can_start_from_a_saved_adapter(go, tiny, tmp_path):
+    said = ["method=lora", "train.learning_rate=0.02"]
+    first, losses = go(*said)
+    cell = build(compose([*tiny, *said, "train.steps=6", "train.warmup=0"]))
+    source = cell.model.open()
+    fit = Fit(
+        *(cell.adapter, cell.lora, tuple(cell.model.adapted(source)), cell.task.train()),
+        *(cell.model.max_length, cell.train, cell.seed),
+    )
+    reader = source.reader()
+    rows = [dict(vars(one)) for one in encode_all(reader, fit.examples, fit.max_length)]
+    lines = []
+    facts = fit_rows(
+        tmp_path,
+        Built(cell.emulator, first.emulated, source),
+        fit,
+        rows,
+        lambda some: reader.collate([Encoded(**one) for one in some]),
+        device=CPU,
+        report=lambda step, values: lines.append(values["loss"]),
+        start=first.trained.folder / "adapter",
+    )
+    # The same rows in the same order: they are known already.
+    assert lines[0] < losses[0] - 0.1
+    assert facts["trainable"] == first.trained.facts["trainable"]
+    before, after = (
+        load_file(one / "adapter" / "adapter_model.safetensors")
+        for one in (first.trained.folder, tmp_path)
+    )
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_dora_run_is_merged_into_the_very_model_that_was_scored(go, tiny, checkpoint, tmp_path):
