@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from emloc.adapters import Adapter
+from emloc.adapters.none import NoAdapter
 from emloc.emulators import Emulator
 from emloc.errors import ConfigError
 from emloc.formats import format_of, widths
@@ -47,7 +48,7 @@ class Cell:
     precision: Precision | None  # None: the model's dtype, or left open as compression.bits is
     lora: LoraSettings
     emulator: Emulator
-    adapter: Adapter
+    adapter: Adapter | NoAdapter
     recovery: Recovery
     stage: Mapping[str, Stage]  # by name, in the order they run in
     train: TrainSettings

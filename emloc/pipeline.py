@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from emloc.adapters import Adapter
 from emloc.composition import fit_together
 from emloc.config import Cell
 from emloc.errors import ConfigError
@@ -132,8 +133,7 @@ def checked(cell: Cell, store: Store, report: Report) -> tuple[str, Context]:
     device, host = own_device(), int(cell.budget.host_gib * GIB)
     stay_within(device, cell.budget.gpu_gib)
     emulator, adapter, recovery = cell.emulator, cell.adapter, cell.recovery
-    if adapter.trains:
-        fit_together(emulator, adapter, recovery, cell.train)
+    fit_together(emulator, adapter, recovery, cell.train)
     cell = replace(cell, model=emulator.model(cell.model, cell.compression))
     source = cell.model.open()
     reader = source.reader()  # random weights may have none
@@ -141,7 +141,7 @@ def checked(cell: Cell, store: Store, report: Report) -> tuple[str, Context]:
     layers = cell.model.compressed(source)
     cell = solved(cell, source)
     planned = emulator.plan(source, layers, cell.compression)
-    fit = _fit(cell, source) if adapter.trains else None
+    fit = _fit(cell, adapter, source) if adapter.trains else None
     metric = headline(cell.task, cell.eval)
     _refuse_unreadable(store, source, reader, cell)
     read = emulator.samples or recovery.statistics
@@ -178,7 +178,7 @@ def read_all(folder: Path, rows: Examples, source: Source, *, reader: Reader) ->
     return {"rows": len(rows)}
 
 
-def _fit(cell: Cell, source: Source) -> Fit:
+def _fit(cell: Cell, adapter: Adapter, source: Source) -> Fit:
     """What the adapter is fitted to.
 
     Raises:
@@ -191,16 +191,17 @@ def _fit(cell: Cell, source: Source) -> Fit:
             f"train.host_activations=true is of the lean training, which needs {wanted}; "
             "set that, or train.host_activations=false"
         )
-    name, shape = min(cell.model.adapted(source).items(), key=lambda item: min(item[1]))
+    layers = cell.model.adapted(source)
+    name, shape = min(layers.items(), key=lambda item: min(item[1]))
     if cell.lora.rank > min(shape):
         raise ConfigError(
             f"lora.rank={cell.lora.rank} is above the {shape[0]} x {shape[1]} of {name}; "
             f"set lora.rank={min(shape)} or less"
         )
     return Fit(
-        cell.adapter,
+        adapter,
         cell.lora,
-        cell.model.lora_targets,
+        tuple(layers),
         cell.task.train(),
         cell.model.max_length,
         cell.train,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -16,12 +17,16 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from emloc.adapters import Adapter
 from emloc.errors import ConfigError
 from emloc.manifest import flaw_of, seal, set_aside
 from emloc.nn.surgery import put
 from emloc.ranks import first, sharded
 
 log = logging.getLogger(__name__)
+
+# What a checkpoint calls the state of the adapter.
+STATE = "adapter_state.safetensors"
 
 
 class WholeSteps(Sampler[int]):
@@ -54,7 +59,14 @@ class WholeSteps(Sampler[int]):
 
 
 class FiniteTrainer(Trainer):
-    """A Trainer that stops before a loss that is not finite reaches the weights."""
+    """A Trainer of an adapter: it stops before a loss that is not finite reaches the weights.
+
+    The adapter says what a checkpoint holds of it and what it adds to the loss.
+    """
+
+    def __init__(self, *, adapter: Adapter, **arguments: Any) -> None:
+        self._adapter = adapter
+        super().__init__(**arguments)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Called by the Trainer while it is made."""
@@ -92,6 +104,52 @@ class FiniteTrainer(Trainer):
             )
         lengths = [len(row["input_ids"]) for row in rows]
         return WholeSteps(lengths, step, args.seed, lambda: self.state.global_step)
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        """Write the state of the adapter, in place of what the Trainer takes for the model.
+
+        Shards of FSDP are written by accelerate, behind this.
+        """
+        if not self.args.should_save or self.is_fsdp_enabled:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self._adapter.state(self.model)
+        save_file({name: one.cpu().contiguous() for name, one in state.items()}, folder / STATE)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: PreTrainedModel | None = None
+    ) -> None:
+        """Put back what `_save` wrote."""
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._adapter.restore(self.model, load_file(Path(resume_from_checkpoint) / STATE))
+
+    def compute_loss(
+        self,
+        model: PreTrainedModel,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The loss of the model's answers, and the one place where the adapter adds to it.
+
+        A loss over the number of tokens in a whole step is a sum over its passes, which the Trainer
+        leaves as it is; the adapter's, a mean over one pass, is divided here by their number. Over
+        processes the Trainer takes the mean.
+        """
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        added = self._adapter.auxiliary_loss(self.model)
+        if added is not None:
+            passes = self.current_gradient_accumulation_steps
+            summed = self.compute_loss_func is not None or (
+                self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            )
+            loss = loss + added / (passes if summed else 1)
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(
         self,

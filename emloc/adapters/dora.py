@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -27,20 +27,27 @@ class Dora(Lora):
     it is more than two products.
     """
 
-    linear = False
-    needs_weight = True
+    nonlinear = "sets the norm of each row of the weight it is added to"
+    needs_weight = "is made of the norms of a layer's weight"
     variant = MappingProxyType({"use_dora": True})
 
-    def attach(self, model: PreTrainedModel, lora: LoraSettings, targets: str) -> PeftModel:
+    def attach(
+        self,
+        model: PreTrainedModel,
+        lora: LoraSettings,
+        layers: Sequence[str],
+        whole: Sequence[str] = (),
+    ) -> PeftModel:
         """PEFT's own DoRA model, its magnitudes in float32.
 
         Raises:
             ConfigError: a layer is packed in a way that PEFT cannot read on this device.
         """
+        chosen = set(layers)
         for name, layer in model.named_modules():
-            if isinstance(layer, PackedLayer) and re.fullmatch(targets, name):
+            if isinstance(layer, PackedLayer) and name in chosen:
                 _refuse_unreadable(name, layer.matrix)
-        tuned = super().attach(model, lora, targets)
+        tuned = super().attach(model, lora, layers, whole)
         for layer in tuned.modules():
             if isinstance(layer, LoraLayer):
                 weight = _weight(layer.get_base_layer())

@@ -7,7 +7,6 @@ distillation. Blocks outside the decoder, as of a vision tower, stay.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -133,10 +132,10 @@ class LayerDrop(Emulator):
         gone = sum(_size(whole, block) for block in dropped)
         return size_facts(source, held, given.precision, gone) | {"dropped": len(dropped)}
 
-    def targets(self, folder: Path, targets: str) -> str:
+    def targets(self, folder: Path, layers: Sequence[str]) -> list[str]:
         """Those in the blocks at both ends."""
-        ends = "|".join(re.escape(block) for block in _table(folder)["adapted"])
-        return rf"(?=(?:{ends})\.)(?:{targets})"
+        ends = tuple(f"{block}." for block in _table(folder)["adapted"])
+        return [layer for layer in layers if layer.startswith(ends)]
 
     def open(
         self,

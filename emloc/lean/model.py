@@ -109,7 +109,9 @@ def _answer_loss(
     learnt = target != IGNORE
     count = learnt.sum() if num_items_in_batch is None else num_items_in_batch
     count = torch.as_tensor(count, device=hidden.device)
-    total: Tensor = AnswerLoss.apply(hidden[learnt], weight, target[learnt], count)  # type: ignore[no-untyped-call]
+    # Under autocast accelerate gives out a model's output in float32, which rounds back exactly.
+    rows = hidden[learnt].to(weight.dtype)
+    total: Tensor = AnswerLoss.apply(rows, weight, target[learnt], count)  # type: ignore[no-untyped-call]
     return total
 
 

@@ -94,7 +94,6 @@ def scheme_of(
         raise ConfigError(f"only the lean training is planned with; set {wanted}")
     whole = Scheme(
         Blocks(source),
-        cell.model.lora_targets,
         cell.model.adapted(source),
         cell.model.compressed(source),
         cell.lora,
@@ -144,10 +143,10 @@ def fitting(cell: Cell, source: Source, work: Work) -> Compression:
             "compression=auto is solved for emulator=svd and emulator=full; with others "
             "set compression=r50"
         )
-    if not cell.adapter.linear:
+    if cell.adapter.trains and cell.adapter.nonlinear:
         raise ConfigError(
-            "compression=auto is solved for the lean training, and this adapter computes more than "
-            "its two products; set adapter=lora, or compression=r50"
+            "compression=auto is solved for adapters whose update is s B A, while this adapter "
+            f"{cell.adapter.nonlinear}; set adapter=lora, or compression=r50"
         )
     whole = scheme_of(cell, source, None, None)
     if isinstance(cell.emulator, Full):

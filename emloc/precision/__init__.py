@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from emloc.errors import ConfigError
 from emloc.keys import without_neutral
+from emloc.part import Part
 from emloc.settings import MODEL_BITS
 
 # Part -> shape and dtype of a tensor, which has at least one dimension.
@@ -73,7 +74,7 @@ class Packed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Precision(ABC):
+class Precision(Part):
     """One packed format. A new one says `layout`, `pack` and `unpack`.
 
     Its other fields are settings of the format, and keys of its YAML.

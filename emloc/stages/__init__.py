@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 
 from emloc.emulators import Built, Plan
 from emloc.keys import class_name, key_of, without_neutral
+from emloc.part import Part
 from emloc.progress import Report
 from emloc.samples import Samples
 from emloc.source import Source
@@ -56,7 +57,7 @@ class Context:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage(ABC):
+class Stage(Part):
     """One stage: whether it is needed, what it depends on, and its work.
 
     The fields say where it stands and how reports treat it. Those of a subclass are its settings,

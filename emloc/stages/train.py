@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from emloc.emulators import Built
 from emloc.errors import ConfigError
 from emloc.stages import TRAINED, Context, Stage
 from emloc.store import Facts
-from emloc.train import Fit, train
+from emloc.train import train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,21 +32,22 @@ class Train(Stage):
     def work(self, folder: Path, context: Context) -> Facts:
         """See `emloc.train`."""
         assert context.fit is not None
-        _refuse_nothing_adapted(context.built, context.fit)
+        _refuse_nothing_adapted(context)
         return train(
             folder, context.built, context.fit, device=context.device, report=context.report
         )
 
 
-def _refuse_nothing_adapted(built: Built, fit: Fit) -> None:
+def _refuse_nothing_adapted(context: Context) -> None:
     """Refuse an emulator that leaves none of the layers to adapt, before it is opened.
 
     Raises:
         ConfigError: that is so.
     """
-    adapted = re.compile(built.targets(fit.targets))
-    if not any(adapted.fullmatch(name) for name in built.source.linears):
+    assert context.fit is not None
+    if not context.built.targets(context.fit.layers):
         raise ConfigError(
-            f"model.lora_targets={fit.targets!r} matches none of the layers that the emulator "
-            "leaves to adapt; set model.lora_targets, or emulator.first and emulator.last higher"
+            f"model.lora_targets={context.cell.model.lora_targets!r} matches none of the layers "
+            "that the emulator leaves to adapt; set model.lora_targets, or emulator.first and "
+            "emulator.last higher"
         )

@@ -8,6 +8,7 @@ import gc
 import pytest
 import torch
 from packed import held_at
+from tiny import linears
 from transformers import AutoModelForCausalLM
 
 from emloc.adapters.lora import Lora
@@ -58,7 +59,7 @@ def trained(emulator, source, folder, bits, lean, recipe):
     model = emulator.open(folder, source, CUDA, precision=held_at(bits))
     torch.manual_seed(0)
     adapter = Lora()
-    tuned = adapter.attach(model, LoraSettings(8, 16.0, 0.0), r".*_proj").train()
+    tuned = adapter.attach(model, LoraSettings(8, 16.0, 0.0), linears(model, r".*_proj")).train()
     loss = prepare(tuned, adapter, recipe)[1] if lean else None
     if not lean:
         recompute_layers(model)

@@ -10,22 +10,29 @@ from packed import held_at
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from tiny import save_checkpoint, tiny_llama, tiny_tokenizer
+from tiny import linears, save_checkpoint, tiny_llama, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, set_seed
 
 from emloc.adapters.dora import Dora
+from emloc.adapters.fold import merge
 from emloc.adapters.lora import Lora
 from emloc.adapters.rslora import RsLora
-from emloc.adapters.saved import load_on, read_adapter, read_lora
+from emloc.adapters.saved import read_adapter, read_lora
 from emloc.compose import compose
 from emloc.config import build
+from emloc.emulators import Built
 from emloc.emulators.full import load_quantized
 from emloc.errors import ConfigError, StageError
-from emloc.merging import merge, merge_run
+from emloc.lean.embedding import HostEmbedding
+from emloc.lean.prepare import prepare
+from emloc.merging import merge_run
 from emloc.pipeline import run
+from emloc.prompts import Encoded
+from emloc.reading import encode_all
 from emloc.settings import LoraSettings
 from emloc.source import Source
+from emloc.train import Fit, fit_rows
 
 CPU = torch.device("cpu")
 IDS = torch.arange(24).reshape(2, 12) + 5
@@ -55,7 +62,7 @@ def attached(adapter, **settings):
     values = {"rank": 4, "alpha": 4, "dropout": 0.0} | settings
     set_seed(0)
     model = tiny_llama(tiny_tokenizer(chat=True))
-    return adapter.attach(model, LoraSettings(**values), TARGETS)
+    return adapter.attach(model, LoraSettings(**values), linears(model, TARGETS))
 
 
 def logits(model) -> torch.Tensor:
@@ -172,7 +179,7 @@ def test_magnitudes_start_as_the_norms_of_the_weights_that_are_trained_through(w
     source = Source(wide, "tiny", "0", torch.bfloat16)
     layers = [name for name in source.linears if name.endswith("_proj")] if bits == 4 else []
     model = load_quantized(source, layers, CPU, held_at(bits))
-    tuned = Dora().attach(model, LoraSettings(4, 4, 0.0), TARGETS)
+    tuned = Dora().attach(model, LoraSettings(4, 4, 0.0), linears(model, TARGETS))
     found = {n: one for n, one in tuned.named_modules() if isinstance(one, LoraLayer)}
     assert len(found) == 42
     for layer in found.values():
@@ -186,14 +193,15 @@ def test_magnitudes_start_as_the_norms_of_the_weights_that_are_trained_through(w
 def test_in_bfloat16_a_loaded_dora_is_the_one_that_was_trained(wide, tmp_path):
     """Its magnitudes stay float32, and the start is the model itself."""
     source = Source(wide, "tiny", "0", torch.bfloat16)
-    tuned = Dora().attach(source.load(CPU), LoraSettings(4, 4, 0.0), TARGETS)
+    model = source.load(CPU)
+    tuned = Dora().attach(model, LoraSettings(4, 4, 0.0), linears(model, TARGETS))
     plain = logits(source.load(CPU))
     assert torch.equal(logits(tuned), plain)
     for name, parameter in tuned.named_parameters():
         if ".lora_A" in name or ".lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
     Dora().save(tuned, tmp_path / "adapter", "somebody/model")
-    loaded = load_on(source.load(CPU), tmp_path / "adapter")
+    loaded = Dora().load(source.load(CPU), tmp_path / "adapter")
     assert torch.equal(logits(loaded), logits(tuned))
     assert (logits(loaded) - plain).abs().max() > 0.05
 
@@ -211,6 +219,78 @@ def test_four_bits_that_bitsandbytes_reads_wrongly_are_refused(go):
 
 def test_dora_is_trained_as_peft_does():
     assert not Dora().fuse(attached(Dora()))
+
+
+# What of the lean training is not of the adapter -------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter", [Lora(), Dora()], ids=["lora", "dora"])
+def test_every_adapter_gets_what_is_not_of_the_adapter(tiny, adapter):
+    """The embedding on the host, the loss of the answers alone, inputs of layers on the host."""
+    recipe = build(compose([*tiny, "train=steps500"])).train
+    assert recipe.host_activations
+    tuned = attached(adapter).train()
+    fused, loss = prepare(tuned, adapter, recipe)
+    assert fused == (type(adapter) is Lora)
+    inner = adapter.base(tuned)
+    assert type(inner.get_input_embeddings()) is HostEmbedding
+    assert type(inner.get_output_embeddings()) is not nn.Linear  # it hands hidden states on
+    waiting = [one for one in inner.modules() if getattr(one, "gradient_checkpointing", False)]
+    assert len(waiting) == 2 + 1  # the blocks and the decoder around them
+    assert all("_offloaded" in repr(one._gradient_checkpointing_func) for one in waiting)
+    plain = attached(adapter).train()
+    expected = plain(input_ids=IDS, labels=IDS).loss
+    found = loss(tuned(input_ids=IDS), IDS)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    expected.backward()
+    found.backward()
+    true = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    got = {name: p.grad for name, p in tuned.named_parameters() if p.grad is not None}
+    assert got.keys() == true.keys()
+    assert len(got) == (28 if fused else 42)
+    for name, gradient in true.items():
+        assert (got[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+
+
+@pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_a_lean_dora_differs_by_rounding_only(go, dtype, close):
+    said = ["method=dora", f"model.dtype={dtype}", "train.learning_rate=0.02"]
+    curves = [go(*said, f"train.lean={lean}")[1] for lean in ("true", "false")]
+    assert len(curves[0]) == 6
+    assert curves[0] == pytest.approx(curves[1], rel=close)
+
+
+def test_a_training_can_start_from_a_saved_adapter(go, tiny, tmp_path):
+    said = ["method=lora", "train.learning_rate=0.02"]
+    first, losses = go(*said)
+    cell = build(compose([*tiny, *said, "train.steps=6", "train.warmup=0"]))
+    source = cell.model.open()
+    fit = Fit(
+        *(cell.adapter, cell.lora, tuple(cell.model.adapted(source)), cell.task.train()),
+        *(cell.model.max_length, cell.train, cell.seed),
+    )
+    reader = source.reader()
+    rows = [dict(vars(one)) for one in encode_all(reader, fit.examples, fit.max_length)]
+    lines = []
+    facts = fit_rows(
+        tmp_path,
+        Built(cell.emulator, first.emulated, source),
+        fit,
+        rows,
+        lambda some: reader.collate([Encoded(**one) for one in some]),
+        device=CPU,
+        report=lambda step, values: lines.append(values["loss"]),
+        start=first.trained.folder / "adapter",
+    )
+    # The same rows in the same order: they are known already.
+    assert lines[0] < losses[0] - 0.1
+    assert facts["trainable"] == first.trained.facts["trainable"]
+    before, after = (
+        load_file(one / "adapter" / "adapter_model.safetensors")
+        for one in (first.trained.folder, tmp_path)
+    )
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_dora_run_is_merged_into_the_very_model_that_was_scored(go, tiny, checkpoint, tmp_path):

@@ -201,3 +201,16 @@ def test_covariance_needs_batches(model, batches):
         emloc.correct(tuned, model, emulator, metric="covariance")
     with pytest.raises(ConfigError, match="clamp must be at least 0"):
         emloc.correct(tuned, model, emulator, clamp=-1)
+
+
+def test_a_module_trained_whole_is_carried_with_the_lora(model, batches, tmp_path):
+    emulator = emloc.build_emulator(model, batches, ratio=0.5)
+    tuned = get_peft_model(emulator, lora(["q_proj"], modules_to_save=["lm_head"]))
+    train(tuned)
+    head = tuned.base_model.model.lm_head.modules_to_save["default"].weight
+    carried = emloc.correct(tuned, model, emulator)
+    assert carried.extras.keys() == {"lm_head.weight"}
+    assert torch.equal(carried.extras["lm_head.weight"], head)
+    carried.save(tmp_path)
+    loaded = PeftModel.from_pretrained(model, tmp_path)
+    assert torch.equal(loaded.base_model.model.lm_head.modules_to_save["default"].weight, head)

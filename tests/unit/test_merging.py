@@ -8,13 +8,22 @@ import torch
 from omegaconf import OmegaConf
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import linears, tiny_llama, tiny_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
-from emloc.adapters.saved import copy_adapter, read_lora
+from emloc.adapters.fold import merge
+from emloc.adapters.lora import Lora
+from emloc.adapters.saved import SavedLora, copy_adapter, read_lora
 from emloc.errors import ConfigError
-from emloc.merging import merge, merge_run
+from emloc.merging import merge_run
+from emloc.settings import LoraSettings
 from emloc.source import Source
 
 IDS = torch.arange(24).reshape(2, 12) + 5
@@ -139,7 +148,7 @@ def test_an_interrupted_merge_leaves_no_checkpoint_and_can_be_repeated(tmp_path,
     read = read_lora(adapter(source, tmp_path / "adapter"))
     target = tmp_path / "merged"
     with monkeypatch.context() as patch:
-        patch.setattr("emloc.merging.save_file", _full_disk)
+        patch.setattr("emloc.adapters.fold.save_file", _full_disk)
         with pytest.raises(OSError, match="no space"):
             merge(source, read, target)
     assert not target.exists()
@@ -176,6 +185,7 @@ def test_a_run_is_merged_with_the_model_it_was_made_for(tmp_path, emulator):
     parts = {
         "emulator": {"_target_": f"emloc.emulators.{emulator}"},
         "compression": {"ratio": 0.5, "of": "linears", "bits": 16},
+        "adapter": {"_target_": "emloc.adapters.lora.Lora"},
     }
     if emulator == "svd.Svd":
         parts["emulator"] |= {"algorithm": "subspace", "aware": True, "multiple": 1}
@@ -196,3 +206,79 @@ def test_what_is_no_run_or_has_no_adapter_is_refused(tmp_path):
     assert str(caught.value) == (
         f"{tmp_path} has no adapter: its method trains none, or it is not done"
     )
+
+
+# Modules that were trained whole ------------------------------------------------------------------
+
+
+def classifier(folder: Path, *, head: bool, **saving) -> Source:
+    """A random RoBERTa, whose checkpoint holds its head or not."""
+    config = RobertaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=40, num_labels=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = RobertaForSequenceClassification(config)
+    state = {k: v for k, v in model.state_dict().items() if head or "classifier" not in k}
+    model.save_pretrained(folder, state_dict=state, **saving)
+    auto = AutoModelForSequenceClassification
+    return Source(folder, "somebody/roberta", "identity", torch.float32, auto)
+
+
+@pytest.mark.parametrize("saving", [{}, {"max_shard_size": "8KB"}], ids=["one file", "sharded"])
+@pytest.mark.parametrize("head", [True, False], ids=["its own head", "a fresh head"])
+def test_a_head_that_was_trained_is_merged_whether_the_checkpoint_has_one_or_not(
+    tmp_path, head, saving
+):
+    source = classifier(tmp_path / "base", head=head, **saving)
+    assert ("classifier.dense.weight" in source.weights.names) == head
+    torch.manual_seed(1)
+    plain = RobertaForSequenceClassification.from_pretrained(source.folder).eval()
+    layers = linears(plain, r"roberta\..*(query|dense)")
+    tuned = Lora().attach(plain, LoraSettings(2, 4.0, 0.0), layers, whole=["classifier"])
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    Lora().save(tuned, tmp_path / "adapter", source.name)
+    read = read_lora(tmp_path / "adapter")
+    assert len(read.extras) == 4
+    target = Lora().merge(source, tmp_path / "adapter", tmp_path / "merged")
+    merged = RobertaForSequenceClassification.from_pretrained(target).eval()
+    ids = IDS.clamp(max=40)
+    with torch.no_grad():
+        expected = tuned(input_ids=ids).logits
+        torch.testing.assert_close(merged(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
+    state = merged.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in read.extras.items())
+    files = {path.name for path in source.folder.iterdir()}
+    assert {path.name for path in target.iterdir()} == files
+    index = target / "model.safetensors.index.json"
+    assert index.exists() == bool(saving)
+    if saving:
+        table = json.loads(index.read_text())
+        tensors = {path.name: load_file(path) for path in target.glob("*.safetensors")}
+        assert {n: f for f, held in tensors.items() for n in held} == table["weight_map"]
+        size = sum(tensor.nbytes for held in tensors.values() for tensor in held.values())
+        assert table["metadata"]["total_size"] == size
+
+
+def test_a_head_takes_the_dtype_of_the_checkpoint(tmp_path):
+    source = checkpoint(tmp_path / "base", dtype=torch.bfloat16)
+    head = torch.randn(source.linears["lm_head"])
+    merge(source, SavedLora({}, {}, extras={"lm_head.weight": head}), tmp_path / "merged")
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    assert torch.equal(found["lm_head.weight"], head.bfloat16())
+    before = load_file(source.folder / "model.safetensors")
+    others = before.keys() - {"lm_head.weight"}
+    assert all(torch.equal(found[name], before[name]) for name in others)
+
+
+def test_a_parameter_that_the_model_has_not_is_refused(tmp_path):
+    source = checkpoint(tmp_path / "base")
+    other = SavedLora({}, {}, extras={"score.weight": torch.ones(2, 32)})
+    with pytest.raises(ConfigError) as caught:
+        merge(source, other, tmp_path / "merged")
+    assert str(caught.value) == (
+        "the model holds no parameter score.weight; the adapter is for another one"
+    )
+    assert not (tmp_path / "merged.partial").exists()

@@ -73,8 +73,8 @@ def test_a_ratio_that_is_no_share(refusal, method, ratio):
         ),
         (
             ["method=dora", "compression=auto", "budget.gpu_gib=1"],
-            r"compression=auto is solved for the lean training, and this adapter .*; "
-            r"set adapter=lora, or compression=r50",
+            r"compression=auto is solved for adapters whose update is s B A, while this adapter "
+            r"sets the norm of each row .*; set adapter=lora, or compression=r50",
         ),
         (
             ["method=lora", "budget.gpu_gib=0"],

@@ -71,7 +71,9 @@ def test_a_stage_that_forgets_its_work_cannot_be_made():
     class Idle(Stage):
         gives = "nothing"
 
-    with pytest.raises(TypeError, match="abstract"):
+    with pytest.raises(
+        ConfigError, match=r"Idle does not define inputs, needed, work, which every"
+    ):
         Idle(after=None)
 
 

@@ -1,0 +1,120 @@
+"""A mixture of LoRA experts: a router weighs them for every token, and a loss keeps it even.
+
+One module and one YAML outside the package, as somebody else would write them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from emloc.adapters import Adapter
+from emloc.adapters.auxiliary import AuxiliaryLosses
+from emloc.errors import ConfigError
+from emloc.settings import LoraSettings
+from emloc.source import Source
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+
+class Experts(nn.Module):
+    """`W x + scale sum_e p_e(x) B_e A_e x`, with p = softmax(router x).
+
+    The experts' matrices are stacked: a (e r, n), b (m, e r).
+    """
+
+    def __init__(
+        self, base: nn.Module, experts: int, rank: int, scale: float, losses: AuxiliaryLosses
+    ) -> None:
+        super().__init__()
+        rows, columns = base.out_features, base.in_features
+        device = next(iter([*base.parameters(), *base.buffers()])).device
+        self.base, self.experts, self.rank, self.scale = base, experts, rank, scale
+        self.losses = losses
+        self.router = nn.Parameter(torch.empty(experts, columns, device=device))
+        self.a = nn.Parameter(torch.empty(experts * rank, columns, device=device))
+        self.b = nn.Parameter(torch.zeros(rows, experts * rank, device=device))
+        nn.init.normal_(self.router, std=0.02)
+        nn.init.kaiming_uniform_(self.a, a=5**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., n) to (..., m)."""
+        wide = x.to(self.a.dtype)
+        shares = (wide @ self.router.T).softmax(-1)
+        mean = shares.flatten(0, -2).mean(0)
+        self.losses.add(self.experts * mean.square().sum())  # 1 where all are used evenly
+        hidden = (wide @ self.a.T).unflatten(-1, (self.experts, self.rank)) * shares[..., None]
+        return self.base(x) + (self.scale * hidden.flatten(-2) @ self.b.T).to(x.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gated(Adapter):
+    """A fixed number of experts on every adapted linear."""
+
+    nonlinear = "weighs its experts by the input"
+
+    experts: int
+    balance: float  # weight of the loss that grows where the router prefers some experts
+
+    def __post_init__(self) -> None:
+        if self.balance < 0:
+            raise ConfigError(
+                f"adapter.balance must be at least 0, got {self.balance:g}; set adapter.balance=0.1"
+            )
+
+    def attach(
+        self,
+        model: PreTrainedModel,
+        lora: LoraSettings,
+        layers: Sequence[str],
+        whole: Sequence[str] = (),
+    ) -> PreTrainedModel:
+        """The model itself, its layers wrapped."""
+        if whole:
+            raise ConfigError(f"adapter=gated trains no {whole[0]}; set adapter=lora")
+        model.requires_grad_(False)
+        # Not modules, so that nothing of it is in the model's own state.
+        model.auxiliary_losses = AuxiliaryLosses(model)
+        model.gated = {"rank": lora.rank, "scale": lora.alpha / lora.rank, "layers": list(layers)}
+        size = self.experts, lora.rank, lora.alpha / lora.rank
+        for layer in layers:
+            base = model.get_submodule(layer)
+            model.set_submodule(layer, Experts(base, *size, model.auxiliary_losses))
+        return model
+
+    def load(
+        self, model: PreTrainedModel, folder: Path, *, trainable: bool = False
+    ) -> PreTrainedModel:
+        """Wrap the layers that the folder names and fill in what was trained."""
+        config = json.loads((folder / CONFIG).read_text())
+        size = LoraSettings(config["rank"], config["scale"] * config["rank"], 0.0)
+        self.attach(model, size, config["layers"])
+        self.restore(model, load_file(folder / WEIGHTS))
+        return model if trainable else model.requires_grad_(False)
+
+    def save(self, model: PreTrainedModel, folder: Path, base: str) -> None:
+        """Write the trained tensors and the layers they belong to."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: one.cpu().contiguous() for name, one in self.state(model).items()}
+        save_file(tensors, folder / WEIGHTS)
+        (folder / CONFIG).write_text(json.dumps({"base": base, **model.gated}, indent=1))
+
+    def merge(self, source: Source, folder: Path, target: Path) -> Path:
+        """Refused: the weights would have to depend on the input."""
+        raise ConfigError(
+            f"adapter=gated {self.nonlinear}, which no single weight does; load {folder} with it"
+        )
+
+    def auxiliary_loss(self, model: Any) -> Tensor | None:
+        """How uneven the experts are used, a mean over the layers."""
+        loss = model.auxiliary_losses.take()
+        return None if loss is None else self.balance * loss

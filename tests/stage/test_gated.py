@@ -1,0 +1,220 @@
+"""A gated adapter from outside the package: trained, scored, killed, resumed, refused."""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from emloc.adapters.auxiliary import AuxiliaryLosses
+from emloc.compose import compose
+from emloc.config import build, part
+from emloc.errors import ConfigError
+from emloc.merging import merge_run
+from emloc.pipeline import run
+from emloc.store import Store
+
+PLUGIN = Path(__file__).parents[1] / "extensions" / "gated"
+sys.path.append(str(PLUGIN))
+gated = import_module("gated")
+Experts, Gated = gated.Experts, gated.Gated
+
+TORCHRUN = Path(sys.executable).with_name("torchrun")
+TWO = (str(TORCHRUN), "--standalone", "--nproc-per-node", "2", "-m", "emloc")
+CHOSEN = ("adapter._target_=gated.Gated", "+adapter.experts=3", "+adapter.balance=10")
+LEARNING = ("train.steps=6", "train.learning_rate=0.02")
+
+
+@pytest.fixture
+def go(tiny, store):
+    """Run a method with the gated adapter; the result and the lines of the curve."""
+
+    def run_with(*overrides: str, balance=0.1, report=None):
+        lines = []
+        cell = build(compose([*tiny, "method=lora", *overrides]))
+        cell = replace(cell, adapter=Gated(experts=3, balance=balance))
+        result = run(cell, store, report or (lambda step, values: lines.append(values)))
+        return result, lines
+
+    return run_with
+
+
+def tensors(artifact) -> dict[str, torch.Tensor]:
+    return load_file(artifact.folder / "adapter" / "adapter_model.safetensors")
+
+
+def test_its_yaml_makes_it():
+    cfg = OmegaConf.load(PLUGIN / "conf" / "adapter" / "gated.yaml")
+    assert part(cfg) == Gated(experts=3, balance=0.1)
+
+
+@pytest.mark.parametrize(
+    "through",
+    [
+        [],
+        ["method=emloc", "recovery=none"],
+        ["method=emloc_nf4", "recovery=none"],
+        ["model.dtype=bfloat16"],
+        ["train.lean=false"],
+    ],
+    ids=["full", "svd", "svd in nf4", "bfloat16", "plain"],
+)
+def test_it_goes_from_settings_to_scores(go, tiny, store, through):
+    result, lines = go(*through, *LEARNING)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    scores = result.evaluated.facts["scores"]
+    bare = run(build(compose([*tiny, *through, "method=zero_shot"])), store, lambda *_: None)
+    assert scores["loss"] < bare.evaluated.facts["scores"]["loss"] - 0.01
+    trained, carried = tensors(result.trained), tensors(result.carried)
+    assert len(trained) == 3 * 14
+    assert trained.keys() == carried.keys()
+    assert all(torch.equal(trained[name], carried[name]) for name in trained)
+
+
+# The auxiliary loss ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lean", ["true", "false"])
+@pytest.mark.parametrize(("batch", "accumulate"), [(1, 4), (2, 2)])
+def test_the_auxiliary_loss_does_not_depend_on_how_a_step_is_cut(go, lean, batch, accumulate):
+    """Added to a forward pass's own loss it would count once for every pass."""
+    said = ["train.steps=1", f"train.lean={lean}"]
+    cut = [f"train.batch={batch}", f"train.accumulate={accumulate}"]
+    (whole,) = go(*said, balance=10)[1]
+    (parts,) = go(*said, *cut, balance=10)[1]
+    (without,) = go(*said, balance=0)[1]
+    # The router is nearly even at the start, where the term is 1 for each layer.
+    assert whole["loss"] - without["loss"] == pytest.approx(10, rel=2e-3)
+    assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-3)
+    assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=2e-2)
+
+
+def test_the_auxiliary_loss_moves_what_the_answers_do_not(go):
+    """At the start B is zero, and the loss of the answers has no gradient for a router."""
+    said = ["train.steps=1", "train.learning_rate=0.05", "train.warmup=0", "train.weight_decay=0"]
+    still, moved = (tensors(go(*said, balance=balance)[0].trained) for balance in (0, 10))
+    routers = [name for name in still if name.endswith("router")]
+    assert len(routers) == 14
+    for name in routers:
+        step = (moved[name] - still[name]).abs()
+        assert step.max() == pytest.approx(0.05, rel=0.05)  # the rate, but for AdamW's epsilon
+
+
+@pytest.mark.parametrize("lean", ["true", "false"])
+def test_layers_computed_again_count_once_and_keep_their_graph(go, lean):
+    said = [*LEARNING, "train.batch=2", "train.accumulate=2", f"train.lean={lean}"]
+    kept, again = (
+        go(*said, f"train.checkpointing={value}", balance=10) for value in ("false", "true")
+    )
+    for name in ("loss", "grad_norm"):
+        expected = [line[name] for line in kept[1]]
+        assert [line[name] for line in again[1]] == pytest.approx(expected, rel=1e-5)
+    first, second = tensors(kept[0].trained), tensors(again[0].trained)
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_terms_are_taken_once_and_those_of_a_second_call_are_dropped():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    losses = AuxiliaryLosses(model)
+    losses.add(torch.tensor(7.0))  # outside any forward pass of the model
+    assert losses.take() is None
+    model(torch.ones(2))
+    losses.add(torch.tensor(1.0))
+    losses.add(torch.tensor(3.0))
+    assert losses.take() == 2
+    losses.add(torch.tensor(9.0))  # computed again in the backward pass
+    assert losses.take() is None
+    model(torch.ones(2))
+    losses.add(torch.tensor(5.0))
+    model(torch.ones(2))  # nobody took it
+    losses.add(torch.tensor(4.0))
+    assert losses.take() == 4
+
+
+def test_two_processes_take_the_steps_of_one(emloc, tiny, one_run, go):
+    recipe = ["train.batch=2", "train.steps=4", "train.learning_rate=0.02"]
+    path = os.pathsep.join([str(PLUGIN), os.environ.get("PYTHONPATH", "")])
+    two = emloc(*tiny, "method=lora", *CHOSEN, *recipe, program=TWO, PYTHONPATH=path)
+    assert two.code == 0, two.said
+    ours = [json.loads(line) for line in (one_run() / "curve.jsonl").open()]
+    _, lines = go(*recipe, "train.accumulate=2", balance=10)
+    assert len(ours) == 4
+    for name in ("loss", "grad_norm"):
+        expected = [line[name] for line in lines]
+        assert [line[name] for line in ours] == pytest.approx(expected, rel=1e-3)
+
+
+# Killed, resumed, refused ------------------------------------------------------------------------
+
+
+def kill(go, at: int, *overrides: str) -> None:
+    class Killed(BaseException):
+        pass
+
+    def report(step, values):
+        if step == at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        go(*overrides, report=report)
+
+
+def test_a_checkpoint_holds_what_trains_and_nothing_frozen(go, store):
+    kill(go, 4, *LEARNING, "train.save_every=2")
+    (checkpoint,) = store.root.glob("train/*.partial/checkpoints/checkpoint-2")
+    state = load_file(checkpoint / "adapter_state.safetensors")
+    assert len(state) == 3 * 14
+    assert {name.rpartition(".")[2] for name in state} == {"router", "a", "b"}
+    names = {path.name for path in checkpoint.iterdir()}
+    assert not names & {"model.safetensors", "pytorch_model.bin"}
+
+
+def test_resumed_it_ends_where_an_uninterrupted_training_does(go, tiny, tmp_path, store):
+    said = [*LEARNING, "train.save_every=2"]
+    cell = replace(
+        build(compose([*tiny, "method=lora", *said])), adapter=Gated(experts=3, balance=0.1)
+    )
+    whole = tensors(run(cell, Store(tmp_path / "whole"), lambda *_: None).trained)
+    kill(go, 5, *said)
+    resumed, lines = go(*said)
+    assert len(lines) == 2  # of six, two were left
+    for name, tensor in tensors(resumed.trained).items():
+        torch.testing.assert_close(tensor, whole[name], atol=1e-6, rtol=1e-5)
+
+
+def test_it_is_refused_by_its_own_reason(go, tiny, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        go("method=emloc")
+    assert str(caught.value) == (
+        "recovery=correction changes the matrices of an update s B A, while adapter=gated weighs "
+        "its experts by the input; set recovery=none, or adapter=lora"
+    )
+    result, _ = go()
+    folder = tmp_path / "run"
+    folder.mkdir()
+    cfg = compose([*tiny, "method=lora", *CHOSEN])
+    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+    (folder / "adapter").symlink_to(result.carried.folder / "adapter")
+    with pytest.raises(ConfigError) as caught:
+        merge_run(folder, tmp_path / "merged")
+    assert str(caught.value) == (
+        "adapter=gated weighs its experts by the input, which no single weight does; "
+        f"load {folder / 'adapter'} with it"
+    )
+    assert not (tmp_path / "merged").exists()
+
+
+def test_its_layers_are_wrapped_and_put_back_by_name(tiny):
+    cell = build(compose([*tiny, "method=lora"]))
+    source = cell.model.open()
+    layers = tuple(cell.model.adapted(source))
+    model = Gated(experts=2, balance=0).attach(source.load(torch.device("cpu")), cell.lora, layers)
+    found = {name for name, module in model.named_modules() if isinstance(module, Experts)}
+    assert found == set(layers)
