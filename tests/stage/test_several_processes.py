@@ -59,7 +59,7 @@ def assert_same_training(run: Path, single: Path) -> None:
 
 
 def test_two_processes_train_as_one_does_and_leave_one_record(emloc, tiny, one_run, alone):
-    first = emloc(*tiny, *RECIPE, program=TWO)
+    first = emloc.process(*tiny, *RECIPE, program=TWO)
     assert first.code == 0, first.said
     run = one_run()
     assert_same_training(run, alone(*RECIPE).folder)
@@ -70,7 +70,7 @@ def test_two_processes_train_as_one_does_and_leave_one_record(emloc, tiny, one_r
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     assert first.out.count("| emloc ") == 1
     assert (run / "run.log").read_text().count(": started") == 1
-    again = emloc(*tiny, *RECIPE, program=TWO)
+    again = emloc.process(*tiny, *RECIPE, program=TWO)
     assert again.code == 0, again.said
     assert again.said.count("done before") == 1
 
@@ -90,14 +90,14 @@ def test_split_weights_train_as_whole_ones_do_also_after_an_interruption(
     assert begun.wait(60) != 0
     checkpoints = list((tmp_path / "cache" / "train").glob("*.partial/checkpoints/checkpoint-*"))
     assert any((path / "pytorch_model_fsdp_0").is_dir() for path in checkpoints)
-    ended = emloc(*tiny, *RECIPE, program=TWO, **SPLIT)
+    ended = emloc.process(*tiny, *RECIPE, program=TWO, **SPLIT)
     assert ended.code == 0, ended.said
     assert_same_training(one_run(), alone(*RECIPE).folder)
 
 
 def test_a_loss_that_is_not_finite_ends_all_processes(emloc, tiny, one_run):
     settings = ("train.learning_rate=1e38", "train.warmup=0", "method=lora")
-    failed = emloc(*tiny, *settings, program=TWO)
+    failed = emloc.process(*tiny, *settings, program=TWO)
     assert failed.code == 1
     status = json.loads((one_run() / "status.json").read_text())
     assert (status["state"], status["stage"]) == ("failed", "train")

@@ -349,7 +349,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_run_that_was_killed_is_there_without_an_end(begun):
     """Which `wandb sync` takes for one that failed."""
     run = begun()
-    subprocess.run([sys.executable, "-c", KILLED, str(run.folder)], timeout=60)
+    subprocess.run([sys.executable, "-c", KILLED, str(run.folder)])
     (entry,) = entries(run.folder)
     assert entry.history == lines(run)
     assert [line["train/step"] for line in lines(run)] == [1, 2, 3]
