@@ -24,6 +24,14 @@ from emloc.store import Store
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--own-stores",
+        action="store_true",
+        help="let every test go through its stages itself: what it takes part in is seen then",
+    )
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _spare_the_collector():
     """Python's collector looks no more at what is there already, which is mostly libraries.

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from staged import losses_of
 from transformers import AutoModelForCausalLM
 
 from emloc.adapters.saved import load_on, read_lora
@@ -15,7 +17,6 @@ from emloc.config import build
 from emloc.emulators import Built
 from emloc.errors import ConfigError
 from emloc.nn.nf4 import Nf4Linear
-from emloc.pipeline import run
 
 CPU = torch.device("cpu")
 METHODS = ["upop", "loram_stru", "loram_rand"]
@@ -23,13 +24,9 @@ IDS = torch.arange(60).reshape(2, 30) + 5
 
 
 @pytest.fixture
-def go(tiny, store):
+def go(go):
     """Run the pipeline with overrides on top of the tiny ones, every block of two pruned."""
-
-    def run_with(*overrides: str, report=lambda step, values: None):
-        return run(build(compose([*tiny, *WHOLE, *overrides])), store, report)
-
-    return run_with
+    return partial(go, *WHOLE)
 
 
 WHOLE = ["emulator.first=0", "emulator.last=0"]
@@ -47,10 +44,8 @@ def tables(result) -> dict[str, dict]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_pruned_trained_scattered_and_scored(go, method):
-    losses = []
-    result = go(
-        f"method={method}", *LEARNING, report=lambda step, values: losses.append(values["loss"])
-    )
+    result = go(f"method={method}", *LEARNING)
+    losses = losses_of(result)
     assert result.evaluated.facts["rows"] == 6
     assert 0 < result.evaluated.facts["scores"]["loss"] < 10
     assert losses[-1] < losses[0] - 0.2
@@ -108,11 +103,9 @@ def test_seeds_decide_the_random_units_and_nothing_else(go):
 
 
 def test_four_bits_are_trained_through_and_scattered(go):
-    losses = []
     recipe = ["method=upop", *LEARNING]
-    result = go(
-        *recipe, "compression.bits=4", report=lambda step, values: losses.append(values["loss"])
-    )
+    result = go(*recipe, "compression.bits=4")
+    losses = losses_of(result)
     wide = go(*recipe)
     assert losses[-1] < losses[0] - 0.2
     four, sixteen = result.emulated.facts, wide.emulated.facts
@@ -160,9 +153,9 @@ def test_four_bits_reach_the_blocks_that_are_left_whole(go, tiny):
         ),
     ],
 )
-def test_what_cannot_be_pruned_is_refused_in_a_line(tiny, store, settings, message):
+def test_what_cannot_be_pruned_is_refused_in_a_line(afresh, store, settings, message):
     with pytest.raises(ConfigError) as caught:
-        run(build(compose([*tiny, *settings])), store, lambda step, values: None)
+        afresh(*settings)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not store.root.exists()

@@ -10,11 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-
-from emloc.compose import compose
-from emloc.config import build
-from emloc.pipeline import run
-from emloc.store import Store
+from staged import curve_of
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 TWO = (str(TORCHRUN), "--standalone", "--nproc-per-node", "2", "-m", "emloc")
@@ -28,18 +24,9 @@ RECIPE = ("train.batch=3", "train.steps=9", "train.save_every=2", "train.learnin
 
 
 @pytest.fixture
-def alone(tiny, tmp_path):
+def alone(go):
     """Train in this process with as many samples a step; the artifact of the training."""
-
-    def train(*overrides: str):
-        cell = build(compose([*tiny, *overrides, "train.accumulate=2"]))
-        return run(cell, Store(tmp_path / "alone"), lambda step, values: None).trained
-
-    return train
-
-
-def curve_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "curve.jsonl").open()]
+    return lambda *overrides: go(*overrides, "train.accumulate=2").trained
 
 
 def assert_same_training(run: Path, single: Path) -> None:
@@ -81,10 +68,8 @@ def test_split_weights_train_as_whole_ones_do_also_after_an_interruption(
     env = {**os.environ, **SPLIT}
     begun = subprocess.Popen([*TWO, *tiny, *RECIPE], cwd=tmp_path, env=env)
     lines = tmp_path / "runs" / "adhoc"
-    latest = time.monotonic() + 120
     while not any('"train/step": 7' in path.read_text() for path in lines.glob("*/metrics.jsonl")):
         assert begun.poll() is None
-        assert time.monotonic() < latest
         time.sleep(0.02)
     begun.terminate()
     assert begun.wait(60) != 0
