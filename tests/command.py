@@ -52,14 +52,11 @@ class Command:
         written = self.capture()
         written.readouterr()
         with ExitStack() as stack:
-            for kept in (_environment, _hydra, _logging, _libraries):
+            for kept in (_environment, _launch, _hydra, _logging, _libraries):
                 stack.enter_context(kept())
             os.environ |= env
             os.chdir(self.folder)
             sys.argv = ["emloc", *arguments]
-            # Whatever was recorded before now is of an earlier command.
-            ranks._IMPORTED = time.time()
-            ranks.born.cache_clear()
             code = _exit_code(cli.main)
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
@@ -107,6 +104,19 @@ def _environment() -> Iterator[None]:
         os.environ.update(variables)
         os.chdir(folder)
         sys.argv = arguments
+
+
+@contextmanager
+def _launch() -> Iterator[None]:
+    """Whatever was recorded before a command is of an earlier one."""
+    born = ranks._IMPORTED
+    ranks._IMPORTED = time.time()
+    ranks.born.cache_clear()
+    try:
+        yield
+    finally:
+        ranks._IMPORTED = born
+        ranks.born.cache_clear()
 
 
 @contextmanager

@@ -96,16 +96,29 @@ def test_the_groups_are_the_sections_and_the_presets():
     assert set(SECTIONS) - set(DECISIVE) == {"name", "method", "tracker", "budget"}
 
 
-@pytest.mark.parametrize("method", CHOICES["method"])
-@pytest.mark.parametrize("turn", range(max(len(s) for g, s in CHOICES.items() if g != "method")))
-def test_every_choice_builds_as_its_yaml_says_with_every_method(method, turn):
-    """One choice of each group at a time, all of them within a few turns."""
-    chosen = {g: stems[turn % len(stems)] for g, stems in CHOICES.items() if g != "method"}
-    cell = build(compose([f"method={method}", *(f"{g}={stem}" for g, stem in chosen.items())]))
-    assert cell.method == method
-    told = OmegaConf.to_container(yaml_of(f"method/{method}"))
-    for group, stem in chosen.items():
-        _check(getattr(cell, group), f"{group}/{stem}", told.get(group, {}))
+@pytest.mark.parametrize(
+    "choice", [f"{g}={one}" for g in CHOICES if g not in (*PRESET, "method") for one in CHOICES[g]]
+)
+def test_every_choice_builds_as_its_yaml_says(choice):
+    group, stem = choice.split("=")
+    _check(getattr(build(compose([choice])), group), f"{group}/{stem}")
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {group: stems[turn % len(stems)] for group, stems in CHOICES.items()}
+        for turn in range(max(map(len, CHOICES.values())))
+    ],
+    ids=lambda chosen: chosen["method"],
+)
+def test_a_method_and_a_choice_of_every_group_build_as_their_yamls_say(chosen):
+    """All of them within as many turns as the largest group has choices."""
+    cell = build(compose([f"{group}={stem}" for group, stem in chosen.items()]))
+    assert cell.method == chosen["method"]
+    told = OmegaConf.to_container(yaml_of(f"method/{cell.method}"))
+    for group in chosen.keys() - {"method"}:
+        _check(getattr(cell, group), f"{group}/{chosen[group]}", told.get(group, {}))
 
 
 @pytest.mark.parametrize("method", CHOICES["method"])
