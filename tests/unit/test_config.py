@@ -12,7 +12,6 @@ from types import MappingProxyType
 import pytest
 import yaml
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from transformers import SchedulerType
@@ -22,7 +21,7 @@ from emloc.config import Cell, build
 from emloc.errors import ConfigError
 from emloc.runs import folder_name
 from emloc.settings import DECISIVE, SCHEDULES, Config
-from emloc.shipped import CONF, DATA
+from emloc.shipped import CONF
 
 CHOICES = {
     folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
@@ -142,31 +141,6 @@ def _check(built: object, name: str, preset: Mapping[str, object] = MappingProxy
     written = spelled(name) | preset
     assert type(built) is class_of(name)
     assert dataclasses.asdict(built) == written
-
-
-@pytest.mark.parametrize(
-    "path", sorted((DATA / "experiments").glob("*.yaml")), ids=lambda p: p.stem
-)
-def test_every_cell_of_every_experiment_builds(path):
-    """One of those whose words differ in their numbers alone."""
-    cells = OmegaConf.load(path).get("cells", {})
-    shapes = {f"{path.stem}/{name}": re.sub(r"\d+", "0", words) for name, words in cells.items()}
-    compose([f"experiments={path.stem}"])  # which registers it, and what it sweeps
-    known = ConfigStore.instance().repo["experiments"][path.name].node
-    params = OmegaConf.select(known, "hydra.sweeper.params") or {}
-    sweeps = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in params.items()])
-    seen = set()
-    for sweep in sweeps:
-        for value in sweep.sweep_string_iterator():
-            shape = shapes.get(value, value)
-            if shape in seen:
-                continue
-            seen.add(shape)
-            override = f"{sweep.get_key_element()}={value}"
-            cell = build(compose([f"experiments={path.stem}", override]))
-            assert cell.name == path.stem
-            if sweep.get_key_element() == "method":
-                assert cell.method == value
 
 
 def test_a_cell_is_what_its_words_are_on_the_command_line(tmp_path, monkeypatch):
