@@ -31,10 +31,10 @@ lint: setup ## ruff
 type: setup ## mypy, strict
 	$(BIN)/mypy
 
-test: setup ## all tests that need no GPU, on two cores (WORKERS=2)
+test: setup ## all tests that need no GPU, within ten minutes on two cores
 	$(BIN)/pytest $(PARALLEL)
 
-test-quick: setup ## the unit tests of them, which start no process and train nothing
+test-quick: setup ## the unit tests alone, within two minutes
 	$(BIN)/pytest $(PARALLEL) tests/unit
 
 test-gpu: setup ## the tests that need a CUDA device
