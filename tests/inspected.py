@@ -26,7 +26,6 @@ class Entry:
             capture_output=True,
             text=True,
             check=True,
-            timeout=60,
         )
         return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -2,28 +2,22 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
 from inspected import entries
+from transformers import Trainer
 
-# The training of this process is interrupted in its fourth step, as by Ctrl-C.
-INTERRUPTED = """
-import sys
-import transformers
 
-step, count = transformers.Trainer.training_step, iter(range(1, 100))
+def interrupt_training(patch) -> None:
+    """The training of this process is interrupted in its fourth step, as by Ctrl-C."""
+    step, count = Trainer.training_step, iter(range(1, 100))
 
-def interrupted(*arguments, **named):
-    if next(count) == 4:
-        raise KeyboardInterrupt
-    return step(*arguments, **named)
+    def interrupted(*arguments, **named):
+        if next(count) == 4:
+            raise KeyboardInterrupt
+        return step(*arguments, **named)
 
-transformers.Trainer.training_step = interrupted
-sys.argv[0] = "emloc"
-from emloc.cli import main
-main()
-"""
+    patch.setattr(Trainer, "training_step", interrupted)
 
 
 def lines(run: Path) -> list[dict]:
@@ -36,7 +30,7 @@ def steps(found: list[dict]) -> list[int]:
 
 def test_all_that_a_run_knows_is_in_its_record_and_in_wandb(emloc, tiny, one_run, tmp_path):
     run = ("method=emloc_nf4", "eval.harness=false", "tracker=wandb", "tracker.adapter=true")
-    done = emloc(*tiny, *run, HOME=str(tmp_path / "home"))
+    done = emloc.process(*tiny, *run, HOME=str(tmp_path / "home"))
     assert done.code == 0, done.said
     assert not list((tmp_path / "home").rglob("*wandb*"))
     assert "wandb" not in done.said.lower()
@@ -74,9 +68,13 @@ def test_all_that_a_run_knows_is_in_its_record_and_in_wandb(emloc, tiny, one_run
     assert list((entry.folder / "files/media/images/figures").glob("layers_[0-9]*.png"))
 
 
-def test_an_interrupted_run_goes_on_as_the_same_run_with_no_step_twice(emloc, tiny, one_run):
+def test_an_interrupted_run_goes_on_as_the_same_run_with_no_step_twice(
+    emloc, tiny, one_run, monkeypatch
+):
     run = (*tiny, "method=lora", "eval.harness=false", "tracker=wandb", "train.save_every=2")
-    first = emloc(*run, program=(sys.executable, "-c", INTERRUPTED))
+    with monkeypatch.context() as patch:
+        interrupt_training(patch)
+        first = emloc(*run)
     assert first.code == 130, first.said
     assert steps(lines(one_run())) == [1, 2, 3]
     second = emloc(*run)

@@ -41,9 +41,11 @@ def test_two_gpus_give_the_curve_of_one_with_the_same_samples_a_step(
     wide = save_checkpoint(tmp_path / "wide", **WIDE)
     said = [f"model.source={wide}", f"model.dtype={dtype}", *RECIPE]
     path = [f"train.lean={str(not split).lower()}"]
-    one = emloc(*tiny, *said, *path, "train.accumulate=2", "name=one", CUDA_VISIBLE_DEVICES="0")
+    one = emloc.process(
+        *tiny, *said, *path, "train.accumulate=2", "name=one", CUDA_VISIBLE_DEVICES="0"
+    )
     assert one.code == 0, one.said
-    two = emloc(*tiny, *said, *path, "name=two", program=TWO, **(SPLIT if split else {}))
+    two = emloc.process(*tiny, *said, *path, "name=two", program=TWO, **(SPLIT if split else {}))
     assert two.code == 0, two.said
     ours, theirs = curve(tmp_path / "runs/two"), curve(tmp_path / "runs/one")
     with capsys.disabled():

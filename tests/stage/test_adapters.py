@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from packed import held_at
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
+from staged import losses_of
 from tiny import linears, save_checkpoint, tiny_llama, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, set_seed
@@ -27,7 +29,6 @@ from emloc.errors import ConfigError, StageError
 from emloc.lean.embedding import HostEmbedding
 from emloc.lean.prepare import prepare
 from emloc.merging import merge_run
-from emloc.pipeline import run
 from emloc.prompts import Encoded
 from emloc.reading import encode_all
 from emloc.settings import LoraSettings
@@ -42,18 +43,16 @@ WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}
 ENDS = ["emulator.first=1", "emulator.last=1", "compression.ratio=0.75"]
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("wide"), **WIDE)
+@pytest.fixture(scope="session")
+def wide(made_once):
+    return made_once("wide", partial(save_checkpoint, **WIDE))
 
 
 @pytest.fixture
-def go(tiny, store):
+def go(go):
     def run_with(*overrides: str):
-        losses = []
-        settings = build(compose([*tiny, "train.steps=6", *overrides]))
-        result = run(settings, store, lambda step, values: losses.append(values["loss"]))
-        return result, losses
+        result = go("train.steps=6", *overrides)
+        return result, losses_of(result)
 
     return run_with
 

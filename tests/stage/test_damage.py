@@ -10,17 +10,6 @@ from safetensors.torch import load_file
 from emloc.checkpoint import locate
 from emloc.compose import compose
 from emloc.config import build
-from emloc.pipeline import run
-
-
-@pytest.fixture
-def go(tiny, store):
-    """Run the pipeline with overrides on top of the tiny ones."""
-
-    def run_with(*overrides: str, report=lambda step, values: None):
-        return run(build(compose([*tiny, *overrides])), store, report)
-
-    return run_with
 
 
 def adapter_of(artifact) -> dict[str, torch.Tensor]:
@@ -40,14 +29,14 @@ def flip(path):
 
 
 @pytest.mark.parametrize("damage", [purge, flip])
-def test_a_lost_factor_file_never_means_that_a_layer_is_as_it_was(go, store, caplog, damage):
+def test_a_lost_factor_file_never_means_that_a_layer_is_as_it_was(afresh, store, caplog, damage):
     """Its layers would go uncorrected, and the wrong adapter be kept under the right key."""
     caplog.set_level("WARNING")
-    right = go("method=emloc")
+    right = afresh("method=emloc")
     expected = adapter_of(right.carried)
     damage(right.emulated.folder / "model.layers.1.safetensors")
     shutil.rmtree(right.carried.folder)
-    again = go("method=emloc")
+    again = afresh("method=emloc")
     assert again == right
     for name, tensor in expected.items():
         assert torch.equal(adapter_of(again.carried)[name], tensor), name
@@ -56,22 +45,22 @@ def test_a_lost_factor_file_never_means_that_a_layer_is_as_it_was(go, store, cap
     assert len(list((store.root / "emulate").glob("*.damaged-*"))) == 1
 
 
-def test_statistics_that_have_changed_are_taken_again(go, store):
-    right = go("method=emloc")
+def test_statistics_that_have_changed_are_taken_again(afresh, store):
+    right = afresh("method=emloc")
     flip(right.statistics.folder / "model.layers.0.safetensors")
     shutil.rmtree(right.emulated.folder)
-    again = go("method=emloc")
+    again = afresh("method=emloc")
     assert again == right
     assert len(list((store.root / "calibrate").glob("*.damaged-*"))) == 1
 
 
-def interrupted_at_step_5(go) -> None:
+def interrupted_at_step_5(afresh) -> None:
     def stop(step, _):
         if step == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        go("method=lora", "train.save_every=2", report=stop)
+        afresh("method=lora", "train.save_every=2", report=stop)
 
 
 def half_a_state(checkpoint):
@@ -89,14 +78,14 @@ def no_list(checkpoint):
 
 
 @pytest.mark.parametrize("damage", [half_a_state, no_optimizer, no_list])
-def test_training_goes_on_from_the_newest_whole_checkpoint(go, store, caplog, damage):
-    straight = adapter_of(go("method=lora", "train.save_every=2").trained)
+def test_training_goes_on_from_the_newest_whole_checkpoint(afresh, store, caplog, damage):
+    straight = adapter_of(afresh("method=lora", "train.save_every=2").trained)
     shutil.rmtree(store.root / "train")
-    interrupted_at_step_5(go)
+    interrupted_at_step_5(afresh)
     (checkpoint,) = (store.root / "train").glob("*.partial/checkpoints/checkpoint-4")
     damage(checkpoint)
     steps = []
-    resumed = go("method=lora", "train.save_every=2", report=lambda step, _: steps.append(step))
+    resumed = afresh("method=lora", "train.save_every=2", report=lambda step, _: steps.append(step))
     assert steps == [3, 4, 5]
     assert f"{checkpoint} is not whole" in caplog.text
     for name, tensor in straight.items():

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from pictured import save_gemma, save_internvl, seen
@@ -41,18 +42,18 @@ class Seen:
         return seen("test", 6 if limit is None else min(limit, 6))
 
 
-@pytest.fixture(scope="module")
-def internvl(tmp_path_factory):
-    return save_internvl(tmp_path_factory.mktemp("internvl"), num_hidden_layers=6)
+@pytest.fixture(scope="session")
+def internvl(made_once):
+    return made_once("internvl", partial(save_internvl, num_hidden_layers=6))
 
 
-@pytest.fixture(scope="module")
-def gemma(tmp_path_factory):
-    return save_gemma(tmp_path_factory.mktemp("gemma"))
+@pytest.fixture(scope="session")
+def gemma(made_once):
+    return made_once("gemma", save_gemma)
 
 
 @pytest.fixture
-def go(store, internvl, gemma):
+def go(stages, internvl, gemma):
     def run_with(*overrides, model="internvl2_5_2b", task=None):
         cfg = compose(
             [
@@ -73,7 +74,7 @@ def go(store, internvl, gemma):
         cell = replace(build(cfg), task=task or Seen())
         if cell.method == "small_model":
             cell = replace(cell, model=replace(cell.model, siblings={"r75": cell.model}))
-        return run(cell, store, lambda step, values: None)
+        return run(cell, stages, lambda step, values: None)
 
     return run_with
 

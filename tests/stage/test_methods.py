@@ -1,6 +1,7 @@
 """Every method there is, end to end on text, and every emulator in four bits."""
 
 import json
+from functools import partial
 
 import pytest
 from tiny import save_checkpoint
@@ -25,12 +26,13 @@ ROOM = {
 IN_NF4 = ["emloc", "lora", "offload", "offsite", "small_model", "upop"]
 
 
-@pytest.fixture(scope="module")
-def family(tmp_path_factory):
+@pytest.fixture(scope="session")
+def family(made_once):
     """A model of eight blocks, and a sibling of four: overrides."""
-    folders = [tmp_path_factory.mktemp("model") for _ in range(2)]
-    for folder, depth in zip(folders, (8, 4), strict=True):
-        save_checkpoint(folder, num_hidden_layers=depth)
+    folders = [
+        made_once(f"blocks_{depth}", partial(save_checkpoint, num_hidden_layers=depth))
+        for depth in (8, 4)
+    ]
     sibling = {
         "_target_": "emloc.models.text.TextModel",
         "name": "tiny_sibling",
@@ -47,13 +49,13 @@ def family(tmp_path_factory):
 
 
 @pytest.fixture
-def go(tiny, store, family):
+def go(tiny, stages, family):
     folders, sibling = family
 
     def run_with(*overrides: str):
         cfg = compose([*tiny, f"model.source={folders[0]}", "compression=r50", *overrides])
         cfg.model.siblings = {"r50": sibling, "r75": sibling}
-        return run(build(cfg), store, lambda step, values: None)
+        return run(build(cfg), stages, lambda step, values: None)
 
     return run_with
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from staged import curve_of, losses_of
 from tiny import save_checkpoint
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, set_seed
@@ -19,7 +20,6 @@ from emloc.config import build
 from emloc.emulators import Built
 from emloc.errors import ConfigError, StageError
 from emloc.evaluate import answer_all, summary
-from emloc.pipeline import run
 from emloc.reading import encode_all
 from emloc.samples import Samples, choose
 from emloc.statistics import Statistics
@@ -27,16 +27,6 @@ from emloc.walk import block_of
 
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-@pytest.fixture
-def go(tiny, store):
-    """Run the pipeline with overrides on top of the tiny ones."""
-
-    def run_with(*overrides: str, report=lambda step, values: None):
-        return run(build(compose([*tiny, *overrides])), store, report)
-
-    return run_with
 
 
 def adapter_of(artifact) -> dict[str, torch.Tensor]:
@@ -47,10 +37,10 @@ def product_of(artifact) -> dict[str, torch.Tensor]:
     return {k: p.delta for k, p in read_lora(artifact.folder / "adapter").pairs.items()}
 
 
-def test_a_second_run_finds_every_stage(go, monkeypatch):
-    first = go("method=emloc")
+def test_a_second_run_finds_every_stage(afresh, monkeypatch):
+    first = afresh("method=emloc")
     monkeypatch.setattr("emloc.store.Store._compute", lambda *_: pytest.fail("computed again"))
-    assert go("method=emloc") == first
+    assert afresh("method=emloc") == first
 
 
 def test_a_clamp_redoes_recovery_and_evaluation_only(go):
@@ -143,11 +133,11 @@ def test_the_adapter_is_plain_peft_on_the_original(go, tiny, checkpoint, tmp_pat
     assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def test_lora_equals_peft_trained_by_hand(go, tiny, checkpoint):
+def test_lora_equals_peft_trained_by_hand(afresh, tiny, checkpoint):
     """The same steps written out with PEFT and torch alone give the same loss at every step."""
     losses = []
     recipe = ["train.schedule=constant", "train.learning_rate=0.05", "train.warmup=0"]
-    go("method=lora", *recipe, report=lambda step, values: losses.append(values["loss"]))
+    afresh("method=lora", *recipe, report=lambda step, values: losses.append(values["loss"]))
     cell = build(compose([*tiny, "method=lora", *recipe]))
     reader = cell.model.open().reader()
     rows = encode_all(reader, cell.task.train(), 2048)
@@ -208,11 +198,11 @@ def test_checkpointing_changes_memory_and_not_the_adapter(go):
         torch.testing.assert_close(again[name], tensor, atol=1e-6, rtol=1e-5)
 
 
-def test_golden_curve(go):
+def test_golden_curve(afresh):
     """Five steps of EMLoC; a change of mathematics edits the file and says why."""
     losses = []
     recipe = ["train.learning_rate=0.05", "train.schedule=constant"]
-    go("method=emloc", *recipe, report=lambda step, values: losses.append(values["loss"]))
+    afresh("method=emloc", *recipe, report=lambda step, values: losses.append(values["loss"]))
     golden = json.loads((GOLDEN / "emloc_tiny_llama.json").read_text())
     assert losses == pytest.approx(golden, abs=2e-3)
     assert losses[-1] < losses[0] - 0.2
@@ -229,29 +219,28 @@ def interrupt(go, *overrides):
         go(*overrides, report=stop)
 
 
-def test_interrupted_training_resumes_from_its_checkpoint(go, store):
+def test_interrupted_training_resumes_from_its_checkpoint(afresh, store):
     whole = []
-    go("method=lora", "train.save_every=2", report=lambda step, _: whole.append(step))
+    afresh("method=lora", "train.save_every=2", report=lambda step, _: whole.append(step))
     shutil.rmtree(store.root / "train")
-    interrupt(go, "method=lora", "train.save_every=2")
+    interrupt(afresh, "method=lora", "train.save_every=2")
     steps = []
-    result = go("method=lora", "train.save_every=2", report=lambda step, _: steps.append(step))
+    result = afresh("method=lora", "train.save_every=2", report=lambda step, _: steps.append(step))
     assert (whole, steps) == ([1, 2, 3, 4, 5], [3, 4, 5])
-    curve = [json.loads(line) for line in (result.trained.folder / "curve.jsonl").open()]
-    assert [line["step"] for line in curve] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in curve_of(result.trained.folder)] == [1, 2, 3, 4, 5]
     assert not (result.trained.folder / "checkpoints").exists()
 
 
-def test_resumed_training_ends_where_an_uninterrupted_one_does(go, store):
-    straight = adapter_of(go("method=lora", "train.save_every=2").trained)
+def test_resumed_training_ends_where_an_uninterrupted_one_does(afresh, store):
+    straight = adapter_of(afresh("method=lora", "train.save_every=2").trained)
     shutil.rmtree(store.root / "train")
-    interrupt(go, "method=lora", "train.save_every=2")
-    resumed = adapter_of(go("method=lora", "train.save_every=2").trained)
+    interrupt(afresh, "method=lora", "train.save_every=2")
+    resumed = adapter_of(afresh("method=lora", "train.save_every=2").trained)
     for name, tensor in straight.items():
         torch.testing.assert_close(resumed[name], tensor, atol=1e-6, rtol=1e-5)
 
 
-def test_interrupted_building_goes_on_with_the_next_block(go, store, monkeypatch):
+def test_interrupted_building_goes_on_with_the_next_block(afresh, store, monkeypatch):
     """Blocks whose file was written are not factorised again."""
     import emloc.emulators.svd as svd
 
@@ -267,12 +256,12 @@ def test_interrupted_building_goes_on_with_the_next_block(go, store, monkeypatch
 
     monkeypatch.setattr(svd, "factorize", factorize)
     with pytest.raises(KeyboardInterrupt):
-        go("method=emloc")
-    go("method=emloc")
+        afresh("method=emloc")
+    afresh("method=emloc")
     assert done == ["model.layers.0", "interrupted", "model.layers.1"]
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights(go, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_before_the_weights(afresh, monkeypatch):
     from transformers import Trainer
 
     steps = []
@@ -283,16 +272,16 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(go, monkeypatch):
 
     monkeypatch.setattr(Trainer, "training_step", poisoned)
     with pytest.raises(StageError, match=r"loss is nan at step 1; set train.learning_rate lower"):
-        go("method=lora")
+        afresh("method=lora")
     assert steps == [0]
 
 
 @pytest.mark.parametrize("method", ["qlora", "emloc_nf4"])
 def test_four_bits_are_trained_through_and_carried_to_the_original(go, tiny, method):
     """The emulator is another, the loss falls, and what is carried fits the uncompressed model."""
-    losses = []
     recipe = [f"method={method}", "train.learning_rate=0.05", "train.schedule=constant"]
-    result = go(*recipe, report=lambda step, values: losses.append(values["loss"]))
+    result = go(*recipe)
+    losses = losses_of(result)
     wide = go(*recipe, "compression.bits=16")
     four, sixteen = result.emulated.facts, wide.emulated.facts
     assert (four["bits"], sixteen["bits"]) == (4, 16)
@@ -369,10 +358,12 @@ def test_aware_factors_keep_more_of_the_outputs_than_plain_ones(go, tiny):
         (["task.lm_eval=gsm9k", "eval.harness=true"], "gsm9k"),
     ],
 )
-def test_bad_settings_are_refused_before_any_weight_is_read(go, monkeypatch, overrides, message):
+def test_bad_settings_are_refused_before_any_weight_is_read(
+    afresh, monkeypatch, overrides, message
+):
     monkeypatch.setattr("emloc.source.Source.read", lambda *_: pytest.fail("a weight was read"))
     with pytest.raises(ConfigError) as refused:
-        go("method=emloc", *overrides)
+        afresh("method=emloc", *overrides)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -384,8 +375,8 @@ def test_an_empty_split_is_refused(go, sums, tmp_path):
         go(f"task.path={folder}")
 
 
-def test_generic_calibration_needs_no_hub_and_says_so(go, caplog):
-    result = go("method=emloc", "calibration=generic_64", "calibration.samples=4")
+def test_generic_calibration_needs_no_hub_and_says_so(afresh, caplog):
+    result = afresh("method=emloc", "calibration=generic_64", "calibration.samples=4")
     assert "using Python's own documentation" in caplog.text
     assert len(result.statistics.facts["samples"]) == 4
 
@@ -398,11 +389,9 @@ def test_budget_of_the_whole_model(go):
 
 
 @pytest.mark.parametrize("method", ["qlora", "emloc_nf4"])
-def test_four_bits_train_in_16_bits_with_the_embedding_on_the_host(tiny, store, method):
+def test_four_bits_train_in_16_bits_with_the_embedding_on_the_host(go, method):
     """Then nothing of the model but the LoRA, in 32 bits, is left to ask for a dtype."""
-    said = [*tiny, "model.dtype=bfloat16", f"method={method}", "train.steps=3"]
-    trained = run(build(compose(said)), store, lambda step, values: None).trained
-    losses = [json.loads(line)["loss"] for line in (trained.folder / "curve.jsonl").open()]
+    losses = losses_of(go("model.dtype=bfloat16", f"method={method}", "train.steps=3"))
     assert len(losses) == 3
     assert losses[-1] < losses[0]
 
@@ -473,6 +462,6 @@ def test_quantising_is_a_gap_that_a_correction_closes(go):
     assert result.evaluated.facts["scores"] != plain.evaluated.facts["scores"]
 
 
-def test_a_training_says_how_long_a_step_took(go):
-    facts = go("method=lora").trained.facts
+def test_a_training_says_how_long_a_step_took(afresh):
+    facts = afresh("method=lora").trained.facts
     assert 0 < facts["step_seconds"] < facts["seconds"]

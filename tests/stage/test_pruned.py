@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from packed import held_at
 from peft import PeftModel
 from safetensors.torch import load_file
+from staged import losses_of
 from transformers import AutoModelForCausalLM
 
 from emloc.adapters.lora import Lora
@@ -16,7 +18,6 @@ from emloc.compose import compose
 from emloc.config import build
 from emloc.emulators import Built
 from emloc.errors import ConfigError
-from emloc.pipeline import run
 from emloc.precision.nf4 import Nf4Linear
 
 CPU = torch.device("cpu")
@@ -25,13 +26,9 @@ IDS = torch.arange(60).reshape(2, 30) + 5
 
 
 @pytest.fixture
-def go(tiny, store):
+def go(go):
     """Run the pipeline with overrides on top of the tiny ones, every block of two pruned."""
-
-    def run_with(*overrides: str, report=lambda step, values: None):
-        return run(build(compose([*tiny, *WHOLE, *overrides])), store, report)
-
-    return run_with
+    return partial(go, *WHOLE)
 
 
 WHOLE = ["emulator.first=0", "emulator.last=0"]
@@ -50,10 +47,8 @@ def tables(result) -> dict[str, dict]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_pruned_trained_scattered_and_scored(go, method):
-    losses = []
-    result = go(
-        f"method={method}", *LEARNING, report=lambda step, values: losses.append(values["loss"])
-    )
+    result = go(f"method={method}", *LEARNING)
+    losses = losses_of(result)
     assert result.evaluated.facts["rows"] == 6
     assert 0 < result.evaluated.facts["scores"]["loss"] < 10
     assert losses[-1] < losses[0] - 0.2
@@ -111,11 +106,9 @@ def test_seeds_decide_the_random_units_and_nothing_else(go):
 
 
 def test_four_bits_are_trained_through_and_scattered(go):
-    losses = []
     recipe = ["method=upop", *LEARNING]
-    result = go(
-        *recipe, "compression.bits=4", report=lambda step, values: losses.append(values["loss"])
-    )
+    result = go(*recipe, "compression.bits=4")
+    losses = losses_of(result)
     wide = go(*recipe)
     assert losses[-1] < losses[0] - 0.2
     four, sixteen = result.emulated.facts, wide.emulated.facts
@@ -163,9 +156,9 @@ def test_four_bits_reach_the_blocks_that_are_left_whole(go, tiny):
         ),
     ],
 )
-def test_what_cannot_be_pruned_is_refused_in_a_line(tiny, store, settings, message):
+def test_what_cannot_be_pruned_is_refused_in_a_line(afresh, store, settings, message):
     with pytest.raises(ConfigError) as caught:
-        run(build(compose([*tiny, *settings])), store, lambda step, values: None)
+        afresh(*settings)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not store.root.exists()

@@ -1,6 +1,7 @@
 """method=small_model is LoRA on the smaller checkpoint, and nothing of the larger one."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -16,11 +17,11 @@ from emloc.pipeline import run
 from emloc.runs import folder_name
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
+@pytest.fixture(scope="session")
+def small(made_once):
     """A narrower model of one layer."""
     overrides = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 48}
-    return save_checkpoint(tmp_path_factory.mktemp("small"), **overrides)
+    return made_once("small", partial(save_checkpoint, **overrides))
 
 
 @pytest.fixture
@@ -45,9 +46,9 @@ def _quoted(value):
 
 
 @pytest.fixture
-def go(store):
+def go(stages):
     def run_with(*overrides: str):
-        return run(build(compose([*overrides])), store, lambda step, values: None)
+        return run(build(compose([*overrides])), stages, lambda step, values: None)
 
     return run_with
 

@@ -7,7 +7,6 @@ import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,16 +19,11 @@ from emloc.bench.training import FULL, Measured, Target, beside, fitted, tried
 from emloc.errors import ConfigError, StageError
 
 COLUMNS = ["work", "what", "unit", "ours", "peer", "ratio", "target", "holds"]
-RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "bench.csv"
 NAMES = [
     *("factorise_8b", "factorise_38b", "train_8b", "train_38b"),
     *("cap24_38b", "cap12_38b_nf4", "cap24_78b_nf4", "offload_8b", "answer_8b", "answer_38b"),
     "host_memory",
 ]
-# What a work's rows are called, where it is not as the work.
-SEVERAL = {
-    name: [name, f"{name}_nf4", name.replace("train", "plan")] for name in ("train_8b", "train_38b")
-}
 
 
 # Rows --------------------------------------------------------------------------------------------
@@ -146,50 +140,7 @@ def test_a_work_that_fails_leaves_the_table_as_it_was(tmp_path, monkeypatch):
     assert not (tmp_path / "bench.json").exists()
 
 
-# Small shapes ------------------------------------------------------------------------------------
-
-CHAIN = "times the paper's chain (one layer of each shape x count, none wider than 2:1)"
-EXACT = "times our exact path (one layer of each shape x count)"
-PEAK = "peak reserved, on a device of the target's size"
-STAGES = ("emulate", "train", "recover")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would run at full size")
-@pytest.mark.parametrize(
-    "work", ["factorise_38b", "train_8b", "cap12_38b_nf4", "offload_8b", "host_memory"]
-)
-def test_a_work_runs_on_small_shapes_where_there_is_no_gpu(tmp_path, work):
-    path = tmp_path / "bench.csv"
-    one(work, path)
-    rows = read(path)
-    assert {found.work for found in rows} == set(SEVERAL.get(work, [work]))
-    for found in rows:
-        assert (found.target, found.holds) == ("", "")  # nothing is promised of a CPU
-        if "reserved" in found.what:  # there is no device whose memory could be asked for
-            assert (found.ours, found.peer) == ("", "")
-            continue
-        if found.unit == "nats":  # the same operations in the same order
-            assert (found.ours, found.peer) == ("0", "0")
-            continue
-        exact = found.what.startswith("relative error")  # so small a layer is solved exactly
-        assert math.isfinite(float(found.ours)), found
-        assert float(found.ours) > 0 or exact, found
-        if found.peer:
-            assert 0 < float(found.peer) < math.inf
-            assert float(found.ratio) == pytest.approx(
-                float(found.peer) / float(found.ours), rel=2e-3
-            )
-    facts = json.loads((tmp_path / "bench.json").read_text())[work]
-    assert facts["device"] == "cpu, reduced shapes"
-    assert facts["command"] == f"emloc bench {work}"
-    assert facts["seconds"] > 0
-    assert {"commit", "versions"} <= set(facts["provenance"])
-    # Rows are called as those of full size, but for what the reduced shape itself says.
-    committed = {(found.work, found.what) for found in read(RESULTS)}
-    for found in rows:
-        at_full_size = (found.work, found.what) in committed
-        assert at_full_size or found.what.startswith(("all ", "anonymous, at most, of "))
-    assert len(rows) == sum(found.work in SEVERAL.get(work, [work]) for found in read(RESULTS))
+# Settings and peers ------------------------------------------------------------------------------
 
 
 def test_a_sample_is_tiles_and_a_text_whose_second_half_is_learnt():
@@ -250,34 +201,3 @@ def test_only_a_full_device_counts_as_one():
     raised.value.__cause__.__cause__ = torch.cuda.OutOfMemoryError("CUDA out of memory")
     assert out_of_memory(raised.value)
     assert not out_of_memory(MemoryError())
-
-
-# What was measured -------------------------------------------------------------------------------
-
-
-def test_every_target_of_the_committed_results_holds():
-    with RESULTS.open(newline="") as file:
-        lines = list(csv.reader(file))
-    assert lines[0] == COLUMNS
-    assert {len(line) for line in lines} == {len(COLUMNS)}
-    rows = read(RESULTS)
-    assert {found.holds for found in rows} == {"yes", ""}
-    assert all((found.holds == "yes") == bool(found.target) for found in rows)
-    assert {found.work for found in rows} == {
-        part for name in NAMES for part in SEVERAL.get(name, [name])
-    }
-    for found in rows:
-        assert float(found.ours) > 0 or found.unit == "nats"
-        if found.ratio:
-            apart = float(found.ratio) / (float(found.peer) / float(found.ours))
-            assert apart == pytest.approx(1, rel=2e-3)
-        if found.target.startswith("<= "):
-            assert float(found.ours) <= float(found.target[3:])
-        elif found.target.startswith("ratio >= "):
-            assert float(found.ratio) >= float(found.target[9:])
-        elif found.target:
-            assert found.target == "ratio within 5% of 1"
-            assert abs(float(found.ratio) - 1) <= 0.05
-    facts = json.loads(RESULTS.with_suffix(".json").read_text())
-    assert set(NAMES) <= set(facts)
-    assert all(one["device"].startswith("NVIDIA") for one in facts.values())

@@ -12,7 +12,6 @@ from types import MappingProxyType
 import pytest
 import yaml
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from transformers import SchedulerType
@@ -22,7 +21,7 @@ from emloc.config import Cell, build
 from emloc.errors import ConfigError
 from emloc.runs import folder_name
 from emloc.settings import DECISIVE, SCHEDULES, Config
-from emloc.shipped import CONF, DATA
+from emloc.shipped import CONF
 
 CHOICES = {
     folder.name: sorted(path.stem for path in folder.glob("[!_]*.yaml"))
@@ -40,8 +39,9 @@ PACKAGES = {
     "precision": "emloc.precision",
 }
 SECTIONS = typing.get_type_hints(Config)
-# Groups of which any choice goes with any method; a format goes with its own bits alone.
-FREE = [group for group in CHOICES if group not in ("method", "precision")]
+# Groups of which any choice goes with any other; a format goes with its own bits alone, and a stage
+# with those around it.
+FREE = [group for group in CHOICES if group not in ("precision", "stage")]
 
 
 def yaml_of(name: str) -> DictConfig:
@@ -112,16 +112,34 @@ def test_the_groups_are_the_sections_and_the_presets():
     assert set(SECTIONS) - set(DECISIVE) == {"name", "method", "tracker", "budget"}
 
 
-@pytest.mark.parametrize("method", CHOICES["method"])
-@pytest.mark.parametrize("turn", range(max(len(CHOICES[group]) for group in FREE)))
-def test_every_choice_builds_as_its_yaml_says_with_every_method(method, turn):
-    """One choice of each group at a time, all of them within a few turns."""
-    chosen = {group: CHOICES[group][turn % len(CHOICES[group])] for group in FREE}
-    cell = build(compose([f"method={method}", *(f"{g}={stem}" for g, stem in chosen.items())]))
-    assert cell.method == method
-    told = OmegaConf.to_container(yaml_of(f"method/{method}"))
-    for group, stem in chosen.items():
-        _check(getattr(cell, group), f"{group}/{stem}", told.get(group, {}))
+@pytest.mark.parametrize(
+    "choice", [f"{g}={one}" for g in FREE if g not in (*PRESET, "method") for one in CHOICES[g]]
+)
+def test_every_choice_builds_as_its_yaml_says(choice):
+    group, stem = choice.split("=")
+    _check(getattr(build(compose([choice])), group), f"{group}/{stem}")
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {group: CHOICES[group][turn % len(CHOICES[group])] for group in FREE}
+        for turn in range(max(len(CHOICES[group]) for group in FREE))
+    ],
+    ids=lambda chosen: chosen["method"],
+)
+def test_a_method_and_a_choice_of_every_group_build_as_their_yamls_say(chosen):
+    """All of them within as many turns as the largest group has choices."""
+    cell = build(compose([f"{group}={stem}" for group, stem in chosen.items()]))
+    assert cell.method == chosen["method"]
+    told = OmegaConf.to_container(yaml_of(f"method/{cell.method}"))
+    for group in chosen.keys() - {"method"}:
+        _check(getattr(cell, group), f"{group}/{chosen[group]}", told.get(group, {}))
+
+
+@pytest.mark.parametrize("stage", [one for one in CHOICES["stage"] if one != "standard"])
+def test_every_stage_builds_as_its_yaml_says(stage):
+    _check(build(compose()).stage[stage], f"stage/{stage}")
 
 
 @pytest.mark.parametrize("method", CHOICES["method"])
@@ -145,31 +163,6 @@ def _check(built: object, name: str, preset: Mapping[str, object] = MappingProxy
     written = spelled(name) | preset
     assert type(built) is class_of(name)
     assert dataclasses.asdict(built) == written
-
-
-@pytest.mark.parametrize(
-    "path", sorted((DATA / "experiments").glob("*.yaml")), ids=lambda p: p.stem
-)
-def test_every_cell_of_every_experiment_builds(path):
-    """One of those whose words differ in their numbers alone."""
-    cells = OmegaConf.load(path).get("cells", {})
-    shapes = {f"{path.stem}/{name}": re.sub(r"\d+", "0", words) for name, words in cells.items()}
-    compose([f"experiments={path.stem}"])  # which registers it, and what it sweeps
-    known = ConfigStore.instance().repo["experiments"][path.name].node
-    params = OmegaConf.select(known, "hydra.sweeper.params") or {}
-    sweeps = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in params.items()])
-    seen = set()
-    for sweep in sweeps:
-        for value in sweep.sweep_string_iterator():
-            shape = shapes.get(value, value)
-            if shape in seen:
-                continue
-            seen.add(shape)
-            override = f"{sweep.get_key_element()}={value}"
-            cell = build(compose([f"experiments={path.stem}", override]))
-            assert cell.name == path.stem
-            if sweep.get_key_element() == "method":
-                assert cell.method == value
 
 
 def test_a_cell_is_what_its_words_are_on_the_command_line(tmp_path, monkeypatch):

@@ -61,18 +61,17 @@ def test_two_jobs_get_different_devices_and_a_third_waits_until_one_has_ended(jo
     time.sleep(1)
     assert third.poll() is None
     second.stdin.close()
-    assert second.wait(20) == 0
+    assert second.wait() == 0
     assert device(third) == 1
 
 
 def test_a_job_that_is_killed_frees_its_slot(job):
     first, second = job(), job()
-    assert {device(first), device(second)} == {0, 1}
+    held = device(first)
+    assert {held, device(second)} == {0, 1}
     first.kill()
     first.wait()
-    start = time.perf_counter()
-    device(job())
-    assert time.perf_counter() - start < 10
+    assert device(job()) == held
 
 
 def test_jobs_that_share_devices_are_spread_over_them(job):

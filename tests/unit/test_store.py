@@ -426,7 +426,7 @@ def in_three():
         ]
         for worker in workers:
             worker.start()
-        found = dict(outcomes.get(timeout=20) for _ in workers)
+        found = dict(outcomes.get() for _ in workers)
         for worker in workers:
             worker.join()
         return [found[rank] for rank in range(3)]

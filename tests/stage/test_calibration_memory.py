@@ -1,0 +1,73 @@
+"""Calibration takes no more memory for a deeper model: measured in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+# Prints by how much the process's own memory rises at most, for each folder and limit.
+PROGRAM = """
+import sys
+from pathlib import Path
+import torch
+from emloc.calibrate import observe
+from emloc.memory import Peak, process_bytes
+from emloc.source import Source
+from emloc.walk import by_block, open_walk
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+batches = [{"input_ids": torch.randint(5, 261, (1, 256))} for _ in range(4)]
+
+def measure(folder, host_bytes):
+    source = Source(Path(folder), "deep", "deep", torch.float32)
+    layers = by_block(name for name in source.linears if ".layers." in name)
+    run = open_walk(source, batches, list(layers), torch.device("cpu"), host_bytes=host_bytes)
+    with Peak() as peak:
+        start = process_bytes()
+        for block in run:
+            observe(block, layers[block.name], whole=False)
+    return peak.bytes - start
+
+measure(sys.argv[1], 0)  # what the first use of everything allocates for good
+for folder, limit in zip(sys.argv[1::2], sys.argv[2::2]):
+    print(measure(folder, int(limit)))
+"""
+
+
+def risen(*runs: tuple[Path, int]) -> list[int]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *(str(item) for pair in runs for item in pair)],
+        # One heap, and large pieces given back at once: what is measured is what is in use.
+        env={**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [int(line) for line in done.stdout.split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there the process tells what is its own")
+def test_memory_is_that_of_one_block_however_many_there_are(tmp_path):
+    folders = {}
+    for depth in (4, 8):
+        shape = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
+        config = LlamaConfig(vocab_size=len(tiny_tokenizer(True)), num_hidden_layers=depth, **shape)
+        folders[depth] = tmp_path / str(depth)
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folders[depth])
+    unlimited = 10**9
+    shallow, deep, on_disk = risen(
+        (folders[4], unlimited), (folders[8], unlimited), (folders[8], 0)
+    )
+    block = 4 * (4 * 512**2 + 3 * 512 * 1024)
+    assert deep > block
+    assert deep - shallow < block / 4
+    # Two tensors of each batch wait: what the embedding gave, and what the last block did.
+    waiting = 2 * 4 * 256 * 512 * 4
+    assert deep - on_disk > waiting / 2
