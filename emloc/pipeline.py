@@ -82,7 +82,7 @@ def run(cell: Cell, store: Store, report: Report) -> Result:
     fit = _fit(cell, source) if adapter.trains else None
     # What cannot be scored is found out now, not behind the training.
     held_out = cell.task.held_out(cell.eval.limit)
-    metric = headline(cell.task, cell.eval)
+    metric = headline(cell.task, cell.eval, source.objective)
     _refuse_unreadable(reader, held_out, cell)
     samples = _samples(cell) if emulator.samples or recovery.statistics else None
 
@@ -112,7 +112,7 @@ def run(cell: Cell, store: Store, report: Report) -> Result:
         carried = store.stage(
             "recover", recovery.carry, trained, built, seen, device=device, host_bytes=host
         )
-    length, wanted = cell.model.max_length, cell.eval
+    length, wanted = cell.model.longest, cell.eval
     evaluated = store.stage(
         "evaluate", evaluate, source, carried, cell.task, length, wanted, device=device
     )
@@ -165,7 +165,7 @@ def _fit(cell: Cell, source: Source) -> Fit:
         cell.lora,
         cell.model.lora_targets,
         cell.task.train(),
-        cell.model.max_length,
+        cell.model.longest,
         cell.train,
         cell.seed,
     )
@@ -190,4 +190,4 @@ def _samples(cell: Cell) -> Samples:
     chosen = cell.calibration
     pool = cell.task.train() if chosen.source == "downstream" else generic_text()
     log.info("calibration: %d of %d rows of %s", chosen.samples, len(pool), pool.name)
-    return Samples(choose(pool, chosen.samples, chosen.seed), cell.model.max_length)
+    return Samples(choose(pool, chosen.samples, chosen.seed), cell.model.longest)

@@ -16,6 +16,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from emloc.errors import ConfigError
 from emloc.nn.surgery import put
+from emloc.objectives import Batch, Loss, Objective
 from emloc.ranks import sharded
 
 
@@ -49,7 +50,42 @@ class WholeSteps(Sampler[int]):
 
 
 class FiniteTrainer(Trainer):
-    """A Trainer that stops before a loss that is not finite reaches the weights."""
+    """A Trainer of an objective, which stops before a loss that is not finite reaches the weights.
+
+    `loss`: the objective's leaner one, if the model was made ready for it.
+    """
+
+    def __init__(
+        self, *args: Any, objective: Objective, loss: Loss | None = None, **kwargs: Any
+    ) -> None:
+        self._objective = objective
+        self._loss = loss or objective.loss
+        # Never called, as `compute_loss` is overridden. With one the Trainer knows that a loss is
+        # divided by the items of all passes already, and does not divide it by their number.
+        super().__init__(*args, compute_loss_func=self._loss, **kwargs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor | int | None]:
+        """The batches of one optimizer step, and the items in them and in other processes'."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        items = sum(self._objective.items(batch).to(device) for batch in batches)
+        return batches, self.accelerator.gather(items).sum()
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The one place where a loss enters, divided by the items of the whole step."""
+        loss = self._loss(model, inputs, torch.as_tensor(num_items_in_batch))
+        # Gradients are averaged over processes, each of which has divided by the items of all.
+        processes = self.accelerator.num_processes
+        return loss * processes if processes > 1 else loss
 
     def create_accelerator_and_postprocess(self) -> None:
         """Called by the Trainer while it is made."""
@@ -78,7 +114,7 @@ class FiniteTrainer(Trainer):
                 f"train.batch x train.accumulate x {args.world_size} processes = {step} samples of "
                 f"one step, and there are {len(rows)}; set train.batch lower"
             )
-        lengths = [len(row["input_ids"]) for row in rows]
+        lengths = [row.length for row in rows]
         return WholeSteps(lengths, step, args.seed, lambda: self.state.global_step)
 
     def training_step(

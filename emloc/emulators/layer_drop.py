@@ -1,7 +1,7 @@
-"""Offsite-tuning: the middle of the decoder thinned out, and a LoRA on the layers at both ends.
+"""Offsite-tuning: the middle of a model thinned out, and a LoRA on the layers at both ends.
 
 After Xiao et al., "Offsite-Tuning: Transfer Learning without Full Model" (2023), without its
-distillation. Blocks outside the decoder, as of a vision tower, stay.
+distillation. A model has one stack of blocks; of a decoder and a vision tower, the decoder's.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from emloc.emulators import Emulator, Given, Plan
 from emloc.emulators.full import in_blocks, load_quantized, rounding
 from emloc.emulators.size import size_facts, solved
 from emloc.errors import ConfigError
+from emloc.models.decoder import Decoder
 from emloc.settings import Compression
 from emloc.source import CPU, Source
 from emloc.walk import block_of, by_block
@@ -73,7 +74,7 @@ class LayerDrop(Emulator):
         counted = {f"{layer}.weight": rows * columns for layer, (rows, columns) in layers.items()}
         if budget.of == "model":
             counted = source.sizes
-        blocks = decoder_blocks(source)
+        blocks = stack_of(source)
         sizes = [_size(counted, block) for block in blocks]
         total = sum(counted.values())
         fixed = total - sum(sizes)
@@ -143,7 +144,7 @@ class LayerDrop(Emulator):
         kinds = getattr(source.config.get_text_config(), "layer_types", None)
         skipped = {
             block: Skipped(kinds[index] if kinds else None)
-            for index, block in enumerate(decoder_blocks(source))
+            for index, block in enumerate(stack_of(source))
             if block in dropped
         }
         return load_quantized(source, _quantized(folder, source), device, skipped)
@@ -168,9 +169,16 @@ def thinned(count: int, first: int, last: int, middle: int) -> list[int]:
     return [*range(first), *(first + step for step in steps), *range(count - last, count)]
 
 
-def decoder_blocks(source: Source) -> list[str]:
-    """Names of the language decoder's blocks, in order."""
-    return [block for block in by_block(in_blocks(source)) if block.startswith(source.decoder)]
+def stack_of(source: Source) -> list[str]:
+    """Names of the blocks of the model's one numbered stack, in order.
+
+    Where a vision tower has another, of the language decoder's.
+    """
+    blocks = list(by_block(in_blocks(source)))
+    if len({block.rpartition(".")[0] for block in blocks}) > 1:
+        inside = Decoder(source).prefix
+        blocks = [block for block in blocks if block.startswith(inside)]
+    return blocks
 
 
 def _size(counted: dict[str, int], block: str) -> int:

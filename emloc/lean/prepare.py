@@ -9,8 +9,9 @@ import torch
 
 from emloc.adapters import Adapter
 from emloc.lean.activations import keep_on_host
-from emloc.lean.model import Loss, answer_loss, keep_embedding_on_host, recompute_layers
+from emloc.lean.model import keep_embedding_on_host, recompute_layers
 from emloc.lean.modules import fewer_operations
+from emloc.objectives import Loss, Objective
 from emloc.ranks import sharded
 from emloc.settings import LoraSettings, TrainSettings
 
@@ -33,12 +34,14 @@ def obstacle(lora: LoraSettings, dtype: torch.dtype) -> str | None:
     return None
 
 
-def prepare(model: Any, adapter: Adapter, recipe: TrainSettings) -> tuple[bool, Loss | None]:
+def prepare(
+    model: Any, adapter: Adapter, recipe: TrainSettings, objective: Objective
+) -> tuple[bool, Loss | None]:
     """Make `model`, which `adapter` is attached to, lean.
 
     Returns:
-        Whether it is, which is all or nothing: without it nothing was changed. And the loss that
-        takes the model's hidden states; None where its own has to stay.
+        Whether it is, which is all or nothing: without it nothing was changed. And the leaner loss
+        of the objective; None where its own has to stay.
     """
     if not adapter.fuse(model):
         log.info("train: this adapter computes more than two products; trained as PEFT does")
@@ -47,7 +50,7 @@ def prepare(model: Any, adapter: Adapter, recipe: TrainSettings) -> tuple[bool, 
     dtype = inner.dtype  # asked now: packed layers have none, and then only the LoRA would
     saved = keep_embedding_on_host(inner)
     shorter = fewer_operations(inner, dtype)
-    loss = answer_loss(inner)
+    loss = objective.lean_loss(inner)
     if recipe.checkpointing:
         recompute_layers(inner)
     if recipe.host_activations:

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, LlamaForCausalLM
 from emloc.compose import compose
 from emloc.config import build
 from emloc.emulators import Given
-from emloc.emulators.layer_drop import LayerDrop, Skipped, decoder_blocks, thinned
+from emloc.emulators.layer_drop import LayerDrop, Skipped, stack_of, thinned
 from emloc.errors import ConfigError
 from emloc.lean.model import recompute_layers
 from emloc.lean.modules import fewer_operations
@@ -234,7 +234,7 @@ def test_of_a_vision_language_model_the_vision_tower_stays(tmp_path):
     whole = AutoModelForImageTextToText.from_config(model.config)
     whole.save_pretrained(tmp_path / "model")
     source = Source(tmp_path / "model", "vl", "0", torch.float32, AutoModelForImageTextToText)
-    blocks = decoder_blocks(source)
+    blocks = stack_of(source)
     assert blocks == [f"model.language_model.layers.{i}" for i in range(5)]
     drop = LayerDrop(first=1, last=1)
     layers = {n: shape for n, shape in source.linears.items() if ".layer" in n}
