@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from emloc.compose import compose
 
 if TYPE_CHECKING:
+    from emloc.adapters.fold import merge
     from emloc.adapters.saved import SavedLora, read_lora
     from emloc.config import build
     from emloc.errors import ConfigError, StageError
     from emloc.library import build_emulator, correct
-    from emloc.merging import merge
     from emloc.nn.factorized import Factorized
     from emloc.pipeline import run
     from emloc.report.markdown import table
@@ -28,7 +28,7 @@ _HOMES = {
     "build": "emloc.config",
     "build_emulator": "emloc.library",
     "correct": "emloc.library",
-    "merge": "emloc.merging",
+    "merge": "emloc.adapters.fold",
     "read_lora": "emloc.adapters.saved",
     "run": "emloc.pipeline",
     "table": "emloc.report.markdown",

@@ -6,6 +6,7 @@ Only pairs that would be wrong are refused. A new part states its traits and edi
 from __future__ import annotations
 
 from emloc.adapters import Adapter
+from emloc.adapters.none import NoAdapter
 from emloc.emulators import Emulator
 from emloc.errors import ConfigError
 from emloc.recovery import Recovery
@@ -13,13 +14,15 @@ from emloc.settings import TrainSettings
 
 
 def fit_together(
-    emulator: Emulator, adapter: Adapter, recovery: Recovery, recipe: TrainSettings
+    emulator: Emulator, adapter: Adapter | NoAdapter, recovery: Recovery, recipe: TrainSettings
 ) -> None:
-    """Refuse parts that cannot work together.
+    """Refuse parts that cannot work together. Where nothing is trained, all of them can.
 
     Raises:
         ConfigError: with the reason, and an override that makes them fit.
     """
+    if not adapter.trains:
+        return
     names = {
         "emulator": _name(emulator),
         "adapter": _name(adapter),
@@ -28,19 +31,19 @@ def fit_together(
     for wrong, why in (
         (
             adapter.needs_weight and not emulator.keeps_weights,
-            "adapter={adapter} is made of the norms of a layer's weight, and emulator={emulator} "
-            "does not have it at hand; set adapter=lora, or emulator=full recovery=none",
+            f"adapter={{adapter}} {adapter.needs_weight}, and emulator={{emulator}} does not have "
+            "it at hand; set adapter=lora, or emulator=full recovery=none",
         ),
         (
-            not adapter.linear and not emulator.same_shapes,
+            adapter.nonlinear and not emulator.same_shapes,
             "emulator={emulator} trains layers smaller than the original's, and only an update "
-            "s B A can be enlarged, which adapter={adapter}'s is not; set adapter=lora, or "
-            "emulator=full recovery=none",
+            f"s B A can be enlarged, while adapter={{adapter}} {adapter.nonlinear}; set "
+            "adapter=lora, or emulator=full recovery=none",
         ),
         (
-            not adapter.linear and recovery.reads_pairs,
-            "recovery={recovery} changes the matrices of an update s B A, and adapter={adapter}'s "
-            "update is none; set recovery=none, or adapter=lora",
+            adapter.nonlinear and recovery.reads_pairs,
+            "recovery={recovery} changes the matrices of an update s B A, while "
+            f"adapter={{adapter}} {adapter.nonlinear}; set recovery=none, or adapter=lora",
         ),
         (
             not emulator.same_shapes and not recovery.scatters,
@@ -56,11 +59,6 @@ def fit_together(
             emulator.recomputes and not recipe.checkpointing,
             "emulator={emulator} has a layer's weights only while they are multiplied, so that the "
             "backward pass has to compute them again; set train.checkpointing=true",
-        ),
-        (
-            recipe.host_activations and not adapter.linear,
-            "train.host_activations=true is of the lean training, and adapter={adapter} computes "
-            "more than its two products; set train.host_activations=false, or adapter=lora",
         ),
     ):
         if wrong:

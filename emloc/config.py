@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from emloc.adapters import Adapter
+from emloc.adapters.none import NoAdapter
 from emloc.emulators import Emulator
 from emloc.errors import ConfigError
 from emloc.models.checkpointed import Checkpointed
@@ -39,7 +40,7 @@ class Cell:
     compression: Compression
     lora: LoraSettings
     emulator: Emulator
-    adapter: Adapter
+    adapter: Adapter | NoAdapter
     recovery: Recovery
     train: TrainSettings
     eval: EvalSettings

@@ -11,7 +11,8 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from emloc.adapters.saved import load_on
+from emloc.adapters import Adapter
+from emloc.adapters.none import NoAdapter
 from emloc.emulators import Built
 from emloc.errors import ConfigError
 from emloc.examples import Examples
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 def evaluate(
     folder: Path,
     source: Source,
+    adapter: Adapter | NoAdapter,
     carried: Artifact | None,
     task: Task,
     max_length: int | None,
@@ -40,14 +42,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score the original with what was carried to it, if anything was."""
     model = source.load(device)
-    if carried is not None:
-        model = load_on(model, carried.folder / "adapter").to(device)
+    if adapter.trains and carried is not None:
+        model = adapter.load(model, carried.folder / "adapter").to(device)
     return _scores(folder, model, source, task, max_length, settings)
 
 
 def evaluate_as_trained(
     folder: Path,
     built: Built,
+    adapter: Adapter,
     trained: Artifact,
     task: Task,
     max_length: int | None,
@@ -56,7 +59,7 @@ def evaluate_as_trained(
     device: torch.device,
 ) -> dict[str, Any]:
     """Score the very model that was trained, adapter and all, before anything is carried."""
-    model = load_on(built.open(device), trained.folder / "adapter").to(device)
+    model = adapter.load(built.open(device), trained.folder / "adapter").to(device)
     return _scores(folder, model, built.source, task, max_length, settings)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import re
 from dataclasses import dataclass, replace
 
+from emloc.adapters import Adapter
 from emloc.calibrate import calibrate
 from emloc.composition import fit_together
 from emloc.config import Cell
@@ -70,8 +70,7 @@ def run(cell: Cell, store: Store, report: Report) -> Result:
     device, host = own_device(), int(cell.budget.host_gib * GIB)
     stay_within(device, cell.budget.gpu_gib)
     emulator, adapter, recovery = cell.emulator, cell.adapter, cell.recovery
-    if adapter.trains:
-        fit_together(emulator, adapter, recovery, cell.train)
+    fit_together(emulator, adapter, recovery, cell.train)
     cell = replace(cell, model=emulator.model(cell.model, cell.compression))
     source = cell.model.open()
     reader = source.reader()  # random weights may have none: found out now, not behind a stage
@@ -79,7 +78,7 @@ def run(cell: Cell, store: Store, report: Report) -> Result:
     layers = cell.model.compressed(source)
     compression = solved(cell, source)
     planned = emulator.plan(source, layers, compression)
-    fit = _fit(cell, source) if adapter.trains else None
+    fit = _fit(cell, adapter, source) if adapter.trains else None
     # What cannot be scored is found out now, not behind the training.
     held_out = cell.task.held_out(cell.eval.limit)
     metric = headline(cell.task, cell.eval, source.objective)
@@ -106,7 +105,7 @@ def run(cell: Cell, store: Store, report: Report) -> Result:
     emulated = store.stage("emulate", emulator.build, source, given, device=device, host_bytes=host)
     built = Built(emulator, emulated, source)
     if fit is not None:
-        _refuse_nothing_adapted(built, fit)
+        _refuse_nothing_adapted(cell, built, fit)
         trained = store.stage("train", train, built, fit, device=device, report=report)
         seen = samples if recovery.statistics else None
         carried = store.stage(
@@ -114,12 +113,12 @@ def run(cell: Cell, store: Store, report: Report) -> Result:
         )
     length, wanted = cell.model.longest, cell.eval
     evaluated = store.stage(
-        "evaluate", evaluate, source, carried, cell.task, length, wanted, device=device
+        "evaluate", evaluate, source, adapter, carried, cell.task, length, wanted, device=device
     )
-    if trained is not None and given.bits == 4:
+    if adapter.trains and trained is not None and given.bits == 4:
         work = evaluate_as_trained
         as_trained = store.stage(
-            "evaluate", work, built, trained, cell.task, length, wanted, device=device
+            "evaluate", work, built, adapter, trained, cell.task, length, wanted, device=device
         )
     return Result(metric, emulated, statistics, trained, carried, evaluated, as_trained)
 
@@ -141,7 +140,7 @@ def _refuse_unreadable(reader: Reader, held_out: Examples, cell: Cell) -> None:
             image.open()
 
 
-def _fit(cell: Cell, source: Source) -> Fit:
+def _fit(cell: Cell, adapter: Adapter, source: Source) -> Fit:
     """What the adapter is fitted to.
 
     Raises:
@@ -154,16 +153,17 @@ def _fit(cell: Cell, source: Source) -> Fit:
             f"train.host_activations=true is of the lean training, which needs {wanted}; "
             "set that, or train.host_activations=false"
         )
-    name, shape = min(cell.model.adapted(source).items(), key=lambda item: min(item[1]))
+    layers = cell.model.adapted(source)
+    name, shape = min(layers.items(), key=lambda item: min(item[1]))
     if cell.lora.rank > min(shape):
         raise ConfigError(
             f"lora.rank={cell.lora.rank} is above the {shape[0]} x {shape[1]} of {name}; "
             f"set lora.rank={min(shape)} or less"
         )
     return Fit(
-        cell.adapter,
+        adapter,
         cell.lora,
-        cell.model.lora_targets,
+        tuple(layers),
         cell.task.train(),
         cell.model.longest,
         cell.train,
@@ -171,17 +171,17 @@ def _fit(cell: Cell, source: Source) -> Fit:
     )
 
 
-def _refuse_nothing_adapted(built: Built, fit: Fit) -> None:
+def _refuse_nothing_adapted(cell: Cell, built: Built, fit: Fit) -> None:
     """Refuse an emulator that leaves none of the layers to adapt, before it is opened.
 
     Raises:
         ConfigError: that is so.
     """
-    adapted = re.compile(built.targets(fit.targets))
-    if not any(adapted.fullmatch(name) for name in built.source.linears):
+    if not built.targets(fit.layers):
         raise ConfigError(
-            f"model.lora_targets={fit.targets!r} matches none of the layers that the emulator "
-            "leaves to adapt; set model.lora_targets, or emulator.first and emulator.last higher"
+            f"model.lora_targets={cell.model.lora_targets!r} matches none of the layers that "
+            "the emulator leaves to adapt; set model.lora_targets, or emulator.first and "
+            "emulator.last higher"
         )
 
 

@@ -54,7 +54,7 @@ class Fit:
 
     adapter: Adapter
     lora: LoraSettings
-    targets: str  # regular expression on layer names
+    layers: tuple[str, ...]  # names of the original's linears that are adapted
     examples: Examples
     max_length: int | None
     recipe: TrainSettings
@@ -85,8 +85,12 @@ def fit_rows(
     *,
     device: torch.device,
     report: Report,
+    start: Path | None = None,
 ) -> dict[str, Any]:
-    """`train` on rows that are encoded already; `collate_rows` makes a batch of some."""
+    """`train` on rows that are encoded already; `collate_rows` makes a batch of some.
+
+    The adapter is a fresh one, or goes on from the one saved in the folder `start`.
+    """
     source = built.source
     # What is to be split waits in host memory, mapped from its files, and goes over block by block.
     model = built.open(torch.device("cpu") if sharded() else device)
@@ -96,18 +100,24 @@ def fit_rows(
         )
     set_seed(fit.seed)
     source.renew(model, fit.seed)
-    model = fit.adapter.attach(model, fit.lora, built.targets(fit.targets), source.fresh)
-    lean, loss = False, None
+    if start is None:
+        model = fit.adapter.attach(model, fit.lora, built.targets(fit.layers), source.fresh)
+    else:
+        model = fit.adapter.load(model, start, trainable=True)
+    lean, fused, loss = fit.recipe.lean, False, None
     if fit.recipe.lean and (other := obstacle(fit.lora, source.dtype)):
         log.info("train: as PEFT and transformers train; leaner with %s", other)
+        lean = False
     elif fit.recipe.lean:
-        lean, loss = prepare(model, fit.adapter, fit.recipe, source.objective)
+        fused, loss = prepare(model, fit.adapter, fit.recipe, source.objective)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info("train: %d trainable parameters, %d examples", trainable, len(rows))
     checkpoints = folder / "checkpoints"
+    dtype = built.source.dtype
     trainer = FiniteTrainer(
+        adapter=fit.adapter,
         model=model,
-        args=arguments(fit.recipe, fit.seed, checkpoints, model.dtype, device, lean),
+        args=arguments(fit.recipe, fit.seed, checkpoints, dtype, device, lean=lean, fused=fused),
         train_dataset=rows,
         data_collator=collate_rows,
         callbacks=[Progress(report)],
@@ -140,11 +150,13 @@ def arguments(
     output: Path,
     dtype: torch.dtype,
     device: torch.device,
+    *,
     lean: bool,
+    fused: bool,
 ) -> TrainingArguments:
     """The recipe in transformers' words.
 
-    A lean model casts by itself, and has been told which layers to compute again.
+    A lean model has been told which layers to compute again, and a fused one casts by itself.
     """
     made = TrainingArguments(
         output_dir=str(output),
@@ -156,8 +168,8 @@ def arguments(
         warmup_steps=math.ceil(recipe.warmup * recipe.steps),
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.clip,
-        bf16=dtype == torch.bfloat16 and not lean,
-        fp16=dtype == torch.float16 and not lean,
+        bf16=dtype == torch.bfloat16 and not fused,
+        fp16=dtype == torch.float16 and not fused,
         use_cpu=device.type == "cpu",
         train_sampling_strategy="group_by_length",
         ddp_find_unused_parameters=False,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -14,10 +16,14 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from emloc.adapters import Adapter
 from emloc.errors import ConfigError
 from emloc.nn.surgery import put
 from emloc.objectives import Batch, Loss, Objective
 from emloc.ranks import sharded
+
+# What a checkpoint calls the state of the adapter.
+STATE = "adapter_state.safetensors"
 
 
 class WholeSteps(Sampler[int]):
@@ -50,19 +56,21 @@ class WholeSteps(Sampler[int]):
 
 
 class FiniteTrainer(Trainer):
-    """A Trainer of an objective, which stops before a loss that is not finite reaches the weights.
+    """A Trainer of an adapter for an objective: it stops before a loss that is not finite.
 
-    `loss`: the objective's leaner one, if the model was made ready for it.
+    The adapter says what a checkpoint holds of it and what it adds to the loss. `loss`: the
+    objective's leaner one, if the model was made ready for it.
     """
 
     def __init__(
-        self, *args: Any, objective: Objective, loss: Loss | None = None, **kwargs: Any
+        self, *, adapter: Adapter, objective: Objective, loss: Loss | None = None, **arguments: Any
     ) -> None:
+        self._adapter = adapter
         self._objective = objective
         self._loss = loss or objective.loss
         # Never called, as `compute_loss` is overridden. With one the Trainer knows that a loss is
         # divided by the items of all passes already, and does not divide it by their number.
-        super().__init__(*args, compute_loss_func=self._loss, **kwargs)
+        super().__init__(compute_loss_func=self._loss, **arguments)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -73,19 +81,6 @@ class FiniteTrainer(Trainer):
             return batches, None
         items = sum(self._objective.items(batch).to(device) for batch in batches)
         return batches, self.accelerator.gather(items).sum()
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: Batch,
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """The one place where a loss enters, divided by the items of the whole step."""
-        loss = self._loss(model, inputs, torch.as_tensor(num_items_in_batch))
-        # Gradients are averaged over processes, each of which has divided by the items of all.
-        processes = self.accelerator.num_processes
-        return loss * processes if processes > 1 else loss
 
     def create_accelerator_and_postprocess(self) -> None:
         """Called by the Trainer while it is made."""
@@ -116,6 +111,48 @@ class FiniteTrainer(Trainer):
             )
         lengths = [row.length for row in rows]
         return WholeSteps(lengths, step, args.seed, lambda: self.state.global_step)
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        """Write the state of the adapter, in place of what the Trainer takes for the model.
+
+        Shards of FSDP are written by accelerate, behind this.
+        """
+        if not self.args.should_save or self.is_fsdp_enabled:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self._adapter.state(self.model)
+        save_file({name: one.cpu().contiguous() for name, one in state.items()}, folder / STATE)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: PreTrainedModel | None = None
+    ) -> None:
+        """Put back what `_save` wrote."""
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._adapter.restore(self.model, load_file(Path(resume_from_checkpoint) / STATE))
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The loss of one pass: the one place where objective and adapter add to it.
+
+        The objective's is divided by the items of the whole step, so that passes sum up to a mean;
+        the adapter's, a mean over one pass, is divided here by their number.
+        """
+        loss = self._loss(model, inputs, torch.as_tensor(num_items_in_batch))
+        # Gradients are averaged over processes, each of which has divided by the items of all.
+        processes = self.accelerator.num_processes
+        loss = loss * processes if processes > 1 else loss
+        added = self._adapter.auxiliary_loss(self.model)
+        return loss if added is None else loss + added / self.current_gradient_accumulation_steps
 
     def training_step(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,12 @@ def save_checkpoint(folder: Path, chat: bool = True, **overrides: Any) -> Path:
     tiny_llama(tokenizer, **overrides).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def linears(model: torch.nn.Module, pattern: str) -> list[str]:
+    """Full names of the linears that a regular expression matches."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and re.fullmatch(pattern, name)
+    ]

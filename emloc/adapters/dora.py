@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from emloc.adapters.lora import Lora
+from emloc.adapters.saved import PREFIX
 from emloc.errors import ConfigError
 from emloc.nn.nf4 import BLOCK, Nf4Linear
 from emloc.settings import LoraSettings
@@ -26,20 +28,26 @@ class Dora(Lora):
     it is more than two products.
     """
 
-    linear = False
-    needs_weight = True
+    nonlinear = "sets the norm of each row of the weight it is added to"
+    needs_weight = "is made of the norms of a layer's weight"
     variant = MappingProxyType({"use_dora": True})
 
-    def attach(self, model: PreTrainedModel, lora: LoraSettings, targets: str) -> PeftModel:
+    def attach(
+        self,
+        model: PreTrainedModel,
+        lora: LoraSettings,
+        layers: Sequence[str],
+        whole: Sequence[str] = (),
+    ) -> PeftModel:
         """PEFT's own DoRA model, its magnitudes in float32.
 
         Raises:
             ConfigError: a layer in nf4 is one that PEFT reads wrongly on this device.
         """
-        tuned = super().attach(model, lora, targets)
+        tuned = super().attach(model, lora, layers, whole)
         for name, layer in tuned.named_modules():
             if isinstance(layer, LoraLayer):
-                weight = _weight(name.removeprefix("base_model.model."), layer.get_base_layer())
+                weight = _weight(name.removeprefix(PREFIX), layer.get_base_layer())
                 # PEFT rounds them to the model's dtype: the start would not be the model itself.
                 norms = torch.linalg.vector_norm(weight.float(), dim=1)
                 layer.lora_magnitude_vector["default"].weight = nn.Parameter(norms)

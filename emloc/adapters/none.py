@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from typing import ClassVar, Literal
 
-from transformers import PreTrainedModel
-
-from emloc.adapters import Adapter
-from emloc.settings import LoraSettings
+from emloc.part import Part
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoAdapter(Adapter):
-    """Nothing to train."""
+class NoAdapter(Part):
+    """Stands where a run trains nothing: no `Adapter`, since nothing can be asked of it."""
 
-    trains = False
-
-    def attach(self, model: PreTrainedModel, lora: LoraSettings, targets: str) -> PreTrainedModel:
-        """The model itself."""
-        return model
-
-    def fuse(self, model: PreTrainedModel) -> bool:
-        """There is nothing to compute."""
-        return False
-
-    def training(self, model: PreTrainedModel, mixed: bool) -> AbstractContextManager[None]:
-        """There is no training."""
-        return nullcontext()
-
-    def save(self, model: PreTrainedModel, folder: Path, base: str) -> None:
-        """There is nothing to write."""
+    trains: ClassVar[Literal[False]] = False

@@ -1,4 +1,4 @@
-"""A LoRA in a PEFT folder, as pairs of matrices with their scale."""
+"""A LoRA in a PEFT folder: pairs of matrices with their scale, and modules trained whole."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from typing import Any
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from emloc.errors import ConfigError
 from emloc.linalg.correct import Pair
@@ -28,7 +27,9 @@ CARRIED = "carried.json"
 # Ways to start a LoRA (PEFT's init_lora_weights) that take its first product out of the weights.
 _CHANGES_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-_KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB])\.weight")
+# What PEFT puts before the names of the model's own modules.
+PREFIX = "base_model.model."
+_KEY = re.compile(rf"{re.escape(PREFIX)}(?P<layer>.+)\.lora_(?P<part>[AB])\.weight")
 _MAGNITUDE = ".lora_magnitude_vector"
 
 
@@ -37,13 +38,19 @@ class SavedLora:
     """Layer name -> pair, with PEFT's configuration and how it was carried (None: as trained).
 
     A DoRA has a magnitude (out,) for each layer as well: the norms of the rows of `W + s B A` are
-    set to it.
+    set to it. `extras` are the parameters of modules that were trained whole (PEFT's
+    modules_to_save), by their names in the model; every way of carrying the adapter keeps them.
     """
 
     pairs: dict[str, Pair]
     config: dict[str, Any]
     carried: dict[str, Any] | None = None
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+    def changes(self, parameter: str) -> bool:
+        """Whether a parameter of the model is another one with the adapter merged in."""
+        return parameter in self.extras or parameter.removesuffix(".weight") in self.pairs
 
     def map(self, change: Callable[[str, Pair], Pair], carried: dict[str, Any]) -> SavedLora:
         """The adapter with every pair changed, marked as carried.
@@ -65,10 +72,11 @@ class SavedLora:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {}
         for layer, pair in self.pairs.items():
-            tensors[f"base_model.model.{layer}.lora_A.weight"] = pair.a.contiguous()
-            tensors[f"base_model.model.{layer}.lora_B.weight"] = pair.b.contiguous()
+            tensors[f"{PREFIX}{layer}.lora_A.weight"] = pair.a.contiguous()
+            tensors[f"{PREFIX}{layer}.lora_B.weight"] = pair.b.contiguous()
         for layer, magnitude in self.magnitudes.items():
-            tensors[f"base_model.model.{layer}{_MAGNITUDE}"] = magnitude
+            tensors[f"{PREFIX}{layer}{_MAGNITUDE}"] = magnitude
+        tensors |= {f"{PREFIX}{name}": tensor for name, tensor in self.extras.items()}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(self.config, indent=2))
         if self.carried is not None:
@@ -105,21 +113,29 @@ def read_adapter(folder: Path) -> SavedLora:
             "only plain LoRA can be carried"
         )
     parts: dict[str, dict[str, Tensor]] = {}
-    magnitudes = {}
+    magnitudes, extras = {}, {}
     for key, tensor in load_file(folder / WEIGHTS).items():
-        if key.endswith(_MAGNITUDE):
-            magnitudes[key.removeprefix("base_model.model.").removesuffix(_MAGNITUDE)] = tensor
-            continue
-        match = _KEY.fullmatch(key)
-        if match is None:
+        name = key.removeprefix(PREFIX)
+        if match := _KEY.fullmatch(key):
+            parts.setdefault(match["layer"], {})[match["part"]] = tensor
+        elif key.endswith(_MAGNITUDE):
+            magnitudes[name.removesuffix(_MAGNITUDE)] = tensor
+        elif _is_extra(config, name):
+            extras[name] = tensor
+        else:
             raise ConfigError(f"{folder}: {key} is no LoRA matrix; only plain LoRA can be carried")
-        parts.setdefault(match["layer"], {})[match["part"]] = tensor
     pairs = {
         layer: Pair(found["A"], found["B"], _scale(config, layer)) for layer, found in parts.items()
     }
     carried = folder / CARRIED
     how = json.loads(carried.read_text()) if carried.exists() else None
-    return SavedLora(pairs, config, how, magnitudes)
+    return SavedLora(pairs, config, how, magnitudes, extras)
+
+
+def _is_extra(config: dict[str, Any], parameter: str) -> bool:
+    """Whether a parameter is of a module that was trained whole; PEFT knows them by suffix."""
+    modules = config.get("modules_to_save") or []
+    return any(f".{module}." in f".{parameter}" for module in modules)
 
 
 def lora_of(model: nn.Module) -> SavedLora:
@@ -129,11 +145,6 @@ def lora_of(model: nn.Module) -> SavedLora:
             raise ConfigError("adapter must be a PEFT model or the folder of one")
         model.save_pretrained(folder, save_embedding_layers=False)
         return read_lora(Path(folder))
-
-
-def load_on(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """The model with the adapter in `folder` on top, unmerged, exactly as any user loads it."""
-    return PeftModel.from_pretrained(model, folder)
 
 
 def carry_unchanged(folder: Path, target: Path, carried: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from emloc.adapters.saved import load_on
 from emloc.bench.capped import stages_of
 from emloc.bench.rows import Row, row
 from emloc.bench.setting import Setting, fresh, peak_gb, seconds
@@ -41,7 +40,8 @@ def answering(work: str, model: str, ratio: float) -> Iterator[Row]:
 def _answer(work: str, setting: Setting, carried: Artifact) -> Iterator[Row]:
     device = setting.device
     fresh(device)
-    tuned = load_on(setting.source.load(device), carried.folder / "adapter").to(device).eval()
+    adapter, model = setting.fit.adapter, setting.source.load(device)
+    tuned = adapter.load(model, carried.folder / "adapter").to(device).eval()
     batch = {name: value.to(device) for name, value in setting.batch(0).items()}
 
     def write(tokens: int) -> torch.Tensor:

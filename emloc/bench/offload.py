@@ -109,7 +109,7 @@ def by_fsdp(setting: Setting) -> Measured:
     names = by_block(in_blocks(setting.source))
     blocks = [model.get_submodule(name) for name in names]
     checkpoint_layers(model)
-    tuned: Any = cell.adapter.attach(model, cell.lora, cell.model.lora_targets)
+    tuned: Any = setting.fit.adapter.attach(model, cell.lora, setting.fit.layers)
     learnt = [one for one in tuned.parameters() if one.requires_grad]
     for one in learnt:
         one.data = one.data.to(setting.source.dtype)  # a group has one type

@@ -89,10 +89,11 @@ class Setting:
     @property
     def fit(self) -> Fit:
         """How an adapter is trained; its samples are those of `rows`."""
-        cell = self.cell
+        cell, adapter = self.cell, self.cell.adapter
+        assert adapter.trains  # the method of a benchmark is one that trains
         none = Examples("random", ())
-        targets, length = cell.model.lora_targets, self.length
-        return Fit(cell.adapter, cell.lora, targets, none, length, cell.train, cell.seed)
+        layers, length = tuple(cell.model.adapted(self.source)), self.length
+        return Fit(adapter, cell.lora, layers, none, length, cell.train, cell.seed)
 
     def rows(self) -> list[RandomRow]:
         """One sample a step."""

@@ -68,9 +68,9 @@ class Opened:
         """The model, frozen."""
         return self.by(device)
 
-    def targets(self, targets: str) -> str:
-        """All layers that are matched."""
-        return targets
+    def targets(self, layers: Sequence[str]) -> list[str]:
+        """All of them."""
+        return list(layers)
 
 
 Opener = Callable[[Setting, torch.device], PreTrainedModel]
@@ -165,7 +165,7 @@ def scripted(setting: Setting, opener: Opener) -> Measured:
     for layer in model.modules():
         if isinstance(layer, Nf4Linear):  # bitsandbytes' own product
             layer.forward = super(Nf4Linear, layer).forward  # type: ignore[method-assign]
-    tuned = cell.adapter.attach(model, cell.lora, cell.model.lora_targets)
+    tuned = setting.fit.adapter.attach(model, cell.lora, setting.fit.layers)
     ends: list[float] = []
     made = [setting.batch(seed) for seed in range(STEPS)]  # not on the clock
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from transformers import PreTrainedModel
 
 from emloc.calibrate import Layers
 from emloc.models.checkpointed import Checkpointed
+from emloc.part import Part
 from emloc.samples import Samples
 from emloc.settings import Compression
 from emloc.source import CPU, Source
@@ -43,15 +46,18 @@ class Given:
         return [key_of(self.plan), key_of(self.samples), seen, self.bits]
 
 
-class Emulator(Protocol):
+class Emulator(Part):
     """One way of making a small stand-in for the original model.
 
     A class says so where it differs from the values and methods that are given here.
     """
 
-    keeps_weights: bool = True  # an adapted layer has one weight (out, in), there at any time
-    same_shapes: bool = True  # adapted layers take and give what they do in the original
-    recomputes: bool = False  # its weights are gone in the backward pass, unless computed again
+    # An adapted layer has one weight (out, in), there at any time.
+    keeps_weights: ClassVar[bool] = True
+    # Adapted layers take and give what they do in the original.
+    same_shapes: ClassVar[bool] = True
+    # Its weights are gone in the backward pass, unless they are computed again.
+    recomputes: ClassVar[bool] = False
 
     @property
     def samples(self) -> bool:
@@ -71,10 +77,11 @@ class Emulator(Protocol):
         """
         return original
 
-    def targets(self, folder: Path, targets: str) -> str:
-        """Of the layers matched by the regular expression `targets`, those that are adapted."""
-        return targets
+    def targets(self, folder: Path, layers: Sequence[str]) -> list[str]:
+        """Of the layers that are adapted in the original, those that are here."""
+        return list(layers)
 
+    @abstractmethod
     def plan(self, source: Source, layers: Layers, budget: Compression) -> Plan | None:
         """What it is built to; None if there is nothing to decide.
 
@@ -87,6 +94,7 @@ class Emulator(Protocol):
             ConfigError: the budget cannot be met.
         """
 
+    @abstractmethod
     def build(
         self,
         folder: Path,
@@ -101,9 +109,11 @@ class Emulator(Protocol):
         `host_bytes` is what hidden states may take of host memory, where samples are run again.
         """
 
+    @abstractmethod
     def open(self, folder: Path, source: Source, device: torch.device) -> PreTrainedModel:
         """The model to train through, frozen."""
 
+    @abstractmethod
     def residual(
         self, folder: Path, source: Source, layer: str, device: torch.device = CPU
     ) -> Tensor | None:
@@ -118,9 +128,9 @@ class Built:
     artifact: Artifact
     source: Source
 
-    def targets(self, targets: str) -> str:
-        """Of the layers matched by the regular expression `targets`, those that are adapted."""
-        return self.emulator.targets(self.artifact.folder, targets)
+    def targets(self, layers: Sequence[str]) -> list[str]:
+        """Of the layers that are adapted in the original, those that are in the emulator."""
+        return self.emulator.targets(self.artifact.folder, layers)
 
     @property
     def key(self) -> list[Any]:

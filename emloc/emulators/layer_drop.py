@@ -7,7 +7,6 @@ distillation. A model has one stack of blocks; of a decoder and a vision tower, 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -133,10 +132,10 @@ class LayerDrop(Emulator):
         gone = sum(_size(whole, block) for block in dropped)
         return size_facts(source, held, given.bits, gone) | {"dropped": len(dropped)}
 
-    def targets(self, folder: Path, targets: str) -> str:
+    def targets(self, folder: Path, layers: Sequence[str]) -> list[str]:
         """Those in the blocks at both ends."""
-        ends = "|".join(re.escape(block) for block in _table(folder)["adapted"])
-        return rf"(?=(?:{ends})\.)(?:{targets})"
+        ends = tuple(f"{block}." for block in _table(folder)["adapted"])
+        return [layer for layer in layers if layer.startswith(ends)]
 
     def open(self, folder: Path, source: Source, device: torch.device) -> PreTrainedModel:
         """The original, frozen, with nothing where its dropped blocks were."""

@@ -40,25 +40,28 @@ def prepare(
     """Make `model`, which `adapter` is attached to, lean.
 
     Returns:
-        Whether it is, which is all or nothing: without it nothing was changed. And the leaner loss
-        of the objective; None where its own has to stay.
+        Whether layers and adapter are one operation, which then casts by itself; else they need
+        autocast, and everything else is as lean. And the leaner loss of the objective; None where
+        its own has to stay.
     """
-    if not adapter.fuse(model):
-        log.info("train: this adapter computes more than two products; trained as PEFT does")
-        return False, None
-    inner = model.get_base_model()
+    fused = adapter.fuse(model)
+    inner = adapter.base(model)
     dtype = inner.dtype  # asked now: packed layers have none, and then only the LoRA would
     saved = keep_embedding_on_host(inner)
-    shorter = fewer_operations(inner, dtype)
+    # A gated MLP is computed in place of what comes out of its layers. A fused layer keeps none of
+    # it for its backward pass; of others that is not known.
+    shorter = fewer_operations(inner, dtype) if fused else []
     loss = objective.lean_loss(inner)
     if recipe.checkpointing:
         recompute_layers(inner)
     if recipe.host_activations:
         keep_on_host(inner)
     log.info(
-        "train: lean; %.2f GB of embeddings on the host, fewer operations in %s%s",
+        "train: lean, the adapter %s its layers; %.2f GB of embeddings on the host, fewer "
+        "operations in %s%s",
+        "fused with" if fused else "beside",
         saved / 1e9,
         ", ".join(shorter) or "nothing else",
         "" if loss else ", the model's own loss",
     )
-    return True, loss
+    return fused, loss

@@ -79,5 +79,7 @@ def _answer_loss(weight: Tensor, model: Any, batch: Batch, count: Tensor) -> Ten
     hidden, target = model(**inputs).logits[:, :-1], batch["labels"][:, 1:]
     learnt = target != IGNORE
     count = torch.as_tensor(count, device=hidden.device)
-    total: Tensor = AnswerLoss.apply(hidden[learnt], weight, target[learnt], count)  # type: ignore[no-untyped-call]
+    # Under autocast accelerate gives out a model's output in float32, which rounds back exactly.
+    rows = hidden[learnt].to(weight.dtype)
+    total: Tensor = AnswerLoss.apply(rows, weight, target[learnt], count)  # type: ignore[no-untyped-call]
     return total

@@ -92,7 +92,6 @@ def scheme_of(cell: Cell, source: Source, ratio: float | None, bits: int) -> Sch
         raise ConfigError(f"only the lean training is planned with; set {wanted}")
     whole = Scheme(
         Blocks(source),
-        cell.model.lora_targets,
         cell.model.adapted(source),
         cell.model.compressed(source),
         cell.lora,
@@ -130,10 +129,10 @@ def fitting(cell: Cell, source: Source, work: Work) -> Compression:
             "compression=auto is solved for emulator=svd and emulator=full; with others "
             "set compression=r50"
         )
-    if not cell.adapter.linear:
+    if cell.adapter.trains and cell.adapter.nonlinear:
         raise ConfigError(
-            "compression=auto is solved for the lean training, and this adapter computes more than "
-            "its two products; set adapter=lora, or compression=r50"
+            "compression=auto is solved for adapters whose update is s B A, while this adapter "
+            f"{cell.adapter.nonlinear}; set adapter=lora, or compression=r50"
         )
     whole = scheme_of(cell, source, None, 16)
     if isinstance(cell.emulator, Full):

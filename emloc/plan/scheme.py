@@ -61,7 +61,6 @@ class Scheme:
     """How the layers of a model are held while an adapter is trained."""
 
     blocks: Blocks
-    targets: str  # of the adapter: regular expression on layer names
     adapted: Layers
     compressed: Layers
     lora: LoraSettings
@@ -202,7 +201,8 @@ class Scheme:
             loss: Tensor = AnswerLoss.apply(learnt, head, labels, count)  # type: ignore[no-untyped-call]
             loss.backward()  # type: ignore[no-untyped-call]
 
-        tuned = Lora().attach(model, self.lora, self.targets)
+        there = {name for name, _ in model.named_modules()}
+        tuned = Lora().attach(model, self.lora, [one for one in self.adapted if one in there])
         fuse(tuned)
         fewer_operations(model, self.source.dtype)
         model.train()

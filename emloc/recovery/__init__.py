@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 
 from emloc.emulators import Built
+from emloc.part import Part
 from emloc.samples import Samples
 from emloc.store import Artifact
 
 
-class Recovery(Protocol):
+class Recovery(Part):
     """One way of carrying an adapter."""
 
-    reads_pairs: bool = True  # it works on A and B themselves
-    scatters: bool = False  # it enlarges what was trained on smaller layers
+    reads_pairs: ClassVar[bool] = True  # it works on A and B themselves
+    scatters: ClassVar[bool] = False  # it enlarges what was trained on smaller layers
 
     @property
     def statistics(self) -> bool:
         """Whether it runs the original model over the calibration samples."""
         return False
 
+    @abstractmethod
     def carry(
         self,
         folder: Path,
@@ -33,4 +36,4 @@ class Recovery(Protocol):
         device: torch.device,
         host_bytes: int | None = None,
     ) -> dict[str, Any]:
-        """Write the carried adapter into `folder`/adapter."""
+        """Write the carried adapter into `folder`/adapter, modules trained whole included."""

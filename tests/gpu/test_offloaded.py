@@ -7,6 +7,7 @@ import gc
 
 import pytest
 import torch
+from tiny import linears
 from transformers import AutoModelForCausalLM
 
 from emloc.adapters.lora import Lora
@@ -58,7 +59,7 @@ def trained(emulator, source, folder, bits, lean, recipe):
     model = emulator.open(folder, source, CUDA)
     torch.manual_seed(0)
     adapter = Lora()
-    tuned = adapter.attach(model, LoraSettings(8, 16.0, 0.0), r".*_proj").train()
+    tuned = adapter.attach(model, LoraSettings(8, 16.0, 0.0), linears(model, r".*_proj")).train()
     loss = prepare(tuned, adapter, recipe, Tokens())[1] if lean else None
     if not lean:
         recompute_layers(model)

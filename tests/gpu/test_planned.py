@@ -31,8 +31,8 @@ def peak_of(setting, opener, folder, device):
     ids = torch.randint(10, 32000, (STEPS * 2 * BATCH, LENGTH), generator=draw).tolist()
     rows = [Encoded("random", one, LENGTH - ANSWER) for one in ids]
     made = Opened(source, partial(opener, setting))
-    adapter, recipe, targets = cell.adapter, cell.train, cell.model.lora_targets
-    fit = Fit(adapter, cell.lora, targets, Examples("random", ()), LENGTH, recipe, cell.seed)
+    adapter, recipe, layers = cell.adapter, cell.train, tuple(cell.model.adapted(source))
+    fit = Fit(adapter, cell.lora, layers, Examples("random", ()), LENGTH, recipe, cell.seed)
     fresh(device)
     before = torch.cuda.memory_allocated(device)
     facts = fit_rows(

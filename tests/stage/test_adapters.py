@@ -9,19 +9,20 @@ from omegaconf import OmegaConf
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from tiny import save_checkpoint, tiny_llama, tiny_tokenizer
+from tiny import linears, save_checkpoint, tiny_llama, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, set_seed
 
 from emloc.adapters.dora import Dora
+from emloc.adapters.fold import merge
 from emloc.adapters.lora import Lora
 from emloc.adapters.rslora import RsLora
-from emloc.adapters.saved import load_on, read_adapter, read_lora
+from emloc.adapters.saved import read_adapter, read_lora
 from emloc.compose import compose
 from emloc.config import build
 from emloc.emulators.full import load_quantized
 from emloc.errors import ConfigError, StageError
-from emloc.merging import merge, merge_run
+from emloc.merging import merge_run
 from emloc.pipeline import run
 from emloc.settings import LoraSettings
 from emloc.source import Source
@@ -54,7 +55,7 @@ def attached(adapter, **settings):
     values = {"rank": 4, "alpha": 4, "dropout": 0.0} | settings
     set_seed(0)
     model = tiny_llama(tiny_tokenizer(chat=True))
-    return adapter.attach(model, LoraSettings(**values), TARGETS)
+    return adapter.attach(model, LoraSettings(**values), linears(model, TARGETS))
 
 
 def logits(model) -> torch.Tensor:
@@ -169,7 +170,7 @@ def test_magnitudes_start_as_the_norms_of_the_weights_that_are_trained_through(w
     source = Source(wide, "tiny", "0", torch.bfloat16)
     layers = [name for name in source.linears if name.endswith("_proj")] if bits == 4 else []
     model = load_quantized(source, layers, CPU)
-    tuned = Dora().attach(model, LoraSettings(4, 4, 0.0), TARGETS)
+    tuned = Dora().attach(model, LoraSettings(4, 4, 0.0), linears(model, TARGETS))
     found = {n: one for n, one in tuned.named_modules() if isinstance(one, LoraLayer)}
     assert len(found) == 42
     for layer in found.values():
@@ -183,14 +184,15 @@ def test_magnitudes_start_as_the_norms_of_the_weights_that_are_trained_through(w
 def test_in_bfloat16_a_loaded_dora_is_the_one_that_was_trained(wide, tmp_path):
     """Its magnitudes stay float32, and the start is the model itself."""
     source = Source(wide, "tiny", "0", torch.bfloat16)
-    tuned = Dora().attach(source.load(CPU), LoraSettings(4, 4, 0.0), TARGETS)
+    model = source.load(CPU)
+    tuned = Dora().attach(model, LoraSettings(4, 4, 0.0), linears(model, TARGETS))
     plain = logits(source.load(CPU))
     assert torch.equal(logits(tuned), plain)
     for name, parameter in tuned.named_parameters():
         if ".lora_A" in name or ".lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
     Dora().save(tuned, tmp_path / "adapter", "somebody/model")
-    loaded = load_on(source.load(CPU), tmp_path / "adapter")
+    loaded = Dora().load(source.load(CPU), tmp_path / "adapter")
     assert torch.equal(logits(loaded), logits(tuned))
     assert (logits(loaded) - plain).abs().max() > 0.05
 

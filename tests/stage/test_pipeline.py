@@ -180,7 +180,9 @@ def _order_of_the_trainer(cell, rows, reader):
 
     data = [asdict(row) for row in rows]
     device = torch.device("cpu")
-    args = arguments(cell.train, cell.seed, Path("unused"), torch.float32, device, lean=False)
+    args = arguments(
+        cell.train, cell.seed, Path("unused"), torch.float32, device, lean=False, fused=False
+    )
     trainer = Trainer(model=torch.nn.Linear(1, 1), args=args, train_dataset=data)
     set_seed(cell.seed)
     loader = DataLoader(

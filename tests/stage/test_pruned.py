@@ -9,7 +9,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from emloc.adapters.saved import load_on, read_lora
+from emloc.adapters.lora import Lora
+from emloc.adapters.saved import read_lora
 from emloc.compose import compose
 from emloc.config import build
 from emloc.emulators import Built
@@ -92,7 +93,7 @@ def test_what_is_trained_is_the_smaller_model(go, tiny):
         module = model.get_submodule(layer)
         assert [module.out_features, module.in_features] == line["shape"]
     assert sum(one.numel() for one in model.parameters()) == result.emulated.facts["parameters"]
-    load_on(model, result.trained.folder / "adapter")  # of the same smaller shapes
+    Lora().load(model, result.trained.folder / "adapter")  # of the same smaller shapes
 
 
 def test_seeds_decide_the_random_units_and_nothing_else(go):

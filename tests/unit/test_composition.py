@@ -1,10 +1,12 @@
 """Every triple of parts is either let through or refused in a line that says what to set."""
 
 import re
+from dataclasses import dataclass
 from itertools import product
 
 import pytest
 
+from emloc.adapters.lora import Lora
 from emloc.compose import compose
 from emloc.composition import fit_together
 from emloc.config import build, part
@@ -77,12 +79,14 @@ NOT = {
     ("svd", "dora", "none"): "adapter=dora is made of the norms of a layer's weight, and "
     "emulator=svd does not have it at hand; set adapter=lora, or emulator=full recovery=none",
     ("prune", "dora", "scatter"): "emulator=prune trains layers smaller than the original's, and "
-    "only an update s B A can be enlarged, which adapter=dora's is not; set adapter=lora, or "
-    "emulator=full recovery=none",
+    "only an update s B A can be enlarged, while adapter=dora sets the norm of each row of the "
+    "weight it is added to; set adapter=lora, or emulator=full recovery=none",
     ("full", "dora", "correction"): "recovery=correction changes the matrices of an update s B A, "
-    "and adapter=dora's update is none; set recovery=none, or adapter=lora",
+    "while adapter=dora sets the norm of each row of the weight it is added to; set recovery=none, "
+    "or adapter=lora",
     ("layer_drop", "dora", "correction_covariance"): "recovery=correction changes the matrices of "
-    "an update s B A, and adapter=dora's update is none; set recovery=none, or adapter=lora",
+    "an update s B A, while adapter=dora sets the norm of each row of the weight it is added to; "
+    "set recovery=none, or adapter=lora",
 }
 
 
@@ -107,12 +111,40 @@ def test_from_smaller_layers_an_update_is_scattered_and_from_no_others(parts, re
         assert said.endswith("leaves out nothing; set recovery=none")
 
 
-def test_activations_wait_on_the_host_only_where_the_training_is_lean(parts):
+@pytest.mark.parametrize("adapter", ["lora", "rslora", "dora"])
+def test_activations_wait_on_the_host_whatever_the_adapter(parts, adapter):
     recipe = build(compose(["method=lora", "train=steps500"])).train
     assert recipe.host_activations
-    assert refusal(parts, recipe, "full", "rslora", "none") is None
-    said = refusal(parts, recipe, "full", "dora", "none")
-    assert said == (
-        "train.host_activations=true is of the lean training, and adapter=dora computes more than "
-        "its two products; set train.host_activations=false, or adapter=lora"
+    assert refusal(parts, recipe, "full", adapter, "none") is None
+
+
+@pytest.mark.parametrize("emulator", CHOICES["emulator"])
+def test_where_nothing_is_trained_nothing_is_refused(parts, recipe, emulator):
+    assert {refusal(parts, recipe, emulator, "none", one) for one in CHOICES["recovery"]} == {None}
+
+
+@dataclass(frozen=True)
+class Scaled(Lora):
+    """A plug-in that states its own reasons."""
+
+    nonlinear = "multiplies outputs by a learnt number"
+    needs_weight = "starts from the singular values of the weight"
+
+
+def test_a_refusal_speaks_of_the_part_that_is_refused(parts, recipe):
+    """Not of the one that the sentence was first written for."""
+    own = __name__.rpartition(".")[2]
+    full, svd = (parts["emulator", one] for one in ("full", "svd"))
+    none, correction = (parts["recovery", one] for one in ("none", "correction"))
+    with pytest.raises(ConfigError) as caught:
+        fit_together(svd, Scaled(), none, recipe)
+    assert str(caught.value) == (
+        f"adapter={own} starts from the singular values of the weight, and emulator=svd does not "
+        "have it at hand; set adapter=lora, or emulator=full recovery=none"
+    )
+    with pytest.raises(ConfigError) as caught:
+        fit_together(full, Scaled(), correction, recipe)
+    assert str(caught.value) == (
+        "recovery=correction changes the matrices of an update s B A, while "
+        f"adapter={own} multiplies outputs by a learnt number; set recovery=none, or adapter=lora"
     )

@@ -1,6 +1,7 @@
 """Which blocks a budget keeps, that nothing else of the model changes, and what is counted."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -49,6 +50,11 @@ def built(folder, source, bits=16, ratio=0.75, of="linears", drop=DROP):
     """The facts of an emulator in `folder`."""
     plan = drop.plan(source, linears(source), Compression(ratio, of, bits))
     return drop.build(folder, source, Given(plan, None, None, bits), device=CPU)
+
+
+def adapted(folder, source, pattern):
+    """Of the original's layers that a regular expression matches, those that are adapted."""
+    return DROP.targets(folder, [name for name in source.linears if re.fullmatch(pattern, name)])
 
 
 def numbers(blocks):
@@ -178,7 +184,7 @@ def test_layers_computed_again_give_the_same_gradients(source, tmp_path, lean):
         model = DROP.open(tmp_path, source, CPU)
         torch.manual_seed(0)
         tuned = get_peft_model(
-            model, LoraConfig(r=2, target_modules=DROP.targets(tmp_path, TARGETS))
+            model, LoraConfig(r=2, target_modules=adapted(tmp_path, source, TARGETS))
         )
         if again and lean:
             assert "LlamaMLP" in fewer_operations(model, torch.float32)
@@ -198,7 +204,7 @@ def test_layers_computed_again_give_the_same_gradients(source, tmp_path, lean):
 
 def test_only_the_ends_are_adapted_and_plain_peft_loads_it_on_the_original(source, tmp_path):
     built(tmp_path, source)
-    targets = DROP.targets(tmp_path, r"model\.layers\.\d+\.mlp\.up_proj|.*q_proj")
+    targets = adapted(tmp_path, source, r"model\.layers\.\d+\.mlp\.up_proj|.*q_proj")
     tuned = get_peft_model(
         DROP.open(tmp_path, source, CPU), LoraConfig(r=2, target_modules=targets)
     )
@@ -218,9 +224,10 @@ def test_only_the_ends_are_adapted_and_plain_peft_loads_it_on_the_original(sourc
 
 def test_block_10_is_not_taken_for_block_1(tmp_path):
     (tmp_path / "layers.json").write_text(json.dumps({"adapted": ["model.layers.1"]}))
-    pattern = DROP.targets(tmp_path, TARGETS)
-    config = LoraConfig(r=2, target_modules=pattern)
     model = tiny_llama(tiny_tokenizer(chat=True), num_hidden_layers=12)
+    every = [name for name, _ in model.named_modules() if re.fullmatch(TARGETS, name)]
+    layers = DROP.targets(tmp_path, every)
+    config = LoraConfig(r=2, target_modules=layers)
     names = [n for n, _ in get_peft_model(model, config).named_parameters() if ".lora_A" in n]
     assert len(names) == 7
     assert all(".layers.1." in name for name in names)

@@ -12,9 +12,10 @@ from tiny import tiny_llama, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from emloc.adapters.fold import merge
 from emloc.adapters.saved import copy_adapter, read_lora
 from emloc.errors import ConfigError
-from emloc.merging import merge, merge_run
+from emloc.merging import merge_run
 from emloc.source import Source
 
 IDS = torch.arange(24).reshape(2, 12) + 5
@@ -139,7 +140,7 @@ def test_an_interrupted_merge_leaves_no_checkpoint_and_can_be_repeated(tmp_path,
     read = read_lora(adapter(source, tmp_path / "adapter"))
     target = tmp_path / "merged"
     with monkeypatch.context() as patch:
-        patch.setattr("emloc.merging.save_file", _full_disk)
+        patch.setattr("emloc.adapters.fold.save_file", _full_disk)
         with pytest.raises(OSError, match="no space"):
             merge(source, read, target)
     assert not target.exists()
@@ -176,6 +177,7 @@ def test_a_run_is_merged_with_the_model_it_was_made_for(tmp_path, emulator):
     parts = {
         "emulator": {"_target_": f"emloc.emulators.{emulator}"},
         "compression": {"ratio": 0.5, "of": "linears", "bits": 16},
+        "adapter": {"_target_": "emloc.adapters.lora.Lora"},
     }
     if emulator == "svd.Svd":
         parts["emulator"] |= {"algorithm": "subspace", "aware": True, "multiple": 1}

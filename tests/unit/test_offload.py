@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import image_batch, save_checkpoint, tiny_internvl
+from tiny import image_batch, linears, save_checkpoint, tiny_internvl
 from transformers import AutoModelForImageTextToText, LlamaForCausalLM
 
 from emloc.adapters.lora import Lora
@@ -76,7 +76,7 @@ def test_the_curve_and_the_adapter_are_those_of_lora(deep, tiny, tmp_path, bits,
     source, model = cell.model.open(), cell.model
     examples = cell.task.train()
     fit = Fit(
-        *(cell.adapter, cell.lora, model.lora_targets),
+        *(cell.adapter, cell.lora, tuple(model.adapted(source))),
         *(examples, model.max_length, cell.train, cell.seed),
     )
     curves, adapters = [], []
@@ -128,7 +128,7 @@ def test_an_adapter_that_reads_weights_before_a_block_is_computed_is_refused(tin
 @pytest.mark.parametrize("lean", [False, True])
 def test_without_recomputation_the_backward_pass_fails_aloud(deep, tmp_path, bits, lean):
     model = opened(Offload(), tmp_path, Source(deep, "deep", "0", torch.float32), bits)
-    tuned = Lora().attach(model, LORA, r".*_proj").train()
+    tuned = Lora().attach(model, LORA, linears(model, r".*_proj")).train()
     if lean:
         assert Lora().fuse(tuned)
     loss = tuned(input_ids=IDS, labels=IDS).loss
@@ -146,7 +146,7 @@ def test_frozen_blocks_of_a_vision_tower_are_streamed_and_not_recomputed(tiny, t
     for model in both(tmp_path, source, bits):
         torch.manual_seed(0)
         adapter = Lora()
-        tuned = adapter.attach(model, LORA, r".*language_model.*_proj")
+        tuned = adapter.attach(model, LORA, linears(model, r".*language_model.*_proj"))
         lean, loss = prepare(tuned, adapter, recipe, Tokens())
         assert lean
         for name, parameter in tuned.named_parameters():

@@ -22,11 +22,11 @@ from transformers import (
 from transformers.convert_slow_tokenizer import import_protobuf
 
 import emloc
+from emloc.adapters.fold import merge
 from emloc.adapters.saved import SavedLora
 from emloc.errors import ConfigError
 from emloc.layout import Part
 from emloc.linalg.correct import Pair
-from emloc.merging import merge
 from emloc.models.internvl_chat import ChatLayout, read_internvl_chat
 from emloc.plan.blocks import Blocks
 from emloc.source import Source

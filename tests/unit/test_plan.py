@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import save_checkpoint
+from tiny import linears, save_checkpoint
 
 from emloc.adapters.fused import fuse
 from emloc.adapters.lora import Lora
@@ -113,7 +113,7 @@ def test_the_adapter_is_its_parameters_moments_and_copies(tmp_path, ratio, bits)
 
     model = opened(cell, ratio, bits, tmp_path)
     before = storages(model)
-    tuned = Lora().attach(model, cell.lora, cell.model.lora_targets)
+    tuned = Lora().attach(model, cell.lora, linears(model, cell.model.lora_targets))
     assert fuse(tuned) == 14
     layers = [m for m in tuned.modules() if hasattr(m, "lora_A") and len(m.lora_A)]
     # What a forward pass is given beside its input: base and adapter.

@@ -9,8 +9,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import linears, tiny_llama, tiny_tokenizer
 from torch import nn
+from transformers import LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
 
 from emloc.adapters.lora import Lora
 from emloc.adapters.saved import copy_adapter, lora_of, read_lora
@@ -152,11 +153,10 @@ def test_a_model_in_memory_reads_as_its_folder_does(saved):
     ("settings", "named"),
     [
         ({"use_dora": True}, "lora_magnitude_vector"),
-        ({"modules_to_save": ["lm_head"]}, "lm_head.weight"),
         ({"target_modules": ["embed_tokens"]}, "lora_embedding_A"),
         ({"lora_bias": True, "target_modules": ["q_proj"]}, "lora_B.bias"),
     ],
-    ids=["dora", "modules_to_save", "embedding", "bias"],
+    ids=["dora", "embedding", "bias"],
 )
 def test_more_than_plain_lora_is_refused_by_name(saved, settings, named):
     folder = saved(tuned(**settings))
@@ -227,7 +227,8 @@ def test_a_copy_replaces_what_was_there(saved, tmp_path):
 
 def test_our_lora_is_pefts_with_the_settings_given(tmp_path):
     lora = LoraSettings(rank=4, alpha=6.0, dropout=0.25)
-    model = Lora().attach(base(), lora, r".*\.(q_proj|down_proj)")
+    plain = base()
+    model = Lora().attach(plain, lora, linears(plain, r".*\.(q_proj|down_proj)"))
     config = model.peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout, config.bias) == (4, 6.0, 0.25, "none")
     assert set(scalings(model).values()) == {1.5}
@@ -239,3 +240,163 @@ def test_our_lora_is_pefts_with_the_settings_given(tmp_path):
     saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == "somebody/model"
     assert {pair.scale for pair in read_lora(tmp_path / "adapter").pairs.values()} == {1.5}
+
+
+# What PEFT is given -------------------------------------------------------------------------------
+
+
+ONE = LoraSettings(rank=2, alpha=2.0, dropout=0.0)
+
+
+def adapted(model: PeftModel) -> set[str]:
+    return set(scalings(model))
+
+
+class Towers(LlamaForCausalLM):
+    """A model whose second tower repeats the names of the first one below its own."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.second = nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList()})})
+        block = nn.ModuleDict({"mlp": nn.ModuleDict({"up_proj": nn.Linear(32, 64, bias=False)})})
+        self.second["model"]["layers"].append(block)
+
+
+def test_a_pattern_that_also_matches_containers_adapts_the_linears_alone():
+    plain = base()
+    layers = linears(plain, r".*layers\.0\.mlp.*")  # the container `mlp` and its activation too
+    assert len(layers) == 3
+    assert adapted(Lora().attach(plain, ONE, layers)) == set(layers)
+
+
+def test_a_layer_whose_name_ends_another_s_is_adapted_alone(tmp_path):
+    """PEFT takes a name in a list for an ending as well."""
+    layer = "model.layers.0.mlp.up_proj"
+    model = Towers(base().config)
+    assert f"second.{layer}" in linears(model, ".*")
+    tuned = Lora().attach(model, ONE, [layer])
+    assert adapted(tuned) == {layer}
+    Lora().save(tuned, tmp_path, "somebody/model")
+    assert adapted(PeftModel.from_pretrained(Towers(base().config), tmp_path)) == {layer}
+
+
+def test_a_layer_that_the_model_has_not_is_refused():
+    with pytest.raises(ConfigError) as caught:
+        Lora().attach(base(), ONE, ["model.layers.0.mlp.up_proj", "model.layers.7.mlp.up_proj"])
+    assert str(caught.value) == (
+        "PEFT cannot adapt exactly the chosen layers: model.layers.7.mlp.up_proj differs; "
+        "set model.lora_targets"
+    )
+
+
+def test_the_saved_list_names_every_layer_so_that_a_larger_original_gets_no_other(tmp_path):
+    """Of 20 names and more PEFT keeps endings, told apart from the rest of the emulator alone."""
+    small = tiny_llama(tiny_tokenizer(chat=True), num_hidden_layers=4)
+    layers = linears(small, r"model\.layers\.[0123]\..*_proj")
+    assert len(layers) == 28
+    tuned = Lora().attach(small, ONE, layers)
+    assert len(tuned.peft_config["default"].target_modules) < 28
+    Lora().save(tuned, tmp_path, "somebody/model")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(layers)
+    original = tiny_llama(tiny_tokenizer(chat=True), num_hidden_layers=6)
+    assert adapted(PeftModel.from_pretrained(original, tmp_path)) == set(layers)
+
+
+def test_two_trainings_save_the_same_configuration(tmp_path):
+    for folder in ("one", "two"):
+        plain = base()
+        tuned = Lora().attach(plain, ONE, linears(plain, r".*_proj"))
+        Lora().save(tuned, tmp_path / folder, "somebody/model")
+    one, two = (tmp_path / name / "adapter_config.json" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_model_that_writes_no_text_is_adapted_too():
+    config = RobertaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=40,
+    )  # fmt: skip
+    model = RobertaForSequenceClassification(config)
+    layers = linears(model, r".*layer\.0\..*")
+    tuned = Lora().attach(model, ONE, layers, whole=["classifier"])
+    assert tuned.peft_config["default"].task_type is None
+    assert adapted(tuned) == set(layers)
+    ids = torch.arange(5, 15).reshape(2, 5)
+    tuned(input_ids=ids, labels=torch.tensor([0, 1])).loss.backward()
+    trained = {name for name, p in tuned.named_parameters() if p.requires_grad}
+    assert {name.split(".")[-1] for name in trained} == {"weight", "bias"}
+    assert sum(".classifier." in name for name in trained) == 4
+    assert all(".lora_" in name or ".classifier." in name for name in trained)
+
+
+# Modules trained whole ----------------------------------------------------------------------------
+
+
+def with_head() -> PeftModel:
+    """A LoRA far from zero and a head that was trained."""
+    plain = base()
+    layers = linears(plain, r".*(q_proj|lm_head)")
+    model = Lora().attach(plain, ONE, layers, whole=["lm_head"])
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def test_a_module_trained_whole_is_saved_and_read_by_its_name(tmp_path):
+    model = with_head()
+    assert adapted(model) == {f"model.layers.{i}.self_attn.q_proj" for i in range(2)}
+    Lora().save(model, tmp_path / "one", "somebody/model")
+    read = read_lora(tmp_path / "one")
+    head = model.base_model.model.lm_head.modules_to_save["default"].weight
+    assert read.extras.keys() == {"lm_head.weight"}
+    assert torch.equal(read.extras["lm_head.weight"], head)
+    assert not torch.equal(head, base().lm_head.weight)
+    read.save(tmp_path / "two")
+    for folder in ("one", "two"):
+        assert torch.equal(logits(Lora().load(base(), tmp_path / folder)), logits(model))
+    assert torch.equal(lora_of(model).extras["lm_head.weight"], head)
+
+
+def test_a_change_of_the_pairs_leaves_modules_trained_whole(tmp_path):
+    Lora().save(with_head(), tmp_path / "one", "somebody/model")
+    read = read_lora(tmp_path / "one")
+    changed = read.map(lambda _, pair: Pair(2 * pair.a, pair.b, pair.scale), {"by": "test"})
+    changed.save(tmp_path / "two")
+    again = read_lora(tmp_path / "two").extras
+    assert again.keys() == read.extras.keys() == {"lm_head.weight"}
+    assert torch.equal(again["lm_head.weight"], read.extras["lm_head.weight"])
+
+
+# State --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [with_head, lambda: tuned(use_dora=True)], ids=["head", "dora"])
+def test_a_state_is_what_trains_and_puts_it_back(make):
+    model = make()
+    state = {name: tensor.clone() for name, tensor in Lora().state(model).items()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert state.keys() == trained.keys()
+    before = logits(model)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(0.3)
+    assert not torch.equal(logits(model), before)
+    Lora().restore(model, state)
+    assert torch.equal(logits(model), before)
+    state.popitem()
+    with pytest.raises(ValueError, match="the checkpoint and the model differ in base_model"):
+        Lora().restore(model, state)
+
+
+def test_a_saved_adapter_is_loaded_to_be_trained_or_frozen(tmp_path):
+    model = with_head()
+    Lora().save(model, tmp_path, "somebody/model")
+    frozen = Lora().load(base(), tmp_path)
+    assert not any(p.requires_grad for p in frozen.parameters())
+    going_on = Lora().load(base(), tmp_path, trainable=True)
+    state = Lora().state(going_on)
+    assert state.keys() == Lora().state(model).keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in Lora().state(model).items())

@@ -13,10 +13,10 @@ from tiny import TINY_INTERNVL, image_batch, tiny_internvl, tiny_llama, tiny_tok
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig
 
+from emloc.adapters.fold import merge
 from emloc.adapters.saved import SavedLora
 from emloc.errors import ConfigError
 from emloc.linalg.correct import Pair
-from emloc.merging import merge
 from emloc.nn.factorized import Factorized
 from emloc.source import Source
 from emloc.weights import Random, Safetensors, draws_of, parameter_name
