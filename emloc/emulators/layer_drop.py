@@ -32,14 +32,14 @@ FEWEST = 2
 
 
 class Skipped(nn.Module):
-    """In the place of a decoder block: hands the hidden states on.
+    """In the place of a block: hands the hidden states on.
 
-    Of a decoder whose blocks give a tensor, as those of transformers do but for a few hybrids.
+    Of a model whose blocks give a tensor, as those of transformers do but for a few hybrids.
     """
 
     def __init__(self, attention_type: str | None) -> None:
         super().__init__()
-        self.attention_type = attention_type  # some decoders ask a block which mask it takes
+        self.attention_type = attention_type  # some models ask a block which mask it takes
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         """(batch, length, width) as it comes."""
@@ -48,7 +48,7 @@ class Skipped(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDrop(Emulator):
-    """Whole blocks of the decoder left out, evenly. All others keep their names and weights."""
+    """Whole blocks left out, evenly. All others keep their names and weights."""
 
     first: int  # blocks at the beginning that are kept and adapted
     last: int  # likewise at the end
@@ -66,8 +66,8 @@ class LayerDrop(Emulator):
         As many are kept as the ratio allows: of all parameters, or of those in `layers`.
 
         Raises:
-            ConfigError: the ratio leaves less than two blocks in the middle, or the decoder has
-                none to drop.
+            ConfigError: the ratio leaves less than two blocks in the middle, or there are none to
+                drop.
         """
         ratio = solved(budget.ratio)
         counted = {f"{layer}.weight": rows * columns for layer, (rows, columns) in layers.items()}
@@ -81,7 +81,7 @@ class LayerDrop(Emulator):
         if len(shares) < 2:
             raise ConfigError(
                 f"emulator.first={self.first} and emulator.last={self.last} leave nothing to drop "
-                f"of {len(blocks)} decoder blocks, {FEWEST} between them being kept; set model to "
+                f"of {len(blocks)} blocks, {FEWEST} between them being kept; set model to "
                 "a deeper one, or emulator=svd"
             )
         middle = max((count for count, share in shares.items() if share <= ratio), default=None)
@@ -89,7 +89,7 @@ class LayerDrop(Emulator):
             least = ceil(1000 * shares[FEWEST]) / 1000
             thin = LayerDrop(first=1, last=1)._shares(sizes, fixed, total)[FEWEST] <= ratio
             raise ConfigError(
-                f"compression.ratio={ratio:g} of the {budget.of} leaves less than {FEWEST} decoder "
+                f"compression.ratio={ratio:g} of the {budget.of} leaves less than {FEWEST} "
                 f"blocks between emulator.first={self.first} and emulator.last={self.last}; set "
                 f"compression.ratio={least:g} or higher"
                 + (", or emulator.first=1 emulator.last=1" if thin else "")

@@ -1,6 +1,7 @@
 """Model families from outside the package: what they learn, with heads of their own, end to end."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +9,26 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from transformers import RobertaConfig, RobertaForMaskedLM, ViTConfig, ViTModel
 
 from emloc.compose import compose
 from emloc.config import build
+from emloc.emulators.importance import importance
+from emloc.emulators.units import Units
+from emloc.errors import ConfigError
+from emloc.linalg.prune import MLP
 from emloc.pipeline import run
+from emloc.plan.gpus import gpu_called
+from emloc.plan.scheme import Work
+from emloc.plan.table import plan
+from emloc.samples import Samples
 
-EXTENSIONS = Path(__file__).parents[1] / "extensions"
 CPU = torch.device("cpu")
+EXTENSIONS = Path(__file__).parents[1] / "extensions"
+ROOM = {"offsite": ("emulator.first=1", "emulator.last=1", "compression.ratio=0.8")}
+SLOWER = ("train.steps=60", "train.learning_rate=0.003")
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 
 
@@ -26,7 +38,7 @@ def roberta(tmp_path_factory):
     folder = tmp_path_factory.mktemp("roberta")
     tokenizer = tiny_tokenizer(chat=False)
     config = RobertaConfig(
-        vocab_size=len(tokenizer), pad_token_id=0, num_hidden_layers=4, type_vocab_size=1, **SMALL
+        vocab_size=len(tokenizer), pad_token_id=0, num_hidden_layers=5, type_vocab_size=1, **SMALL
     )
     torch.manual_seed(0)
     RobertaForMaskedLM(config).save_pretrained(folder)
@@ -38,7 +50,7 @@ def roberta(tmp_path_factory):
 def vit(tmp_path_factory):
     """An encoder saved by itself: the names of its tensors begin below the classifier's."""
     folder = tmp_path_factory.mktemp("vit")
-    config = ViTConfig(image_size=28, patch_size=7, num_hidden_layers=4, **SMALL)
+    config = ViTConfig(image_size=28, patch_size=7, num_hidden_layers=5, **SMALL)
     torch.manual_seed(0)
     ViTModel(config).save_pretrained(folder)
     return folder
@@ -119,9 +131,8 @@ def answers_of(result) -> list[dict]:
 @pytest.mark.parametrize("model", ["tiny_roberta", "tiny_vit"])
 def test_a_classifier_learns_its_classes(go, model, method):
     """A fresh head and an adapter, through every kind of emulator but one of units."""
-    ends = ["emulator.first=1", "emulator.last=1", "compression=r75"] if method == "offsite" else []
     before = go(model, "method=zero_shot").evaluated.facts["scores"]
-    result = go(model, f"method={method}", *ends)
+    result = go(model, f"method={method}", *ROOM.get(method, ()))
     scores = result.evaluated.facts["scores"]
     assert result.metric == "accuracy"
     assert scores["accuracy"] > 0.9 > before["accuracy"]
@@ -134,6 +145,146 @@ def test_a_classifier_learns_its_classes(go, model, method):
 @pytest.mark.parametrize("method", ["emloc", "lora"])
 def test_a_family_of_continuous_targets_comes_nearer_to_them(go, method):
     before = go("tiny_flow", "method=zero_shot").evaluated.facts["scores"]
-    result = go("tiny_flow", f"method={method}")
+    result = go("tiny_flow", f"method={method}", *SLOWER)
     assert result.metric == "error"
     assert result.evaluated.facts["scores"]["error"] < 0.5 * before["error"]
+
+
+def test_units_are_pruned_by_what_the_family_learns(go):
+    """By gradients of the class, with a head that nobody has trained yet."""
+    ends = ("emulator.first=1", "emulator.last=1", "compression=r75")
+    result = go("tiny_vit", "method=upop", *ends)
+    scores = load_file(result.emulated.folder / "scores.safetensors")
+    assert sorted(scores) == [f"vit.layers.{i}.mlp" for i in (1, 2, 3)]
+    assert all(float(one.abs().sum()) > 0 for one in scores.values())
+    assert result.evaluated.facts["scores"]["accuracy"] == 1
+
+
+def test_what_an_objective_draws_for_scores_is_the_same_at_every_call(go):
+    """The weights of units are in the cache: noise must not make others of the same inputs."""
+    source = go.cell("tiny_flow").model.open()
+    layer = "roberta.encoder.layer.0"
+    rows, columns = {f"{layer}.intermediate.dense": 1}, {f"{layer}.output.dense": 1}
+    units = {layer: Units(MLP, 48, 64, rows, columns)}
+    cell = go.cell("tiny_flow")
+    batches = Samples(cell.task.train(), cell.model.longest).learnt(source)
+    scores = [
+        importance(source.load(CPU), batches, units, "upop", source.objective)[layer]
+        for _ in range(2)
+    ]
+    assert torch.equal(*scores)
+
+
+def test_a_fresh_head_is_saved_with_the_adapter_and_carried_as_it_is(go):
+    result = go("tiny_roberta", "method=emloc")
+    trained, carried = (
+        load_file(one.folder / "adapter" / "adapter_model.safetensors")
+        for one in (result.trained, result.carried)
+    )
+    heads = {name for name in trained if ".classifier." in name}
+    assert heads == {
+        f"base_model.model.classifier.{part}.{kind}"
+        for part in ("dense", "out_proj")
+        for kind in ("weight", "bias")
+    }
+    assert all(torch.equal(trained[name], carried[name]) for name in heads)
+    source = go.cell("tiny_roberta").model.open()
+    start = dict(source.load(CPU).named_parameters())
+    for name in heads:
+        assert not torch.equal(trained[name], start[name.removeprefix("base_model.model.")])
+
+
+def test_a_fresh_head_is_the_same_at_every_reading_and_another_for_another_seed(go):
+    source = go.cell("tiny_roberta").model.open()
+    first, second = source.load(CPU), source.load(CPU)
+    name = "classifier.out_proj.weight"
+    assert torch.equal(first.get_parameter(name), second.get_parameter(name))
+    source.renew(first, 1)
+    source.renew(second, 2)
+    assert not torch.equal(first.get_parameter(name), second.get_parameter(name))
+    assert float(first.get_parameter(name).std()) == pytest.approx(0.02, rel=0.5)
+
+
+def test_a_fresh_head_is_computed_in_float32_in_a_model_of_16_bits(go):
+    source = go.cell("tiny_roberta", dtype="bfloat16").model.open()
+    model = source.load(CPU)
+    assert model.get_parameter("classifier.dense.weight").dtype == torch.float32
+    assert (
+        model.get_submodule("roberta.encoder.layer.0.output.dense").weight.dtype == torch.bfloat16
+    )
+    ids = torch.arange(6, 16)[None]
+    assert model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.dtype == torch.float32
+    scores = go("tiny_roberta", "method=emloc", dtype="bfloat16").evaluated.facts["scores"]
+    assert scores["accuracy"] == 1
+
+
+def test_the_loss_of_a_step_does_not_depend_on_how_it_is_cut_into_passes(go):
+    curves = []
+    for size, passes in ((8, 1), (2, 4)):
+        counts = (f"train.batch={size}", f"train.accumulate={passes}", "train.steps=3")
+        trained = go("tiny_roberta", "method=lora", *counts).trained
+        lines = (trained.folder / "curve.jsonl").read_text().splitlines()
+        curves.append([json.loads(line)["loss"] for line in lines])
+    assert len(curves[0]) == 3
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_an_encoder_saved_without_a_head_is_read_by_names_of_its_own(go, vit):
+    source = go.cell("tiny_vit").model.open()
+    stored = ViTModel.from_pretrained(vit).state_dict()
+    model = source.load(CPU)
+    own = model.vit.state_dict()
+    assert len(own) > 5 * 16
+    assert all(torch.equal(own[name], stored[name]) for name in own)
+
+
+def test_the_classes_are_in_the_keys_of_all_stages(go):
+    keys = {
+        str(go.cell("tiny_roberta", classes=classes).model.open().key)
+        for classes in (["even", "odd"], ["odd", "even"], ["even", "odd", "none"])
+    }
+    assert len(keys) == 3
+
+
+def test_a_reader_is_opened_once(go):
+    source = go.cell("tiny_roberta").model.open()
+    assert source.reader() is source.reader()
+
+
+NOT = {
+    "a score that the family does not give": (
+        ("task.metric=exact_match",),
+        "task.metric=exact_match: the scores of this kind of model are accuracy, loss; "
+        "set task.metric=accuracy",
+    ),
+    "a size that is to be solved for": (
+        ("compression=auto", "budget.gpu_gib=24"),
+        "only the training of models that write text is planned, and model=tiny_roberta sorts "
+        "into classes; set compression=r50",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NOT)
+def test_what_a_family_cannot_do_is_refused_with_its_own_reason(go, what):
+    overrides, message = NOT[what]
+    cell = go.cell("tiny_roberta", *(one for one in overrides if not one.startswith("task.")))
+    if overrides[0].startswith("task."):
+        cell = replace(cell, task=replace(cell.task, metric="exact_match"))
+    with pytest.raises(ConfigError) as caught:
+        run(cell, None, lambda step, values: None)
+    assert str(caught.value) == message
+
+
+def test_no_table_of_needs_is_made_for_a_family_that_writes_no_text(go):
+    cell = go.cell("tiny_roberta")
+    work = Work.of(cell.train, 64, 8)
+    message = "model=tiny_roberta sorts into classes; set model=smollm2_135m"
+    with pytest.raises(ConfigError, match=message):
+        plan(cell, work, gpu_called("rtx4090"))
+
+
+def test_a_target_that_is_no_class_is_refused_by_its_row(go):
+    message = "train/1: 'odd' is none of the classes even, none; set model.classes, or task.target"
+    with pytest.raises(ConfigError, match=message):
+        go("tiny_roberta", "method=lora", classes=["even", "none"])

@@ -95,7 +95,7 @@ def test_of_the_8b_a_quarter_leaves_no_middle(eight):
     with pytest.raises(ConfigError) as refused:
         LayerDrop(first=2, last=2).plan(source, layers, Compression(0.25, "model", 16))
     assert str(refused.value) == (
-        "compression.ratio=0.25 of the model leaves less than 2 decoder blocks between "
+        "compression.ratio=0.25 of the model leaves less than 2 blocks between "
         "emulator.first=2 and emulator.last=2; set compression.ratio=0.298 or higher, or "
         "emulator.first=1 emulator.last=1"
     )
@@ -130,7 +130,7 @@ def test_a_decoder_with_nothing_to_drop_is_refused(checkpoint):
     with pytest.raises(ConfigError) as refused:
         DROP.plan(source, linears(source), Compression(0.5, "linears", 16))
     assert str(refused.value) == (
-        "emulator.first=1 and emulator.last=2 leave nothing to drop of 2 decoder blocks, 2 between "
+        "emulator.first=1 and emulator.last=2 leave nothing to drop of 2 blocks, 2 between "
         "them being kept; set model to a deeper one, or emulator=svd"
     )
 

@@ -1,8 +1,8 @@
 """A family that learns vectors by flow matching, through a RoBERTa that reads the text: a plug-in.
 
-A vector x is reached from noise z along x_t = (1 - t) z + t x; the model predicts x - z from x_t, t
-and the text. Noise and times are drawn anew at every training step, and from a row's name in
-evaluation.
+A vector x is reached from noise z along x_t = (1 - t) z + t x. From x_t, t and the text the model
+predicts x, and so the velocity (x - x_t) / (1 - t). Noise and times are drawn anew at every step of
+a training; in evaluation the noise depends on a row's name alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from emloc.reading import Opened
 
 
 class FlowModel(RobertaPreTrainedModel):
-    """A RoBERTa, with a layer that lets point and time in and one that gives the velocity."""
+    """A RoBERTa with a layer that lets point and time in and one that says where the flow ends."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -42,15 +42,15 @@ class FlowModel(RobertaPreTrainedModel):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, point: Tensor, time: Tensor
     ) -> Tensor:
-        """Velocity (rows, size) at `point` (rows, size) and `time` (rows, 1)."""
+        """Where (rows, size) the flow leads from `point` (rows, size) at `time` (rows, 1)."""
         words = self.roberta.embeddings.word_embeddings(input_ids)
         where = self.entry(torch.cat([point, time], dim=-1)).to(words.dtype)
         hidden = self.roberta(
             inputs_embeds=words + where[:, None], attention_mask=attention_mask
         ).last_hidden_state
         weight = attention_mask[..., None].to(hidden.dtype)
-        velocity: Tensor = self.exit((hidden * weight).sum(1) / weight.sum(1))
-        return velocity
+        end: Tensor = self.exit((hidden * weight).sum(1) / weight.sum(1))
+        return end
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class VectorAnswer:
 
 @dataclass(frozen=True)
 class Flow(Objective):
-    """Mean square of the error in velocity; an item is a row."""
+    """Mean square of the error in the end of the flow; an item is a row."""
 
     score_names = ("error",)
 
@@ -108,16 +108,16 @@ class Flow(Objective):
         """At one random point of each row's path."""
         target = batch["target"]
         noise, time = torch.randn_like(target), torch.rand_like(target[:, :1])
-        point = (1 - time) * noise + time * target
-        velocity = _velocity(model, batch, point, time)
-        return (velocity - (target - noise)).square().mean(-1).sum() / count
+        end = _end(model, batch, (1 - time) * noise + time * target, time)
+        return (end - target).square().mean(-1).sum() / count
 
     def answers(self, model: Any, rows: Sequence[VectorRow], batch: Batch) -> list[VectorAnswer]:
         """Where `steps` steps lead."""
         point = torch.stack([row.noise for row in rows]).to(batch["target"].device)
         for step in range(self.steps):
             time = torch.full_like(point[:, :1], step / self.steps)
-            point = point + _velocity(model, batch, point, time) / self.steps
+            velocity = (_end(model, batch, point, time) - point) / (1 - time)
+            point = point + velocity / self.steps
         errors = (point - batch["target"]).square().mean(-1)
         return [
             VectorAnswer(row.id, point[index].tolist(), float(errors[index]))
@@ -129,14 +129,14 @@ class Flow(Objective):
         return {"error": sum(answer.error for answer in answers) / len(answers)}
 
 
-def _velocity(model: Any, batch: Batch, point: Tensor, time: Tensor) -> Tensor:
-    velocity: Tensor = model(
+def _end(model: Any, batch: Batch, point: Tensor, time: Tensor) -> Tensor:
+    end: Tensor = model(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
         point=point,
         time=time,
     )
-    return velocity.float()
+    return end.float()
 
 
 @dataclass(frozen=True)
