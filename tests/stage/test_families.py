@@ -28,8 +28,9 @@ from emloc.samples import Samples
 CPU = torch.device("cpu")
 EXTENSIONS = Path(__file__).parents[1] / "extensions"
 ROOM = {"offsite": ("emulator.first=1", "emulator.last=1", "compression.ratio=0.8")}
-SLOWER = ("train.steps=60", "train.learning_rate=0.003")
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+# Without dropout, so that losses can be compared.
+STILL = SMALL | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def roberta(tmp_path_factory):
     folder = tmp_path_factory.mktemp("roberta")
     tokenizer = tiny_tokenizer(chat=False)
     config = RobertaConfig(
-        vocab_size=len(tokenizer), pad_token_id=0, num_hidden_layers=5, type_vocab_size=1, **SMALL
+        vocab_size=len(tokenizer), pad_token_id=0, num_hidden_layers=5, type_vocab_size=1, **STILL
     )
     torch.manual_seed(0)
     RobertaForMaskedLM(config).save_pretrained(folder)
@@ -145,9 +146,9 @@ def test_a_classifier_learns_its_classes(go, model, method):
 @pytest.mark.parametrize("method", ["emloc", "lora"])
 def test_a_family_of_continuous_targets_comes_nearer_to_them(go, method):
     before = go("tiny_flow", "method=zero_shot").evaluated.facts["scores"]
-    result = go("tiny_flow", f"method={method}", *SLOWER)
+    result = go("tiny_flow", f"method={method}")
     assert result.metric == "error"
-    assert result.evaluated.facts["scores"]["error"] < 0.5 * before["error"]
+    assert result.evaluated.facts["scores"]["error"] < 0.1 * before["error"]
 
 
 def test_units_are_pruned_by_what_the_family_learns(go):

@@ -24,12 +24,12 @@ from emloc.reading import Opened
 
 
 class FlowModel(RobertaPreTrainedModel):
-    """A RoBERTa with a layer that lets point and time in and one that says where the flow ends."""
+    """A RoBERTa that reads the text, and two layers behind it that also see point and time."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.roberta = RobertaModel(config, add_pooling_layer=False)
-        self.entry = nn.Linear(config.num_labels + 1, config.hidden_size)
+        self.entry = nn.Linear(config.hidden_size + config.num_labels + 1, config.hidden_size)
         self.exit = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -43,13 +43,10 @@ class FlowModel(RobertaPreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor, point: Tensor, time: Tensor
     ) -> Tensor:
         """Where (rows, size) the flow leads from `point` (rows, size) at `time` (rows, 1)."""
-        words = self.roberta.embeddings.word_embeddings(input_ids)
-        where = self.entry(torch.cat([point, time], dim=-1)).to(words.dtype)
-        hidden = self.roberta(
-            inputs_embeds=words + where[:, None], attention_mask=attention_mask
-        ).last_hidden_state
+        hidden = self.roberta(input_ids, attention_mask=attention_mask).last_hidden_state
         weight = attention_mask[..., None].to(hidden.dtype)
-        end: Tensor = self.exit((hidden * weight).sum(1) / weight.sum(1))
+        text = (hidden * weight).sum(1) / weight.sum(1)
+        end: Tensor = self.exit(self.entry(torch.cat([text, point, time], dim=-1)).tanh())
         return end
 
 
