@@ -1,8 +1,9 @@
-"""Tokens of several examples as one batch for `model(**batch)`."""
+"""Rows in groups of similar length, and tokens of several rows as one batch for the model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,6 +11,18 @@ from torch import Tensor
 from emloc.prompts import Encoded
 
 IGNORE = -100
+
+
+class Row(Protocol):
+    """An example as the reader of a model family encodes it, whatever it is made of."""
+
+    @property
+    def id(self) -> str:
+        """Its name in its data set."""
+
+    @property
+    def length(self) -> int:
+        """What it counts in a batch: tokens, patches; 1 where all rows are alike."""
 
 
 def collate(batch: Sequence[Encoded], pad: int, *, answers_only: bool = True) -> dict[str, Tensor]:
@@ -22,12 +35,12 @@ def collate(batch: Sequence[Encoded], pad: int, *, answers_only: bool = True) ->
         input_ids, attention_mask, position_ids (batch, length); with `answers_only` also labels
         (batch, kept) and logits_to_keep.
     """
-    length = max(len(one.input_ids) for one in batch)
+    length = max(one.length for one in batch)
     ids = torch.full((len(batch), length), pad)
     mask = torch.zeros((len(batch), length), dtype=torch.long)
     labels = torch.full((len(batch), length), IGNORE)
     for row, one in enumerate(batch):
-        start = length - len(one.input_ids)
+        start = length - one.length
         ids[row, start:] = torch.tensor(one.input_ids)
         mask[row, start:] = 1
         # Nothing predicts the first token of a text, padding least of all.
@@ -40,14 +53,14 @@ def collate(batch: Sequence[Encoded], pad: int, *, answers_only: bool = True) ->
     }
     if answers_only:
         # One position before the first answer token predicts it.
-        kept = max(len(one.input_ids) - one.answer_start for one in batch) + 1
+        kept = max(one.length - one.answer_start for one in batch) + 1
         # As indices: a slice would stay a view, and multiplying that copies the vocabulary's
         # matrix once per row.
         result |= {"labels": labels[:, -kept:], "logits_to_keep": torch.arange(length)[-kept:]}
     return result
 
 
-def by_length(encoded: Sequence[Encoded], size: int) -> list[list[int]]:
+def by_length(rows: Sequence[Row], size: int) -> list[list[int]]:
     """Indices in groups of `size`, similar lengths together, which waste the least on padding."""
-    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index].input_ids))
+    order = sorted(range(len(rows)), key=lambda index: rows[index].length)
     return [order[start : start + size] for start in range(0, len(order), size)]

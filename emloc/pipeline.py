@@ -142,7 +142,7 @@ def checked(cell: Cell, store: Store, report: Report) -> tuple[str, Context]:
     cell = solved(cell, source)
     planned = emulator.plan(source, layers, cell.compression)
     fit = _fit(cell, adapter, source) if adapter.trains else None
-    metric = headline(cell.task, cell.eval)
+    metric = headline(cell.task, cell.eval, source.objective)
     _refuse_unreadable(store, source, reader, cell)
     read = emulator.samples or recovery.statistics
     read = read or any(stage.reads_samples for stage in cell.stage.values())
@@ -203,7 +203,7 @@ def _fit(cell: Cell, adapter: Adapter, source: Source) -> Fit:
         cell.lora,
         tuple(layers),
         cell.task.train(),
-        cell.model.max_length,
+        cell.model.longest,
         cell.train,
         cell.seed,
     )
@@ -214,4 +214,4 @@ def _samples(cell: Cell) -> Samples:
     chosen = cell.calibration
     pool = cell.task.train() if chosen.source == "downstream" else generic_text()
     log.info("calibration: %d of %d rows of %s", chosen.samples, len(pool), pool.name)
-    return Samples(choose(pool, chosen.samples, chosen.seed), cell.model.max_length)
+    return Samples(choose(pool, chosen.samples, chosen.seed), cell.model.longest)

@@ -25,6 +25,11 @@ class Encoded:
     images: tuple[Picture, ...] = ()  # in the order of their places
     prompt: str = ""  # rendered, where whoever makes pixels of the images needs it
 
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return len(self.input_ids)
+
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """The prompt as the model reads it: through its chat template if it has one, else plain."""

@@ -1,10 +1,11 @@
-"""How a model reads an example: its text as tokens and its images as pixels."""
+"""How a model family reads an example: text as tokens, images as pixels, targets as it learns."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from emloc.batching import by_length, collate
+from emloc.batching import Row, by_length, collate
 from emloc.errors import ConfigError
 from emloc.examples import Example, Examples
 from emloc.prompts import Encoded, encode
@@ -25,31 +26,46 @@ class Opened:
     """What of an open checkpoint a reader needs."""
 
     folder: Path
-    tokenizer: PreTrainedTokenizerBase
+    open_tokenizer: Callable[[], PreTrainedTokenizerBase]
     config: PretrainedConfig
     dtype: torch.dtype
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's, opened when a reader first asks for it: a model of images has none."""
+        return self.open_tokenizer()
 
 
 class Reader(Protocol):
     """Examples as a model takes them; calibration, training, loss and generation use this one."""
+
+    def encode(self, example: Example) -> Row:
+        """The example as the model family takes it; nothing large is decoded yet.
+
+        Raises:
+            ConfigError: the example cannot be read; names it.
+        """
+
+    def collate(self, batch: Sequence[Any], *, answers_only: bool = True) -> dict[str, Tensor]:
+        """A batch of rows of `encode`, as keyword arguments of the model's forward.
+
+        With `answers_only` there are also the targets, as the family's objective takes them, and
+        the model may leave out what the loss does not read.
+
+        Raises:
+            ConfigError: an image cannot be decoded; names the example.
+        """
+
+
+class TokenReader(Reader, Protocol):
+    """What reads examples for a model that writes text."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """With a padding token, and its chat template as this model is talked to."""
 
     def encode(self, example: Example) -> Encoded:
-        """Tokens of prompt, answer and end token, the places of images among them.
-
-        Raises:
-            ConfigError: the example cannot be read; names it.
-        """
-
-    def collate(self, batch: Sequence[Encoded], *, answers_only: bool = True) -> dict[str, Tensor]:
-        """A batch for `model(**batch)`: see `emloc.batching.collate`; and the images' pixels.
-
-        Raises:
-            ConfigError: an image cannot be decoded; names the example.
-        """
+        """Tokens of prompt, answer and end token, the places of images among them."""
 
 
 class Reading(Protocol):
@@ -101,14 +117,16 @@ class TextReading:
         return TextReader(opened.tokenizer)
 
 
-def encode_all(reader: Reader, examples: Examples, max_length: int) -> list[Encoded]:
-    """The examples as tokens; those above `max_length` are left out, and their number is logged.
+def encode_all(reader: Reader, examples: Examples, max_length: int | None) -> list[Any]:
+    """The examples as rows; those longer than `max_length` are left out, and their number logged.
 
     Raises:
         ConfigError: one cannot be read, or none is left.
     """
     encoded = [reader.encode(example) for example in examples]
-    kept = [one for one in encoded if len(one.input_ids) <= max_length]
+    if max_length is None:
+        return encoded
+    kept = [one for one in encoded if one.length <= max_length]
     if len(kept) < len(encoded):
         log.warning(
             "%s: left out %d of %d examples longer than %d tokens (model.max_length)",
@@ -125,7 +143,7 @@ def encode_all(reader: Reader, examples: Examples, max_length: int) -> list[Enco
 
 
 def batches(
-    reader: Reader, encoded: Sequence[Encoded], size: int, *, answers_only: bool
+    reader: Reader, encoded: Sequence[Row], size: int, *, answers_only: bool
 ) -> list[dict[str, Tensor]]:
     """All of `encoded` in batches of similar length; order not kept."""
     return [

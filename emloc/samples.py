@@ -25,7 +25,7 @@ class Samples:
     """The examples an emulator is built from, and the length above which one is left out."""
 
     examples: Examples
-    max_length: int
+    max_length: int | None  # None: no example is too long
 
     @property
     def key(self) -> list[Any]:
@@ -42,7 +42,7 @@ class Samples:
         return self._batches(source, answers_only=False)
 
     def learnt(self, source: Source) -> Sequence[Batch]:
-        """The same with `labels`, of the answers alone, as they are trained on."""
+        """The same with the targets, as they are trained on."""
         return self._batches(source, answers_only=True)
 
     def _batches(self, source: Source, *, answers_only: bool) -> Sequence[Batch]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,14 +22,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from emloc.digest import digest
 from emloc.errors import ConfigError
 from emloc.models.internvl_chat import InternVLChat, read_internvl_chat
+from emloc.nn.fresh import compute_in_float32
 from emloc.nn.surgery import put
+from emloc.objectives import Objective
+from emloc.objectives.tokens import Tokens
 from emloc.reading import Opened, Reader, Reading, TextReading
 from emloc.tokenization import tokenizer_of
-from emloc.weights import Absent, Random, Safetensors, Weights, draws_of, random_home
+from emloc.weights import Absent, Random, Safetensors, Weights, draws_of, layout_of, random_home
 
 CPU = torch.device("cpu")
+# What a fresh module starts with until a training draws it anew from its own seed.
+FRESH_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -48,21 +54,28 @@ class Source:
     shape: Mapping[str, Any] = field(default_factory=dict)  # the configuration without a folder
     seed: int | None = None  # of random weights; None: those in the folder
     reading: Reading = field(default_factory=TextReading)  # how it reads examples
+    objective: Objective = field(default_factory=Tokens)  # what it learns, and how it is scored
+    # Names of modules that are made new, whatever the checkpoint holds, and trained whole.
+    fresh: tuple[str, ...] = ()
+    # Values of the configuration that differ from the checkpoint's, as the number of classes.
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> list[str]:
         """What a stage that reads this model depends on."""
-        return [self.identity, str(self.dtype), self.auto.__name__, *self.reading.key]
+        family = [*self.reading.key, *self.objective.key]
+        own = [*self.fresh, digest(dict(self.changes))] if self.fresh or self.changes else []
+        return [self.identity, str(self.dtype), self.auto.__name__, *family, *own]
 
     @cached_property
     def weights(self) -> Weights:
         """Where the tensors come from."""
         if self.seed is not None:
-            return Random(self.seed, draws_of(self._bare), self.dtype, random_home())
+            return Random(self.seed, draws_of(self.bare), self.dtype, random_home())
         if self.folder is None:
             return Absent(self.name)
         chat = self._chat
-        return Safetensors(self.folder, chat.layout()) if chat else Safetensors(self.folder)
+        return Safetensors(self.folder, chat.layout() if chat else layout_of(self.bare))
 
     @cached_property
     def _chat(self) -> InternVLChat | None:
@@ -83,8 +96,10 @@ class Source:
                 return AutoConfig.for_model(**chat)
             if self.folder is not None:
                 # Never code from a checkpoint; left unset, transformers asks on the terminal.
-                return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-            return AutoConfig.for_model(**copy.deepcopy(dict(self.shape)))
+                return AutoConfig.from_pretrained(
+                    self.folder, trust_remote_code=False, **self.changes
+                )
+            return AutoConfig.for_model(**copy.deepcopy({**self.shape, **self.changes}))
         except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(
@@ -99,24 +114,25 @@ class Source:
             ConfigError: there is no folder it could lie in.
         """
         if self.folder is None:
-            raise ConfigError(
-                f"{self.name}: without a checkpoint there is no tokenizer; "
-                "set model.source=/path/to/checkpoint"
-            )
+            raise _unread(self.name)
         tokenizer = tokenizer_of(self.folder, self.config if self._chat else None)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
     def reader(self) -> Reader:
-        """What turns examples into tokens and pixels.
+        """What turns examples into rows and batches, opened once: take it as it is.
 
         Raises:
             ConfigError: there is no folder, or the checkpoint is of another kind than its settings.
         """
-        tokenizer = self.tokenizer()
-        assert self.folder is not None  # or there were no tokenizer
-        return self.reading.reader(Opened(self.folder, tokenizer, self.config, self.dtype))
+        return self._reader
+
+    @cached_property
+    def _reader(self) -> Reader:
+        if self.folder is None:
+            raise _unread(self.name)
+        return self.reading.reader(Opened(self.folder, self.tokenizer, self.config, self.dtype))
 
     def skeleton(self) -> PreTrainedModel:
         """The model with every parameter on the meta device: shapes and names, no weights.
@@ -137,6 +153,8 @@ class Source:
             ) from error
         if self.folder is not None and (self.folder / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(self.folder)
+        for name in self.fresh:
+            compute_in_float32(model.get_submodule(name))
         return model.eval()
 
     @cached_property
@@ -144,36 +162,17 @@ class Source:
         """Name -> (out, in) of every `nn.Linear`, in the order of the model."""
         return {
             name: (module.out_features, module.in_features)
-            for name, module in self._bare.named_modules()
+            for name, module in self.bare.named_modules()
             if isinstance(module, nn.Linear)
         }
 
     @cached_property
     def sizes(self) -> dict[str, int]:
         """Parameter name -> number of elements, tied parameters once."""
-        return {name: parameter.numel() for name, parameter in self._bare.named_parameters()}
+        return {name: parameter.numel() for name, parameter in self.bare.named_parameters()}
 
     @cached_property
-    def decoder(self) -> str:
-        """What the names of all modules of the language decoder begin with."""
-        decoder = self._bare.get_decoder()
-        return next(f"{name}." for name, one in self._bare.named_modules() if one is decoder)
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of tokens the model knows."""
-        return int(self._bare.get_input_embeddings().weight.shape[0])
-
-    @cached_property
-    def lone_embedding(self) -> str | None:
-        """The parameter of the token embedding; None where the output matrix shares it."""
-        own, head = self._bare.get_input_embeddings(), self._bare.get_output_embeddings()
-        if type(own) is not nn.Embedding or (head is not None and head.weight is own.weight):
-            return None
-        return next(name for name, one in self._bare.named_parameters() if one is own.weight)
-
-    @cached_property
-    def _bare(self) -> PreTrainedModel:
+    def bare(self) -> PreTrainedModel:
         """A skeleton that is only looked at: names, shapes and which parameters are tied."""
         model = self.skeleton()
         model.tie_weights()
@@ -185,7 +184,9 @@ class Source:
         Raises:
             ConfigError: one of them is not there.
         """
-        missing = [name for name in names if name not in self.weights.names]
+        missing = [
+            name for name in names if name not in self.weights.names and not self._is_fresh(name)
+        ]
         if missing:
             raise ConfigError(
                 f"{self.weights.where}: holds no tensor {missing[0]}; set model.source"
@@ -200,10 +201,13 @@ class Source:
             ConfigError: one of them is not there.
         """
         self.require(names)
-        for name, tensor in self.weights.read(names, device):
+        fresh = [name for name in names if self._is_fresh(name)]
+        stored = [name for name in names if name not in fresh] if fresh else names
+        for name, tensor in self.weights.read(stored, device):
             tensor = tensor.to(self.dtype)
             yield name, tensor
             del tensor  # or it would be held, for whoever wants it no more, through the next read
+        yield from self._draw(FRESH_SEED, fresh, device)
 
     def weight(self, module: str, device: torch.device = CPU) -> Tensor:
         """The weight (out, in) of one linear."""
@@ -221,7 +225,8 @@ class Source:
     def fill(self, model: nn.Module, names: Iterable[str], device: torch.device) -> None:
         """Give the named parameters their weights, and move the model's buffers, to `device`."""
         held = self.weights.names
-        for name, tensor in self.read([name for name in names if name in held], device):
+        given = [name for name in names if name in held or self._is_fresh(name)]
+        for name, tensor in self.read(given, device):
             put(model, name, tensor)
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -245,3 +250,26 @@ class Source:
         model.tie_weights()
         self.require([name for name, parameter in model.named_parameters() if parameter.is_meta])
         return model.to(device).requires_grad_(False)
+
+    def renew(self, model: nn.Module, seed: int) -> None:
+        """Draw the fresh modules of `model` again, from `seed`, each parameter where it is."""
+        names = [name for name in self.sizes if self._is_fresh(name)]
+        for name, tensor in self._draw(seed, names, CPU):
+            put(model, name, tensor.to(model.get_parameter(name).device))
+
+    def _is_fresh(self, parameter: str) -> bool:
+        return parameter.startswith(tuple(f"{name}." for name in self.fresh))
+
+    def _draw(
+        self, seed: int, names: Sequence[str], device: torch.device
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Parameters of fresh modules, in float32; the same numbers on every kind of device."""
+        if names:
+            draws = draws_of(self.bare)
+            yield from Random(seed, draws, torch.float32, "cpu").read(list(names), device)
+
+
+def _unread(name: str) -> ConfigError:
+    return ConfigError(
+        f"{name}: without a checkpoint there is no tokenizer; set model.source=/path/to/checkpoint"
+    )

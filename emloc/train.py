@@ -13,12 +13,10 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import (
     PrinterCallback,
     TrainingArguments,
@@ -27,15 +25,16 @@ from transformers import (
 
 from emloc.adapters import Adapter
 from emloc.attention import without_cudnn
+from emloc.batching import Row
 from emloc.emulators import Built
 from emloc.errors import ConfigError
 from emloc.examples import Examples
 from emloc.lean.prepare import obstacle, prepare
+from emloc.objectives import Batch
 from emloc.precision import PackedLayer
 from emloc.progress import Clock, Progress, Report
-from emloc.prompts import Encoded
 from emloc.ranks import first, sharded
-from emloc.reading import Reader, encode_all
+from emloc.reading import encode_all
 from emloc.settings import MODEL_BITS, LoraSettings, TrainSettings
 from emloc.trainer import FiniteTrainer, make_whole, newest_whole_checkpoint
 
@@ -57,7 +56,7 @@ class Fit:
     lora: LoraSettings
     layers: tuple[str, ...]  # names of the original's linears that are adapted
     examples: Examples
-    max_length: int
+    max_length: int | None
     recipe: TrainSettings
     seed: int
 
@@ -73,26 +72,25 @@ def train(
     """Write the trained adapter and its curve; go on from the last checkpoint in `folder`."""
     reader = built.source.reader()
     encoded = encode_all(reader, fit.examples, fit.max_length)
-    rows = [dict(vars(one)) for one in encoded]
-    collate_rows = partial(_collate, reader)
-    return fit_rows(folder, built, fit, rows, collate_rows, device=device, report=report)
+    return fit_rows(folder, built, fit, encoded, reader.collate, device=device, report=report)
 
 
 def fit_rows(
     folder: Path,
     built: Built,
     fit: Fit,
-    rows: Sequence[dict[str, Any]],
-    collate_rows: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
+    rows: Sequence[Row],
+    collate_rows: Callable[[list[Any]], Batch],
     *,
     device: torch.device,
     report: Report,
     start: Path | None = None,
 ) -> dict[str, Any]:
-    """`train` on rows that are tokens already; `collate_rows` makes the model's batch of some.
+    """`train` on rows that are encoded already; `collate_rows` makes a batch of some.
 
     The adapter is a fresh one, or goes on from the one saved in the folder `start`.
     """
+    source = built.source
     # What is to be split waits in host memory, mapped from its files, and goes over block by block.
     model = built.open(torch.device("cpu") if sharded() else device)
     if sharded() and (packed := [m for m in model.modules() if isinstance(m, PackedLayer)]):
@@ -101,16 +99,17 @@ def fit_rows(
             f"set compression.bits={MODEL_BITS}, or launch without FSDP"
         )
     set_seed(fit.seed)
+    source.renew(model, fit.seed)
     if start is None:
-        model = fit.adapter.attach(model, fit.lora, built.targets(fit.layers))
+        model = fit.adapter.attach(model, fit.lora, built.targets(fit.layers), source.fresh)
     else:
         model = fit.adapter.load(model, start, trainable=True)
     lean, fused, loss = fit.recipe.lean, False, None
-    if fit.recipe.lean and (other := obstacle(fit.lora, built.source.dtype)):
+    if fit.recipe.lean and (other := obstacle(fit.lora, source.dtype)):
         log.info("train: as PEFT and transformers train; leaner with %s", other)
         lean = False
     elif fit.recipe.lean:
-        fused, loss = prepare(model, fit.adapter, fit.recipe)
+        fused, loss = prepare(model, fit.adapter, fit.recipe, source.objective)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info("train: %d trainable parameters, %d examples", trainable, len(rows))
     checkpoints = folder / "checkpoints"
@@ -122,7 +121,8 @@ def fit_rows(
         train_dataset=rows,
         data_collator=collate_rows,
         callbacks=[Progress(report)],
-        compute_loss_func=loss,
+        objective=source.objective,
+        loss=loss,
     )
     trainer.remove_callback(PrinterCallback)
     clock = Clock()
@@ -134,7 +134,7 @@ def fit_rows(
     make_whole(model)
     trainer.accelerator.wait_for_everyone()  # the last checkpoint has parts of every process
     if first():
-        fit.adapter.save(model, folder / "adapter", built.source.name)
+        fit.adapter.save(model, folder / "adapter", source.name)
         curve = [line for line in trainer.state.log_history if "loss" in line]
         (folder / "curve.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve))
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -189,7 +189,3 @@ def arguments(
     # One process keeps to one device: the Trainer would cut its batches up over all GPUs in sight.
     made._n_gpu = min(made.n_gpu, 1)
     return made
-
-
-def _collate(reader: Reader, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    return reader.collate([Encoded(**row) for row in rows])

@@ -21,6 +21,7 @@ from emloc.adapters import Adapter
 from emloc.errors import ConfigError
 from emloc.manifest import flaw_of, seal, set_aside
 from emloc.nn.surgery import put
+from emloc.objectives import Batch, Loss, Objective
 from emloc.ranks import first, sharded
 
 log = logging.getLogger(__name__)
@@ -59,14 +60,31 @@ class WholeSteps(Sampler[int]):
 
 
 class FiniteTrainer(Trainer):
-    """A Trainer of an adapter: it stops before a loss that is not finite reaches the weights.
+    """A Trainer of an adapter for an objective: it stops before a loss that is not finite.
 
-    The adapter says what a checkpoint holds of it and what it adds to the loss.
+    The adapter says what a checkpoint holds of it and what it adds to the loss. `loss`: the
+    objective's leaner one, if the model was made ready for it.
     """
 
-    def __init__(self, *, adapter: Adapter, **arguments: Any) -> None:
+    def __init__(
+        self, *, adapter: Adapter, objective: Objective, loss: Loss | None = None, **arguments: Any
+    ) -> None:
         self._adapter = adapter
-        super().__init__(**arguments)
+        self._objective = objective
+        self._loss = loss or objective.loss
+        # Never called, as `compute_loss` is overridden. With one the Trainer knows that a loss is
+        # divided by the items of all passes already, and does not divide it by their number.
+        super().__init__(compute_loss_func=self._loss, **arguments)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor | int | None]:
+        """The batches of one optimizer step, and the items in them and in other processes'."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        items = sum(self._objective.items(batch).to(device) for batch in batches)
+        return batches, self.accelerator.gather(items).sum()
 
     def create_accelerator_and_postprocess(self) -> None:
         """Called by the Trainer while it is made."""
@@ -102,7 +120,7 @@ class FiniteTrainer(Trainer):
                 f"train.batch x train.accumulate x {args.world_size} processes = {step} samples of "
                 f"one step, and there are {len(rows)}; set train.batch lower"
             )
-        lengths = [len(row["input_ids"]) for row in rows]
+        lengths = [row.length for row in rows]
         return WholeSteps(lengths, step, args.seed, lambda: self.state.global_step)
 
     def _save(
@@ -130,26 +148,22 @@ class FiniteTrainer(Trainer):
 
     def compute_loss(
         self,
-        model: PreTrainedModel,
-        inputs: dict[str, Any],
+        model: Any,
+        inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, Any]:
-        """The loss of the model's answers, and the one place where the adapter adds to it.
+    ) -> Tensor:
+        """The loss of one pass: the one place where objective and adapter add to it.
 
-        A loss over the number of tokens in a whole step is a sum over its passes, which the Trainer
-        leaves as it is; the adapter's, a mean over one pass, is divided here by their number. Over
-        processes the Trainer takes the mean.
+        The objective's is divided by the items of the whole step, so that passes sum up to a mean;
+        the adapter's, a mean over one pass, is divided here by their number.
         """
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss = self._loss(model, inputs, torch.as_tensor(num_items_in_batch))
+        # Gradients are averaged over processes, each of which has divided by the items of all.
+        processes = self.accelerator.num_processes
+        loss = loss * processes if processes > 1 else loss
         added = self._adapter.auxiliary_loss(self.model)
-        if added is not None:
-            passes = self.current_gradient_accumulation_steps
-            summed = self.compute_loss_func is not None or (
-                self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            )
-            loss = loss + added / (passes if summed else 1)
-        return (loss, outputs) if return_outputs else loss
+        return loss if added is None else loss + added / self.current_gradient_accumulation_steps
 
     def training_step(
         self,

@@ -22,6 +22,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from emloc.models.decoder import decoder_of
 from emloc.parking import Lot, Parked, tensors_in
 from emloc.source import Source
 
@@ -125,7 +126,7 @@ def walk(
     ]
     handles.append(list(modules.values())[-1].register_forward_hook(leave))
     lot = Lot(model, device, host_bytes, folder)
-    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    decoder = decoder_of(model) if isinstance(model, PreTrainedModel) else model
     texts = {id(module) for module in decoder.modules()}
     passes = [Pass(model, batch, lot) for batch in batches]
     try:
@@ -209,7 +210,7 @@ class Pass:
             key: _own(value, self._lot.device) if isinstance(value, Tensor) else value
             for key, value in self._batch.items()
         }
-        if _caches(self._model):
+        if takes_use_cache(self._model):
             moved["use_cache"] = False  # or the keys and values of all blocks would be kept
         if "attention_mask" in moved:
             self.mask = moved["attention_mask"].bool()
@@ -251,7 +252,7 @@ def _own(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device).detach()
 
 
-def _caches(model: nn.Module) -> bool:
+def takes_use_cache(model: nn.Module) -> bool:
     """Whether its forward knows `use_cache`, or hands it on to a model that does."""
     known = inspect.signature(model.forward).parameters
     hands_on = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())

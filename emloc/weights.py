@@ -15,6 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from emloc.errors import ConfigError
 from emloc.layout import Layout, Part
@@ -62,6 +64,26 @@ def native(stored: str) -> dict[str, Part | None]:
     """
     name = parameter_name(stored)
     return dict.fromkeys((name, name.replace(".vision_tower.vision_model.", ".vision_tower.")))
+
+
+def layout_of(model: PreTrainedModel) -> Layout:
+    """The layout of checkpoints that `from_pretrained` reads for that class of model.
+
+    Beside `native`, a tensor may have a name of an earlier release, which transformers renames, or
+    one that begins below the head, where the checkpoint was saved without one.
+    """
+    own = dict(model.named_parameters())
+    conversions = get_model_conversion_mapping(model)
+    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+
+    def layout(stored: str) -> dict[str, Part | None]:
+        names = native(stored)
+        if own.keys().isdisjoint(names):
+            name, _ = rename_source_key(stored, renamings, [], model.base_model_prefix, own)
+            names = {name: None} if name in own else names
+        return names
+
+    return layout
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def fit_random(
         built,
         fit,
         setting.rows(),
-        lambda some: setting.learnt(some[0]["seed"]),
+        lambda some: setting.learnt(some[0].seed),
         device=setting.device,
         report=report,
     )

@@ -15,6 +15,7 @@ from emloc.bench.rows import Row, row
 from emloc.bench.setting import Setting, fresh
 from emloc.emulators import Given
 from emloc.memory import GIB, HostPeak
+from emloc.models.decoder import Decoder
 from emloc.source import Source
 from emloc.walk import Batch
 
@@ -34,7 +35,7 @@ class Texts:
         size = (SAMPLES, 1, LENGTH)
         return [
             {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            for ids in torch.randint(0, source.vocabulary, size, generator=draw)
+            for ids in torch.randint(0, Decoder(source).vocabulary, size, generator=draw)
         ]
 
 

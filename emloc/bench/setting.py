@@ -44,6 +44,19 @@ TILES, TEXT, ANSWER = 7, 256, 128
 
 
 @dataclass(frozen=True)
+class RandomRow:
+    """A sample to train on, before it is made: its length in tokens, and the seed it comes from."""
+
+    length: int
+    seed: int
+
+    @property
+    def id(self) -> str:
+        """Its name."""
+        return str(self.seed)
+
+
+@dataclass(frozen=True)
 class Setting:
     """A model, of its true shape where there is a GPU, and samples to go with it."""
 
@@ -82,10 +95,9 @@ class Setting:
         layers, length = tuple(cell.model.adapted(self.source)), self.length
         return Fit(adapter, cell.lora, layers, none, length, cell.train, cell.seed)
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One sample a step, in place of tokens: its length, and the seed it is made from."""
-        tokens = [0] * self.length
-        return [{"input_ids": tokens, "seed": seed} for seed in range(self.cell.train.steps)]
+    def rows(self) -> list[RandomRow]:
+        """One sample a step."""
+        return [RandomRow(self.length, seed) for seed in range(self.cell.train.steps)]
 
     @property
     def tiles(self) -> int:

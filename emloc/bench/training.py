@@ -155,7 +155,7 @@ def fitted(setting: Setting, opener: Opener) -> Measured:
             Opened(setting.source, partial(opener, setting)),  # type: ignore[arg-type]
             setting.fit,
             setting.rows(),
-            lambda some: dict(made[some[0]["seed"]]),
+            lambda some: dict(made[some[0].seed]),
             device=device,
             report=follow,
         )

@@ -13,17 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from emloc.attention import without_cudnn
-from emloc.batching import IGNORE
 from emloc.emulators.units import Units
 from emloc.errors import ConfigError
-from emloc.lean.model import Loss, recompute_layers
-from emloc.walk import Batch
+from emloc.lean.model import recompute_layers
+from emloc.objectives import Loss, Objective
+from emloc.walk import Batch, takes_use_cache
 
 KINDS = ("upop", "taylor")
 
@@ -36,11 +35,12 @@ def importance(
     batches: Sequence[Batch],
     units: Mapping[str, Units],
     kind: str,
+    objective: Objective,
     loss: Loss | None = None,
 ) -> dict[str, Tensor]:
     """Module name -> a score for each unit (count,), the higher the longer it is kept; on the CPU.
 
-    With L the mean loss of all answer tokens:
+    With L the mean loss of all that is learnt, as answer tokens or rows:
 
     * `upop`: minus dL/d(mask), the mask being 1 on each unit's activations, signed (UPop, which
       prunes the largest gradient first).
@@ -53,11 +53,11 @@ def importance(
     Args:
         model: any whose linears have their weight when they are run; in eval mode, or as
             `recompute_blocks` leaves it.
-        batches: keyword arguments of its forward, with `labels`.
+        batches: keyword arguments of its forward, and the targets.
         units: of the modules to score.
         kind: upop | taylor.
-        loss: of outputs, labels and the number of all answer tokens, as `answer_loss` gives it;
-            None: of the model's logits.
+        objective: of the model. What it draws at random is the same at every call.
+        loss: its leaner one, if `model` was made ready for it.
 
     Raises:
         ConfigError: a module is reached by no sample, or a gradient is not finite.
@@ -70,22 +70,23 @@ def importance(
         leaf = torch.ones(one.count, dtype=dtype, device=weight.device, requires_grad=True)
         handles += _mask(model, one, leaf) if kind == "upop" else _weigh(model, one, leaf)
         leaves[name] = leaf
-    answers = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
+    items = sum(int(objective.items(dict(batch))) for batch in batches)
+    still = {"use_cache": False} if takes_use_cache(model) else {}
+    loss = loss or objective.plain_loss
+    # By all items, gradients in float16 would underflow.
+    one_item = torch.ones((), device=model.device)
+    gpus = [model.device] if model.device.type == "cuda" else []
     try:
-        for batch in tqdm(batches, "importance", unit="batch"):
-            moved = {key: value.to(model.device) for key, value in batch.items()}
-            labels = moved.pop("labels")
-            count = torch.ones((), device=labels.device)  # by all tokens, float16 would underflow
-            with without_cudnn():
-                outputs = model(**moved, use_cache=False)
-                total = (loss or _loss)(outputs, labels, count)
-                total.backward()  # type: ignore[no-untyped-call]
-            del outputs, total
+        with torch.random.fork_rng(devices=gpus), without_cudnn():
+            torch.manual_seed(0)
+            for batch in tqdm(batches, "importance", unit="batch"):
+                moved = {key: value.to(model.device) for key, value in batch.items()} | still
+                loss(model, moved, one_item).backward()  # type: ignore[no-untyped-call]
     finally:
         for handle in handles:
             handle.remove()
     sign = -1 if kind == "upop" else 1
-    return {name: sign * _gradient(name, leaf) / answers for name, leaf in leaves.items()}
+    return {name: sign * _gradient(name, leaf) / items for name, leaf in leaves.items()}
 
 
 def recompute_blocks(model: PreTrainedModel) -> None:
@@ -109,16 +110,6 @@ def _gradient(name: str, leaf: Tensor) -> Tensor:
             "or emulator.importance=random"
         )
     return leaf.grad.cpu()
-
-
-def _loss(outputs: Any, labels: Tensor, count: Tensor) -> Tensor:
-    # The logits of one position are about the token of the next.
-    logits, target = outputs.logits[:, :-1], labels[:, 1:]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = functional.cross_entropy(
-        logits.transpose(1, 2), target, ignore_index=IGNORE, reduction="sum"
-    )
-    return total / count
 
 
 def _mask(model: nn.Module, units: Units, leaf: Tensor) -> Iterator[RemovableHandle]:

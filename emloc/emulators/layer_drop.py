@@ -1,7 +1,7 @@
-"""Offsite-tuning: the middle of the decoder thinned out, and a LoRA on the layers at both ends.
+"""Offsite-tuning: the middle of a model thinned out, and a LoRA on the layers at both ends.
 
 After Xiao et al., "Offsite-Tuning: Transfer Learning without Full Model" (2023), without its
-distillation. Blocks outside the decoder, as of a vision tower, stay.
+distillation. A model has one stack of blocks; of a decoder and a vision tower, the decoder's.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from emloc.emulators import Emulator, Given, Plan
 from emloc.emulators.full import in_blocks, load_quantized, rounding
 from emloc.emulators.size import size_facts, solved
 from emloc.errors import ConfigError
+from emloc.models.decoder import Decoder
 from emloc.precision import Precision
 from emloc.settings import MODEL_BITS, Compression
 from emloc.source import CPU, Source
@@ -32,14 +33,14 @@ FEWEST = 2
 
 
 class Skipped(nn.Module):
-    """In the place of a decoder block: hands the hidden states on.
+    """In the place of a block: hands the hidden states on.
 
-    Of a decoder whose blocks give a tensor, as those of transformers do but for a few hybrids.
+    Of a model whose blocks give a tensor, as those of transformers do but for a few hybrids.
     """
 
     def __init__(self, attention_type: str | None) -> None:
         super().__init__()
-        self.attention_type = attention_type  # some decoders ask a block which mask it takes
+        self.attention_type = attention_type  # some models ask a block which mask it takes
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         """(batch, length, width) as it comes."""
@@ -48,7 +49,7 @@ class Skipped(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDrop(Emulator):
-    """Whole blocks of the decoder left out, evenly. All others keep their names and weights."""
+    """Whole blocks left out, evenly. All others keep their names and weights."""
 
     first: int  # blocks at the beginning that are kept and adapted
     last: int  # likewise at the end
@@ -66,14 +67,14 @@ class LayerDrop(Emulator):
         As many are kept as the ratio allows: of all parameters, or of those in `layers`.
 
         Raises:
-            ConfigError: the ratio leaves less than two blocks in the middle, or the decoder has
-                none to drop.
+            ConfigError: the ratio leaves less than two blocks in the middle, or there are none to
+                drop.
         """
         ratio = solved(budget.ratio)
         counted = {f"{layer}.weight": rows * columns for layer, (rows, columns) in layers.items()}
         if budget.of == "model":
             counted = source.sizes
-        blocks = decoder_blocks(source)
+        blocks = stack_of(source)
         sizes = [_size(counted, block) for block in blocks]
         total = sum(counted.values())
         fixed = total - sum(sizes)
@@ -81,7 +82,7 @@ class LayerDrop(Emulator):
         if len(shares) < 2:
             raise ConfigError(
                 f"emulator.first={self.first} and emulator.last={self.last} leave nothing to drop "
-                f"of {len(blocks)} decoder blocks, {FEWEST} between them being kept; set model to "
+                f"of {len(blocks)} blocks, {FEWEST} between them being kept; set model to "
                 "a deeper one, or emulator=svd"
             )
         middle = max((count for count, share in shares.items() if share <= ratio), default=None)
@@ -89,7 +90,7 @@ class LayerDrop(Emulator):
             least = ceil(1000 * shares[FEWEST]) / 1000
             thin = LayerDrop(first=1, last=1)._shares(sizes, fixed, total)[FEWEST] <= ratio
             raise ConfigError(
-                f"compression.ratio={ratio:g} of the {budget.of} leaves less than {FEWEST} decoder "
+                f"compression.ratio={ratio:g} of the {budget.of} leaves less than {FEWEST} "
                 f"blocks between emulator.first={self.first} and emulator.last={self.last}; set "
                 f"compression.ratio={least:g} or higher"
                 + (", or emulator.first=1 emulator.last=1" if thin else "")
@@ -150,7 +151,7 @@ class LayerDrop(Emulator):
         kinds = getattr(source.config.get_text_config(), "layer_types", None)
         skipped = {
             block: Skipped(kinds[index] if kinds else None)
-            for index, block in enumerate(decoder_blocks(source))
+            for index, block in enumerate(stack_of(source))
             if block in dropped
         }
         return load_quantized(source, _quantized(folder, source), device, precision, skipped)
@@ -183,9 +184,16 @@ def thinned(count: int, first: int, last: int, middle: int) -> list[int]:
     return [*range(first), *(first + step for step in steps), *range(count - last, count)]
 
 
-def decoder_blocks(source: Source) -> list[str]:
-    """Names of the language decoder's blocks, in order."""
-    return [block for block in by_block(in_blocks(source)) if block.startswith(source.decoder)]
+def stack_of(source: Source) -> list[str]:
+    """Names of the blocks of the model's one numbered stack, in order.
+
+    Where a vision tower has another, of the language decoder's.
+    """
+    blocks = list(by_block(in_blocks(source)))
+    if len({block.rpartition(".")[0] for block in blocks}) > 1:
+        inside = Decoder(source).prefix
+        blocks = [block for block in blocks if block.startswith(inside)]
+    return blocks
 
 
 def _size(counted: dict[str, int], block: str) -> int:

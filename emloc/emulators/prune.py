@@ -25,7 +25,6 @@ from emloc.emulators.offload import load_streamed
 from emloc.emulators.size import share_of_linears, size_facts, solved
 from emloc.emulators.units import Units, units_of
 from emloc.errors import ConfigError
-from emloc.lean.model import answer_loss
 from emloc.linalg.prune import keep_best, keep_evenly, least, spans
 from emloc.manifest import whole
 from emloc.precision import Precision, require_format
@@ -175,10 +174,10 @@ class Prune(Emulator):
             generator = torch.Generator().manual_seed(self.seed)
             return {n: torch.rand(one.count, generator=generator) for n, one in units.items()}
         model = load_streamed(source, (), device)
-        loss = answer_loss(model)
+        loss = source.objective.lean_loss(model)
         recompute_blocks(model)
         batches = given.samples.learnt(source)
-        return importance(model, batches, units, self.importance, loss)
+        return importance(model, batches, units, self.importance, source.objective, loss)
 
     def kept(self, folder: Path, layer: str) -> tuple[Tensor | None, Tensor | None]:
         """The rows and the columns that are left of a layer, ascending; None where all are."""

@@ -9,6 +9,7 @@ from torch import nn
 
 from emloc.emulators.full import in_blocks
 from emloc.linalg.prune import ATTENTION, MLP, Group
+from emloc.models.decoder import Decoder
 from emloc.source import Source
 from emloc.walk import block_of, by_block
 
@@ -40,7 +41,7 @@ def units_of(source: Source, layers: Collection[str], first: int, last: int) -> 
     `first` and `last` blocks of the decoder have none.
     """
     model = source.skeleton()
-    inside = source.decoder
+    inside = Decoder(source).prefix
     blocks = list(by_block(name for name in in_blocks(source) if name.startswith(inside)))
     whole = {*blocks[:first], *blocks[max(0, len(blocks) - last) :]}
     found: dict[str, Units] = {}

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from emloc.examples import Example
 from emloc.harness.known import quiet
 from emloc.prompts import Encoded
-from emloc.reading import Reader
+from emloc.reading import TokenReader
 from emloc.tasks import Answered
 from emloc.tasks.scorers import score_names
 
@@ -40,7 +40,7 @@ class Shown:
 class Answering(HFMultimodalLM):
     """A model in lm-eval's hands that reads prompts as it did in training."""
 
-    def __init__(self, model: PreTrainedModel, reader: Reader, batch_size: int) -> None:
+    def __init__(self, model: PreTrainedModel, reader: TokenReader, batch_size: int) -> None:
         self._reader = reader
         super().__init__(model, batch_size=batch_size, image_string="<image>")
 
@@ -59,7 +59,7 @@ class Answering(HFMultimodalLM):
 
 def score(
     model: PreTrainedModel,
-    reader: Reader,
+    reader: TokenReader,
     task: Answered,
     rows: Sequence[tuple[Example, Encoded]],
     *,

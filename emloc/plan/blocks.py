@@ -9,6 +9,7 @@ from functools import cached_property
 from torch import nn
 from transformers import PreTrainedModel
 
+from emloc.models.decoder import Decoder, decoder_of
 from emloc.plan.trace import ATTENTION
 from emloc.source import Source
 
@@ -21,6 +22,11 @@ class Blocks:
     """
 
     source: Source
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """What the source says of its decoder."""
+        return Decoder(self.source)
 
     @property
     def count(self) -> int:
@@ -53,7 +59,7 @@ class Blocks:
         own = _decoder_list(model)
         blocks = list(own)
         del own[:]
-        decoder = set(model.get_decoder().modules())
+        decoder = set(decoder_of(model).modules())
         for module in list(model.modules()):
             if isinstance(module, nn.ModuleList) and module not in decoder:
                 del module[:]
@@ -62,5 +68,5 @@ class Blocks:
 
 def _decoder_list(model: PreTrainedModel) -> nn.ModuleList:
     return next(
-        module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList)
+        module for module in decoder_of(model).modules() if isinstance(module, nn.ModuleList)
     )

@@ -17,6 +17,7 @@ from emloc.emulators.svd import Svd
 from emloc.errors import ConfigError
 from emloc.lean.prepare import obstacle
 from emloc.memory import GIB
+from emloc.models.checkpointed import Checkpointed
 from emloc.plan.blocks import Blocks
 from emloc.plan.scheme import Scheme, Work
 from emloc.plan.trace import Traced
@@ -229,6 +230,19 @@ def _fitting_whole(cell: Cell, whole: Scheme, work: Work) -> Compression:
         f"budget.gpu_gib={gib:g}: the whole model does not fit{_at(bits_of(tried[-1]))}; "
         "set method=emloc or budget.gpu_gib higher"
     )
+
+
+def refuse_unplanned(model: Checkpointed, override: str) -> None:
+    """Refuse a model of a family whose training cannot be planned.
+
+    Raises:
+        ConfigError: with the family's own reason, and the override that does without a plan.
+    """
+    if model.unplanned is not None:
+        raise ConfigError(
+            "only the training of models that write text is planned, and "
+            f"model={model.name} {model.unplanned}; set {override}"
+        )
 
 
 def room(cell: Cell) -> int:

@@ -21,6 +21,7 @@ from emloc.lean.layers import aligned
 from emloc.lean.loss import CHUNK_BYTES, AnswerLoss
 from emloc.lean.model import recompute_layers
 from emloc.lean.modules import fewer_operations
+from emloc.models.decoder import decoder_of
 from emloc.nn.factorized import Factorized
 from emloc.plan.blocks import Blocks
 from emloc.plan.trace import Traced, trace
@@ -81,20 +82,22 @@ class Scheme:
             layer = name.removesuffix(".weight")
             if layer in self.source.linears:
                 total += self._held(layer)
-            elif name != self.source.lone_embedding:
+            elif name != self.blocks.decoder.lone_embedding:
                 total += count * size
         return total
 
     @property
     def embedding(self) -> int:
         """Bytes of a token embedding that leaves the device before the first step."""
-        lone = self.source.lone_embedding
+        lone = self.blocks.decoder.lone_embedding
         return self.source.sizes[lone] * self.source.dtype.itemsize if lone else 0
 
     @property
     def uncompressed(self) -> int:
         """Bytes on the device of what no ratio makes smaller."""
-        own = {f"{layer}.weight" for layer in self.compressed} | {self.source.lone_embedding}
+        own = {f"{layer}.weight" for layer in self.compressed} | {
+            self.blocks.decoder.lone_embedding
+        }
         sizes = self.source.sizes.items()
         return sum(count for name, count in sizes if name not in own) * self.source.dtype.itemsize
 
@@ -116,7 +119,7 @@ class Scheme:
 
     def logits(self, work: Work) -> int:
         """Bytes of the logits that exist at one time, in float32 and in the model's dtype."""
-        vocabulary, size = self.source.vocabulary, self.source.dtype.itemsize
+        vocabulary, size = self.blocks.decoder.vocabulary, self.source.dtype.itemsize
         rows = min(work.batch * work.answer, max(1, CHUNK_BYTES // (4 * vocabulary)))
         return rows * vocabulary * (4 + (size if size < 4 else 0))
 
@@ -157,7 +160,7 @@ class Scheme:
         """
         rooms, aside = (0, 0), 0
         for layer, (rows, columns) in self.source.linears.items():
-            if not self._packed(layer) or not layer.startswith(self.source.decoder):
+            if not self._packed(layer) or not layer.startswith(self.blocks.decoder.prefix):
                 continue
             k = self.ranks.get(layer)
             if layer not in self.adapted:
@@ -183,7 +186,7 @@ class Scheme:
     def run(self, work: Work, depth: int) -> Traced:
         """The same of a model with the first `depth` decoder blocks alone."""
         model = self._model(depth)
-        decoder, head = model.get_decoder(), model.get_output_embeddings().weight
+        decoder, head = decoder_of(model), model.get_output_embeddings().weight
         wide = head.shape[1]
         labels = torch.empty(work.batch * work.answer, dtype=torch.long, device="meta")
         count = torch.empty((), device="meta")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from emloc.config import Cell
-from emloc.plan.fit import fitting, precisions
+from emloc.plan.fit import fitting, precisions, refuse_unplanned
 from emloc.plan.scheme import Work
 from emloc.precision import bits_of
 from emloc.reading import encode_all
@@ -17,16 +17,18 @@ def solved(cell: Cell, source: Source) -> Cell:
     """The cell with numbers and format of its compression, as set or for the longest sample.
 
     Raises:
-        ConfigError: there is no budget to solve for, or nothing fits it.
+        ConfigError: there is no budget to solve for, nothing fits it, or the model is of a family
+            that no plan knows.
     """
     chosen = cell.compression
     if chosen.ratio is not None and chosen.bits is not None:
         return cell
     if not cell.adapter.trains:  # then nothing is compressed
         return replace(cell, compression=replace(chosen, bits=MODEL_BITS), precision=None)
-    encoded = encode_all(source.reader(), cell.task.train(), cell.model.max_length)
-    length = max(len(one.input_ids) for one in encoded)
-    answer = max(len(one.input_ids) - one.answer_start for one in encoded)
+    refuse_unplanned(cell.model, "compression=r50")
+    encoded = encode_all(source.reader(), cell.task.train(), cell.model.longest)
+    length = max(one.length for one in encoded)
+    answer = max(one.length - one.answer_start for one in encoded)
     work = Work.of(cell.train, length, answer)
     found = fitting(cell, source, work)
     precision = next(one for one in precisions(cell) if bits_of(one) == found.bits)

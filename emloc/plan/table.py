@@ -11,7 +11,16 @@ from emloc.config import Cell, formats
 from emloc.errors import ConfigError
 from emloc.memory import GIB
 from emloc.plan.cost import Cost, cost_of
-from emloc.plan.fit import RESERVE, Need, factored, fitting_emulator, need, scheme_of, usable
+from emloc.plan.fit import (
+    RESERVE,
+    Need,
+    factored,
+    fitting_emulator,
+    need,
+    refuse_unplanned,
+    scheme_of,
+    usable,
+)
 from emloc.plan.gpus import Gpu
 from emloc.plan.scheme import Scheme, Work
 from emloc.precision import Precision, bits_of
@@ -49,6 +58,7 @@ def plan(cell: Cell, work: Work, gpu: Gpu) -> str:
         ConfigError: the model's shape is not known, a pattern matches nothing, or the training is
             not the lean one.
     """
+    refuse_unplanned(cell.model, "model=smollm2_135m")
     limit = cell.budget.gpu_gib or gpu.memory_gib
     whole = scheme_of(cell, cell.model.shape_source(), None, None)
     lines = list(_lines(cell, whole, work, gpu, limit))

@@ -29,7 +29,7 @@ class Evaluate(Stage):
         """The model, what was carried to it, the data, and how much of it."""
         cell = context.cell
         carried = context.current.get(CARRIED)
-        return [context.source, cell.adapter, carried, cell.task, cell.model.max_length, cell.eval]
+        return [context.source, cell.adapter, carried, cell.task, cell.model.longest, cell.eval]
 
     def work(self, folder: Path, context: Context) -> Facts:
         """See `emloc.evaluate`."""

@@ -25,7 +25,7 @@ class EvaluateAsTrained(Stage):
     def inputs(self, context: Context) -> list[Any]:
         """The emulator, the adapter, the data, and how much of it."""
         cell, trained = context.cell, context.current[TRAINED]
-        return [context.built, cell.adapter, trained, cell.task, cell.model.max_length, cell.eval]
+        return [context.built, cell.adapter, trained, cell.task, cell.model.longest, cell.eval]
 
     def work(self, folder: Path, context: Context) -> Facts:
         """See `emloc.evaluate`."""

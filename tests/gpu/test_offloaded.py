@@ -19,6 +19,7 @@ from emloc.emulators.full import Full
 from emloc.emulators.offload import Offload
 from emloc.lean.model import recompute_layers
 from emloc.lean.prepare import prepare
+from emloc.objectives.tokens import Tokens
 from emloc.pipeline import run
 from emloc.settings import LoraSettings
 from emloc.source import Source
@@ -60,7 +61,7 @@ def trained(emulator, source, folder, bits, lean, recipe):
     torch.manual_seed(0)
     adapter = Lora()
     tuned = adapter.attach(model, LoraSettings(8, 16.0, 0.0), linears(model, r".*_proj")).train()
-    loss = prepare(tuned, adapter, recipe)[1] if lean else None
+    loss = prepare(tuned, adapter, recipe, Tokens())[1] if lean else None
     if not lean:
         recompute_layers(model)
     for name, one in tuned.named_parameters():
@@ -70,7 +71,8 @@ def trained(emulator, source, folder, bits, lean, recipe):
     for seed in range(3):
         torch.manual_seed(seed)
         ids = torch.randint(0, 512, (1, 64), device=CUDA)
-        found = loss(tuned(input_ids=ids), ids) if loss else tuned(input_ids=ids, labels=ids).loss
+        batch = {"input_ids": ids, "labels": ids}
+        found = (loss or Tokens().loss)(tuned, batch, Tokens().items(batch))
         found.backward()
         losses.append(found.item())
     gradients = {n: p.grad.cpu() for n, p in tuned.named_parameters() if p.requires_grad}

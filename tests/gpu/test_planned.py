@@ -1,6 +1,5 @@
 """The planned peak is the one a device reaches."""
 
-from dataclasses import asdict
 from functools import partial
 
 import pytest
@@ -31,7 +30,7 @@ def peak_of(setting, opener, folder, device):
     cell, source = setting.cell, setting.source
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(10, 32000, (STEPS * 2 * BATCH, LENGTH), generator=draw).tolist()
-    rows = [asdict(Encoded("random", one, LENGTH - ANSWER)) for one in ids]
+    rows = [Encoded("random", one, LENGTH - ANSWER) for one in ids]
     made = Opened(source, partial(opener, setting))
     adapter, recipe, layers = cell.adapter, cell.train, tuple(cell.model.adapted(source))
     fit = Fit(adapter, cell.lora, layers, Examples("random", ()), LENGTH, recipe, cell.seed)
@@ -42,7 +41,7 @@ def peak_of(setting, opener, folder, device):
         made,
         fit,
         rows,
-        lambda some: collate([Encoded(**row) for row in some], pad=0),
+        lambda some: collate(some, pad=0),
         device=device,
         report=lambda step, values: None,
     )

@@ -19,7 +19,6 @@ from emloc.compose import compose
 from emloc.config import build
 from emloc.emulators import Built
 from emloc.errors import ConfigError, StageError
-from emloc.evaluate import answer_all, summary
 from emloc.reading import encode_all
 from emloc.samples import Samples, choose
 from emloc.statistics import Statistics
@@ -448,8 +447,9 @@ def test_what_is_trained_in_four_bits_is_scored_as_trained_too(go, tiny):
     model = cell.emulator.open(result.emulated.folder, source, CPU)
     model = PeftModel.from_pretrained(model, result.trained.folder / "adapter").eval()
     encoded = encode_all(source.reader(), cell.task.held_out(64), cell.model.max_length)
-    answers = answer_all(model, encoded, 4, source.reader())
-    assert summary(answers)["loss"] == pytest.approx(scores["loss"], rel=1e-5)
+    answers = source.objective.score(model, encoded, source.reader(), 4)
+    summary = source.objective.summary(answers, cell.task.held_out(64))
+    assert summary["loss"] == pytest.approx(scores["loss"], rel=1e-5)
 
 
 def test_quantising_is_a_gap_that_a_correction_closes(go):

@@ -6,10 +6,12 @@ import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
 
-from emloc.evaluate import Answer, answer_all, summary
+from emloc.examples import Examples
+from emloc.objectives.tokens import TokenAnswer, Tokens
 from emloc.prompts import Encoded
 from emloc.reading import TextReader
 
+NONE = Examples("rows", ())
 READER = TextReader(tiny_tokenizer(chat=False))
 PROMPTS = ([1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63, 64, 65, 66])
 
@@ -39,7 +41,7 @@ def test_exact_is_what_greedy_decoding_writes(model):
         Encoded(str(i), [*prompt, *answer], len(prompt))
         for i, (prompt, answer) in enumerate(zip(PROMPTS, answers, strict=True))
     ]
-    found = answer_all(model, same, size=3, reader=READER)
+    found = Tokens().score(model, same, READER, 3)
     assert [answer.id for answer in found] == ["0", "1", "2"]
     assert [(answer.right, answer.tokens) for answer in found] == [(2, 2), (3, 3), (4, 4)]
     assert all(answer.exact for answer in found)
@@ -48,14 +50,14 @@ def test_exact_is_what_greedy_decoding_writes(model):
         Encoded(one.id, [*one.input_ids[:-1], one.input_ids[-1] ^ 1], one.answer_start)
         for one in same
     ]
-    found = answer_all(model, other, size=3, reader=READER)
+    found = Tokens().score(model, other, READER, 3)
     assert [(answer.right, answer.tokens) for answer in found] == [(1, 2), (2, 3), (3, 4)]
     assert not any(answer.exact for answer in found)
 
 
 def test_likelihoods_do_not_depend_on_the_batch(model):
     rows = [Encoded(str(i), [*prompt, 70, 71, 72], len(prompt)) for i, prompt in enumerate(PROMPTS)]
-    alone, together = (answer_all(model, rows, size=size, reader=READER) for size in (1, 3))
+    alone, together = (Tokens().score(model, rows, READER, size) for size in (1, 3))
     for one, other in zip(alone, together, strict=True):
         assert one.nll == pytest.approx(other.nll, abs=1e-4)
         ids = torch.tensor([rows[int(one.id)].input_ids])
@@ -66,6 +68,11 @@ def test_likelihoods_do_not_depend_on_the_batch(model):
 
 
 def test_summary_weighs_tokens_for_the_loss_and_rows_for_the_match():
-    answers = [Answer("a", nll=6.0, tokens=3, right=3), Answer("b", nll=1.0, tokens=1, right=0)]
-    assert summary(answers) == {"loss": 7 / 4, "token_accuracy": 3 / 4, "exact_match": 1 / 2}
-    assert math.isclose(summary(answers[:1])["loss"], 2.0)
+    answers = [
+        TokenAnswer("a", nll=6.0, tokens=3, right=3),
+        TokenAnswer("b", nll=1.0, tokens=1, right=0),
+    ]
+    scores = Tokens().summary(answers, NONE)
+    assert scores == {"loss": 7 / 4, "token_accuracy": 3 / 4, "exact_match": 1 / 2}
+    assert tuple(scores) == Tokens.score_names
+    assert math.isclose(Tokens().summary(answers[:1], NONE)["loss"], 2.0)

@@ -30,7 +30,7 @@ def folder(tmp_path_factory) -> Path:
 
 def opened(folder: Path) -> Opened:
     tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
-    return Opened(folder, tokenizer, config, torch.float32)
+    return Opened(folder, lambda: tokenizer, config, torch.float32)
 
 
 def read_by(folder: Path, system: str | None = None) -> InternVLReader:
@@ -104,7 +104,7 @@ def test_a_tokenizer_without_an_internvls_tokens_is_refused(folder, token):
     other = type(found.tokenizer.backend_tokenizer).from_str(core.replace(token, "<other>"))
     tokenizer = type(found.tokenizer)(tokenizer_object=other, bos_token="<s>", pad_token="<pad>")
     with pytest.raises(ConfigError) as caught:
-        InternVLReading(None, 6).reader(replace(found, tokenizer=tokenizer))
+        InternVLReading(None, 6).reader(replace(found, open_tokenizer=lambda: tokenizer))
     assert f"its tokenizer has no {token}, so" in str(caught.value)
 
 

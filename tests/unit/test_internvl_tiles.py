@@ -31,7 +31,8 @@ def read_by(tmp_path_factory):
     config = AutoConfig.from_pretrained(folder)
 
     def made(tiles: int, dtype: torch.dtype = torch.float32) -> InternVLReader:
-        opened = Opened(folder, AutoTokenizer.from_pretrained(folder), config, dtype)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        opened = Opened(folder, lambda: tokenizer, config, dtype)
         return InternVLReading(None, tiles).reader(opened)
 
     return made

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, LlamaForCausalLM
 from emloc.compose import compose
 from emloc.config import build
 from emloc.emulators import Given
-from emloc.emulators.layer_drop import LayerDrop, Skipped, decoder_blocks, thinned
+from emloc.emulators.layer_drop import LayerDrop, Skipped, stack_of, thinned
 from emloc.errors import ConfigError
 from emloc.lean.model import recompute_layers
 from emloc.lean.modules import fewer_operations
@@ -96,7 +96,7 @@ def test_of_the_8b_a_quarter_leaves_no_middle(eight):
     with pytest.raises(ConfigError) as refused:
         LayerDrop(first=2, last=2).plan(source, layers, Compression(0.25, "model", 16))
     assert str(refused.value) == (
-        "compression.ratio=0.25 of the model leaves less than 2 decoder blocks between "
+        "compression.ratio=0.25 of the model leaves less than 2 blocks between "
         "emulator.first=2 and emulator.last=2; set compression.ratio=0.298 or higher, or "
         "emulator.first=1 emulator.last=1"
     )
@@ -131,7 +131,7 @@ def test_a_decoder_with_nothing_to_drop_is_refused(checkpoint):
     with pytest.raises(ConfigError) as refused:
         DROP.plan(source, linears(source), Compression(0.5, "linears", 16))
     assert str(refused.value) == (
-        "emulator.first=1 and emulator.last=2 leave nothing to drop of 2 decoder blocks, 2 between "
+        "emulator.first=1 and emulator.last=2 leave nothing to drop of 2 blocks, 2 between "
         "them being kept; set model to a deeper one, or emulator=svd"
     )
 
@@ -242,7 +242,7 @@ def test_of_a_vision_language_model_the_vision_tower_stays(tmp_path):
     whole = AutoModelForImageTextToText.from_config(model.config)
     whole.save_pretrained(tmp_path / "model")
     source = Source(tmp_path / "model", "vl", "0", torch.float32, AutoModelForImageTextToText)
-    blocks = decoder_blocks(source)
+    blocks = stack_of(source)
     assert blocks == [f"model.language_model.layers.{i}" for i in range(5)]
     drop = LayerDrop(first=1, last=1)
     layers = {n: shape for n, shape in source.linears.items() if ".layer" in n}

@@ -13,9 +13,11 @@ from torch.nn import functional
 from emloc.adapters.fused import fuse
 from emloc.lean.embedding import HostEmbedding
 from emloc.lean.loss import AnswerLoss
-from emloc.lean.model import answer_loss, keep_embedding_on_host, recompute_layers
+from emloc.lean.model import keep_embedding_on_host, recompute_layers
 from emloc.lean.modules import GatedUnit, fewer_operations
 from emloc.nn.factorized import Factorized, PackedFactorized
+from emloc.objectives.answer_loss import answer_loss
+from emloc.objectives.tokens import Tokens
 from emloc.precision.nf4 import Nf4Linear
 
 BLOCKS = r".*layers.*proj"
@@ -95,7 +97,8 @@ def test_the_lean_path_gives_the_loss_and_the_gradients_of_the_plain_one(kind, a
     assert keep_embedding_on_host(inner) > 0
     assert fewer_operations(inner, torch.float32) == ["LlamaMLP", "LlamaRMSNorm"]
     loss = answer_loss(inner)
-    found = loss(lean(input_ids=ids), labels)
+    rows = {"input_ids": ids, "labels": labels}
+    found = loss(lean, rows, Tokens().items(rows))
     found.backward()
     assert float(found) == pytest.approx(float(expected), rel=1e-6)
     close(gradients(plain), gradients(lean))
@@ -113,7 +116,8 @@ def test_in_16_bits_both_paths_are_as_far_from_32_bits_as_rounding_goes(kind):
     inner = lean.get_base_model()
     assert fuse(lean) == 14
     fewer_operations(inner, torch.bfloat16)
-    answer_loss(inner)(lean(input_ids=ids), labels).backward()
+    rows = {"input_ids": ids, "labels": labels}
+    answer_loss(inner)(lean, rows, Tokens().items(rows)).backward()
     true = gradients(exact)
 
     def apart(model):

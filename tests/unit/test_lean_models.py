@@ -9,8 +9,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from emloc.adapters.fused import fuse
-from emloc.lean.model import answer_loss, keep_embedding_on_host, recompute_layers
+from emloc.lean.model import keep_embedding_on_host, recompute_layers
 from emloc.lean.modules import fewer_operations
+from emloc.objectives.answer_loss import answer_loss
+from emloc.objectives.tokens import Tokens
 
 SHAPE = {
     **{"vocab_size": 261, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
@@ -84,7 +86,8 @@ def test_loss_and_gradients_are_those_of_the_plain_path(kind):
     assert (loss is None) == MODELS[kind][1]
     recompute_layers(inner)
     torch.manual_seed(7)
-    found = loss(lean(**inputs), labels) if loss else lean(**inputs, labels=labels).loss
+    rows = {**inputs, "labels": labels}
+    found = (loss or Tokens().loss)(lean, rows, Tokens().items(rows))
     found.backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     true = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}

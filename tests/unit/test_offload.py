@@ -20,6 +20,7 @@ from emloc.emulators.full import Full
 from emloc.emulators.offload import Offload
 from emloc.errors import ConfigError
 from emloc.lean.prepare import prepare
+from emloc.objectives.tokens import Tokens
 from emloc.pipeline import run
 from emloc.settings import Compression, LoraSettings
 from emloc.source import Source
@@ -141,12 +142,13 @@ def test_frozen_blocks_of_a_vision_tower_are_streamed_and_not_recomputed(tiny, t
     source = Source(tmp_path / "model", "tiny", "0", torch.float32, AutoModelForImageTextToText)
     recipe = build(compose([*tiny, "method=offload"])).train
     batch = image_batch()
+    batch |= {"labels": batch["input_ids"]}
     gradients = []
     for model in both(tmp_path, source, bits):
         torch.manual_seed(0)
         adapter = Lora()
         tuned = adapter.attach(model, LORA, linears(model, r".*language_model.*_proj"))
-        lean, loss = prepare(tuned, adapter, recipe)
+        lean, loss = prepare(tuned, adapter, recipe, Tokens())
         assert lean
         for name, parameter in tuned.named_parameters():
             if "lora_B" in name:
@@ -156,7 +158,7 @@ def test_frozen_blocks_of_a_vision_tower_are_streamed_and_not_recomputed(tiny, t
         tuned.train()
         for _ in range(2):
             tuned.zero_grad()
-            loss(tuned(**batch), batch["input_ids"]).backward()
+            loss(tuned, batch, Tokens().items(batch)).backward()
         gradients.append({n: p.grad for n, p in tuned.named_parameters() if p.grad is not None})
     assert len(gradients[0]) == 2 * 7 * 2
     for name, gradient in gradients[0].items():

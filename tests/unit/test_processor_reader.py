@@ -25,7 +25,7 @@ def folder(tmp_path_factory) -> Path:
 
 def read_by(folder: Path, dtype: torch.dtype = torch.float32) -> ProcessorReader:
     tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
-    return ProcessorReading().reader(Opened(folder, tokenizer, config, dtype))
+    return ProcessorReading().reader(Opened(folder, lambda: tokenizer, config, dtype))
 
 
 @pytest.fixture(scope="module")

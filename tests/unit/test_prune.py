@@ -34,8 +34,9 @@ from emloc.emulators.prune import Prune
 from emloc.emulators.units import units_of
 from emloc.errors import ConfigError
 from emloc.examples import Example, Examples
-from emloc.lean.model import answer_loss
 from emloc.linalg.prune import ATTENTION, MLP, Group, keep_best, keep_evenly, least
+from emloc.objectives.answer_loss import answer_loss
+from emloc.objectives.tokens import Tokens
 from emloc.samples import Samples
 from emloc.settings import Compression
 from emloc.source import Source
@@ -383,7 +384,7 @@ def mean_loss(model, batches) -> float:
 def test_the_score_of_upop_is_minus_the_slope_of_the_loss_in_the_mask(llama):
     """By central differences in float64, for every head and some neurons."""
     units = units_of(llama, layers_of(llama), 0, 0)
-    scores = importance(in_float64(llama), text_batches(), units, "upop")
+    scores = importance(in_float64(llama), text_batches(), units, "upop", Tokens())
     for name, one in units.items():
         ((layer, size),) = one.columns.items()
         assert scores[name].dtype == torch.float64
@@ -406,7 +407,7 @@ def test_upop_prunes_what_the_loss_would_most_like_smaller(tmp_path, source):
     model = source.load(CPU)
     name = "model.layers.0.mlp"
     rows, _ = emulator.kept(tmp_path, f"{name}.up_proj")
-    gradient = -importance(model, batches, units, "upop")[name]
+    gradient = -importance(model, batches, units, "upop", Tokens())[name]
     gone = [unit for unit in range(64) if unit not in rows.tolist()]
     assert gradient[gone].min() >= gradient[rows].max()
 
@@ -414,14 +415,14 @@ def test_upop_prunes_what_the_loss_would_most_like_smaller(tmp_path, source):
 def test_taylor_of_one_batch_is_the_whole_gradient_times_the_weights(llama):
     units = units_of(llama, layers_of(llama), 0, 0)
     (batch, *_) = text_batches()
-    scores = importance(llama.load(CPU), [batch], units, "taylor")
+    scores = importance(llama.load(CPU), [batch], units, "taylor", Tokens())
     for name, summed in by_autograd(llama, [batch], units).items():
         torch.testing.assert_close(scores[name], summed, atol=1e-14, rtol=1e-10)
 
 
 def test_taylor_of_several_batches_adds_their_magnitudes(llama):
     units = units_of(llama, layers_of(llama), 0, 0)
-    scores = importance(llama.load(CPU), text_batches(), units, "taylor")
+    scores = importance(llama.load(CPU), text_batches(), units, "taylor", Tokens())
     for name, summed in by_autograd(llama, text_batches(), units).items():
         # The model's norms round to float32 on the way.
         torch.testing.assert_close(scores[name], summed, atol=1e-14, rtol=1e-6)
@@ -446,14 +447,14 @@ def by_autograd(source, batches, units) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", ["upop", "taylor"])
 def test_recomputed_blocks_and_the_lean_loss_give_the_same_scores(source, kind):
     units = units_of(source, layers_of(source), 0, 0)
-    plain = importance(source.load(CPU), text_batches(), units, kind)
+    plain = importance(source.load(CPU), text_batches(), units, kind, Tokens())
     model = source.load(CPU)
     loss = answer_loss(model)
     assert loss is not None
     recompute_blocks(model)
     runs = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
-    again = importance(model, text_batches(), units, kind, loss)
+    again = importance(model, text_batches(), units, kind, Tokens(), loss)
     assert len(runs) == 2 * len(text_batches())  # once more in the backward pass
     for name in units:
         torch.testing.assert_close(again[name], plain[name], atol=1e-6, rtol=1e-4)
@@ -464,7 +465,7 @@ def test_nothing_of_the_scoring_stays_in_the_model(source):
     units = units_of(source, layers_of(source), 0, 0)
     before = model(input_ids=IDS).logits
     for kind in ("upop", "taylor"):
-        importance(model, text_batches(), units, kind)
+        importance(model, text_batches(), units, kind, Tokens())
     after = model(input_ids=IDS).logits
     assert torch.equal(before, after)
     assert not after.requires_grad
@@ -480,7 +481,7 @@ def test_the_number_of_answer_tokens_is_no_matter_of_rounding(llama, kind):
     scores = []
     for dtype in (torch.float32, torch.float16):
         model = replace(llama, dtype=dtype).load(CPU)
-        scores.append(importance(model, many, units, kind))
+        scores.append(importance(model, many, units, kind, Tokens()))
     for name, exact in scores[0].items():
         together = torch.corrcoef(torch.stack([exact, scores[1][name].float()]))[0, 1]
         assert together > 0.99, name
@@ -511,8 +512,8 @@ def test_scores_are_float32_sums_for_a_model_of_16_bits(source):
     half = replace(source, dtype=torch.bfloat16)
     units = units_of(half, layers_of(half), 0, 0)
     for kind in ("upop", "taylor"):
-        wide = importance(source.load(CPU), text_batches(), units, kind)
-        found = importance(half.load(CPU), text_batches(), units, kind)
+        wide = importance(source.load(CPU), text_batches(), units, kind, Tokens())
+        found = importance(half.load(CPU), text_batches(), units, kind, Tokens())
         for name in units:
             assert found[name].dtype == torch.float32
             assert float((found[name] - wide[name]).norm()) < 0.15 * float(wide[name].norm())
@@ -587,10 +588,10 @@ def test_a_module_that_no_sample_reaches_has_no_score(vision, kind):
         r"set emulator.importance=random"
     )
     with pytest.raises(ConfigError, match=message):
-        importance(model, text_batches(), units, kind)
+        importance(model, text_batches(), units, kind, Tokens())
     images = image_batch()
     learnt = [images | {"labels": images["input_ids"]}]
-    scores = importance(model, learnt, units, kind)
+    scores = importance(model, learnt, units, kind, Tokens())
     assert all(float(one.abs().sum()) > 0 for one in scores.values())
 
 
@@ -599,7 +600,7 @@ def test_gradients_that_are_not_finite_are_refused(source):
     model.get_submodule("model.layers.1.mlp.up_proj").weight.data[0, 0] = float("nan")
     units = units_of(source, layers_of(source), 0, 0)
     with pytest.raises(ConfigError, match="gradients of the calibration loss are not finite"):
-        importance(model, text_batches(), units, "upop")
+        importance(model, text_batches(), units, "upop", Tokens())
 
 
 @pytest.mark.parametrize("of", ["linears", "model"])

@@ -1,0 +1,291 @@
+"""Model families from outside the package: what they learn, with heads of their own, end to end."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import tiny_tokenizer
+from transformers import RobertaConfig, RobertaForMaskedLM, ViTConfig, ViTModel
+
+from emloc.compose import compose
+from emloc.config import build
+from emloc.emulators.importance import importance
+from emloc.emulators.units import Units
+from emloc.errors import ConfigError
+from emloc.linalg.prune import MLP
+from emloc.pipeline import run
+from emloc.plan.gpus import gpu_called
+from emloc.plan.scheme import Work
+from emloc.plan.table import plan
+from emloc.samples import Samples
+
+CPU = torch.device("cpu")
+EXTENSIONS = Path(__file__).parents[1] / "extensions"
+ROOM = {"offsite": ("emulator.first=1", "emulator.last=1", "compression.ratio=0.8")}
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+# Without dropout, so that losses can be compared.
+STILL = SMALL | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+@pytest.fixture(scope="module")
+def roberta(tmp_path_factory):
+    """A language model, of which a classifier takes all but the head."""
+    folder = tmp_path_factory.mktemp("roberta")
+    tokenizer = tiny_tokenizer(chat=False)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), pad_token_id=0, num_hidden_layers=5, type_vocab_size=1, **STILL
+    )
+    torch.manual_seed(0)
+    RobertaForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    """An encoder saved by itself: the names of its tensors begin below the classifier's."""
+    folder = tmp_path_factory.mktemp("vit")
+    config = ViTConfig(image_size=28, patch_size=7, num_hidden_layers=5, **SMALL)
+    torch.manual_seed(0)
+    ViTModel(config).save_pretrained(folder)
+    return folder
+
+
+def written(folder: Path, rows: list[dict[str, str]]) -> Path:
+    for split, part in (("train", rows[:32]), ("test", rows[32:])):
+        lines = "".join(json.dumps(row) + "\n" for row in part)
+        (folder / f"{split}.jsonl").write_text(lines)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Rows whose first letter tells the class and the vector; lengths differ."""
+    rows = [
+        {"text": "zx"[i % 2] * 6 + "b" * (i % 5) + str(i), "label": ("even", "odd")[i % 2]}
+        | {"vector": ("2 -1", "-1 2")[i % 2]}
+        for i in range(44)
+    ]
+    return written(tmp_path_factory.mktemp("texts"), rows)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Dark images and light ones."""
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "images").mkdir()
+    draw = np.random.default_rng(0)
+    rows = []
+    for i in range(44):
+        noise = draw.integers(0, 60, (20, 20, 3)) + (0, 180)[i % 2]
+        Image.fromarray(noise.astype(np.uint8)).save(folder / "images" / f"{i}.png")
+        rows.append({"image": f"{i}.png", "label": ("dark", "light")[i % 2]})
+    return written(folder, rows)
+
+
+@pytest.fixture
+def go(store, monkeypatch, roberta, vit, texts, images):
+    """The cell of a plug-in's model, and its run."""
+    for plugin in ("classifier", "regression"):
+        monkeypatch.syspath_prepend(EXTENSIONS / plugin)
+
+    def load(group: str, name: str):
+        [file] = EXTENSIONS.glob(f"*/conf/{group}/{name}.yaml")
+        return OmegaConf.load(file)
+
+    def cell(model: str, *overrides: str, **changed):
+        tiny = [
+            *("calibration.samples=8", "lora=r4", "train.batch=8", "train.log_every=1"),
+            *("train.steps=30", "train.learning_rate=0.01", "train.schedule=constant"),
+            *("compression=r50", "eval=quick", "tracker=none"),
+        ]
+        cfg = compose([*tiny, *overrides])
+        sees = model == "tiny_vit"
+        own = {"source": str(vit if sees else roberta), "dtype": "float32"}
+        cfg.model = OmegaConf.merge(load("model", model), own | changed)
+        task = {"path": str(images if sees else texts)}
+        if model == "tiny_flow":
+            task |= {"target": "{{vector}}", "metric": "error"}
+        name = "labelled_images" if sees else "labelled_texts"
+        cfg.task = OmegaConf.merge(load("task", name), task)
+        return build(cfg)
+
+    def go_with(model: str, *overrides: str, **changed):
+        return run(cell(model, *overrides, **changed), store, lambda step, values: None)
+
+    go_with.cell = cell
+    return go_with
+
+
+def answers_of(result) -> list[dict]:
+    lines = (result.evaluated.folder / "predictions.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("method", ["emloc", "emloc_covariance", "lora", "offsite"])
+@pytest.mark.parametrize("model", ["tiny_roberta", "tiny_vit"])
+def test_a_classifier_learns_its_classes(go, model, method):
+    """A fresh head and an adapter, through every kind of emulator but one of units."""
+    before = go(model, "method=zero_shot").evaluated.facts["scores"]
+    result = go(model, f"method={method}", *ROOM.get(method, ()))
+    scores = result.evaluated.facts["scores"]
+    assert result.metric == "accuracy"
+    assert scores["accuracy"] > 0.9 > before["accuracy"]
+    assert scores["loss"] < 0.5 * before["loss"]
+    answers = answers_of(result)
+    assert [one["id"].rpartition("/")[2] for one in answers] == [str(i) for i in range(12)]
+    assert sum(one["right"] for one in answers) / 12 == scores["accuracy"]
+
+
+@pytest.mark.parametrize("method", ["emloc", "lora"])
+def test_a_family_of_continuous_targets_comes_nearer_to_them(go, method):
+    before = go("tiny_flow", "method=zero_shot").evaluated.facts["scores"]
+    result = go("tiny_flow", f"method={method}")
+    assert result.metric == "error"
+    assert result.evaluated.facts["scores"]["error"] < 0.1 * before["error"]
+
+
+def test_units_are_pruned_by_what_the_family_learns(go):
+    """By gradients of the class, with a head that nobody has trained yet."""
+    ends = ("emulator.first=1", "emulator.last=1", "compression=r75")
+    result = go("tiny_vit", "method=upop", *ends)
+    scores = load_file(result.emulated.folder / "scores.safetensors")
+    assert sorted(scores) == [f"vit.layers.{i}.mlp" for i in (1, 2, 3)]
+    assert all(float(one.abs().sum()) > 0 for one in scores.values())
+    assert result.evaluated.facts["scores"]["accuracy"] == 1
+
+
+def test_what_an_objective_draws_for_scores_is_the_same_at_every_call(go):
+    """The weights of units are in the cache: noise must not make others of the same inputs."""
+    source = go.cell("tiny_flow").model.open()
+    layer = "roberta.encoder.layer.0"
+    rows, columns = {f"{layer}.intermediate.dense": 1}, {f"{layer}.output.dense": 1}
+    units = {layer: Units(MLP, 48, 64, rows, columns)}
+    cell = go.cell("tiny_flow")
+    batches = Samples(cell.task.train(), cell.model.longest).learnt(source)
+    scores = [
+        importance(source.load(CPU), batches, units, "upop", source.objective)[layer]
+        for _ in range(2)
+    ]
+    assert torch.equal(*scores)
+
+
+def test_a_fresh_head_is_saved_with_the_adapter_and_carried_as_it_is(go):
+    result = go("tiny_roberta", "method=emloc")
+    trained, carried = (
+        load_file(one.folder / "adapter" / "adapter_model.safetensors")
+        for one in (result.trained, result.carried)
+    )
+    heads = {name for name in trained if ".classifier." in name}
+    assert heads == {
+        f"base_model.model.classifier.{part}.{kind}"
+        for part in ("dense", "out_proj")
+        for kind in ("weight", "bias")
+    }
+    assert all(torch.equal(trained[name], carried[name]) for name in heads)
+    source = go.cell("tiny_roberta").model.open()
+    start = dict(source.load(CPU).named_parameters())
+    for name in heads:
+        assert not torch.equal(trained[name], start[name.removeprefix("base_model.model.")])
+
+
+def test_a_fresh_head_is_the_same_at_every_reading_and_another_for_another_seed(go):
+    source = go.cell("tiny_roberta").model.open()
+    first, second = source.load(CPU), source.load(CPU)
+    name = "classifier.out_proj.weight"
+    assert torch.equal(first.get_parameter(name), second.get_parameter(name))
+    source.renew(first, 1)
+    source.renew(second, 2)
+    assert not torch.equal(first.get_parameter(name), second.get_parameter(name))
+    assert float(first.get_parameter(name).std()) == pytest.approx(0.02, rel=0.5)
+
+
+def test_a_fresh_head_is_computed_in_float32_in_a_model_of_16_bits(go):
+    source = go.cell("tiny_roberta", dtype="bfloat16").model.open()
+    model = source.load(CPU)
+    assert model.get_parameter("classifier.dense.weight").dtype == torch.float32
+    assert (
+        model.get_submodule("roberta.encoder.layer.0.output.dense").weight.dtype == torch.bfloat16
+    )
+    ids = torch.arange(6, 16)[None]
+    assert model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.dtype == torch.float32
+    scores = go("tiny_roberta", "method=emloc", dtype="bfloat16").evaluated.facts["scores"]
+    assert scores["accuracy"] == 1
+
+
+def test_the_loss_of_a_step_does_not_depend_on_how_it_is_cut_into_passes(go):
+    curves = []
+    for size, passes in ((8, 1), (2, 4)):
+        counts = (f"train.batch={size}", f"train.accumulate={passes}", "train.steps=3")
+        trained = go("tiny_roberta", "method=lora", *counts).trained
+        lines = (trained.folder / "curve.jsonl").read_text().splitlines()
+        curves.append([json.loads(line)["loss"] for line in lines])
+    assert len(curves[0]) == 3
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_an_encoder_saved_without_a_head_is_read_by_names_of_its_own(go, vit):
+    source = go.cell("tiny_vit").model.open()
+    stored = ViTModel.from_pretrained(vit).state_dict()
+    model = source.load(CPU)
+    own = model.vit.state_dict()
+    assert len(own) > 5 * 16
+    assert all(torch.equal(own[name], stored[name]) for name in own)
+
+
+def test_the_classes_are_in_the_keys_of_all_stages(go):
+    keys = {
+        str(go.cell("tiny_roberta", classes=classes).model.open().key)
+        for classes in (["even", "odd"], ["odd", "even"], ["even", "odd", "none"])
+    }
+    assert len(keys) == 3
+
+
+def test_a_reader_is_opened_once(go):
+    source = go.cell("tiny_roberta").model.open()
+    assert source.reader() is source.reader()
+
+
+NOT = {
+    "a score that the family does not give": (
+        ("task.metric=exact_match",),
+        "task.metric=exact_match: the scores of this kind of model are accuracy, loss; "
+        "set task.metric=accuracy",
+    ),
+    "a size that is to be solved for": (
+        ("compression=auto", "budget.gpu_gib=24"),
+        "only the training of models that write text is planned, and model=tiny_roberta sorts "
+        "into classes; set compression=r50",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NOT)
+def test_what_a_family_cannot_do_is_refused_with_its_own_reason(go, what):
+    overrides, message = NOT[what]
+    cell = go.cell("tiny_roberta", *(one for one in overrides if not one.startswith("task.")))
+    if overrides[0].startswith("task."):
+        cell = replace(cell, task=replace(cell.task, metric="exact_match"))
+    with pytest.raises(ConfigError) as caught:
+        run(cell, None, lambda step, values: None)
+    assert str(caught.value) == message
+
+
+def test_no_table_of_needs_is_made_for_a_family_that_writes_no_text(go):
+    cell = go.cell("tiny_roberta")
+    work = Work.of(cell.train, 64, 8)
+    message = "model=tiny_roberta sorts into classes; set model=smollm2_135m"
+    with pytest.raises(ConfigError, match=message):
+        plan(cell, work, gpu_called("rtx4090"))
+
+
+def test_a_target_that_is_no_class_is_refused_by_its_row(go):
+    message = "train/1: 'odd' is none of the classes even, none; set model.classes, or task.target"
+    with pytest.raises(ConfigError, match=message):
+        go("tiny_roberta", "method=lora", classes=["even", "none"])
