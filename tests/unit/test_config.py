@@ -28,7 +28,12 @@ CHOICES = {
     for folder in sorted(CONF.iterdir())
     if folder.is_dir() and any(folder.glob("*.yaml"))
 }
-FILES = [f"{group}/{stem}" for group, stems in CHOICES.items() for stem in stems]
+FILES = [
+    f"{group}/{stem}"
+    for group, stems in CHOICES.items()
+    for stem in stems
+    if f"{group}/{stem}" != "stage/standard"  # which only names others
+]
 PRESET = ("emulator", "adapter", "recovery")
 # Parts that lie in a module of their own, called as their YAML file.
 PARTS = (*PRESET, "precision")
