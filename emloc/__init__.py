@@ -4,28 +4,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 # At once, and light enough for it: resolved later, it would be hidden by the module of its name.
-from emloc.compose import compose
+from emloc.config.compose import compose
 
 if TYPE_CHECKING:
     from emloc.adapters.fold import merge
     from emloc.adapters.saved import SavedLora, read_lora
-    from emloc.config import build
     from emloc.errors import ConfigError, StageError
     from emloc.library import build_emulator, correct
-    from emloc.nn.factorized import Factorized
     from emloc.pipeline import run
     from emloc.report.markdown import table
-    from emloc.store import Store
+    from emloc.runtime.stage_cache import Store
+    from emloc.stages.run_config import build
+    from emloc.tensors.nn.factorized import Factorized
 
 # Name -> module. Resolved when asked for, so that `emloc --help` never waits for torch. None may be
 # called as a module of this package is: once imported, that module would be found in its place.
 _HOMES = {
     "ConfigError": "emloc.errors",
-    "Factorized": "emloc.nn.factorized",
+    "Factorized": "emloc.tensors.nn.factorized",
     "SavedLora": "emloc.adapters.saved",
     "StageError": "emloc.errors",
-    "Store": "emloc.store",
-    "build": "emloc.config",
+    "Store": "emloc.runtime.stage_cache",
+    "build": "emloc.stages.run_config",
     "build_emulator": "emloc.library",
     "correct": "emloc.library",
     "merge": "emloc.adapters.fold",

@@ -12,11 +12,11 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from emloc.cell import run_cell
-from emloc.compose import compose, explain, register
+from emloc.config.compose import compose, explain, register
+from emloc.config.paths import CONF
 from emloc.errors import ConfigError
-from emloc.quiet import quiet
-from emloc.shipped import CONF
+from emloc.runtime.quiet_libraries import quiet
+from emloc.sweeps.job import run_cell
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -88,7 +88,7 @@ def _report(arguments: list[str]) -> None:
     written = []
     try:
         if to:
-            from emloc.report.written import write_report
+            from emloc.report.write import write_report
 
             written += write_report(place, rows, to)
         if chosen.csv:
@@ -104,8 +104,8 @@ def _report(arguments: list[str]) -> None:
 def _tables(arguments: list[str]) -> None:
     """Print one page over all experiments: what was run, what is missing, the paper's numbers."""
     argparse.ArgumentParser("emloc tables", description=_tables.__doc__).parse_args(arguments)
-    from emloc.report.tables import tables
-    from emloc.shipped import EXPERIMENTS
+    from emloc.config.paths import EXPERIMENTS
+    from emloc.report.all_experiments import tables
 
     print(tables(EXPERIMENTS, Path(os.environ.get("EMLOC_RUNS", "runs"))))
 
@@ -118,7 +118,7 @@ def _merge(arguments: list[str]) -> None:
     chosen = parser.parse_args(arguments)
 
     quiet()
-    from emloc.merging import merge_run
+    from emloc.stages.merge_run import merge_run
 
     print(merge_run(chosen.run, chosen.to or chosen.run / "merged"))
 
@@ -134,10 +134,10 @@ def _plan(arguments: list[str]) -> None:
     cfg = compose(chosen.overrides)
 
     quiet()
-    from emloc.config import build
-    from emloc.plan.gpus import gpu_called
-    from emloc.plan.scheme import Work
-    from emloc.plan.table import plan
+    from emloc.cost.plan.gpus import gpu_called
+    from emloc.cost.plan.scheme import Work
+    from emloc.cost.plan.table import plan
+    from emloc.stages.run_config import build
 
     if not 1 <= chosen.answer <= chosen.length:
         raise ConfigError(f"--answer {chosen.answer} of --length {chosen.length}: give 1 to all")
@@ -154,7 +154,7 @@ def _bench(arguments: list[str]) -> None:
     chosen = parser.parse_args(arguments)
 
     quiet()
-    from emloc.bench.run import bench, home
+    from emloc.cost.bench.run import bench, home
 
     print(bench(chosen.works, chosen.to or home()))
 

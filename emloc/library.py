@@ -17,15 +17,15 @@ from typing import Any, TypeVar
 from torch import nn
 
 from emloc.adapters.saved import SavedLora, lora_of, read_lora
-from emloc.calibrate import observe
-from emloc.emulators.factors import factorize, refine
+from emloc.calibration.blockwise import Block, by_block, walk
+from emloc.calibration.calibrate import observe
 from emloc.emulators.size import ranks_at
+from emloc.emulators.svd.factors import factorize, refine
 from emloc.errors import ConfigError
-from emloc.linalg.correct import Moments, Pair
-from emloc.nn.factorized import Factorized
-from emloc.nn.surgery import with_modules
 from emloc.recovery.correction import Correction, moments_along
-from emloc.walk import Block, by_block, walk
+from emloc.tensors.linalg.correct import Moments, Pair
+from emloc.tensors.nn.factorized import Factorized
+from emloc.tensors.nn.surgery import with_modules
 
 Batch = Mapping[str, Any]
 Model = TypeVar("Model", bound=nn.Module)

@@ -7,20 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from emloc.adapters import Adapter
-from emloc.composition import fit_together
-from emloc.config import Cell
+from emloc.calibration.samples import Samples, choose
+from emloc.cost.plan.solve import solved
+from emloc.data.examples import Examples
+from emloc.data.reader import Reader
 from emloc.errors import ConfigError
-from emloc.evaluate import headline
-from emloc.examples import Examples
-from emloc.lean.prepare import obstacle
-from emloc.manifest import DamagedError, set_aside
-from emloc.memory import GIB, stay_within
-from emloc.plan.solve import solved
-from emloc.progress import Report
-from emloc.ranks import own_device
-from emloc.reading import Reader
-from emloc.samples import Samples, choose
-from emloc.source import Source
+from emloc.models.checkpoint.source import Source
+from emloc.runtime.distributed import own_device
+from emloc.runtime.manifest import DamagedError, set_aside
+from emloc.runtime.memory import GIB, stay_within
+from emloc.runtime.stage_cache import Artifact, Facts, Store
 from emloc.stages import (
     CARRIED,
     EMULATOR,
@@ -30,9 +26,13 @@ from emloc.stages import (
     TRAINED,
     Context,
 )
-from emloc.store import Artifact, Facts, Store
+from emloc.stages.compatibility import fit_together
+from emloc.stages.evaluation.evaluate import headline
+from emloc.stages.run_config import Cell
+from emloc.stages.training.callbacks import Report
+from emloc.stages.training.lean_setup import obstacle
+from emloc.stages.training.train import Fit
 from emloc.tasks.generic import generic_text
-from emloc.train import Fit
 
 log = logging.getLogger(__name__)
 

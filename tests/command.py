@@ -24,7 +24,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 
-from emloc import cli, quiet, ranks
+from emloc import cli
+from emloc.runtime import distributed as ranks
+from emloc.runtime import quiet_libraries as quiet
 
 
 @dataclass
@@ -157,7 +159,9 @@ def _logging() -> Iterator[None]:
 
 @contextmanager
 def _libraries() -> Iterator[None]:
-    """What they say and which bars they draw, which `emloc.quiet` decides for a whole process."""
+    """What they say and which bars they draw, which `emloc.runtime.quiet_libraries` decides for a
+    whole process.
+    """
     begin, bars = tqdm.tqdm.__init__, datasets.is_progress_bar_enabled()
     hub, models = huggingface_hub.logging.get_verbosity(), transformers.logging.get_verbosity()
     quiet._draw_no_bars.cache_clear()

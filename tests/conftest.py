@@ -19,7 +19,7 @@ from command import Command
 from filelock import FileLock
 from tiny import save_checkpoint
 
-from emloc.store import Store
+from emloc.runtime.stage_cache import Store
 
 torch.set_num_threads(1)
 

@@ -17,8 +17,8 @@ from transformers import (
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
-from emloc.examples import Example, Examples
-from emloc.pictures import Picture
+from emloc.data.examples import Example, Examples
+from emloc.data.image import Picture
 
 PLACE = "<IMG_CONTEXT>"
 # As Gemma's: an image is a word of its own, and content comes in parts.

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from emloc.part import Part
-from emloc.settings import LoraSettings
-from emloc.source import Source
+from emloc.config.part import Part
+from emloc.config.settings import LoraSettings
+from emloc.models.checkpoint.source import Source
 
 
 class Adapter(Part):

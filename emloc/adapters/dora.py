@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from emloc.adapters.lora import Lora
+from emloc.config.settings import MODEL_BITS, LoraSettings
 from emloc.errors import ConfigError
 from emloc.precision import Packed, PackedLayer
-from emloc.settings import MODEL_BITS, LoraSettings
 
 
 @dataclass(frozen=True, kw_only=True)

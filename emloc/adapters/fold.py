@@ -13,10 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from emloc.adapters.saved import SavedLora
-from emloc.atomic import whole_folder
 from emloc.errors import ConfigError
-from emloc.source import Source
-from emloc.weights import Safetensors
+from emloc.models.checkpoint.source import Source
+from emloc.models.checkpoint.weights import Safetensors
+from emloc.runtime.atomic import whole_folder
 
 
 def merge(source: Source, adapter: SavedLora, target: Path) -> Path:

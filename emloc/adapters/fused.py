@@ -1,4 +1,6 @@
-"""PEFT's LoRA layers with one operation in place of base layer and adapter (see `emloc.lean`)."""
+"""PEFT's LoRA layers with one operation in place of base layer and adapter (see
+`emloc.tensors.lean`).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from emloc.lean.layers import (
+from emloc.precision import Packed, PackedLayer
+from emloc.tensors.lean.layers import (
     Adapted,
     Base,
     Low,
@@ -20,8 +23,7 @@ from emloc.lean.layers import (
     refresh,
     stack,
 )
-from emloc.nn.factorized import Factorized, PackedFactorized
-from emloc.precision import Packed, PackedLayer
+from emloc.tensors.nn.factorized import Factorized, PackedFactorized
 
 # Two, since both factors of a layer are needed at once.
 Rooms = tuple[Scratch, Scratch]

@@ -19,9 +19,9 @@ from emloc.adapters import Adapter
 from emloc.adapters.fold import merge
 from emloc.adapters.fused import fuse
 from emloc.adapters.saved import PREFIX, read_adapter
+from emloc.config.settings import LoraSettings
 from emloc.errors import ConfigError
-from emloc.settings import LoraSettings
-from emloc.source import Source
+from emloc.models.checkpoint.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)

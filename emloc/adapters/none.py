@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from emloc.part import Part
+from emloc.config.part import Part
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from emloc.errors import ConfigError
-from emloc.linalg.correct import Pair
+from emloc.tensors.linalg.correct import Pair
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from emloc.calibrate import Layers
-from emloc.keys import key_of
+from emloc.calibration.calibrate import Layers
+from emloc.calibration.samples import Samples
+from emloc.config.part import Part
+from emloc.config.settings import Compression
+from emloc.models.checkpoint.source import CPU, Source
 from emloc.models.checkpointed import Checkpointed
-from emloc.part import Part
 from emloc.precision import Precision, bits_of
-from emloc.samples import Samples
-from emloc.settings import Compression
-from emloc.source import CPU, Source
-from emloc.store import Artifact
+from emloc.runtime.keys import key_of
+from emloc.runtime.stage_cache import Artifact
 
 # Layer name -> rank: the explicit table a factorised emulator is built to.
 Ranks = dict[str, int]

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from emloc.calibrate import Layers
+from emloc.calibration.calibrate import Layers
+from emloc.config.settings import Compression
 from emloc.emulators import Emulator, Given
 from emloc.emulators.size import size_facts, solved
+from emloc.models.checkpoint.source import CPU, Source
 from emloc.precision import PackedLayer, Precision, require_format
-from emloc.settings import Compression
-from emloc.source import CPU, Source
 
 # What is quantised: not embeddings, head or projector, as in QLoRA.
 IN_A_BLOCK = r".*\.\d+\..*"

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from emloc.calibrate import Layers
+from emloc.calibration.blockwise import block_of, by_block
+from emloc.calibration.calibrate import Layers
+from emloc.config.settings import MODEL_BITS, Compression
 from emloc.emulators import Emulator, Given, Plan
 from emloc.emulators.full import in_blocks, load_quantized, rounding
 from emloc.emulators.size import size_facts, solved
 from emloc.errors import ConfigError
+from emloc.models.checkpoint.source import CPU, Source
 from emloc.models.decoder import Decoder
 from emloc.precision import Precision
-from emloc.settings import MODEL_BITS, Compression
-from emloc.source import CPU, Source
-from emloc.walk import block_of, by_block
 
 # Of the middle, its first and its last block are always kept.
 FEWEST = 2

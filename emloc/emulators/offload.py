@@ -16,16 +16,16 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from emloc.calibrate import Layers
+from emloc.calibration.blockwise import by_block
+from emloc.calibration.calibrate import Layers
+from emloc.config.settings import Compression
 from emloc.emulators.full import Full, in_blocks, quantized_layers
 from emloc.errors import ConfigError
-from emloc.nn.streamed import Streamed
-from emloc.nn.surgery import put
+from emloc.models.checkpoint.source import Source
 from emloc.precision import Precision, require_format
-from emloc.ranks import sharded
-from emloc.settings import Compression
-from emloc.source import Source
-from emloc.walk import by_block
+from emloc.runtime.distributed import sharded
+from emloc.tensors.nn.streamed import Streamed
+from emloc.tensors.nn.surgery import put
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from emloc.config.settings import Compression
 from emloc.emulators import Given
 from emloc.emulators.full import Full
 from emloc.errors import ConfigError
+from emloc.models.checkpoint.source import Source
 from emloc.models.checkpointed import Checkpointed
-from emloc.settings import Compression
-from emloc.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)

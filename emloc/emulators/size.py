@@ -7,13 +7,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from emloc.calibrate import Layers
+from emloc.calibration.calibrate import Layers
+from emloc.config.settings import Compression
 from emloc.emulators import Ranks
 from emloc.errors import ConfigError
-from emloc.linalg.factorize import rank_of
+from emloc.models.checkpoint.source import Source
 from emloc.precision import Precision, bits_of
-from emloc.settings import Compression
-from emloc.source import Source
+from emloc.tensors.linalg.factorize import rank_of
 
 # Layer -> (rows, columns) of the matrices it is held as.
 Held = Mapping[str, Sequence[tuple[int, int]]]

@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from emloc.checkpoint import locate
-from emloc.digest import digest
+from emloc.data.reader import Reading
 from emloc.errors import ConfigError
-from emloc.objectives import Objective
-from emloc.reading import Reading
-from emloc.source import Source
-from emloc.weights import random_home
+from emloc.models.checkpoint.locate import locate
+from emloc.models.checkpoint.source import Source
+from emloc.models.checkpoint.weights import random_home
+from emloc.models.objectives import Objective
+from emloc.runtime.digest import digest
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 WEIGHTS = ("checkpoint", "random")

@@ -8,7 +8,7 @@ from functools import cached_property
 from torch import nn
 from transformers import PreTrainedModel
 
-from emloc.source import Source
+from emloc.models.checkpoint.source import Source
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:

@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from emloc.batching import collate
+from emloc.data.collate import collate
+from emloc.data.examples import Example
+from emloc.data.prompts import Encoded, encode
+from emloc.data.reader import Opened, Reader, Reading
 from emloc.errors import ConfigError
-from emloc.examples import Example
 from emloc.models.vision_language import VisionLanguageModel
-from emloc.prompts import Encoded, encode
-from emloc.reading import Opened, Reader, Reading
 
 END = "<|im_end|>"
 BEGIN_IMAGE, PLACE, END_IMAGE = "<img>", "<IMG_CONTEXT>", "</img>"

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from transformers import AutoModelForCausalLM
 
+from emloc.data.reader import Reading, TextReading
 from emloc.models.writer import Writer
-from emloc.reading import Reading, TextReading
 
 
 @dataclass(frozen=True, kw_only=True)

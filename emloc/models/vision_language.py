@@ -13,12 +13,12 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerBase
 
-from emloc.batching import collate
+from emloc.data.collate import collate
+from emloc.data.examples import Example
+from emloc.data.prompts import Encoded, encode
+from emloc.data.reader import Opened, Reader, Reading
 from emloc.errors import ConfigError
-from emloc.examples import Example
 from emloc.models.writer import Writer
-from emloc.prompts import Encoded, encode
-from emloc.reading import Opened, Reader, Reading
 
 # What a processor says of each token besides which it is.
 _OF_TOKENS = ("token_type_ids", "mm_token_type_ids")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from emloc.errors import ConfigError
 from emloc.models.checkpointed import Checkpointed
-from emloc.objectives import Objective
-from emloc.objectives.tokens import Tokens
+from emloc.models.objectives import Objective
+from emloc.models.objectives.tokens import Tokens
 
 
 @dataclass(frozen=True, kw_only=True)

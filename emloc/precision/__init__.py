@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from emloc.config.part import Part
+from emloc.config.settings import MODEL_BITS
 from emloc.errors import ConfigError
-from emloc.keys import without_neutral
-from emloc.part import Part
-from emloc.settings import MODEL_BITS
+from emloc.runtime.keys import without_neutral
 
 # Part -> shape and dtype of a tensor, which has at least one dimension.
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from emloc.calibration.samples import Samples
+from emloc.config.part import Part
 from emloc.emulators import Built
-from emloc.part import Part
-from emloc.samples import Samples
-from emloc.store import Artifact
+from emloc.runtime.stage_cache import Artifact
 
 
 class Recovery(Part):

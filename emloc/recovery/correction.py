@@ -15,17 +15,17 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from emloc.adapters.saved import read_lora
-from emloc.calibrate import linears_of
+from emloc.calibration.blockwise import Block, by_block, open_walk
+from emloc.calibration.calibrate import linears_of
+from emloc.calibration.moments import Taken
+from emloc.calibration.samples import Samples
 from emloc.emulators import Built
 from emloc.errors import ConfigError
-from emloc.linalg.correct import Change, Moments, Pair, correct_covariance, correct_identity
-from emloc.linalg.gram import cross, gram, product
+from emloc.models.checkpoint.source import CPU
 from emloc.recovery import Recovery
-from emloc.samples import Samples
-from emloc.source import CPU
-from emloc.statistics import Taken
-from emloc.store import Artifact
-from emloc.walk import Block, by_block, open_walk
+from emloc.runtime.stage_cache import Artifact
+from emloc.tensors.linalg.correct import Change, Moments, Pair, correct_covariance, correct_identity
+from emloc.tensors.linalg.gram import cross, gram, product
 
 METRICS = ("identity", "covariance")
 

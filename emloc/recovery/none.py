@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from emloc.adapters.saved import carry_unchanged
+from emloc.calibration.samples import Samples
 from emloc.emulators import Built
 from emloc.recovery import Recovery
-from emloc.samples import Samples
-from emloc.store import Artifact
+from emloc.runtime.stage_cache import Artifact
 
 
 @dataclass(frozen=True, kw_only=True)

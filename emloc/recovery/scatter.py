@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from emloc.adapters.saved import read_lora
+from emloc.calibration.samples import Samples
 from emloc.emulators import Built
-from emloc.linalg.correct import Pair
-from emloc.linalg.prune import scatter
 from emloc.recovery import Recovery
-from emloc.samples import Samples
-from emloc.store import Artifact
+from emloc.runtime.stage_cache import Artifact
+from emloc.tensors.linalg.correct import Pair
+from emloc.tensors.linalg.prune import scatter
 
 
 @runtime_checkable

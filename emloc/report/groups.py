@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from emloc.config.settings import DECISIVE
 from emloc.report.rows import Row
 from emloc.report.table import EMPTY
-from emloc.settings import DECISIVE
 
 _PRESET = ("emulator", "adapter", "recovery")  # the groups a method chooses
 _SECTIONS = tuple(section for section in DECISIVE if section != "seed")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from emloc.report.lines import table_of
+from emloc.config.paths import EXPERIMENTS
 from emloc.report.markdown_table import markdown_table
 from emloc.report.paper import Paper, paper_of
 from emloc.report.rows import Row, rows_of
+from emloc.report.run_table import table_of
 from emloc.report.table import Table, split
-from emloc.shipped import EXPERIMENTS
 
 
 def table(folder: Path) -> str:

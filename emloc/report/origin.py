@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from emloc.config.run_folder import find_runs
 from emloc.report.rows import Row
-from emloc.runs import find_runs
 
 
 def origin(place: Path, rows: Sequence[Row]) -> dict[str, Any]:

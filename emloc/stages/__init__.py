@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from emloc.calibration.samples import Samples
+from emloc.config.part import Part
 from emloc.emulators import Built, Plan
-from emloc.keys import class_name, key_of, without_neutral
-from emloc.part import Part
-from emloc.progress import Report
-from emloc.samples import Samples
-from emloc.source import Source
-from emloc.store import Artifact, Facts
+from emloc.models.checkpoint.source import Source
+from emloc.runtime.keys import class_name, key_of, without_neutral
+from emloc.runtime.stage_cache import Artifact, Facts
+from emloc.stages.training.callbacks import Report
 
 if TYPE_CHECKING:
-    from emloc.calibrate import Layers
-    from emloc.config import Cell
-    from emloc.train import Fit
+    from emloc.calibration.calibrate import Layers
+    from emloc.stages.run_config import Cell
+    from emloc.stages.training.train import Fit
 
 # What an artifact is to the stages behind it: the newest of each kind is the one that counts.
 STATISTICS, EMULATOR, TRAINED, CARRIED = "statistics", "emulator", "trained", "carried"

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emloc.calibrate import calibrate, statistics_bytes
-from emloc.memory import GIB
+from emloc.calibration.calibrate import calibrate, statistics_bytes
+from emloc.runtime.memory import GIB
+from emloc.runtime.stage_cache import Facts
 from emloc.stages import STATISTICS, Context, Stage
-from emloc.store import Facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Calibrate(Stage):
         return [context.source, context.layers, context.samples, _whole(context)]
 
     def work(self, folder: Path, context: Context) -> Facts:
-        """See `emloc.calibrate`."""
+        """See `emloc.calibration.calibrate`."""
         assert context.samples is not None
         return calibrate(
             folder,

@@ -8,8 +8,8 @@ from types import MappingProxyType
 from typing import Any
 
 from emloc.emulators import Given
+from emloc.runtime.stage_cache import Facts
 from emloc.stages import EMULATOR, STATISTICS, Context, Stage
-from emloc.store import Facts
 
 
 @dataclass(frozen=True, kw_only=True)

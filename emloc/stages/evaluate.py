@@ -7,9 +7,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from emloc.evaluate import evaluate
+from emloc.runtime.stage_cache import Facts
 from emloc.stages import CARRIED, SCORES, Context, Stage
-from emloc.store import Facts
+from emloc.stages.evaluation.evaluate import evaluate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,5 +32,5 @@ class Evaluate(Stage):
         return [context.source, cell.adapter, carried, cell.task, cell.model.longest, cell.eval]
 
     def work(self, folder: Path, context: Context) -> Facts:
-        """See `emloc.evaluate`."""
+        """See `emloc.stages.evaluation.evaluate`."""
         return evaluate(folder, *self.inputs(context), device=context.device)

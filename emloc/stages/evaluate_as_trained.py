@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emloc.evaluate import evaluate_as_trained
+from emloc.runtime.stage_cache import Facts
 from emloc.stages import SCORES_AS_TRAINED, TRAINED, Context, Stage
-from emloc.store import Facts
+from emloc.stages.evaluation.evaluate import evaluate_as_trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,5 +28,5 @@ class EvaluateAsTrained(Stage):
         return [context.built, cell.adapter, trained, cell.task, cell.model.longest, cell.eval]
 
     def work(self, folder: Path, context: Context) -> Facts:
-        """See `emloc.evaluate`."""
+        """See `emloc.stages.evaluation.evaluate`."""
         return evaluate_as_trained(folder, *self.inputs(context), device=context.device)

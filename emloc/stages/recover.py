@@ -7,9 +7,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from emloc.samples import Samples
+from emloc.calibration.samples import Samples
+from emloc.runtime.stage_cache import Facts
 from emloc.stages import CARRIED, TRAINED, Context, Stage
-from emloc.store import Facts
 
 
 @dataclass(frozen=True, kw_only=True)

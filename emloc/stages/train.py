@@ -8,9 +8,9 @@ from types import MappingProxyType
 from typing import Any
 
 from emloc.errors import ConfigError
+from emloc.runtime.stage_cache import Facts
 from emloc.stages import TRAINED, Context, Stage
-from emloc.store import Facts
-from emloc.train import train
+from emloc.stages.training.train import train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Train(Stage):
         return [context.built, context.fit]
 
     def work(self, folder: Path, context: Context) -> Facts:
-        """See `emloc.train`."""
+        """See `emloc.stages.training.train`."""
         assert context.fit is not None
         _refuse_nothing_adapted(context)
         return train(

@@ -17,12 +17,12 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from emloc.grid import split_sweep
-from emloc.ranks import born, first, hush
+from emloc.config.experiments import split_sweep
+from emloc.config.run_folder import DONE, RUNNING, Run, find_runs
 from emloc.report.markdown import table
-from emloc.runs import DONE, RUNNING, Run, find_runs
-from emloc.sweeps.tally import Tally, line
-from emloc.tracking.track import compare
+from emloc.report.tracking.trackers import compare
+from emloc.runtime.distributed import born, first, hush
+from emloc.sweeps.progress import Tally, line
 
 log = logging.getLogger(__name__)
 

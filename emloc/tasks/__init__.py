@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
-from emloc.examples import Examples
-from emloc.metrics import Scorer
+from emloc.data.examples import Examples
+from emloc.tasks.metrics import Scorer
 
 
 class Task(Protocol):

@@ -20,12 +20,12 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from emloc.digest import digest
+from emloc.data.examples import Example, Examples
+from emloc.data.image import Picture
 from emloc.errors import ConfigError
-from emloc.examples import Example, Examples
-from emloc.metrics import Scorer
-from emloc.pictures import Picture
+from emloc.runtime.digest import digest
 from emloc.tasks.checks import refuse_answer_tokens, refuse_limit
+from emloc.tasks.metrics import Scorer
 from emloc.tasks.scorers import named_scorer
 from emloc.tasks.templates import compile_template, render_template
 
@@ -51,7 +51,7 @@ class EasyVqa:
     limit: int | None = None  # at most this many training rows; null is all
     prompt: str  # Jinja template over `question`
     target: str = "{{answer}}"  # Jinja template of the answer to learn
-    scorer: str  # dotted path of the function that scores one answer
+    scorer: str  # what scores one answer: exact, anls ...; one of your own by its dotted path
     metric: str  # headline score, one of those that the scorer returns
     answer_tokens: int  # most tokens to generate
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 
-from emloc.examples import Example, Examples
+from emloc.data.examples import Example, Examples
 from emloc.tasks.stdlib_module import generic_docstrings
 
 log = logging.getLogger(__name__)

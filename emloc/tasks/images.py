@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from emloc.digest import digest
+from emloc.data.image import Picture
 from emloc.errors import ConfigError
-from emloc.pictures import Picture
+from emloc.runtime.digest import digest
 
 # Bytes. Text above it is no path on any system, so it is the image itself.
 _LONGEST_PATH = 4096

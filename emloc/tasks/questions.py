@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from emloc.data.examples import Example
 from emloc.errors import ConfigError
-from emloc.examples import Example
-from emloc.metrics import Scorer
 from emloc.tasks.images import Album, NoImageError, Row, StoredPicture
+from emloc.tasks.metrics import Scorer
 from emloc.tasks.rows import Rows
 from emloc.tasks.templates import Formula
 

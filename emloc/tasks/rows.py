@@ -12,10 +12,10 @@ from typing import Any
 
 from filelock import FileLock
 
-from emloc.digest import digest
 from emloc.errors import ConfigError
-from emloc.manifest import lists_all, seal
-from emloc.store import put_aside_if_damaged
+from emloc.runtime.digest import digest
+from emloc.runtime.manifest import lists_all, seal
+from emloc.runtime.stage_cache import put_aside_if_damaged
 
 # File name extension -> loader of `datasets`. The order decides when a split has several files.
 LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}

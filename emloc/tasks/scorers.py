@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 
+from emloc.data.examples import Example
 from emloc.errors import ConfigError
-from emloc.examples import Example
-from emloc.metrics import Scorer
 from emloc.tasks import Answered
+from emloc.tasks.metrics import Scorer
+
+_HOME = "emloc.tasks.metrics."
 
 
 def named_scorer(path: str) -> Scorer:
-    """The function at a dotted path, such as `emloc.metrics.anls.score`.
+    """One of the package's scorers by its name, such as `anls`, or the function at a dotted path.
 
     Raises:
         ConfigError: there is none.
     """
-    module, _, name = path.rpartition(".")
+    module, _, name = dotted(path).rpartition(".")
     try:
         found = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
@@ -26,6 +28,21 @@ def named_scorer(path: str) -> Scorer:
         raise _none(path, "it is no function")
     scorer: Scorer = found
     return scorer
+
+
+def dotted(scorer: str) -> str:
+    """The dotted path of a scorer that is called by its name, or that lay elsewhere before."""
+    if "." not in scorer:
+        return f"{_HOME}{scorer}.score"
+    return (
+        scorer.replace("emloc.metrics.", _HOME) if scorer.startswith("emloc.metrics.") else scorer
+    )
+
+
+def called(scorer: str) -> str:
+    """What a scorer is called in keys: by its name where it is one of the package's."""
+    path = dotted(scorer)
+    return path.removeprefix(_HOME).removesuffix(".score") if path.startswith(_HOME) else path
 
 
 def score_names(task: Answered, rows: Sequence[Example]) -> list[str]:
@@ -37,6 +54,4 @@ def score_names(task: Answered, rows: Sequence[Example]) -> list[str]:
 
 
 def _none(path: str, reason: str) -> ConfigError:
-    return ConfigError(
-        f"task.scorer={path}: {reason}; set task.scorer=emloc.metrics.exact.score or another"
-    )
+    return ConfigError(f"task.scorer={path}: {reason}; set task.scorer=exact or another")

@@ -18,9 +18,9 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from emloc.digest import digest
+from emloc.data.examples import Example, Examples
 from emloc.errors import ConfigError
-from emloc.examples import Example, Examples
+from emloc.runtime.digest import digest
 from emloc.tasks.checks import refuse_limit
 from emloc.tasks.templates import compile_template, render_template
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from emloc.data.examples import Example, Examples
 from emloc.errors import ConfigError
-from emloc.examples import Example, Examples
 from emloc.tasks.checks import refuse_limit
 from emloc.tasks.rows import Rows
 from emloc.tasks.templates import compile_template, render_template

@@ -10,14 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from emloc.data.examples import Examples
 from emloc.errors import ConfigError
-from emloc.examples import Examples
-from emloc.metrics import Scorer
 from emloc.tasks.checks import refuse_answer_tokens, refuse_limit
 from emloc.tasks.images import Album
+from emloc.tasks.metrics import Scorer
 from emloc.tasks.questions import Account, Found, Questions, by_image
 from emloc.tasks.rows import Rows
-from emloc.tasks.scorers import named_scorer
+from emloc.tasks.scorers import called, named_scorer
 from emloc.tasks.templates import Formula, expression, template
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class VqaTask:
     references: str  # Jinja expression: all right answers, one or a list
     choices: str | None = None  # Jinja expression: what the prompt offers to choose from
     group: str | None = None  # Jinja expression: kind of row, for scores of its own
-    scorer: str  # dotted path of the function that scores one answer
+    scorer: str  # what scores one answer: exact, anls ...; one of your own by its dotted path
     metric: str  # headline score: one of those the scorer gives
     answer_tokens: int  # most tokens to generate
     limit: int | None = None  # at most this many training rows, the first ones; null is all
@@ -71,7 +71,11 @@ class VqaTask:
     def key(self) -> dict[str, Any]:
         """The very rows held out, images by content or by the file they are in, and the scorer."""
         rows = self.held_out(None)
-        return {"rows": rows.key, "scorer": self.scorer, "answer_tokens": self.answer_tokens}
+        return {
+            "rows": rows.key,
+            "scorer": called(self.scorer),
+            "answer_tokens": self.answer_tokens,
+        }
 
     @cached_property
     def score(self) -> Scorer:

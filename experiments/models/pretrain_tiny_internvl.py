@@ -33,9 +33,9 @@ from transformers import (
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from emloc.compose import compose
-from emloc.config import build as configured
-from emloc.examples import Example
+from emloc.config.compose import compose
+from emloc.data.examples import Example
+from emloc.stages.run_config import build as configured
 
 SIDE, PATCH = 64, 8  # pixels
 PLACES = (SIDE // PATCH // 2) ** 2  # tokens of an image: four patches make one

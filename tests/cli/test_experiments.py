@@ -7,9 +7,9 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from emloc.compose import compose
-from emloc.config import build
-from emloc.shipped import EXPERIMENTS
+from emloc.config.compose import compose
+from emloc.config.paths import EXPERIMENTS
+from emloc.stages.run_config import build
 
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda p: p.stem)

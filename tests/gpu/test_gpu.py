@@ -7,16 +7,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from emloc.batching import collate
-from emloc.compose import compose
-from emloc.config import build
-from emloc.examples import Examples
+from emloc.calibration.moments import Statistics
+from emloc.config.compose import compose
+from emloc.data.collate import collate
+from emloc.data.examples import Examples
+from emloc.data.prompts import Encoded
+from emloc.models.checkpoint.source import Source
 from emloc.pipeline import run
-from emloc.prompts import Encoded
-from emloc.source import Source
-from emloc.statistics import Statistics
-from emloc.store import Store
-from emloc.train import Fit, fit_rows
+from emloc.runtime.stage_cache import Store
+from emloc.stages.run_config import build
+from emloc.stages.training.train import Fit, fit_rows
 
 pytestmark = pytest.mark.gpu
 

@@ -12,18 +12,18 @@ from tiny import linears
 from transformers import AutoModelForCausalLM
 
 from emloc.adapters.lora import Lora
-from emloc.compose import compose
-from emloc.config import build
+from emloc.config.compose import compose
+from emloc.config.settings import LoraSettings
 from emloc.emulators import Given
 from emloc.emulators.full import Full
 from emloc.emulators.offload import Offload
-from emloc.lean.model import recompute_layers
-from emloc.lean.prepare import prepare
-from emloc.objectives.tokens import Tokens
+from emloc.models.checkpoint.source import Source
+from emloc.models.objectives.tokens import Tokens
 from emloc.pipeline import run
-from emloc.settings import LoraSettings
-from emloc.source import Source
-from emloc.store import Store
+from emloc.runtime.stage_cache import Store
+from emloc.stages.run_config import build
+from emloc.stages.training.lean_setup import prepare
+from emloc.tensors.lean.model import recompute_layers
 
 pytestmark = pytest.mark.gpu
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from packed import held_at
 
-from emloc.batching import collate
-from emloc.bench.setting import Setting, fresh
-from emloc.bench.training import Opened, factorized, packed, quantized, whole
-from emloc.examples import Examples
-from emloc.plan.fit import need_of, scheme_of
-from emloc.plan.scheme import Work
-from emloc.prompts import Encoded
-from emloc.train import Fit, fit_rows
+from emloc.cost.bench.setting import Setting, fresh
+from emloc.cost.bench.training import Opened, factorized, packed, quantized, whole
+from emloc.cost.plan.fit import need_of, scheme_of
+from emloc.cost.plan.scheme import Work
+from emloc.data.collate import collate
+from emloc.data.examples import Examples
+from emloc.data.prompts import Encoded
+from emloc.stages.training.train import Fit, fit_rows
 
 pytestmark = pytest.mark.gpu
 

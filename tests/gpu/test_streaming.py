@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from walked import MODELS, batches_of, made, watch
 
-from emloc.linalg.gram import FLOAT64_CHIPS, cross, gram, product
-from emloc.walk import walk
+from emloc.calibration.blockwise import walk
+from emloc.tensors.linalg.gram import FLOAT64_CHIPS, cross, gram, product
 
 pytestmark = pytest.mark.gpu
 
@@ -72,7 +72,7 @@ def strong(dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("chips", [FLOAT64_CHIPS, set()], ids=["float64", "float32"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_sums_keep_the_weak_directions_beside_the_strong(dtype, chips, monkeypatch):
-    monkeypatch.setattr("emloc.linalg.gram.FLOAT64_CHIPS", chips)
+    monkeypatch.setattr("emloc.tensors.linalg.gram.FLOAT64_CHIPS", chips)
     x = strong(dtype)
     exact = x.double().T @ x.double()
     weak = float(torch.linalg.eigvalsh(exact)[:-4].mean())

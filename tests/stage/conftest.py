@@ -4,10 +4,10 @@ from functools import partial
 
 import pytest
 
-from emloc.compose import compose
-from emloc.config import build
+from emloc.config.compose import compose
 from emloc.pipeline import run
-from emloc.store import Store
+from emloc.runtime.stage_cache import Store
+from emloc.stages.run_config import build
 
 
 @pytest.fixture(scope="session")

@@ -21,19 +21,19 @@ from emloc.adapters.fold import merge
 from emloc.adapters.lora import Lora
 from emloc.adapters.rslora import RsLora
 from emloc.adapters.saved import read_adapter, read_lora
-from emloc.compose import compose
-from emloc.config import build
+from emloc.config.compose import compose
+from emloc.config.settings import LoraSettings
+from emloc.data.prompts import Encoded
+from emloc.data.reader import encode_all
 from emloc.emulators import Built
 from emloc.emulators.full import load_quantized
 from emloc.errors import ConfigError, StageError
-from emloc.lean.embedding import HostEmbedding
-from emloc.lean.prepare import prepare
-from emloc.merging import merge_run
-from emloc.prompts import Encoded
-from emloc.reading import encode_all
-from emloc.settings import LoraSettings
-from emloc.source import Source
-from emloc.train import Fit, fit_rows
+from emloc.models.checkpoint.source import Source
+from emloc.stages.merge_run import merge_run
+from emloc.stages.run_config import build
+from emloc.stages.training.lean_setup import prepare
+from emloc.stages.training.train import Fit, fit_rows
+from emloc.tensors.lean.embedding import HostEmbedding
 
 CPU = torch.device("cpu")
 IDS = torch.arange(24).reshape(2, 12) + 5

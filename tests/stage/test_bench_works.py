@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from emloc.bench.rows import Row, read
-from emloc.bench.run import WORKS, one
+from emloc.cost.bench.rows import Row, read
+from emloc.cost.bench.run import WORKS, one
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "bench.csv"
 # What a work's rows are called, where it is not as the work.

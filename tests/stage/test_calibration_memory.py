@@ -15,10 +15,10 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import torch
-from emloc.calibrate import observe
-from emloc.memory import Peak, process_bytes
-from emloc.source import Source
-from emloc.walk import by_block, open_walk
+from emloc.calibration.calibrate import observe
+from emloc.runtime.memory import Peak, process_bytes
+from emloc.models.checkpoint.source import Source
+from emloc.calibration.blockwise import by_block, open_walk
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from emloc.checkpoint import locate
-from emloc.compose import compose
-from emloc.config import build
+from emloc.config.compose import compose
+from emloc.models.checkpoint.locate import locate
+from emloc.stages.run_config import build
 
 
 def adapter_of(artifact) -> dict[str, torch.Tensor]:

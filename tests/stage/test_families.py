@@ -13,17 +13,17 @@ from safetensors.torch import load_file
 from tiny import tiny_tokenizer
 from transformers import RobertaConfig, RobertaForMaskedLM, ViTConfig, ViTModel
 
-from emloc.compose import compose
-from emloc.config import build
-from emloc.emulators.importance import importance
-from emloc.emulators.units import Units
+from emloc.calibration.samples import Samples
+from emloc.config.compose import compose
+from emloc.cost.plan.gpus import gpu_called
+from emloc.cost.plan.scheme import Work
+from emloc.cost.plan.table import plan
+from emloc.emulators.prune.unit_scores import importance
+from emloc.emulators.prune.units import Units
 from emloc.errors import ConfigError
-from emloc.linalg.prune import MLP
 from emloc.pipeline import run
-from emloc.plan.gpus import gpu_called
-from emloc.plan.scheme import Work
-from emloc.plan.table import plan
-from emloc.samples import Samples
+from emloc.stages.run_config import build
+from emloc.tensors.linalg.prune import MLP
 
 CPU = torch.device("cpu")
 EXTENSIONS = Path(__file__).parents[1] / "extensions"

@@ -13,12 +13,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from emloc.adapters.auxiliary import AuxiliaryLosses
-from emloc.compose import compose
-from emloc.config import build, part
+from emloc.config.compose import compose
 from emloc.errors import ConfigError
-from emloc.merging import merge_run
 from emloc.pipeline import run
-from emloc.store import Store
+from emloc.runtime.stage_cache import Store
+from emloc.stages.merge_run import merge_run
+from emloc.stages.run_config import build, part
 
 PLUGIN = Path(__file__).parents[1] / "extensions" / "gated"
 sys.path.append(str(PLUGIN))

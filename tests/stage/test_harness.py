@@ -11,9 +11,9 @@ from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
+from emloc.data.prompts import encode, render
 from emloc.errors import ConfigError
-from emloc.harness.known import SAMPLES_FILE, TASK_FILE, score
-from emloc.prompts import encode, render
+from emloc.stages.evaluation.harness.lm_eval_tasks import SAMPLES_FILE, TASK_FILE, score
 from emloc.tasks.mathqa import MathQA, options
 from emloc.tasks.text import TextTask
 

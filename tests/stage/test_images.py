@@ -8,13 +8,13 @@ import pytest
 from pictured import save_gemma, save_internvl, seen
 
 from emloc.adapters.saved import read_adapter
-from emloc.compose import compose
-from emloc.config import build
+from emloc.config.compose import compose
+from emloc.config.paths import CONF
 from emloc.errors import ConfigError, StageError
-from emloc.harness.answers import ANSWERS_FILE
-from emloc.metrics import exact
 from emloc.pipeline import run
-from emloc.shipped import CONF
+from emloc.stages.evaluation.harness.generated_answers import ANSWERS_FILE
+from emloc.stages.run_config import build
+from emloc.tasks.metrics import exact
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 # What a model of six blocks with two key/value heads in each leaves room for.

@@ -12,7 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import emloc
 from emloc import ConfigError, Factorized
-from emloc.nn.factorized import Factorized as Home
+from emloc.tensors.nn.factorized import Factorized as Home
 
 README = Path(__file__).parents[2] / "README.md"
 

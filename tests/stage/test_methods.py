@@ -7,11 +7,11 @@ import pytest
 from tiny import save_checkpoint
 
 from emloc.adapters.saved import read_adapter
-from emloc.compose import compose
-from emloc.config import build
+from emloc.config.compose import compose
+from emloc.config.paths import CONF
 from emloc.errors import ConfigError
 from emloc.pipeline import run
-from emloc.shipped import CONF
+from emloc.stages.run_config import build
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 # What a model of eight blocks with two key/value heads in each leaves room for.

@@ -10,15 +10,15 @@ from packed import held_at
 from safetensors import safe_open
 from tiny import save_checkpoint
 
-from emloc.calibrate import calibrate
-from emloc.compose import compose
-from emloc.config import build
+from emloc.calibration.calibrate import calibrate
+from emloc.config.compose import compose
+from emloc.config.settings import Compression
 from emloc.emulators import Given
 from emloc.emulators.svd import Svd
+from emloc.models.checkpoint.source import Source
 from emloc.pipeline import run
-from emloc.settings import Compression
-from emloc.source import Source
-from emloc.store import Artifact, Store
+from emloc.runtime.stage_cache import Artifact, Store
+from emloc.stages.run_config import build
 
 CPU = torch.device("cpu")
 RATIO = 0.25
@@ -86,7 +86,9 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("bits", [16, 4])
 def test_one_pass_and_two_stages_give_the_same_factors(tmp_path, source, both, bits, monkeypatch):
-    monkeypatch.setattr("emloc.linalg.subspace.SMALL", 16)  # or no layer here would be iterated on
+    monkeypatch.setattr(
+        "emloc.tensors.linalg.subspace.SMALL", 16
+    )  # or no layer here would be iterated on
     emulator, statistics = both
     once, twice = tmp_path / "once", tmp_path / "twice"
     facts = build_in(once, source, emulator, bits)

@@ -14,15 +14,15 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, set_seed
 
 from emloc.adapters.saved import read_lora
-from emloc.calibrate import calibrate
-from emloc.compose import compose
-from emloc.config import build
+from emloc.calibration.blockwise import block_of
+from emloc.calibration.calibrate import calibrate
+from emloc.calibration.moments import Statistics
+from emloc.calibration.samples import Samples, choose
+from emloc.config.compose import compose
+from emloc.data.reader import encode_all
 from emloc.emulators import Built
 from emloc.errors import ConfigError, StageError
-from emloc.reading import encode_all
-from emloc.samples import Samples, choose
-from emloc.statistics import Statistics
-from emloc.walk import block_of
+from emloc.stages.run_config import build
 
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -38,7 +38,9 @@ def product_of(artifact) -> dict[str, torch.Tensor]:
 
 def test_a_second_run_finds_every_stage(afresh, monkeypatch):
     first = afresh("method=emloc")
-    monkeypatch.setattr("emloc.store.Store._compute", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(
+        "emloc.runtime.stage_cache.Store._compute", lambda *_: pytest.fail("computed again")
+    )
     assert afresh("method=emloc") == first
 
 
@@ -167,7 +169,7 @@ def _order_of_the_trainer(cell, rows, reader):
 
     from transformers import Trainer
 
-    from emloc.train import arguments
+    from emloc.stages.training.train import arguments
 
     data = [asdict(row) for row in rows]
     device = torch.device("cpu")
@@ -360,7 +362,9 @@ def test_aware_factors_keep_more_of_the_outputs_than_plain_ones(go, tiny):
 def test_bad_settings_are_refused_before_any_weight_is_read(
     afresh, monkeypatch, overrides, message
 ):
-    monkeypatch.setattr("emloc.source.Source.read", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(
+        "emloc.models.checkpoint.source.Source.read", lambda *_: pytest.fail("a weight was read")
+    )
     with pytest.raises(ConfigError) as refused:
         afresh("method=emloc", *overrides)
     assert message in str(refused.value)

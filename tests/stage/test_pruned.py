@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from emloc.adapters.lora import Lora
 from emloc.adapters.saved import read_lora
-from emloc.compose import compose
-from emloc.config import build
+from emloc.config.compose import compose
 from emloc.emulators import Built
 from emloc.errors import ConfigError
 from emloc.precision.nf4 import Nf4Linear
+from emloc.stages.run_config import build
 
 CPU = torch.device("cpu")
 METHODS = ["upop", "loram_stru", "loram_rand"]

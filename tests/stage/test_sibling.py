@@ -9,12 +9,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from tiny import save_checkpoint
 
-from emloc.compose import compose
-from emloc.config import build
+from emloc.config.compose import compose
+from emloc.config.run_folder import folder_name
 from emloc.errors import ConfigError
-from emloc.merging import merge_run
 from emloc.pipeline import run
-from emloc.runs import folder_name
+from emloc.stages.merge_run import merge_run
+from emloc.stages.run_config import build
 
 
 @pytest.fixture(scope="session")

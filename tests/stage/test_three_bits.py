@@ -7,16 +7,16 @@ from packed import THREE_BITS, TOY
 from tiny import save_checkpoint
 
 from emloc.adapters.saved import read_lora
-from emloc.compose import compose
-from emloc.config import build
+from emloc.config.compose import compose
+from emloc.config.paths import CONF
 from emloc.emulators import Built
 from emloc.emulators.size import bytes_of
 from emloc.errors import ConfigError, StageError
-from emloc.nn.factorized import PackedFactorized
+from emloc.models.checkpoint.source import CPU
 from emloc.pipeline import run
 from emloc.precision import PackedLayer
-from emloc.shipped import CONF
-from emloc.source import CPU
+from emloc.stages.run_config import build
+from emloc.tensors.nn.factorized import PackedFactorized
 
 # Emulator -> a method of it, and a share that it can be made to.
 METHODS = {
@@ -31,7 +31,7 @@ METHODS = {
 
 @pytest.fixture
 def cell_of(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("emloc.shipped.conf_folders", lambda: [CONF, THREE_BITS / "conf"])
+    monkeypatch.setattr("emloc.config.paths.conf_folders", lambda: [CONF, THREE_BITS / "conf"])
 
     def make(*overrides: str):
         last = ("train.learning_rate=0.02", *overrides, "compression.bits=3")

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from emloc.linalg.allocate import NO_GAIN, greedy, spectrum
-from emloc.linalg.factorize import eigen, rank_of
+from emloc.tensors.linalg.allocate import NO_GAIN, greedy, spectrum
+from emloc.tensors.linalg.factorize import eigen, rank_of
 
 F64 = torch.float64
 

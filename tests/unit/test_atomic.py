@@ -5,7 +5,14 @@ import os
 
 import pytest
 
-from emloc.atomic import publish, whole_file, whole_folder, write_bytes, write_json, write_text
+from emloc.runtime.atomic import (
+    publish,
+    whole_file,
+    whole_folder,
+    write_bytes,
+    write_json,
+    write_text,
+)
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from dataclasses import fields
 import pytest
 import torch
 
-from emloc.bench import run
-from emloc.bench.rows import Row, merge, note, read, row, table
-from emloc.bench.run import WORKS, bench, one
-from emloc.bench.setting import Setting, out_of_memory
-from emloc.bench.training import FULL, Measured, Target, beside, fitted, tried
+from emloc.cost.bench import run
+from emloc.cost.bench.rows import Row, merge, note, read, row, table
+from emloc.cost.bench.run import WORKS, bench, one
+from emloc.cost.bench.setting import Setting, out_of_memory
+from emloc.cost.bench.training import FULL, Measured, Target, beside, fitted, tried
 from emloc.errors import ConfigError, StageError
 
 COLUMNS = ["work", "what", "unit", "ours", "peer", "ratio", "target", "holds"]

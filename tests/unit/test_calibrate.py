@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from tiny import save_checkpoint
 from torch import Tensor
 
-from emloc.calibrate import calibrate
-from emloc.examples import Example, Examples
-from emloc.samples import Samples
-from emloc.source import Source
+from emloc.calibration.calibrate import calibrate
+from emloc.calibration.samples import Samples
+from emloc.data.examples import Example, Examples
+from emloc.models.checkpoint.source import Source
 
 CPU = torch.device("cpu")
 BLOCKS = [f"model.layers.{i}" for i in range(3)]

@@ -8,16 +8,16 @@ from torch import nn
 
 from emloc.adapters.lora import Lora
 from emloc.adapters.saved import read_lora
+from emloc.config.settings import Compression, LoraSettings
 from emloc.emulators import Built, Given
 from emloc.emulators.full import Full
 from emloc.emulators.prune import Prune
 from emloc.emulators.svd import Svd
+from emloc.models.checkpoint.source import Source
 from emloc.recovery.correction import Correction
 from emloc.recovery.none import NoRecovery
 from emloc.recovery.scatter import Scatter
-from emloc.settings import Compression, LoraSettings
-from emloc.source import Source
-from emloc.store import Artifact
+from emloc.runtime.stage_cache import Artifact
 
 CPU = torch.device("cpu")
 TARGETS = r"model\.layers\.\d+\..*_proj"

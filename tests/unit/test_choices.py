@@ -7,10 +7,10 @@ from hydra.core.object_type import ObjectType
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
-from emloc.compose import compose, explain, register
+from emloc.config.compose import compose, explain, register
+from emloc.config.experiments import split_sweep
+from emloc.config.paths import CONF
 from emloc.errors import ConfigError
-from emloc.grid import split_sweep
-from emloc.shipped import CONF
 
 BASES = sorted(path for path in CONF.glob("*/_*.yaml"))
 GROUPS = sorted({path.parent.name for path in CONF.glob("*/*.yaml")})

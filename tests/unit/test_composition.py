@@ -7,12 +7,12 @@ from itertools import product
 import pytest
 
 from emloc.adapters.lora import Lora
-from emloc.compose import compose
-from emloc.composition import fit_together
-from emloc.config import build, part
+from emloc.config.compose import compose
+from emloc.config.paths import CONF
+from emloc.config.settings import TrainSettings
 from emloc.errors import ConfigError
-from emloc.settings import TrainSettings
-from emloc.shipped import CONF
+from emloc.stages.compatibility import fit_together
+from emloc.stages.run_config import build, part
 
 CHOICES = {
     group: sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))

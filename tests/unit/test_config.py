@@ -16,12 +16,12 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from transformers import SchedulerType
 
-from emloc.compose import compose, explain
-from emloc.config import Cell, build
+from emloc.config.compose import compose, explain
+from emloc.config.paths import CONF
+from emloc.config.run_folder import folder_name
+from emloc.config.settings import DECISIVE, SCHEDULES, Config
 from emloc.errors import ConfigError
-from emloc.runs import folder_name
-from emloc.settings import DECISIVE, SCHEDULES, Config
-from emloc.shipped import CONF
+from emloc.stages.run_config import Cell, build
 
 CHOICES = {
     folder.name: sorted(path.stem for path in folder.glob("[!_]*.yaml"))

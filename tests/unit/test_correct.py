@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from emloc.linalg.correct import Change, Moments, Pair, correct_covariance, correct_identity
-from emloc.linalg.gram import cross, gram
+from emloc.tensors.linalg.correct import Change, Moments, Pair, correct_covariance, correct_identity
+from emloc.tensors.linalg.gram import cross, gram
 
 F64 = torch.float64
 M, N, R = 7, 11, 4

@@ -8,14 +8,14 @@ import time
 import pytest
 import torch
 
-from emloc.devices import chosen, held, own_slot
+from emloc.config.settings import Budget
 from emloc.errors import ConfigError
-from emloc.settings import Budget
+from emloc.runtime.gpu_lock import chosen, held, own_slot
 
 HOLD = """
 import sys
 from pathlib import Path
-from emloc.devices import held
+from emloc.runtime.gpu_lock import held
 with held(["a", "b"], int(sys.argv[2]), Path(sys.argv[1])) as index:
     print(index, flush=True)
     sys.stdin.read()

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from emloc.compose import compose
-from emloc.config import build
+from emloc.config.compose import compose
+from emloc.data.examples import Example
 from emloc.errors import ConfigError
-from emloc.examples import Example
+from emloc.stages.run_config import build
 from emloc.tasks import easy_vqa
 from emloc.tasks.easy_vqa import NOISE, EasyVqa, kind, question_only
 
@@ -34,7 +34,7 @@ def task(**overrides) -> EasyVqa:
         "name": "easy_vqa",
         "part": "recoloured",
         "prompt": "{{question}}",
-        "scorer": "emloc.metrics.exact.score",
+        "scorer": "exact",
         "metric": "accuracy",
         "answer_tokens": 4,
     }
@@ -216,7 +216,7 @@ def test_an_unknown_column_is_refused(package):
 
 def test_a_scorer_that_does_not_exist_is_refused_before_any_row_is_read():
     with pytest.raises(ConfigError, match=r"task\.scorer=emloc\.metrics\.exact\.points"):
-        task(scorer="emloc.metrics.exact.points").held_out(1)
+        task(scorer="emloc.tasks.metrics.exact.points").held_out(1)
 
 
 def test_the_scorer_scores_a_row_of_its_own(package):

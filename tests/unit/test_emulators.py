@@ -12,23 +12,23 @@ from safetensors import safe_open
 from tiny import save_checkpoint
 from torch import nn
 
-from emloc.calibrate import calibrate
+from emloc.calibration.blockwise import block_of
+from emloc.calibration.calibrate import calibrate
+from emloc.calibration.moments import Statistics
+from emloc.config.settings import Compression
 from emloc.emulators import Built, Given
-from emloc.emulators.factors import factorize, recorded
 from emloc.emulators.full import Full
 from emloc.emulators.size import factors_of, size_facts, uniform_ranks
-from emloc.emulators.stored import facts_of
 from emloc.emulators.svd import Svd
+from emloc.emulators.svd.factor_file import facts_of
+from emloc.emulators.svd.factors import factorize, recorded
 from emloc.errors import ConfigError
-from emloc.linalg.correct import Pair, correct_identity
-from emloc.linalg.factorize import eigen, lost
-from emloc.nn.factorized import Factorized, PackedFactorized
+from emloc.models.checkpoint.source import Source
 from emloc.precision.nf4 import Nf4Linear
-from emloc.settings import Compression
-from emloc.source import Source
-from emloc.statistics import Statistics
-from emloc.store import Artifact
-from emloc.walk import block_of
+from emloc.runtime.stage_cache import Artifact
+from emloc.tensors.linalg.correct import Pair, correct_identity
+from emloc.tensors.linalg.factorize import eigen, lost
+from emloc.tensors.nn.factorized import Factorized, PackedFactorized
 
 CPU = torch.device("cpu")
 IDS = torch.arange(120).reshape(4, 30) + 5

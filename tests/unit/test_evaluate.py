@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
 
-from emloc.examples import Examples
-from emloc.objectives.tokens import TokenAnswer, Tokens
-from emloc.prompts import Encoded
-from emloc.reading import TextReader
+from emloc.data.examples import Examples
+from emloc.data.prompts import Encoded
+from emloc.data.reader import TextReader
+from emloc.models.objectives.tokens import TokenAnswer, Tokens
 
 NONE = Examples("rows", ())
 READER = TextReader(tiny_tokenizer(chat=False))

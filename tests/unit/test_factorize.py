@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from emloc.linalg.factorize import Factors, eigen, lost, rank_of, refit, whiten
-from emloc.linalg.gram import cross, gram
+from emloc.tensors.linalg.factorize import Factors, eigen, lost, rank_of, refit, whiten
+from emloc.tensors.linalg.gram import cross, gram
 
 F64 = torch.float64
 SHAPES = [(12, 20), (20, 12), (16, 16)]

@@ -9,13 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
+from emloc.config.paths import CONF
 from emloc.report.draw.cost import NAMED
 from emloc.report.draw.sheet import columns_of, note_of
 from emloc.report.draw.style import COLUMN, PAGE, looks_of
 from emloc.report.draw.sweep import positions
 from emloc.report.figures import figures, save
 from emloc.report.rows import Row, rows_of, write_rows
-from emloc.shipped import CONF
 
 EMULATORS = {"zero_shot": "full", "lora": "full", "dora": "full", "qlora": "full"}
 SETTINGS = {

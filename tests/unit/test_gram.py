@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from emloc.linalg.gram import cross, exact_float32, gram, product, supported
+from emloc.tensors.linalg.gram import cross, exact_float32, gram, product, supported
 
 
 def tokens(seed: int, count: int, features: int) -> Tensor:

@@ -37,9 +37,9 @@ PUBLIC = [
 # What takes seconds to import, and nobody waits for who asks for help or a table.
 HEAVY = {"torch", "transformers", "peft", "lm_eval", "wandb", "datasets", "accelerate"}
 DRAWN = ["emloc.report.figures"]
-REPORT = ["emloc.report.rows", "emloc.report.tables", "emloc.report.written", *DRAWN]
-SWEEP = ["emloc.runs", "emloc.sweeps.callbacks", "emloc.sweeps.killed"]
-LIGHT = ["emloc", "emloc.cli", "emloc.compose", "emloc.formats", *REPORT, *SWEEP]
+REPORT = ["emloc.report.rows", "emloc.report.all_experiments", "emloc.report.write", *DRAWN]
+SWEEP = ["emloc.config.run_folder", "emloc.sweeps.callbacks", "emloc.sweeps.lost_jobs"]
+LIGHT = ["emloc", "emloc.cli", "emloc.config.compose", "emloc.config.formats", *REPORT, *SWEEP]
 
 
 def where(module: Path) -> str:
@@ -64,7 +64,9 @@ def importers(package: str) -> set[str]:
 
 
 def test_the_modules_are_found():
-    assert {"cli.py", "linalg/gram.py", "tasks/text.py"} <= {where(module) for module in MODULES}
+    assert {"cli.py", "tensors/linalg/gram.py", "tasks/text.py"} <= {
+        where(module) for module in MODULES
+    }
 
 
 def test_the_public_names_are_these():
@@ -102,7 +104,7 @@ def test_help_and_tables_wait_for_no_heavy_import():
 def test_public_names_are_the_same_if_their_module_came_first():
     program = (
         "import importlib\n"
-        "for home in ('emloc.compose', 'emloc.cli'):\n"
+        "for home in ('emloc.config.compose', 'emloc.cli'):\n"
         "    importlib.import_module(home)\n"
         "import emloc\n"
         "from emloc import compose\n"
@@ -121,8 +123,10 @@ def test_no_public_name_is_also_a_module_that_can_hide_it():
 
 
 def test_some_libraries_are_imported_in_one_place_only():
-    assert importers("wandb") == {"tracking/wandb_run.py"}
-    assert {place.split("/")[0] for place in importers("lm_eval")} == {"harness"}
+    assert importers("wandb") == {"report/tracking/wandb_run.py"}
+    assert {str(Path(place).parent) for place in importers("lm_eval")} == {
+        "stages/evaluation/harness"
+    }
     assert importers("bitsandbytes") == {"precision/nf4.py"}
     assert {place.split("/")[0] for place in importers("peft")} == {"adapters"}
     assert {"adapters/lora.py", "adapters/saved.py"} <= importers("peft")
@@ -130,31 +134,32 @@ def test_some_libraries_are_imported_in_one_place_only():
 
 def test_a_packed_format_is_known_by_its_interface_alone():
     homes = {where(module) for module in MODULES if "emloc.precision.nf4" in {*imported(module)}}
-    assert homes == {"bench/training.py"}  # where bitsandbytes' own layer is the peer
+    assert homes == {"cost/bench/training.py"}  # where bitsandbytes' own layer is the peer
 
 
 def test_hydra_ends_where_objects_begin():
     allowed = {
-        "cell.py",
-        "choices.py",
+        "sweeps/job.py",
+        "config/choices.py",
         "cli.py",
-        "compose.py",
-        "config.py",
-        "grid.py",
-        "merging.py",
-        "runs.py",
+        "config/compose.py",
+        "stages/run_config.py",
+        "config/experiments.py",
+        "stages/merge_run.py",
+        "config/run_folder.py",
     }
-    allowed |= {"settings.py", "plugins/hydra_plugins/emloc_sweeps.py"}
+    allowed |= {"config/stage_order.py"}  # which reads YAML files alone
+    allowed |= {"config/settings.py", "sweeps/plugin/hydra_plugins/emloc_sweeps.py"}
     found = importers("hydra") | importers("omegaconf")
     assert {place for place in found if not place.startswith("sweeps/")} <= allowed
 
 
 def test_mathematics_knows_no_other_part():
-    inside = [m for m in MODULES if where(m).startswith("linalg/")]
+    inside = [m for m in MODULES if where(m).startswith("tensors/linalg/")]
     assert len(inside) >= 3
     for module in inside:
         own = {name for name in imported(module) if name.startswith("emloc")}
-        assert all(name.startswith("emloc.linalg") for name in own), (where(module), own)
+        assert all(name.startswith("emloc.tensors.linalg") for name in own), (where(module), own)
         assert not {"pathlib", "logging", "os", "transformers"} & {*imported(module)}
 
 

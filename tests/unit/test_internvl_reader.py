@@ -11,14 +11,14 @@ from pictured import PLACE, encoded, picture, save_internvl
 from tokenizers import processors
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-from emloc.batching import IGNORE
+from emloc.data.collate import IGNORE
+from emloc.data.examples import Example
+from emloc.data.image import Picture
+from emloc.data.prompts import render
+from emloc.data.reader import Opened
 from emloc.errors import ConfigError
-from emloc.examples import Example
+from emloc.models.checkpoint.source import Source
 from emloc.models.internvl import InternVLReader, InternVLReading
-from emloc.pictures import Picture
-from emloc.prompts import render
-from emloc.reading import Opened
-from emloc.source import Source
 
 PLACES = 4  # tokens a tile takes
 

@@ -11,10 +11,10 @@ from pictured import PLACE, encoded, picture, save_internvl
 from PIL import Image
 from transformers import AutoConfig, AutoTokenizer
 
-from emloc.examples import Example
+from emloc.data.examples import Example
+from emloc.data.image import Picture
+from emloc.data.reader import Opened
 from emloc.models.internvl import InternVLReader, InternVLReading
-from emloc.pictures import Picture
-from emloc.reading import Opened
 
 TILE, PLACES = 28, 4  # pixels along a tile's side, tokens it takes
 MEAN = torch.tensor([0.485, 0.456, 0.406])

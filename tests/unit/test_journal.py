@@ -5,7 +5,7 @@ import json
 import pytest
 import xxhash
 
-from emloc.journal import Journal
+from emloc.runtime.journal import Journal
 
 
 def written(folder) -> list[dict]:

@@ -11,16 +11,16 @@ from tiny import image_batch, save_checkpoint, tiny_internvl, tiny_llama, tiny_t
 from torch import nn
 from transformers import AutoModelForImageTextToText, LlamaForCausalLM
 
-from emloc.compose import compose
-from emloc.config import build
+from emloc.config.compose import compose
+from emloc.config.settings import Compression
 from emloc.emulators import Given
 from emloc.emulators.layer_drop import LayerDrop, Skipped, stack_of, thinned
 from emloc.errors import ConfigError
-from emloc.lean.model import recompute_layers
-from emloc.lean.modules import fewer_operations
+from emloc.models.checkpoint.source import Source
 from emloc.precision.nf4 import Nf4Linear
-from emloc.settings import Compression
-from emloc.source import Source
+from emloc.stages.run_config import build
+from emloc.tensors.lean.model import recompute_layers
+from emloc.tensors.lean.modules import fewer_operations
 
 CPU = torch.device("cpu")
 DEPTH = 7

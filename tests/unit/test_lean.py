@@ -11,14 +11,14 @@ from torch import nn
 from torch.nn import functional
 
 from emloc.adapters.fused import fuse
-from emloc.lean.embedding import HostEmbedding
-from emloc.lean.loss import AnswerLoss
-from emloc.lean.model import keep_embedding_on_host, recompute_layers
-from emloc.lean.modules import GatedUnit, fewer_operations
-from emloc.nn.factorized import Factorized, PackedFactorized
-from emloc.objectives.answer_loss import answer_loss
-from emloc.objectives.tokens import Tokens
+from emloc.models.objectives.answer_loss import answer_loss
+from emloc.models.objectives.tokens import Tokens
 from emloc.precision.nf4 import Nf4Linear
+from emloc.tensors.lean.embedding import HostEmbedding
+from emloc.tensors.lean.loss import AnswerLoss
+from emloc.tensors.lean.model import keep_embedding_on_host, recompute_layers
+from emloc.tensors.lean.modules import GatedUnit, fewer_operations
+from emloc.tensors.nn.factorized import Factorized, PackedFactorized
 
 BLOCKS = r".*layers.*proj"
 
@@ -235,7 +235,7 @@ def test_an_embedding_on_the_host_is_no_parameter_and_looks_up_the_same():
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 40), st.integers(2, 90), st.integers(1, 5), st.integers(0, 10**6))
 def test_the_answer_loss_is_cross_entropy_whatever_the_chunk(rows, words, chunk, seed):
-    from emloc.lean import loss
+    from emloc.tensors.lean import loss
 
     torch.manual_seed(seed)
     hidden = torch.randn(rows, 6, dtype=torch.float64, requires_grad=True)

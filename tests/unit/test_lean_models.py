@@ -9,10 +9,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from emloc.adapters.fused import fuse
-from emloc.lean.model import keep_embedding_on_host, recompute_layers
-from emloc.lean.modules import fewer_operations
-from emloc.objectives.answer_loss import answer_loss
-from emloc.objectives.tokens import Tokens
+from emloc.models.objectives.answer_loss import answer_loss
+from emloc.models.objectives.tokens import Tokens
+from emloc.tensors.lean.model import keep_embedding_on_host, recompute_layers
+from emloc.tensors.lean.modules import fewer_operations
 
 SHAPE = {
     **{"vocab_size": 261, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},

@@ -21,10 +21,10 @@ from transformers import (
 from emloc.adapters.fold import merge
 from emloc.adapters.lora import Lora
 from emloc.adapters.saved import SavedLora, copy_adapter, read_lora
+from emloc.config.settings import LoraSettings
 from emloc.errors import ConfigError
-from emloc.merging import merge_run
-from emloc.settings import LoraSettings
-from emloc.source import Source
+from emloc.models.checkpoint.source import Source
+from emloc.stages.merge_run import merge_run
 
 IDS = torch.arange(24).reshape(2, 12) + 5
 KINDS = {

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emloc.metrics.multiple_choice import score
+from emloc.tasks.metrics.multiple_choice import score
 
 ORGANS = ("A:Skin", "B:Liver cyst", "C:Retina", "D:Liver")
 COUNTRIES = ("1. Sweden", "2. Austria", "3. China", "4. Eritrea", "5. United States")

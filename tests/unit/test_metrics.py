@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import emloc.metrics
-from emloc.metrics import Scorer, anls, exact, relaxed_accuracy, squad, vqa_accuracy
+import emloc.tasks.metrics
+from emloc.tasks.metrics import Scorer, anls, exact, relaxed_accuracy, squad, vqa_accuracy
 
 NAMES = {
     "anls": {"anls"},
@@ -25,11 +25,13 @@ ANSWERS = st.text(max_size=12) | st.lists(
 
 
 def scorer(module: str) -> Scorer:
-    return importlib.import_module(f"emloc.metrics.{module}").score
+    return importlib.import_module(f"emloc.tasks.metrics.{module}").score
 
 
 def test_these_are_all_the_scorers():
-    assert {module.name for module in pkgutil.iter_modules(emloc.metrics.__path__)} == {*NAMES}
+    assert {module.name for module in pkgutil.iter_modules(emloc.tasks.metrics.__path__)} == {
+        *NAMES
+    }
 
 
 @pytest.mark.parametrize("module", NAMES)
@@ -317,6 +319,6 @@ def test_answer_and_references_are_normalised_alike():
 
 
 def test_the_scorers_know_no_other_part_of_the_package():
-    for path in Path(emloc.metrics.__path__[0]).glob("*.py"):
+    for path in Path(emloc.tasks.metrics.__path__[0]).glob("*.py"):
         assert "import emloc" not in path.read_text(), path
         assert "from emloc" not in path.read_text(), path

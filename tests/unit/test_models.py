@@ -10,15 +10,15 @@ from omegaconf import OmegaConf
 from tiny import TINY_INTERNVL, image_batch, tiny_internvl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from emloc.compose import compose
-from emloc.config import part
+from emloc.config.compose import compose
+from emloc.config.paths import CONF
 from emloc.errors import ConfigError
+from emloc.models.checkpoint.source import Source
 from emloc.models.checkpointed import Checkpointed
 from emloc.models.internvl import InternVL
 from emloc.models.text import TextModel
 from emloc.models.vision_language import VisionLanguageModel
-from emloc.shipped import CONF
-from emloc.source import Source
+from emloc.stages.run_config import part
 
 CPU = torch.device("cpu")
 # Parameters as published, LoRA targets, compressed layers.

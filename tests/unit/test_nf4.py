@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_llama, tiny_tokenizer
 from torch import nn
 
-from emloc.nn.factorized import PackedFactorized
-from emloc.nn.surgery import with_modules
 from emloc.precision import multiply
 from emloc.precision.nf4 import Nf4Linear
+from emloc.tensors.nn.factorized import PackedFactorized
+from emloc.tensors.nn.surgery import with_modules
 
 # QLoRA's table: the quantiles of a normal distribution, as its authors published them.
 STEPS = torch.tensor(

@@ -9,8 +9,8 @@ from peft.tuners.lora import LoraLayer
 from tiny import tiny_llama, tiny_tokenizer
 from torch import nn
 
-from emloc.nn.factorized import Factorized
-from emloc.nn.surgery import put, with_modules
+from emloc.tensors.nn.factorized import Factorized
+from emloc.tensors.nn.surgery import put, with_modules
 
 IDS = torch.arange(24).reshape(2, 12) + 5
 LAYER = "model.layers.0.mlp.up_proj"

@@ -11,21 +11,21 @@ from tiny import image_batch, linears, save_checkpoint, tiny_internvl
 from transformers import AutoModelForImageTextToText, LlamaForCausalLM
 
 from emloc.adapters.lora import Lora
-from emloc.bench.offload import apart_at_most
-from emloc.bench.training import FULL, STEPS, Measured
-from emloc.compose import compose
-from emloc.config import build
+from emloc.config.compose import compose
+from emloc.config.settings import Compression, LoraSettings
+from emloc.cost.bench.offload import apart_at_most
+from emloc.cost.bench.training import FULL, STEPS, Measured
 from emloc.emulators import Built, Given
 from emloc.emulators.full import Full
 from emloc.emulators.offload import Offload
 from emloc.errors import ConfigError
-from emloc.lean.prepare import prepare
-from emloc.objectives.tokens import Tokens
+from emloc.models.checkpoint.source import Source
+from emloc.models.objectives.tokens import Tokens
 from emloc.pipeline import run
-from emloc.settings import Compression, LoraSettings
-from emloc.source import Source
-from emloc.store import Artifact, Store
-from emloc.train import Fit, train
+from emloc.runtime.stage_cache import Artifact, Store
+from emloc.stages.run_config import build
+from emloc.stages.training.lean_setup import prepare
+from emloc.stages.training.train import Fit, train
 
 CPU = torch.device("cpu")
 BLOCKS = 5

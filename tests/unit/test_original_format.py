@@ -24,15 +24,15 @@ from transformers.convert_slow_tokenizer import import_protobuf
 import emloc
 from emloc.adapters.fold import merge
 from emloc.adapters.saved import SavedLora
-from emloc.compose import compose
+from emloc.config.compose import compose
+from emloc.cost.plan.blocks import Blocks
 from emloc.errors import ConfigError
-from emloc.layout import Part
-from emloc.linalg.correct import Pair
-from emloc.models.internvl_chat import ChatLayout, read_internvl_chat
-from emloc.plan.blocks import Blocks
-from emloc.source import Source
-from emloc.tokenization import added_tokens, tokenizer_of
-from emloc.weights import Safetensors
+from emloc.models.checkpoint.fused_tensors import Part
+from emloc.models.checkpoint.internvl_chat import ChatLayout, read_internvl_chat
+from emloc.models.checkpoint.source import Source
+from emloc.models.checkpoint.tokenizer import added_tokens, tokenizer_of
+from emloc.models.checkpoint.weights import Safetensors
+from emloc.tensors.linalg.correct import Pair
 
 CPU = torch.device("cpu")
 MODELS = Path(emloc.__file__).parent.parent / "conf" / "model"
@@ -334,7 +334,7 @@ def test_queries_keys_and_values_read_each_row_once(tmp_path, monkeypatch):
     folder = written(tmp_path, settings("internlm2"), tensors)
     weights = Safetensors(folder, read_internvl_chat(folder).layout())
     Counted.taken.clear()
-    monkeypatch.setattr("emloc.weights.safe_open", Counted)
+    monkeypatch.setattr("emloc.models.checkpoint.weights.safe_open", Counted)
     list(
         weights.read(
             [f"model.language_model.layers.0.self_attn.{one}_proj.weight" for one in "qkv"], CPU

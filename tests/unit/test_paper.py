@@ -3,11 +3,11 @@
 import pytest
 from reported import row
 
+from emloc.config.experiments import experiment
+from emloc.config.paths import EXPERIMENTS
 from emloc.errors import ConfigError
-from emloc.grid import experiment
-from emloc.report.lines import table_of
 from emloc.report.paper import QUANTITIES, paper_of
-from emloc.shipped import EXPERIMENTS
+from emloc.report.run_table import table_of
 
 HEAD = "cell,model,task,quantity,value,unit\n"
 EIGHT = "internvl2_5_8b"

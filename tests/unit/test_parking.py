@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from walked import MODELS, batches_of, made, watch
 
+from emloc.calibration.blockwise import walk
+from emloc.calibration.spill import Lot, Parked, tensors_in
 from emloc.errors import ConfigError
-from emloc.parking import Lot, Parked, tensors_in
-from emloc.walk import walk
 
 CPU = torch.device("cpu")
 

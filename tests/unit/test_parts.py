@@ -9,12 +9,12 @@ from emloc.adapters import Adapter
 from emloc.adapters.dora import Dora
 from emloc.adapters.lora import Lora
 from emloc.adapters.none import NoAdapter
-from emloc.config import part
 from emloc.emulators import Emulator
 from emloc.emulators.full import Full
 from emloc.errors import ConfigError
 from emloc.recovery import Recovery
 from emloc.recovery.none import NoRecovery
+from emloc.stages.run_config import part
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from emloc.data.image import Picture
 from emloc.errors import ConfigError
-from emloc.pictures import Picture
 
 ORIENTATION = 0x0112
 KINDS = ["PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP"]

@@ -10,27 +10,27 @@ from tiny import linears, save_checkpoint
 
 from emloc.adapters.fused import fuse
 from emloc.adapters.lora import Lora
-from emloc.compose import compose
-from emloc.config import build
+from emloc.config.compose import compose
+from emloc.config.paths import CONF
+from emloc.config.run_folder import folder_name
+from emloc.cost.plan.cost import cost_of
+from emloc.cost.plan.fit import RESERVE, WORKSPACE, fitting, need_of, scheme_of
+from emloc.cost.plan.gpus import GPUS, gpu_called
+from emloc.cost.plan.scheme import Work
+from emloc.cost.plan.table import HEADER, plan
+from emloc.cost.plan.trace import trace
 from emloc.emulators import Given
 from emloc.emulators.full import Full
 from emloc.emulators.svd import Svd
 from emloc.errors import ConfigError
-from emloc.lean.embedding import HostEmbedding
-from emloc.lean.model import keep_embedding_on_host
-from emloc.memory import GIB
-from emloc.nn.factorized import PackedFactorized
 from emloc.pipeline import run
-from emloc.plan.cost import cost_of
-from emloc.plan.fit import RESERVE, WORKSPACE, fitting, need_of, scheme_of
-from emloc.plan.gpus import GPUS, gpu_called
-from emloc.plan.scheme import Work
-from emloc.plan.table import HEADER, plan
-from emloc.plan.trace import trace
 from emloc.precision.nf4 import Nf4Linear
-from emloc.runs import folder_name
-from emloc.shipped import CONF
-from emloc.store import Store
+from emloc.runtime.memory import GIB
+from emloc.runtime.stage_cache import Store
+from emloc.stages.run_config import build
+from emloc.tensors.lean.embedding import HostEmbedding
+from emloc.tensors.lean.model import keep_embedding_on_host
+from emloc.tensors.nn.factorized import PackedFactorized
 
 CPU = torch.device("cpu")
 PLAIN_SVD = Svd(algorithm="eigen", aware=False, multiple=1, sequential=False, allocation="uniform")
@@ -299,7 +299,7 @@ def test_left_open_bits_are_16_where_nearly_all_can_be_kept_so_and_else_4():
 
 
 def test_a_format_of_a_plug_in_is_solved_for_and_has_rows_of_its_own(monkeypatch):
-    monkeypatch.setattr("emloc.shipped.conf_folders", lambda: [CONF, THREE_BITS / "conf"])
+    monkeypatch.setattr("emloc.config.paths.conf_folders", lambda: [CONF, THREE_BITS / "conf"])
     cell = auto("budget.gpu_gib=0.36")
     chosen = fitting(cell, shaped(cell), WORK)
     assert chosen.bits == 3  # of four bits not nearly all can be kept either

@@ -13,16 +13,16 @@ from tiny import tiny_llama, tiny_tokenizer
 from torch import nn
 
 from emloc.adapters.fused import fuse
-from emloc.compose import compose
-from emloc.config import build, formats, precision_of
+from emloc.config.compose import compose
+from emloc.config.formats import width_name, widths
+from emloc.config.paths import CONF
 from emloc.emulators import Given
 from emloc.emulators.full import load_quantized
 from emloc.errors import ConfigError
-from emloc.formats import width_name, widths
-from emloc.nn.factorized import PackedFactorized
-from emloc.nn.surgery import with_modules
 from emloc.precision import PackedLinear, Precision
-from emloc.shipped import CONF
+from emloc.stages.run_config import build, formats, precision_of
+from emloc.tensors.nn.factorized import PackedFactorized
+from emloc.tensors.nn.surgery import with_modules
 
 IDS = torch.arange(24).reshape(2, 12) + 5
 SHAPES = [(1, 1), (3, 5), (13, 37), (16, 32), (64, 64)]
@@ -39,7 +39,7 @@ def folders(monkeypatch):
     """Have these folders searched for YAML files behind the package's own."""
 
     def also(*more):
-        monkeypatch.setattr("emloc.shipped.conf_folders", lambda: [CONF, *more])
+        monkeypatch.setattr("emloc.config.paths.conf_folders", lambda: [CONF, *more])
 
     return also
 

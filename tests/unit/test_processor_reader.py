@@ -9,11 +9,11 @@ from pictured import encoded, picture, save_gemma
 from tiny import save_checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from emloc.batching import IGNORE
+from emloc.data.collate import IGNORE
+from emloc.data.examples import Example
+from emloc.data.reader import Opened
 from emloc.errors import ConfigError
-from emloc.examples import Example
 from emloc.models.vision_language import ProcessorReader, ProcessorReading
-from emloc.reading import Opened
 
 END = "<|im_end|>"
 

@@ -27,19 +27,19 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from emloc.batching import IGNORE
+from emloc.calibration.samples import Samples
+from emloc.config.settings import Compression
+from emloc.data.collate import IGNORE
+from emloc.data.examples import Example, Examples
 from emloc.emulators import Given
-from emloc.emulators.importance import Masked, importance, recompute_blocks
 from emloc.emulators.prune import Prune
-from emloc.emulators.units import units_of
+from emloc.emulators.prune.unit_scores import Masked, importance, recompute_blocks
+from emloc.emulators.prune.units import units_of
 from emloc.errors import ConfigError
-from emloc.examples import Example, Examples
-from emloc.linalg.prune import ATTENTION, MLP, Group, keep_best, keep_evenly, least
-from emloc.objectives.answer_loss import answer_loss
-from emloc.objectives.tokens import Tokens
-from emloc.samples import Samples
-from emloc.settings import Compression
-from emloc.source import Source
+from emloc.models.checkpoint.source import Source
+from emloc.models.objectives.answer_loss import answer_loss
+from emloc.models.objectives.tokens import Tokens
+from emloc.tensors.linalg.prune import ATTENTION, MLP, Group, keep_best, keep_evenly, least
 
 CPU = torch.device("cpu")
 IDS = torch.arange(120).reshape(4, 30) + 5

@@ -7,10 +7,20 @@ import time
 import pytest
 import torch
 
-from emloc.compose import compose
+from emloc.config.compose import compose
+from emloc.config.run_folder import DONE, RUNNING, Run, folder_name
 from emloc.errors import ConfigError
-from emloc.ranks import Notice, born, first, hush, launch, own_device, rank, sharded, world_size
-from emloc.runs import DONE, RUNNING, Run, folder_name
+from emloc.runtime.distributed import (
+    Notice,
+    born,
+    first,
+    hush,
+    launch,
+    own_device,
+    rank,
+    sharded,
+    world_size,
+)
 
 
 @pytest.fixture

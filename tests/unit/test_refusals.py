@@ -10,11 +10,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from emloc import cli
-from emloc.compose import compose
-from emloc.config import build
+from emloc.config.compose import compose
+from emloc.cost.plan.gpus import GPUS
 from emloc.errors import ConfigError
 from emloc.pipeline import run
-from emloc.plan.gpus import GPUS
+from emloc.stages.run_config import build
 
 # A language model of nothing but numbers, as small as the tiny checkpoint.
 SHAPE = (

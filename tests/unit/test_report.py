@@ -11,13 +11,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from emloc import provenance as provenance_module
-from emloc.memory import GIB, Peak, process_bytes
-from emloc.provenance import PACKAGES, provenance
-from emloc.report.lines import table_of
+from emloc.config.run_folder import Run, find_runs
 from emloc.report.markdown import table
 from emloc.report.rows import rows_of, write_rows
-from emloc.runs import Run, find_runs
+from emloc.report.run_table import table_of
+from emloc.runtime import provenance as provenance_module
+from emloc.runtime.memory import GIB, Peak, process_bytes
+from emloc.runtime.provenance import PACKAGES, provenance
 from emloc.sweeps.callbacks import FAILED, Table
 
 CHOICES = {"method": "emloc", "model": "tiny", "lora": "r8", "emulator": "svd", "tracker": "none"}
@@ -36,7 +36,7 @@ def made(folder):
     def make(method: str, loss: float | None = None, *, seed: int = 0, **changed) -> Run:
         choices = CHOICES | {"method": method} | changed.pop("choices", {})
         sections = {name: {"value": 0} for name in ("model", "eval", "lora", "train")}
-        sections["tracker"] = {"_target_": "emloc.tracking.track.Nothing"}
+        sections["tracker"] = {"_target_": "emloc.report.tracking.trackers.Nothing"}
         config = (
             sections
             | {"name": "demo", "method": method, "seed": seed, "task": {"name": "sums"}}
@@ -209,7 +209,7 @@ def test_a_run_is_worked_on_by_one_process_at_a_time(tmp_path):
     program = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from emloc.runs import Run\n"
+        "from emloc.config.run_folder import Run\n"
         "with Run(Path(sys.argv[1])).alone():\n"
         "    print(time.time(), flush=True)\n"
         "    time.sleep(0.5)\n"

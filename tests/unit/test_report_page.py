@@ -11,16 +11,16 @@ from omegaconf import OmegaConf
 from reported import row
 
 from emloc.cli import VERBS
+from emloc.config.run_folder import Run
 from emloc.errors import ConfigError
 from emloc.report.latex import escaped, latex
-from emloc.report.lines import table_of
 from emloc.report.markdown import markdown, table, table_with_notes
 from emloc.report.origin import origin
 from emloc.report.page import Picture, Report, Section, page
 from emloc.report.rows import rows_of, write_rows
+from emloc.report.run_table import table_of
 from emloc.report.table import Table, best, number, split
-from emloc.report.written import write_report
-from emloc.runs import Run
+from emloc.report.write import write_report
 
 EIGHT = "internvl2_5_8b"
 WORDS = Table(

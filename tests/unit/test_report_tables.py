@@ -10,16 +10,16 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from reported import row
 
-from emloc.compose import register
+from emloc.config.compose import register
+from emloc.config.experiments import experiment, points
+from emloc.config.paths import CONF, EXPERIMENTS
+from emloc.config.run_folder import Run
 from emloc.errors import ConfigError
-from emloc.grid import experiment, points
+from emloc.report.all_experiments import tables
+from emloc.report.grid_rows import Placed
 from emloc.report.paper import QUANTITIES, Paper, paper_of
-from emloc.report.pivot import pivot
-from emloc.report.placed import Placed
 from emloc.report.rows import rows_of, write_rows
-from emloc.report.tables import tables
-from emloc.runs import Run
-from emloc.shipped import CONF, EXPERIMENTS
+from emloc.report.task_table import pivot
 
 EIGHT = "internvl2_5_8b"
 MINE = f"""\

@@ -15,9 +15,9 @@ from transformers import LlamaForCausalLM, RobertaConfig, RobertaForSequenceClas
 
 from emloc.adapters.lora import Lora
 from emloc.adapters.saved import copy_adapter, lora_of, read_lora
+from emloc.config.settings import LoraSettings
 from emloc.errors import ConfigError
-from emloc.linalg.correct import Pair
-from emloc.settings import LoraSettings
+from emloc.tensors.linalg.correct import Pair
 
 IDS = torch.arange(24).reshape(2, 12) + 5
 TARGETS = ["q_proj", "v_proj", "down_proj"]

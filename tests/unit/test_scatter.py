@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emloc.linalg.correct import Pair
-from emloc.linalg.prune import scatter, spans
+from emloc.tensors.linalg.correct import Pair
+from emloc.tensors.linalg.prune import scatter, spans
 
 
 def drawn(data, count: int) -> torch.Tensor | None:

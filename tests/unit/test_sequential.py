@@ -13,17 +13,17 @@ from tiny import image_batch, tiny_internvl, tiny_llama, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from emloc.calibrate import calibrate
+from emloc.calibration.blockwise import by_block, open_walk
+from emloc.calibration.calibrate import calibrate
+from emloc.config.settings import Compression
 from emloc.emulators import Given
-from emloc.emulators.sequential import lock_step
 from emloc.emulators.svd import Svd
+from emloc.emulators.svd.sequential import lock_step
 from emloc.errors import ConfigError
-from emloc.linalg.factorize import eigen
-from emloc.linalg.regression import RIDGE, regressed
-from emloc.settings import Compression
-from emloc.source import Source
-from emloc.store import Artifact
-from emloc.walk import by_block, open_walk
+from emloc.models.checkpoint.source import Source
+from emloc.runtime.stage_cache import Artifact
+from emloc.tensors.linalg.factorize import eigen
+from emloc.tensors.linalg.regression import RIDGE, regressed
 
 CPU = torch.device("cpu")
 F64 = torch.float64

@@ -19,11 +19,11 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from emloc.checkpoint import locate
 from emloc.errors import ConfigError
+from emloc.models.checkpoint.locate import locate
+from emloc.models.checkpoint.source import Source
 from emloc.models.text import TextModel
-from emloc.nn.factorized import Factorized
-from emloc.source import Source
+from emloc.tensors.nn.factorized import Factorized
 
 CPU = torch.device("cpu")
 IDS = torch.arange(24).reshape(2, 12) + 5
@@ -182,7 +182,7 @@ def test_read_opens_each_file_once_and_gives_all_that_was_asked(folders, monkeyp
     source = source_of(folders["sharded"])
     opened = []
     monkeypatch.setattr(
-        "emloc.weights.safe_open",
+        "emloc.models.checkpoint.weights.safe_open",
         lambda path, **kw: opened.append(path.name) or safe_open(path, **kw),
     )
     asked = [*source.weights.names][::-1]

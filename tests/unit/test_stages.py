@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import pytest
 from omegaconf import OmegaConf
 
-from emloc.compose import compose
-from emloc.config import build
+from emloc.config.compose import compose
+from emloc.config.run_folder import folder_name
+from emloc.config.stage_order import in_order, merged, stages_of, standard_stages
 from emloc.errors import ConfigError
-from emloc.keys import neutral
-from emloc.runs import folder_name
-from emloc.stage_order import in_order, merged, stages_of, standard_stages
+from emloc.runtime.keys import neutral
 from emloc.stages import Stage
+from emloc.stages.run_config import build
 
 STANDARD = ["calibrate", "emulate", "train", "recover", "evaluate", "evaluate_as_trained"]
 

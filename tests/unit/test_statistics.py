@@ -6,10 +6,10 @@ from tiny import save_checkpoint
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from emloc.calibrate import linears_of, observe
-from emloc.source import Source
-from emloc.statistics import PIECE, Statistics, Taken
-from emloc.walk import open_walk
+from emloc.calibration.blockwise import open_walk
+from emloc.calibration.calibrate import linears_of, observe
+from emloc.calibration.moments import PIECE, Statistics, Taken
+from emloc.models.checkpoint.source import Source
 
 CPU = torch.device("cpu")
 ATTENTION = [f"self_attn.{leaf}_proj" for leaf in "qkvo"]

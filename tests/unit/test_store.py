@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from emloc.data.examples import Example, Examples
 from emloc.errors import ConfigError, StageError
-from emloc.examples import Example, Examples
-from emloc.keys import class_name, key_of, neutral
-from emloc.manifest import MANIFEST, DamagedError, seal, whole
-from emloc.store import Store, open_store
+from emloc.runtime.keys import class_name, key_of, neutral
+from emloc.runtime.manifest import MANIFEST, DamagedError, seal, whole
+from emloc.runtime.stage_cache import Store, open_store
 
 CALLS: list[tuple] = []
 REFUSAL = ConfigError("task.path: nothing there")
@@ -573,5 +573,7 @@ def test_a_file_of_a_folder_that_is_being_written_is_believed(tmp_path):
 def test_contents_are_read_once_in_a_process(store, monkeypatch):
     artifact = store.stage("emulate", write_files)
     store.stage("emulate", write_files)
-    monkeypatch.setattr("emloc.manifest.file_hash", lambda path: pytest.fail(f"reads {path}"))
+    monkeypatch.setattr(
+        "emloc.runtime.manifest.file_hash", lambda path: pytest.fail(f"reads {path}")
+    )
     assert store.stage("emulate", write_files) == artifact

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from emloc.nn.streamed import ALIGN, SMALLEST, Streamed, pieces
+from emloc.tensors.nn.streamed import ALIGN, SMALLEST, Streamed, pieces
 
 CPU = torch.device("cpu")
 BLOCKS = 5

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from emloc.linalg.factorize import Factors, eigen, lost, refit
-from emloc.linalg.gram import cross, gram
-from emloc.linalg.subspace import STEPS, subspace
+from emloc.tensors.linalg.factorize import Factors, eigen, lost, refit
+from emloc.tensors.linalg.gram import cross, gram
+from emloc.tensors.linalg.subspace import STEPS, subspace
 
 F64 = torch.float64
 P = 512  # the smallest size that is iterated

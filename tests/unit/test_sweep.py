@@ -8,8 +8,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from emloc.compose import register
-from emloc.shipped import CONF
+from emloc.config.compose import register
+from emloc.config.paths import CONF
 from emloc.sweeps.callbacks import Progress, cells_of
 
 

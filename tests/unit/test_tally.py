@@ -2,7 +2,7 @@
 
 import pytest
 
-from emloc.sweeps.tally import Stint, Tally, line, seconds_left
+from emloc.sweeps.progress import Stint, Tally, line, seconds_left
 
 
 def done(begun: float, ended: float, cell: str = "x") -> Stint:

@@ -333,7 +333,7 @@ def test_yaml_spells_out_every_field_and_is_named_after_itself(name):
 def test_prompts_are_those_of_lm_eval(name):
     from lm_eval.tasks import TaskManager
 
-    from emloc.harness.known import own_yaml
+    from emloc.stages.evaluation.harness.lm_eval_tasks import own_yaml
 
     index = TaskManager(include_path=str(own_yaml(name).parent), include_defaults=False).task_index
     own = index[name].cfg

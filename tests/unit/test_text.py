@@ -7,13 +7,13 @@ import torch
 from tiny import tiny_llama, tiny_tokenizer
 from torch.nn import functional
 
-from emloc.batching import IGNORE, collate
+from emloc.calibration.samples import BATCH, Samples, choose
+from emloc.data.collate import IGNORE, collate
+from emloc.data.examples import Example, Examples
+from emloc.data.prompts import Encoded, encode, render
+from emloc.data.reader import TextReader, batches, encode_all
 from emloc.errors import ConfigError
-from emloc.examples import Example, Examples
-from emloc.prompts import Encoded, encode, render
-from emloc.reading import TextReader, batches, encode_all
-from emloc.samples import BATCH, Samples, choose
-from emloc.source import Source
+from emloc.models.checkpoint.source import Source
 
 ROWS = (
     Example("0", "1 + 1?", "2"),

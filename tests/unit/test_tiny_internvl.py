@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, InternVLForConditionalGeneration
 
-from emloc.compose import compose
-from emloc.config import build
-from emloc.examples import Example
-from emloc.pictures import Picture
+from emloc.config.compose import compose
+from emloc.data.examples import Example
+from emloc.data.image import Picture
+from emloc.stages.run_config import build
 
 MODELS = Path(__file__).parents[2] / "experiments" / "models"
 

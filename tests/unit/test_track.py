@@ -13,11 +13,11 @@ import pytest
 from inspected import entries
 from omegaconf import OmegaConf
 
+from emloc.config.run_folder import Run
 from emloc.errors import ConfigError
-from emloc.runs import Run
-from emloc.tracking.exhibits import PREDICTIONS, table_of_runs, tables_of_run
-from emloc.tracking.record import Record, stage_line, training_line
-from emloc.tracking.track import Nothing, Wandb, compare
+from emloc.report.tracking.artifacts import PREDICTIONS, table_of_runs, tables_of_run
+from emloc.report.tracking.metrics_log import Record, stage_line, training_line
+from emloc.report.tracking.trackers import Nothing, Wandb, compare
 
 SETTINGS = {"project": "emloc", "entity": None, "mode": "offline", "adapter": False}
 PROVENANCE = {"commit": "abc", "versions": {"torch": "2"}}
@@ -45,7 +45,7 @@ def begun(tmp_path):
     def begin(name: str = "emloc-tiny-sums-s0-12345678") -> Run:
         sections = {"model": {"name": "tiny"}, "task": {"name": "sums"}, "lora": {"rank": 8}}
         run = Run(tmp_path / "runs" / "demo" / name)
-        sections["tracker"] = {"_target_": "emloc.tracking.track.Wandb", **SETTINGS}
+        sections["tracker"] = {"_target_": "emloc.report.tracking.trackers.Wandb", **SETTINGS}
         run.begin(OmegaConf.create({"name": "demo", "method": "emloc", "seed": 0, **sections}), {})
         return run
 
@@ -333,9 +333,9 @@ def test_a_run_that_ended_badly_says_how(begun, tracker, state, code):
 ENDLESS = """
 import sys, time
 from pathlib import Path
-from emloc.tracking.record import Record, training_line
-from emloc.runs import Run
-from emloc.tracking.track import Wandb
+from emloc.report.tracking.metrics_log import Record, training_line
+from emloc.config.run_folder import Run
+from emloc.report.tracking.trackers import Wandb
 
 record = Record(Run(Path(sys.argv[1])))
 record.follow(Wandb(project="emloc", entity=None, mode="offline", adapter=False))
@@ -438,14 +438,14 @@ def test_a_sweep_of_which_nothing_has_been_done_now_has_no_report(begun, tmp_pat
     begun("failed").mark("failed", stage="config", error="x")
     compare(folder)
     begun("before").finish(results())
-    monkeypatch.setattr("emloc.tracking.track.born", lambda: time.time() + 1)
+    monkeypatch.setattr("emloc.report.tracking.trackers.born", lambda: time.time() + 1)
     compare(folder)
     assert not (folder / "wandb").exists()
 
 
 def test_a_sweep_that_is_followed_by_nothing_has_no_report(begun, tmp_path):
     run = begun()
-    nothing = {"tracker": {"_target_": "emloc.tracking.track.Nothing"}}
+    nothing = {"tracker": {"_target_": "emloc.report.tracking.trackers.Nothing"}}
     run.begin(OmegaConf.create(run.config | nothing), {})
     run.finish(results())
     compare(tmp_path / "runs" / "demo")

@@ -665,13 +665,16 @@ def test_what_a_value_cannot_do_is_refused_by_its_setting(chartqa):
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
-        ("emloc.metrics.exact.scores", "module 'emloc.metrics.exact' has no attribute 'scores'"),
-        ("emloc.metrics.bleu.score", "No module named 'emloc.metrics.bleu'"),
+        (
+            "emloc.tasks.metrics.exact.scores",
+            "module 'emloc.tasks.metrics.exact' has no attribute 'scores'",
+        ),
+        ("emloc.tasks.metrics.bleu.score", "No module named 'emloc.tasks.metrics.bleu'"),
         ("score", "Empty module name"),
-        ("emloc.metrics.exact.__name__", "it is no function"),
+        ("emloc.tasks.metrics.exact.__name__", "it is no function"),
     ],
 )
 def test_a_scorer_that_is_not_there_is_refused_before_rows_are_read(chartqa, path, reason):
-    message = f"task.scorer={path}: {reason}; set task.scorer=emloc.metrics.exact.score or another"
+    message = f"task.scorer={path}: {reason}; set task.scorer=exact or another"
     assert refused(named_scorer, path) == message
     assert refused(chartqa(scorer=path).held_out, 1) == message

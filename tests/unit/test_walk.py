@@ -19,11 +19,11 @@ from transformers import (
 )
 from walked import batches_of, made
 
-from emloc.calibrate import observe
+from emloc.calibration.blockwise import block_of, by_block, open_walk, walk
+from emloc.calibration.calibrate import observe
+from emloc.calibration.spill import Lot
 from emloc.errors import ConfigError
-from emloc.parking import Lot
-from emloc.source import Source
-from emloc.walk import block_of, by_block, open_walk, walk
+from emloc.models.checkpoint.source import Source
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -437,7 +437,7 @@ def test_what_was_looked_at_twice_is_run_as_if_it_had_not_been(kind, host_bytes,
 @pytest.mark.parametrize("host_bytes", [None, 0])
 @pytest.mark.parametrize("kind", ["llama", "internvl"])
 def test_nothing_is_kept_of_a_look(kind, host_bytes, tmp_path, monkeypatch):
-    monkeypatch.setattr("emloc.walk.Lot", Recorded)
+    monkeypatch.setattr("emloc.calibration.blockwise.Lot", Recorded)
     model, names = made(kind)
     given = batches_of(kind)
     for block in walk(model, given, names, CPU, host_bytes=host_bytes, folder=tmp_path):

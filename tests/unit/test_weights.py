@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Llam
 from emloc.adapters.fold import merge
 from emloc.adapters.saved import SavedLora
 from emloc.errors import ConfigError
-from emloc.linalg.correct import Pair
-from emloc.nn.factorized import Factorized
-from emloc.source import Source
-from emloc.weights import Random, Safetensors, draws_of, parameter_name
+from emloc.models.checkpoint.source import Source
+from emloc.models.checkpoint.weights import Random, Safetensors, draws_of, parameter_name
+from emloc.tensors.linalg.correct import Pair
+from emloc.tensors.nn.factorized import Factorized
 
 CPU = torch.device("cpu")
 PROJECTION = "model.language_model.layers.0.mlp.down_proj"
@@ -229,7 +229,7 @@ class Watched:
 def watched(monkeypatch):
     for book in (Watched.opened, Watched.closed, Watched.given, Watched.alive):
         book.clear()
-    monkeypatch.setattr("emloc.weights.safe_open", Watched)
+    monkeypatch.setattr("emloc.models.checkpoint.weights.safe_open", Watched)
     return Watched
 
 

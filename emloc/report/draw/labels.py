@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from emloc.formats import width_name
+from emloc.config.formats import width_name
+from emloc.config.settings import MODEL_BITS
 from emloc.report.rows import Row
-from emloc.settings import MODEL_BITS
 
 Told = Mapping[str, str]
 

@@ -16,12 +16,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from emloc.data.examples import Example, Examples
+from emloc.data.image import Picture
+from emloc.data.reader import Opened
 from emloc.errors import ConfigError
-from emloc.examples import Example, Examples
 from emloc.models.checkpointed import Checkpointed
-from emloc.objectives import Batch, Objective
-from emloc.pictures import Picture
-from emloc.reading import Opened
+from emloc.models.objectives import Batch, Objective
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,11 @@ class ClassReading:
 
     @property
     def key(self) -> list[Any]:
-        """See emloc.reading.Reading."""
+        """See emloc.data.reader.Reading."""
         return ["image" if self.sees else "text", *self.classes]
 
     def reader(self, opened: Opened) -> TextClassReader | ImageClassReader:
-        """See emloc.reading.Reading."""
+        """See emloc.data.reader.Reading."""
         if self.sees:
             return ImageClassReader(self.classes, opened.config.image_size, opened.dtype)
         return TextClassReader(self.classes, opened.tokenizer)

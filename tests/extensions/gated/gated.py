@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from emloc.adapters import Adapter
 from emloc.adapters.auxiliary import AuxiliaryLosses
+from emloc.config.settings import LoraSettings
 from emloc.errors import ConfigError
-from emloc.settings import LoraSettings
-from emloc.source import Source
+from emloc.models.checkpoint.source import Source
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

@@ -12,10 +12,10 @@ from safetensors import safe_open
 
 from emloc.emulators.svd import Svd
 from emloc.errors import ConfigError
-from emloc.journal import Journal
-from emloc.shard import write_shard
+from emloc.runtime.journal import Journal
+from emloc.runtime.safetensors_file import write_shard
+from emloc.runtime.stage_cache import Facts
 from emloc.stages import EMULATOR, Context, Stage
-from emloc.store import Facts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, RobertaModel, RobertaPreTrainedModel
 
+from emloc.data.examples import Example, Examples
+from emloc.data.reader import Opened
 from emloc.errors import ConfigError
-from emloc.examples import Example, Examples
 from emloc.models.checkpointed import Checkpointed
-from emloc.objectives import Batch, Objective
-from emloc.reading import Opened
+from emloc.models.objectives import Batch, Objective
 
 
 class FlowModel(RobertaPreTrainedModel):
@@ -144,11 +144,11 @@ class VectorReading:
 
     @property
     def key(self) -> list[Any]:
-        """See emloc.reading.Reading."""
+        """See emloc.data.reader.Reading."""
         return ["vector", self.size]
 
     def reader(self, opened: Opened) -> VectorReader:
-        """See emloc.reading.Reading."""
+        """See emloc.data.reader.Reading."""
         return VectorReader(self.size, opened.tokenizer)
 
 

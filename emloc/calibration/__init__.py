@@ -1,0 +1,1 @@
+"""Samples, and what is measured while they pass through the blocks."""

@@ -1,0 +1,162 @@
+"""Compose a configuration, and say in one line what is wrong with one that cannot be composed."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.errors import MissingConfigException
+from hydra.plugins.config_source import ConfigLoadError
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from emloc.config.choices import hide_bases, refuse_bases
+from emloc.config.experiments import read_experiment
+from emloc.config.paths import CONF, EXPERIMENTS, conf_folders, plugin_folders
+from emloc.config.run_folder import folder_name
+from emloc.config.settings import schema
+
+# Where a plugin's settings would be -> the extra that installs it.
+EXTRAS = {
+    "hydra/launcher/joblib": "parallel",
+    "hydra/launcher/submitit_local": "slurm",
+    "hydra/launcher/submitit_slurm": "slurm",
+    "hydra/sweeper/optuna": "search",
+}
+
+
+class PluginGroups(SearchPathPlugin):
+    """Have Hydra look for groups in the folders of plug-ins, too."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Called by Hydra when it composes."""
+        for folder in conf_folders()[1:]:
+            search_path.append("emloc-plugins", f"file://{folder}")
+
+
+# Of an experiment that was not named: who takes it all the same is told that its name is missing.
+_UNNAMED = OmegaConf.create({"name": MISSING})
+
+
+def register(words: Sequence[str] = ()) -> None:
+    """Make schema, experiments and resolvers known to Hydra.
+
+    What is in an experiment only if it is named in `words`, the command line: Hydra copies all it
+    knows for each group, which is the most of what `--help` takes.
+
+    Raises:
+        ConfigError: `words` choose a base, which is no choice.
+    """
+    Plugins.instance().register(PluginGroups)
+    plugin_folders()
+    hide_bases()
+    refuse_bases(words)
+    store = ConfigStore.instance()
+    store.store(name="schema", node=schema())
+    store.repo.pop("cell", None)  # of what was named before
+    for path in sorted(EXPERIMENTS.glob("*.yaml")):
+        node = _UNNAMED
+        if any(path.stem in word or "glob(" in word for word in words):
+            file = read_experiment(path)
+            node = file.node
+            for name, overrides in file.cells.items():
+                cell = _preset(overrides.split())
+                store.store(group=f"cell/{path.stem}", name=name, node=cell, package="_global_")
+        store.store(group="experiments", name=path.stem, node=node, package="_global_")
+    _replace_joblib(store)
+    OmegaConf.register_new_resolver(
+        "emloc.folder", lambda *, _root_: folder_name(_root_), replace=True
+    )
+
+
+def _replace_joblib(store: ConfigStore) -> None:
+    """Have `hydra/launcher=joblib`, where it is installed, outlive a worker that is killed."""
+    Plugins.instance()  # or the plugin's own settings would come later, and in the place of these
+    try:
+        node = store.load("hydra/launcher/joblib.yaml").node
+    except ConfigLoadError:
+        return
+    node._target_ = "hydra_plugins.emloc_sweeps.Joblib"
+    node.batch_size = "1"  # a cell may take long: none waits in the hands of a busy worker
+    store.store(group="hydra/launcher", name="joblib", node=node, provider="emloc")
+
+
+def _preset(overrides: Sequence[str]) -> DictConfig:
+    """What these do on the command line, as a node for Hydra's defaults list."""
+    pairs = [override.split("=", 1) for override in overrides]
+    groups = {f"override /{key}": value for key, value in pairs if _is_group(key)}
+    values = OmegaConf.from_dotlist(
+        [f"{key}={value}" for key, value in pairs if not _is_group(key)]
+    )
+    defaults = [{key: value} for key, value in groups.items()]
+    return OmegaConf.create({"defaults": [*defaults, "_self_"], **values})
+
+
+def _is_group(key: str) -> bool:
+    return any((folder / key).is_dir() for folder in conf_folders())
+
+
+def compose(overrides: Sequence[str] = ()) -> DictConfig:
+    """The configuration of one run, as the command line would compose it."""
+    register(overrides)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra_compose("config", list(overrides))
+
+
+def explain(error: Exception) -> str:
+    """One line about a configuration that cannot be composed, with the nearest possible name."""
+    text = str(error)
+    if isinstance(error, MissingConfigException) and (
+        match := re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text)
+    ):
+        group, choice = match.groups()
+        if extra := EXTRAS.get(f"{group}/{choice}"):
+            return f"{group}={choice} is not installed; pip install 'emloc[{extra}]'"
+        if group.partition("/")[0] == "cell":  # of which Hydra knows what was named alone
+            word = f"{group}/{choice}".removeprefix("cell/")
+            return f"cell={word}: there is no such choice{_nearest(word, list(_cells()))}"
+        return f"{group}={choice}: there is no such choice{_nearest(choice, error.options or [])}"
+    if re.search(r"Could not override 'cell'", text):
+        return "cell: there is no such choice; it is experiment/cell, such as demo_vqa/lora"
+    if match := re.search(r"Could not override '([^'@]+)", text):
+        return f"{match[1]}: there is no such setting{_nearest(match[1], list(_settings()))}"
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        cause = error.__cause__
+        return f"{cause.full_key}: {str(cause).splitlines()[0]}"
+    return text.splitlines()[0]
+
+
+def _nearest(word: str, options: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; there is {', '.join(options)}" if 0 < len(options) < 20 else ""
+
+
+def _cells() -> Iterator[str]:
+    """Every cell of every experiment."""
+    for path in sorted(EXPERIMENTS.glob("*.yaml")):
+        yield from (f"{path.stem}/{name}" for name in read_experiment(path).cells)
+
+
+def _settings() -> Iterator[str]:
+    """Every group and every dotted key of the default configuration."""
+    node = OmegaConf.to_container(compose())
+
+    def keys(value: object, path: str) -> Iterator[str]:
+        if path:
+            yield path
+        if isinstance(value, dict):
+            for key, below in value.items():
+                yield from keys(below, f"{path}.{key}" if path else str(key))
+
+    return keys(node, "")

@@ -1,0 +1,1 @@
+"""Memory and time: planned before a run, and measured by a benchmark."""

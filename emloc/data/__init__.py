@@ -1,0 +1,1 @@
+"""An example, and how it becomes a batch."""

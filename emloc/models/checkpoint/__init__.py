@@ -1,0 +1,1 @@
+"""A checkpoint on disk: which one, its tensors and its tokenizer."""

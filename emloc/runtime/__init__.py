@@ -1,0 +1,1 @@
+"""The machine: processes, devices, memory, and files that are written whole."""

@@ -1,0 +1,1 @@
+"""Scores of held-out rows, of our own and of lm-eval."""

@@ -1,0 +1,141 @@
+"""Scores from lm-eval's own tasks."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lm_eval.tasks
+import torch
+import yaml
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+
+from emloc.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from emloc.tasks.text import TextTask
+
+SEED = 1234  # lm-eval's own, which decides the examples of a few-shot prompt
+TASK_FILE = "lm_eval_task.yaml"
+SAMPLES_FILE = "lm_eval_samples.jsonl"
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TextTask,
+    *,
+    limit: int | None,
+    batch_size: int,
+    folder: Path,
+) -> dict[str, float]:
+    """lm-eval's scores of `model` (in eval mode, on its device) as `{"metric,filter": value}`.
+
+    The first `limit` rows are asked, greedily, through the chat template exactly if `tokenizer`
+    has one. `folder` receives the task as lm-eval ran it and every answer.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    chat = tokenizer.chat_template is not None
+    with quiet():
+        loaded = lm_eval.tasks.TaskManager(include_defaults=False).load(
+            [str(write_task(task, folder))]
+        )
+        (found,) = loaded["tasks"].values()
+        found.set_fewshot_seed(SEED)
+        if found.get_config("output_type") == "generate_until":
+            greedy = {"do_sample": False, "temperature": 0.0}
+            found.set_config("generation_kwargs", greedy, update=True)
+        wrapped = HFLM(
+            pretrained=model,
+            # A copy, since lm-eval gives a tokenizer without padding token one.
+            tokenizer=copy.deepcopy(tokenizer),
+            batch_size=batch_size,
+            # A chat template writes its own special tokens; see emloc.data.prompts.encode.
+            add_bos_token=False if chat else None,
+            # In bfloat16 the likelihoods of two choices are too often equal.
+            softmax_dtype=torch.float32,
+        )
+        # Not simple_evaluate, which also runs pip and nvidia-smi to describe the machine.
+        results = evaluate(
+            lm=wrapped,
+            task_dict=loaded,
+            limit=limit,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+        )
+    name = found.config.task
+    _write_samples(results["samples"][name], folder / SAMPLES_FILE)
+    return {
+        metric: float(value)
+        for metric, value in results["results"][name].items()
+        if "," in metric and isinstance(value, int | float)
+    }
+
+
+def write_task(task: TextTask, folder: Path) -> Path:
+    """lm-eval's own task with our data source, splits and prompt, as a YAML file in `folder`."""
+    source = {key: value for key, value in task.source().items() if value is not None}
+    values = {
+        "include": str(own_yaml(str(task.lm_eval))),
+        "dataset_path": source.pop("path"),
+        "dataset_name": source.pop("name", None),
+        "dataset_kwargs": source,
+        "training_split": task.train_split,
+        "fewshot_split": task.train_split,
+        "validation_split": None,
+        "test_split": task.eval_split,
+        "num_fewshot": task.shots,
+        **task.lm_eval_templates(),
+    }
+    file = folder / TASK_FILE
+    file.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return file
+
+
+def own_yaml(name: str) -> Path:
+    """The file of a task within the installed lm-eval."""
+    root = Path(lm_eval.tasks.__file__).parent
+    files = sorted(root.rglob(f"{name}.yaml"))
+    if not files:
+        raise ConfigError(
+            f"task.lm_eval: lm-eval has no file {name}.yaml; set task.lm_eval=null to score without"
+        )
+    return files[0]
+
+
+def _write_samples(samples: list[dict[str, Any]], file: Path) -> None:
+    """One line for each question and answer filter."""
+    with file.open("w", encoding="utf-8") as stream:
+        for sample in samples:
+            line = {
+                "doc_id": sample["doc_id"],
+                "filter": sample["filter"],
+                "target": sample["target"],
+                "response": [answer for answers in sample["resps"] for answer in answers],
+                "filtered": sample["filtered_resps"],
+                **{metric: sample[metric] for metric in sample["metrics"]},
+            }
+            # Scores may be numbers of numpy, which JSON does not know.
+            stream.write(json.dumps(line, ensure_ascii=False, default=float) + "\n")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """lm-eval's errors only, not its notes on every option; of its bars see
+    `emloc.runtime.quiet_libraries`.
+    """
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

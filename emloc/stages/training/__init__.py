@@ -1,0 +1,1 @@
+"""The training of an adapter: rows, steps, checkpoints, lean layers."""

@@ -1,0 +1,67 @@
+"""Put all of the lean path to work on a model that is about to be trained."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from emloc.adapters import Adapter
+from emloc.config.settings import LoraSettings, TrainSettings
+from emloc.models.objectives import Loss, Objective
+from emloc.runtime.distributed import sharded
+from emloc.tensors.lean.activations import keep_on_host
+from emloc.tensors.lean.model import keep_embedding_on_host, recompute_layers
+from emloc.tensors.lean.modules import fewer_operations
+
+log = logging.getLogger(__name__)
+
+
+def obstacle(lora: LoraSettings, dtype: torch.dtype) -> str | None:
+    """The override without which a training is not lean; None if it can be.
+
+    With dropout a LoRA is no part of the layer's product; gradients in float16 have to be scaled;
+    and shards of weights only PEFT's and transformers' own modules gather.
+    """
+    for stands, override in (
+        (lora.dropout > 0, "lora.dropout=0"),
+        (dtype == torch.float16, "model.dtype=bfloat16"),
+        (sharded(), "ACCELERATE_USE_FSDP=false"),
+    ):
+        if stands:
+            return override
+    return None
+
+
+def prepare(
+    model: Any, adapter: Adapter, recipe: TrainSettings, objective: Objective
+) -> tuple[bool, Loss | None]:
+    """Make `model`, which `adapter` is attached to, lean.
+
+    Returns:
+        Whether layers and adapter are one operation, which then casts by itself; else they need
+        autocast, and everything else is as lean. And the leaner loss of the objective; None where
+        its own has to stay.
+    """
+    fused = adapter.fuse(model)
+    inner = adapter.base(model)
+    dtype = inner.dtype  # asked now: packed layers have none, and then only the LoRA would
+    saved = keep_embedding_on_host(inner)
+    # A gated MLP is computed in place of what comes out of its layers. A fused layer keeps none of
+    # it for its backward pass; of others that is not known.
+    shorter = fewer_operations(inner, dtype) if fused else []
+    loss = objective.lean_loss(inner)
+    if recipe.checkpointing:
+        recompute_layers(inner)
+    if recipe.host_activations:
+        keep_on_host(inner)
+    log.info(
+        "train: lean, the adapter %s its layers; %.2f GB of embeddings on the host, fewer "
+        "operations in %s%s",
+        "fused with" if fused else "beside",
+        saved / 1e9,
+        ", ".join(shorter) or "nothing else",
+        "" if loss else ", the model's own loss",
+    )
+    return fused, loss

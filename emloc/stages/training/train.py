@@ -1,0 +1,191 @@
+"""Stage 2: train an adapter through the emulator. A thin layer over transformers.Trainer.
+
+Under `torchrun` or `accelerate launch` each process trains on its own device. An optimizer step is
+then `train.batch` x `train.accumulate` samples of every process: n processes with accumulate=1 take
+the steps that one process takes with accumulate=n.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    PrinterCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from emloc.adapters import Adapter
+from emloc.config.settings import MODEL_BITS, LoraSettings, TrainSettings
+from emloc.data.collate import Row
+from emloc.data.examples import Examples
+from emloc.data.reader import encode_all
+from emloc.emulators import Built
+from emloc.errors import ConfigError
+from emloc.models.objectives import Batch
+from emloc.precision import PackedLayer
+from emloc.runtime.distributed import first, sharded
+from emloc.stages.training.callbacks import Clock, Progress, Report
+from emloc.stages.training.lean_setup import obstacle, prepare
+from emloc.stages.training.trainer import FiniteTrainer, make_whole, newest_whole_checkpoint
+from emloc.tensors.nn.attention import without_cudnn
+
+log = logging.getLogger(__name__)
+
+# Called activation checkpointing from transformers 5.23 on, which warns at the older name.
+_CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What is fitted to what: everything a trained adapter depends on but the emulator."""
+
+    adapter: Adapter
+    lora: LoraSettings
+    layers: tuple[str, ...]  # names of the original's linears that are adapted
+    examples: Examples
+    max_length: int | None
+    recipe: TrainSettings
+    seed: int
+
+
+def train(
+    folder: Path,
+    built: Built,
+    fit: Fit,
+    *,
+    device: torch.device,
+    report: Report,
+) -> dict[str, Any]:
+    """Write the trained adapter and its curve; go on from the last checkpoint in `folder`."""
+    reader = built.source.reader()
+    encoded = encode_all(reader, fit.examples, fit.max_length)
+    return fit_rows(folder, built, fit, encoded, reader.collate, device=device, report=report)
+
+
+def fit_rows(
+    folder: Path,
+    built: Built,
+    fit: Fit,
+    rows: Sequence[Row],
+    collate_rows: Callable[[list[Any]], Batch],
+    *,
+    device: torch.device,
+    report: Report,
+    start: Path | None = None,
+) -> dict[str, Any]:
+    """`train` on rows that are encoded already; `collate_rows` makes a batch of some.
+
+    The adapter is a fresh one, or goes on from the one saved in the folder `start`.
+    """
+    source = built.source
+    # What is to be split waits in host memory, mapped from its files, and goes over block by block.
+    model = built.open(torch.device("cpu") if sharded() else device)
+    if sharded() and (packed := [m for m in model.modules() if isinstance(m, PackedLayer)]):
+        raise ConfigError(
+            f"FSDP cannot split weights of {packed[0].matrix.precision.bits} bits; "
+            f"set compression.bits={MODEL_BITS}, or launch without FSDP"
+        )
+    set_seed(fit.seed)
+    source.renew(model, fit.seed)
+    if start is None:
+        model = fit.adapter.attach(model, fit.lora, built.targets(fit.layers), source.fresh)
+    else:
+        model = fit.adapter.load(model, start, trainable=True)
+    lean, fused, loss = fit.recipe.lean, False, None
+    if fit.recipe.lean and (other := obstacle(fit.lora, source.dtype)):
+        log.info("train: as PEFT and transformers train; leaner with %s", other)
+        lean = False
+    elif fit.recipe.lean:
+        fused, loss = prepare(model, fit.adapter, fit.recipe, source.objective)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log.info("train: %d trainable parameters, %d examples", trainable, len(rows))
+    checkpoints = folder / "checkpoints"
+    dtype = built.source.dtype
+    trainer = FiniteTrainer(
+        adapter=fit.adapter,
+        model=model,
+        args=arguments(fit.recipe, fit.seed, checkpoints, dtype, device, lean=lean, fused=fused),
+        train_dataset=rows,
+        data_collator=collate_rows,
+        callbacks=[Progress(report)],
+        objective=source.objective,
+        loss=loss,
+    )
+    trainer.remove_callback(PrinterCallback)
+    clock = Clock()
+    trainer.add_callback(clock)
+    mixed = trainer.args.bf16 or trainer.args.fp16
+    with without_cudnn(), fit.adapter.training(model, mixed=mixed):
+        whole = newest_whole_checkpoint(checkpoints)
+        trainer.train(resume_from_checkpoint=str(whole) if whole else None)
+    make_whole(model)
+    trainer.accelerator.wait_for_everyone()  # the last checkpoint has parts of every process
+    if first():
+        fit.adapter.save(model, folder / "adapter", source.name)
+        curve = [line for line in trainer.state.log_history if "loss" in line]
+        (folder / "curve.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve))
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    return {
+        "trainable": trainable,
+        "steps": trainer.state.global_step,
+        "step_seconds": clock.median,
+    }
+
+
+def arguments(
+    recipe: TrainSettings,
+    seed: int,
+    output: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    lean: bool,
+    fused: bool,
+) -> TrainingArguments:
+    """The recipe in transformers' words.
+
+    A lean model has been told which layers to compute again, and a fused one casts by itself.
+    """
+    made = TrainingArguments(
+        output_dir=str(output),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch,
+        gradient_accumulation_steps=recipe.accumulate,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=math.ceil(recipe.warmup * recipe.steps),
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.clip,
+        bf16=dtype == torch.bfloat16 and not fused,
+        fp16=dtype == torch.float16 and not fused,
+        use_cpu=device.type == "cpu",
+        train_sampling_strategy="group_by_length",
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # they never change
+        seed=seed,
+        logging_steps=recipe.log_every,
+        logging_nan_inf_filter=False,  # it would write 0 for a loss that is not finite
+        save_steps=recipe.save_every,
+        save_total_limit=2,  # the older one is whole while the newer one is being written
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        report_to=[],
+        disable_tqdm=True,  # there is one bar already
+        **{_CHECKPOINTING: recipe.checkpointing and not lean},
+    )
+    # One process keeps to one device: the Trainer would cut its batches up over all GPUs in sight.
+    made._n_gpu = min(made.n_gpu, 1)
+    return made

@@ -1,0 +1,297 @@
+"""One cell of a sweep: from a composed configuration to a run folder that says how it went."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from emloc.config.run_folder import Run
+from emloc.errors import ConfigError, StageError
+from emloc.report.tracking.metrics_log import Record, stage_line, training_line
+from emloc.runtime.digest import digest
+from emloc.runtime.distributed import first, hush, rank, sharded, world_size
+from emloc.runtime.quiet_libraries import quiet
+
+if TYPE_CHECKING:
+    from emloc.pipeline import Result
+    from emloc.runtime.stage_cache import Artifact
+    from emloc.stages.run_config import Cell
+    from emloc.stages.training.callbacks import Report
+
+log = logging.getLogger("emloc")
+
+# Stages whose facts have places of their own among the results.
+_ELSEWHERE = ("calibrate", "emulate", "train", "recover", "evaluate", "evaluate_as_trained")
+
+# Seconds the first process has to fail for the same reason as another one, and to record it.
+GRACE = 10
+
+
+def run_cell(cfg: DictConfig) -> float | None:
+    """The headline score of one run; None if it failed, which its status.json then explains.
+
+    A run that is done is never done again, so repeating a sweep is resuming it. Of several
+    processes only the first writes into the run's folder.
+
+    Raises:
+        SystemExit: a training of several processes failed in this one. It has been recorded; the
+            others may hang in it, so that they have to be ended and nothing more can be run.
+    """
+    hush()
+    hydra = HydraConfig.get()
+    run = Run(Path(hydra.runtime.output_dir))
+    if run.done and _still_holds(cfg, run):
+        log.info("%s: done before", run.folder.name)
+        return float(run.metrics["score"])
+    if not first():
+        return _follow(cfg, run)
+    asked = time.time()
+    with run.alone():
+        if run.done and run.status["time"] >= asked:  # by another process, while this one waited
+            return float(run.metrics["score"])
+        begin(run, cfg, hydra.runtime.choices)
+        log.info("%s: started", run.folder.name)
+        with Record(run) as record:
+            return _lead(cfg, run, record)
+
+
+def _still_holds(cfg: DictConfig, run: Run) -> bool:
+    """Whether data and model are those that a finished run recorded; says which are not.
+
+    A run of before they were recorded is believed, and so is one whose data or model cannot be
+    reached any more: its results are what is left of it.
+    """
+    recorded = run.metrics
+    try:
+        present = _present(digest(OmegaConf.to_container(_of_identity(cfg), resolve=True)), cfg)
+    except ConfigError as error:
+        name = run.folder.name
+        log.warning("%s: done before; its data and model cannot be compared: %s", name, error)
+        return True
+    changed = [
+        name for name, value in present.items() if name in recorded and recorded[name] != value
+    ]
+    for name in changed:
+        log.info("%s: done before, but its %s has changed since; done again", run.folder.name, name)
+    return not changed
+
+
+def _of_identity(cfg: DictConfig) -> DictConfig:
+    names = ("model", "task", "emulator", "compression")
+    return OmegaConf.create({name: cfg[name] for name in names})
+
+
+# Many runs of a sweep have the same data and model, which take seconds to read.
+_PRESENT: dict[str, dict[str, Any]] = {}
+
+
+def _present(key: str, cfg: DictConfig) -> dict[str, Any]:
+    if key not in _PRESENT:
+        _PRESENT[key] = identities(_cell(cfg))
+    return _PRESENT[key]
+
+
+def identities(cell: Cell) -> dict[str, Any]:
+    """What tells data and model apart from any other, as the run's results record it.
+
+    Raises:
+        ConfigError: one of them cannot be found.
+    """
+    model = cell.emulator.model(cell.model, cell.compression)
+    return {"data": cell.task.key, "model": model.open().key}
+
+
+def begin(run: Run, cfg: DictConfig, choices: Mapping[str, str | None]) -> None:
+    """Record that the run was begun, with its settings and the choice of each group."""
+    own = {group: choice for group, choice in choices.items() if not group.startswith("hydra")}
+    run.begin(cfg, {group: choice for group, choice in own.items() if choice})
+
+
+def _lead(cfg: DictConfig, run: Run, record: Record) -> float | None:
+    """Do what there is to do, and record how it ended."""
+    try:
+        metrics = _work(cfg, run, record)
+    except (ConfigError, StageError) as error:
+        _failed(run, error)
+        return None
+    except KeyboardInterrupt:
+        run.mark("interrupted")
+        raise
+    except Exception as error:  # why: no folder may go on saying "running"
+        _crashed(run, error)
+        if HydraConfig.get().mode != RunMode.MULTIRUN:
+            raise
+        log.exception("%s", run.folder.name)  # the other cells of a sweep go on
+        return None
+    run.finish(metrics)
+    log.info("%s: done", run.folder.name)
+    return float(metrics["score"])
+
+
+def _follow(cfg: DictConfig, run: Run) -> float | None:
+    """Take part in a run that the first process records, and end it as that one does."""
+    try:
+        _pipeline(_cell(cfg), lambda step, values: None)
+    except (ConfigError, StageError) as error:
+        _failed(run, error)
+        return None
+    except Exception as error:  # why: as in the first process
+        _crashed(run, error)
+        raise
+    run.ended(within=math.inf)
+    return float(run.metrics["score"]) if run.done else None
+
+
+def _failed(run: Run, error: ConfigError | StageError) -> None:
+    """Record and say what went wrong, unless another process has."""
+    state, stage, message = "failed", "config", str(error)
+    if isinstance(error, StageError):
+        state, stage = "oom" if _out_of_memory(error) else "failed", error.stage
+        message = f"{error} (more in {run.folder / 'run.log'})"
+    if not _recorded(run):
+        if stage != "config":
+            with (run.folder / "run.log").open("a") as file:
+                traceback.print_exception(error, file=file)
+        run.mark(state, stage=stage, error=_by() + message)
+        log.error("%s", _by() + " ".join(message.split()))
+    if _out_of_step(error):
+        words = "ended here: a training that one process failed in may hold up the others"
+        raise SystemExit(words if first() else 1) from error
+
+
+def _crashed(run: Run, error: Exception) -> None:
+    if not _recorded(run):
+        run.mark("failed", stage="start", error=f"{_by()}{type(error).__name__}: {error}")
+
+
+def _recorded(run: Run) -> bool:
+    """Whether it is known how the run ended. What fails in one process fails in the first, too,
+    or leaves it waiting: then the other one records it.
+    """
+    return run.ended(within=0 if first() else GRACE)
+
+
+def _by() -> str:
+    return "" if first() else f"process {rank()}: "
+
+
+def _out_of_step(error: Exception) -> bool:
+    from emloc.runtime.stage_cache import OutOfStep
+
+    return isinstance(error, OutOfStep)
+
+
+def _out_of_memory(error: StageError) -> bool:
+    """Of the device, of Python, or of torch on a CPU, which has no type of its own for it."""
+    words = ("OutOfMemory", "MemoryError", "can't allocate memory")
+    return any(word in str(error) for word in words)
+
+
+def _cell(cfg: DictConfig) -> Cell:
+    quiet()
+    from emloc.stages.run_config import build  # torch comes in here, after all that needs none
+
+    return build(cfg)
+
+
+def _work(cfg: DictConfig, run: Run, record: Record) -> dict[str, Any]:
+    """The results, which are in the run's folder then, as is every number that led to them."""
+    cell = _cell(cfg)
+    record.follow(cell.tracker)
+    result = _pipeline(cell, lambda step, values: record.add(training_line(step, values)))
+    metrics = _metrics(cell, result)
+    _collect(cell, result, run.folder)
+    for line in _lines(cell, result, record.last, (run.folder / "config.yaml").stat().st_mtime):
+        record.add(line)
+    return metrics
+
+
+def _lines(cell: Cell, result: Result, last: int, begun: float) -> Iterator[dict[str, float]]:
+    """What is to be recorded of all stages, and of the training what is not: behind step `last`.
+
+    A stage that had been finished before this run was begun is `cached`.
+    """
+    if result.trained:
+        for text in (result.trained.folder / "curve.jsonl").read_text().splitlines():
+            values = json.loads(text)
+            if values["step"] > last:
+                yield training_line(values["step"], values)
+    for name, artifact in result.stages.items():
+        written = (artifact.folder / "stage.json").stat().st_mtime
+        called = cell.stage[name].logged_as or name
+        yield stage_line(called, {**artifact.facts, "cached": written < begun})
+
+
+def _pipeline(cell: Cell, report: Report) -> Result:
+    from emloc.pipeline import run
+    from emloc.runtime.gpu_lock import own_slot
+    from emloc.runtime.stage_cache import open_store
+
+    sharded()  # refused now rather than behind the emulator
+    store = open_store()
+    with own_slot(cell.budget.jobs_per_gpu, store.root / "devices"):
+        return run(cell, store, report)
+
+
+def _metrics(cell: Cell, result: Result) -> dict[str, Any]:
+    from emloc.runtime.provenance import provenance
+
+    scores = result.evaluated.facts["scores"]
+    if result.metric not in scores:
+        known = ", ".join(scores)
+        raise ConfigError(f"task.metric={result.metric} is no score of this run; there is {known}")
+    stages, trained = result.stages, result.trained
+    return {
+        "method": cell.method,
+        "metric": result.metric,
+        "score": scores[result.metric],
+        "scores": scores,
+        **_as_trained(result),
+        "emulator": _own(stages["emulate"]),
+        **identities(cell),
+        "processes": world_size(),
+        "trainable": trained.facts["trainable"] if trained else 0,
+        "step_seconds": trained.facts["step_seconds"] if trained else None,
+        "recovery": _own(stages["recover"]) if "recover" in stages else {},
+        "facts": {name: _own(one) for name, one in stages.items() if name not in _ELSEWHERE},
+        "seconds": {name: stage.facts["seconds"] for name, stage in stages.items()},
+        "peak_gib": {name: stage.facts["peak_gib"] for name, stage in stages.items()},
+        "stages": {name: stage.key for name, stage in stages.items()},
+        "calibration": result.samples,
+        "provenance": provenance(),
+    }
+
+
+def _own(stage: Artifact) -> dict[str, Any]:
+    """What a stage reported of its work; what every stage reports is kept elsewhere."""
+    common = ("seconds", "peak_gib", "samples")
+    return {name: value for name, value in stage.facts.items() if name not in common}
+
+
+def _as_trained(result: Result) -> dict[str, Any]:
+    """What was trained through packed weights scores itself, beside what was carried from it."""
+    return {"scores_as_trained": result.as_trained.facts["scores"]} if result.as_trained else {}
+
+
+def _collect(cell: Cell, result: Result, folder: Path) -> None:
+    """Copy what a person wants at hand out of the store: adapters, and what each stage names."""
+    from emloc.adapters.saved import copy_adapter
+
+    if result.trained and result.carried:
+        copy_adapter(result.trained.folder / "adapter", folder / "adapter_trained")
+        copy_adapter(result.carried.folder / "adapter", folder / "adapter")
+    for name, artifact in result.stages.items():
+        for file, target in cell.stage[name].collected.items():
+            if (artifact.folder / file).exists():
+                shutil.copy(artifact.folder / file, folder / target)

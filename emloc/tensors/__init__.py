@@ -1,0 +1,1 @@
+"""Mathematics and layers. Knows no file, no setting and no device."""
