@@ -26,7 +26,7 @@ from emloc.errors import ConfigError
 from emloc.runtime.digest import digest
 from emloc.tasks.checks import refuse_answer_tokens, refuse_limit
 from emloc.tasks.metrics import Scorer
-from emloc.tasks.scorers import named_scorer
+from emloc.tasks.scorers import called, named_scorer
 from emloc.tasks.templates import compile_template, render_template
 
 PARTS = ("plain", "recoloured")
@@ -69,8 +69,8 @@ class EasyVqa:
     @property
     def key(self) -> dict[str, Any]:
         """The package's files, what is done to its images, and what is made of its questions."""
-        names = ("part", "seed", "prompt", "target", "scorer", "answer_tokens")
-        made = {name: getattr(self, name) for name in names}
+        names = ("part", "seed", "prompt", "target", "answer_tokens")
+        made = {name: getattr(self, name) for name in names} | {"scorer": called(self.scorer)}
         return {"files": _fingerprint(_data()), "noise": NOISE} | made
 
     @cached_property

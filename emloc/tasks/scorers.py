@@ -34,9 +34,8 @@ def dotted(scorer: str) -> str:
     """The dotted path of a scorer that is called by its name, or that lay elsewhere before."""
     if "." not in scorer:
         return f"{_HOME}{scorer}.score"
-    return (
-        scorer.replace("emloc.metrics.", _HOME) if scorer.startswith("emloc.metrics.") else scorer
-    )
+    before = "emloc.metrics."
+    return _HOME + scorer.removeprefix(before) if scorer.startswith(before) else scorer
 
 
 def called(scorer: str) -> str:

@@ -70,12 +70,8 @@ class VqaTask:
     @property
     def key(self) -> dict[str, Any]:
         """The very rows held out, images by content or by the file they are in, and the scorer."""
-        rows = self.held_out(None)
-        return {
-            "rows": rows.key,
-            "scorer": called(self.scorer),
-            "answer_tokens": self.answer_tokens,
-        }
+        rows, scorer = self.held_out(None).key, called(self.scorer)
+        return {"rows": rows, "scorer": scorer, "answer_tokens": self.answer_tokens}
 
     @cached_property
     def score(self) -> Scorer:
