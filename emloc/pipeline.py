@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from emloc.adapters import Adapter
+from emloc.adapters.fit import Fit
 from emloc.calibration.samples import Samples, choose
 from emloc.cost.plan.solve import solved
 from emloc.data.examples import Examples
@@ -31,7 +32,6 @@ from emloc.stages.evaluation.evaluate import headline
 from emloc.stages.run_config import Cell
 from emloc.stages.training.callbacks import Report
 from emloc.stages.training.lean_setup import obstacle
-from emloc.stages.training.train import Fit
 from emloc.tasks.generic import generic_text
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def _through_stages(context: Context, store: Store) -> Context:
                 stage.enter,
                 *stage.inputs(context),
                 version=stage.version,
-                together=stage.together,
+                together=stage.together(context),
                 context=context,
             )
             context.made[name] = context.current[stage.gives] = artifact

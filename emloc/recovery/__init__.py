@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
+from emloc.adapters.fit import Fit
 from emloc.calibration.samples import Samples
 from emloc.config.part import Part
 from emloc.emulators import Built
 from emloc.runtime.stage_cache import Artifact
+
+
+def silent(step: int, values: dict[str, float]) -> None:
+    """A report that nobody reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryInputs:
+    """What a recovery works on, and where."""
+
+    trained: Artifact  # the adapter, in the folder `adapter` of its artifact
+    built: Built  # the emulator it was trained through, and the original beneath
+    samples: Samples | None  # of calibration, for a recovery with `statistics`
+    fit: Fit | None  # what the adapter was fitted to, for a recovery that `trains`
+    device: torch.device
+    host_bytes: int | None = None  # what hidden states may take of host memory
+    report: Callable[[int, dict[str, float]], None] = silent  # takes each line of a training log
 
 
 class Recovery(Part):
@@ -19,6 +39,7 @@ class Recovery(Part):
 
     reads_pairs: ClassVar[bool] = True  # it works on A and B themselves
     scatters: ClassVar[bool] = False  # it enlarges what was trained on smaller layers
+    trains: ClassVar[bool] = False  # it takes training steps, with all processes of a launch
 
     @property
     def statistics(self) -> bool:
@@ -26,14 +47,5 @@ class Recovery(Part):
         return False
 
     @abstractmethod
-    def carry(
-        self,
-        folder: Path,
-        trained: Artifact,
-        built: Built,
-        samples: Samples | None,
-        *,
-        device: torch.device,
-        host_bytes: int | None = None,
-    ) -> dict[str, Any]:
+    def carry(self, folder: Path, inputs: RecoveryInputs) -> dict[str, Any]:
         """Write the carried adapter into `folder`/adapter, modules trained whole included."""

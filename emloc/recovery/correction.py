@@ -18,12 +18,9 @@ from emloc.adapters.saved import read_lora
 from emloc.calibration.blockwise import Block, by_block, open_walk
 from emloc.calibration.calibrate import linears_of
 from emloc.calibration.moments import Taken
-from emloc.calibration.samples import Samples
-from emloc.emulators import Built
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import CPU
-from emloc.recovery import Recovery
-from emloc.runtime.stage_cache import Artifact
+from emloc.recovery import Recovery, RecoveryInputs
 from emloc.tensors.linalg.correct import Change, Moments, Pair, correct_covariance, correct_identity
 from emloc.tensors.linalg.gram import cross, gram, product
 
@@ -61,16 +58,7 @@ class Correction(Recovery):
         """The covariance metric runs the original over the calibration samples once more."""
         return self.metric == "covariance"
 
-    def carry(
-        self,
-        folder: Path,
-        trained: Artifact,
-        built: Built,
-        samples: Samples | None,
-        *,
-        device: torch.device,
-        host_bytes: int | None = None,
-    ) -> dict[str, Any]:
+    def carry(self, folder: Path, inputs: RecoveryInputs) -> dict[str, Any]:
         """Write the corrected adapter, and `layers.json`: what was done to each layer.
 
         Layer by layer on the device, for the covariance metric along a walk through the original:
@@ -80,7 +68,8 @@ class Correction(Recovery):
         emulator with it, as the metric weighs inputs: those of the calibration tokens, or white
         ones of unit variance. `after` is what is predicted of the corrected adapter.
         """
-        adapter = read_lora(trained.folder / "adapter")
+        built, samples, device = inputs.built, inputs.samples, inputs.device
+        adapter = read_lora(inputs.trained.folder / "adapter")
         run = None
         if samples is not None:
             run = open_walk(
@@ -88,7 +77,7 @@ class Correction(Recovery):
                 samples.batches(built.source),
                 list(by_block(adapter.pairs)),
                 device,
-                host_bytes=host_bytes,
+                host_bytes=inputs.host_bytes,
                 folder=folder,
             )
         corrected: dict[str, Pair] = {}

@@ -6,13 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from emloc.adapters.saved import carry_unchanged
-from emloc.calibration.samples import Samples
-from emloc.emulators import Built
-from emloc.recovery import Recovery
-from emloc.runtime.stage_cache import Artifact
+from emloc.recovery import Recovery, RecoveryInputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,16 +16,7 @@ class NoRecovery(Recovery):
 
     reads_pairs = False
 
-    def carry(
-        self,
-        folder: Path,
-        trained: Artifact,
-        built: Built,
-        samples: Samples | None,
-        *,
-        device: torch.device,
-        host_bytes: int | None = None,
-    ) -> dict[str, Any]:
+    def carry(self, folder: Path, inputs: RecoveryInputs) -> dict[str, Any]:
         """Copy the adapter, marked as carried."""
-        carry_unchanged(trained.folder / "adapter", folder / "adapter", {"by": "none"})
+        carry_unchanged(inputs.trained.folder / "adapter", folder / "adapter", {"by": "none"})
         return {}

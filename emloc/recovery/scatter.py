@@ -6,14 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from emloc.adapters.saved import read_lora
-from emloc.calibration.samples import Samples
-from emloc.emulators import Built
-from emloc.recovery import Recovery
-from emloc.runtime.stage_cache import Artifact
+from emloc.recovery import Recovery, RecoveryInputs
 from emloc.tensors.linalg.correct import Pair
 from emloc.tensors.linalg.prune import scatter
 
@@ -35,32 +31,23 @@ class Scatter(Recovery):
 
     scatters = True
 
-    def carry(
-        self,
-        folder: Path,
-        trained: Artifact,
-        built: Built,
-        samples: Samples | None,
-        *,
-        device: torch.device,
-        host_bytes: int | None = None,
-    ) -> dict[str, Any]:
+    def carry(self, folder: Path, inputs: RecoveryInputs) -> dict[str, Any]:
         """Write the adapter at the original's shapes.
 
         Raises:
             TypeError: the emulator does not say what it kept.
         """
-        emulator, source = built.emulator, built.source
+        emulator, source = inputs.built.emulator, inputs.built.source
         if not isinstance(emulator, Cuts):
             raise TypeError(f"{type(emulator).__name__} does not say which rows it kept")
         enlarged = 0
 
         def enlarge(layer: str, pair: Pair) -> Pair:
             nonlocal enlarged
-            rows, columns = emulator.kept(built.artifact.folder, layer)
+            rows, columns = emulator.kept(inputs.built.artifact.folder, layer)
             enlarged += rows is not None or columns is not None
             return scatter(pair, source.linears[layer], rows, columns)
 
-        adapter = read_lora(trained.folder / "adapter")
+        adapter = read_lora(inputs.trained.folder / "adapter")
         adapter.map(enlarge, {"by": "scatter"}).save(folder / "adapter")
         return {"enlarged_layers": enlarged}

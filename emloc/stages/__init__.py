@@ -20,9 +20,9 @@ from emloc.runtime.stage_cache import Artifact, Facts
 from emloc.stages.training.callbacks import Report
 
 if TYPE_CHECKING:
+    from emloc.adapters.fit import Fit
     from emloc.calibration.calibrate import Layers
     from emloc.stages.run_config import Cell
-    from emloc.stages.training.train import Fit
 
 # What an artifact is to the stages behind it: the newest of each kind is the one that counts.
 STATISTICS, EMULATOR, TRAINED, CARRIED = "statistics", "emulator", "trained", "carried"
@@ -66,7 +66,6 @@ class Stage(Part):
 
     version: ClassVar[int] = 1  # raised when the meaning of its files changes
     gives: ClassVar[str]  # the kind of its artifact: one of those above, or one of its own
-    together: ClassVar[bool] = False  # all processes of a launch work on it at the same time
     reads_samples: ClassVar[bool] = False  # beside what emulator and recovery read
     # File of the artifact -> what it is called in the run's folder.
     collected: ClassVar[Mapping[str, str]] = MappingProxyType({})
@@ -90,6 +89,10 @@ class Stage(Part):
             ConfigError: with the reason, and an override that mends it.
         """
         return
+
+    def together(self, context: Context) -> bool:
+        """Whether all processes of a launch work on it at the same time."""
+        return False
 
     @abstractmethod
     def needed(self, context: Context) -> bool:

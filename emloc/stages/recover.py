@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from emloc.calibration.samples import Samples
+from emloc.recovery import RecoveryInputs
 from emloc.runtime.stage_cache import Facts
 from emloc.stages import CARRIED, TRAINED, Context, Stage
 
@@ -24,21 +24,28 @@ class Recover(Stage):
         return TRAINED in context.current
 
     def inputs(self, context: Context) -> list[Any]:
-        """The recovery's settings, the adapter, the emulator, and the samples it reads."""
-        recovery = context.cell.recovery
-        return [recovery, context.current[TRAINED], context.built, _seen(context)]
+        """The recovery's settings, the adapter, the emulator, and what else it reads."""
+        known = _inputs(context)
+        rows = [known.fit] if known.fit is not None else []
+        return [context.cell.recovery, known.trained, known.built, known.samples, *rows]
+
+    def together(self, context: Context) -> bool:
+        """Where the recovery trains."""
+        return context.cell.recovery.trains
 
     def work(self, folder: Path, context: Context) -> Facts:
         """Have the recovery write it."""
-        return context.cell.recovery.carry(
-            folder,
-            context.current[TRAINED],
-            context.built,
-            _seen(context),
-            device=context.device,
-            host_bytes=context.host_bytes,
-        )
+        return context.cell.recovery.carry(folder, _inputs(context))
 
 
-def _seen(context: Context) -> Samples | None:
-    return context.samples if context.cell.recovery.statistics else None
+def _inputs(context: Context) -> RecoveryInputs:
+    recovery = context.cell.recovery
+    return RecoveryInputs(
+        trained=context.current[TRAINED],
+        built=context.built,
+        samples=context.samples if recovery.statistics else None,
+        fit=context.fit if recovery.trains else None,
+        device=context.device,
+        host_bytes=context.host_bytes,
+        report=context.report,
+    )

@@ -18,12 +18,15 @@ class Train(Stage):
     """The adapter as it was trained, and its curve."""
 
     gives = TRAINED
-    together = True
     collected = MappingProxyType({"curve.jsonl": "curve.jsonl"})
 
     def needed(self, context: Context) -> bool:
         """Unless the method trains nothing."""
         return context.fit is not None
+
+    def together(self, context: Context) -> bool:
+        """Always: each process trains on its own device."""
+        return True
 
     def inputs(self, context: Context) -> list[Any]:
         """The emulator, and what is fitted to what."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from emloc.adapters.fit import Fit
 from emloc.calibration.moments import Statistics
 from emloc.config.compose import compose
 from emloc.data.collate import collate
@@ -16,7 +17,7 @@ from emloc.models.checkpoint.source import Source
 from emloc.pipeline import run
 from emloc.runtime.stage_cache import Store
 from emloc.stages.run_config import build
-from emloc.stages.training.train import Fit, fit_rows
+from emloc.stages.training.train import fit_rows
 
 pytestmark = pytest.mark.gpu
 

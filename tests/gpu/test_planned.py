@@ -6,6 +6,7 @@ import pytest
 import torch
 from packed import held_at
 
+from emloc.adapters.fit import Fit
 from emloc.cost.bench.setting import Setting, fresh
 from emloc.cost.bench.training import Opened, factorized, packed, quantized, whole
 from emloc.cost.plan.fit import need_of, scheme_of
@@ -13,7 +14,7 @@ from emloc.cost.plan.scheme import Work
 from emloc.data.collate import collate
 from emloc.data.examples import Examples
 from emloc.data.prompts import Encoded
-from emloc.stages.training.train import Fit, fit_rows
+from emloc.stages.training.train import fit_rows
 
 pytestmark = pytest.mark.gpu
 

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, set_seed
 
 from emloc.adapters.dora import Dora
+from emloc.adapters.fit import Fit
 from emloc.adapters.fold import merge
 from emloc.adapters.lora import Lora
 from emloc.adapters.rslora import RsLora
@@ -32,7 +33,7 @@ from emloc.models.checkpoint.source import Source
 from emloc.stages.merge_run import merge_run
 from emloc.stages.run_config import build
 from emloc.stages.training.lean_setup import prepare
-from emloc.stages.training.train import Fit, fit_rows
+from emloc.stages.training.train import fit_rows
 from emloc.tensors.lean.embedding import HostEmbedding
 
 CPU = torch.device("cpu")

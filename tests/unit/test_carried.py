@@ -14,6 +14,7 @@ from emloc.emulators.full import Full
 from emloc.emulators.prune import Prune
 from emloc.emulators.svd import Svd
 from emloc.models.checkpoint.source import Source
+from emloc.recovery import RecoveryInputs
 from emloc.recovery.correction import Correction
 from emloc.recovery.none import NoRecovery
 from emloc.recovery.scatter import Scatter
@@ -50,7 +51,8 @@ def test_a_head_that_was_trained_is_carried_as_it_is(tmp_path, way):
     Lora().save(tuned, tmp_path / "trained" / "adapter", source.name)
     trained = Artifact("train", "0", tmp_path / "trained")
     (tmp_path / "carried").mkdir()
-    recovery.carry(tmp_path / "carried", trained, built, None, device=CPU)
+    inputs = RecoveryInputs(trained=trained, built=built, samples=None, fit=None, device=CPU)
+    recovery.carry(tmp_path / "carried", inputs)
     before, after = (read_lora(tmp_path / one / "adapter") for one in ("trained", "carried"))
     assert after.extras.keys() == before.extras.keys() == {"lm_head.weight"}
     assert torch.equal(after.extras["lm_head.weight"], before.extras["lm_head.weight"])

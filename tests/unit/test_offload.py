@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tiny import image_batch, linears, save_checkpoint, tiny_internvl
 from transformers import AutoModelForImageTextToText, LlamaForCausalLM
 
+from emloc.adapters.fit import Fit
 from emloc.adapters.lora import Lora
 from emloc.config.compose import compose
 from emloc.config.settings import Compression, LoraSettings
@@ -25,7 +26,7 @@ from emloc.pipeline import run
 from emloc.runtime.stage_cache import Artifact, Store
 from emloc.stages.run_config import build
 from emloc.stages.training.lean_setup import prepare
-from emloc.stages.training.train import Fit, train
+from emloc.stages.training.train import train
 
 CPU = torch.device("cpu")
 BLOCKS = 5

@@ -7,14 +7,18 @@ from collections.abc import Iterator
 from math import nan
 from pathlib import Path
 
+import torch
+
+from emloc.adapters.fit import Fit
 from emloc.cost.bench.rows import Row, row
 from emloc.cost.bench.setting import RandomSamples, Setting, fresh, out_of_memory
 from emloc.emulators import Built, Given
 from emloc.errors import StageError
+from emloc.recovery import Recovery, RecoveryInputs
 from emloc.runtime.memory import GIB, HostPeak, stay_within
 from emloc.runtime.stage_cache import Artifact, Store
 from emloc.stages.training.callbacks import Report
-from emloc.stages.training.train import Fit, fit_rows
+from emloc.stages.training.train import fit_rows
 
 STEPS = 20
 # Calibration samples. Their number decides the time of the build, and nothing of the device memory.
@@ -71,10 +75,16 @@ def stages_of(setting: Setting, store: Store) -> list[Artifact]:
     )
     built = Built(cell.emulator, emulated, source, cell.precision)
     trained = store.stage("train", fit_random, built, setting.fit, setting=setting, report=_unheard)
-    carried = store.stage(
-        "recover", cell.recovery.carry, trained, built, None, device=device, host_bytes=host
-    )
+    carried = store.stage("recover", recover, cell.recovery, trained, built, device=device)
     return [emulated, trained, carried]
+
+
+def recover(
+    folder: Path, recovery: Recovery, trained: Artifact, built: Built, *, device: torch.device
+) -> dict[str, object]:
+    """The recovery stage, without calibration samples."""
+    inputs = RecoveryInputs(trained=trained, built=built, samples=None, fit=None, device=device)
+    return recovery.carry(folder, inputs)
 
 
 def fit_random(

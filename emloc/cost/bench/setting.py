@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emloc.adapters.fit import Fit
 from emloc.calibration.blockwise import Batch
 from emloc.config.compose import compose
 from emloc.data.examples import Examples
 from emloc.models.checkpoint.source import Source
 from emloc.runtime.distributed import own_device
 from emloc.stages.run_config import Cell, build
-from emloc.stages.training.train import Fit
 
 # What is left of a language model where there is no GPU, and of a vision tower.
 SMALL_TEXT = (

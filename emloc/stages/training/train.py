@@ -12,7 +12,6 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,9 @@ from transformers import (
     set_seed,
 )
 
-from emloc.adapters import Adapter
-from emloc.config.settings import MODEL_BITS, LoraSettings, TrainSettings
+from emloc.adapters.fit import Fit
+from emloc.config.settings import MODEL_BITS, TrainSettings
 from emloc.data.collate import Row
-from emloc.data.examples import Examples
 from emloc.data.reader import encode_all
 from emloc.emulators import Built
 from emloc.errors import ConfigError
@@ -46,19 +44,6 @@ _CHECKPOINTING = next(
     for name in ("activation_checkpointing", "gradient_checkpointing")
     if name in TrainingArguments.__dataclass_fields__
 )
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What is fitted to what: everything a trained adapter depends on but the emulator."""
-
-    adapter: Adapter
-    lora: LoraSettings
-    layers: tuple[str, ...]  # names of the original's linears that are adapted
-    examples: Examples
-    max_length: int | None
-    recipe: TrainSettings
-    seed: int
 
 
 def train(
