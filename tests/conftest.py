@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import labelled
 import pytest
 import torch
 from command import Command
@@ -102,6 +103,30 @@ def _write_sums(folder: Path) -> None:
         ]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{split}.jsonl").write_text(lines)
+
+
+@pytest.fixture(scope="session")
+def roberta(made_once):
+    """A language model, of which a classifier takes all but the head."""
+    return made_once("roberta", labelled.write_roberta)
+
+
+@pytest.fixture(scope="session")
+def vit(made_once):
+    """An encoder saved by itself: the names of its tensors begin below the classifier's."""
+    return made_once("vit", labelled.write_vit)
+
+
+@pytest.fixture(scope="session")
+def texts(made_once):
+    """Rows whose first letter tells the class and the vector; lengths differ."""
+    return made_once("texts", labelled.write_texts)
+
+
+@pytest.fixture(scope="session")
+def images(made_once):
+    """Dark images and light ones."""
+    return made_once("images", labelled.write_images)
 
 
 @pytest.fixture

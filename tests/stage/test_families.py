@@ -4,14 +4,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
-from PIL import Image
 from safetensors.torch import load_file
-from tiny import tiny_tokenizer
-from transformers import RobertaConfig, RobertaForMaskedLM, ViTConfig, ViTModel
+from transformers import ViTModel
 
 from emloc.calibration.samples import Samples
 from emloc.config.compose import compose
@@ -28,65 +25,6 @@ from emloc.tensors.linalg.prune import MLP
 CPU = torch.device("cpu")
 EXTENSIONS = Path(__file__).parents[1] / "extensions"
 ROOM = {"offsite": ("emulator.first=1", "emulator.last=1", "compression.ratio=0.8")}
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-# Without dropout, so that losses can be compared.
-STILL = SMALL | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-
-
-@pytest.fixture(scope="module")
-def roberta(tmp_path_factory):
-    """A language model, of which a classifier takes all but the head."""
-    folder = tmp_path_factory.mktemp("roberta")
-    tokenizer = tiny_tokenizer(chat=False)
-    config = RobertaConfig(
-        vocab_size=len(tokenizer), pad_token_id=0, num_hidden_layers=5, type_vocab_size=1, **STILL
-    )
-    torch.manual_seed(0)
-    RobertaForMaskedLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory):
-    """An encoder saved by itself: the names of its tensors begin below the classifier's."""
-    folder = tmp_path_factory.mktemp("vit")
-    config = ViTConfig(image_size=28, patch_size=7, num_hidden_layers=5, **SMALL)
-    torch.manual_seed(0)
-    ViTModel(config).save_pretrained(folder)
-    return folder
-
-
-def written(folder: Path, rows: list[dict[str, str]]) -> Path:
-    for split, part in (("train", rows[:32]), ("test", rows[32:])):
-        lines = "".join(json.dumps(row) + "\n" for row in part)
-        (folder / f"{split}.jsonl").write_text(lines)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    """Rows whose first letter tells the class and the vector; lengths differ."""
-    rows = [
-        {"text": "zx"[i % 2] * 6 + "b" * (i % 5) + str(i), "label": ("even", "odd")[i % 2]}
-        | {"vector": ("2 -1", "-1 2")[i % 2]}
-        for i in range(44)
-    ]
-    return written(tmp_path_factory.mktemp("texts"), rows)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """Dark images and light ones."""
-    folder = tmp_path_factory.mktemp("images")
-    (folder / "images").mkdir()
-    draw = np.random.default_rng(0)
-    rows = []
-    for i in range(44):
-        noise = draw.integers(0, 60, (20, 20, 3)) + (0, 180)[i % 2]
-        Image.fromarray(noise.astype(np.uint8)).save(folder / "images" / f"{i}.png")
-        rows.append({"image": f"{i}.png", "label": ("dark", "light")[i % 2]})
-    return written(folder, rows)
 
 
 @pytest.fixture

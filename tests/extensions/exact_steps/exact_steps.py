@@ -1,0 +1,62 @@
+"""A recovery that trains: a few steps through the original model, block by block from the host."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from emloc.adapters.saved import CARRIED
+from emloc.data.reader import encode_all
+from emloc.emulators import Built, Given
+from emloc.emulators.full import Full
+from emloc.errors import ConfigError
+from emloc.recovery import Recovery, RecoveryInputs
+from emloc.runtime.stage_cache import Artifact
+from emloc.stages.training.train import fit_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactSteps(Recovery):
+    """Steps with a fresh optimizer, on the rows that the adapter was trained on."""
+
+    reads_pairs = False
+    trains = True
+
+    steps: int
+    rate: float
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(
+                f"recovery.steps must be at least 1, got {self.steps}; set recovery.steps=20, or "
+                "recovery=none"
+            )
+
+    def carry(self, folder: Path, inputs: RecoveryInputs) -> dict[str, Any]:
+        """Write the adapter as these steps leave it."""
+        fit, source = inputs.fit, inputs.built.source
+        assert fit is not None
+        recipe = replace(
+            fit.recipe,
+            steps=self.steps,
+            learning_rate=self.rate * fit.recipe.learning_rate,
+            save_every=1,
+        )
+        original = folder / "original"
+        original.mkdir(exist_ok=True)
+        Full().build(original, source, Given(None, None, None, None), device=inputs.device)
+        reader = source.reader()
+        facts = fit_rows(
+            folder,
+            Built(Full(), Artifact("emulate", "", original), source),
+            replace(fit, recipe=recipe),
+            encode_all(reader, fit.examples, fit.max_length),
+            reader.collate,
+            device=inputs.device,
+            report=inputs.report,
+            start=inputs.trained.folder / "adapter",
+        )
+        (folder / "adapter" / CARRIED).write_text(json.dumps({"by": "exact_steps"}))
+        return {"exact_steps": facts["steps"]}

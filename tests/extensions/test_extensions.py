@@ -1,0 +1,219 @@
+"""Six plug-ins from outside the package, each one module and its YAML files, found by every verb."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from emloc.runtime.journal import Journal
+from emloc.stages.training.trainer import FiniteTrainer
+
+HERE = Path(__file__).parent
+
+
+class Killed(BaseException):
+    """Ends the process as a signal would: nothing is recorded of it."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A plug-in: how it is used, where it is killed, and what it refuses."""
+
+    folder: str
+    overrides: tuple[str, ...]
+    refused: tuple[str, ...]
+    reason: str  # of the refusal
+    merged: str = ""  # the reason why the adapter cannot be merged; empty: it can
+    killed: str = "train"  # the stage that is killed: train, recover or the plug-in's own
+    data: str = "tiny"
+    columns: tuple[str, ...] = field(default=())  # further columns of the report
+
+
+LABELLED = ("train.steps=12", "train.learning_rate=0.01", "compression=r50")
+PLUGINS = {
+    "gated adapter with an auxiliary loss": Plugin(
+        "gated",
+        ("method=lora", "adapter=gated"),
+        ("method=emloc", "adapter=gated"),
+        "adapter=gated weighs its experts by the input",
+        merged="weighs its experts by the input",
+    ),
+    "classifier of texts": Plugin(
+        "classifier",
+        ("method=emloc", "model=tiny_roberta", "task=labelled_texts", *LABELLED),
+        ("model=tiny_roberta", "task=labelled_texts", "task.metric=error"),
+        "task.metric=error",
+        data="texts",
+    ),
+    "classifier of images": Plugin(
+        "classifier",
+        ("method=emloc", "model=tiny_vit", "task=labelled_images", *LABELLED),
+        ("model=tiny_vit", "task=labelled_images", "task.metric=anls"),
+        "task.metric=anls",
+        data="images",
+    ),
+    "format of three bits": Plugin(
+        "three_bits",
+        ("method=emloc", "compression.bits=3"),
+        ("method=emloc", "precision=three_bits"),
+        "precision=three_bits is a format of 3 bits, and compression.bits=16",
+    ),
+    "stage between emulate and train": Plugin(
+        "healed",
+        ("method=emloc", "stage=[standard,heal]"),
+        ("method=lora", "stage=[standard,heal]"),
+        "stage=heal steps on the factors of an SVD emulator",
+        killed="heal",
+        columns=("heal s",),
+    ),
+    "recovery that trains": Plugin(
+        "exact_steps",
+        ("method=emloc", "recovery=exact_steps"),
+        ("method=emloc", "recovery=exact_steps", "recovery.steps=0"),
+        "recovery.steps must be at least 1, got 0",
+        killed="recover",
+    ),
+    "family with continuous targets": Plugin(
+        "regression",
+        (
+            *("method=emloc", "model=tiny_flow", "task=labelled_texts", "task.metric=error"),
+            *("task.target='{{vector}}'", *LABELLED),
+        ),
+        ("model=tiny_flow", "task=labelled_texts", "task.metric=accuracy"),
+        "task.metric=accuracy",
+        data="texts",
+    ),
+}
+
+
+@pytest.fixture(params=PLUGINS.values(), ids=PLUGINS.keys())
+def plugin(request, monkeypatch):
+    # A family's rows are of the other plug-in.
+    folders = [HERE / request.param.folder, HERE / "classifier"]
+    monkeypatch.setenv("EMLOC_PLUGINS", os.pathsep.join(map(str, folders)))
+    return request.param
+
+
+@pytest.fixture
+def settings(plugin, tiny, roberta, vit, texts, images):
+    """The overrides of a tiny run with the model and rows that the plug-in is about."""
+    if plugin.data == "tiny":
+        return [*tiny, "train.save_every=1", "task.limit=16"]
+    rows, model = {"texts": (texts, roberta), "images": (images, vit)}[plugin.data]
+    return [
+        *("calibration.samples=8", "lora=r4", "train.batch=8", "train.log_every=1"),
+        *("train.save_every=1", "eval=quick", "tracker=none"),
+        *(f"task.path={rows}", f"model.source={model}"),
+    ]
+
+
+def ordered(settings, words):
+    """Choices of groups before the values that stand below them."""
+    return [*words, *settings]
+
+
+def adapter_of(run: Path) -> dict:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_plugin_goes_from_settings_to_a_report_and_is_resumed_after_a_kill(
+    plugin, settings, emloc, one_run, tmp_path, monkeypatch
+):
+    words = ordered(settings, plugin.overrides)
+    straight = emloc(*words)
+    assert straight.code == 0, straight.said
+    run = one_run()
+    expected, metrics = adapter_of(run), json.loads((run / "metrics.json").read_text())
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
+
+    report = emloc("report", str(run.parent))
+    assert report.code == 0
+    for word in ("emulate s", *plugin.columns):
+        assert word in report.out
+    assert run.name.split("-")[0] in report.out
+
+    shutil.rmtree(tmp_path / "runs")
+    shutil.rmtree(tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        kill_in(plugin.killed, patch)
+        with pytest.raises(Killed):
+            emloc(*words)
+    stage = plugin.killed
+    assert list((tmp_path / "cache" / stage).glob("*.partial"))
+    resumed = emloc(*words)
+    assert resumed.code == 0, resumed.said
+    again = json.loads((one_run() / "metrics.json").read_text())
+    assert again["stages"] == metrics["stages"]
+    assert again["scores"] == pytest.approx(metrics["scores"], rel=1e-4)
+    for name, tensor in adapter_of(one_run()).items():
+        assert tensor.allclose(expected[name], atol=1e-5, rtol=1e-4), name
+
+
+def kill_in(stage: str, patch) -> None:
+    """Have the process killed after something of the stage was written."""
+    if stage == "heal":
+        patch.setattr(
+            Journal, "add", dying(Journal.add, when=lambda self: self.lines and _heals(self))
+        )
+        return
+    begun = FiniteTrainer.training_step
+
+    def step(self, *rest):
+        of_stage = f"/{stage}/" in str(self.args.output_dir)
+        if of_stage and self.state.global_step == 2:
+            raise Killed
+        return begun(self, *rest)
+
+    patch.setattr(FiniteTrainer, "training_step", step)
+
+
+def _heals(journal: Journal) -> bool:
+    return "/heal/" in str(journal._folder)
+
+
+def dying(method, when):
+    def die_or_go(self, *rest, **facts):
+        if when(self):
+            raise Killed
+        return method(self, *rest, **facts)
+
+    return die_or_go
+
+
+def test_a_plugin_refuses_in_its_own_words(plugin, settings, emloc):
+    ran = emloc(*ordered(settings, plugin.refused))
+    assert ran.code == 2
+    assert plugin.reason in ran.said
+    assert "Traceback" not in ran.said
+
+
+def test_what_a_plugin_trained_is_merged_or_refused_with_its_reason(
+    plugin, settings, emloc, one_run
+):
+    assert emloc(*ordered(settings, plugin.overrides)).code == 0
+    merged = emloc("merge", str(one_run()))
+    if plugin.merged:
+        assert merged.code == 2
+        assert plugin.merged in merged.err
+    else:
+        assert merged.code == 0, merged.said
+        assert list((one_run() / "merged").glob("*.safetensors"))
+
+
+def test_plugins_are_found_by_plan_and_help(emloc, monkeypatch):
+    monkeypatch.setenv("EMLOC_PLUGINS", str(HERE / "gated"))
+    assert "gated" in emloc("--help").out
+    assert emloc("--cfg", "job", "adapter=gated").out.count("_target_: gated.Gated") == 1
+    planned = emloc("plan", "adapter=gated", "method=lora")
+    assert planned.code == 0, planned.said
+
+
+def test_a_folder_of_plugins_that_is_not_there_is_refused(emloc, monkeypatch, tmp_path):
+    monkeypatch.setenv("EMLOC_PLUGINS", str(tmp_path / "nowhere"))
+    ran = emloc("method=lora")
+    assert ran.code == 2
+    assert f"EMLOC_PLUGINS: no folder {tmp_path / 'nowhere'}" in ran.err
