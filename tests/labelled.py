@@ -1,4 +1,4 @@
-"""Tiny encoders without a head, and rows with a class each, for families from outside the package."""
+"""Tiny encoders without a head, and rows with a class each."""
 
 from __future__ import annotations
 
