@@ -158,7 +158,8 @@ def _parsed(line: Mapping[Any, Any]) -> Row:
 
 
 def _loss(metrics: Mapping[str, Any]) -> float | None:
-    return float(metrics["scores"]["loss"]) if metrics else None
+    loss = metrics["scores"].get("loss") if metrics else None  # not every family has one
+    return None if loss is None else float(loss)
 
 
 def _row(
