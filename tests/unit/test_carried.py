@@ -39,7 +39,7 @@ def test_a_head_that_was_trained_is_carried_as_it_is(tmp_path, way):
     layers = {n: shape for n, shape in source.linears.items() if n.endswith("_proj")}
     (tmp_path / "emulated").mkdir()
     plan = emulator.plan(source, layers, Compression(0.5, "linears", 16))
-    emulator.build(tmp_path / "emulated", source, Given(plan, None, None, 16), device=CPU)
+    emulator.build(tmp_path / "emulated", source, Given(plan, None, None, None), device=CPU)
     built = Built(emulator, Artifact("emulate", "0", tmp_path / "emulated"), source)
     model = built.open(CPU)
     size = LoraSettings(2, 2.0, 0.0)

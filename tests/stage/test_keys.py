@@ -1,0 +1,81 @@
+"""What is in the keys of whole runs, and what is not."""
+
+import json
+from dataclasses import dataclass, make_dataclass
+
+import pytest
+from omegaconf import OmegaConf
+
+from emloc.config.compose import compose
+from emloc.config.run_folder import folder_name
+from emloc.emulators.svd import Svd
+from emloc.runtime import stage_cache
+from emloc.runtime.digest import digest
+from emloc.runtime.keys import key_of, neutral
+from emloc.stages.run_config import build
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """All that is made a key of, as text."""
+    texts = []
+
+    def spy(value):
+        texts.append(json.dumps(value))
+        return digest(value)
+
+    monkeypatch.setattr(stage_cache, "digest", spy)
+    return texts
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("method=emloc_nf4",), ("method=emloc_covariance",), ("method=upop",), ("method=dora",)],
+    ids=lambda words: words[0],
+)
+def test_no_key_of_a_run_says_where_a_module_lies(afresh, hashed, overrides):
+    afresh(*overrides)
+    assert len(hashed) >= 4
+    for text in hashed:
+        assert "emloc." not in text
+        assert "<function" not in text
+
+
+def test_the_data_of_a_task_names_its_scorer_without_its_place():
+    for scorer in ("exact", "emloc.tasks.metrics.exact.score", "emloc.metrics.exact.score"):
+        task = build(compose(["task=easy_vqa", f"task.scorer={scorer}"])).task
+        assert task.key["scorer"] == "exact"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grown(Svd):
+    """The emulator with a setting that it will have one day."""
+
+    key_name = "svd.Svd"
+
+    polished: bool = neutral(False)
+
+
+def test_a_setting_that_is_added_later_changes_neither_keys_nor_folders():
+    config = compose()
+    before = folder_name(config)
+    OmegaConf.set_struct(config, False)
+    config.emulator._target_ = f"{__name__}.Grown"
+    config.emulator.polished = False
+    assert folder_name(config) == before
+    config.emulator.polished = True
+    assert folder_name(config) != before
+    values = {"algorithm": "subspace", "aware": True, "multiple": 1}
+    assert key_of(Grown(**values)) == key_of(Svd(**values))
+    assert key_of(Grown(**values, polished=True)) != key_of(Svd(**values))
+
+
+def test_moving_a_part_to_another_module_changes_neither_keys_nor_folders(monkeypatch):
+    moved = make_dataclass(
+        "Svd", [], bases=(Svd,), frozen=True, kw_only=True, namespace={"key_name": "svd.Svd"}
+    )
+    monkeypatch.setattr(f"{__name__}.Moved", moved, raising=False)
+    config = compose()
+    before = folder_name(config)
+    config.emulator._target_ = f"{__name__}.Moved"
+    assert folder_name(config) == before
