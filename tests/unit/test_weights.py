@@ -314,5 +314,5 @@ def test_a_shape_gives_everything_but_weights(read):
 
 def test_a_folder_is_the_default(checkpoint):
     source = Source(checkpoint, "tiny", "folder", torch.float32)
-    assert source.weights == Safetensors(checkpoint)
+    assert source.weights.files == Safetensors(checkpoint).files
     assert source.auto is AutoModelForCausalLM
