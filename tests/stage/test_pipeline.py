@@ -448,7 +448,7 @@ def test_what_is_trained_in_four_bits_is_scored_as_trained_too(go, tiny):
     assert scores["loss"] != result.evaluated.facts["scores"]["loss"]
     cell = build(compose([*tiny, "method=qlora"]))
     source = cell.model.open()
-    model = cell.emulator.open(result.emulated.folder, source, CPU)
+    model = Built(cell.emulator, result.emulated, source, cell.precision).open(CPU)
     model = PeftModel.from_pretrained(model, result.trained.folder / "adapter").eval()
     encoded = encode_all(source.reader(), cell.task.held_out(64), cell.model.max_length)
     answers = source.objective.score(model, encoded, source.reader(), 4)
