@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from emloc.config.run_folder import Run
 from emloc.errors import ConfigError, StageError
 from emloc.report.tracking.metrics_log import Record, stage_line, training_line
-from emloc.runtime.digest import digest
 from emloc.runtime.distributed import first, hush, rank, sharded, world_size
 from emloc.runtime.quiet_libraries import quiet
 
@@ -74,7 +73,7 @@ def _still_holds(cfg: DictConfig, run: Run) -> bool:
     """
     recorded = run.metrics
     try:
-        present = _present(digest(OmegaConf.to_container(_of_identity(cfg), resolve=True)), cfg)
+        present = identities(_cell(cfg))
     except ConfigError as error:
         name = run.folder.name
         log.warning("%s: done before; its data and model cannot be compared: %s", name, error)
@@ -85,21 +84,6 @@ def _still_holds(cfg: DictConfig, run: Run) -> bool:
     for name in changed:
         log.info("%s: done before, but its %s has changed since; done again", run.folder.name, name)
     return not changed
-
-
-def _of_identity(cfg: DictConfig) -> DictConfig:
-    names = ("model", "task", "emulator", "compression")
-    return OmegaConf.create({name: cfg[name] for name in names})
-
-
-# Many runs of a sweep have the same data and model, which take seconds to read.
-_PRESENT: dict[str, dict[str, Any]] = {}
-
-
-def _present(key: str, cfg: DictConfig) -> dict[str, Any]:
-    if key not in _PRESENT:
-        _PRESENT[key] = identities(_cell(cfg))
-    return _PRESENT[key]
 
 
 def identities(cell: Cell) -> dict[str, Any]:

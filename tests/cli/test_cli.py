@@ -47,7 +47,8 @@ def test_a_run_then_the_same_again_then_a_merge(emloc, tiny, one_run, checkpoint
     before = seconds_of_children()
     again = emloc.process(*tiny, "method=emloc", "eval.harness=false")
     assert again.code == 0
-    assert seconds_of_children() - before < 5
+    # Data and model are compared with those of the run, which libraries are imported for.
+    assert seconds_of_children() - before < 12
     assert "done before" in again.said
 
     merged = emloc("merge", str(run))

@@ -24,12 +24,12 @@ from emloc.adapters.rslora import RsLora
 from emloc.adapters.saved import read_adapter, read_lora
 from emloc.config.compose import compose
 from emloc.config.settings import LoraSettings
-from emloc.data.prompts import Encoded
 from emloc.data.reader import encode_all
 from emloc.emulators import Built
 from emloc.emulators.full import load_quantized
 from emloc.errors import ConfigError, StageError
 from emloc.models.checkpoint.source import Source
+from emloc.models.objectives.tokens import Tokens
 from emloc.stages.merge_run import merge_run
 from emloc.stages.run_config import build
 from emloc.stages.training.lean_setup import prepare
@@ -230,7 +230,7 @@ def test_every_adapter_gets_what_is_not_of_the_adapter(tiny, adapter):
     recipe = build(compose([*tiny, "train=steps500"])).train
     assert recipe.host_activations
     tuned = attached(adapter).train()
-    fused, loss = prepare(tuned, adapter, recipe)
+    fused, loss = prepare(tuned, adapter, recipe, Tokens())
     assert fused == (type(adapter) is Lora)
     inner = adapter.base(tuned)
     assert type(inner.get_input_embeddings()) is HostEmbedding
@@ -240,7 +240,8 @@ def test_every_adapter_gets_what_is_not_of_the_adapter(tiny, adapter):
     assert all("_offloaded" in repr(one._gradient_checkpointing_func) for one in waiting)
     plain = attached(adapter).train()
     expected = plain(input_ids=IDS, labels=IDS).loss
-    found = loss(tuned(input_ids=IDS), IDS)
+    batch = {"input_ids": IDS, "labels": IDS}
+    found = loss(tuned, batch, Tokens().items(batch))
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     expected.backward()
     found.backward()
@@ -270,14 +271,14 @@ def test_a_training_can_start_from_a_saved_adapter(go, tiny, tmp_path):
         *(cell.model.max_length, cell.train, cell.seed),
     )
     reader = source.reader()
-    rows = [dict(vars(one)) for one in encode_all(reader, fit.examples, fit.max_length)]
+    rows = encode_all(reader, fit.examples, fit.max_length)
     lines = []
     facts = fit_rows(
         tmp_path,
         Built(cell.emulator, first.emulated, source),
         fit,
         rows,
-        lambda some: reader.collate([Encoded(**one) for one in some]),
+        reader.collate,
         device=CPU,
         report=lambda step, values: lines.append(values["loss"]),
         start=first.trained.folder / "adapter",

@@ -141,7 +141,7 @@ def test_terms_are_taken_once_and_those_of_a_second_call_are_dropped():
 def test_two_processes_take_the_steps_of_one(emloc, tiny, one_run, go):
     recipe = ["train.batch=2", "train.steps=4", "train.learning_rate=0.02"]
     path = os.pathsep.join([str(PLUGIN), os.environ.get("PYTHONPATH", "")])
-    two = emloc(*tiny, "method=lora", *CHOSEN, *recipe, program=TWO, PYTHONPATH=path)
+    two = emloc.process(*tiny, "method=lora", *CHOSEN, *recipe, program=TWO, PYTHONPATH=path)
     assert two.code == 0, two.said
     ours = [json.loads(line) for line in (one_run() / "curve.jsonl").open()]
     _, lines = go(*recipe, "train.accumulate=2", balance=10)

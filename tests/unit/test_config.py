@@ -473,6 +473,7 @@ ELSE = {
     "emulator": "emulator.multiple=2",
     "adapter": "adapter=none",
     "recovery": "recovery.clamp=1",
+    "stage": "stage.recover.after=emulate",
     "train": "train.steps=61",
     "eval": "eval.limit=8",
     "seed": "seed=1",

@@ -215,7 +215,7 @@ def test_an_unknown_column_is_refused(package):
 
 
 def test_a_scorer_that_does_not_exist_is_refused_before_any_row_is_read():
-    with pytest.raises(ConfigError, match=r"task\.scorer=emloc\.metrics\.exact\.points"):
+    with pytest.raises(ConfigError, match=r"task\.scorer=emloc\.tasks\.metrics\.exact\.points"):
         task(scorer="emloc.tasks.metrics.exact.points").held_out(1)
 
 

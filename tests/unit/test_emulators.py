@@ -220,7 +220,8 @@ def test_the_bytes_of_a_whole_model_in_nf4(tmp_path, source):
 
 def test_at_sixteen_bits_the_original_is_the_original(tmp_path, source):
     one = built(tmp_path, source, Full(), 16)
-    assert [path.name for path in tmp_path.iterdir()] == ["stage.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"stage.json", "layers.json"}
+    assert json.loads((tmp_path / "layers.json").read_text()) == {}
     assert not any(isinstance(module, Nf4Linear) for module in one.open(CPU).modules())
     assert one.residual("model.layers.0.mlp.up_proj") is None
     total = sum(source.sizes.values())

@@ -247,6 +247,7 @@ def test_weights_that_two_blocks_share_are_refused(tmp_path, monkeypatch):
     }
     folder = save_checkpoint(tmp_path / "model", num_hidden_layers=3, tie_word_embeddings=True)
     monkeypatch.setattr(LlamaForCausalLM, "_tied_weights_keys", shared)
+    (tmp_path / "layers.json").write_text("{}")  # none is quantised
     with pytest.raises(ConfigError, match=r"layers\.2\.mlp\.up_proj.* set emulator=full$"):
         Offload().open(tmp_path, Source(folder, "tiny", "0", torch.float32), CPU)
 
@@ -255,6 +256,7 @@ def test_a_checkpoint_without_one_tensor_of_a_block_is_refused(tmp_path):
     folder = save_checkpoint(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    (tmp_path / "layers.json").write_text("{}")  # none is quantised
     with pytest.raises(ConfigError, match=r"holds no tensor model\.layers\.2\."):
         Offload().open(tmp_path, Source(folder, "tiny", "0", torch.float32), CPU)
 

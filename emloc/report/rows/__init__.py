@@ -52,7 +52,7 @@ class Row:
     settings: Mapping[str, str]
     numbers: Mapping[str, float]
     # Stage -> whether its seconds are `counted` and a `column`, in the order they ran in.
-    stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False)
+    stages: Mapping[str, Mapping[str, Any]] = field(default_factory=standard_stages, compare=False)
 
     @property
     def done(self) -> bool:
