@@ -36,7 +36,8 @@ def test_blocks_take_and_give_the_very_bits_of_a_whole_pass(kind, host_bytes, tm
     for block in run:
         masks = []
         block.run(masks.append)
-        assert all(mask.device == CUDA for mask in masks)
+        # A block that sees no tokens, as of a vision tower, has no mask.
+        assert all(mask is None or mask.device == CUDA for mask in masks)
     for name in names:
         assert len(found[name]) == len(expected[name]) > 0
         for ours, theirs in zip(found[name], expected[name], strict=True):
