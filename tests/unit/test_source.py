@@ -1,8 +1,8 @@
 """A checkpoint read tensor by tensor is the model that transformers loads."""
 
 import json
-import shutil
 import os
+import shutil
 from pathlib import Path
 
 import pytest
