@@ -210,6 +210,20 @@ def test_plugins_are_found_by_plan_and_help(emloc, monkeypatch):
     assert planned.code == 0, planned.said
 
 
+@pytest.mark.parametrize("launcher", ["joblib", "local"])
+def test_plugins_are_found_by_the_workers_of_a_launcher(emloc, tiny, one_run, launcher):
+    folders = os.pathsep.join(str(HERE / name) for name in ("gated", "healed"))
+    ran = emloc.process(
+        *("-m", f"hydra/launcher={launcher}", "name=swept", "method=emloc", "recovery=none"),
+        *("adapter=gated", "stage=[standard,heal]", *tiny, "eval.harness=false"),
+        EMLOC_PLUGINS=folders,
+    )
+    assert ran.code == 0, ran.said
+    metrics = json.loads((one_run("swept") / "metrics.json").read_text())
+    assert list(metrics["seconds"])[1:4] == ["emulate", "heal", "train"]
+    assert 0 < metrics["facts"]["heal"]["error_left"] < 1
+
+
 def test_a_folder_of_plugins_that_is_not_there_is_refused(emloc, monkeypatch, tmp_path):
     monkeypatch.setenv("EMLOC_PLUGINS", str(tmp_path / "nowhere"))
     ran = emloc("method=lora")
