@@ -94,7 +94,7 @@ def overrides(document: Path) -> list[list[str]]:
 
     Those of `hydra.*` need a launcher or a sweeper, and those of the shell begin in upper case.
     """
-    word = r"(?!hydra\.)[a-z][\w./]*=[^\s|<"]*[^\s|<",.=]"
+    word = r'(?!hydra\.)[a-z][\w./]*=[^\s|<"]*[^\s|<",.=]'
     code = dict.fromkeys(_CODE.findall(_FENCE.sub("", document.read_text())))
     return [one.split() for one in code if re.fullmatch(rf"{word}(?: {word})*", one)]
 
