@@ -99,6 +99,12 @@ def overrides(document: Path) -> list[list[str]]:
     return [one.split() for one in code if re.fullmatch(rf"{word}(?: {word})*", one)]
 
 
+def python_blocks(document: Path) -> list[str]:
+    """The Python code of a document, but for files of the plug-in."""
+    text = _PLUGIN_FILE.sub("", document.read_text())
+    return [body for language, body in _FENCE.findall(text) if language == "python"]
+
+
 def make_targets(document: Path) -> set[str]:
     """The targets of every `make` command of a document."""
     found = (re.findall(r"(?:^|time )make ([a-z -]+)$", line) for line in shell_lines(document))

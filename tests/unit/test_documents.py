@@ -1,4 +1,4 @@
-"""READMEs, CONTRIBUTING and CHANGELOG: their links lead somewhere, and their tables are complete."""
+"""READMEs, CONTRIBUTING and CHANGELOG: links resolve, and tables name every choice."""
 
 import re
 import tomllib
