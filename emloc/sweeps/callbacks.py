@@ -21,7 +21,7 @@ from emloc.config.experiments import split_sweep
 from emloc.config.run_folder import DONE, RUNNING, Run, find_runs
 from emloc.report.markdown import table
 from emloc.report.tracking.trackers import compare
-from emloc.runtime.distributed import born, first, hush
+from emloc.runtime.distributed import is_first, process_start, silence_other_processes
 from emloc.sweeps.progress import Tally, line
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Table(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Only the first of several processes says what is run."""
-        hush()
+        silence_other_processes()
 
     def on_run_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """One run has ended."""
@@ -49,7 +49,7 @@ class Table(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """All runs of a sweep have ended."""
-        if first():
+        if is_first():
             compare(Path(config.hydra.sweep.dir))
         self._close(Path(config.hydra.sweep.dir))
 
@@ -57,7 +57,7 @@ class Table(Callback):
         bad = [run for run in find_runs(folder) if _bad(run)]
         if (folder / "status.json").exists() and bad:
             sys.exit(_code(bad))  # one run, and its one line has been said
-        if first():
+        if is_first():
             print(f"\n{table(folder)}\n")
             for run in bad:
                 said = run.status.get("error", run.status["state"])
@@ -69,7 +69,7 @@ class Table(Callback):
 def _bad(run: Run) -> bool:
     """Whether it ended badly in this launch: what was left before it, or goes on, is another's."""
     status = run.status
-    return status["state"] not in (DONE, RUNNING) and status["time"] >= born()
+    return status["state"] not in (DONE, RUNNING) and status["time"] >= process_start()
 
 
 def _code(bad: list[Run]) -> int:
@@ -92,7 +92,7 @@ class Progress(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Nothing has been done yet."""
-        if first():
+        if is_first():
             sweep = Path(config.hydra.sweep.dir)
             sweep.mkdir(parents=True, exist_ok=True)
             self._watch = Watch(sweep, cells_of(config))

@@ -82,7 +82,7 @@ def test_the_examples_keep_the_rules_of_the_package(plugin):
 def test_a_method(go):
     result = go("method=qlora_corrected")
     assert result.emulated.facts["precision"] == "nf4"
-    assert result.carried.facts["corrected_layers"] == 14
+    assert result.recovered.facts["corrected_layers"] == 14
 
 
 def test_a_data_set_with_templates(emloc, one_run, small, tmp_path):
@@ -126,7 +126,7 @@ def test_a_checkpoint_of_another_family(go, neox):
     assert len(layers) == 4 * 12
     assert set(layers.values()) == {(2304, 768), (768, 768), (3072, 768), (768, 3072)}
     result = go("model=pythia_160m", f"model.source={neox}", "method=emloc")
-    assert result.carried.facts["corrected_layers"] == 8
+    assert result.recovered.facts["corrected_layers"] == 8
 
 
 def test_a_family_with_other_prompts(go, checkpoint):
@@ -144,7 +144,7 @@ def test_an_emulator(go):
     result = go("emulator=sketch")
     facts = result.emulated.facts
     assert 0.4 < facts["share_of_linears"] <= 0.5
-    assert result.carried.facts["corrected_layers"] == 14
+    assert result.recovered.facts["corrected_layers"] == 14
     with pytest.raises(ConfigError, match=r"set compression\.bits=16"):
         go("emulator=sketch", "compression.bits=4")
 
@@ -157,7 +157,7 @@ def test_an_adapter(go):
 
 def test_a_recovery(go):
     result = go("recovery=shrunk", "recovery.factor=0.25")
-    trained, shrunk = adapter_of(result.trained), adapter_of(result.carried)
+    trained, shrunk = adapter_of(result.trained), adapter_of(result.recovered)
     for name, tensor in trained.items():
         assert torch.equal(shrunk[name], tensor * (0.25 if "lora_B" in name else 1)), name
     assert "set recovery.factor=0.5" in refused("recovery=shrunk", "recovery.factor=2")

@@ -65,7 +65,7 @@ def test_the_example_of_the_packages_readme_runs(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     names = {}
     exec(compile(example, "emloc/README.md", "exec"), names)
-    assert names["result"].carried.folder.is_relative_to(tmp_path / ".cache" / "emloc")
+    assert names["result"].recovered.folder.is_relative_to(tmp_path / ".cache" / "emloc")
 
 
 def test_the_original_is_left_as_it_is(model, batches):
@@ -216,9 +216,9 @@ def test_a_module_trained_whole_is_carried_with_the_lora(model, batches, tmp_pat
     tuned = get_peft_model(emulator, lora(["q_proj"], modules_to_save=["lm_head"]))
     train(tuned)
     head = tuned.base_model.model.lm_head.modules_to_save["default"].weight
-    carried = emloc.correct(tuned, model, emulator)
-    assert carried.extras.keys() == {"lm_head.weight"}
-    assert torch.equal(carried.extras["lm_head.weight"], head)
-    carried.save(tmp_path)
+    recovered = emloc.correct(tuned, model, emulator)
+    assert recovered.extras.keys() == {"lm_head.weight"}
+    assert torch.equal(recovered.extras["lm_head.weight"], head)
+    recovered.save(tmp_path)
     loaded = PeftModel.from_pretrained(model, tmp_path)
     assert torch.equal(loaded.base_model.model.lm_head.modules_to_save["default"].weight, head)

@@ -94,6 +94,14 @@ def test_every_experiment_is_described():
     assert [path.stem for path in EXPERIMENTS.glob("*.yaml") if f"{path.stem}`" not in text] == []
 
 
+def test_modules_lie_where_the_table_of_old_places_says():
+    rows = table_below(ROOT / "tests" / "README.md", "### Where modules lay before")
+    assert len(rows) > 50
+    for row in rows:
+        place = row[1].strip().strip("`")
+        assert any((ROOT / "emloc").glob(place)), place
+
+
 def test_a_source_archive_holds_all_documents():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     archived = project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]

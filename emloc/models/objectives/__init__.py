@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from emloc.data.collate import Row, by_length
+from emloc.data.collate import EncodedRow, by_length
 from emloc.data.examples import Examples
 from emloc.data.reader import Reader
 
@@ -93,7 +93,7 @@ class Objective(ABC):
         """The scores of all answers: those in `score_names`, and others of kinds of rows."""
 
     @torch.inference_mode()
-    def score(self, model: Any, rows: Sequence[Row], reader: Reader, size: int) -> list[Any]:
+    def score(self, model: Any, rows: Sequence[EncodedRow], reader: Reader, size: int) -> list[Any]:
         """The answer to every row, in the given order, `size` rows a forward pass."""
         scored: dict[int, Answer] = {}
         with tqdm(desc="evaluate", total=len(rows), unit="row") as bar:

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from emloc.runtime.distributed import first
+from emloc.runtime.distributed import is_first
 
 # Called with the step and the values of one line of the training log.
 Report = Callable[[int, dict[str, float]], None]
@@ -52,7 +52,7 @@ class Progress(TrainerCallback):
             initial=state.global_step,
             desc="train",
             unit="step",
-            disable=not first(),
+            disable=not is_first(),
         )
 
     def on_step_end(
