@@ -237,7 +237,7 @@ def test_every_adapter_gets_what_is_not_of_the_adapter(tiny, adapter):
     assert type(inner.get_output_embeddings()) is not nn.Linear  # it hands hidden states on
     waiting = [one for one in inner.modules() if getattr(one, "gradient_checkpointing", False)]
     assert len(waiting) == 2 + 1  # the blocks and the decoder around them
-    assert all("_offloaded" in repr(one._gradient_checkpointing_func) for one in waiting)
+    assert all("_with_offloading" in repr(one._gradient_checkpointing_func) for one in waiting)
     plain = attached(adapter).train()
     expected = plain(input_ids=IDS, labels=IDS).loss
     batch = {"input_ids": IDS, "labels": IDS}

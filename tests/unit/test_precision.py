@@ -69,7 +69,7 @@ def test_a_number_is_at_most_half_a_step_from_what_it_was(shape):
 def test_bytes_file_and_place_follow_from_the_layout(tmp_path, shape, precision):
     held = precision.quantize(matrix(*shape))
     assert held.nbytes == precision.nbytes(*shape)
-    nowhere = precision.nowhere(*shape, torch.bfloat16)
+    nowhere = precision.meta_matrix(*shape, torch.bfloat16)
     assert nowhere.nbytes == held.nbytes
     assert {one.device.type for one in nowhere.parts.values()} == {"meta"}
     assert {one.device.type for one in held.to(torch.device("meta")).parts.values()} == {"meta"}
