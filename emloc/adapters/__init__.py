@@ -103,7 +103,7 @@ class Adapter(Part):
         return None
 
     def fuse(self, model: Any) -> bool:
-        """Fuse each adapted layer with its adapter into one operation; False if it cannot."""
+        """Fuse each adapted layer with its adapter into one operation; return whether it did."""
         return False
 
     def training(self, model: Any, mixed: bool) -> AbstractContextManager[None]:

@@ -58,7 +58,7 @@ class Dora(Lora):
         return tuned
 
     def training(self, model: PeftModel, mixed: bool) -> AbstractContextManager[None]:
-        """Return an empty context: with float32 inputs, norms round as in evaluation."""
+        """Return an empty context: norms need PEFT's float32 inputs, as in evaluation."""
         return nullcontext()
 
 

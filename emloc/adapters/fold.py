@@ -43,7 +43,7 @@ def merge(source: Source, adapter: SavedLora, target: Path) -> Path:
         )
     missing = [name for name in adapter.pairs if f"{name}.weight" not in weights.names]
     if missing:
-        raise ConfigError(f"the model holds no layer {missing[0]}; the adapter is for another one")
+        raise ConfigError(f"the model has no layer {missing[0]}; the adapter is for another model")
     added = _added_parameters(source, weights, adapter)
     with whole_folder(target) as draft:
         _write_checkpoint(draft, weights, adapter, added)
@@ -91,7 +91,7 @@ def _added_parameters(
     for name in names:
         if name not in source.sizes:
             raise ConfigError(
-                f"the model holds no parameter {name}; the adapter is for another one"
+                f"the model has no parameter {name}; the adapter is for another model"
             )
         if weights.layout(name).get(name, ...) is not None:
             raise ConfigError(

@@ -72,7 +72,7 @@ class Lora(Adapter):
         return inner
 
     def fuse(self, model: PeftModel) -> bool:
-        """Fuse every layer with its LoRA; False with dropout, which is not fused."""
+        """Fuse every layer with its LoRA, unless there is dropout; return whether it was done."""
         return fuse(model) > 0
 
     def training(self, model: PeftModel, mixed: bool) -> AbstractContextManager[None]:

@@ -82,7 +82,7 @@ class Emulator(Part):
 
     @property
     def statistics(self) -> str | None:
-        """Second moments that the build reads: `smaller` of input and output, `input`, or None."""
+        """Grams that the build reads: `input`, `smaller` (of input and output), or None."""
         return None
 
     def model(self, original: ModelFamily, budget: Compression) -> ModelFamily:

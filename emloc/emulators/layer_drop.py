@@ -62,7 +62,7 @@ class LayerDrop(Emulator):
                 )
 
     def plan(self, source: Source, layers: Layers, budget: Compression) -> Plan:
-        """Names of the adapted, the other kept, and the dropped blocks.
+        """Return the names of all blocks in three lists: adapted, kept unadapted, and dropped.
 
         As many blocks are kept as the budget's ratio allows. The ratio counts all parameters of
         the model, or those in `layers`.
@@ -82,9 +82,9 @@ class LayerDrop(Emulator):
         shares = self._shares(sizes, fixed, total)
         if len(shares) < 2:
             raise ConfigError(
-                f"emulator.first={self.first} and emulator.last={self.last} leave nothing to drop "
-                f"of {len(blocks)} blocks, {MIN_MIDDLE} between them being kept; set model to "
-                "a deeper one, or emulator=svd"
+                f"emulator.first={self.first} and emulator.last={self.last} leave nothing to drop: "
+                f"the model has {len(blocks)} blocks, and {MIN_MIDDLE} between the ends are always "
+                "kept; set model to a deeper one, or emulator=svd"
             )
         middle = max((count for count, share in shares.items() if share <= ratio), default=None)
         if middle is None:

@@ -44,8 +44,8 @@ class Sibling(Full):
         name = f"r{round(100 * budget.ratio)}"
         if name not in original.siblings:
             raise ConfigError(
-                f"emulator=sibling: compression.ratio={budget.ratio:g} asks for {name}, and "
-                f"{original.name} has {choices}; set compression={first}"
+                f"emulator=sibling: compression.ratio={budget.ratio:g} selects {name}, but "
+                f"{original.name} has only {choices}; set compression={first}"
             )
         return original.siblings[name]
 

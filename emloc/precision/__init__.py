@@ -48,7 +48,8 @@ class Packed:
             out.shape == self.shape and out.dtype == self.dtype and out.is_contiguous()
         ):
             raise ValueError(
-                f"need {self.shape} {self.dtype} contiguous, got {tuple(out.shape)} {out.dtype}"
+                f"out must be {self.shape}, {self.dtype} and contiguous, "
+                f"got {tuple(out.shape)}, {out.dtype}"
             )
         matrix = self.precision.unpack(self, out)
         return matrix if out is None or matrix is out else out.copy_(matrix)
@@ -180,8 +181,8 @@ class Precision(Part):
         actual = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in parts.items()}
         if actual != expected:
             raise ValueError(
-                f"precision={self.name}: a matrix {shape} is held as {actual}, and its layout says "
-                f"{expected}"
+                f"precision={self.name}: a matrix {shape} is packed as {actual}, but the layout of "
+                f"the format says {expected}"
             )
         return Packed(self, parts, shape, dtype)
 
@@ -198,7 +199,7 @@ def require_format(precision: Precision | None) -> Precision:
         ValueError: `precision` is None; the model's dtype would give another emulator.
     """
     if precision is None:
-        raise ValueError("the emulator was built in a packed format, and is opened without one")
+        raise ValueError("the emulator was built in a packed format, but precision is None")
     return precision
 
 
@@ -210,7 +211,7 @@ class _Multiply(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: Packed, transposed: bool) -> Tensor:
-        """Return `x M^T`, as a linear layer computes it, or `x M` if M holds the transpose."""
+        """Return `x M^T`, as a linear layer computes it, or `x M` if `transposed`."""
         ctx.matrix, ctx.transposed = matrix, transposed
         return _product(x, matrix, transposed)
 

@@ -56,7 +56,7 @@ class Nf4(Precision):
         super().__post_init__()
         if self.bits != BITS:
             raise ConfigError(
-                f"precision.bits={self.bits}: precision={self.name} has {BITS}; "
+                f"precision.bits={self.bits}: precision={self.name} has {BITS} bits; "
                 f"set precision.bits={BITS}"
             )
 
@@ -91,7 +91,7 @@ class Nf4(Precision):
         rows, columns = packed.shape
         size = rows * columns
         codes, state = packed.parts["codes"], packed.prepared
-        if out is not None and out.is_cuda and size % BLOCK == 0:  # only the CUDA kernel has `out`
+        if out is not None and out.is_cuda and size % BLOCK == 0:  # other kernels ignore `out`
             dequantize_4bit(codes, state, out=out.view(-1, BLOCK))
             return out
         matrix: Tensor = dequantize_4bit(codes, state)
@@ -106,7 +106,7 @@ class Nf4(Precision):
         if device.type != "cpu" or columns % BLOCK == 0:
             return None
         return (
-            f"on a CPU bitsandbytes reads one of {self.bits} bits wrongly unless its width, "
+            f"on a CPU bitsandbytes reads a {self.bits}-bit weight wrongly unless its width, "
             f"{columns}, is a multiple of {BLOCK}"
         )
 

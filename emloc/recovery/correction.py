@@ -61,7 +61,7 @@ class Correction(Recovery):
 
     @property
     def statistics(self) -> bool:
-        """The covariance metric runs the original over the calibration samples once more."""
+        """Whether the original runs over the calibration samples (covariance metric)."""
         return self.metric == "covariance"
 
     def recover(self, folder: Path, inputs: RecoveryInputs) -> dict[str, Any]:
@@ -140,7 +140,7 @@ class LayerCorrection:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The layer's entry in `layers.json`."""
+        """The layer's entry in `layers.json`: effect, and mismatch before and after."""
         return asdict(self.effect) | {"mismatch_before": self.before, "mismatch_after": self.after}
 
 

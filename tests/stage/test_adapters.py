@@ -212,7 +212,7 @@ def test_four_bits_that_bitsandbytes_reads_wrongly_are_refused(go):
         go("method=dora", "compression.bits=4")
     assert str(refused.value).endswith(
         "adapter=dora needs the weight of model.layers.0.self_attn.q_proj, and on a CPU "
-        "bitsandbytes reads one of 4 bits wrongly unless its width, 32, is a multiple of 64; set "
+        "bitsandbytes reads a 4-bit weight wrongly unless its width, 32, is a multiple of 64; set "
         "compression.bits=16"
     )
 

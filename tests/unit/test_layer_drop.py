@@ -131,8 +131,9 @@ def test_a_decoder_with_nothing_to_drop_is_refused(checkpoint):
     with pytest.raises(ConfigError) as refused:
         DROP.plan(source, linears(source), Compression(0.5, "linears", 16))
     assert str(refused.value) == (
-        "emulator.first=1 and emulator.last=2 leave nothing to drop of 2 blocks, 2 between "
-        "them being kept; set model to a deeper one, or emulator=svd"
+        "emulator.first=1 and emulator.last=2 leave nothing to drop: the model has 2 "
+        "blocks, and 2 between the ends are always kept; set model to a deeper one, or "
+        "emulator=svd"
     )
 
 

@@ -576,8 +576,14 @@ def test_running_text_is_learnt_whole(source):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"importance": "act"}, "emulator.importance=act: one of upop, taylor, random; set "),
-        ({"spread": "block"}, "emulator.spread=block: one of global, layer; set emulator.spread="),
+        (
+            {"importance": "act"},
+            "emulator.importance=act: must be one of upop, taylor, random; set ",
+        ),
+        (
+            {"spread": "block"},
+            "emulator.spread=block: must be one of global, layer; set emulator.spread=",
+        ),
         ({"first": -1}, "emulator.first must be at least 0, got -1; set emulator.first=0"),
         ({"last": -2}, "emulator.last must be at least 0, got -2; set emulator.last=0"),
     ],

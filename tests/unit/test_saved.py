@@ -319,7 +319,7 @@ def test_a_model_that_writes_no_text_is_adapted_too():
     )  # fmt: skip
     model = RobertaForSequenceClassification(config)
     layers = linears(model, r".*layer\.0\..*")
-    tuned = Lora().attach(model, ONE, layers, whole=["classifier"])
+    tuned = Lora().attach(model, ONE, layers, modules_to_save=["classifier"])
     assert tuned.peft_config["default"].task_type is None
     assert adapted(tuned) == set(layers)
     ids = torch.arange(5, 15).reshape(2, 5)
@@ -337,7 +337,7 @@ def with_head() -> PeftModel:
     """A LoRA far from zero and a head that was trained."""
     plain = base()
     layers = linears(plain, r".*(q_proj|lm_head)")
-    model = Lora().attach(plain, ONE, layers, whole=["lm_head"])
+    model = Lora().attach(plain, ONE, layers, modules_to_save=["lm_head"])
     torch.manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:

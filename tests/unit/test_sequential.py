@@ -512,17 +512,19 @@ def test_what_is_wanted_of_the_samples(settings, statistics, samples):
     [
         (
             {"algorithm": "whiten"},
-            "emulator.sequential=true is no part of the paper's chain; "
+            "emulator.algorithm=whiten cannot be combined with emulator.sequential=true; "
             "set emulator.algorithm=eigen, or emulator.sequential=false",
         ),
         (
             {"aware": False},
-            "emulator.sequential=true fits to activations, which emulator.aware=false leaves out; "
+            "emulator.sequential=true needs calibration activations, which emulator.aware=false "
+            "does not use; "
             "set emulator.sequential=false",
         ),
         (
             {"allocation": "best"},
-            "emulator.allocation=best: one of uniform, greedy; set emulator.allocation=uniform",
+            "emulator.allocation=best: must be one of uniform, greedy; "
+            "set emulator.allocation=uniform",
         ),
     ],
 )

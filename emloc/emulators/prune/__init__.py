@@ -60,7 +60,7 @@ class Prune(Emulator):
         ):
             if value not in choices:
                 raise ConfigError(
-                    f"emulator.{key}={value}: one of {', '.join(choices)}; "
+                    f"emulator.{key}={value}: must be one of {', '.join(choices)}; "
                     f"set emulator.{key}={choices[0]}"
                 )
         if self.seed and self.importance != "random":
@@ -76,7 +76,7 @@ class Prune(Emulator):
 
     @property
     def samples(self) -> bool:
-        """Whether the build reads calibration samples: unless importance is random."""
+        """Whether the build reads calibration samples; random pruning does not."""
         return self.importance != "random"
 
     def plan(self, source: Source, layers: Layers, budget: Compression) -> Plan:
@@ -90,7 +90,7 @@ class Prune(Emulator):
             share = share_of_linears(source, layers, ratio)
         units = self._units(source, layers)
         total = _parameters(layers)
-        # The product may be an integer up to a rounding error, which `int` alone would cut off.
+        # Rounded first, since the product may be 2.9999999 where it should be 3.
         allowed = int(round(share * total, 3))
         prunable = sum(group.count * group.size for group in units.values())
         smallest = total - prunable + minimum_parameters(units)
@@ -100,8 +100,8 @@ class Prune(Emulator):
             possible = ceil((before - total + smallest) / before * 10_000) / 10_000
             ends = ", or emulator.first=0 emulator.last=0" if self.first or self.last else ""
             raise ConfigError(
-                f"compression.ratio={ratio:g} is less than what stays whole and one unit of each "
-                f"pruned module; set compression.ratio={possible:g} or more{ends}"
+                f"compression.ratio={ratio:g} is less than the share of unpruned layers and one "
+                f"unit of each pruned module; set compression.ratio={possible:g} or more{ends}"
             )
         unpruned = _unpruned_layers(units, layers)
         if unpruned:

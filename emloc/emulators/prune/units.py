@@ -72,7 +72,7 @@ def _mlp_units(
     count = linears[consumer].in_features
     if any(linears[leaf].out_features != count for leaf in producers):
         return
-    # For instance a norm of the neurons, which would have to be pruned as well.
+    # Another parameter of this width, such as a norm of the neurons, would need pruning, too.
     if any(count in shape for shape in _other_shapes(module, linears)):
         return
     size = sum(linears[leaf].in_features for leaf in producers) + linears[consumer].out_features

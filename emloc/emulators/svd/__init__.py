@@ -52,7 +52,7 @@ class Svd(Emulator):
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
             raise ConfigError(
-                f"emulator.algorithm={self.algorithm}: one of {', '.join(ALGORITHMS)}; "
+                f"emulator.algorithm={self.algorithm}: must be one of {', '.join(ALGORITHMS)}; "
                 "set emulator.algorithm=subspace"
             )
         if self.algorithm == "whiten" and not self.aware:
@@ -61,17 +61,17 @@ class Svd(Emulator):
             )
         if self.allocation not in ALLOCATIONS:
             raise ConfigError(
-                f"emulator.allocation={self.allocation}: one of {', '.join(ALLOCATIONS)}; "
+                f"emulator.allocation={self.allocation}: must be one of {', '.join(ALLOCATIONS)}; "
                 "set emulator.allocation=uniform"
             )
         if self.sequential and not self.aware:
             raise ConfigError(
-                "emulator.sequential=true fits to activations, which emulator.aware=false leaves "
-                "out; set emulator.sequential=false"
+                "emulator.sequential=true needs calibration activations, which "
+                "emulator.aware=false does not use; set emulator.sequential=false"
             )
         if self.sequential and self.algorithm == "whiten":
             raise ConfigError(
-                "emulator.sequential=true is no part of the paper's chain; "
+                "emulator.algorithm=whiten cannot be combined with emulator.sequential=true; "
                 "set emulator.algorithm=eigen, or emulator.sequential=false"
             )
         if self.multiple < 1:
@@ -88,7 +88,7 @@ class Svd(Emulator):
 
     @property
     def samples(self) -> bool:
-        """Whether the build reads calibration samples: unless it is a plain SVD."""
+        """Whether the build reads calibration samples; a plain SVD does not."""
         return self.aware
 
     @property
@@ -275,5 +275,5 @@ def _ranks(folder: Path) -> Ranks:
 
 @lru_cache(maxsize=8)
 def _read_ranks(path: Path, modified: int) -> Ranks:
-    """Ranks in a `layers.json` of this time of change, cached since it is read for every layer."""
+    """Ranks in a `layers.json`, read once and then for every layer from the cache."""
     return {layer: line["rank"] for layer, line in json.loads(path.read_text()).items()}

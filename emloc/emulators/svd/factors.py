@@ -34,7 +34,7 @@ class LayerFactors:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The layer's line in `layers.json`."""
+        """The layer's entry in `layers.json`: rank, kept energy, solver, seconds and spectrum."""
         factors = self.factors
         return {
             "rank": factors.v.shape[0],

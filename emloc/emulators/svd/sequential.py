@@ -150,7 +150,7 @@ def _next_input(pair: BlockPair, layers: Sequence[str]) -> SharedInput:
         for masks in zip(pair.original.looks(), pair.compressed.looks(), strict=True):
             before, after = in_original.rows(masks[0]), in_compressed.rows(masks[1])
             if shared is None and after:
-                rows = next(iter(after.values()))  # in the order in which the layers ran
+                rows = next(iter(after.values()))  # of the layer that ran first
                 zeros = (rows.new_zeros((rows.shape[1],) * 2, dtype=torch.float64) for _ in "CD")
                 shared = SharedInput([layer for layer in after if after[layer] is rows], *zeros)
             if shared is not None:

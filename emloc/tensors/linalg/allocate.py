@@ -91,7 +91,10 @@ def greedy(
     for layer, rank in uniform.items():
         rows, columns = shapes[layer]
         if rank < multiple or rank % multiple or rank * (rows + columns) > rows * columns:
-            raise ValueError(f"{layer}: rank {rank} of {rows} x {columns}, multiple {multiple}")
+            raise ValueError(
+                f"{layer}: rank {rank} must be a multiple of {multiple}, and its factors no larger "
+                f"than the weight ({rows} x {columns})"
+            )
     costs = [multiple * sum(shapes[layer]) for layer in uniform]
     gains = [_gains(spectra[layer], shapes[layer], multiple) for layer in uniform]
     even = _Allocation(gains, costs, [rank // multiple for rank in uniform.values()], 0)

@@ -64,7 +64,7 @@ def cross(x: Tensor, y: Tensor, chunk: int | None = None, total: Tensor | None =
             float64, or chunk is below 1.
     """
     if x.dim() != 2 or y.dim() != 2 or x.shape[0] != y.shape[0]:
-        raise ValueError(f"need (tokens, features) twice, got {tuple(x.shape)}, {tuple(y.shape)}")
+        raise ValueError(f"x and y must be (tokens, ...), got {tuple(x.shape)}, {tuple(y.shape)}")
     size = (x.shape[1], y.shape[1])
     if total is None:
         total = x.new_zeros(size, dtype=torch.float64)
