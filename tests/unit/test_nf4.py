@@ -118,7 +118,7 @@ def test_a_buffer_that_does_not_fit_is_refused():
         torch.empty(8, 4, dtype=torch.bfloat16).T,
     )
     for out in wrong:
-        with pytest.raises(ValueError, match=r"out must be \(4, 8\), torch.bfloat16 and contiguous"):
+        with pytest.raises(ValueError, match=r"out must be \(4, 8\), torch.bfloat16 and"):
             held.dequantize(out)
     with pytest.raises(ValueError, match="need a matrix"):
         NF4.quantize(torch.zeros(3))
