@@ -175,6 +175,8 @@ def test_put_takes_a_tensor_of_the_right_shape_as_it_is(llama):
     weight = llama.get_submodule(LAYER).weight
     assert weight.data_ptr() == new.data_ptr()
     assert not weight.requires_grad
-    with pytest.raises(ValueError, match=r"weight has shape \(64, 32\), but the tensor \(32, 64\)"):
+    with pytest.raises(
+        ValueError, match=r"weight has shape \(64, 32\) in the .* \(32, 64\) in the ch"
+    ):
         replace_parameter(llama, f"{LAYER}.weight", new.T)
     assert llama.get_submodule(LAYER).weight is weight

@@ -17,7 +17,10 @@ def replace_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if (shape := module.get_parameter(leaf).shape) != tensor.shape:
-        raise ValueError(f"{name} has shape {tuple(shape)}, but the tensor {tuple(tensor.shape)}")
+        raise ValueError(
+            f"{name} has shape {tuple(shape)} in the model, but {tuple(tensor.shape)} in the "
+            "checkpoint"
+        )
     setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
 
 
