@@ -175,8 +175,6 @@ def test_put_takes_a_tensor_of_the_right_shape_as_it_is(llama):
     weight = llama.get_submodule(LAYER).weight
     assert weight.data_ptr() == new.data_ptr()
     assert not weight.requires_grad
-    with pytest.raises(
-        ValueError, match=r"weight has shape \(64, 32\) in .* \(32, 64\) in the"
-    ):
+    with pytest.raises(ValueError, match=r"weight has shape \(64, 32\) in .* \(32, 64\) in the"):
         replace_parameter(llama, f"{LAYER}.weight", new.T)
     assert llama.get_submodule(LAYER).weight is weight
