@@ -8,7 +8,7 @@ from pathlib import Path
 
 from emloc.adapters import Adapter
 from emloc.adapters.training_inputs import TrainingInputs
-from emloc.calibration.samples import Samples, choose
+from emloc.calibration.samples import Samples, choose_examples
 from emloc.cost.plan.solve import solved
 from emloc.data.examples import Examples
 from emloc.data.reader import Reader
@@ -216,4 +216,4 @@ def _samples(run_config: RunConfig) -> Samples:
     chosen = run_config.calibration
     pool = run_config.task.train() if chosen.source == "downstream" else generic_text()
     log.info("calibration: %d of %d rows of %s", chosen.samples, len(pool), pool.name)
-    return Samples(choose(pool, chosen.samples, chosen.seed), run_config.model.longest)
+    return Samples(choose_examples(pool, chosen.samples, chosen.seed), run_config.model.longest)

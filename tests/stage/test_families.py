@@ -106,7 +106,7 @@ def test_what_an_objective_draws_for_scores_is_the_same_at_every_call(go):
     rows, columns = {f"{layer}.intermediate.dense": 1}, {f"{layer}.output.dense": 1}
     units = {layer: Units(MLP, 48, 64, rows, columns)}
     run_config = go.run_config("tiny_flow")
-    batches = Samples(run_config.task.train(), run_config.model.longest).learnt(source)
+    batches = Samples(run_config.task.train(), run_config.model.longest).training_batches(source)
     scores = [
         importance(source.load(CPU), batches, units, "upop", source.objective)[layer]
         for _ in range(2)

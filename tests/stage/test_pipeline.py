@@ -17,7 +17,7 @@ from emloc.adapters.saved import read_lora
 from emloc.calibration.blockwise import block_of
 from emloc.calibration.calibrate import calibrate
 from emloc.calibration.moments import Statistics
-from emloc.calibration.samples import Samples, choose
+from emloc.calibration.samples import Samples, choose_examples
 from emloc.config.compose import compose
 from emloc.data.reader import encode_all
 from emloc.emulators import BuiltEmulator
@@ -423,7 +423,7 @@ def test_the_mismatch_said_of_a_layer_is_that_of_the_calibration_tokens(go, tiny
         run_config.model.open(),
         json.loads((result.recovered.folder / "layers.json").read_text()),
     )
-    samples = Samples(choose(run_config.task.train(), 6, 0), run_config.model.max_length)
+    samples = Samples(choose_examples(run_config.task.train(), 6, 0), run_config.model.max_length)
     (tmp_path / "sums").mkdir()
     compressed = run_config.model.compressed(source)
     calibrate(tmp_path / "sums", source, compressed, samples, True, device=CPU)

@@ -404,7 +404,7 @@ def test_the_score_of_upop_is_minus_the_slope_of_the_loss_in_the_mask(llama):
 def test_upop_prunes_what_the_loss_would_most_like_smaller(tmp_path, source):
     emulator = prune(importance="upop", spread="layer")
     built_emulator(tmp_path, source, emulator)
-    batches = samples().learnt(source)
+    batches = samples().training_batches(source)
     units = units_of(source, layers_of(source), 0, 0)
     model = source.load(CPU)
     name = "model.layers.0.mlp"
@@ -548,7 +548,7 @@ def test_the_learnt_samples_are_those_of_the_training(source):
     """Labels on answers alone, the last of which is the end of the text."""
     tokenizer = source.tokenizer()
     told = set()
-    for batch in samples(9).learnt(source):
+    for batch in samples(9).training_batches(source):
         assert set(batch) >= {"input_ids", "attention_mask", "labels", "logits_to_keep"}
         for labels in batch["labels"]:
             told.add(tokenizer.decode(labels[labels != IGNORE], skip_special_tokens=True))
@@ -557,7 +557,7 @@ def test_the_learnt_samples_are_those_of_the_training(source):
 
 def test_running_text_is_learnt_whole(source):
     rows = Samples(Examples("text", (Example("0", "", "some words"),)), 512)
-    (batch,) = rows.learnt(source)
+    (batch,) = rows.training_batches(source)
     assert int((batch["labels"] != IGNORE).sum()) >= len("some words")
 
 

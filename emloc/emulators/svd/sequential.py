@@ -129,7 +129,7 @@ def _first(both: BlockPair, layers: Sequence[str]) -> SharedInput:
     site: SharedInput | None = None
     originals, others = (linears_of(block, layers) for block in (both.original, both.compressed))
     with InputRecorder(originals) as in_original, InputRecorder(others) as in_compressed:
-        for masks in zip(both.original.looks(), both.compressed.looks(), strict=True):
+        for masks in zip(both.original.peek_batches(), both.compressed.peek_batches(), strict=True):
             before, after = in_original.rows(masks[0]), in_compressed.rows(masks[1])
             if site is None and after:
                 rows = next(iter(after.values()))  # they come as they were taken
