@@ -35,7 +35,7 @@ def merge(source: Source, adapter: SavedLora, target: Path) -> Path:
     weights = source.weights
     if not isinstance(weights, SafetensorsWeights):
         raise ConfigError(
-            f"{weights.where}: there is no checkpoint to merge into; set model.source"
+            f"{weights.description}: there is no checkpoint to merge into; set model.source"
         )
     missing = [name for name in adapter.pairs if f"{name}.weight" not in weights.names]
     if missing:
@@ -65,8 +65,8 @@ def _fill(
                 if rows is None:
                     tensors[name] = _merged(weight, adapter, parameter)
                 else:
-                    own = rows.of(weight, len(weight))
-                    rows.put(weight, _merged(own, adapter, parameter))
+                    own = rows.extract(weight, len(weight))
+                    rows.insert(weight, _merged(own, adapter, parameter))
         if shard == shards[-1]:
             tensors |= fresh
         save_file(tensors, draft / shard.name, metadata=metadata)
@@ -89,7 +89,7 @@ def _fresh(source: Source, weights: SafetensorsWeights, adapter: SavedLora) -> d
             )
         if weights.layout(name).get(name, ...) is not None:
             raise ConfigError(
-                f"{weights.where}: a checkpoint of this format has no place for {name}, which was "
+                f"{weights.description}: a checkpoint of this format has no place for {name}, which was "
                 "trained whole; set model.source to one in the format of transformers"
             )
     return {name: adapter.extras[name].to(source.dtype).contiguous() for name in names}

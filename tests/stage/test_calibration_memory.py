@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 import torch
 from emloc.calibration.calibrate import record_moments
-from emloc.runtime.memory import Peak, process_bytes
+from emloc.runtime.memory import HostMemoryPeak, process_bytes
 from emloc.models.checkpoint.source import Source
 from emloc.calibration.blockwise import by_block, iterate_checkpoint
 
@@ -29,7 +29,7 @@ def measure(folder, host_bytes):
     layers = by_block(name for name in source.linears if ".layers." in name)
     device = torch.device("cpu")
     run = iterate_checkpoint(source, batches, list(layers), device, host_bytes=host_bytes)
-    with Peak() as peak:
+    with HostMemoryPeak() as peak:
         start = process_bytes()
         for block in run:
             record_moments(block, layers[block.name], inputs_only=False)

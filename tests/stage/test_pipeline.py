@@ -425,7 +425,7 @@ def test_the_mismatch_said_of_a_layer_is_that_of_the_calibration_tokens(go, tiny
     )
     samples = Samples(choose_examples(run_config.task.train(), 6, 0), run_config.model.max_length)
     (tmp_path / "sums").mkdir()
-    compressed = run_config.model.compressed(source)
+    compressed = run_config.model.compressible_layers(source)
     calibrate(tmp_path / "sums", source, compressed, samples, True, device=CPU)
     trained = read_lora(result.trained.folder / "adapter").pairs
     for layer, new in read_lora(result.recovered.folder / "adapter").pairs.items():

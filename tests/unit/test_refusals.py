@@ -137,7 +137,7 @@ def sharded(checkpoint, tmp_path) -> Path:
 def test_a_shard_that_is_missing(refusal, sharded, method):
     (sharded / "model-00002-of-00002.safetensors").unlink()
     assert refusal(f"model.source={sharded}", f"method={method}") == (
-        f"{sharded}: shard model-00002-of-00002.safetensors is missing; set model.source"
+        f"{sharded}: shard model-00002-of-00002.safetensors is missing; set model.source to a complete checkpoint"
     )
 
 
@@ -148,5 +148,5 @@ def test_a_checkpoint_without_safetensors(refusal, sharded, method):
         path.unlink()
     (sharded / "pytorch_model.bin").write_bytes(b"")
     assert refusal(f"model.source={sharded}", f"method={method}") == (
-        f"{sharded}: no model.safetensors; set model.source to one"
+        f"{sharded}: no model.safetensors; set model.source to a checkpoint folder"
     )

@@ -376,7 +376,10 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_before_anything_runs(source
     source = Source(tmp_path, "x", "x", torch.float32)
     with pytest.raises(ConfigError) as caught:
         iterate_checkpoint(source, BATCHES, names_of("llama"), CPU)
-    assert str(caught.value) == f"{tmp_path}: holds no tensor {name}; set model.source"
+    assert (
+        str(caught.value)
+        == f"{tmp_path}: holds no tensor {name}; set model.source to another checkpoint"
+    )
 
 
 # A look ------------------------------------------------------------------------------------------
