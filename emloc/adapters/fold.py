@@ -89,8 +89,8 @@ def _fresh(source: Source, weights: SafetensorsWeights, adapter: SavedLora) -> d
             )
         if weights.layout(name).get(name, ...) is not None:
             raise ConfigError(
-                f"{weights.description}: a checkpoint of this format has no place for {name}, which was "
-                "trained whole; set model.source to one in the format of transformers"
+                f"{weights.description}: a checkpoint of this format has no place for {name}, "
+                "which was trained whole; set model.source to one in the format of transformers"
             )
     return {name: adapter.extras[name].to(source.dtype).contiguous() for name in names}
 

@@ -392,7 +392,7 @@ def test_an_empty_split_is_refused(go, sums, tmp_path):
 
 def test_generic_calibration_needs_no_hub_and_says_so(afresh, caplog):
     result = afresh("method=emloc", "calibration=generic_64", "calibration.samples=4")
-    assert "using Python's own documentation" in caplog.text
+    assert "using docstrings of Python's library" in caplog.text
     assert len(result.statistics.facts["samples"]) == 4
 
 

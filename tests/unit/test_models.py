@@ -177,8 +177,8 @@ def test_without_folder_and_shape_there_is_nothing_to_plan_with(weights):
     with pytest.raises(ConfigError) as caught:
         tiny(weights=weights, shape={}).shape_source()
     assert str(caught.value) == (
-        "model.shape of tiny names no model_type; set model.source=/path/to/checkpoint, or "
-        "model.shape to its configuration"
+        "model.shape of tiny has no model_type; set model.source=/path/to/checkpoint, or "
+        "model.shape to the model's configuration"
     )
 
 
@@ -233,6 +233,6 @@ def test_targets_that_match_nothing_are_refused_before_a_weight_is_read():
     with pytest.raises(ConfigError) as caught:
         model.adapted_layers(model.shape_source())
     assert str(caught.value) == (
-        "model.lora_targets='nothing' matches no linear layer of tiny (one is called "
+        "model.lora_targets='nothing' matches no linear layer of tiny (one of its layers is "
         "model.vision_tower.encoder.layer.0.attention.q_proj); set model.lora_targets"
     )

@@ -352,7 +352,8 @@ def test_rows_that_cannot_be_shared_are_refused(tmp_path):
         list(weights.read(["model.vision_tower.encoder.layer.0.attention.q_proj.weight"], CPU))
     [file] = [one for one in folder.glob("*.safetensors") if load_file(one)]
     assert str(caught.value) == (
-        f"{file}: {name}: 47 rows are not 1 x 3 equal shares; set model.source to another checkpoint"
+        f"{file}: {name}: 47 rows are not 1 x 3 equal shares; "
+        "set model.source to another checkpoint"
     )
 
 

@@ -37,7 +37,7 @@ from emloc.emulators.prune.unit_scores import UnitMask, importance, recompute_bl
 from emloc.emulators.prune.units import units_of
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
-from emloc.models.objectives.answer_loss import answer_loss
+from emloc.models.objectives.answer_loss import install_answer_loss
 from emloc.models.objectives.tokens import Tokens
 from emloc.tensors.linalg.prune import ATTENTION, MLP, UnitGroup, keep_best, keep_evenly, least
 
@@ -451,7 +451,7 @@ def test_recomputed_blocks_and_the_lean_loss_give_the_same_scores(source, kind):
     units = units_of(source, layers_of(source), 0, 0)
     plain = importance(source.load(CPU), text_batches(), units, kind, Tokens())
     model = source.load(CPU)
-    loss = answer_loss(model)
+    loss = install_answer_loss(model)
     assert loss is not None
     recompute_blocks(model)
     runs = []

@@ -378,8 +378,10 @@ def test_targets_are_whole_names_of_linears_in_the_order_of_the_model(folders):
 def test_targets_that_match_nothing_are_refused_with_an_example(folders, key):
     model = model_of(**{key: "q_proj"})
     with pytest.raises(ConfigError) as caught:
-        (model.adapted if key == "lora_targets" else model.compressed)(source_of(folders["llama"]))
+        (model.adapted_layers if key == "lora_targets" else model.compressible_layers)(
+            source_of(folders["llama"])
+        )
     assert str(caught.value) == (
         f"model.{key}='q_proj' matches no linear layer of tiny "
-        f"(one is called model.layers.0.self_attn.q_proj); set model.{key}"
+        f"(one of its layers is model.layers.0.self_attn.q_proj); set model.{key}"
     )

@@ -20,8 +20,8 @@ from emloc.models.checkpoint.source import Source
 from emloc.models.checkpoint.weights import (
     RandomWeights,
     SafetensorsWeights,
-    tensor_inits,
     parameter_name,
+    tensor_inits,
 )
 from emloc.tensors.linalg.correct import LoraPair
 from emloc.tensors.nn.factorized import Factorized

@@ -54,8 +54,8 @@ _TEXT_SETTINGS = (
     "sliding_window",
     "max_window_layers",
 )
-# Authors' name of a setting -> transformers' name and the authors' default. `drop_path_rate` is left
-# out: it skips layers at random in training, and the vision tower is frozen here.
+# Authors' name of a setting -> transformers' name and the authors' default. `drop_path_rate` is
+# left out: it skips layers at random in training, and the vision tower is frozen here.
 _VISION_SETTINGS: dict[str, tuple[str, Any]] = {
     "num_channels": ("num_channels", 3),
     "hidden_act": ("hidden_act", "gelu"),
