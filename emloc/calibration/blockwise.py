@@ -110,6 +110,8 @@ def iterate_blocks(
     caller = getcurrent()
 
     def suspend_at(name: str) -> Callable[..., None]:
+        """A forward pre-hook that suspends the forward pass at the entry of the block `name`."""
+
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # `SuspendedForward.peek` calls the block from the caller's own coroutine.
             if getcurrent() is not caller:
@@ -219,6 +221,7 @@ class SuspendedForward:
         self._coroutine = greenlet(self._forward)
 
     def _forward(self) -> None:
+        """Run the model's forward on the batch; runs inside the coroutine."""
         # The caller owns the tensors of the batch: as local variables they would be offloaded.
         inputs = {
             key: _detach_to(value, self._pool.device) if isinstance(value, Tensor) else value
@@ -242,7 +245,7 @@ class SuspendedForward:
             self._block_inputs = block_inputs[0], block_inputs[1]
 
     def peek(self, block: nn.Module) -> None:
-        """Run the block at whose entry the pass is suspended, and discard the output."""
+        """Run `block`, at which the pass is suspended, and discard the output."""
         self._offloaded.restore()
         args, kwargs = self._block_inputs
         with torch.no_grad():

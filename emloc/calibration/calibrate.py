@@ -113,6 +113,6 @@ def record_moments(
 
 
 def linears_of(block: Block, layers: Iterable[str]) -> dict[str, nn.Linear]:
-    """Full name -> module, for those of `layers` that are `nn.Linear` modules of the block."""
+    """Full name -> module, for the `nn.Linear` modules of the block among `layers`."""
     modules = {name: block.module.get_submodule(name[len(block.name) + 1 :]) for name in layers}
     return {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}

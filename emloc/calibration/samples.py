@@ -16,7 +16,7 @@ from emloc.models.checkpoint.source import Source
 
 log = logging.getLogger(__name__)
 
-# Samples per forward pass. No setting, since the second moments depend on it only by rounding.
+# Samples per forward pass: a constant, as the batch size changes second moments only by rounding.
 BATCH = 8
 
 
@@ -46,6 +46,7 @@ class Samples:
         return self._batches(source, answers_only=True)
 
     def _batches(self, source: Source, *, answers_only: bool) -> Sequence[Batch]:
+        """Encode the examples with the model's reader and collate them to batches."""
         reader = source.reader()
         encoded = encode_all(reader, self.examples, self.max_length)
         return batches(reader, encoded, BATCH, answers_only=answers_only)

@@ -52,7 +52,7 @@ def collate(
         start = length - row.length
         ids[index, start:] = torch.tensor(row.input_ids)
         mask[index, start:] = 1
-        # The first token of a text gets no label, because no token before it predicts it.
+        # The first token of a text gets no label, because there is no token before to predict it.
         first_label = start + max(row.answer_start, 1)
         labels[index, first_label:] = ids[index, first_label:]
     result: dict[str, Tensor] = {
@@ -61,9 +61,9 @@ def collate(
         "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
     }
     if answers_only:
-        # One more position, because the first answer token is predicted at the position before it.
+        # One more position, because the model predicts the first answer token at the one before.
         kept = max(row.length - row.answer_start for row in batch) + 1
-        # Indices, not a number: the model would slice its hidden states, and the product of such a
+        # Indices, since for a number the model would slice its hidden states. The product of this
         # view with the head would copy the head's weight once per row.
         result |= {"labels": labels[:, -kept:], "logits_to_keep": torch.arange(length)[-kept:]}
     return result

@@ -32,7 +32,7 @@ class EncodedExample:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """Render a prompt with the model's chat template, or unchanged if there is none."""
+    """Render a prompt with the chat template, or return it unchanged if there is no template."""
     if tokenizer.chat_template is None:
         return prompt
     turns = [{"role": "user", "content": prompt}]

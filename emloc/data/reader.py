@@ -115,7 +115,7 @@ class TextReaderSettings:
 
     @property
     def key(self) -> list[Any]:
-        """An empty list, as there are no settings."""
+        """An empty list, as the reader for plain text has no settings."""
         return []
 
     def reader(self, checkpoint: OpenCheckpoint) -> Reader:
@@ -124,7 +124,7 @@ class TextReaderSettings:
 
 
 def encode_all(reader: Reader, examples: Examples, max_length: int | None) -> list[Any]:
-    """Encode the examples, and skip those longer than `max_length` with a warning.
+    """Encode the examples; examples longer than `max_length` are skipped with a warning.
 
     Raises:
         ConfigError: an example cannot be read, or all examples are too long.

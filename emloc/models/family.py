@@ -1,4 +1,4 @@
-"""Settings of a model (config group `model`): its weights, its layers, and how it is trained."""
+"""Settings of a model (config group `model`): checkpoint, target layers, reader and objective."""
 
 from __future__ import annotations
 

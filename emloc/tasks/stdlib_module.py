@@ -108,7 +108,7 @@ class StdlibModule:
         return tuple(rows)
 
     def _random_rank(self, entry: tuple[str, str, str]) -> str:
-        """Sort key that shuffles the texts; the same in Pythons with other dotted names."""
+        """Sort key that shuffles the texts, without dotted names, as these differ by version."""
         text, _, module = entry
         return digest([self.seed, module, text])
 

@@ -96,11 +96,11 @@ class TextTask:
         return {}
 
     def lm_eval_templates(self) -> dict[str, str]:
-        """Templates that replace those of the lm-eval task, so that both use the same prompts."""
+        """Templates that replace the lm-eval task's own, so that both use the same prompts."""
         return {"doc_to_text": self.prompt, "doc_to_target": self.target}
 
     def source(self) -> dict[str, Any]:
-        """Arguments of `datasets.load_dataset`, also for lm-eval, so that it reads these rows."""
+        """Arguments of `datasets.load_dataset` for these rows; lm-eval loads them with the same."""
         return self._stored.source()
 
     @cached_property

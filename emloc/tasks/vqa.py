@@ -83,7 +83,7 @@ class VqaTask:
         return find_scorer(self.scorer)
 
     def train(self) -> Examples:
-        """The first `limit` training rows, without those that are evaluation rows as well.
+        """The first `limit` training rows that are not also evaluation rows.
 
         Two rows are the same if they have the same prompt and images with the same stored bytes.
         """
@@ -182,7 +182,7 @@ class VqaTask:
 
     @cached_property
     def _eval_read(self) -> tuple[tuple[StoredQuestion, ...], ReadStats]:
-        """Questions of the evaluation split, also those with missing files, and their counts."""
+        """Questions of the evaluation split, with or without their image files, and the counts."""
         stats = ReadStats()
         rows = self._stored["eval_split"]
         return tuple(self._reader.read(rows, self.eval_split, stats)), stats

@@ -110,7 +110,7 @@ _FUSED = re.compile(r"(.+)\.(qkv|wqkv)\.(weight|bias)")
 
 @dataclass(frozen=True)
 class ChatLayout:
-    """Maps a tensor of the authors' files to the parameters of transformers' InternVL in it.
+    """Maps each tensor of the authors' files to the parameters of transformers' InternVL.
 
     The vision tower's `qkv` holds all queries, then all keys, then all values. InternLM2's `wqkv`
     holds, for each key/value head, its `groups` query heads, then its keys, then its values. Rows

@@ -276,7 +276,7 @@ class Source:
         return model.to(device).requires_grad_(False)
 
     def redraw_fresh_modules(self, model: nn.Module, seed: int) -> None:
-        """Draw new weights for the fresh modules of `model` from `seed`; devices stay the same."""
+        """Draw new weights from `seed` for the fresh modules of `model`; no parameter is moved."""
         names = [name for name in self.sizes if self._is_fresh(name)]
         for name, tensor in self._draw(seed, names, CPU):
             put(model, name, tensor.to(model.get_parameter(name).device))

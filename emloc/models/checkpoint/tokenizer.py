@@ -57,7 +57,7 @@ def added_tokens(folder: Path) -> dict[str, int]:
 
 
 def _read_added_tokens(folder: Path) -> dict[int, AddedToken]:
-    """Id -> added token; the entries of tokenizer_config.json override those of other files."""
+    """Id -> added token; tokenizer_config.json overrides the other files."""
     stored = [
         *_read_json(folder / "tokenizer.json").get("added_tokens", []),
         *(

@@ -78,6 +78,7 @@ def layout_of(model: PreTrainedModel) -> Layout:
     renamings = [item for item in conversions if isinstance(item, WeightRenaming)]
 
     def layout(stored: str) -> dict[str, TensorSlice | None]:
+        """Map the name of a stored tensor to parameter names."""
         names = native_layout(stored)
         if parameters.keys().isdisjoint(names):
             name, _ = rename_source_key(stored, renamings, [], model.base_model_prefix, parameters)

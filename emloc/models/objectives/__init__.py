@@ -91,7 +91,7 @@ class Objective(ABC):
 
     @abstractmethod
     def summary(self, answers: Sequence[Any], examples: Examples) -> dict[str, float]:
-        """Name -> score over all answers: those in `score_names`, and scores of groups of rows."""
+        """Name -> score over all answers: all of `score_names`, and scores of groups of rows."""
 
     @torch.inference_mode()
     def score(self, model: Any, rows: Sequence[EncodedRow], reader: Reader, size: int) -> list[Any]:

@@ -56,7 +56,7 @@ class Tokens(Objective):
         return []
 
     def items(self, batch: Batch) -> Tensor:
-        """Number of answer tokens; the first position counts none, as no position predicts it."""
+        """Number of answer tokens, without the first position, which the model does not predict."""
         return (batch["labels"][:, 1:] != IGNORE).sum()
 
     def loss(self, model: Any, batch: Batch, count: Tensor) -> Tensor:

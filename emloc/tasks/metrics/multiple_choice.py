@@ -139,6 +139,7 @@ def _mentioned(answer: str, options: Mapping[str, str]) -> tuple[set[str], str]:
     mentioned: set[str] = set()
 
     def replace_text(match: re.Match[str]) -> str:
+        """Note the option of a matched text and return the placeholder."""
         assert match.lastindex is not None
         mentioned.update(labels[texts[match.lastindex - 1]])
         return f" {_TEXT} "
