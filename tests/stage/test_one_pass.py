@@ -180,7 +180,7 @@ def watch_looks(monkeypatch) -> list[str]:
         looked.append(block.name)
         return observe(block, *rest, **named)
 
-    monkeypatch.setattr(home, "observe", noted)
+    monkeypatch.setattr(home, "record_moments", noted)
     return looked
 
 
