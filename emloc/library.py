@@ -62,7 +62,7 @@ def build_emulator(
     ranks = ranks_at(ratio, shapes, multiple)
     blocks = by_block(layers)
     statistics = {
-        block.name: record_moments(block, blocks[block.name], whole=False)
+        block.name: record_moments(block, blocks[block.name], inputs_only=False)
         for block in _walk(model, batches, blocks)
     }
     modules: dict[str, nn.Module] = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from emloc.adapters import Adapter
 from emloc.adapters.training_inputs import TrainingInputs
-from emloc.calibration.samples import Samples, choose
+from emloc.calibration.samples import Samples, choose_examples
 from emloc.cost.plan.solve import solved
 from emloc.data.examples import Examples
 from emloc.data.reader import Reader
@@ -138,7 +138,7 @@ def checked(run_config: RunConfig, store: Store, report: Report) -> tuple[str, C
     source = run_config.model.open()
     reader = source.reader()  # random weights may have none
     source.require(list(source.sizes))
-    layers = run_config.model.compressed(source)
+    layers = run_config.model.compressible_layers(source)
     run_config = solved(run_config, source)
     planned = emulator.plan(source, layers, run_config.compression)
     training_inputs = _fit(run_config, adapter, source) if adapter.trains else None
@@ -193,7 +193,7 @@ def _fit(run_config: RunConfig, adapter: Adapter, source: Source) -> TrainingInp
             f"train.host_activations=true is of the lean training, which needs {wanted}; "
             "set that, or train.host_activations=false"
         )
-    layers = run_config.model.adapted(source)
+    layers = run_config.model.adapted_layers(source)
     name, shape = min(layers.items(), key=lambda item: min(item[1]))
     if run_config.lora.rank > min(shape):
         raise ConfigError(
@@ -205,7 +205,7 @@ def _fit(run_config: RunConfig, adapter: Adapter, source: Source) -> TrainingInp
         run_config.lora,
         tuple(layers),
         run_config.task.train(),
-        run_config.model.longest,
+        run_config.model.length_limit,
         run_config.train,
         run_config.seed,
     )
@@ -216,4 +216,6 @@ def _samples(run_config: RunConfig) -> Samples:
     chosen = run_config.calibration
     pool = run_config.task.train() if chosen.source == "downstream" else generic_text()
     log.info("calibration: %d of %d rows of %s", chosen.samples, len(pool), pool.name)
-    return Samples(choose(pool, chosen.samples, chosen.seed), run_config.model.longest)
+    return Samples(
+        choose_examples(pool, chosen.samples, chosen.seed), run_config.model.length_limit
+    )

@@ -39,7 +39,7 @@ def merge(source: Source, adapter: SavedLora, target: Path) -> Path:
     weights = source.weights
     if not isinstance(weights, SafetensorsWeights):
         raise ConfigError(
-            f"{weights.where}: there is no checkpoint to merge into; set model.source"
+            f"{weights.description}: there is no checkpoint to merge into; set model.source"
         )
     missing = [name for name in adapter.pairs if f"{name}.weight" not in weights.names]
     if missing:
@@ -69,8 +69,8 @@ def _write_checkpoint(
                 if rows is None:
                     tensors[name] = _merged_weight(weight, adapter, parameter)
                 else:
-                    part = rows.of(weight, len(weight))
-                    rows.put(weight, _merged_weight(part, adapter, parameter))
+                    part = rows.extract(weight, len(weight))
+                    rows.insert(weight, _merged_weight(part, adapter, parameter))
         if shard == shards[-1]:
             tensors |= added
         save_file(tensors, folder / shard.name, metadata=metadata)
@@ -95,8 +95,8 @@ def _added_parameters(
             )
         if weights.layout(name).get(name, ...) is not None:
             raise ConfigError(
-                f"{weights.where}: a checkpoint of this format has no tensor for {name}, which was "
-                "trained in full; set model.source to one in the format of transformers"
+                f"{weights.description}: a checkpoint of this format has no tensor for {name}, "
+                "which was trained in full; set model.source to one in the format of transformers"
             )
     return {name: adapter.extras[name].to(source.dtype).contiguous() for name in names}
 

@@ -1,1 +1,1 @@
-"""Samples, and what is measured while they pass through the blocks."""
+"""Calibration: run the original model over sample rows and record second moments of its layers."""

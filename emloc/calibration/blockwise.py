@@ -1,12 +1,12 @@
 """Run a model block by block over many batches, with one block's weights in memory at a time.
 
-The model's own `forward` does the work. Every batch's forward pass is a coroutine that stops where
-it enters a block; once all have arrived there the block's weights are read, the passes go through
-it one after the other, and the weights are dropped. So masks, position tables and whatever else a
-model hands to its blocks are right for any architecture, and nothing of it is written again here.
+The model's own `forward` does the computation. The forward pass of each batch runs in a coroutine
+that suspends where the pass enters a block. Once all passes have reached the block, its weights are
+read, each pass runs through the block in turn, and the weights are dropped. Masks, position tables
+and other arguments of a block are therefore right for any architecture: the model computes them.
 
-While a pass is stopped, its tensors wait in host memory and beyond a limit on disk, so a device
-holds one block and one pass, whatever the size of the model and the number of batches.
+The tensors of a suspended pass are offloaded to host memory and, beyond a limit, to disk. The
+device holds one block and one pass, whatever the size of the model and the number of batches.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from emloc.models.checkpoint.source import Source
 from emloc.models.decoder import decoder_of
 
 Batch = Mapping[str, Any]
-# Called behind each batch with its mask (batch, length), true where a token is no padding; None if
-# no token is.
-After = Callable[[Tensor | None], None]
+# Called after each batch with the batch's attention mask (batch, length), true for real tokens and
+# false for padding. The mask is None for blocks that do not process tokens, such as a vision tower.
+AfterBatch = Callable[[Tensor | None], None]
 
 
 def block_of(name: str) -> str:
-    """The repeated block a module lies in: its name up to the first number in it.
+    """Name of the transformer block that contains the module `name`.
 
-    `model.layers.3.mlp.up_proj` lies in `model.layers.3`.
+    The block's name ends with the first number: `model.layers.3.mlp.up_proj` lies in
+    `model.layers.3`.
 
     Raises:
-        ValueError: there is no number in the name.
+        ValueError: the name has no number.
     """
     match = re.match(r"(.*?\.\d+)(\.|$)", name)
     if match is None:
@@ -47,11 +48,11 @@ def block_of(name: str) -> str:
 
 
 def by_block(names: Iterable[str]) -> dict[str, list[str]]:
-    """Block name -> the given modules in it, both in the given order."""
-    found: dict[str, list[str]] = {}
+    """Group module names by block: block name -> names of its modules, in the order of `names`."""
+    groups: dict[str, list[str]] = {}
     for name in names:
-        found.setdefault(block_of(name), []).append(name)
-    return found
+        groups.setdefault(block_of(name), []).append(name)
+    return groups
 
 
 def iterate_checkpoint(
@@ -63,17 +64,17 @@ def iterate_checkpoint(
     host_bytes: int | None = None,
     folder: Path | None = None,
 ) -> Iterator[Block]:
-    """Walk the checkpoint: only what lies outside the blocks is held throughout.
+    """Run a checkpoint block by block; only the weights outside the blocks stay in memory.
 
-    Takes what `walk` does, and the checkpoint in place of a model.
+    See `iterate_blocks` for the arguments and errors. The output head is never read.
     """
     model = source.skeleton()
     head = model.get_output_embeddings()
-    unread = {id(parameter) for parameter in head.parameters()} if head is not None else set()
-    needed = [name for name, one in model.named_parameters() if id(one) not in unread]
-    source.require(needed)
-    inside = tuple(f"{name}." for name in blocks)
-    source.fill(model, [name for name in needed if not name.startswith(inside)], device)
+    unread_ids = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    names = [name for name, weight in model.named_parameters() if id(weight) not in unread_ids]
+    source.require(names)
+    block_prefixes = tuple(f"{name}." for name in blocks)
+    source.fill(model, [name for name in names if not name.startswith(block_prefixes)], device)
     return iterate_blocks(
         model, batches, blocks, device, source, host_bytes=host_bytes, folder=folder
     )
@@ -89,180 +90,194 @@ def iterate_blocks(
     host_bytes: int | None = None,
     folder: Path | None = None,
 ) -> Iterator[Block]:
-    """Yield the blocks in the order of the model, each about to be run; behind the last it ends.
+    """Yield the blocks in model order; all batches are suspended at the entry of each block.
+
+    The forward passes end after the last block: final norm and output head are not computed.
 
     Args:
-        model: whole, or with its blocks on the meta device if `source` has their weights.
-        batches: keyword arguments for its forward; tensors are moved to `device`.
-        blocks: names of the blocks, in whatever order: a file of layers may have 10 before 2.
-        device: where the model runs.
-        source: where to read a block's weights; None if the model has them.
-        host_bytes: what the stopped passes may take of host memory; None for no limit.
-        folder: where they take disk beyond that; None for the system's temporary files.
+        model: with all weights, or with its blocks on the meta device if `source` has the weights.
+        batches: keyword arguments of the model's forward; tensors are moved to `device`.
+        blocks: names of the blocks in any order, as a sorted list may put layer 10 before layer 2.
+        device: device that the model runs on.
+        source: checkpoint to read each block's weights from; None if the model has the weights.
+        host_bytes: limit on host memory for tensors of suspended passes; None for no limit.
+        folder: folder for the tensors beyond that limit; None for the system's temporary folder.
 
     Raises:
-        ValueError: the model has no block of that name.
+        ValueError: a name in `blocks` is no module of the model.
         ConfigError: the disk is full.
     """
-    home = getcurrent()
+    caller = getcurrent()
 
-    def stop_at(name: str) -> Callable[..., None]:
+    def suspend_at(name: str) -> Callable[..., None]:
+        """A forward pre-hook that suspends the forward pass at the entry of the block `name`."""
+
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if getcurrent() is not home:  # a block that is looked at is called from here
-                home.switch((name, args, kwargs))
+            # `SuspendedForward.peek` calls the block from the caller's own coroutine.
+            if getcurrent() is not caller:
+                caller.switch((name, args, kwargs))
 
         return hook
 
-    def leave(*_: Any) -> None:
-        """End the pass behind the last block: norms and the vocabulary are not needed."""
-        if getcurrent() is not home:
+    def exit_forward(*_: Any) -> None:
+        """End the forward pass after the last block: the final norm and the head are not needed."""
+        if getcurrent() is not caller:
             raise GreenletExit
 
-    wanted = set(blocks)
-    modules = {name: module for name, module in model.named_modules() if name in wanted}
-    if missing := wanted - modules.keys():
+    requested_names = set(blocks)
+    modules = {name: module for name, module in model.named_modules() if name in requested_names}
+    if missing := requested_names - modules.keys():
         raise ValueError(f"the model has no block {min(missing)}")
     handles = [
-        module.register_forward_pre_hook(stop_at(name), with_kwargs=True)
+        module.register_forward_pre_hook(suspend_at(name), with_kwargs=True)
         for name, module in modules.items()
     ]
-    handles.append(list(modules.values())[-1].register_forward_hook(leave))
-    lot = OffloadPool(model, device, host_bytes, folder)
+    handles.append(list(modules.values())[-1].register_forward_hook(exit_forward))
+    pool = OffloadPool(model, device, host_bytes, folder)
     decoder = decoder_of(model) if isinstance(model, PreTrainedModel) else model
-    texts = {id(module) for module in decoder.modules()}
-    passes = [SuspendedForward(model, batch, lot) for batch in batches]
+    decoder_ids = {id(module) for module in decoder.modules()}
+    forwards = [SuspendedForward(model, batch, pool) for batch in batches]
     try:
-        for one in passes:
-            one.step()
-            one.park()
+        for forward in forwards:
+            forward.advance()
+            forward.offload()
         for name, module in modules.items():
             if source is not None:
                 source.fill(
                     model, [f"{name}.{leaf}" for leaf, _ in module.named_parameters()], device
                 )
-            here = [one for one in passes if one.at == name]
-            block = Block(name, module, here, masked=id(module) in texts)
+            # A batch without images never enters the blocks of a vision tower.
+            at_block = [forward for forward in forwards if forward.block_name == name]
+            block = Block(name, module, at_block, has_mask=id(module) in decoder_ids)
             yield block
-            block.run(lambda _: None)  # if the caller did not
+            block.run(lambda _: None)  # does nothing if the caller has run the block
             if source is not None:
                 module.to("meta")
     finally:
-        for one in passes:
-            one.end()
+        for forward in forwards:
+            forward.close()
         for handle in handles:
             handle.remove()
 
 
 class Block:
-    """One block of the model with its weights in place, about to be run.
+    """One transformer block with its weights loaded, and the forward passes suspended at its entry.
 
-    `masked`: it takes the tokens that the batches' masks are about, and not the patches of images,
-    which may by chance be as many.
+    `has_mask`: whether the attention masks of the batches describe the block's inputs. They do in
+    the decoder. The blocks of a vision tower process image patches, whose number may by chance
+    equal the number of tokens.
     """
 
     def __init__(
-        self, name: str, module: nn.Module, passes: list[SuspendedForward], *, masked: bool = True
+        self,
+        name: str,
+        module: nn.Module,
+        forwards: list[SuspendedForward],
+        *,
+        has_mask: bool = True,
     ) -> None:
         self.name = name
         self.module = module
-        self._passes = passes
-        self._masked = masked
+        self._forwards = forwards
+        self._has_mask = has_mask
 
-    def look(self, after: After) -> None:
-        """Run the block on every batch and stay in front of it; what comes out is forgotten."""
-        for mask in self.looks():
-            after(mask)
+    def peek(self, after_batch: AfterBatch) -> None:
+        """Run the block on every batch, discard its outputs and stay at its entry."""
+        for mask in self.peek_batches():
+            after_batch(mask)
 
-    def looks(self) -> Iterator[Tensor | None]:
-        """`look`, a batch at a time: yields its mask, and goes on when it is asked for the next.
+    def peek_batches(self) -> Iterator[Tensor | None]:
+        """Run the block on one batch after the other, discard its outputs and yield each mask.
 
-        So that two models can look at the same batch before either goes on.
+        A caller can alternate between the blocks of two models, so that both process the same
+        batch before either proceeds to the next.
         """
-        for one in self._passes:
-            one.look(self.module)
-            yield one.mask if self._masked else None
-            one.park()
+        for forward in self._forwards:
+            forward.peek(self.module)
+            yield forward.mask if self._has_mask else None
+            forward.offload()
 
-    def run(self, after: After) -> None:
-        """Take every batch through this block, once."""
-        passes, self._passes = self._passes, []
-        for one in passes:
-            one.step()
-            # What it reads of this batch is still on the device.
-            after(one.mask if self._masked else None)
-            one.park()
+    def run(self, after_batch: AfterBatch) -> None:
+        """Advance every batch through this block to the next one; a second call does nothing."""
+        forwards, self._forwards = self._forwards, []
+        for forward in forwards:
+            forward.advance()
+            # Before the offload, so that `after_batch` reads tensors on the device.
+            after_batch(forward.mask if self._has_mask else None)
+            forward.offload()
 
 
 class SuspendedForward:
-    """One batch's forward pass, stopped at the block named `at`."""
+    """The forward pass of one batch, suspended at the entry of the block `block_name`."""
 
-    def __init__(self, model: nn.Module, batch: Batch, lot: OffloadPool) -> None:
+    def __init__(self, model: nn.Module, batch: Batch, pool: OffloadPool) -> None:
         self.mask: Tensor | None = None
-        self.at: str | None = None
-        self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self.block_name: str | None = None
+        self._block_inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._model = model
         self._batch = batch
-        self._lot = lot
-        self._parked = OffloadedTensors(lot)
+        self._pool = pool
+        self._offloaded = OffloadedTensors(pool)
         self._coroutine = greenlet(self._forward)
 
     def _forward(self) -> None:
-        # The batch is the caller's: were it among these variables, it would be parked.
-        moved = {
-            key: _own(value, self._lot.device) if isinstance(value, Tensor) else value
+        """Run the model's forward on the batch; runs inside the coroutine."""
+        # The caller owns the tensors of the batch: as local variables they would be offloaded.
+        inputs = {
+            key: _detach_to(value, self._pool.device) if isinstance(value, Tensor) else value
             for key, value in self._batch.items()
         }
         if accepts_use_cache(self._model):
-            moved["use_cache"] = False  # or the keys and values of all blocks would be kept
-        if "attention_mask" in moved:
-            self.mask = moved["attention_mask"].bool()
-        self._model(**moved)
+            inputs["use_cache"] = False  # or the keys and values of all blocks would stay in memory
+        if "attention_mask" in inputs:
+            self.mask = inputs["attention_mask"].bool()
+        self._model(**inputs)
 
-    def step(self) -> None:
-        """Go on to the next block."""
-        self._parked.resume()
-        self._call = ((), {})
+    def advance(self) -> None:
+        """Resume the forward pass up to the entry of the next block, or to the end."""
+        self._offloaded.restore()
+        self._block_inputs = ((), {})
         with torch.no_grad():
-            reached = self._coroutine.switch()
-        self.at = None
-        if isinstance(reached, tuple):
-            self.at, *call = reached
-            self._call = call[0], call[1]
+            suspension = self._coroutine.switch()
+        self.block_name = None
+        if isinstance(suspension, tuple):
+            self.block_name, *block_inputs = suspension
+            self._block_inputs = block_inputs[0], block_inputs[1]
 
-    def look(self, block: nn.Module) -> None:
-        """Run the block it stopped at, and forget what comes out."""
-        self._parked.resume()
-        args, kwargs = self._call
+    def peek(self, block: nn.Module) -> None:
+        """Run `block`, at which the pass is suspended, and discard the output."""
+        self._offloaded.restore()
+        args, kwargs = self._block_inputs
         with torch.no_grad():
             block(*args, **kwargs)
 
-    def park(self) -> None:
-        """Let all that the stopped pass holds wait off the device."""
-        if not self._lot.idle:
-            self._parked.park(_held(self._coroutine))
+    def offload(self) -> None:
+        """Offload the tensors that the suspended forward pass holds."""
+        if not self._pool.is_idle:
+            self._offloaded.offload(_local_tensors(self._coroutine))
 
-    def end(self) -> None:
-        """Give the pass up where it is."""
+    def close(self) -> None:
+        """Abort the forward pass and release its tensors."""
         if not self._coroutine.dead:
             self._coroutine.throw(GreenletExit)
-        self._call = ((), {})
-        self._parked.end()
+        self._block_inputs = ((), {})
+        self._offloaded.release()
 
 
-def _own(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`, in an object that is not the caller's."""
+def _detach_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`, as a new tensor object, since offloading changes objects in place."""
     return tensor.to(device).detach()
 
 
 def accepts_use_cache(model: nn.Module) -> bool:
-    """Whether its forward knows `use_cache`, or hands it on to a model that does."""
-    known = inspect.signature(model.forward).parameters
-    hands_on = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())
-    return "use_cache" in known or (isinstance(model, PreTrainedModel) and hands_on)
+    """Whether the model's forward accepts `use_cache`, itself or through `**kwargs`."""
+    parameters = inspect.signature(model.forward).parameters
+    has_kwargs = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters.values())
+    return "use_cache" in parameters or (isinstance(model, PreTrainedModel) and has_kwargs)
 
 
-def _held(coroutine: greenlet) -> Iterator[Tensor]:
-    """The tensors among the variables of a stopped coroutine's functions."""
+def _local_tensors(coroutine: greenlet) -> Iterator[Tensor]:
+    """Yield the tensors among the local variables of a suspended coroutine's stack frames."""
     frame = coroutine.gr_frame
     while frame is not None:
         yield from tensors_in(frame.f_locals)

@@ -1,4 +1,4 @@
-"""Stage 1a: run the original model over the calibration samples and keep second moments."""
+"""Stage 1a: run the original model over the calibration samples and store second moments."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.runtime.journal import Journal
 
-# Name -> (out, in).
+# Layer name -> (output features, input features).
 Layers = dict[str, tuple[int, int]]
 
 
-def statistics_bytes(layers: Layers, whole: bool) -> int:
-    """Bytes of all second moments in float64, at most: layers of one input share theirs."""
-    sides = ((n if whole else min(m, n)) for m, n in layers.values())
+def statistics_bytes(layers: Layers, inputs_only: bool) -> int:
+    """Upper bound on the bytes of all second moments in float64.
+
+    The bound ignores that layers with a common input share one input Gram.
+    """
+    sides = ((n if inputs_only else min(m, n)) for m, n in layers.values())
     return sum(8 * side * side for side in sides)
 
 
@@ -33,16 +36,28 @@ def calibrate(
     source: Source,
     layers: Layers,
     samples: Samples,
-    whole: bool,
+    inputs_only: bool,
     *,
     device: torch.device,
     host_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """Write one file of second moments per block, and a line about it into `journal.jsonl`.
+    """Write one file of second moments per block, with a line per block in `journal.jsonl`.
 
-    With `whole`, an input Gram for every layer, also where its outputs are the smaller matrix. An
-    interrupted calibration goes on with the next block: those it has are run again, as what they
-    give is needed, but not summed. `host_bytes` is what hidden states may take of host memory.
+    An interrupted calibration resumes with the next unfinished block. Finished blocks are run
+    again, because the next block needs their outputs, but their moments are not summed again.
+
+    Args:
+        folder: folder of the files.
+        source: checkpoint of the original model.
+        layers: layers to record.
+        samples: calibration samples.
+        inputs_only: record an input Gram for every layer. Otherwise a layer whose outputs have
+            fewer features than its inputs gets an output Gram.
+        device: device that runs the model.
+        host_bytes: limit on host memory for hidden states; the rest is offloaded to disk.
+
+    Returns:
+        Number of tokens, names of the layers with an output Gram, ids of the samples.
     """
     blocks = by_block(layers)
     run = iterate_checkpoint(
@@ -57,7 +72,7 @@ def calibrate(
     for block in tqdm(run, "calibrate", total=len(blocks), unit="block"):
         if block.name not in journal.lines:
             start = time.perf_counter()
-            statistics = record_moments(block, blocks[block.name], whole)
+            statistics = record_moments(block, blocks[block.name], inputs_only)
             statistics.save(journal.file(block.name))
             journal.add(
                 block.name,
@@ -71,30 +86,33 @@ def calibrate(
 
 
 def record_moments(
-    block: Block, layers: Iterable[str], whole: bool, *, stay: bool = False
+    block: Block, layers: Iterable[str], inputs_only: bool, *, peek: bool = False
 ) -> Statistics:
-    """Run the block, or with `stay` only look at it, and sum the second moments of its layers.
+    """Run the block on all batches and return the second moments of its layers.
+
+    With `peek` the batches stay at the entry of the block, so that it can be run again. See
+    `calibrate` for `inputs_only`.
 
     Raises:
-        ConfigError: no token reaches one of them.
+        ConfigError: no token reaches one of the layers.
     """
     linears = linears_of(block, layers)
     weights = {name: linear.weight for name, linear in linears.items()}
     statistics = Statistics()
-    go = block.look if stay else block.run
-    with InputRecorder(linears) as taken:
-        go(lambda mask: statistics.add(taken.rows(mask), weights, whole))
+    run_block = block.peek if peek else block.run
+    with InputRecorder(linears) as recorder:
+        run_block(lambda mask: statistics.add(recorder.rows(mask), weights, inputs_only))
     for name in linears:
         if name not in statistics.sites and name not in statistics.outputs:
             raise ConfigError(
-                f"calibration: no sample reaches {name}, as text reaches no layer of a vision "
-                "tower; set calibration=downstream_64 and a task with images, or "
-                "model.emulator_targets to layers that are reached"
+                f"calibration: no sample reaches {name}; samples without images, for one, "
+                "reach no layer of a vision tower: set calibration=downstream_64 and a task with "
+                "images, or set model.emulator_targets to other layers"
             )
     return statistics
 
 
 def linears_of(block: Block, layers: Iterable[str]) -> dict[str, nn.Linear]:
-    """Full name -> module, for layers of this block."""
-    found = {name: block.module.get_submodule(name[len(block.name) + 1 :]) for name in layers}
-    return {name: module for name, module in found.items() if isinstance(module, nn.Linear)}
+    """Full name -> module, for the `nn.Linear` modules of the block among `layers`."""
+    modules = {name: block.module.get_submodule(name[len(block.name) + 1 :]) for name in layers}
+    return {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}

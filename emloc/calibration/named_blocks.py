@@ -1,4 +1,4 @@
-"""The blocks to compress, one after the other: by name alone, or about to be run."""
+"""Iterate over the blocks to compress, with or without running them on samples."""
 
 from __future__ import annotations
 
@@ -22,21 +22,24 @@ def named_blocks(
     host_bytes: int | None,
     folder: Path,
 ) -> Iterator[tuple[str, Block | None]]:
-    """Every block by name, about to be run on the samples where there are any."""
+    """Yield each block's name, and the block ready to run on the samples (None without samples).
+
+    See `iterate_blocks` for `host_bytes` and `folder`.
+    """
     if samples is None:
         yield from ((name, None) for name in blocks)
         return
     batches = samples.batches(source)
-    for one in iterate_checkpoint(
+    for block in iterate_checkpoint(
         source, batches, blocks, device, host_bytes=host_bytes, folder=folder
     ):
-        yield one.name, one
+        yield block.name, block
 
 
 def weights_of(
     source: Source, block: Block | None, layers: Iterable[str], device: torch.device
 ) -> dict[str, Tensor]:
-    """The block's weights: those of the block about to be run, where there is one."""
+    """Layer -> its weight (m, n), from the loaded `block` or else from the checkpoint."""
     if block is not None:
-        return {layer: one.weight for layer, one in linears_of(block, layers).items()}
+        return {layer: linear.weight for layer, linear in linears_of(block, layers).items()}
     return {layer: source.weight(layer, device) for layer in layers}

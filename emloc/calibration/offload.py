@@ -1,10 +1,10 @@
-"""Where the tensors of suspended forward passes wait: host memory up to a limit, then disk.
+"""Offload the tensors of suspended forward passes: to host memory up to a limit, then to disk.
 
-A tensor is parked in place: the very object that the suspended frames hold is given other memory
-(`tensor.data = ...`), so no frame keeps the device's alive, and on resuming it is given the
-device's again. What moves is a whole storage with all its tensors, so those that share memory share
-it afterwards too. A storage that anybody else refers to as well (a view of a parameter, a batch of
-the caller's) stays where it is.
+A tensor is offloaded in place: the tensor object that the suspended frames hold gets other memory
+(`tensor.data = ...`). So no frame keeps device memory alive, and `restore` gives the object device
+memory again. A storage is always moved as a whole together with all its tensors, so that tensors
+which share memory still share it afterwards. A storage that somebody else refers to as well (a view
+of a parameter, a batch of the caller) stays on the device.
 """
 
 from __future__ import annotations
@@ -24,133 +24,148 @@ from emloc.runtime.memory import GIB
 
 
 class OffloadPool:
-    """The room that the passes of one walk share; `memory` and `disk` are the bytes in use."""
+    """Host memory and disk for the offloaded tensors of all forward passes over one model.
+
+    `memory` and `disk` are the bytes in use.
+    """
 
     def __init__(
         self, model: nn.Module, device: torch.device, limit: int | None, folder: Path | None
     ) -> None:
-        """Room beside `device`: `limit` bytes of host memory (None: all there is), then files.
+        """Prepare to offload from `device`: up to `limit` bytes to host memory, the rest to files.
 
-        The files are in `folder` (None: the system's for temporary ones) and have no name.
+        `limit=None` never writes files. The files lie in `folder` (None: the system's temporary
+        folder) without a name, so that they vanish with the process.
         """
         self.device = device
         self.memory = 0
         self.disk = 0
         self._limit = limit
         self._folder = folder or Path(tempfile.gettempdir())
-        # Buffers, and tables that a module keeps to itself: other passes need them meanwhile.
-        self._fixed = {id(one) for module in model.modules() for one in tensors_in(vars(module))}
+        # Buffers, and tables that modules hold as attributes: the other passes use them meanwhile.
+        self._model_tensor_ids = {
+            id(tensor) for module in model.modules() for tensor in tensors_in(vars(module))
+        }
 
     @property
-    def mapped(self) -> bool:
-        """Whether the device can work on what waits as it is: to a CPU a file is memory."""
+    def is_directly_usable(self) -> bool:
+        """Whether the device computes on offloaded tensors without a copy, as a CPU does.
+
+        Files are mapped into memory, so this holds for them too.
+        """
         return self.device.type == "cpu"
 
     @property
-    def idle(self) -> bool:
-        """Whether everything may stay where it is: in host memory that has no limit."""
-        return self.mapped and self._limit is None
+    def is_idle(self) -> bool:
+        """Whether offloading has no effect: a CPU model with no limit on host memory."""
+        return self.is_directly_usable and self._limit is None
 
-    def movable(self, tensor: Tensor) -> bool:
-        """Whether the tensor is memory of the device, and none of the model's."""
+    def is_movable(self, tensor: Tensor) -> bool:
+        """Whether the tensor can be offloaded: dense, on the device, and not part of the model."""
         return (
             tensor.device.type == self.device.type
             and tensor.layout is torch.strided
             and not any(
-                isinstance(one, nn.Parameter) or id(one) in self._fixed
-                for one in (tensor, tensor._base)
+                isinstance(owner, nn.Parameter) or id(owner) in self._model_tensor_ids
+                for owner in (tensor, tensor._base)
             )
         )
 
-    def store(self, raw: Tensor) -> tuple[Tensor, bool]:
-        """The bytes in host memory, or else in a file: which is said by the second value.
+    def store(self, storage_bytes: Tensor) -> tuple[Tensor, bool]:
+        """Copy bytes off the device; return the copy and whether the copy is a file.
 
         Raises:
-            ConfigError: there is no room for the file.
+            ConfigError: the disk has no space for the file.
         """
-        if self._limit is None or self.memory + raw.numel() <= self._limit:
-            return raw.cpu(), False
-        if raw.numel() > shutil.disk_usage(self._folder).free:
+        if self._limit is None or self.memory + storage_bytes.numel() <= self._limit:
+            return storage_bytes.cpu(), False
+        if storage_bytes.numel() > shutil.disk_usage(self._folder).free:
             raise ConfigError(
-                f"{self._folder}: no room for {raw.numel() / GIB:.2g} GiB of hidden states, "
-                f"{self.disk / GIB:.2g} are there; set budget.host_gib higher"
+                f"{self._folder}: the disk has no space for {storage_bytes.numel() / GIB:.2g} GiB "
+                f"of hidden states, {self.disk / GIB:.2g} GiB are stored already; "
+                "set budget.host_gib higher"
             )
         handle, path = tempfile.mkstemp(dir=self._folder)
         os.close(handle)
-        file = torch.from_file(path, shared=True, size=raw.numel(), dtype=torch.uint8)
+        file = torch.from_file(path, shared=True, size=storage_bytes.numel(), dtype=torch.uint8)
         os.unlink(path)
-        return file.copy_(raw), True
+        return file.copy_(storage_bytes), True
 
 
-class _StoredBytes(NamedTuple):
-    """The bytes of one storage as they wait."""
+class _StorageCopy(NamedTuple):
+    """The offloaded copy of one storage."""
 
     stored: Tensor  # (bytes,) uint8
     on_disk: bool
-    versions: frozenset[int] | None  # of the storage's tensors when they were copied
+    versions: frozenset[int] | None  # versions of the storage's tensors when they were copied
 
 
 class OffloadedTensors:
-    """What one suspended pass has in the lot."""
+    """The offloaded tensors of one suspended forward pass, stored in a pool."""
 
-    def __init__(self, lot: OffloadPool) -> None:
-        self._lot = lot
-        # By the address of the storage that the tensors have while the pass runs; they are kept
-        # with it, so that no other storage can be given the address.
-        self._waiting: dict[int, tuple[_StoredBytes, list[Tensor]]] = {}
+    def __init__(self, pool: OffloadPool) -> None:
+        self._pool = pool
+        # Address of the storage that the tensors have while the pass runs -> copy and tensors. The
+        # tensors keep that storage alive, so no other storage can get the same address.
+        self._copies: dict[int, tuple[_StorageCopy, list[Tensor]]] = {}
 
-    def park(self, tensors: Iterable[Tensor]) -> None:
-        """Let the tensors wait; one that has not changed since it last did is not copied again.
+    def offload(self, tensors: Iterable[Tensor]) -> None:
+        """Move tensors off the device; a tensor unchanged since its last copy is not copied again.
 
         Raises:
-            ConfigError: there is no room on the disk.
+            ConfigError: the disk has no space.
         """
-        found = [one for one in tensors if self._lot.movable(one)]
-        before = {key: copy for key, (copy, _) in self._leave().items()}
-        alone = _alone(found, set(before) if self._lot.mapped else set())
-        before = {key: copy for key, copy in before.items() if key in alone}
-        for key, copy in before.items():
-            if self._lot.mapped or copy.versions == _versions(alone[key]) is not None:
-                self._enter(key, copy, alone.pop(key))
-        before.clear()
-        for key, aliases in alone.items():
-            copy = _StoredBytes(*self._lot.store(_raw(aliases[0])), _versions(aliases))
-            self._enter(_address(copy.stored) if self._lot.mapped else key, copy, aliases)
+        candidates = [tensor for tensor in tensors if self._pool.is_movable(tensor)]
+        old_copies = {key: copy for key, (copy, _) in self._pop_copies().items()}
+        own_keys = set(old_copies) if self._pool.is_directly_usable else set()
+        groups = _unshared_storages(candidates, own_keys)
+        old_copies = {key: copy for key, copy in old_copies.items() if key in groups}
+        for key, copy in old_copies.items():
+            if self._pool.is_directly_usable or copy.versions == _versions(groups[key]) is not None:
+                self._add_copy(key, copy, groups.pop(key))
+        old_copies.clear()
+        for key, aliases in groups.items():
+            copy = _StorageCopy(*self._pool.store(_storage_bytes(aliases[0])), _versions(aliases))
+            new_key = _address(copy.stored) if self._pool.is_directly_usable else key
+            self._add_copy(new_key, copy, aliases)
 
-    def resume(self) -> None:
-        """Give the tensors memory of the device again."""
-        if self._lot.mapped:
+    def restore(self) -> None:
+        """Move the offloaded tensors back to the device."""
+        if self._pool.is_directly_usable:
             return
-        waiting, self._waiting = self._waiting, {}
-        for copy, tensors in waiting.values():
-            here = copy.stored.to(self._lot.device)
-            _point(tensors, here)
-            self._waiting[_address(here)] = copy, tensors
+        copies, self._copies = self._copies, {}
+        for copy, tensors in copies.values():
+            on_device = copy.stored.to(self._pool.device)
+            _set_storage(tensors, on_device)
+            self._copies[_address(on_device)] = copy, tensors
 
-    def end(self) -> None:
-        """Nothing of this pass is needed any more."""
-        self._leave()
+    def release(self) -> None:
+        """Drop the copies, since the forward pass has ended."""
+        self._pop_copies()
 
-    def _enter(self, key: int, copy: _StoredBytes, aliases: list[Tensor]) -> None:
-        _point(aliases, copy.stored)
-        self._waiting[key] = copy, aliases
-        self._count(copy, 1)
+    def _add_copy(self, key: int, copy: _StorageCopy, aliases: list[Tensor]) -> None:
+        """Let the tensors `aliases` of one storage use its copy, and count the copy's bytes."""
+        _set_storage(aliases, copy.stored)
+        self._copies[key] = copy, aliases
+        self._count_bytes(copy, 1)
 
-    def _leave(self) -> dict[int, tuple[_StoredBytes, list[Tensor]]]:
-        waiting, self._waiting = self._waiting, {}
-        for copy, _ in waiting.values():
-            self._count(copy, -1)
-        return waiting
+    def _pop_copies(self) -> dict[int, tuple[_StorageCopy, list[Tensor]]]:
+        """Remove all copies from the pool's byte counts and return them."""
+        copies, self._copies = self._copies, {}
+        for copy, _ in copies.values():
+            self._count_bytes(copy, -1)
+        return copies
 
-    def _count(self, copy: _StoredBytes, sign: int) -> None:
+    def _count_bytes(self, copy: _StorageCopy, sign: int) -> None:
+        """Add the copy's bytes to the pool's counts, or subtract them with `sign=-1`."""
         if copy.on_disk:
-            self._lot.disk += sign * copy.stored.numel()
+            self._pool.disk += sign * copy.stored.numel()
         else:
-            self._lot.memory += sign * copy.stored.numel()
+            self._pool.memory += sign * copy.stored.numel()
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and dictionaries."""
+    """Yield the tensors in nested tuples, lists and dictionaries."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -161,50 +176,51 @@ def tensors_in(value: object) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
-def _alone(tensors: Iterable[Tensor], ours: set[int]) -> dict[int, list[Tensor]]:
-    """Address of a storage -> its tensors, where these are all there are.
+def _unshared_storages(tensors: Iterable[Tensor], own_keys: set[int]) -> dict[int, list[Tensor]]:
+    """Group tensors by storage address, without storages that other tensors use as well.
 
-    The storages in `ours` have one more that we hold ourselves.
+    A storage whose address is in `own_keys` is the stored copy itself: the copy is one more user.
     """
     groups: dict[int, dict[int, Tensor]] = {}
     for tensor in tensors:
-        # A view keeps its base, and so the base's memory.
-        for one in (tensor, tensor._base):
-            if one is not None:
-                groups.setdefault(_address(one), {})[id(one)] = one
+        # A view keeps its base alive, and so the base's memory.
+        for owner in (tensor, tensor._base):
+            if owner is not None:
+                groups.setdefault(_address(owner), {})[id(owner)] = owner
     return {
         key: list(group.values())
         for key, group in groups.items()
-        if _uses(next(iter(group.values()))) == len(group) + (key in ours)
+        if _count_users(next(iter(group.values()))) == len(group) + (key in own_keys)
     }
 
 
 def _address(tensor: Tensor) -> int:
+    """Address of the tensor's storage object, equal for all tensors of one storage."""
     return tensor.untyped_storage()._cdata
 
 
-def _uses(tensor: Tensor) -> int:
-    """How many tensors there are of this one's storage, whoever holds them."""
-    storage = tensor.untyped_storage()  # one more user itself
+def _count_users(tensor: Tensor) -> int:
+    """Number of tensors in this process that use the storage of `tensor`."""
+    storage = tensor.untyped_storage()  # counts as one more user
     return int(torch._C._storage_Use_Count(storage._cdata)) - 1
 
 
-def _raw(tensor: Tensor) -> Tensor:
-    """All bytes of the tensor's storage as a tensor."""
+def _storage_bytes(tensor: Tensor) -> Tensor:
+    """All bytes of the tensor's storage, as a uint8 tensor that shares the memory."""
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
-def _point(tensors: Iterable[Tensor], memory: Tensor) -> None:
-    """Give tensors of one storage that of `memory`, each at the place it has in its own."""
-    for one in tensors:
-        empty = torch.empty(0, dtype=one.dtype, device=memory.device)
-        place = one.storage_offset(), one.shape, one.stride()
-        one.data = empty.set_(memory.untyped_storage(), *place)
+def _set_storage(tensors: Iterable[Tensor], memory: Tensor) -> None:
+    """Let all tensors of one storage use the storage of `memory`; offset and strides stay."""
+    for tensor in tensors:
+        empty = torch.empty(0, dtype=tensor.dtype, device=memory.device)
+        layout = tensor.storage_offset(), tensor.shape, tensor.stride()
+        tensor.data = empty.set_(memory.untyped_storage(), *layout)
 
 
 def _versions(tensors: Iterable[Tensor]) -> frozenset[int] | None:
-    """Grows with every write through one of the tensors; None where torch does not count them."""
+    """Version counters of tensors, which change on every write; None if torch keeps no counters."""
     tensors = list(tensors)
-    if any(one.is_inference() for one in tensors):
+    if any(tensor.is_inference() for tensor in tensors):
         return None
-    return frozenset(one._version for one in tensors)
+    return frozenset(tensor._version for tensor in tensors)

@@ -1,4 +1,4 @@
-"""The calibration samples: which rows, and how they become batches."""
+"""Calibration samples: choose rows of the task and turn them into batches."""
 
 from __future__ import annotations
 
@@ -16,46 +16,47 @@ from emloc.models.checkpoint.source import Source
 
 log = logging.getLogger(__name__)
 
-# Samples of one forward pass. A constant: the sums do not depend on it beyond rounding.
+# Samples per forward pass: a constant, as the batch size changes second moments only by rounding.
 BATCH = 8
 
 
 @dataclass(frozen=True)
 class Samples:
-    """The examples an emulator is built from, and the length above which one is left out."""
+    """Examples that an emulator is built from; examples above `max_length` tokens are skipped."""
 
     examples: Examples
-    max_length: int | None  # None: no example is too long
+    max_length: int | None  # None: no limit
 
     @property
     def key(self) -> list[Any]:
-        """What a stage that reads these samples depends on."""
+        """Cache key of the samples."""
         return [self.examples.key, self.max_length]
 
     @property
     def ids(self) -> list[str]:
-        """The rows' names in their data set."""
+        """Ids of the examples in their data set."""
         return [example.id for example in self.examples]
 
     def batches(self, source: Source) -> Sequence[Batch]:
-        """The samples, answers included, as keyword arguments of the model's forward."""
+        """Batches of prompts with their answers, as keyword arguments of the model's forward."""
         return self._batches(source, answers_only=False)
 
-    def learnt(self, source: Source) -> Sequence[Batch]:
-        """The same with the targets, as they are trained on."""
+    def training_batches(self, source: Source) -> Sequence[Batch]:
+        """Batches of prompts with their answers and training targets (`labels` of text models)."""
         return self._batches(source, answers_only=True)
 
     def _batches(self, source: Source, *, answers_only: bool) -> Sequence[Batch]:
+        """Encode the examples with the model's reader and collate them to batches."""
         reader = source.reader()
         encoded = encode_all(reader, self.examples, self.max_length)
         return batches(reader, encoded, BATCH, answers_only=answers_only)
 
 
-def choose(pool: Examples, count: int, seed: int) -> Examples:
-    """`count` rows of the pool, drawn without replacement.
+def choose_examples(pool: Examples, count: int, seed: int) -> Examples:
+    """Draw `count` examples from the pool at random, without replacement.
 
     Raises:
-        ConfigError: the pool is smaller.
+        ConfigError: the pool has fewer examples.
     """
     if count > len(pool):
         raise ConfigError(

@@ -1,1 +1,1 @@
-"""An example, and how it becomes a batch."""
+"""Examples (prompt, images and answer): encode them as tokens and collate them to batches."""

@@ -1,4 +1,4 @@
-"""A prompt with its answer, and an ordered set of them: what every stage reads of a data set."""
+"""An example of a data set (prompt, images and answer), and an ordered list of examples."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from emloc.runtime.digest import digest
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt and the answer to learn; `id` names the row in its data set."""
+    """One prompt and its answer, made from one row of a data set."""
 
-    id: str
+    id: str  # identifies the row in its data set, for instance test/17
     prompt: str
-    target: str
-    images: tuple[LazyImage, ...] = ()  # shown before the prompt, in this order
-    references: tuple[str, ...] = ()  # what a scorer compares an answer to
-    choices: tuple[str, ...] = ()  # what the prompt offers to choose from
-    group: str = ""  # kind of row, for scores of its own; "": of no kind
+    target: str  # the answer to learn
+    images: tuple[LazyImage, ...] = ()  # precede the prompt, in this order
+    references: tuple[str, ...] = ()  # correct answers that a scorer compares with
+    choices: tuple[str, ...] = ()  # options of a multiple-choice question
+    group: str = ""  # group of rows that gets a score of its own; "": no group
 
 
 @dataclass(frozen=True)
 class Examples:
-    """An ordered, named set of examples. Its key is the digest of all that is in them, in order."""
+    """An ordered list of examples with a name."""
 
     name: str
     rows: tuple[Example, ...]
@@ -37,15 +37,16 @@ class Examples:
         return len(self.rows)
 
     def pick(self, indices: Sequence[int]) -> Examples:
-        """The rows at `indices`, in that order."""
+        """The examples at `indices`, in the order of `indices`."""
         return Examples(self.name, tuple(self.rows[index] for index in indices))
 
     @cached_property
     def key(self) -> str:
-        """What a stage that reads these rows depends on."""
+        """Cache key of the examples: a digest of their contents in order, without ids."""
         return digest([_key(row) for row in self.rows])
 
 
 def _key(row: Example) -> list[object]:
-    rest = [[one.key for one in row.images], row.references, row.choices, row.group]
-    return [row.prompt, row.target, *(rest if any(rest) else ())]
+    """Content of an example for the digest; empty optional fields do not count."""
+    optional = [[image.key for image in row.images], row.references, row.choices, row.group]
+    return [row.prompt, row.target, *(optional if any(optional) else ())]

@@ -1,4 +1,4 @@
-"""Images of a data set, read when they are needed and never before."""
+"""Images of a data set that are read and decoded only when they are needed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from PIL import ExifTags, Image
 
 from emloc.errors import ConfigError
 
-# Longer side over shorter. Beyond it nothing is left of an image that is cut into square tiles.
+# Largest ratio of the longer side to the shorter one. A thinner image cannot be cut into square
+# tiles.
 MAX_ASPECT = 100
 
-# PIL has a parser for every format, and each ends on a broken file in a way of its own.
-_BROKEN = (
+# Exceptions of PIL's parsers for damaged files; each format raises its own.
+_DECODING_ERRORS = (
     OSError,
     ValueError,
     SyntaxError,
@@ -26,8 +27,9 @@ _BROKEN = (
     Image.DecompressionBombError,
 )
 
-# What brings an image of that EXIF orientation the right way up; from 5 on, width becomes height.
-_TURNS = {
+# EXIF orientation -> the transposition that turns the image upright. Orientations from 5 on swap
+# width and height.
+_TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -40,70 +42,74 @@ _TURNS = {
 
 @dataclass(frozen=True)
 class LazyImage:
-    """One image; `name` is what messages call it, `key` changes with its content."""
+    """One image of a data set that is read and decoded on demand."""
 
-    name: str
-    key: str
-    read: Callable[[], bytes] = field(compare=False, repr=False)  # the encoded file
+    name: str  # for error messages
+    key: str  # cache key; changes with the image's content
+    read: Callable[[], bytes] = field(compare=False, repr=False)  # reads the encoded file
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """Width and height in pixels, as it is looked at; from the file's header alone.
+        """Width and height of the upright image in pixels, read from the file's header alone.
 
         Raises:
-            ConfigError: it cannot be read, or is a thin line.
+            ConfigError: the file cannot be read, or the image is too thin.
         """
         try:
-            image, orientation = _header(self.read())
-        except _BROKEN as error:
-            raise self._unreadable(error) from error
+            image, orientation = _open_header(self.read())
+        except _DECODING_ERRORS as error:
+            raise self._read_error(error) from error
         width, height = image.size[::-1] if orientation >= 5 else image.size
         self._refuse_thin(width, height)
         return width, height
 
     def open(self) -> Image.Image:
-        """The image itself, in RGB, the right way up.
+        """Decode the image and return it upright, in RGB.
 
         Raises:
-            ConfigError: it cannot be decoded.
+            ConfigError: the file cannot be decoded, or the image is too thin.
         """
         try:
-            image, orientation = _header(self.read())
-            if orientation in _TURNS:
-                image = image.transpose(_TURNS[orientation])
-            if image.mode.startswith("I;16"):  # which Pillow would clip to white
+            image, orientation = _open_header(self.read())
+            if orientation in _TRANSPOSITIONS:
+                image = image.transpose(_TRANSPOSITIONS[orientation])
+            if image.mode.startswith("I;16"):  # Pillow's own conversion clips these to white
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.mode in ("I", "F"):
-                raise ValueError(f"its pixels are of 32 bits (mode {image.mode})")
+                raise ValueError(f"pixels of 32 bits (mode {image.mode}) are not supported")
             image = image.convert("RGB")
-        except _BROKEN as error:
-            raise self._unreadable(error) from error
+        except _DECODING_ERRORS as error:
+            raise self._read_error(error) from error
         self._refuse_thin(*image.size)
         return image
 
     def _refuse_thin(self, width: int, height: int) -> None:
+        """Raise `ConfigError` if the image is too thin to be cut into tiles."""
         if max(width, height) > MAX_ASPECT * min(width, height):
             raise ConfigError(
-                f"{self.name}: an image of {width} x {height} pixels has no tiles to be cut into; "
-                "set task.unreadable=skip to leave such rows out"
+                f"{self.name}: an image of {width} x {height} pixels has no tiles, since "
+                "it is too thin; set task.unreadable=skip to leave such rows out"
             )
 
-    def _unreadable(self, error: Exception) -> ConfigError:
+    def _read_error(self, error: Exception) -> ConfigError:
+        """The error for an image that PIL cannot read, with PIL's reason."""
         reason = " ".join(str(error).split()) or type(error).__name__
         return ConfigError(
             f"{self.name}: cannot read the image: {reason[:160]}; "
-            "correct it, or set task.unreadable=skip to leave such rows out"
+            "correct the file, or set task.unreadable=skip to leave such rows out"
         )
 
 
-def _header(content: bytes) -> tuple[Image.Image, int]:
-    """An image of which no pixel is decoded yet, and how it is to be turned: a key of _TURNS, or 1.
+def _open_header(content: bytes) -> tuple[Image.Image, int]:
+    """Open an image file without decoding pixels; return the image and its EXIF orientation.
 
-    PIL's own transposition writes the rest of the EXIF anew, which fails where it is odd.
+    The orientation is a key of `_TRANSPOSITIONS`, or 1 for an upright image. `ImageOps` of PIL is
+    not used for the transposition, because it rewrites the EXIF block and fails on unusual ones.
     """
     image = Image.open(io.BytesIO(content))
-    if image.format == "TIFF":  # PIL turns these itself
+    if image.format == "TIFF":  # PIL turns TIFF images upright by itself
         return image, 1
-    # A PNG's own method would decode all of it, for what may be said behind its pixels.
-    found = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-    return image, found if found in _TURNS else 1
+    # The base class's method, because that of PNG images decodes all pixels to reach the EXIF
+    # blocks behind them.
+    orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    return image, orientation if orientation in _TRANSPOSITIONS else 1

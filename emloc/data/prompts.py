@@ -1,4 +1,4 @@
-"""The one rendering of an example: calibration, training, loss and lm-eval all see these tokens."""
+"""Encode an example as tokens; calibration, training, scoring and lm-eval share this encoding."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from emloc.data.image import LazyImage
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Between a plain prompt and its answer. A chat template puts its own end of turn there.
+# Separates a plain prompt from its answer. A chat template puts its own end of turn there.
 DELIMITER = " "
 
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """Token ids of one example; the answer, end token included, starts at `answer_start`."""
+    """Token ids of one example: the prompt, the answer and the end token."""
 
     id: str
     input_ids: list[int]
-    answer_start: int
-    images: tuple[LazyImage, ...] = ()  # in the order of their places
-    prompt: str = ""  # rendered, where whoever makes pixels of the images needs it
+    answer_start: int  # position of the first answer token
+    images: tuple[LazyImage, ...] = ()  # in the order of their image tokens
+    prompt: str = ""  # rendered prompt, for processors that compute pixels from prompt and images
 
     @property
     def length(self) -> int:
-        """Tokens."""
+        """Number of tokens."""
         return len(self.input_ids)
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The prompt as the model reads it: through its chat template if it has one, else plain."""
+    """Render a prompt with the chat template, or return it unchanged if there is no template."""
     if tokenizer.chat_template is None:
         return prompt
     turns = [{"role": "user", "content": prompt}]
@@ -40,16 +40,17 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> EncodedExample:
-    """Tokens of prompt, answer and end token.
+    """Encode prompt, answer and end token.
 
-    A chat template writes its own special tokens, so none are added to it. Without a prompt the
-    example is running text, and nobody's turn.
+    A chat template writes special tokens itself, so the tokenizer adds none to it. An example
+    without a prompt is plain text: no chat template is applied to it.
     """
     if not example.prompt:
         return EncodedExample(example.id, tokenizer(example.target).input_ids, 0)
     chat = tokenizer.chat_template is not None
-    prompt = tokenizer(render(tokenizer, example.prompt), add_special_tokens=not chat).input_ids
+    prompt = render(tokenizer, example.prompt)
+    prompt_ids = tokenizer(prompt, add_special_tokens=not chat).input_ids
     answer = example.target if chat else DELIMITER + example.target
-    target = tokenizer(answer, add_special_tokens=False).input_ids
-    ids = [*prompt, *target, tokenizer.eos_token_id]
-    return EncodedExample(example.id, ids, len(prompt))
+    answer_ids = tokenizer(answer, add_special_tokens=False).input_ids
+    ids = [*prompt_ids, *answer_ids, tokenizer.eos_token_id]
+    return EncodedExample(example.id, ids, len(prompt_ids))

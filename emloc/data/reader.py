@@ -1,4 +1,4 @@
-"""How a model family reads an example: text as tokens, images as pixels, targets as it learns."""
+"""Readers: encode the examples of a data set for a model family, and collate them to batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from emloc.data.collate import EncodedRow, by_length, collate
+from emloc.data.collate import EncodedRow, collate, group_by_length
 from emloc.data.examples import Example, Examples
 from emloc.data.prompts import EncodedExample, encode
 from emloc.errors import ConfigError
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OpenCheckpoint:
-    """What of an open checkpoint a reader needs."""
+    """The parts of a checkpoint that a reader needs."""
 
     folder: Path
     open_tokenizer: Callable[[], PreTrainedTokenizerBase]
@@ -32,103 +32,107 @@ class OpenCheckpoint:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The checkpoint's, opened when a reader first asks for it: a model of images has none."""
+        """The checkpoint's tokenizer, opened at its first use, as image models have none."""
         return self.open_tokenizer()
 
 
 class Reader(Protocol):
-    """Examples as a model takes them; calibration, training, loss and generation use this one."""
+    """Encodes and collates examples for a model; all stages share one reader."""
 
     def encode(self, example: Example) -> EncodedRow:
-        """The example as the model family takes it; nothing large is decoded yet.
+        """Encode an example for the model family; images are not decoded yet.
 
         Raises:
-            ConfigError: the example cannot be read; names it.
+            ConfigError: the example cannot be read; the message names the example.
         """
 
     def collate(self, batch: Sequence[Any], *, answers_only: bool = True) -> dict[str, Tensor]:
-        """A batch of rows of `encode`, as keyword arguments of the model's forward.
+        """Collate encoded rows to keyword arguments of the model's forward.
 
-        With `answers_only` there are also the targets, as the family's objective takes them, and
-        the model may leave out what the loss does not read.
+        With `answers_only`, the batch also contains the training targets for the family's
+        objective, and the model may skip outputs that the loss does not need.
 
         Raises:
-            ConfigError: an image cannot be decoded; names the example.
+            ConfigError: an image cannot be decoded; the message names the example.
         """
 
 
 class TokenReader(Reader, Protocol):
-    """What reads examples for a model that writes text."""
+    """A reader for models that generate text."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """With a padding token, and its chat template as this model is talked to."""
+        """The tokenizer, with a padding token and the chat template of this model."""
 
     def encode(self, example: Example) -> EncodedExample:
-        """Tokens of prompt, answer and end token, the places of images among them."""
+        """Encode prompt, answer and end token as token ids, with image tokens in the prompt."""
 
 
 class ReaderSettings(Protocol):
-    """The settings of a reader, which the model's configuration holds."""
+    """Settings of a reader; part of a model's configuration."""
 
     @property
     def key(self) -> list[Any]:
-        """What a stage that reads examples depends on; empty for text alone."""
+        """Cache key of everything that decides how examples are read; empty for plain text."""
 
-    def reader(self, opened: OpenCheckpoint) -> Reader:
-        """The reader of that checkpoint.
+    def reader(self, checkpoint: OpenCheckpoint) -> Reader:
+        """Open the reader of a checkpoint.
 
         Raises:
-            ConfigError: the checkpoint is of another kind.
+            ConfigError: the checkpoint does not fit this reader.
         """
 
 
 @dataclass(frozen=True)
 class TextReader:
-    """Text alone."""
+    """Reader for models that read only text."""
 
     tokenizer: PreTrainedTokenizerBase
 
     def encode(self, example: Example) -> EncodedExample:
-        """See Reader."""
+        """Encode prompt, answer and end token as token ids.
+
+        Raises:
+            ConfigError: the example has images.
+        """
         if example.images:
             raise ConfigError(
-                f"{example.id}: this model reads no images; set model to one that does, "
-                "internvl2_5_8b for one, or task to one without"
+                f"{example.id}: this model reads no images; set model to a model for images, "
+                "such as internvl2_5_8b, or task to a task without images"
             )
         return encode(self.tokenizer, example)
 
     def collate(
         self, batch: Sequence[EncodedExample], *, answers_only: bool = True
     ) -> dict[str, Tensor]:
-        """See Reader."""
+        """Collate the rows' token ids to a padded batch."""
         return collate(batch, self.tokenizer.pad_token_id, answers_only=answers_only)
 
 
 @dataclass(frozen=True)
 class TextReaderSettings:
-    """Text alone, which needs no settings."""
+    """Settings of the reader for plain text, which are none."""
 
     @property
     def key(self) -> list[Any]:
-        """See Reading."""
+        """An empty list, as the reader for plain text has no settings."""
         return []
 
-    def reader(self, opened: OpenCheckpoint) -> Reader:
-        """See Reading."""
-        return TextReader(opened.tokenizer)
+    def reader(self, checkpoint: OpenCheckpoint) -> Reader:
+        """Open the reader with the checkpoint's tokenizer."""
+        return TextReader(checkpoint.tokenizer)
 
 
 def encode_all(reader: Reader, examples: Examples, max_length: int | None) -> list[Any]:
-    """The examples as rows; those longer than `max_length` are left out, and their number logged.
+    """Encode the examples; examples longer than `max_length` are skipped with a warning.
 
     Raises:
-        ConfigError: one cannot be read, or none is left.
+        ConfigError: an example cannot be read, or all examples are too long.
     """
     encoded = [reader.encode(example) for example in examples]
     if max_length is None:
         return encoded
-    kept = [one for one in encoded if one.length <= max_length]
+    kept = [row for row in encoded if row.length <= max_length]
     if len(kept) < len(encoded):
         log.warning(
             "%s: left out %d of %d examples longer than %d tokens (model.max_length)",
@@ -147,8 +151,8 @@ def encode_all(reader: Reader, examples: Examples, max_length: int | None) -> li
 def batches(
     reader: Reader, encoded: Sequence[EncodedRow], size: int, *, answers_only: bool
 ) -> list[dict[str, Tensor]]:
-    """All of `encoded` in batches of similar length; order not kept."""
+    """Collate the rows to batches of `size` rows with similar lengths, in another order."""
     return [
         reader.collate([encoded[index] for index in group], answers_only=answers_only)
-        for group in by_length(encoded, size)
+        for group in group_by_length(encoded, size)
     ]

@@ -1,1 +1,1 @@
-"""Kinds of models: where their weights are, which layers are adapted, how a batch is made."""
+"""Model families: find a checkpoint, select layers to adapt and compress, encode examples."""

@@ -1,4 +1,4 @@
-"""The language decoder of a model that writes text, and the vocabulary at both its ends."""
+"""The language decoder of a generative model, its token embedding and vocabulary size."""
 
 from __future__ import annotations
 
@@ -12,38 +12,37 @@ from emloc.models.checkpoint.source import Source
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The part that reads the tokens of a text.
-
-    Beside a vision tower the language decoder; else the model without its head.
-    """
+    """The submodel that processes tokens: the model without vision tower and output head."""
     decoder: nn.Module = model.get_decoder()
     return decoder
 
 
 @dataclass(frozen=True, eq=False)
 class Decoder:
-    """What a source says of its decoder; looked up once."""
+    """Facts about the language decoder of a source, computed at their first use."""
 
     source: Source
 
     @cached_property
     def prefix(self) -> str:
-        """What the names of all its modules begin with."""
-        decoder = decoder_of(self.source.bare)
-        named = self.source.bare.named_modules()
-        name = next(name for name, one in named if one is decoder)
+        """Common prefix of the names of the decoder's modules, such as `model.language_model.`."""
+        decoder = decoder_of(self.source.meta_model)
+        named_modules = self.source.meta_model.named_modules()
+        name = next(name for name, module in named_modules if module is decoder)
         return f"{name}." if name else ""
 
     @property
     def vocabulary(self) -> int:
-        """Number of tokens the model knows."""
-        return int(self.source.bare.get_input_embeddings().weight.shape[0])
+        """Number of tokens in the vocabulary."""
+        return int(self.source.meta_model.get_input_embeddings().weight.shape[0])
 
     @cached_property
-    def lone_embedding(self) -> str | None:
-        """The parameter of the token embedding; None where the output matrix shares it."""
-        model = self.source.bare
-        own, head = model.get_input_embeddings(), model.get_output_embeddings()
-        if type(own) is not nn.Embedding or (head is not None and head.weight is own.weight):
+    def untied_embedding(self) -> str | None:
+        """Name of the token embedding's parameter; None if the output head shares the weight."""
+        model = self.source.meta_model
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if type(embedding) is not nn.Embedding:
             return None
-        return next(name for name, one in model.named_parameters() if one is own.weight)
+        if head is not None and head.weight is embedding.weight:
+            return None
+        return next(name for name, p in model.named_parameters() if p is embedding.weight)

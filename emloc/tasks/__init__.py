@@ -1,4 +1,4 @@
-"""Data sets as prompts and answers; `Task` is all the rest of the package knows of them."""
+"""Tasks: data sets as prompts and answers, behind the protocol `Task`."""
 
 from __future__ import annotations
 
@@ -9,50 +9,50 @@ from emloc.tasks.metrics import Scorer
 
 
 class Task(Protocol):
-    """What a class named by a `conf/task/*.yaml` has to offer."""
+    """Interface of a task; a `conf/task/*.yaml` names a class with these members."""
 
     @property
     def name(self) -> str:
-        """Word for run folders and reports; the stem of its YAML file."""
+        """Short name of the task for run folders and reports: the stem of its YAML file."""
 
     @property
     def metric(self) -> str:
-        """Name of the headline score among those that evaluation returns."""
+        """Name of the main score among the scores that the evaluation returns."""
 
     @property
     def lm_eval(self) -> str | None:
-        """Name of lm-eval's own task to score with, or None: our greedy match alone."""
+        """Name of the lm-eval task that scores this task; None: greedy exact match is used."""
 
     @property
     def key(self) -> dict[str, Any]:
-        """What tells this data apart from any other, for stage keys; JSON can name it."""
+        """Cache key of the data, with values that JSON can represent."""
 
     def train(self) -> Examples:
-        """Rows to calibrate and train on; none of their prompts is an evaluation prompt."""
+        """Rows for calibration and training; none has the prompt of an evaluation row."""
 
     def held_out(self, limit: int | None) -> Examples:
-        """The first `limit` rows to evaluate on, or all of them."""
+        """The first `limit` evaluation rows; all of them if `limit` is None."""
 
 
 @runtime_checkable
 class GenerativeTask(Protocol):
-    """What a task has besides, whose answers are written freely and scored one by one."""
+    """A task whose answers are generated as text, and scored one by one by a scorer."""
 
     @property
     def metric(self) -> str:
-        """As every task's."""
+        """Name of the main score among the scores that the evaluation returns."""
 
     def held_out(self, limit: int | None) -> Examples:
-        """As every task's."""
+        """The first `limit` evaluation rows; all of them if `limit` is None."""
 
     @property
     def name(self) -> str:
-        """As every task's."""
+        """Short name of the task for run folders and reports."""
 
     @property
     def answer_tokens(self) -> int:
-        """Tokens of an answer at most."""
+        """Maximum number of tokens to generate per answer."""
 
     @property
     def score(self) -> Scorer:
-        """The numbers of one answer, by metric."""
+        """The scorer: a function that returns the scores of one answer, by metric."""

@@ -1,4 +1,4 @@
-"""What is wrong with a value of the settings that tasks have in common."""
+"""Checks of settings that several tasks have."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from emloc.errors import ConfigError
 
 
 def refuse_limit(limit: int | None) -> None:
-    """Refuse a number of training rows that leaves none.
+    """Check `task.limit`, the maximum number of training rows.
 
     Raises:
-        ConfigError: it is below 1.
+        ConfigError: the limit is below 1.
     """
     if limit is not None and limit < 1:
         raise ConfigError(
@@ -18,10 +18,10 @@ def refuse_limit(limit: int | None) -> None:
 
 
 def refuse_answer_tokens(count: int, usual: int) -> None:
-    """Refuse answers without room for a token; `usual` is the number that the message names.
+    """Check `task.answer_tokens`, the maximum length of an answer; errors suggest `usual`.
 
     Raises:
-        ConfigError: it is below 1.
+        ConfigError: the number is below 1.
     """
     if count < 1:
         raise ConfigError(

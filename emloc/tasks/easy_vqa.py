@@ -1,7 +1,8 @@
-"""easy-VQA: questions about one coloured shape each, as drawn, or recoloured and noised.
+"""easy-VQA: questions about images of one coloured shape, original or recoloured with noise.
 
-The images are small and the answers few, so that a vision-language model of two million parameters
-learns them. The Python package carries all of it; nothing of it is imported or run.
+The images are small and the answers are few, so that a vision-language model with two million
+parameters can learn the task. The data comes from the Python package `easy-vqa`, whose code is
+never imported or run.
 """
 
 from __future__ import annotations
@@ -26,40 +27,41 @@ from emloc.errors import ConfigError
 from emloc.runtime.digest import digest
 from emloc.tasks.checks import refuse_answer_tokens, refuse_limit
 from emloc.tasks.metrics import Scorer
-from emloc.tasks.scorers import called, named_scorer
+from emloc.tasks.scorers import find_scorer, scorer_key
 from emloc.tasks.templates import compile_template, render_template
 
 PARTS = ("plain", "recoloured")
 SPLITS = ("train", "test")
 SHAPES = ("circle", "rectangle", "triangle")
-NOISE = 20.0  # standard deviation, of 255 grey levels
+NOISE = 20.0  # standard deviation of the noise in grey levels, of 255
 
 
 @dataclass(frozen=True, kw_only=True)
 class EasyVqa:
-    """A question about the one shape in an image of 64 x 64; columns `question`, `answer`.
+    """Questions about the shape in an image of 64 x 64 pixels, and its colour.
 
-    `part` says what the images look like: `plain`, as the package has them, or `recoloured`, with
-    every colour turned into its opposite and noise over it. Answers are those of the plain image.
+    The columns of a row are `question` and `answer`. `part` selects the images: `plain` are the
+    package's images, `recoloured` are their negatives with noise. The answers are always those of
+    the plain images.
     """
 
     lm_eval: ClassVar[None] = None
 
-    name: str  # word for run folders and reports; the stem of the YAML file
+    name: str  # short name for run folders and reports; the stem of the YAML file
     part: str  # plain | recoloured
-    seed: int = 0  # the order of the questions, and the noise
-    limit: int | None = None  # at most this many training rows; null is all
+    seed: int = 0  # decides the order of the questions, and the noise
+    limit: int | None = None  # maximum number of training rows; null: all
     prompt: str  # Jinja template over `question`
     target: str = "{{answer}}"  # Jinja template of the answer to learn
-    scorer: str  # what scores one answer: exact, anls ...; one of your own by its dotted path
-    metric: str  # headline score, one of those that the scorer returns
-    answer_tokens: int  # most tokens to generate
+    scorer: str  # scorer of one answer, such as exact or anls; your own by its dotted path
+    metric: str  # main score: one of the scorer's metrics
+    answer_tokens: int  # maximum number of tokens to generate per answer
 
     def __post_init__(self) -> None:
-        """Refuse what can be seen to be wrong without reading the data."""
+        """Check the settings, as far as possible without reading the data."""
         if self.part not in PARTS:
             raise ConfigError(
-                f"task.part={self.part}: one of {', '.join(PARTS)}; set task.part=recoloured"
+                f"task.part={self.part} is none of {', '.join(PARTS)}; set task.part=recoloured"
             )
         refuse_limit(self.limit)
         refuse_answer_tokens(self.answer_tokens, usual=4)
@@ -68,123 +70,132 @@ class EasyVqa:
 
     @property
     def key(self) -> dict[str, Any]:
-        """The package's files, what is done to its images, and what is made of its questions."""
+        """Cache key of the task: the package's data, the change of its images, and the settings."""
         names = ("part", "seed", "prompt", "target", "answer_tokens")
-        made = {name: getattr(self, name) for name in names} | {"scorer": called(self.scorer)}
-        return {"files": _fingerprint(_data()), "noise": NOISE} | made
+        settings = {name: getattr(self, name) for name in names}
+        settings |= {"scorer": scorer_key(self.scorer)}
+        return {"files": _fingerprint(_data_folder()), "noise": NOISE} | settings
 
     @cached_property
     def score(self) -> Scorer:
-        """The numbers of one answer, by metric.
+        """The scorer: a function that returns the scores of one answer, by metric.
 
         Raises:
-            ConfigError: there is no such function.
+            ConfigError: the setting `scorer` names no function.
         """
-        return named_scorer(self.scorer)
+        return find_scorer(self.scorer)
 
     def train(self) -> Examples:
-        """The first `limit` questions about the 4,000 training images, in an order of `seed`."""
+        """The first `limit` questions about the 4,000 training images, in random order."""
         return Examples(self.name, self._train_rows[: self.limit])
 
     def held_out(self, limit: int | None) -> Examples:
-        """The first `limit` about the 1,000 test images: a random sample, whatever the limit."""
-        _ = self.score  # refused here, if it is wrong, and not behind the training
+        """The first `limit` questions about the 1,000 test images, in random order; None: all."""
+        _ = self.score  # a wrong `scorer` fails here, before the training
         return Examples(self.name, self._test_rows[:limit])
 
     @cached_property
     def _train_rows(self) -> tuple[Example, ...]:
+        """All training questions, read once."""
         return tuple(self._read("train"))
 
     @cached_property
     def _test_rows(self) -> tuple[Example, ...]:
+        """All test questions, read once."""
         return tuple(self._read("test"))
 
     def _read(self, split: str) -> Iterable[Example]:
-        folder = _data()
+        """Yield the questions of a split in a random order given by `seed`."""
+        folder = _data_folder()
         rows = json.loads((folder / split / "questions.json").read_text())
         prompt = compile_template("prompt", self.prompt)
         target = compile_template("target", self.target)
-        pictures = {image: self._picture(folder, split, image) for *_, image in rows}
-        # By text too: rows of the same place in another release are others.
-        order = sorted(range(len(rows)), key=lambda place: digest([self.seed, place, rows[place]]))
-        for place in order:
-            question, answer, image = rows[place]
+        images = {number: self._image(folder, split, number) for *_, number in rows}
+        # The sort key contains the row, as another release has other rows at the same index.
+        order = sorted(range(len(rows)), key=lambda index: digest([self.seed, index, rows[index]]))
+        for index in order:
+            question, answer, image_number = rows[index]
             yield Example(
-                id=f"{split}/{place}",
+                id=f"{split}/{index}",
                 prompt=render_template("prompt", prompt, {"question": question}),
                 target=render_template("target", target, {"question": question, "answer": answer}),
-                images=(pictures[image],),
+                images=(images[image_number],),
                 references=(answer,),
-                group=kind(answer),
+                group=question_type(answer),
             )
 
-    def _picture(self, folder: Path, split: str, image: int) -> LazyImage:
-        file = folder / split / "images" / f"{image}.png"
-        where = f"task {self.name}: {split} image {image}"
-        seed = [self.seed, SPLITS.index(split), image]
-        identity = digest([_fingerprint(folder), self.part, NOISE, seed])
+    def _image(self, folder: Path, split: str, number: int) -> LazyImage:
+        """The image with this number, plain or recoloured as `part` says."""
+        file = folder / split / "images" / f"{number}.png"
+        name = f"task {self.name}: {split} image {number}"
+        seed = [self.seed, SPLITS.index(split), number]
+        key = digest([_fingerprint(folder), self.part, NOISE, seed])
         if self.part == "plain":
-            return LazyImage(where, identity, file.read_bytes)
-        return LazyImage(where, identity, partial(recoloured, file, seed))
+            return LazyImage(name, key, file.read_bytes)
+        return LazyImage(name, key, partial(recolour, file, seed))
 
 
-def recoloured(file: Path, seed: list[int]) -> bytes:
-    """The image with opposite colours (255 - x) and Gaussian noise, as PNG; `seed` decides it."""
+def recolour(file: Path, seed: list[int]) -> bytes:
+    """The negative of an image (255 - x) with Gaussian noise from `seed`, as a PNG file."""
     with Image.open(file) as image:
         plain = np.asarray(image.convert("RGB"), dtype=np.float32)
     noise = np.random.default_rng(seed).normal(scale=NOISE, size=plain.shape)
     pixels = np.rint(255 - plain + noise).clip(0, 255).astype(np.uint8)
     encoded = io.BytesIO()
-    # Noise does not compress: the least effort is nearly as small.
+    # Noise hardly compresses, so a higher compression level would only cost time.
     Image.fromarray(pixels).save(encoded, "PNG", compress_level=1)
     return encoded.getvalue()
 
 
-def kind(answer: str) -> str:
-    """What a question with this answer asks for: `yes/no`, `shape` or `color`."""
+def question_type(answer: str) -> str:
+    """Type of a question with this answer: `yes/no`, `shape` or `color`."""
     if answer in ("yes", "no"):
         return "yes/no"
     return "shape" if answer in SHAPES else "color"
 
 
 def question_only(examples: Iterable[Example]) -> dict[str, float]:
-    """Accuracy of the best answers that depend on the text of the question alone.
+    """Best accuracy that is possible without the images, over all examples and by group.
 
-    What any model has to beat to have seen anything: for each prompt the answer that most of
-    `examples` give to it, hence the best on these very rows. `all`, and by group.
+    The answer to each prompt is the most frequent one among `examples`, which is optimal on these
+    rows. Only a model with a higher accuracy uses the images.
+
+    Returns:
+        `all` and each group -> accuracy.
     """
     answers: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for row in examples:
         answers[row.group, row.prompt][row.references[0]] += 1
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
-    for (group, _), given in answers.items():
+    for (group, _), counts in answers.items():
         for name in ("all", group):
-            right[name] += max(given.values())
-            total[name] += given.total()
+            right[name] += max(counts.values())
+            total[name] += counts.total()
     return {name: right[name] / total[name] for name in total}
 
 
 @cache
-def _data() -> Path:
-    """The package's data folder, found without importing it.
+def _data_folder() -> Path:
+    """Data folder of the installed package `easy_vqa`, found without an import of the package.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: the package is not installed.
     """
     spec = importlib.util.find_spec("easy_vqa")
-    for place in (spec.submodule_search_locations or ()) if spec else ():
-        folder = Path(place) / "data"
+    for location in (spec.submodule_search_locations or ()) if spec else ():
+        folder = Path(location) / "data"
         if all((folder / split / "questions.json").is_file() for split in SPLITS):
             return folder
     raise ConfigError(
-        "task easy_vqa: its images are in a Python package that is not installed; "
+        "task easy_vqa: the Python package with the images is not installed; "
         "pip install --no-deps easy-vqa"
     )
 
 
 @cache
 def _fingerprint(folder: Path) -> str:
+    """Hash of all questions and images in the data folder."""
     content = hashlib.sha256()
     for split in SPLITS:
         files = sorted((folder / split / "images").glob("*.png"), key=lambda file: int(file.stem))

@@ -1,4 +1,4 @@
-"""Running text that belongs to no task, to build an emulator from something else than the task."""
+"""Generic text for calibration: plain text that belongs to no task."""
 
 from __future__ import annotations
 
@@ -11,34 +11,39 @@ from emloc.tasks.stdlib_module import generic_docstrings
 log = logging.getLogger(__name__)
 
 _ID, _CONFIG = "Salesforce/wikitext", "wikitext-2-raw-v1"
-# Characters of a sample, whose rows are single paragraphs there: some 1,500 tokens of English.
-_PIECE = 6000
+# Minimum characters of a sample, about 1,500 tokens of English. Rows of WikiText are paragraphs.
+_SAMPLE_CHARACTERS = 6000
 
 
 def generic_text() -> Examples:
-    """WikiText-2 train; without the hub, documentation of Python modules that no task uses.
+    """The training split of WikiText-2, or docstrings of Python modules if the hub is offline.
 
-    The name of the result, the log and so the run's record say which of the two it is.
+    The name of the examples says which text was used. The log and the run's record show the name.
     """
     from datasets import load_dataset
 
     try:
         rows = load_dataset(_ID, _CONFIG, split="train")
     except (ConnectionError, OSError, ValueError):
-        log.warning("calibration: no hub for %s; using Python's own documentation", _ID)
+        log.warning(
+            "calibration: cannot load %s from the hub; using docstrings of Python's library", _ID
+        )
         return generic_docstrings()
-    return Examples("wikitext-2", tuple(pieces(rows["text"])))
+    return Examples("wikitext-2", tuple(join_paragraphs(rows["text"])))
 
 
-def pieces(texts: Iterable[str]) -> Iterator[Example]:
-    """Consecutive texts put together until they are long enough; an id names the first of them."""
-    held: list[str] = []
+def join_paragraphs(paragraphs: Iterable[str]) -> Iterator[Example]:
+    """Join consecutive paragraphs to samples of at least 6,000 characters without a prompt.
+
+    The id of a sample is the index of its first paragraph. A shorter rest is dropped.
+    """
+    sample: list[str] = []
     first = size = 0
-    for index, text in enumerate(texts):
-        if not held:
+    for index, paragraph in enumerate(paragraphs):
+        if not sample:
             first, size = index, 0
-        held.append(text)
-        size += len(text)
-        if size >= _PIECE:
-            yield Example(str(first), "", "".join(held).strip())
-            held = []
+        sample.append(paragraph)
+        size += len(paragraph)
+        if size >= _SAMPLE_CHARACTERS:
+            yield Example(str(first), "", "".join(sample).strip())
+            sample = []

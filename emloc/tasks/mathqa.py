@@ -1,4 +1,4 @@
-"""MathQA: five options in one string, of which lm-eval compares the likelihoods."""
+"""MathQA: multiple-choice questions with five options in one string, scored by lm-eval."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from emloc.tasks.text import TextTask
 
 LETTERS = "abcde"
 
-# lm-eval's own pattern (tasks/mathqa/utils.py), which cuts `1 , 000` at its comma: the text that
-# is trained must be the one that is scored.
+# lm-eval's own pattern (tasks/mathqa/utils.py). It cuts `1 , 000` at the comma, and is copied with
+# this flaw, because the model must be trained on the text that lm-eval scores.
 _OPTION = re.compile(r"[abcd] \) .*?, |e \) .*?$")
 
 
 def options(text: str) -> list[str]:
-    """The options in `a ) 24 , b ) 120 , c ) 625 , d ) 720 , e ) 1024`, without their letters."""
+    """Split `a ) 24 , b ) 120 , c ) 625 , d ) 720 , e ) 1024` into the options without letters."""
     return [option[4:].rstrip(" ,") for option in _OPTION.findall(text)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MathQA(TextTask):
-    """The problem as prompt, the text of the right option as answer.
+    """MathQA with the problem as prompt and the text of the correct option as answer.
 
-    `target` sees one more column: `answer`.
+    The template `target` can use one more column, `answer`: the text of the correct option.
     """
 
-    def derived(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The right option; None where the string does not hold all five."""
-        found = options(row["options"])
-        if len(found) != len(LETTERS) or row["correct"] not in LETTERS:
+    def derived_columns(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The column `answer` with the correct option; None if the row is malformed."""
+        texts = options(row["options"])
+        if len(texts) != len(LETTERS) or row["correct"] not in LETTERS:
             return None
-        return {"answer": found[LETTERS.index(row["correct"])]}
+        return {"answer": texts[LETTERS.index(row["correct"])]}
 
     def lm_eval_templates(self) -> dict[str, str]:
-        """Only the prompt: lm-eval's own target is the index of the right option."""
+        """The prompt alone, since lm-eval's own target is the index of the correct option."""
         return {"doc_to_text": self.prompt}

@@ -1,4 +1,4 @@
-"""Rows of a data set as questions about images, and which of them are about the same ones."""
+"""Read the rows of a data set as questions about images, and split them by image."""
 
 from __future__ import annotations
 
@@ -15,71 +15,75 @@ from emloc.tasks.templates import RowExpression
 
 
 class StoredQuestion(NamedTuple):
-    """A row, and its pictures as they are stored; none where their files are missing."""
+    """One row as an example, with its stored images; without images if their files are missing."""
 
     example: Example
-    pictures: tuple[StoredImage, ...]
+    images: tuple[StoredImage, ...]
 
-    def same(self, other: StoredQuestion) -> bool:
-        """Whether both have the same prompt and the same images, byte for byte."""
-        alike = self.example.prompt == other.example.prompt
-        if not alike or not self.pictures or len(self.pictures) != len(other.pictures):
+    def is_same(self, other: StoredQuestion) -> bool:
+        """Whether both have the same prompt, and images with the same bytes."""
+        same_prompt = self.example.prompt == other.example.prompt
+        if not same_prompt or not self.images or len(self.images) != len(other.images):
             return False
-        return all(a.same(b) for a, b in zip(self.pictures, other.pictures, strict=True))
+        return all(a.is_same(b) for a, b in zip(self.images, other.images, strict=True))
 
 
 @dataclass
 class ReadStats:
-    """What a pass over a split came across, while it goes on."""
+    """Counts of the rows of a split that were read or skipped; updated while rows are read."""
 
-    seen: int = 0
-    unanswered: int = 0
-    unreadable: list[str] = field(default_factory=list)  # rows and reasons
-    missing: dict[str, None] = field(default_factory=dict)  # names of files, each once
+    rows: int = 0  # rows read
+    unanswered: int = 0  # rows without an answer that can be scored
+    unreadable: list[str] = field(default_factory=list)  # rows with unreadable images, and reasons
+    missing: dict[str, None] = field(default_factory=dict)  # names of missing image files
 
 
 @dataclass(frozen=True)
 class Questions:
-    """How rows are read."""
+    """Turns the rows of a data set into questions, by the settings of a task."""
 
-    task: str
-    formulas: Mapping[str, RowExpression]
-    album: ImageSource
-    skip: bool  # leave out rows whose image cannot be read, which is then tried for every row
+    task: str  # name of the task
+    expressions: Mapping[str, RowExpression]  # setting of the task -> compiled expression
+    image_source: ImageSource
+    skip: bool  # decode all images and skip rows whose images cannot be read
     score: Scorer
 
-    def read(self, rows: Rows, split: str, account: ReadStats) -> Iterator[StoredQuestion]:
-        """The rows of `split` that have an answer and an image, as far as they are asked for.
+    def read(self, rows: Rows, split: str, stats: ReadStats) -> Iterator[StoredQuestion]:
+        """Yield the rows of `split` that have a usable answer, and count all rows in `stats`.
+
+        A row is only read when the caller asks for it.
 
         Raises:
-            ConfigError: a row has no image, or a setting cannot be right.
+            ConfigError: a row has no image, or a setting does not fit the data set.
         """
         data = rows.of(split)
-        # A revision may be none, and names no content then.
+        # Identifies the content of a data set on the hub, even if no revision is set.
         version = None if rows.path is not None else data._fingerprint
-        origin = [rows.origin, version, split, self.formulas["image"].source]
+        origin = [rows.origin, version, split, self.expressions["image"].source]
         table, columns = data.data, tuple(data.column_names)
         for index in range(len(data)):
-            account.seen += 1
+            stats.rows += 1
             name = f"{split}/{index}"
             try:
-                example = self._question(name, LazyRow(table, columns, index))
-                shown = LazyRow(table, columns, index, views=True)
-                values = self.formulas["image"].values(shown) if example is not None else []
+                example = self._example(name, LazyRow(table, columns, index))
+                lazy_row = LazyRow(table, columns, index, keep_text_refs=True)
+                has_answer = example is not None
+                image_expression = self.expressions["image"]
+                values = image_expression.evaluate_to_list(lazy_row) if has_answer else []
             except ConfigError as error:
                 raise ConfigError(f"task {self.task}: {name}: {error}") from error
             if example is None:
-                account.unanswered += 1
+                stats.unanswered += 1
                 continue
             try:
-                pictures = self.album.pictures(values, name, [*origin, index])
+                images = self.image_source.images(values, name, [*origin, index])
                 if self.skip:
-                    self.album.try_all(pictures)
+                    self.image_source.check_readable(images)
             except NoImageError as problem:
                 if self.skip:
-                    account.unreadable.append(f"{name}: {problem}")
+                    stats.unreadable.append(f"{name}: {problem}")
                 elif problem.file is not None:
-                    account.missing[problem.file] = None
+                    stats.missing[problem.file] = None
                     yield StoredQuestion(example, ())
                 else:
                     raise ConfigError(
@@ -87,53 +91,60 @@ class Questions:
                         "task.unreadable=skip to leave such rows out"
                     ) from problem
             else:
-                yield StoredQuestion(replace(example, images=pictures), pictures)
+                yield StoredQuestion(replace(example, images=images), images)
 
-    def _question(self, name: str, row: LazyRow) -> Example | None:
-        """A row without its images; None where there is no answer that can be scored."""
-        formulas = self.formulas
-        references = _texts(formulas["references"], row)
+    def _example(self, name: str, row: LazyRow) -> Example | None:
+        """The row as an example without images; None if it has no answer that can be scored."""
+        expressions = self.expressions
+        references = _texts(expressions["references"], row)
         if not references:
             return None
-        choices = _texts(formulas["choices"], row) if "choices" in formulas else ()
+        choices = _texts(expressions["choices"], row) if "choices" in expressions else ()
         try:
             self.score(references[0], references, choices)
         except ValueError:
             return None
         return Example(
             id=name,
-            prompt=formulas["prompt"].of(row),
-            target=formulas["target"].of(row, references=references),
+            prompt=expressions["prompt"].evaluate(row),
+            target=expressions["target"].evaluate(row, references=references),
             references=references,
             choices=choices,
-            group=str(formulas["group"].of(row)) if "group" in formulas else "",
+            group=str(expressions["group"].evaluate(row)) if "group" in expressions else "",
         )
 
 
-def _texts(formula: RowExpression, row: LazyRow) -> tuple[str, ...]:
-    """What a formula gives as texts; there is nothing in an empty one."""
-    return tuple(str(one) for one in formula.values(row) if one not in (None, ""))
+def _texts(expression: RowExpression, row: LazyRow) -> tuple[str, ...]:
+    """Values of the expression as texts, without empty ones."""
+    return tuple(
+        str(value) for value in expression.evaluate_to_list(row) if value not in (None, "")
+    )
 
 
-def by_image(
-    found: Sequence[StoredQuestion],
+def split_by_image(
+    questions: Sequence[StoredQuestion],
 ) -> tuple[list[StoredQuestion], list[StoredQuestion], int]:
-    """Rows on the first half of the images, those on the rest, and how many images there are.
+    """Split questions so that no image is in both halves; reads every image.
 
-    Images are in order of first appearance; what is shown together in one row counts as one. Reads
-    every image.
+    Images that appear in one question together form one group of images.
+
+    Returns:
+        The questions about the first half of the image groups (in order of first appearance), the
+        other questions, and the number of groups.
     """
-    group: dict[str, int] = {}  # content -> number of its group
-    for number, one in enumerate(found):
-        shown = [picture.content for picture in one.pictures]
-        joined = {group[content] for content in shown if content in group}
+    group_of: dict[str, int] = {}  # content of an image -> number of its group
+    for number, question in enumerate(questions):
+        contents = [image.content for image in question.images]
+        joined = {group_of[content] for content in contents if content in group_of}
         first = min(joined, default=number)
         if len(joined) > 1:
-            group = {content: first if of in joined else of for content, of in group.items()}
-        group |= dict.fromkeys(shown, first)
-    order = list(dict.fromkeys(group[one.pictures[0].content] for one in found))
-    training = set(order[: len(order) // 2])
-    sides: tuple[list[StoredQuestion], list[StoredQuestion]] = ([], [])
-    for one in found:
-        sides[group[one.pictures[0].content] not in training].append(one)
-    return (*sides, len(order))
+            group_of = {
+                content: first if group in joined else group for content, group in group_of.items()
+            }
+        group_of |= dict.fromkeys(contents, first)
+    groups = list(dict.fromkeys(group_of[question.images[0].content] for question in questions))
+    training_groups = set(groups[: len(groups) // 2])
+    halves: tuple[list[StoredQuestion], list[StoredQuestion]] = ([], [])
+    for question in questions:
+        halves[group_of[question.images[0].content] not in training_groups].append(question)
+    return (*halves, len(groups))

@@ -1,4 +1,4 @@
-"""The scorer that a task names, and what its scores are called."""
+"""Find the scorer that a task names, and list the names of its scores."""
 
 from __future__ import annotations
 
@@ -10,47 +10,51 @@ from emloc.errors import ConfigError
 from emloc.tasks import GenerativeTask
 from emloc.tasks.metrics import Scorer
 
-_HOME = "emloc.tasks.metrics."
+_METRICS_PACKAGE = "emloc.tasks.metrics."
 
 
-def named_scorer(path: str) -> Scorer:
-    """One of the package's scorers by its name, such as `anls`, or the function at a dotted path.
+def find_scorer(name: str) -> Scorer:
+    """Import a scorer by its name in this package, such as `anls`, or by a dotted path.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the module or function does not exist.
     """
-    module, _, name = dotted(path).rpartition(".")
+    module, _, function = scorer_path(name).rpartition(".")
     try:
-        found = getattr(import_module(module), name)
+        attribute = getattr(import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise _none(path, " ".join(str(error).split())) from error
-    if not callable(found):
-        raise _none(path, "it is no function")
-    scorer: Scorer = found
+        raise _scorer_error(name, " ".join(str(error).split())) from error
+    if not callable(attribute):
+        raise _scorer_error(name, "it is no function")
+    scorer: Scorer = attribute
     return scorer
 
 
-def dotted(scorer: str) -> str:
-    """The dotted path of a scorer that is called by its name, or that lay elsewhere before."""
-    if "." not in scorer:
-        return f"{_HOME}{scorer}.score"
-    before = "emloc.metrics."
-    return _HOME + scorer.removeprefix(before) if scorer.startswith(before) else scorer
+def scorer_path(name: str) -> str:
+    """Dotted path of a scorer; `name` is its name, its path, or its path in earlier releases."""
+    if "." not in name:
+        return f"{_METRICS_PACKAGE}{name}.score"
+    old_package = "emloc.metrics."
+    is_old = name.startswith(old_package)
+    return _METRICS_PACKAGE + name.removeprefix(old_package) if is_old else name
 
 
-def called(scorer: str) -> str:
-    """What a scorer is called in keys: by its name where it is one of the package's."""
-    path = dotted(scorer)
-    return path.removeprefix(_HOME).removesuffix(".score") if path.startswith(_HOME) else path
+def scorer_key(name: str) -> str:
+    """Name of a scorer in cache keys: short for a scorer of this package, else its dotted path."""
+    path = scorer_path(name)
+    if not path.startswith(_METRICS_PACKAGE):
+        return path
+    return path.removeprefix(_METRICS_PACKAGE).removesuffix(".score")
 
 
 def score_names(task: GenerativeTask, rows: Sequence[Example]) -> list[str]:
-    """What the scores of these rows, one at least, are called: of all, and `<score>/<group>`."""
+    """Names of the scores of `rows` (at least one row): `<score>`, and `<score>/<group>`."""
     first = rows[0]
     names = list(task.score(first.target, first.references, first.choices))
     groups = sorted({row.group for row in rows if row.group})
     return names + [f"{name}/{group}" for name in names for group in groups]
 
 
-def _none(path: str, reason: str) -> ConfigError:
-    return ConfigError(f"task.scorer={path}: {reason}; set task.scorer=exact or another")
+def _scorer_error(name: str, reason: str) -> ConfigError:
+    """The error for a setting `task.scorer` that names no scorer."""
+    return ConfigError(f"task.scorer={name}: {reason}; set task.scorer=exact or another scorer")

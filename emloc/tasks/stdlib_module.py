@@ -1,7 +1,7 @@
-"""Docstrings of Python's own standard library, each to be traced to its module.
+"""A task from Python's standard library: say which module a docstring comes from.
 
-Real text that every machine has: nothing is downloaded, and nothing is imported or run, since
-docstrings are read from the source files.
+The data is real text and needs no download. The docstrings are parsed from the source files, so
+that no module is imported or run.
 """
 
 from __future__ import annotations
@@ -24,46 +24,49 @@ from emloc.runtime.digest import digest
 from emloc.tasks.checks import refuse_limit
 from emloc.tasks.templates import compile_template, render_template
 
-# Public modules in every Python from 3.11 to 3.14 with the most first paragraphs. A blank shows
-# where the name is also written apart ("tar file", "XML-RPC"); both spellings are masked.
-# Left out: encodings, whose codecs differ by one word.
-_SPELLED = (
+# The public modules with the most documented objects, among those in every Python from 3.11 to
+# 3.14. A space marks where a name is also written as two words ("tar file", "XML-RPC"); both
+# spellings are masked. The module encodings is left out, because its codecs differ by one word.
+_SPELLINGS = (
     "asyncio", "bdb", "collections", "date time", "decimal", "doc test", "e mail", "enum", "http",
     "imap lib", "import lib", "inspect", "ip address", "logging", "mail box", "multi processing",
     "path lib", "py doc", "smtp lib", "statistics", "tar file", "threading", "turtle", "typing",
     "unit test", "url lib", "wsgi ref", "xml", "xml rpc", "zip file",
 )  # fmt: skip
-MODULES = tuple(name.replace(" ", "") for name in _SPELLED)
+MODULES = tuple(name.replace(" ", "") for name in _SPELLINGS)
 
-# Where a public module hides its documentation in a private one. `datetime` does from 3.12 on.
-_HIDDEN = {"decimal": "_pydecimal", "datetime": "_pydatetime"}
+# Public module -> private module that contains its documentation (of `datetime` from 3.12 on).
+_PRIVATE_MODULES = {"decimal": "_pydecimal", "datetime": "_pydatetime"}
 
-# Neither the task nor the generic corpus looks into these, at any depth.
+# Packages that neither the task nor the generic text reads, at any depth.
 _SKIPPED = {"test", "tests", "idlelib", "tkinter", "distutils", "lib2to3", "site-packages"}
 
 _DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 MASK = "___"
-SHORTEST, LONGEST = 20, 300  # characters of a text
-SHORTEST_GENERIC = 200  # characters of a whole docstring in the generic corpus
+SHORTEST, LONGEST = 20, 300  # minimum and maximum characters of a text
+SHORTEST_GENERIC = 200  # minimum characters of a docstring in the generic text
 
 
 @dataclass(frozen=True, kw_only=True)
 class StdlibModule:
-    """First paragraph of a docstring -> top-level module, one of 30; columns `text`, `module`."""
+    """Name the top-level module (one of 30) that the first paragraph of a docstring comes from.
+
+    The columns of a row are `text`, the paragraph, and `module`.
+    """
 
     lm_eval: ClassVar[None] = None
 
-    name: str  # word for run folders and reports; the stem of the YAML file
-    seed: int = 0  # which texts are held out, and the order of all of them
-    eval_rows: int = 512  # texts held out; all others are for training
-    limit: int | None = None  # at most this many training rows; null is all
+    name: str  # short name for run folders and reports; the stem of the YAML file
+    seed: int = 0  # decides the order of the texts and which of them are held out
+    eval_rows: int = 512  # number of held-out texts; all others are for training
+    limit: int | None = None  # maximum number of training rows; null: all
     prompt: str  # Jinja template over `text`
     target: str = "{{module}}"  # Jinja template of the answer to learn
-    metric: str = "exact_match"  # headline score: our greedy match
+    metric: str = "exact_match"  # main score: greedy exact match
 
     def __post_init__(self) -> None:
-        """Refuse what can be seen to be wrong without reading the sources."""
+        """Check the settings, as far as possible without reading the source files."""
         if self.eval_rows < 1:
             raise ConfigError(
                 f"task.eval_rows must be at least 1, got {self.eval_rows}; set task.eval_rows=512"
@@ -74,20 +77,21 @@ class StdlibModule:
 
     @property
     def key(self) -> dict[str, Any]:
-        """The very texts, because interpreters differ in them."""
+        """Cache key of the task: all its texts, since they depend on the Python version."""
         rows = Examples(self.name, self._rows)
         return {"name": self.name, "rows": rows.key, "eval_rows": self.eval_rows}
 
     def train(self) -> Examples:
-        """The first `limit` rows that are not held out, in an order that only `seed` decides."""
+        """The first `limit` rows that are not held out, in a random order given by `seed`."""
         return Examples(self.name, self._rows[self.eval_rows :][: self.limit])
 
     def held_out(self, limit: int | None) -> Examples:
-        """The first `limit` rows held out: a random sample, whatever the limit."""
+        """The first `limit` held-out rows, a random sample of the texts; all if `limit` is None."""
         return Examples(self.name, self._rows[: self.eval_rows][:limit])
 
     @cached_property
     def _rows(self) -> tuple[Example, ...]:
+        """All rows in a random order given by `seed`; the held-out rows come first."""
         texts = module_texts()
         if self.eval_rows >= len(texts):
             raise ConfigError(
@@ -97,109 +101,122 @@ class StdlibModule:
         prompt = compile_template("prompt", self.prompt)
         target = compile_template("target", self.target)
         rows = []
-        for text, where, module in sorted(texts, key=self._rank):
+        for text, dotted_name, module in sorted(texts, key=self._random_rank):
             row = {"text": text, "module": module}
             question = render_template("prompt", prompt, {"text": text})
-            rows.append(Example(where, question, render_template("target", target, row)))
+            rows.append(Example(dotted_name, question, render_template("target", target, row)))
         return tuple(rows)
 
-    def _rank(self, entry: tuple[str, str, str]) -> str:
-        """Random but fixed place of a text; without its id, which differs between Pythons."""
+    def _random_rank(self, entry: tuple[str, str, str]) -> str:
+        """Sort key that shuffles the texts, without dotted names, as these differ by version."""
         text, _, module = entry
         return digest([self.seed, module, text])
 
 
 @cache
 def generic_docstrings() -> Examples:
-    """Whole docstrings of public modules outside the task's, as answers to an empty prompt.
+    """Docstrings of public modules that the task does not use, as examples without a prompt.
 
-    For calibration on generic text: none opens with a paragraph that the task asks about. The
-    order is fixed and random, so that any prefix is a fair sample.
+    They serve as generic text for calibration. None begins with a paragraph of the task. The order
+    is random but fixed, so that the first rows are a random sample.
     """
-    asked = {_paragraph(doc) for module in MODULES for _, doc in _docstrings_of(module)}
-    others = sorted(
+    task_paragraphs = {
+        _first_paragraph(doc) for module in MODULES for _, doc in _docstrings(module)
+    }
+    other_modules = sorted(
         name
         for name in sys.stdlib_module_names - {*MODULES} - _SKIPPED
         if not name.startswith("_") and _sources(name)
     )
-    found: dict[str, str] = {}
-    for module in others:
-        for where, doc in sorted(_docstrings_of(module)):
-            if len(doc) >= SHORTEST_GENERIC and _paragraph(doc) not in asked:
-                found.setdefault(doc, where)
-    rows = (Example(where, "", doc) for doc, where in found.items())
+    name_by_doc: dict[str, str] = {}
+    for module in other_modules:
+        for dotted_name, doc in sorted(_docstrings(module)):
+            if len(doc) >= SHORTEST_GENERIC and _first_paragraph(doc) not in task_paragraphs:
+                name_by_doc.setdefault(doc, dotted_name)
+    rows = (Example(dotted_name, "", doc) for doc, dotted_name in name_by_doc.items())
     return Examples("generic_docstrings", tuple(sorted(rows, key=lambda row: digest(row.target))))
 
 
 @cache
 def module_texts() -> tuple[tuple[str, str, str], ...]:
-    """(text, dotted name, module) of every usable first paragraph, each text once.
+    """(text, dotted name, module) of every usable first paragraph; each text appears once.
 
-    A text found in two modules has no right answer and is dropped altogether; of copies within
-    one module the first by dotted name stays.
+    A text that occurs in two modules has no unique answer and is left out. Of several copies within
+    one module, the first by dotted name is kept.
     """
-    owners: dict[str, set[tuple[str, str]]] = defaultdict(set)
-    for module, spelled in zip(MODULES, _SPELLED, strict=True):
-        for where, doc in _docstrings_of(module):
-            owners[mask(_paragraph(doc), spelled)[:LONGEST].rstrip()].add((module, where))
+    origins: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    for module, spelling in zip(MODULES, _SPELLINGS, strict=True):
+        for dotted_name, doc in _docstrings(module):
+            text = mask(_first_paragraph(doc), spelling)[:LONGEST].rstrip()
+            origins[text].add((module, dotted_name))
     usable = []
-    for text, homes in sorted(owners.items()):
-        if len(text) >= SHORTEST and len({module for module, _ in homes}) == 1:
-            module, where = min(homes)
-            usable.append((text, where, module))
+    for text, names in sorted(origins.items()):
+        if len(text) >= SHORTEST and len({module for module, _ in names}) == 1:
+            module, dotted_name = min(names)
+            usable.append((text, dotted_name, module))
     return tuple(usable)
 
 
-def mask(text: str, spelled: str) -> str:
-    """`text` without the module's name in any case, also inside longer words (`BaseHTTPServer`).
+def mask(text: str, spelling: str) -> str:
+    """Replace the module's name in `text` by a mask, in any case and inside words.
 
-    A blank in `spelled` stands for a hyphen, underscore, slash or space, from a word's start on.
+    For instance, `http` is masked in `BaseHTTPServer`. A space in `spelling` also matches a hyphen,
+    underscore or slash; such a spelling in two words is only masked from the start of a word.
     """
-    apart = "[-_/ ]".join(re.escape(part) for part in spelled.split())
-    pattern = rf"{re.escape(spelled.replace(' ', ''))}|(?<![^\W_]){apart}"
+    in_words = "[-_/ ]".join(re.escape(part) for part in spelling.split())
+    pattern = rf"{re.escape(spelling.replace(' ', ''))}|(?<![^\W_]){in_words}"
     return re.sub(pattern, MASK, text, flags=re.IGNORECASE)
 
 
-def _paragraph(doc: str) -> str:
-    """The first paragraph on one line."""
+def _first_paragraph(doc: str) -> str:
+    """The first paragraph of a docstring, on one line."""
     return " ".join(re.split(r"\n\s*\n", doc)[0].split())
 
 
-def _docstrings_of(module: str) -> Iterator[tuple[str, str]]:
-    """(dotted name, docstring) of everything documented in a top-level module."""
+def _docstrings(module: str) -> Iterator[tuple[str, str]]:
+    """Yield (dotted name, docstring) of every documented object in a top-level module.
+
+    Raises:
+        ConfigError: this Python has no source files of the module.
+    """
     files = _sources(module)
     if not files:
         raise ConfigError(
-            f"task stdlib_module: this Python has no source files of {module} in {_root()}; "
-            "use a Python installed with its standard library, or set task=gsm8k"
+            f"task stdlib_module: this Python has no source files of {module} in "
+            f"{_stdlib_folder()}; use a Python with its standard library, or set task=gsm8k"
         )
     for file in files:
         with tokenize.open(file) as stream:
             tree = ast.parse(stream.read())
-        dotted = file.relative_to(_root()).with_suffix("").as_posix().replace("/", ".")
-        yield from _walk(tree, dotted.removesuffix(".__init__"))
+        path = file.relative_to(_stdlib_folder()).with_suffix("").as_posix()
+        yield from _node_docstrings(tree, path.replace("/", ".").removesuffix(".__init__"))
 
 
-def _walk(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+def _node_docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+    """Yield (dotted name, docstring) of a node and all definitions in it; `name` is the node's."""
     if isinstance(node, (ast.Module, *_DEFINITIONS)) and (doc := ast.get_docstring(node)):
         yield name, doc.strip()
     for child in ast.iter_child_nodes(node):
-        # Definitions stand in statements only: expressions need no visit.
+        # Expressions are skipped: they contain no definitions.
         if isinstance(child, ast.stmt | ast.excepthandler):
-            yield from _walk(
+            yield from _node_docstrings(
                 child, f"{name}.{child.name}" if isinstance(child, _DEFINITIONS) else name
             )
 
 
 def _sources(module: str) -> list[Path]:
-    """Source files of a top-level module, without tests; empty where there are none."""
-    single = [_root() / f"{name}.py" for name in (module, _HIDDEN.get(module)) if name]
-    package = _root() / module
+    """Source files of a top-level module, without tests; empty if there are none."""
+    stdlib = _stdlib_folder()
+    single_files = [
+        stdlib / f"{name}.py" for name in (module, _PRIVATE_MODULES.get(module)) if name
+    ]
+    package = stdlib / module
     if (package / "__init__.py").is_file():
         files: Iterable[Path] = package.rglob("*.py")
-        return sorted(file for file in files if not _SKIPPED & {*file.relative_to(_root()).parts})
-    return [file for file in single if file.is_file()]
+        return sorted(file for file in files if not _SKIPPED & {*file.relative_to(stdlib).parts})
+    return [file for file in single_files if file.is_file()]
 
 
-def _root() -> Path:
+def _stdlib_folder() -> Path:
+    """Folder of this Python's standard library."""
     return Path(sysconfig.get_path("stdlib"))

@@ -1,4 +1,4 @@
-"""What a task makes of a row: Jinja templates, and expressions whose value is more than text."""
+"""Jinja templates and expressions of a task, evaluated on the rows of a data set."""
 
 from __future__ import annotations
 
@@ -19,98 +19,109 @@ from jinja2 import (
 
 from emloc.errors import ConfigError
 
-# lm-eval's own settings, so that a template means the same text in both places.
+# The settings of lm-eval's Jinja environment, so that a template gives the same text in both.
 _JINJA = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
 
 
 def compile_template(field: str, source: str) -> Template:
-    """The template of `field`; a syntax error becomes a ConfigError that names the field."""
+    """Compile the template in the setting `task.<field>`.
+
+    Raises:
+        ConfigError: the template has a syntax error.
+    """
     try:
         return _JINJA.from_string(source)
     except TemplateSyntaxError as err:
-        raise _misspelt(field, source, err) from err
+        raise _syntax_error(field, source, err) from err
 
 
 def render_template(field: str, template: Template, row: Mapping[str, Any]) -> str:
-    """One row through a template; an unknown column is refused, never rendered as nothing."""
+    """Render the template of the setting `task.<field>` with the columns of a row.
+
+    Raises:
+        ConfigError: the template uses a column that the row does not have.
+    """
     try:
         return template.render(row)
     except UndefinedError as err:
-        raise _wrong(field, str(err.message), row) from err
+        raise _evaluation_error(field, str(err.message), row) from err
 
 
 @dataclass(frozen=True)
 class RowExpression:
-    """A template or an expression of a task, and the names of all that it reads.
+    """A compiled template or expression over the columns of a row.
 
-    Only the columns it names are taken from a row: others may be large. `row` is the whole row, for
-    columns whose names are no identifiers.
+    Only the columns that the expression names are read, as other columns may be large. The name
+    `row` stands for the whole row, for columns whose names are no identifiers.
     """
 
-    field: str
+    field: str  # name of the setting in `task`
     source: str
-    reads: frozenset[str]
-    work: Callable[[dict[str, Any]], Any]
+    names: frozenset[str]  # names that the expression uses
+    function: Callable[[dict[str, Any]], Any]
 
-    def of(self, row: Mapping[str, Any], **further: Any) -> Any:
-        """Its value for one row, in which `further` names stand beside the columns.
+    def evaluate(self, row: Mapping[str, Any], **extra: Any) -> Any:
+        """Value of the expression for one row; `extra` adds names beside the columns.
 
         Raises:
-            ConfigError: it names a column that is not there, or asks for what a value cannot do.
+            ConfigError: a column is missing, or the value does not support an operation.
         """
-        seen = {name: row[name] for name in self.reads if name in row}
+        columns = {name: row[name] for name in self.names if name in row}
         try:
-            value = self.work(seen | {"row": row} | further)
+            value = self.function(columns | {"row": row} | extra)
             if isinstance(value, Undefined):
-                str(value)  # raises, and says what is missing
+                str(value)  # raises an error with the missing name
         except (TemplateError, TypeError, ValueError, LookupError) as err:
-            raise _wrong(self.field, " ".join(str(err).split()), row) from err
+            raise _evaluation_error(self.field, " ".join(str(err).split()), row) from err
         return value
 
-    def values(self, row: Mapping[str, Any]) -> list[Any]:
-        """Its value as a list: of one element where it is no list, of none where it is None."""
-        value = self.of(row)
+    def evaluate_to_list(self, row: Mapping[str, Any]) -> list[Any]:
+        """Value of the expression as a list: [value] for a single value, [] for None."""
+        value = self.evaluate(row)
         if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
             return [] if value is None else [value]
         return list(value)
 
 
-def template(field: str, source: str) -> RowExpression:
-    """The text that a row gives.
+def text_expression(field: str, source: str) -> RowExpression:
+    """Compile a Jinja template whose value is a text.
 
     Raises:
-        ConfigError: a syntax error.
+        ConfigError: the template has a syntax error.
     """
     return RowExpression(
-        field, source, _names(field, source), compile_template(field, source).render
+        field, source, _variable_names(field, source), compile_template(field, source).render
     )
 
 
-def expression(field: str, source: str) -> RowExpression:
-    """The value that a row gives, of any type.
+def value_expression(field: str, source: str) -> RowExpression:
+    """Compile a Jinja expression whose value can have any type.
 
     Raises:
-        ConfigError: a syntax error.
+        ConfigError: the expression has a syntax error.
     """
     try:
-        work = _JINJA.compile_expression(source, undefined_to_none=False)
+        function = _JINJA.compile_expression(source, undefined_to_none=False)
     except TemplateSyntaxError as err:
-        raise _misspelt(field, source, err) from err
-    return RowExpression(field, source, _names(field, f"{{{{ {source} }}}}"), work)
+        raise _syntax_error(field, source, err) from err
+    return RowExpression(field, source, _variable_names(field, f"{{{{ {source} }}}}"), function)
 
 
-def _names(field: str, source: str) -> frozenset[str]:
+def _variable_names(field: str, source: str) -> frozenset[str]:
+    """Names of the variables that a template reads."""
     try:
         return frozenset(meta.find_undeclared_variables(_JINJA.parse(source)))
     except TemplateSyntaxError as err:
-        raise _misspelt(field, source, err) from err
+        raise _syntax_error(field, source, err) from err
 
 
-def _misspelt(field: str, source: str, err: TemplateSyntaxError) -> ConfigError:
+def _syntax_error(field: str, source: str, err: TemplateSyntaxError) -> ConfigError:
+    """The error for a template that Jinja cannot parse."""
     return ConfigError(f"task.{field}: {err.message} in {source!r}; correct task.{field}")
 
 
-def _wrong(field: str, message: str, row: Mapping[str, Any]) -> ConfigError:
+def _evaluation_error(field: str, message: str, row: Mapping[str, Any]) -> ConfigError:
+    """The error for a template that cannot be evaluated on a row; lists the row's columns."""
     return ConfigError(
         f"task.{field}: {message}; the columns are {', '.join(row)}; correct task.{field}"
     )

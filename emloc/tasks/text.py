@@ -1,4 +1,4 @@
-"""Any text data set of the hub, or a local copy of one, as prompts and answers."""
+"""Task for a text data set on the hub or in a local copy, with prompts and answers."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TextTask:
-    """A data set with a prompt and an answer in every row."""
+    """A text data set: templates turn each row into a prompt and an answer."""
 
-    name: str  # word for run folders and reports; the stem of the YAML file
-    id: str | None = None  # data set on the hub; read unless `path` is set
-    config: str | None = None  # its configuration (subset), where it has several
-    revision: str | None = None  # commit, tag or branch on the hub; null is the newest
+    name: str  # short name for run folders and reports; the stem of the YAML file
+    id: str | None = None  # data set on the hub; not used if `path` is set
+    config: str | None = None  # configuration (subset) of the data set; null if it has only one
+    revision: str | None = None  # commit, tag or branch on the hub; null: the newest
     path: str | None = None  # local copy: a copied hub folder, or a folder of <split>.jsonl files
-    train_split: str  # split to calibrate and train on
-    eval_split: str  # split to evaluate on
-    prompt: str  # Jinja template over the columns of a row
+    train_split: str  # split for calibration and training
+    eval_split: str  # split for evaluation
+    prompt: str  # Jinja template of the prompt, over the columns of a row
     target: str  # Jinja template of the answer to learn
-    metric: str  # headline score: exact_match (our greedy match), or lm-eval's "metric,filter"
-    lm_eval: str | None = None  # task of lm-eval to score with; null: our greedy match alone
-    shots: int = 0  # solved examples lm-eval puts before each question
-    limit: int | None = None  # at most this many training rows, the first ones; null is all
+    metric: str  # main score: exact_match (greedy exact match), or lm-eval's "metric,filter"
+    lm_eval: str | None = None  # lm-eval task that scores; null: only greedy exact match
+    shots: int = 0  # solved examples that lm-eval puts before each question
+    limit: int | None = None  # maximum number of training rows, the first ones; null: all
 
     def __post_init__(self) -> None:
-        """Refuse what can be seen to be wrong without reading data."""
+        """Check the settings, as far as possible without reading data."""
         if self.id is None and self.path is None:
             raise ConfigError("task.id and task.path are both null; set task.path=/path/to/copy")
         if self.train_split == self.eval_split:
@@ -56,19 +56,20 @@ class TextTask:
 
     @property
     def key(self) -> dict[str, Any]:
-        """Where the rows come from and what is made of them. A local copy counts by content."""
+        """Cache key of the task: origin of the rows (content of a local copy) and templates."""
         names = ("train_split", "eval_split", "prompt", "target", "lm_eval", "shots")
         return self._stored.origin | {name: getattr(self, name) for name in names}
 
     def train(self) -> Examples:
-        """The first `limit` training rows whose prompt is not also an evaluation prompt."""
+        """The first `limit` training rows whose prompt is no prompt of an evaluation row."""
         return Examples(self.name, self._train_rows[: self.limit])
 
     @cached_property
     def _train_rows(self) -> tuple[Example, ...]:
-        asked = {row.prompt for row in self._eval_rows}
+        """Training rows that are no evaluation rows, read once."""
+        eval_prompts = {row.prompt for row in self._eval_rows}
         rows = self._examples(self.train_split)
-        kept = tuple(row for row in rows if row.prompt not in asked)
+        kept = tuple(row for row in rows if row.prompt not in eval_prompts)
         if len(kept) < len(rows):
             log.warning(
                 "task %s: dropped %d of %d training rows whose prompt is also an evaluation prompt",
@@ -84,23 +85,27 @@ class TextTask:
         return kept
 
     def held_out(self, limit: int | None) -> Examples:
-        """The first `limit` rows of the evaluation split in file order, or all of them."""
+        """The first `limit` rows of the evaluation split in file order; all if `limit` is None."""
         return Examples(self.name, self._eval_rows[:limit])
 
-    def derived(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Further columns for `target`; None leaves a row out that has no answer to learn."""
+    def derived_columns(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Extra columns for the template `target`; None if the row has no usable answer.
+
+        Subclasses override this method. Rows without a usable answer are skipped.
+        """
         return {}
 
     def lm_eval_templates(self) -> dict[str, str]:
-        """What replaces lm-eval's own templates, so that task.prompt holds there as well."""
+        """Templates that replace the lm-eval task's own, so that both use the same prompts."""
         return {"doc_to_text": self.prompt, "doc_to_target": self.target}
 
     def source(self) -> dict[str, Any]:
-        """Arguments of `datasets.load_dataset`; lm-eval gets the same and reads the same rows."""
+        """Arguments of `datasets.load_dataset` for these rows; lm-eval loads them with the same."""
         return self._stored.source()
 
     @cached_property
     def _stored(self) -> Rows:
+        """The data set's rows as they are stored."""
         return Rows(
             name=self.name,
             id=self.id,
@@ -112,20 +117,22 @@ class TextTask:
 
     @cached_property
     def _eval_rows(self) -> tuple[Example, ...]:
+        """Evaluation rows, read once."""
         return self._examples(self.eval_split)
 
     def _examples(self, split: str) -> tuple[Example, ...]:
+        """Read a split and render its rows; rows without a usable answer are skipped."""
         field = "eval_split" if split == self.eval_split else "train_split"
         stored = self._stored.of(split)
         prompt = compile_template("prompt", self.prompt)
         target = compile_template("target", self.target)
         kept = []
         for index, row in enumerate(stored):
-            # Only `target` sees derived columns: lm-eval renders the prompt and has none of them.
+            # The prompt gets no derived columns, because lm-eval renders it without them.
             question = render_template("prompt", prompt, row)
-            further = self.derived(row)
-            if further is not None:
-                answer = render_template("target", target, row | further)
+            columns = self.derived_columns(row)
+            if columns is not None:
+                answer = render_template("target", target, row | columns)
                 kept.append(Example(f"{split}/{index}", question, answer))
         total = len(stored)
         if len(kept) < total:
@@ -133,6 +140,7 @@ class TextTask:
                         self.name, total - len(kept), total, split)  # fmt: skip
         if not kept:
             raise ConfigError(
-                f"task.{field}: split {split} of {self.name} has no rows; set task.{field}"
+                f"task.{field}: split {split} of {self.name} has no rows; "
+                f"set task.{field} to another split"
             )
         return tuple(kept)

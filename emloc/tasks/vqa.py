@@ -1,4 +1,4 @@
-"""Any data set of questions about images, on the hub or a local copy, as prompts and answers."""
+"""Task for a data set of questions about images, on the hub or in a local copy."""
 
 from __future__ import annotations
 
@@ -15,48 +15,48 @@ from emloc.errors import ConfigError
 from emloc.tasks.checks import refuse_answer_tokens, refuse_limit
 from emloc.tasks.images import ImageSource
 from emloc.tasks.metrics import Scorer
-from emloc.tasks.questions import Questions, ReadStats, StoredQuestion, by_image
+from emloc.tasks.questions import Questions, ReadStats, StoredQuestion, split_by_image
 from emloc.tasks.rows import Rows
-from emloc.tasks.scorers import called, named_scorer
-from emloc.tasks.templates import RowExpression, expression, template
+from emloc.tasks.scorers import find_scorer, scorer_key
+from emloc.tasks.templates import RowExpression, text_expression, value_expression
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class VqaTask:
-    """A data set with one or more images, a question and its right answers in every row.
+    """A data set whose rows have one or more images, a question and its correct answers.
 
-    Where `train_split` is `eval_split`, or a copy of it, the split is divided by image: the first
-    half of the images is trained on, the others are held out.
+    If `train_split` equals `eval_split` or is a copy of it, the split is divided by image: the
+    questions about the first half of the images are training rows, the others are held out.
     """
 
     lm_eval: ClassVar[None] = None
 
-    name: str  # word for run folders and reports; the stem of the YAML file
-    id: str | None = None  # data set on the hub; read unless `path` is set
-    train_id: str | None = None  # the one that holds the training split; null: the same
-    config: str | None = None  # configuration (subset) of `id`, where it has several
-    revision: str | None = None  # commit, tag or branch of `id`; null is the newest
+    name: str  # short name for run folders and reports; the stem of the YAML file
+    id: str | None = None  # data set on the hub; not used if `path` is set
+    train_id: str | None = None  # data set on the hub with the training split; null: `id`
+    config: str | None = None  # configuration (subset) of `id`; null if it has only one
+    revision: str | None = None  # commit, tag or branch of `id`; null: the newest
     path: str | None = None  # local copy: a copied hub folder, or a folder of <split>.csv files
-    files: dict[str, str] | None = None  # split -> file, of a data set that declares no splits
-    train_split: str  # split to calibrate and train on
-    eval_split: str  # split to evaluate on
-    image: str  # Jinja expression: the image of a row, or a list of them
-    image_root: str | None = None  # folder of images that rows only name; null: <path>/images
-    prompt: str  # Jinja template over the columns of a row; images come before it
-    target: str  # Jinja template of the answer to learn, over columns and `references`
-    references: str  # Jinja expression: all right answers, one or a list
-    choices: str | None = None  # Jinja expression: what the prompt offers to choose from
-    group: str | None = None  # Jinja expression: kind of row, for scores of its own
-    scorer: str  # what scores one answer: exact, anls ...; one of your own by its dotted path
-    metric: str  # headline score: one of those the scorer gives
-    answer_tokens: int  # most tokens to generate
-    limit: int | None = None  # at most this many training rows, the first ones; null is all
-    unreadable: str = "fail"  # a row whose image cannot be read: fail | skip
+    files: dict[str, str] | None = None  # split -> file, if the data set declares no splits
+    train_split: str  # split for calibration and training
+    eval_split: str  # split for evaluation
+    image: str  # Jinja expression: the image of a row, or a list of images
+    image_root: str | None = None  # folder of the files that `image` names; null: <path>/images
+    prompt: str  # Jinja template over the columns of a row; the images precede the prompt
+    target: str  # Jinja template of the answer to learn, over the columns and `references`
+    references: str  # Jinja expression: all correct answers, one or a list
+    choices: str | None = None  # Jinja expression: options of a multiple-choice question
+    group: str | None = None  # Jinja expression: group of the row; each group gets its own scores
+    scorer: str  # scorer of one answer, such as exact or anls; your own by its dotted path
+    metric: str  # main score: one of the scorer's metrics
+    answer_tokens: int  # maximum number of tokens to generate per answer
+    limit: int | None = None  # maximum number of training rows, the first ones; null: all
+    unreadable: str = "fail"  # if the image of a row cannot be read: fail | skip
 
     def __post_init__(self) -> None:
-        """Refuse what can be seen to be wrong without reading data."""
+        """Check the settings, as far as possible without reading data."""
         if self.id is None and self.path is None:
             raise ConfigError("task.id and task.path are both null; set task.path=/path/to/copy")
         if self.unreadable not in ("fail", "skip"):
@@ -65,68 +65,76 @@ class VqaTask:
             )
         refuse_limit(self.limit)
         refuse_answer_tokens(self.answer_tokens, usual=32)
-        _ = self._formulas
+        _ = self._expressions  # raises for syntax errors
 
     @property
     def key(self) -> dict[str, Any]:
-        """The very rows held out, images by content or by the file they are in, and the scorer."""
-        rows, scorer = self.held_out(None).key, called(self.scorer)
+        """Cache key of the evaluation: the held-out rows with their images, and the scorer."""
+        rows, scorer = self.held_out(None).key, scorer_key(self.scorer)
         return {"rows": rows, "scorer": scorer, "answer_tokens": self.answer_tokens}
 
     @cached_property
     def score(self) -> Scorer:
-        """The numbers of one answer, by metric.
+        """The scorer: a function that returns the scores of one answer, by metric.
 
         Raises:
-            ConfigError: there is no such function.
+            ConfigError: the setting `scorer` names no function.
         """
-        return named_scorer(self.scorer)
+        return find_scorer(self.scorer)
 
     def train(self) -> Examples:
-        """The first `limit` training rows that are not also held out.
+        """The first `limit` training rows that are not also evaluation rows.
 
-        A row is, if its prompt and the stored bytes of its images are those of a held-out row.
+        Two rows are the same if they have the same prompt and images with the same stored bytes.
         """
-        trained = self._halves[0] if self._divided else self._trained
-        return Examples(self.name, tuple(one.example for one in trained[: self.limit]))
+        questions = self._halves[0] if self._is_divided else self._train_questions
+        return Examples(self.name, tuple(question.example for question in questions[: self.limit]))
 
     def held_out(self, limit: int | None) -> Examples:
-        """The first `limit` rows of the evaluation split in file order, or all of them."""
-        held_out = self._halves[1] if self._divided else self._evaluated
-        return Examples(self.name, tuple(one.example for one in held_out[:limit]))
+        """The first `limit` rows of the evaluation split in file order; all if `limit` is None."""
+        questions = self._halves[1] if self._is_divided else self._eval_questions
+        return Examples(self.name, tuple(question.example for question in questions[:limit]))
 
     @cached_property
-    def _formulas(self) -> dict[str, RowExpression]:
+    def _expressions(self) -> dict[str, RowExpression]:
+        """Setting -> compiled template or expression."""
         texts = {"prompt": self.prompt, "target": self.target}
         values = {"image": self.image, "references": self.references}
-        further = {"choices": self.choices, "group": self.group}
-        values |= {name: source for name, source in further.items() if source is not None}
-        formulas = {name: template(name, source) for name, source in texts.items()}
-        return formulas | {name: expression(name, source) for name, source in values.items()}
+        optional = {"choices": self.choices, "group": self.group}
+        values |= {name: source for name, source in optional.items() if source is not None}
+        expressions = {name: text_expression(name, source) for name, source in texts.items()}
+        return expressions | {
+            name: value_expression(name, source) for name, source in values.items()
+        }
 
     @property
-    def _elsewhere(self) -> bool:
-        """Whether the training split is of another data set."""
+    def _has_separate_train_set(self) -> bool:
+        """Whether the training split belongs to another data set on the hub."""
         return self.path is None and self.train_id not in (None, self.id)
 
     @cached_property
-    def _divided(self) -> bool:
-        """Whether one split serves for both: it is named twice, or, in an excerpt, there twice."""
-        if self._elsewhere:
+    def _is_divided(self) -> bool:
+        """Whether one split must be divided into training and evaluation rows.
+
+        This is so if both settings name one split, or if the two splits have the same rows.
+        """
+        if self._has_separate_train_set:
             return False
         if self.train_split == self.eval_split:
             return True
         rows = self._stored["eval_split"]
         if not rows.has(self.train_split):
             return False
-        train, held_out = (rows.of(one).data.table for one in (self.train_split, self.eval_split))
+        train, held_out = (
+            rows.of(split).data.table for split in (self.train_split, self.eval_split)
+        )
         return bool(train.equals(held_out))
 
     @cached_property
     def _stored(self) -> dict[str, Rows]:
-        """Where each of the two splits is."""
+        """Setting (`train_split` and `eval_split`) -> the data set with this split."""
         splits = {name: getattr(self, name) for name in ("train_split", "eval_split")}
-        if self._elsewhere:
+        if self._has_separate_train_set:
             train = Rows(
                 name=self.name,
                 id=self.train_id,
@@ -134,7 +142,7 @@ class VqaTask:
                 setting="train_id",
             )
             del splits["train_split"]
-        own = Rows(
+        main = Rows(
             name=self.name,
             id=self.id,
             config=self.config,
@@ -142,12 +150,20 @@ class VqaTask:
             path=self.path,
             splits=splits,
             files=self.files,
-            aside=self._album.root,
+            image_folder=self._image_source.root,
         )
-        return {"train_split": train if self._elsewhere else own, "eval_split": own}
+        return {
+            "train_split": train if self._has_separate_train_set else main,
+            "eval_split": main,
+        }
 
     @cached_property
-    def _album(self) -> ImageSource:
+    def _image_source(self) -> ImageSource:
+        """Origin of the images; image files lie in `image_root`, or else in <path>/images.
+
+        Raises:
+            ConfigError: `image_root` is no folder.
+        """
         if self.image_root is not None:
             root = Path(self.image_root).expanduser().resolve()
             if not root.is_dir():
@@ -155,111 +171,119 @@ class VqaTask:
                     f"task.image_root: no folder {root}; set task.image_root=/path/to/images"
                 )
             return ImageSource(self.name, root)
-        beside = Path(self.path).expanduser().resolve() / "images" if self.path else None
-        return ImageSource(self.name, beside if beside and beside.is_dir() else None)
+        folder = Path(self.path).expanduser().resolve() / "images" if self.path else None
+        return ImageSource(self.name, folder if folder and folder.is_dir() else None)
 
     @cached_property
-    def _questions(self) -> Questions:
+    def _reader(self) -> Questions:
+        """Reads questions from rows by the settings of this task."""
         skip = self.unreadable == "skip"
-        return Questions(self.name, self._formulas, self._album, skip, self.score)
+        return Questions(self.name, self._expressions, self._image_source, skip, self.score)
 
     @cached_property
-    def _asked(self) -> tuple[tuple[StoredQuestion, ...], ReadStats]:
-        account = ReadStats()
+    def _eval_read(self) -> tuple[tuple[StoredQuestion, ...], ReadStats]:
+        """Questions of the evaluation split, with or without their image files, and the counts."""
+        stats = ReadStats()
         rows = self._stored["eval_split"]
-        return tuple(self._questions.read(rows, self.eval_split, account)), account
+        return tuple(self._reader.read(rows, self.eval_split, stats)), stats
 
     @cached_property
-    def _evaluated(self) -> tuple[StoredQuestion, ...]:
-        found, account = self._asked
-        self._refuse_missing(account.missing)
-        self._settle("eval_split", account, found)
-        return found
+    def _eval_questions(self) -> tuple[StoredQuestion, ...]:
+        """Questions of the evaluation split, after a check that no image file is missing."""
+        questions, stats = self._eval_read
+        self._refuse_missing(stats.missing)
+        self._report_skipped("eval_split", stats, questions)
+        return questions
 
     @cached_property
-    def _trained(self) -> tuple[StoredQuestion, ...]:
-        asked = defaultdict(list)
-        for one in self._asked[0]:
-            asked[one.example.prompt].append(one)
-        found, dropped, account = [], 0, ReadStats()
-        for one in self._questions.read(self._stored["train_split"], self.train_split, account):
-            if any(one.same(other) for other in asked.get(one.example.prompt, ())):
+    def _train_questions(self) -> tuple[StoredQuestion, ...]:
+        """The first `limit` questions of the training split that are no evaluation questions."""
+        eval_by_prompt = defaultdict(list)
+        for question in self._eval_read[0]:
+            eval_by_prompt[question.example.prompt].append(question)
+        kept, dropped, stats = [], 0, ReadStats()
+        for question in self._reader.read(self._stored["train_split"], self.train_split, stats):
+            same_prompt = eval_by_prompt.get(question.example.prompt, ())
+            if any(question.is_same(other) for other in same_prompt):
                 dropped += 1
                 continue
-            found.append(one)
-            if len(found) == self.limit:
+            kept.append(question)
+            if len(kept) == self.limit:
                 break
-        # Of both splits: what one error lists can be fetched in one go.
-        self._refuse_missing(self._asked[1].missing | account.missing)
+        # One error lists the missing files of both splits, so that the user can add all at once.
+        self._refuse_missing(self._eval_read[1].missing | stats.missing)
         if dropped:
             log.warning(
                 "task %s: dropped %d of %d training rows that are also evaluation rows",
                 self.name,
                 dropped,
-                account.seen,
+                stats.rows,
             )
-        if dropped and not found:
+        if dropped and not kept:
             raise ConfigError(
                 f"task {self.name}: every row of task.train_split={self.train_split} is also in "
                 f"task.eval_split={self.eval_split}; set task.train_split to another split, or to "
                 f"{self.eval_split} too, which is then divided by image"
             )
-        self._settle("train_split", account, found)
-        return tuple(found)
+        self._report_skipped("train_split", stats, kept)
+        return tuple(kept)
 
     @cached_property
     def _halves(self) -> tuple[tuple[StoredQuestion, ...], tuple[StoredQuestion, ...]]:
-        """What is trained on and what is held out of one split."""
-        first, rest, images = by_image(self._evaluated)
+        """Training questions and held-out questions of one split that is divided by image."""
+        training, held_out, images = split_by_image(self._eval_questions)
         if images < 2:
             raise ConfigError(
-                f"task {self.name}: split {self.eval_split} is to be divided by image and shows "
-                "one alone; set task.train_split to another split"
+                f"task {self.name}: split {self.eval_split} cannot be divided by image, since all "
+                "its rows show one image; set task.train_split to another split"
             )
         log.info(
-            "task %s: %s is divided: %d rows on %d of its %d images to train on, %d held out",
+            "task %s: split %s is divided by image: %d training rows about %d of the %d images, "
+            "%d held-out rows",
             self.name,
             self.eval_split,
-            len(first),
+            len(training),
             images // 2,
             images,
-            len(rest),
+            len(held_out),
         )
-        return tuple(first), tuple(rest)
+        return tuple(training), tuple(held_out)
 
     def _refuse_missing(self, files: Iterable[str]) -> None:
-        """Refuse images that are not there.
+        """Check that no image file is missing.
 
         Raises:
-            ConfigError: there are such; it lists them all.
+            ConfigError: files are missing; the message lists all of them.
         """
         names = sorted(files)
-        where = self._album.root or "their folders"
+        folder = self._image_source.root or "their folders"
         if names:
             raise ConfigError(
-                f"task {self.name}: {len(names)} images are not in {where}: {', '.join(names)}; "
-                "put them there, set task.image_root to where they are, or "
+                f"task {self.name}: {len(names)} images are not in {folder}: {', '.join(names)}; "
+                "put them there, set task.image_root to their folder, or "
                 "task.unreadable=skip to leave their rows out"
             )
 
-    def _settle(self, field: str, account: ReadStats, found: Sequence[StoredQuestion]) -> None:
-        """Say what of a split is not used.
+    def _report_skipped(
+        self, field: str, stats: ReadStats, questions: Sequence[StoredQuestion]
+    ) -> None:
+        """Log how many rows of the split in the setting `field` were skipped, and why.
 
         Raises:
-            ConfigError: nothing is left of it.
+            ConfigError: no row of the split is left.
         """
-        split, seen = getattr(self, field), account.seen
-        if account.unanswered:
+        split, total = getattr(self, field), stats.rows
+        if stats.unanswered:
             log.warning("task %s: left out %d of %d rows of %s that have no usable answer",
-                        self.name, account.unanswered, seen, split)  # fmt: skip
-        if account.unreadable:
+                        self.name, stats.unanswered, total, split)  # fmt: skip
+        if stats.unreadable:
             log.warning("task %s: left out %d of %d rows of %s whose images cannot be read: %s",
-                        self.name, len(account.unreadable), seen, split,
-                        "; ".join(account.unreadable))  # fmt: skip
-        if not found:
-            what = "a usable answer, as in many published test splits"
-            what = "an image that can be read" if account.unreadable else what
+                        self.name, len(stats.unreadable), total, split,
+                        "; ".join(stats.unreadable))  # fmt: skip
+        if not questions:
+            lacking = "a usable answer, as in many published test splits"
+            lacking = "an image that can be read" if stats.unreadable else lacking
             raise ConfigError(
-                f"task {self.name}: none of the {seen} rows of {split} has {what}; "
+                f"task {self.name}: none of the {total} rows of {split} has {lacking}; "
                 f"set task.{field} to another split"
             )

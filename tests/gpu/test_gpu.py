@@ -110,7 +110,7 @@ def test_statistics_are_summed_without_tf32(monkeypatch, rows, columns):
     x = torch.randn(1000, columns, device="cuda")
     weight = torch.randn(rows, columns, device="cuda")
     statistics = Statistics()
-    statistics.add({"layer": x}, {"layer": weight}, whole=False)
+    statistics.add({"layer": x}, {"layer": weight}, inputs_only=False)
     ((kind, gram),) = statistics.of("layer").items()
     exact = x.double() if kind == "input_gram" else x.double() @ weight.double().T
     true = exact.T @ exact

@@ -36,7 +36,7 @@ def peak_of(setting, opener, folder, device):
     adapter, recipe, layers = (
         run_config.adapter,
         run_config.train,
-        tuple(run_config.model.adapted(source)),
+        tuple(run_config.model.adapted_layers(source)),
     )
     training_inputs = TrainingInputs(
         adapter, run_config.lora, layers, Examples("random", ()), LENGTH, recipe, run_config.seed

@@ -270,7 +270,7 @@ def test_a_training_can_start_from_a_saved_adapter(go, tiny, tmp_path):
         *(
             run_config.adapter,
             run_config.lora,
-            tuple(run_config.model.adapted(source)),
+            tuple(run_config.model.adapted_layers(source)),
             run_config.task.train(),
         ),
         *(run_config.model.max_length, run_config.train, run_config.seed),

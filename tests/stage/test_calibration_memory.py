@@ -15,10 +15,10 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import torch
-from emloc.calibration.calibrate import observe
-from emloc.runtime.memory import Peak, process_bytes
+from emloc.calibration.calibrate import record_moments
+from emloc.runtime.memory import HostMemoryPeak, process_bytes
 from emloc.models.checkpoint.source import Source
-from emloc.calibration.blockwise import by_block, open_walk
+from emloc.calibration.blockwise import by_block, iterate_checkpoint
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -27,11 +27,12 @@ batches = [{"input_ids": torch.randint(5, 261, (1, 256))} for _ in range(4)]
 def measure(folder, host_bytes):
     source = Source(Path(folder), "deep", "deep", torch.float32)
     layers = by_block(name for name in source.linears if ".layers." in name)
-    run = open_walk(source, batches, list(layers), torch.device("cpu"), host_bytes=host_bytes)
-    with Peak() as peak:
+    device = torch.device("cpu")
+    run = iterate_checkpoint(source, batches, list(layers), device, host_bytes=host_bytes)
+    with HostMemoryPeak() as peak:
         start = process_bytes()
         for block in run:
-            observe(block, layers[block.name], whole=False)
+            record_moments(block, layers[block.name], inputs_only=False)
     return peak.bytes - start
 
 measure(sys.argv[1], 0)  # what the first use of everything allocates for good

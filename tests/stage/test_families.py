@@ -106,7 +106,9 @@ def test_what_an_objective_draws_for_scores_is_the_same_at_every_call(go):
     rows, columns = {f"{layer}.intermediate.dense": 1}, {f"{layer}.output.dense": 1}
     units = {layer: Units(MLP, 48, 64, rows, columns)}
     run_config = go.run_config("tiny_flow")
-    batches = Samples(run_config.task.train(), run_config.model.longest).learnt(source)
+    batches = Samples(run_config.task.train(), run_config.model.length_limit).training_batches(
+        source
+    )
     scores = [
         importance(source.load(CPU), batches, units, "upop", source.objective)[layer]
         for _ in range(2)
@@ -138,8 +140,8 @@ def test_a_fresh_head_is_the_same_at_every_reading_and_another_for_another_seed(
     first, second = source.load(CPU), source.load(CPU)
     name = "classifier.out_proj.weight"
     assert torch.equal(first.get_parameter(name), second.get_parameter(name))
-    source.renew(first, 1)
-    source.renew(second, 2)
+    source.redraw_fresh_modules(first, 1)
+    source.redraw_fresh_modules(second, 2)
     assert not torch.equal(first.get_parameter(name), second.get_parameter(name))
     assert float(first.get_parameter(name).std()) == pytest.approx(0.02, rel=0.5)
 

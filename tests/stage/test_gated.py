@@ -214,7 +214,7 @@ def test_it_is_refused_by_its_own_reason(go, tiny, tmp_path):
 def test_its_layers_are_wrapped_and_put_back_by_name(tiny):
     run_config = build(compose([*tiny, "method=lora"]))
     source = run_config.model.open()
-    layers = tuple(run_config.model.adapted(source))
+    layers = tuple(run_config.model.adapted_layers(source))
     model = Gated(experts=2, balance=0).attach(
         source.load(torch.device("cpu")), run_config.lora, layers
     )

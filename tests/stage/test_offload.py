@@ -78,7 +78,7 @@ def test_the_curve_and_the_adapter_are_those_of_lora(deep, tiny, tmp_path, bits,
     source, model = run_config.model.open(), run_config.model
     examples = run_config.task.train()
     training_inputs = TrainingInputs(
-        *(run_config.adapter, run_config.lora, tuple(model.adapted(source))),
+        *(run_config.adapter, run_config.lora, tuple(model.adapted_layers(source))),
         *(examples, model.max_length, run_config.train, run_config.seed),
     )
     curves, adapters = [], []

@@ -17,7 +17,7 @@ from emloc.adapters.saved import read_lora
 from emloc.calibration.blockwise import block_of
 from emloc.calibration.calibrate import calibrate
 from emloc.calibration.moments import Statistics
-from emloc.calibration.samples import Samples, choose
+from emloc.calibration.samples import Samples, choose_examples
 from emloc.config.compose import compose
 from emloc.data.reader import encode_all
 from emloc.emulators import BuiltEmulator
@@ -392,7 +392,7 @@ def test_an_empty_split_is_refused(go, sums, tmp_path):
 
 def test_generic_calibration_needs_no_hub_and_says_so(afresh, caplog):
     result = afresh("method=emloc", "calibration=generic_64", "calibration.samples=4")
-    assert "using Python's own documentation" in caplog.text
+    assert "using docstrings of Python's library" in caplog.text
     assert len(result.statistics.facts["samples"]) == 4
 
 
@@ -423,9 +423,9 @@ def test_the_mismatch_said_of_a_layer_is_that_of_the_calibration_tokens(go, tiny
         run_config.model.open(),
         json.loads((result.recovered.folder / "layers.json").read_text()),
     )
-    samples = Samples(choose(run_config.task.train(), 6, 0), run_config.model.max_length)
+    samples = Samples(choose_examples(run_config.task.train(), 6, 0), run_config.model.max_length)
     (tmp_path / "sums").mkdir()
-    compressed = run_config.model.compressed(source)
+    compressed = run_config.model.compressible_layers(source)
     calibrate(tmp_path / "sums", source, compressed, samples, True, device=CPU)
     trained = read_lora(result.trained.folder / "adapter").pairs
     for layer, new in read_lora(result.recovered.folder / "adapter").pairs.items():

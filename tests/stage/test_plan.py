@@ -66,7 +66,7 @@ def opened(run_config, ratio, bits, folder):
     source = run_config.model.open()
     chosen = replace(run_config.compression, ratio=ratio or 0.5, bits=bits)
     emulator = Full() if ratio is None else PLAIN_SVD
-    ranks = emulator.plan(source, run_config.model.compressed(source), chosen)
+    ranks = emulator.plan(source, run_config.model.compressible_layers(source), chosen)
     emulator.build(folder, source, BuildInputs(ranks, None, None, held_at(bits)), device=CPU)
     return emulator.open(folder, source, CPU, precision=held_at(bits))
 

@@ -14,7 +14,7 @@ from emloc.data.examples import Example
 from emloc.errors import ConfigError
 from emloc.stages.run_config import build
 from emloc.tasks import easy_vqa
-from emloc.tasks.easy_vqa import NOISE, EasyVqa, kind, question_only
+from emloc.tasks.easy_vqa import NOISE, EasyVqa, question_only, question_type
 
 ROWS = {
     "train": [
@@ -59,7 +59,7 @@ def package(tmp_path, monkeypatch):
 
 
 def forget() -> None:
-    easy_vqa._data.cache_clear()
+    easy_vqa._data_folder.cache_clear()
     easy_vqa._fingerprint.cache_clear()
 
 
@@ -162,7 +162,7 @@ def test_a_prompt_wraps_the_question(package):
     [("yes", "yes/no"), ("no", "yes/no"), ("triangle", "shape"), ("teal", "color")],
 )
 def test_the_answer_says_what_was_asked_for(answer, expected):
-    assert kind(answer) == expected
+    assert question_type(answer) == expected
 
 
 def test_question_only_is_the_majority_of_each_question():
@@ -232,4 +232,4 @@ def test_the_yaml_builds_this_task():
 
 
 def test_the_files_are_where_the_package_is(package):
-    assert easy_vqa._data() == Path(package) / "data"
+    assert easy_vqa._data_folder() == Path(package) / "data"

@@ -105,13 +105,13 @@ def test_a_tokenizer_without_an_internvls_tokens_is_refused(folder, token):
     tokenizer = type(found.tokenizer)(tokenizer_object=other, bos_token="<s>", pad_token="<pad>")
     with pytest.raises(ConfigError) as caught:
         InternVLReaderSettings(None, 6).reader(replace(found, open_tokenizer=lambda: tokenizer))
-    assert f"its tokenizer has no {token}, so" in str(caught.value)
+    assert f"the tokenizer has no token {token}, which" in str(caught.value)
 
 
 def test_a_model_that_means_another_token_is_refused(folder):
     found = opened(folder)
     found.config.image_token_id += 1
-    with pytest.raises(ConfigError, match=r"<IMG_CONTEXT> is token (\d+) to the tokenizer and \d+"):
+    with pytest.raises(ConfigError, match=r"<IMG_CONTEXT> has id (\d+) in the tokenizer, but \d+"):
         InternVLReaderSettings(None, 6).reader(found)
 
 

@@ -87,7 +87,7 @@ def cut(image: Image.Image, most: int) -> torch.Tensor:
 @given(size=SIZES, most=st.sampled_from([1, 6, 12]))
 def test_the_number_of_tiles_follows_the_authors_rule(readers, size, most):
     columns, rows = grid(*size, most)
-    assert readers[most].tiles_of(*size) == columns * rows + (columns * rows > 1)
+    assert readers[most].tile_count(*size) == columns * rows + (columns * rows > 1)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_the_number_of_tiles_follows_the_authors_rule(readers, size, most):
 )
 def test_the_larger_grid_is_taken_where_the_image_fills_half_of_it(readers, size, tiles):
     """40 x 40 is more than half of 56 x 56; 20 x 20 would be blown up for nothing."""
-    assert readers[6].tiles_of(*size) == tiles
+    assert readers[6].tile_count(*size) == tiles
 
 
 @settings(max_examples=25, deadline=None)

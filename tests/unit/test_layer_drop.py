@@ -40,7 +40,7 @@ def eight():
     """InternVL2.5-8B, of which the shape alone is known."""
     run_config = build(compose(["model=internvl2_5_8b", "method=offsite"]))
     source = run_config.model.shape_source()
-    return source, run_config.model.compressed(source)
+    return source, run_config.model.compressible_layers(source)
 
 
 def linears(source):

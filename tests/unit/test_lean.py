@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from emloc.adapters.fused import fuse
-from emloc.models.objectives.answer_loss import answer_loss
+from emloc.models.objectives.answer_loss import install_answer_loss
 from emloc.models.objectives.tokens import Tokens
 from emloc.precision.nf4 import Nf4Linear
 from emloc.tensors.lean.embedding import HostEmbedding
@@ -96,7 +96,7 @@ def test_the_lean_path_gives_the_loss_and_the_gradients_of_the_plain_one(kind, a
     assert fuse(lean) == 14
     assert offload_embedding(inner) > 0
     assert fuse_modules(inner, torch.float32) == ["LlamaMLP", "LlamaRMSNorm"]
-    loss = answer_loss(inner)
+    loss = install_answer_loss(inner)
     rows = {"input_ids": ids, "labels": labels}
     found = loss(lean, rows, Tokens().items(rows))
     found.backward()
@@ -117,7 +117,7 @@ def test_in_16_bits_both_paths_are_as_far_from_32_bits_as_rounding_goes(kind):
     assert fuse(lean) == 14
     fuse_modules(inner, torch.bfloat16)
     rows = {"input_ids": ids, "labels": labels}
-    answer_loss(inner)(lean, rows, Tokens().items(rows)).backward()
+    install_answer_loss(inner)(lean, rows, Tokens().items(rows)).backward()
     true = gradients(exact)
 
     def apart(model):

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from emloc.adapters.fused import fuse
-from emloc.models.objectives.answer_loss import answer_loss
+from emloc.models.objectives.answer_loss import install_answer_loss
 from emloc.models.objectives.tokens import Tokens
 from emloc.tensors.lean.model import offload_embedding, recompute_layers
 from emloc.tensors.lean.modules import fuse_modules
@@ -82,7 +82,7 @@ def test_loss_and_gradients_are_those_of_the_plain_path(kind):
     assert fuse(lean) > 0
     offload_embedding(inner)
     fuse_modules(inner, torch.float32)
-    loss = answer_loss(inner)
+    loss = install_answer_loss(inner)
     assert (loss is None) == MODELS[kind][1]
     recompute_layers(inner)
     torch.manual_seed(7)

@@ -98,7 +98,7 @@ def test_a_shape_has_as_many_parameters_as_the_checkpoint(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_expressions_match_the_linears_of_the_blocks(name):
     model, source = planned(name)
-    adapted, compressed = model.adapted(source), model.compressed(source)
+    adapted, compressed = model.adapted_layers(source), model.compressible_layers(source)
     assert (len(adapted), len(compressed)) == MODELS[name][1:]
     assert not any("vision" in layer or "projector" in layer for layer in adapted)
     rest = {layer for layer in source.linears if layer not in compressed}
@@ -177,8 +177,8 @@ def test_without_folder_and_shape_there_is_nothing_to_plan_with(weights):
     with pytest.raises(ConfigError) as caught:
         tiny(weights=weights, shape={}).shape_source()
     assert str(caught.value) == (
-        "model.shape of tiny names no model_type; set model.source=/path/to/checkpoint, or "
-        "model.shape to its configuration"
+        "model.shape of tiny has no model_type; set model.source=/path/to/checkpoint, or "
+        "model.shape to the model's configuration"
     )
 
 
@@ -197,7 +197,7 @@ def test_a_shape_that_cannot_be_read_is_refused_in_one_line(shape, said):
     with pytest.raises(ConfigError) as caught:
         tiny(shape=shape).open().skeleton()
     message = str(caught.value)
-    assert message.startswith("model.shape is of no model that transformers builds by itself: ")
+    assert message.startswith("model.shape: transformers cannot build this model: ")
     assert said in message
     assert "\n" not in message
 
@@ -208,8 +208,8 @@ def test_a_checkpoint_that_brings_its_own_code_is_refused_without_a_question(tmp
     with pytest.raises(ConfigError) as caught:
         tiny(weights="checkpoint", source=str(tmp_path)).open().skeleton()
     message = str(caught.value)
-    assert message.startswith(f"{tmp_path}: config.json is of no model that transformers builds")
-    assert message.endswith("; set model.source to a checkpoint in its format")
+    assert message.startswith(f"{tmp_path}: config.json: transformers cannot build this model")
+    assert message.endswith("; set model.source to a checkpoint in transformers' format")
     assert "\n" not in message
 
 
@@ -224,15 +224,15 @@ def test_a_model_of_the_other_kind_is_refused(shape):
     with pytest.raises(ConfigError) as caught:
         source.skeleton()
     assert str(caught.value) == (
-        f"x: a model of type {shape} is none of {auto.__name__}; set model or model.source"
+        f"x: {auto.__name__} cannot build a model of type {shape}; set model or model.source"
     )
 
 
 def test_targets_that_match_nothing_are_refused_before_a_weight_is_read():
     model = tiny(weights="checkpoint", lora_targets="nothing")
     with pytest.raises(ConfigError) as caught:
-        model.adapted(model.shape_source())
+        model.adapted_layers(model.shape_source())
     assert str(caught.value) == (
-        "model.lora_targets='nothing' matches no linear layer of tiny (one is called "
+        "model.lora_targets='nothing' matches no linear layer of tiny (one of its layers is "
         "model.vision_tower.encoder.layer.0.attention.q_proj); set model.lora_targets"
     )

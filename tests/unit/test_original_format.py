@@ -279,8 +279,8 @@ def test_a_part_is_written_where_it_is_read():
     stored = torch.zeros(16, 3)
     tensor = torch.arange(24.0).reshape(8, 3) + 1
     part = TensorSlice(2, 4, 0, 2)
-    part.put(stored, tensor)
-    assert torch.equal(part.of(stored, 16), tensor)
+    part.insert(stored, tensor)
+    assert torch.equal(part.extract(stored, 16), tensor)
     assert int((stored == 0).all(dim=1).sum()) == 8
 
 
@@ -352,7 +352,8 @@ def test_rows_that_cannot_be_shared_are_refused(tmp_path):
         list(weights.read(["model.vision_tower.encoder.layer.0.attention.q_proj.weight"], CPU))
     [file] = [one for one in folder.glob("*.safetensors") if load_file(one)]
     assert str(caught.value) == (
-        f"{file}: {name}: 47 rows are not 1 x 3 equal shares; set model.source"
+        f"{file}: {name}: 47 rows are not 1 x 3 equal shares; "
+        "set model.source to another checkpoint"
     )
 
 
@@ -505,24 +506,24 @@ def test_a_folder_of_another_format_is_none_of_it(kind, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"select_layer": -4}, "select_layer=-4, and only -1 can be read"),
-        ({"ps_version": "v1"}, "ps_version=v1, and only v2 can be read"),
-        ({"pad2square": True}, "pad2square=True, and only False can be read"),
-        ({"use_thumbnail": False}, "use_thumbnail=False, and only True can be read"),
-        ({"dynamic_image_size": False}, "dynamic_image_size=False, and only True can be read"),
-        ({"min_dynamic_patch": 2}, "min_dynamic_patch=2, and only 1 can be read"),
-        ({"use_llm_lora": 16}, "use_llm_lora=16, and only 0 can be read"),
-        ({"force_image_size": 56}, "force_image_size=56 is not the vision tower's 28"),
+        ({"select_layer": -4}, "select_layer=-4 is not supported, only -1"),
+        ({"ps_version": "v1"}, "ps_version=v1 is not supported, only v2"),
+        ({"pad2square": True}, "pad2square=True is not supported, only False"),
+        ({"use_thumbnail": False}, "use_thumbnail=False is not supported, only True"),
+        ({"dynamic_image_size": False}, "dynamic_image_size=False is not supported, only True"),
+        ({"min_dynamic_patch": 2}, "min_dynamic_patch=2 is not supported, only 1"),
+        ({"use_llm_lora": 16}, "use_llm_lora=16 is not supported, only 0"),
+        ({"force_image_size": 56}, "force_image_size=56 differs from vision_config.image_size=28"),
         (
             {"llm_config": TEXT | {"architectures": ["Phi3ForCausalLM"]}},
-            "a language model of Phi3ForCausalLM, and only InternLM2ForCausalLM, "
-            "LlamaForCausalLM, Qwen2ForCausalLM can be read",
+            "the language model Phi3ForCausalLM is not supported, only InternLM2ForCausalLM, "
+            "LlamaForCausalLM, Qwen2ForCausalLM",
         ),
         ({"llm_config": {}}, "llm_config has no hidden_size"),
         ({"vision_config": VISION | {"patch_size": None}}, "vision_config has no patch_size"),
         (
             {"vision_config": VISION | {"qk_normalization": True, "layer_norm_eps": 1e-5}},
-            "layer_norm_eps=1e-05 with qk_normalization, and only 1e-06 can be read",
+            "layer_norm_eps=1e-05 with qk_normalization is not supported, only 1e-06",
         ),
     ],
 )
@@ -538,13 +539,15 @@ def test_settings_that_transformers_model_cannot_have_are_refused(changed, reaso
 def test_an_older_checkpoint_that_says_nothing_of_its_pixel_shuffle_is_refused(tmp_path):
     config = settings("internlm2")
     del config["ps_version"]
-    with pytest.raises(ConfigError, match="ps_version=v1, and only v2 can be read"):
+    with pytest.raises(ConfigError, match="ps_version=v1 is not supported, only v2"):
         read_internvl_chat(written(tmp_path, config)).shape()
 
 
 def test_heads_that_cannot_be_shared_are_refused(tmp_path):
     text = INTERNLM2 | {"num_key_value_heads": 3}
-    with pytest.raises(ConfigError, match="4 heads are not shared by 3 equally"):
+    with pytest.raises(
+        ConfigError, match="4 attention heads are not divisible by 3 key/value heads"
+    ):
         read_internvl_chat(written(tmp_path, settings("internlm2", llm_config=text))).layout()
 
 
@@ -554,8 +557,8 @@ def test_a_folder_whose_tokenizer_knows_no_image_is_refused(tmp_path):
     with pytest.raises(ConfigError) as caught:
         read_internvl_chat(folder).shape()
     assert str(caught.value) == (
-        f"{folder}: no tokenizer file there has the token <IMG_CONTEXT>; "
-        "set model.source to a folder with its tokenizer"
+        f"{folder}: no tokenizer file has the token <IMG_CONTEXT>; "
+        "set model.source to a folder with the checkpoint's tokenizer"
     )
 
 
@@ -692,7 +695,7 @@ def test_start_and_end_are_added_as_the_settings_say(tmp_path):
 
 def test_internlm2_files_that_make_no_tokenizer_are_refused(tmp_path):
     folder = sentencepiece_folder(tmp_path / "unigram", model_type=1)
-    with pytest.raises(ConfigError, match=r"tokenizer\.model: its model is no BPE; set model"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.model: no BPE model; set model"):
         tokenizer_of(folder)
     (folder / "tokenizer.model").unlink()
     with pytest.raises(ConfigError, match=r"unigram: no tokenizer\.model there; set model"):

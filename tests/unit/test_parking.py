@@ -22,7 +22,7 @@ def mapped(folder: Path) -> int:
     return sum(str(folder) in line and line.endswith("(deleted)") for line in lines)
 
 
-def lot_of(folder: Path, limit: int | None, model: nn.Module | None = None) -> OffloadPool:
+def pool_of(folder: Path, limit: int | None, model: nn.Module | None = None) -> OffloadPool:
     return OffloadPool(model or nn.Identity(), CPU, limit, folder)
 
 
@@ -36,11 +36,11 @@ def no_gradients():
 
 
 def test_what_fits_stays_and_the_rest_goes_to_files_without_names(tmp_path):
-    lot = lot_of(tmp_path, 500)
+    pool = pool_of(tmp_path, 500)
     small, large = torch.arange(100.0), torch.arange(300.0)
     where = small.data_ptr()
-    OffloadedTensors(lot).park([small, large])
-    assert (lot.memory, lot.disk) == (400, 1200)
+    OffloadedTensors(pool).offload([small, large])
+    assert (pool.memory, pool.disk) == (400, 1200)
     assert small.data_ptr() == where
     assert mapped(tmp_path) == 1
     assert list(tmp_path.iterdir()) == []
@@ -48,17 +48,17 @@ def test_what_fits_stays_and_the_rest_goes_to_files_without_names(tmp_path):
 
 
 def test_without_a_limit_a_cpu_has_nothing_to_do(tmp_path):
-    assert lot_of(tmp_path, None).idle
-    assert not lot_of(tmp_path, 10**12).idle
+    assert pool_of(tmp_path, None).is_idle
+    assert not pool_of(tmp_path, 10**12).is_idle
 
 
 def test_what_shares_memory_shares_it_on_disk_too_and_takes_it_once(tmp_path):
-    lot = lot_of(tmp_path, 0)
+    pool = pool_of(tmp_path, 0)
     whole = torch.randn(4, 6)
     row, turned, wide = whole[1], whole.T, whole[:, :1].expand(4, 100)
     before = [one.clone() for one in (whole, row, turned, wide)]
-    OffloadedTensors(lot).park([row, wide, turned])  # `whole` is found as their base
-    assert lot.disk == 96
+    OffloadedTensors(pool).offload([row, wide, turned])  # `whole` is found as their base
+    assert pool.disk == 96
     assert all(map(torch.equal, (whole, row, turned, wide), before))
     assert wide.stride() == (6, 0)
     row.fill_(-1)
@@ -67,69 +67,71 @@ def test_what_shares_memory_shares_it_on_disk_too_and_takes_it_once(tmp_path):
 
 
 def test_what_somebody_else_holds_too_stays(tmp_path):
-    lot = lot_of(tmp_path, 0)
+    pool = pool_of(tmp_path, 0)
     whole = torch.arange(24.0)
     other = whole.detach()
-    OffloadedTensors(lot).park([whole])
-    assert (lot.memory, lot.disk) == (0, 0)
+    OffloadedTensors(pool).offload([whole])
+    assert (pool.memory, pool.disk) == (0, 0)
     del other
-    OffloadedTensors(lot).park([whole])
-    assert lot.disk == 96
+    OffloadedTensors(pool).offload([whole])
+    assert pool.disk == 96
 
 
 def test_nothing_of_the_model_moves(tmp_path):
     model = nn.BatchNorm1d(64)
     model.table = torch.ones(64)
-    lot = lot_of(tmp_path, 0, model)
+    pool = pool_of(tmp_path, 0, model)
     views = [model.weight[:1], model.running_mean[None], model.table.expand(3, 64)]
-    OffloadedTensors(lot).park([*views, model.weight, model.bias, model.running_mean, model.table])
-    assert (lot.memory, lot.disk) == (0, 0)
+    OffloadedTensors(pool).offload(
+        [*views, model.weight, model.bias, model.running_mean, model.table]
+    )
+    assert (pool.memory, pool.disk) == (0, 0)
     assert mapped(tmp_path) == 0
 
 
 def test_what_is_still_there_at_the_next_stop_is_not_moved_again(tmp_path):
-    lot = lot_of(tmp_path, 0)
+    pool = pool_of(tmp_path, 0)
     table, states = torch.arange(100.0), torch.arange(50.0)
-    pass_ = OffloadedTensors(lot)
-    pass_.park([table, states])
-    assert (lot.disk, mapped(tmp_path)) == (600, 2)
+    pass_ = OffloadedTensors(pool)
+    pass_.offload([table, states])
+    assert (pool.disk, mapped(tmp_path)) == (600, 2)
     where = table.data_ptr()
-    pass_.resume()
+    pass_.restore()
     table += 1
     states = states + 1
-    pass_.park([table, table[:3], states])
-    assert (lot.disk, mapped(tmp_path)) == (600, 2)
+    pass_.offload([table, table[:3], states])
+    assert (pool.disk, mapped(tmp_path)) == (600, 2)
     assert table.data_ptr() == where
     assert torch.equal(table, torch.arange(100.0) + 1)
     assert torch.equal(states, torch.arange(50.0) + 1)
-    pass_.resume()
-    pass_.end()
-    assert (lot.memory, lot.disk) == (0, 0)
+    pass_.restore()
+    pass_.release()
+    assert (pool.memory, pool.disk) == (0, 0)
     del table, states
     assert mapped(tmp_path) == 0
 
 
 def test_room_that_one_pass_leaves_is_the_others(tmp_path):
-    lot = lot_of(tmp_path, 400)
-    first, second = OffloadedTensors(lot), OffloadedTensors(lot)
+    pool = pool_of(tmp_path, 400)
+    first, second = OffloadedTensors(pool), OffloadedTensors(pool)
     one, two, three = (torch.full((100,), float(i)) for i in range(3))
-    first.park([one])
-    second.park([two])
-    assert (lot.memory, lot.disk) == (400, 400)
-    first.end()
-    second.resume()
-    second.park([three])
-    assert (lot.memory, lot.disk) == (400, 0)
+    first.offload([one])
+    second.offload([two])
+    assert (pool.memory, pool.disk) == (400, 400)
+    first.release()
+    second.restore()
+    second.offload([three])
+    assert (pool.memory, pool.disk) == (400, 0)
 
 
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 1, 99))
     with pytest.raises(ConfigError) as caught:
-        OffloadedTensors(lot_of(tmp_path, 0)).park([torch.zeros(2**18)])
+        OffloadedTensors(pool_of(tmp_path, 0)).offload([torch.zeros(2**18)])
     assert str(caught.value) == (
-        f"{tmp_path}: no room for 0.00098 GiB of hidden states, 0 are there; "
-        "set budget.host_gib higher"
+        f"{tmp_path}: the disk has no space for 0.00098 GiB of hidden states, "
+        "0 GiB are stored already; set budget.host_gib higher"
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -37,7 +37,7 @@ from emloc.emulators.prune.unit_scores import UnitMask, importance, recompute_bl
 from emloc.emulators.prune.units import units_of
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
-from emloc.models.objectives.answer_loss import answer_loss
+from emloc.models.objectives.answer_loss import install_answer_loss
 from emloc.models.objectives.tokens import Tokens
 from emloc.tensors.linalg.prune import (
     ATTENTION,
@@ -411,7 +411,7 @@ def test_the_score_of_upop_is_minus_the_slope_of_the_loss_in_the_mask(llama):
 def test_upop_prunes_what_the_loss_would_most_like_smaller(tmp_path, source):
     emulator = prune(importance="upop", spread="layer")
     built_emulator(tmp_path, source, emulator)
-    batches = samples().learnt(source)
+    batches = samples().training_batches(source)
     units = units_of(source, layers_of(source), 0, 0)
     model = source.load(CPU)
     name = "model.layers.0.mlp"
@@ -458,7 +458,7 @@ def test_recomputed_blocks_and_the_lean_loss_give_the_same_scores(source, kind):
     units = units_of(source, layers_of(source), 0, 0)
     plain = importance(source.load(CPU), text_batches(), units, kind, Tokens())
     model = source.load(CPU)
-    loss = answer_loss(model)
+    loss = install_answer_loss(model)
     assert loss is not None
     recompute_blocks(model)
     runs = []
@@ -557,7 +557,7 @@ def test_the_learnt_samples_are_those_of_the_training(source):
     """Labels on answers alone, the last of which is the end of the text."""
     tokenizer = source.tokenizer()
     told = set()
-    for batch in samples(9).learnt(source):
+    for batch in samples(9).training_batches(source):
         assert set(batch) >= {"input_ids", "attention_mask", "labels", "logits_to_keep"}
         for labels in batch["labels"]:
             told.add(tokenizer.decode(labels[labels != IGNORE], skip_special_tokens=True))
@@ -566,7 +566,7 @@ def test_the_learnt_samples_are_those_of_the_training(source):
 
 def test_running_text_is_learnt_whole(source):
     rows = Samples(Examples("text", (Example("0", "", "some words"),)), 512)
-    (batch,) = rows.learnt(source)
+    (batch,) = rows.training_batches(source)
     assert int((batch["labels"] != IGNORE).sum()) >= len("some words")
 
 

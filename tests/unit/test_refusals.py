@@ -94,7 +94,7 @@ def test_a_budget_that_nothing_fits(refusal, overrides, said):
 def test_targets_that_match_no_layer(refusal, method, key):
     assert refusal(f"method={method}", rf"model.{key}='.*\.nothing'") == (
         rf"model.{key}='.*\\.nothing' matches no linear layer of smollm2_135m "
-        f"(one is called model.layers.0.self_attn.q_proj); set model.{key}"
+        f"(one of its layers is model.layers.0.self_attn.q_proj); set model.{key}"
     )
 
 
@@ -137,7 +137,8 @@ def sharded(checkpoint, tmp_path) -> Path:
 def test_a_shard_that_is_missing(refusal, sharded, method):
     (sharded / "model-00002-of-00002.safetensors").unlink()
     assert refusal(f"model.source={sharded}", f"method={method}") == (
-        f"{sharded}: shard model-00002-of-00002.safetensors is missing; set model.source"
+        f"{sharded}: shard model-00002-of-00002.safetensors is missing; "
+        "set model.source to a complete checkpoint"
     )
 
 
@@ -148,5 +149,5 @@ def test_a_checkpoint_without_safetensors(refusal, sharded, method):
         path.unlink()
     (sharded / "pytorch_model.bin").write_bytes(b"")
     assert refusal(f"model.source={sharded}", f"method={method}") == (
-        f"{sharded}: no model.safetensors; set model.source to one"
+        f"{sharded}: no model.safetensors; set model.source to a checkpoint folder"
     )

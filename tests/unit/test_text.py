@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_llama, tiny_tokenizer
 from torch.nn import functional
 
-from emloc.calibration.samples import BATCH, Samples, choose
+from emloc.calibration.samples import BATCH, Samples, choose_examples
 from emloc.data.collate import IGNORE, collate
 from emloc.data.examples import Example, Examples
 from emloc.data.prompts import EncodedExample, encode, render
@@ -210,13 +210,13 @@ def test_samples_are_whole_examples_answers_included(checkpoint):
 
 def test_a_draw_depends_on_its_seed_alone_and_repeats_no_row():
     pool = Examples("pool", tuple(Example(str(i), f"{i}?", str(i)) for i in range(50)))
-    first, again, other = (choose(pool, 20, seed) for seed in (0, 0, 1))
+    first, again, other = (choose_examples(pool, 20, seed) for seed in (0, 0, 1))
     assert first == again
     assert first != other
     assert len({row.id for row in first}) == 20
-    assert len(choose(pool, 50, 3)) == 50
+    assert len(choose_examples(pool, 50, 3)) == 50
     with pytest.raises(ConfigError) as caught:
-        choose(pool, 51, 0)
+        choose_examples(pool, 51, 0)
     assert str(caught.value) == (
         "calibration.samples=51: pool has only 50 rows to choose from; "
         "set calibration.samples=50 or less"

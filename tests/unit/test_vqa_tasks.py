@@ -20,7 +20,7 @@ from emloc.errors import ConfigError
 from emloc.tasks.images import ImageSource, NoImageError
 from emloc.tasks.questions import ReadStats
 from emloc.tasks.rows import Rows
-from emloc.tasks.scorers import named_scorer
+from emloc.tasks.scorers import find_scorer
 from emloc.tasks.vqa import VqaTask
 
 CONF = Path(__file__).parents[2] / "conf" / "task"
@@ -155,7 +155,7 @@ def test_infovqa_reads_the_other_names_of_its_training_rows(tmp_path):
     parquet(tmp_path / "train.parquet", query=["q?"], answer=["blue"], image=stored(png(1)))
     validation = {"question": ["v?"], "answers": [["red"]], "image": stored(png(2))}
     parquet(tmp_path / "validation.parquet", **validation)
-    questions = build("infovqa", path=str(tmp_path))._questions
+    questions = build("infovqa", path=str(tmp_path))._reader
     for split, prompt, answer in (("train", "q?", "blue"), ("validation", "v?", "red")):
         # Two data sets on the hub: files of one folder have to agree in their columns.
         rows = Rows(name="infovqa", id=None, path=str(tmp_path), splits={"train_split": split})
@@ -268,8 +268,8 @@ def test_wc_vqa_finds_photos_by_the_end_of_their_address(tmp_path):
 def test_wc_vqa_without_a_folder_of_photos_is_refused(tmp_path):
     dishes(tmp_path / "w", {"train": ["a.jpg"], "test_large": ["x.jpg"]})
     assert refused(build("wc_vqa", path=str(tmp_path / "w")).held_out, None) == (
-        "task wc_vqa: task.image names files (873px-x.jpg for one), and not the folder they are "
-        "in; set task.image_root=/path/to/images"
+        "task wc_vqa: task.image names files (such as 873px-x.jpg), but their folder is "
+        "unknown; set task.image_root=/path/to/images"
     )
     task = build("wc_vqa", path=str(tmp_path / "w"), image_root=str(tmp_path / "no"))
     assert refused(task.train) == (
@@ -285,7 +285,7 @@ def test_all_missing_photos_are_in_one_error(tmp_path):
     task = build("wc_vqa", path=str(tmp_path / "w"), image_root=root)
     assert refused(task.train) == (
         f"task wc_vqa: 3 images are not in {root}: 873px-a.jpg, 873px-x.jpg, 873px-y.jpg; put them "
-        "there, set task.image_root to where they are, or task.unreadable=skip to leave their rows "
+        "there, set task.image_root to their folder, or task.unreadable=skip to leave their rows "
         "out"
     )
     assert refused(task.held_out, 1).startswith(
@@ -401,7 +401,7 @@ def test_a_column_of_lists_of_images(tmp_path):
 def test_what_an_image_may_be(tmp_path):
     (tmp_path / "a.png").write_bytes(png(1))
     (tmp_path / "bare").write_bytes(png(2))
-    album = ImageSource("t", tmp_path)
+    source = ImageSource("t", tmp_path)
     text = base64.b64encode(png(3)).decode()
     ways = {
         "a.png": 1,
@@ -412,13 +412,13 @@ def test_what_an_image_may_be(tmp_path):
         str(tmp_path / "a.png"): 1,
     }
     for value, expected in ways.items():
-        (picture,) = album.pictures([value], "train/0", 0)
+        (picture,) = source.images([value], "train/0", 0)
         assert shade(picture) == expected, value
-    (picture,) = album.pictures([{"bytes": None, "path": "a.png"}], "train/0", 0)
+    (picture,) = source.images([{"bytes": None, "path": "a.png"}], "train/0", 0)
     assert shade(picture) == 1
     for value in ("../a.png", "b.png", "https://host/b.png"):
         with pytest.raises(NoImageError) as caught:
-            album.pictures([value], "train/0", 0)
+            source.images([value], "train/0", 0)
         assert caught.value.file == value.removeprefix("https://host/")
 
 
@@ -460,9 +460,10 @@ def test_one_split_is_divided_by_image(chartqa, caplog):
     task = chartqa(test=rows, train_split="test")
     with caplog.at_level(logging.INFO):
         assert [row.id for row in task.train()] == ["test/0", "test/1", "test/2", "test/5"]
-    assert "task chartqa: test is divided: 4 rows on 2 of its 4 images to train on, 2 held out" in (
-        caplog.messages
-    )
+    assert (
+        "task chartqa: split test is divided by image: 4 training rows about 2 of the 4 images, "
+        "2 held-out rows"
+    ) in caplog.messages
     assert [row.id for row in task.held_out(None)] == ["test/3", "test/4"]
     assert [row.id for row in task.held_out(1)] == ["test/3"]
     assert len(chartqa(test=rows, train_split="test", limit=3).train()) == 3
@@ -488,7 +489,7 @@ def test_images_shown_together_stay_together(tmp_path):
 def test_a_single_image_cannot_be_divided(chartqa):
     task = chartqa(test=[("a1", png(1), 0), ("b2", png(1), 0)], train_split="test")
     assert refused(task.train) == (
-        "task chartqa: split test is to be divided by image and shows one alone; "
+        "task chartqa: split test cannot be divided by image, since all its rows show one image; "
         "set task.train_split to another split"
     )
 
@@ -573,12 +574,12 @@ def test_files_name_the_splits_of_a_data_set_that_declares_none(tmp_path):
     assert [row.id for row in task.train()] == ["train/0"]
     assert [row.target for row in task.held_out(None)] == ["D"]
     assert refused(build("pmc_vqa", path=str(folder), files=files).train) == (
-        f"task.path: {folder} has no file none.csv in one of .parquet, .jsonl, .json, .csv; "
-        "correct task.files.test_clean or task.path"
+        f"task.path: {folder} has no file none.csv with one of the formats "
+        ".parquet, .jsonl, .json, .csv; correct task.files.test_clean or task.path"
     )
     assert refused(build("pmc_vqa", path=str(folder), eval_split="test").held_out, 1) == (
-        "task.eval_split: task.files names no file of test; set task.files.test=<file> or correct "
-        "task.eval_split"
+        "task.eval_split: task.files names no file of the split test; "
+        "set task.files.test=<file> or correct task.eval_split"
     )
 
 
@@ -675,6 +676,6 @@ def test_what_a_value_cannot_do_is_refused_by_its_setting(chartqa):
     ],
 )
 def test_a_scorer_that_is_not_there_is_refused_before_rows_are_read(chartqa, path, reason):
-    message = f"task.scorer={path}: {reason}; set task.scorer=exact or another"
-    assert refused(named_scorer, path) == message
+    message = f"task.scorer={path}: {reason}; set task.scorer=exact or another scorer"
+    assert refused(find_scorer, path) == message
     assert refused(chartqa(scorer=path).held_out, 1) == message

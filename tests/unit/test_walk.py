@@ -376,7 +376,10 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_before_anything_runs(source
     source = Source(tmp_path, "x", "x", torch.float32)
     with pytest.raises(ConfigError) as caught:
         iterate_checkpoint(source, BATCHES, names_of("llama"), CPU)
-    assert str(caught.value) == f"{tmp_path}: holds no tensor {name}; set model.source"
+    assert (
+        str(caught.value)
+        == f"{tmp_path}: holds no tensor {name}; set model.source to another checkpoint"
+    )
 
 
 # A look ------------------------------------------------------------------------------------------
@@ -398,8 +401,8 @@ def in_use() -> tuple[int, int, int]:
     # By type: some objects do not like to be asked for their class.
     tensors = [one for one in gc.get_objects() if issubclass(type(one), Tensor)]
     sizes = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in tensors}
-    lot = Recorded.made[-1]
-    return lot.memory, lot.disk, sum(sizes.values())
+    pool = Recorded.made[-1]
+    return pool.memory, pool.disk, sum(sizes.values())
 
 
 def rounds_of(kind: str, looks: int, host_bytes: int | None, folder: Path) -> dict[str, list]:
@@ -410,7 +413,7 @@ def rounds_of(kind: str, looks: int, host_bytes: int | None, folder: Path) -> di
         model, batches_of(kind), names, CPU, host_bytes=host_bytes, folder=folder
     ):
         rounds = found.setdefault(block.name, [])
-        for go in (*[block.look] * looks, block.run):
+        for go in (*[block.peek] * looks, block.run):
             seen, masks = [], []
             handle = watch(block.module, seen)
             go(masks.append)
@@ -452,8 +455,8 @@ def test_nothing_is_kept_of_a_look(kind, host_bytes, tmp_path, monkeypatch):
         before = in_use()
         assert before[2] > 0
         assert (before[1] > 0) == (host_bytes == 0)
-        block.look(lambda _: None)
-        block.look(lambda _: None)
+        block.peek(lambda _: None)
+        block.peek(lambda _: None)
         assert in_use() == before
     assert in_use()[:2] == (0, 0)
 
@@ -464,7 +467,7 @@ def test_after_a_look_that_fails(untouched):
 
     def go():
         for block in iterate_blocks(untouched, BATCHES, names_of("llama"), CPU):
-            block.look(fail)
+            block.peek(fail)
 
     with pytest.raises(RuntimeError, match="looking"):
         go()
@@ -476,7 +479,7 @@ def test_a_walk_within_a_coroutine_looks_at_its_last_block_too(sources):
     def go():
         counts = []
         for block in iterate_blocks(model, BATCHES, names, CPU):
-            block.look(lambda _: counts.append("look"))
+            block.peek(lambda _: counts.append("look"))
             block.run(lambda _: counts.append("run"))
         return counts
 
@@ -564,7 +567,7 @@ def test_padding_is_left_out_of_text_and_no_patch_is_though_they_are_as_many():
     mask = batch["attention_mask"].bool()
     seen = []
     for block in iterate_blocks(model, [batch], list(layers), CPU):
-        found = record_moments(block, layers[block.name], whole=True)
+        found = record_moments(block, layers[block.name], inputs_only=True)
         seen.append(block.name)
         for name in layers[block.name]:
             assert taken[name].shape[:2] == mask.shape  # the coincidence
@@ -581,7 +584,7 @@ def test_a_block_of_patches_is_run_and_looked_at_without_a_mask():
     names += [f"model.language_model.layers.{i}" for i in range(2)]
     masks = {name: [] for name in names}
     for block in iterate_blocks(model, batches, names, CPU):
-        block.look(masks[block.name].append)
+        block.peek(masks[block.name].append)
         block.run(masks[block.name].append)
     assert all(masks[name] == [None] * 4 for name in names[:2])
     for name in names[2:]:

@@ -20,8 +20,8 @@ from emloc.models.checkpoint.source import Source
 from emloc.models.checkpoint.weights import (
     RandomWeights,
     SafetensorsWeights,
-    draws_of,
     parameter_name,
+    tensor_inits,
 )
 from emloc.tensors.linalg.correct import LoraPair
 from emloc.tensors.nn.factorized import Factorized
@@ -131,13 +131,13 @@ def test_each_kind_of_parameter_starts_as_its_half_of_the_configuration_says(nam
 def test_layer_scales_are_a_tenth_where_the_configuration_says_nothing():
     model = tiny_internvl()
     del model.config.vision_config.layer_scale_init_value
-    [scale] = {draw.mean for name, draw in draws_of(model).items() if "lambda" in name}
+    [scale] = {draw.mean for name, draw in tensor_inits(model).items() if "lambda" in name}
     assert scale == 0.1
 
 
 def test_numbers_are_drawn_at_home_and_moved_to_where_they_are_read():
     """Where reads are from two devices, both have to see one model."""
-    draws = draws_of(tiny_internvl())
+    draws = tensor_inits(tiny_internvl())
     name = f"{PROJECTION}.weight"
     [(_, here)] = RandomWeights(0, draws, torch.float32, "cpu").read([name], CPU)
     [(_, away)] = RandomWeights(0, draws, torch.float32, "cpu").read([name], torch.device("meta"))

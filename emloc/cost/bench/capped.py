@@ -67,7 +67,7 @@ def stages_of(setting: BenchSetup, store: Store) -> list[Artifact]:
     """Build, train and correct, each as `emloc` does it."""
     run_config, source, device = setting.run_config, setting.source, setting.device
     ranks = run_config.emulator.plan(
-        source, run_config.model.compressed(source), run_config.compression
+        source, run_config.model.compressible_layers(source), run_config.compression
     )
     samples = RandomSamples(setting, SAMPLES if setting.full else 2)
     build_inputs = BuildInputs(ranks, None, samples, run_config.precision)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ def factorise(work: str, model: str, ratio: float, most: float | None) -> Iterat
     """
     setting = BenchSetup(model)
     device, source = setting.device, setting.source
-    layers = setting.run_config.model.compressed(source)
+    layers = setting.run_config.model.compressible_layers(source)
     ranks = ranks_at(ratio, layers, 1)
     counts = Counter(layers.values())
     first = {shape: next(n for n, s in layers.items() if s == shape) for shape in counts}

@@ -83,7 +83,7 @@ def _build(setting: BenchSetup, folder: Path) -> float:
     run_config, device = setting.run_config, setting.device
     found = replace(run_config.model, source=str(folder / "checkpoint"), weights="checkpoint")
     source = found.open()
-    layers = found.compressed(source)
+    layers = found.compressible_layers(source)
     ranks = run_config.emulator.plan(source, layers, run_config.compression)
     build_inputs = BuildInputs(ranks, None, RandomTexts(), None)  # type: ignore[arg-type]
     home = folder / "emulator"

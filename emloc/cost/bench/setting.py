@@ -92,7 +92,7 @@ class BenchSetup:
         run_config, adapter = self.run_config, self.run_config.adapter
         assert adapter.trains  # the method of a benchmark is one that trains
         none = Examples("random", ())
-        layers, length = tuple(run_config.model.adapted(self.source)), self.length
+        layers, length = tuple(run_config.model.adapted_layers(self.source)), self.length
         return TrainingInputs(
             adapter, run_config.lora, layers, none, length, run_config.train, run_config.seed
         )

@@ -254,7 +254,7 @@ def _emulator(
     setting: BenchSetup, device: torch.device, ratio: float, module: Callable[..., nn.Module]
 ) -> PreTrainedModel:
     source = setting.source
-    layers = setting.run_config.model.compressed(source)
+    layers = setting.run_config.model.compressible_layers(source)
     replace = {}
     for layer, rank in ranks_at(ratio, layers, 1).items():
         rows, columns = layers[layer]

@@ -41,7 +41,7 @@ def cost_of(
     disk = 2 * 4 * scheme.parameters  # the adapter as trained and as carried
     build, host = 0.0, PROCESS + scheme.embedding
     if scheme.ranks:
-        moments = statistics_bytes(scheme.compressed, whole=False)
+        moments = statistics_bytes(scheme.compressed, inputs_only=False)
         disk += scheme.factors + (moments if moments <= budget.statistics_gib * GIB else 0)
         widest = max(columns for _, columns in scheme.adapted.values())
         waiting = tokens * widest * scheme.source.dtype.itemsize

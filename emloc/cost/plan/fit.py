@@ -95,8 +95,8 @@ def scheme_of(
         raise ConfigError(f"only the lean training is planned with; set {wanted}")
     whole = TrainingLayout(
         DecoderBlocks(source),
-        run_config.model.adapted(source),
-        run_config.model.compressed(source),
+        run_config.model.adapted_layers(source),
+        run_config.model.compressible_layers(source),
         run_config.lora,
         {},
         precision,

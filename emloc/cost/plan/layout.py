@@ -82,21 +82,21 @@ class TrainingLayout:
             layer = name.removesuffix(".weight")
             if layer in self.source.linears:
                 total += self._held(layer)
-            elif name != self.blocks.decoder.lone_embedding:
+            elif name != self.blocks.decoder.untied_embedding:
                 total += count * size
         return total
 
     @property
     def embedding(self) -> int:
         """Bytes of a token embedding that leaves the device before the first step."""
-        lone = self.blocks.decoder.lone_embedding
+        lone = self.blocks.decoder.untied_embedding
         return self.source.sizes[lone] * self.source.dtype.itemsize if lone else 0
 
     @property
     def uncompressed(self) -> int:
         """Bytes on the device of what no ratio makes smaller."""
         own = {f"{layer}.weight" for layer in self.compressed} | {
-            self.blocks.decoder.lone_embedding
+            self.blocks.decoder.untied_embedding
         }
         sizes = self.source.sizes.items()
         return sum(count for name, count in sizes if name not in own) * self.source.dtype.itemsize

@@ -26,7 +26,7 @@ def solved(run_config: RunConfig, source: Source) -> RunConfig:
     if not run_config.adapter.trains:  # then nothing is compressed
         return replace(run_config, compression=replace(chosen, bits=MODEL_BITS), precision=None)
     refuse_unplanned(run_config.model, "compression=r50")
-    encoded = encode_all(source.reader(), run_config.task.train(), run_config.model.longest)
+    encoded = encode_all(source.reader(), run_config.task.train(), run_config.model.length_limit)
     length = max(one.length for one in encoded)
     answer = max(one.length - one.answer_start for one in encoded)
     work = StepShape.of(run_config.train, length, answer)

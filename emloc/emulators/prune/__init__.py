@@ -190,7 +190,7 @@ class Prune(Emulator):
         model = load_streamed(source, (), device)
         loss = source.objective.lean_loss(model)
         recompute_blocks(model)
-        batches = build_inputs.samples.learnt(source)
+        batches = build_inputs.samples.training_batches(source)
         return importance(model, batches, units, self.importance, source.objective, loss)
 
     def kept_indices(self, folder: Path, layer: str) -> tuple[Tensor | None, Tensor | None]:

@@ -203,7 +203,7 @@ class Svd(Emulator):
             return Statistics.load(build_inputs.statistics.folder / f"{name}.safetensors")
         if block is None:
             return None
-        return record_moments(block, layers, self.statistics == "input", stay=True)
+        return record_moments(block, layers, self.statistics == "input", peek=True)
 
     def _greedy_ranks(
         self,

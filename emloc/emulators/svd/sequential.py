@@ -147,7 +147,7 @@ def _next_input(pair: BlockPair, layers: Sequence[str]) -> SharedInput:
     shared: SharedInput | None = None
     originals, others = (linears_of(block, layers) for block in (pair.original, pair.compressed))
     with InputRecorder(originals) as in_original, InputRecorder(others) as in_compressed:
-        for masks in zip(pair.original.looks(), pair.compressed.looks(), strict=True):
+        for masks in zip(pair.original.peek_batches(), pair.compressed.peek_batches(), strict=True):
             before, after = in_original.rows(masks[0]), in_compressed.rows(masks[1])
             if shared is None and after:
                 rows = next(iter(after.values()))  # of the layer that ran first

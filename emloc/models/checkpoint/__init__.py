@@ -1,1 +1,1 @@
-"""A checkpoint on disk: which one, its tensors and its tokenizer."""
+"""A checkpoint on disk: find its folder, read its tensors and its tokenizer."""

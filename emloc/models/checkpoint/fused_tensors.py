@@ -1,4 +1,4 @@
-"""What the tensors in a checkpoint's files hold: one parameter each, or the rows of several."""
+"""Fused tensors: a stored tensor that holds the rows of several parameters, such as `qkv`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor
 class TensorSlice:
     """The rows of a stored tensor that belong to one parameter.
 
-    The rows are `blocks` equal blocks of `shares` equal shares each; shares `start` to `stop` of
-    every block are the parameter's, in the order they lie in. One block of three shares: queries,
-    keys and values one after the other. A block per key/value head: its query heads, then its keys,
-    then its values.
+    The stored rows form `blocks` equal blocks, and each block has `shares` equal shares. The
+    parameter's rows are the shares from `start` up to, but without, `stop` of every block. Two
+    layouts are in use. One block with three shares: queries, keys, values. One block per key/value
+    head: the query heads of its group, then its keys, then its values.
     """
 
     blocks: int
@@ -26,32 +26,32 @@ class TensorSlice:
     stop: int
 
     def rows(self, total: int) -> list[slice]:
-        """Where the parameter's rows lie among `total`, one run of them per block.
+        """Slices of the parameter's rows in a tensor with `total` rows, one slice per block.
 
         Raises:
-            ValueError: the rows are no such blocks.
+            ValueError: `total` is not divisible into the blocks and shares.
         """
         share, rest = divmod(total, self.blocks * self.shares)
         if rest:
             raise ValueError(f"{total} rows are not {self.blocks} x {self.shares} equal shares")
-        begins = range(0, total, share * self.shares)
-        return [slice(at + self.start * share, at + self.stop * share) for at in begins]
+        block_starts = range(0, total, share * self.shares)
+        return [slice(row + self.start * share, row + self.stop * share) for row in block_starts]
 
-    def of(self, stored: Any, total: int) -> Tensor:
-        """The parameter out of `stored`, a tensor or a file's slice of `total` rows.
+    def extract(self, stored: Any, total: int) -> Tensor:
+        """Read the parameter from `stored`, a tensor or a safetensors slice with `total` rows.
 
         Raises:
-            ValueError: see `rows`.
+            ValueError: `total` is not divisible into the blocks and shares.
         """
         pieces: list[Tensor] = [stored[rows] for rows in self.rows(total)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def put(self, stored: Tensor, tensor: Tensor) -> None:
+    def insert(self, stored: Tensor, tensor: Tensor) -> None:
         """Write the parameter `tensor` into its rows of `stored` (rows, ...)."""
-        runs = self.rows(len(stored))
-        for rows, piece in zip(runs, tensor.chunk(len(runs)), strict=True):
+        slices = self.rows(len(stored))
+        for rows, piece in zip(slices, tensor.chunk(len(slices)), strict=True):
             stored[rows] = piece
 
 
-# The name of a tensor in the files -> the parameters it holds; None where it is the whole of one.
+# Maps the name of a stored tensor to its parameters and their rows; None stands for all rows.
 Layout = Callable[[str], Mapping[str, TensorSlice | None]]

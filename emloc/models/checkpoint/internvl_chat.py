@@ -1,9 +1,9 @@
-"""InternVL checkpoints in the authors' own format, read as transformers' InternVL.
+"""Read InternVL checkpoints in the authors' format (`internvl_chat`) as transformers' InternVL.
 
-Their config.json says `internvl_chat` and names code to be run from the checkpoint, which is never
-run: settings are put into transformers' words, and the tensors' names and parts into its modules
-(OpenGVLab/InternVL, `modeling_internvl_chat.py`, `modeling_intern_vit.py`,
-`modeling_internlm2.py`).
+Such a checkpoint brings Python code, which is never run. Instead, its settings are translated into
+a transformers configuration, and its tensors are renamed and split into the parameters of
+transformers' model. The authors' code is in OpenGVLab/InternVL: `modeling_internvl_chat.py`,
+`modeling_intern_vit.py`, `modeling_internlm2.py`.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from emloc.models.checkpoint.tokenizer import added_tokens
 FORMAT = "internvl_chat"
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 
-# What transformers' InternVL does, and the authors' code does only where its settings say so.
-_FIXED = {
+# Settings of the authors' format with the only value that transformers' InternVL implements.
+_REQUIRED_SETTINGS = {
     "select_layer": -1,
     "ps_version": "v2",
     "pad2square": False,
     "use_backbone_lora": 0,
     "use_llm_lora": 0,
-    # How images are cut up, which emloc.models.internvl does in this one way.
+    # How images are cut into tiles; `emloc.models.internvl` implements only these values.
     "dynamic_image_size": True,
     "min_dynamic_patch": 1,
     "use_thumbnail": True,
 }
-_LANGUAGE = {
-    "InternLM2ForCausalLM": "llama",  # but for its fused projection, and for its names
+# Architecture of the language model -> its `model_type` in transformers.
+_LANGUAGE_MODEL_TYPES = {
+    "InternLM2ForCausalLM": "llama",  # differs by a fused projection and by parameter names
     "LlamaForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
 }
@@ -53,8 +54,8 @@ _TEXT_SETTINGS = (
     "sliding_window",
     "max_window_layers",
 )
-# Theirs -> transformers', with the authors' defaults. `drop_path_rate` skips whole layers in
-# training: a frozen tower has none of it.
+# Authors' name of a setting -> transformers' name and the authors' default. `drop_path_rate` is
+# left out: it skips layers at random in training, and the vision tower is frozen here.
 _VISION_SETTINGS: dict[str, tuple[str, Any]] = {
     "num_channels": ("num_channels", 3),
     "hidden_act": ("hidden_act", "gelu"),
@@ -67,12 +68,13 @@ _VISION_SETTINGS: dict[str, tuple[str, Any]] = {
     "attention_dropout": ("attention_dropout", 0.0),
     "dropout": ("projection_dropout", 0.0),
 }
-# The norms of queries and keys in transformers take no other, whatever `layer_norm_eps` says.
+# Epsilon of the query and key norms in transformers' model, which ignores `layer_norm_eps` there.
 _QK_NORM_EPS = 1e-6
 
 _VISION = "model.vision_tower.encoder.layer"
 _DECODER = "model.language_model.layers"
-_RENAMED = tuple(
+# Regular expression on an authors' tensor name -> its replacement; all are applied in this order.
+_RENAMINGS = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
         (r"^vision_model\.embeddings\.class_embedding$", "vision_tower.embeddings.cls_token"),
@@ -108,20 +110,21 @@ _FUSED = re.compile(r"(.+)\.(qkv|wqkv)\.(weight|bias)")
 
 @dataclass(frozen=True)
 class ChatLayout:
-    """What the authors' tensors hold, for a language model with that many heads.
+    """Maps each tensor of the authors' files to the parameters of transformers' InternVL.
 
-    The vision tower's `qkv` is queries, keys and values one after the other. InternLM2's `wqkv` has
-    for each key/value head its `groups` query heads, then its keys, then its values. Rows are not
-    permuted: both rotate the two halves of a head, as Llama in transformers does.
+    The vision tower's `qkv` holds all queries, then all keys, then all values. InternLM2's `wqkv`
+    holds, for each key/value head, its `groups` query heads, then its keys, then its values. Rows
+    need no permutation: both models apply the rotary embedding to the two halves of a head, as
+    Llama in transformers does.
     """
 
-    groups: int  # query heads to a key/value head
+    groups: int  # query heads per key/value head
     key_value_heads: int
 
     def __call__(self, stored: str) -> dict[str, TensorSlice | None]:
-        """Parameter -> its part of the tensor `stored`, None where that is all of it."""
+        """Parameter name -> its rows in the tensor `stored`; None stands for all rows."""
         name = stored
-        for pattern, replacement in _RENAMED:
+        for pattern, replacement in _RENAMINGS:
             name = pattern.sub(replacement, name)
         fused = _FUSED.fullmatch(name)
         if fused is None:
@@ -130,43 +133,45 @@ class ChatLayout:
         blocks, groups = (1, 1) if kind == "qkv" else (self.key_value_heads, self.groups)
         shares = {"q": (0, groups), "k": (groups, groups + 1), "v": (groups + 1, groups + 2)}
         return {
-            f"{module}.{which}_proj.{leaf}": TensorSlice(blocks, groups + 2, start, stop)
-            for which, (start, stop) in shares.items()
+            f"{module}.{letter}_proj.{leaf}": TensorSlice(blocks, groups + 2, start, stop)
+            for letter, (start, stop) in shares.items()
         }
 
 
 @dataclass(frozen=True)
 class InternVLChat:
-    """A checkpoint in the authors' format: its folder, and what its config.json says."""
+    """A checkpoint in the authors' format: its folder and the content of its config.json."""
 
     folder: Path
     settings: Mapping[str, Any]
 
     def layout(self) -> ChatLayout:
-        """What its tensors hold.
+        """The mapping from stored tensors to parameters.
 
         Raises:
-            ConfigError: the numbers of heads are not there, or do not divide.
+            ConfigError: a size is missing, or the key/value heads do not divide the query heads.
         """
-        text = self._half("llm_config", _TEXT_SIZES)
+        text = self._section("llm_config", _TEXT_SIZES)
         heads, key_value_heads = text["num_attention_heads"], text["num_key_value_heads"]
         if heads % key_value_heads:
-            raise self._refusal(f"{heads} heads are not shared by {key_value_heads} equally")
+            raise self._error(
+                f"{heads} attention heads are not divisible by {key_value_heads} key/value heads"
+            )
         return ChatLayout(heads // key_value_heads, key_value_heads)
 
     def shape(self) -> dict[str, Any]:
-        """Its settings as those of transformers' InternVL, `model_type` included.
+        """The settings as a transformers InternVL configuration, with `model_type`.
 
         Raises:
-            ConfigError: transformers' model does something else than these settings ask for, or
-                the tokenizer has no token that stands for an image.
+            ConfigError: transformers' model does not implement a setting, or the tokenizer has no
+                image token.
         """
-        for key, value in _FIXED.items():
-            # What is left out has the authors' default, which for `ps_version` is the other one.
-            found = self.settings.get(key, "v1" if key == "ps_version" else value)
-            if found != value:
-                raise self._refusal(f"{key}={found}, and only {value} can be read")
-        vision, text = self._vision(), self._text()
+        for key, value in _REQUIRED_SETTINGS.items():
+            # The authors' default of a missing setting: only that of `ps_version` is unsupported.
+            setting = self.settings.get(key, "v1" if key == "ps_version" else value)
+            if setting != value:
+                raise self._error(f"{key}={setting} is not supported, only {value}")
+        vision, text = self._vision_config(), self._text_config()
         ratio = float(self.settings.get("downsample_ratio", 0.5))
         side = vision["image_size"] // vision["patch_size"]
         return {
@@ -179,62 +184,71 @@ class InternVLChat:
             "text_config": text,
         }
 
-    def _vision(self) -> dict[str, Any]:
-        theirs = self._half("vision_config", (*_SIZES, "image_size", "patch_size"))
-        size, forced = theirs["image_size"], self.settings.get("force_image_size")
-        if forced not in (None, size):
-            raise self._refusal(f"force_image_size={forced} is not the vision tower's {size}")
-        shape = {key: theirs[key] for key in (*_SIZES, "image_size", "patch_size")} | {
-            name: theirs.get(key, default) for key, (name, default) in _VISION_SETTINGS.items()
-        }
-        if shape["use_qk_norm"] and shape["layer_norm_eps"] != _QK_NORM_EPS:
-            raise self._refusal(
-                f"layer_norm_eps={shape['layer_norm_eps']} with qk_normalization, "
-                f"and only {_QK_NORM_EPS} can be read"
+    def _vision_config(self) -> dict[str, Any]:
+        """Transformers' configuration of the vision tower."""
+        section = self._section("vision_config", (*_SIZES, "image_size", "patch_size"))
+        size, forced_size = section["image_size"], self.settings.get("force_image_size")
+        if forced_size not in (None, size):
+            raise self._error(
+                f"force_image_size={forced_size} differs from vision_config.image_size={size}"
             )
-        return {"model_type": "internvl_vision"} | shape
+        config = {key: section[key] for key in (*_SIZES, "image_size", "patch_size")} | {
+            name: section.get(key, default) for key, (name, default) in _VISION_SETTINGS.items()
+        }
+        if config["use_qk_norm"] and config["layer_norm_eps"] != _QK_NORM_EPS:
+            raise self._error(
+                f"layer_norm_eps={config['layer_norm_eps']} with qk_normalization is not "
+                f"supported, only {_QK_NORM_EPS}"
+            )
+        return {"model_type": "internvl_vision"} | config
 
-    def _text(self) -> dict[str, Any]:
-        theirs = self._half("llm_config", _TEXT_SIZES)
-        kind = next(iter(theirs.get("architectures") or []), None)
-        if kind not in _LANGUAGE:
-            known = ", ".join(_LANGUAGE)
-            raise self._refusal(f"a language model of {kind}, and only {known} can be read")
-        shape = {key: theirs[key] for key in (*_TEXT_SIZES, *_TEXT_SETTINGS) if key in theirs}
-        scaling = dict(theirs.get("rope_scaling") or {})
+    def _text_config(self) -> dict[str, Any]:
+        """Transformers' configuration of the language model."""
+        section = self._section("llm_config", _TEXT_SIZES)
+        architecture = next(iter(section.get("architectures") or []), None)
+        if architecture not in _LANGUAGE_MODEL_TYPES:
+            supported = ", ".join(_LANGUAGE_MODEL_TYPES)
+            raise self._error(
+                f"the language model {architecture} is not supported, only {supported}"
+            )
+        config = {key: section[key] for key in (*_TEXT_SIZES, *_TEXT_SETTINGS) if key in section}
+        scaling = dict(section.get("rope_scaling") or {})
         rope = {"rope_type": scaling.pop("type", scaling.pop("rope_type", "default"))} | scaling
-        shape["rope_parameters"] = rope | {"rope_theta": theirs.get("rope_theta", 10000.0)}
-        shape["tie_word_embeddings"] = theirs.get("tie_word_embeddings", False)
-        if kind == "InternLM2ForCausalLM":
-            shape["attention_bias"] = theirs.get("bias", True)
-        elif kind == "LlamaForCausalLM":
-            shape["attention_bias"] = theirs.get("attention_bias", False)
-        return {"model_type": _LANGUAGE[kind]} | shape
+        config["rope_parameters"] = rope | {"rope_theta": section.get("rope_theta", 10000.0)}
+        config["tie_word_embeddings"] = section.get("tie_word_embeddings", False)
+        if architecture == "InternLM2ForCausalLM":
+            config["attention_bias"] = section.get("bias", True)
+        elif architecture == "LlamaForCausalLM":
+            config["attention_bias"] = section.get("attention_bias", False)
+        return {"model_type": _LANGUAGE_MODEL_TYPES[architecture]} | config
 
-    def _half(self, key: str, needed: tuple[str, ...]) -> Mapping[str, Any]:
-        half: Mapping[str, Any] = self.settings.get(key) or {}
-        missing = [name for name in needed if half.get(name) is None]
+    def _section(self, key: str, required: tuple[str, ...]) -> Mapping[str, Any]:
+        """The section `key` of config.json, after a check that it has the `required` settings."""
+        section: Mapping[str, Any] = self.settings.get(key) or {}
+        missing = [name for name in required if section.get(name) is None]
         if missing:
-            raise self._refusal(f"{key} has no {missing[0]}")
-        return half
+            raise self._error(f"{key} has no {missing[0]}")
+        return section
 
     def _image_token(self) -> int:
-        found = added_tokens(self.folder).get(IMAGE_TOKEN)
-        if found is None:
+        """Id of the token that stands for an image patch in a prompt."""
+        token_id = added_tokens(self.folder).get(IMAGE_TOKEN)
+        if token_id is None:
             raise ConfigError(
-                f"{self.folder}: no tokenizer file there has the token {IMAGE_TOKEN}; "
-                "set model.source to a folder with its tokenizer"
+                f"{self.folder}: no tokenizer file has the token {IMAGE_TOKEN}; "
+                "set model.source to a folder with the checkpoint's tokenizer"
             )
-        return found
+        return token_id
 
-    def _refusal(self, reason: str) -> ConfigError:
+    def _error(self, reason: str) -> ConfigError:
+        """An error about this checkpoint's config.json."""
         return ConfigError(
             f"{self.folder}: config.json: {reason}; set model.source to another checkpoint"
         )
 
 
 def read_internvl_chat(folder: Path) -> InternVLChat | None:
-    """The checkpoint in `folder`, None where it is of another format."""
+    """The checkpoint in `folder`; None if it has another format."""
     path = folder / "config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return InternVLChat(folder, settings) if settings.get("model_type") == FORMAT else None

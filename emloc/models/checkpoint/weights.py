@@ -1,4 +1,4 @@
-"""Where a model's tensors come from: a folder of safetensors, a seed, or nowhere."""
+"""Origins of a model's weights: safetensors files, a random generator, or none."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.fused_tensors import Layout, TensorSlice
 
-# The start of a name in the files of vision-language models -> what the module is called. The
-# files keep the layout from before language model and vision tower were put below `model`.
-_RENAMED = (
+# Start of a tensor name in the files of vision-language models -> start of the parameter name. The
+# files keep the old names, before transformers moved language model and vision tower to `model`.
+_RENAMINGS = (
     (re.compile(r"^language_model\.lm_head\."), "lm_head."),
     (re.compile(r"^language_model\.model\."), "model.language_model."),
     (re.compile(r"^(vision_tower|multi_modal_projector)\."), r"model.\1."),
@@ -31,56 +31,58 @@ _RENAMED = (
 
 
 class Weights(Protocol):
-    """Tensors by the name of the parameter they belong to."""
+    """The weights of a model, by parameter name."""
 
     @property
-    def where(self) -> str:
-        """What a message about them begins with."""
+    def description(self) -> str:
+        """Origin of the weights for error messages, such as the checkpoint's folder."""
 
     @property
     def names(self) -> Collection[str]:
-        """Every tensor there is.
+        """Names of all parameters with weights.
 
         Raises:
-            ConfigError: they cannot be read at all.
+            ConfigError: the weights cannot be read.
         """
 
     def read(self, names: list[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors, one at a time, each on `device` as soon as it is read."""
+        """Yield (name, tensor on `device`) for the named parameters, one tensor at a time."""
 
 
 def parameter_name(stored: str) -> str:
-    """What the model calls a tensor that a file calls `stored`."""
-    for pattern, name in _RENAMED:
+    """The model's name of the parameter that a file stores as `stored`."""
+    for pattern, name in _RENAMINGS:
         stored = pattern.sub(name, stored)
     return stored
 
 
-def native(stored: str) -> dict[str, TensorSlice | None]:
-    """The layout of transformers' own checkpoints: a tensor is a parameter, if by another name.
+def native_layout(stored: str) -> dict[str, TensorSlice | None]:
+    """Map a tensor name in transformers' own checkpoints to parameter names (all its rows).
 
-    Some releases have the parts of a vision tower below `vision_model`, and others not, whatever
-    the file says: then both names are given, of which a model has one.
+    Releases of transformers differ: some put the parts of a vision tower below `vision_model`. Both
+    names are returned then, and a model has one of them.
     """
     name = parameter_name(stored)
     return dict.fromkeys((name, name.replace(".vision_tower.vision_model.", ".vision_tower.")))
 
 
 def layout_of(model: PreTrainedModel) -> Layout:
-    """The layout of checkpoints that `from_pretrained` reads for that class of model.
+    """The layout of checkpoints that `from_pretrained` reads for this class of models.
 
-    Beside `native`, a tensor may have a name of an earlier release, which transformers renames, or
-    one that begins below the head, where the checkpoint was saved without one.
+    Two more kinds of names than in `native_layout` are recognised: names of earlier releases, which
+    transformers renames, and names without the base model's prefix, from a checkpoint that was
+    saved without a head.
     """
-    own = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     conversions = get_model_conversion_mapping(model)
-    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+    renamings = [item for item in conversions if isinstance(item, WeightRenaming)]
 
     def layout(stored: str) -> dict[str, TensorSlice | None]:
-        names = native(stored)
-        if own.keys().isdisjoint(names):
-            name, _ = rename_source_key(stored, renamings, [], model.base_model_prefix, own)
-            names = {name: None} if name in own else names
+        """Map the name of a stored tensor to parameter names."""
+        names = native_layout(stored)
+        if parameters.keys().isdisjoint(names):
+            name, _ = rename_source_key(stored, renamings, [], model.base_model_prefix, parameters)
+            names = {name: None} if name in parameters else names
         return names
 
     return layout
@@ -88,54 +90,60 @@ def layout_of(model: PreTrainedModel) -> Layout:
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """Where a parameter lies: in which file, in which tensor, and in which rows of it."""
+    """Location of a parameter: file, tensor in the file, and rows of the tensor."""
 
     file: Path
-    stored: str
-    part: TensorSlice | None  # None: all of it
+    stored: str  # name of the tensor in the file
+    part: TensorSlice | None  # None: all rows
 
 
 @dataclass(frozen=True)
 class SafetensorsWeights:
-    """The tensors of a checkpoint folder, one file or several with an index."""
+    """The weights in a checkpoint folder: one safetensors file, or several with an index."""
 
     folder: Path
-    layout: Layout = native
+    layout: Layout = native_layout
 
     @property
-    def where(self) -> str:
-        """The folder."""
+    def description(self) -> str:
+        """Path of the folder."""
         return str(self.folder)
 
     @property
     def names(self) -> Collection[str]:
-        """Every parameter in the files."""
-        return self._places.keys()
+        """Names of all parameters in the files."""
+        return self._locations.keys()
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """Parameter name -> the file that holds it."""
-        return {name: place.file for name, place in self._places.items()}
+        """Parameter name -> file that contains the parameter."""
+        return {name: location.file for name, location in self._locations.items()}
 
     @cached_property
-    def _places(self) -> dict[str, TensorLocation]:
-        """Parameter name -> where it lies.
+    def _locations(self) -> dict[str, TensorLocation]:
+        """Parameter name -> location of the parameter.
 
         Raises:
-            ConfigError: no safetensors in the folder, or a shard is missing.
+            ConfigError: the folder has no safetensors file, or a shard is missing.
         """
         index = self.folder / "model.safetensors.index.json"
         single = self.folder / "model.safetensors"
         if index.exists():
             stored: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            lost = sorted({file for file in stored.values() if not (self.folder / file).exists()})
-            if lost:
-                raise ConfigError(f"{self.folder}: shard {lost[0]} is missing; set model.source")
+            shards = set(stored.values())
+            missing = sorted(file for file in shards if not (self.folder / file).exists())
+            if missing:
+                raise ConfigError(
+                    f"{self.folder}: shard {missing[0]} is missing; "
+                    "set model.source to a complete checkpoint"
+                )
         elif single.exists():
             with safe_open(single, framework="pt") as file:
                 stored = dict.fromkeys(file.keys(), single.name)
         else:
-            raise ConfigError(f"{self.folder}: no model.safetensors; set model.source to one")
+            raise ConfigError(
+                f"{self.folder}: no model.safetensors; set model.source to a checkpoint folder"
+            )
         return {
             name: TensorLocation(self.folder / file, tensor, part)
             for tensor, file in stored.items()
@@ -143,39 +151,41 @@ class SafetensorsWeights:
         }
 
     def read(self, names: list[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors file by file, each file closed after its last.
+        """Yield (name, tensor on `device`), file by file; only one file is open at a time.
 
         Raises:
-            ConfigError: a tensor that holds several parameters cannot be divided into them.
+            ConfigError: a fused tensor has a shape that cannot be split into its parameters.
         """
-        # "cuda" means the first device to a file, and the current one to torch.
-        there = str(torch.empty(0, device=device).device)
+        # safetensors reads "cuda" as device 0, torch as the current device.
+        device_with_index = str(torch.empty(0, device=device).device)
         by_file: dict[Path, list[str]] = {}
         for name in names:
-            by_file.setdefault(self._places[name].file, []).append(name)
+            by_file.setdefault(self._locations[name].file, []).append(name)
         for path, members in by_file.items():
-            with safe_open(path, framework="pt", device=there) as file:
+            with safe_open(path, framework="pt", device=device_with_index) as file:
                 for name in members:
-                    yield name, _tensor(file, self._places[name])
+                    yield name, _read_tensor(file, self._locations[name])
 
 
-def _tensor(file: Any, place: TensorLocation) -> Tensor:
-    """One parameter out of an open file."""
-    if place.part is None:
-        whole: Tensor = file.get_tensor(place.stored)
-        return whole
-    # Run by run: q, k and v of one tensor together read each byte once, and no more than what was
-    # asked for is ever held, where whole reads would fetch all of it three times.
-    stored = file.get_slice(place.stored)
+def _read_tensor(file: Any, location: TensorLocation) -> Tensor:
+    """Read one parameter from an open safetensors file."""
+    if location.part is None:
+        tensor: Tensor = file.get_tensor(location.stored)
+        return tensor
+    # Only the parameter's rows are read: to read the whole fused tensor for each of q, k and v
+    # would read every byte three times and need memory for all three.
+    stored = file.get_slice(location.stored)
     try:
-        return place.part.of(stored, stored.get_shape()[0])
+        return location.part.extract(stored, stored.get_shape()[0])
     except ValueError as error:
-        raise ConfigError(f"{place.file}: {place.stored}: {error}; set model.source") from error
+        raise ConfigError(
+            f"{location.file}: {location.stored}: {error}; set model.source to another checkpoint"
+        ) from error
 
 
 @dataclass(frozen=True)
 class TensorInit:
-    """How one random tensor is made: `mean` everywhere, plus normal noise of `std`."""
+    """Distribution of a random tensor: normal with `mean` and `std`; constant if `std` is 0."""
 
     shape: tuple[int, ...]
     mean: float
@@ -184,64 +194,66 @@ class TensorInit:
 
 @dataclass(frozen=True)
 class RandomWeights:
-    """Tensors made from a seed and their name whenever they are asked for, and never stored.
+    """Random weights, generated again from the seed and the parameter's name at every read.
 
-    They are drawn on `home` and moved from there, so that a tensor is the same wherever it is
-    read: the generators of a CPU and of a GPU give different numbers.
+    Random generators of CPU and GPU give different values. All values are therefore drawn on
+    `device_type` and then moved, so that they do not depend on the device that reads them.
     """
 
     seed: int
-    draws: Mapping[str, TensorInit]
+    inits: Mapping[str, TensorInit]
     dtype: torch.dtype
-    home: str  # cpu | cuda
+    device_type: str  # cpu | cuda
 
     @property
-    def where(self) -> str:
-        """The seed."""
+    def description(self) -> str:
+        """The words "random weights" with the seed."""
         return f"random weights of seed {self.seed}"
 
     @property
     def names(self) -> Collection[str]:
-        """Every parameter of the model, tied ones once."""
-        return self.draws.keys()
+        """Names of all parameters of the model; tied parameters appear once."""
+        return self.inits.keys()
 
     def read(self, names: list[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors in the model's dtype; torch's own random numbers are left alone."""
-        at = device if device.type == self.home else torch.device(self.home)
+        """Yield (name, random tensor on `device`); torch's global random state is not changed."""
+        same_type = device.type == self.device_type
+        draw_device = device if same_type else torch.device(self.device_type)
         for name in names:
-            yield name, self._drawn(name, at).to(device)
+            yield name, self._random_tensor(name, draw_device).to(device)
 
-    def _drawn(self, name: str, device: torch.device) -> Tensor:
-        draw = self.draws[name]
-        if not draw.std:
-            return torch.full(draw.shape, draw.mean, dtype=self.dtype, device=device)
+    def _random_tensor(self, name: str, device: torch.device) -> Tensor:
+        """The values of the parameter `name`, drawn on `device`."""
+        init = self.inits[name]
+        if not init.std:
+            return torch.full(init.shape, init.mean, dtype=self.dtype, device=device)
         text = f"{self.seed}:{name}".encode()
-        own = int.from_bytes(hashlib.sha256(text).digest()[:8]) >> 1  # seeds are signed
-        generator = torch.Generator(device).manual_seed(own)
-        tensor = torch.empty(draw.shape, dtype=self.dtype, device=device)
-        return tensor.normal_(draw.mean, draw.std, generator=generator)
+        seed = int.from_bytes(hashlib.sha256(text).digest()[:8]) >> 1  # torch's seeds are signed
+        generator = torch.Generator(device).manual_seed(seed)
+        tensor = torch.empty(init.shape, dtype=self.dtype, device=device)
+        return tensor.normal_(init.mean, init.std, generator=generator)
 
 
 @dataclass(frozen=True)
 class AbsentWeights:
-    """The weights of a model that is only planned with: none can be read."""
+    """Placeholder for the weights of a model that is only used to plan memory and time."""
 
-    where: str
+    description: str
 
     @property
     def names(self) -> Collection[str]:
-        """There are none.
+        """Fail, because the model has no weights.
 
         Raises:
             ConfigError: always.
         """
         raise ConfigError(
-            f"{self.where}: only its shape is known here; set model.source=/path/to/checkpoint "
-            "or model.weights=random"
+            f"{self.description}: only its shape is known here; "
+            "set model.source=/path/to/checkpoint or model.weights=random"
         )
 
     def read(self, names: list[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
-        """Nothing.
+        """Fail, because the model has no weights.
 
         Raises:
             ConfigError: always.
@@ -249,35 +261,36 @@ class AbsentWeights:
         return iter([(name, torch.empty(0)) for name in self.names])
 
 
-def random_home() -> str:
-    """The kind of device that random weights are drawn on: the one that this machine runs on."""
+def random_device_type() -> str:
+    """Type of the device that draws random weights: `cuda` if this machine has a GPU, or `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def draws_of(model: PreTrainedModel) -> dict[str, TensorInit]:
-    """Parameter name -> how it starts in a fresh model of that kind.
+def tensor_inits(model: PreTrainedModel) -> dict[str, TensorInit]:
+    """Parameter name -> distribution of its initial values in a new model.
 
     Matrices, embeddings and convolutions are normal with the configuration's `initializer_range`
-    (0.02 where it has none), biases zero, layer scales `layer_scale_init_value` (0.1), and every
-    other vector, which is a norm's weight, one. Tied parameters are there once.
+    (0.02 by default), biases are zero, layer scales are `layer_scale_init_value` (0.1 by default).
+    All other vectors are weights of norms and are one. Tied parameters appear once.
     """
-    parts = {
+    submodel_configs = {
         name: module.config
         for name, module in model.named_modules()
         if isinstance(module, PreTrainedModel)
     }
     return {
-        name: _draw(name, parameter, parts[_innermost(name, parts)])
+        name: _tensor_init(name, parameter, submodel_configs[_innermost(name, submodel_configs)])
         for name, parameter in model.named_parameters()
     }
 
 
-def _innermost(name: str, parts: Collection[str]) -> str:
-    """The longest of the module names that `name` lies in; the whole model is called ''."""
-    return max((part for part in parts if not part or name.startswith(f"{part}.")), key=len)
+def _innermost(name: str, submodels: Collection[str]) -> str:
+    """The longest name in `submodels` of a submodel that contains `name`; '' is the whole model."""
+    return max((sub for sub in submodels if not sub or name.startswith(f"{sub}.")), key=len)
 
 
-def _draw(name: str, parameter: nn.Parameter, config: object) -> TensorInit:
+def _tensor_init(name: str, parameter: nn.Parameter, config: object) -> TensorInit:
+    """Distribution of one parameter's initial values, by its name, rank and configuration."""
     shape = tuple(parameter.shape)
     leaf = name.rpartition(".")[2]
     if "lambda" in leaf:

@@ -1,7 +1,7 @@
-"""What a model family learns: the loss of a step, and the scores of held-out rows.
+"""Training objectives: the loss of a training step and the scores of held-out rows.
 
-A new objective is one class here or in a plug-in, named by the model family that learns it. The
-trainer, the pruning by gradients and the evaluation ask for nothing else.
+A new objective is one class, here or in a plug-in, and a model family that returns it. The trainer,
+the pruning by gradients and the evaluation use only the methods of `Objective`.
 """
 
 from __future__ import annotations
@@ -14,93 +14,95 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from emloc.data.collate import EncodedRow, by_length
+from emloc.data.collate import EncodedRow, group_by_length
 from emloc.data.examples import Examples
 from emloc.data.reader import Reader
 
-# A batch as the family's reader collates it, targets included.
+# A batch from the collation of the family's reader, with training targets.
 Batch = dict[str, Any]
-# Model, batch and the number of items in the whole optimizer step -> the loss of this pass.
+# Function of the model, a batch and the number of items in the whole optimizer step. Returns the
+# loss of this forward pass.
 Loss = Callable[[Any, Batch, Tensor], Tensor]
 
 
 class Answer(Protocol):
-    """What one held-out row scored."""
+    """Scores of one held-out row."""
 
     @property
     def id(self) -> str:
-        """The row's name in its data set."""
+        """Id of the row in its data set."""
 
     @property
     def line(self) -> dict[str, Any]:
-        """Its line in `predictions.jsonl`; JSON can name every value."""
+        """The row's line in `predictions.jsonl`, with values that JSON can represent."""
 
 
 class Objective(ABC):
-    """One kind of target, with its loss and its scores."""
+    """A training objective: its loss, and its scores on held-out rows."""
 
-    # Every score that `summary` always gives; a task's metric is one of them. The first is usual.
+    # Scores that `summary` always contains. The task's metric is one of them, by default the first.
     score_names: ClassVar[tuple[str, ...]]
-    # Whether the model writes its answer as text, which lm-eval and a task's own scorer can read.
+    # Whether the model generates text. Only text can be scored by lm-eval and by a task's scorer.
     writes_text: ClassVar[bool] = False
 
     @property
     @abstractmethod
     def key(self) -> list[Any]:
-        """What a stage that computes the loss or the scores depends on: plain values."""
+        """Cache key of loss and scores: the objective's settings as plain values."""
 
     @abstractmethod
     def items(self, batch: Batch) -> Tensor:
-        """How many items (answer tokens, rows) the loss of this batch sums over, a scalar.
+        """Number of items (answer tokens or rows) in the loss of this batch, a scalar.
 
-        The trainer adds them up over the passes of an optimizer step and over processes.
+        The trainer sums the numbers over the batches of an optimizer step and over processes.
         """
 
     @abstractmethod
     def loss(self, model: Any, batch: Batch, count: Tensor) -> Tensor:
-        """One forward pass: the sum of its items' losses divided by `count`, a scalar.
+        """Run one forward pass and return the sum of its items' losses divided by `count`.
 
-        Divided by the items of the whole step, the passes of a step add up to a mean, however many
-        they are and however unevenly the items lie in them.
+        `count` is the number of items of the whole optimizer step. The losses of the step's batches
+        therefore add up to the mean over its items, even if the batches differ in size.
         """
 
     def plain_loss(self, model: Any, batch: Batch, count: Tensor) -> Tensor:
-        """The same without further terms that a model adds in training, as a router's balance.
+        """As `loss`, without extra terms that a model adds in training (a router's load balance).
 
-        By it parts of a model are weighed (`emulator=prune`).
+        `emulator=prune` computes the importance of parameters from this loss.
         """
         return self.loss(model, batch, count)
 
     def lean_loss(self, model: Any) -> Loss | None:
-        """Change `model` so that its loss takes less memory, and give the loss that goes with it.
+        """Change `model` so that its loss needs less memory, and return the function to call.
 
-        None, with the model unchanged, where `loss` is all there is.
+        Returns None and leaves the model unchanged if there is no such loss (setting `train.lean`).
         """
         return None
 
     @abstractmethod
     def answers(self, model: Any, rows: Sequence[Any], batch: Batch) -> Sequence[Answer]:
-        """What each row scores, in order.
+        """Score the rows of one batch; return one answer per row, in order.
 
         Args:
-            model: in eval mode; gradients are off.
-            rows: as the family's reader encodes them.
-            batch: of these rows, targets included, on the model's device.
+            model: the model in eval mode, with gradients off.
+            rows: rows encoded by the family's reader.
+            batch: the rows as a batch with training targets, on the model's device.
         """
 
     @abstractmethod
     def summary(self, answers: Sequence[Any], examples: Examples) -> dict[str, float]:
-        """The scores of all answers: those in `score_names`, and others of kinds of rows."""
+        """Name -> score over all answers: all of `score_names`, and scores of groups of rows."""
 
     @torch.inference_mode()
     def score(self, model: Any, rows: Sequence[EncodedRow], reader: Reader, size: int) -> list[Any]:
-        """The answer to every row, in the given order, `size` rows a forward pass."""
-        scored: dict[int, Answer] = {}
+        """Score all rows in batches of `size`; return one answer per row, in the given order."""
+        answers: dict[int, Answer] = {}
         with tqdm(desc="evaluate", total=len(rows), unit="row") as bar:
-            for group in by_length(rows, size):
-                some = [rows[index] for index in group]
-                made = reader.collate(some)
-                batch = {name: value.to(model.device) for name, value in made.items()}
-                scored |= dict(zip(group, self.answers(model, some, batch), strict=True))
-                bar.update(len(group))
-        return [scored[index] for index in range(len(rows))]
+            for indices in group_by_length(rows, size):
+                group = [rows[index] for index in indices]
+                batch = {
+                    name: value.to(model.device) for name, value in reader.collate(group).items()
+                }
+                answers |= dict(zip(indices, self.answers(model, group, batch), strict=True))
+                bar.update(len(indices))
+        return [answers[index] for index in range(len(rows))]

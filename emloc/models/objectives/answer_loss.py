@@ -1,4 +1,7 @@
-"""The loss of answer tokens without the logits of them all: an optimisation of `tokens`."""
+"""Loss of the answer tokens in chunks, so that the logits of all tokens are never in memory.
+
+The values are those of `Tokens.loss`; only the memory differs (setting `train.lean`).
+"""
 
 from __future__ import annotations
 
@@ -13,33 +16,36 @@ from emloc.data.collate import IGNORE
 from emloc.models.objectives import Batch, Loss
 from emloc.tensors.lean.loss import AnswerLoss
 
-# The relative size of what rounding does to a vector in 16 bits, with room.
+# Upper bound on the relative rounding error of a vector in 16 bits, with a margin.
 ROUNDING = 0.01
-# Logits beyond every cap in use.
+# A value above every cap on logits in use.
 LARGE = 1e3
 
 
 class IdentityHead(nn.Module):
-    """In the place of the output matrix: hands the hidden states on.
+    """Replacement of a model's output head that returns the hidden states unchanged.
 
-    While the model is probed, it answers with `given` instead.
+    While `test_logits` (V,) is set, the module returns these logits for every position instead.
     """
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.weight = weight  # some models ask it for its dtype
-        self.given: Tensor | None = None
+        self.weight = weight  # some models read the dtype of the head's weight
+        self.test_logits: Tensor | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., d) as it comes, or (..., V) made up."""
-        return hidden if self.given is None else self.given.expand(*hidden.shape[:-1], -1)
+        """Return `hidden` (..., d), or the test logits expanded to (..., V)."""
+        if self.test_logits is None:
+            return hidden
+        return self.test_logits.expand(*hidden.shape[:-1], -1)
 
 
-def answer_loss(model: PreTrainedModel) -> Loss | None:
-    """Take the output matrix off the model and give the loss that uses it; None if it cannot be.
+def install_answer_loss(model: PreTrainedModel) -> Loss | None:
+    """Replace the model's output head by `IdentityHead` and return the chunked loss.
 
-    The model then returns hidden states where it returned logits. Left alone are models whose
-    logits go through more than a scale (a cap), and those whose loss has another term (a router's).
+    The model then returns hidden states instead of logits. The model is left unchanged and None is
+    returned if the chunked loss would differ: if the model does more to its logits than scale them
+    (for one, cap them), or if its loss has another term (a router's load balance).
     """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
@@ -47,39 +53,41 @@ def answer_loss(model: PreTrainedModel) -> Loss | None:
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         return None
     weight = head.weight
-    passing = IdentityHead(weight)
+    identity = IdentityHead(weight)
     name = next(name for name, module in model.named_modules() if module is head)
-    model.set_submodule(name, passing)
-    if not _only_scales(model, passing):
+    model.set_submodule(name, identity)
+    if not _only_scales_logits(model, identity):
         model.set_submodule(name, head)
         return None
     return partial(_answer_loss, weight)
 
 
-def _only_scales(model: PreTrainedModel, passing: IdentityHead) -> bool:
-    """Whether what stands behind the head is a scale, which hidden states go through as well.
+def _only_scales_logits(model: PreTrainedModel, head: IdentityHead) -> bool:
+    """Whether the model does nothing to its logits but multiply them by a constant.
 
-    Logits far larger than any that weights may give, so that no cap stays unseen.
+    A scale may be applied to the hidden states instead, other functions may not. The test logits
+    are far larger than real logits, so that a cap would change them.
     """
-    weight = passing.weight
-    words = torch.linspace(-LARGE, LARGE, len(weight), device=weight.device, dtype=weight.dtype)
-    passing.given = words
+    weight = head.weight
+    logits = torch.linspace(-LARGE, LARGE, len(weight), device=weight.device, dtype=weight.dtype)
+    head.test_logits = logits
     ids = torch.arange(8, device=weight.device)[None]
     with torch.no_grad():
-        found = model(input_ids=ids, use_cache=False).logits[0, -1].float()
-    passing.given = None
-    given = words.float()
-    scale = (found @ given) / (given @ given)
-    return bool((found - scale * given).norm() <= ROUNDING * found.norm())
+        outputs = model(input_ids=ids, use_cache=False).logits[0, -1].float()
+    head.test_logits = None
+    inputs = logits.float()
+    scale = (outputs @ inputs) / (inputs @ inputs)
+    return bool((outputs - scale * inputs).norm() <= ROUNDING * outputs.norm())
 
 
 def _answer_loss(weight: Tensor, model: Any, batch: Batch, count: Tensor) -> Tensor:
+    """Sum of the answer tokens' cross-entropies over `count`; `weight` (V, d) is the head's."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    # The hidden state of one position is about the token of the next.
-    hidden, target = model(**inputs).logits[:, :-1], batch["labels"][:, 1:]
-    learnt = target != IGNORE
+    # The hidden state at one position predicts the token at the next position.
+    hidden, labels = model(**inputs).logits[:, :-1], batch["labels"][:, 1:]
+    is_answer = labels != IGNORE
     count = torch.as_tensor(count, device=hidden.device)
-    # Under autocast accelerate gives out a model's output in float32, which rounds back exactly.
-    rows = hidden[learnt].to(weight.dtype)
-    total: Tensor = AnswerLoss.apply(rows, weight, target[learnt], count)  # type: ignore[no-untyped-call]
+    # Under autocast, accelerate converts the output to float32; the conversion back is exact.
+    rows = hidden[is_answer].to(weight.dtype)
+    total: Tensor = AnswerLoss.apply(rows, weight, labels[is_answer], count)  # type: ignore[no-untyped-call]
     return total

@@ -92,13 +92,13 @@ def fit_rows(
             f"set compression.bits={MODEL_BITS}, or launch without FSDP"
         )
     set_seed(training_inputs.seed)
-    source.renew(model, training_inputs.seed)
+    source.redraw_fresh_modules(model, training_inputs.seed)
     if start is None:
         model = training_inputs.adapter.attach(
             model,
             training_inputs.lora,
             built_emulator.targets(training_inputs.layers),
-            source.fresh,
+            source.fresh_modules,
         )
     else:
         model = training_inputs.adapter.load(model, start, trainable=True)

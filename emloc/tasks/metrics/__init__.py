@@ -1,7 +1,7 @@
-"""Scorers of written answers: one module a metric, each with a function `score`.
+"""Scorers of generated answers: one module per metric, each with a function `score`.
 
-They take and return strings and numbers and know no other part of the package. A task names one
-by its name, such as `anls`; one of your own by its dotted path.
+Scorers work on strings and depend on no other part of the package. A task selects a scorer of this
+package by its name, such as `anls`, and a scorer of yours by its dotted path.
 """
 
 from __future__ import annotations
@@ -11,15 +11,20 @@ from typing import Protocol
 
 
 class Scorer(Protocol):
-    """What every `score` is: numbers in [0, 1] for one answer, by the names of their metrics.
+    """Function that scores one answer: metric -> number in [0, 1].
 
-    The mean over all rows is the data set's score. `references` are the answers that are right,
-    `choices` what the prompt offers to choose from, as it shows them. A row without a reference,
-    or with one that the metric can make nothing of, is a ValueError: whoever reads rows leaves
-    them out.
+    The score of a data set is the mean over its rows.
+
+    Args:
+        prediction: the generated answer.
+        references: the correct answers.
+        choices: options of a multiple-choice question, as the prompt shows them.
+
+    Raises:
+        ValueError: there is no reference, or the metric cannot use it. Tasks skip such rows.
     """
 
     def __call__(
         self, prediction: str, references: Sequence[str], choices: Sequence[str] = ()
     ) -> dict[str, float]:
-        """This one answer's numbers."""
+        """Score one answer."""

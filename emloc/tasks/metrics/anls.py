@@ -4,32 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# From here on an answer counts as another one, not as the right one misread.
+# Normalised distance from which on an answer is wrong, and no longer a misspelt correct answer.
 THRESHOLD = 0.5
 
 
 def score(
     prediction: str, references: Sequence[str], choices: Sequence[str] = ()
 ) -> dict[str, float]:
-    """`anls`: 1 - NL against the closest reference, or 0 where NL is 0.5 or more.
+    """`anls`: 1 - NL for the closest reference, or 0 if NL is at least 0.5.
 
-    NL is the edit distance over the length of the longer of the two, both in lower case, trimmed
-    and with single spaces. Two empty strings are equal.
+    NL is the edit distance of answer and reference, divided by the length of the longer text. Both
+    are compared in lower case, trimmed and with single spaces. Two empty texts are equal.
 
-    lmms-eval divides by the length before spaces are removed, and at exactly 0.5 still gives 0.5.
+    lmms-eval differs: it divides by the length before spaces are removed, and returns 0.5 if NL is
+    exactly 0.5.
 
     Raises:
         ValueError: there is no reference.
     """
     if not references:
         raise ValueError("anls: there is no reference to compare the answer to")
-    answer = _plain(prediction)
-    distance = min(_normalised_distance(answer, _plain(reference)) for reference in references)
+    answer = _normalise(prediction)
+    distance = min(_normalised_distance(answer, _normalise(reference)) for reference in references)
     return {"anls": 1 - distance if distance < THRESHOLD else 0.0}
 
 
 def edit_distance(first: str, second: str) -> int:
-    """Fewest insertions, deletions and substitutions of a character between the two."""
+    """Levenshtein distance: minimum number of inserted, deleted and replaced characters."""
     row = list(range(len(second) + 1))
     for i, left in enumerate(first, start=1):
         above, row = row, [i]
@@ -38,10 +39,12 @@ def edit_distance(first: str, second: str) -> int:
     return row[-1]
 
 
-def _plain(text: str) -> str:
+def _normalise(text: str) -> str:
+    """The text in lower case, trimmed and with single spaces."""
     return " ".join(text.lower().split())
 
 
 def _normalised_distance(first: str, second: str) -> float:
+    """Edit distance divided by the length of the longer text, in [0, 1]."""
     longer = max(len(first), len(second))
     return edit_distance(first, second) / longer if longer else 0.0

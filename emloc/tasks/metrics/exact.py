@@ -1,4 +1,4 @@
-"""Exact match: right or wrong, without a rule of its own to forgive anything but case."""
+"""Exact match of the answer with a reference, except for case and surrounding spaces."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 def score(
     prediction: str, references: Sequence[str], choices: Sequence[str] = ()
 ) -> dict[str, float]:
-    """`accuracy`: 1 if the trimmed answer is one of the references, whatever the case.
+    """`accuracy`: 1 if the trimmed answer equals a reference, with case ignored, else 0.
 
     Raises:
         ValueError: there is no reference.

@@ -5,44 +5,47 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-TOLERANCE = 0.05  # of the right number
+TOLERANCE = 0.05  # allowed error relative to the correct number
 
 
 def score(
     prediction: str, references: Sequence[str], choices: Sequence[str] = ()
 ) -> dict[str, float]:
-    """`relaxed_accuracy`: 1 if a number is within 5% of the right one, or a text is the right one.
+    """`relaxed_accuracy`: 1 if a number is within 5% of a reference, or a text equals it, else 0.
 
-    A trailing % divides by 100, so 62 is not 62%, while 0.62 is. Where one of the two is no finite
-    number, or the right one is 0, they are compared as text, whatever the case: a thousands
-    separator or a unit makes a text of a number. With several references the best one counts.
+    A number with a trailing % is divided by 100, so that 62 differs from 62%, but 0.62 equals it.
+    Answer and reference are compared as text, with case ignored, if one of them is no finite number
+    or the reference is 0. A number with a thousands separator or a unit is a text. With several
+    references the best one counts.
 
-    This is lmms-eval's rule, but for the spaces around an answer, which are trimmed here. lm-eval's
-    `chartqa` cuts the answer out of a longer text, drops commas, dollar signs and end punctuation
-    first, and takes a percentage for a plain number where only one of the two has the sign.
+    The rule is that of lmms-eval, except that spaces around the answer are removed here. lm-eval's
+    `chartqa` differs: it extracts the answer from a longer text, removes commas, dollar signs and
+    final punctuation, and ignores a % sign that only one of the two has.
 
     Raises:
         ValueError: there is no reference.
     """
     if not references:
         raise ValueError("relaxed_accuracy: there is no reference to compare the answer to")
-    right = any(_right(prediction.strip(), reference.strip()) for reference in references)
-    return {"relaxed_accuracy": float(right)}
+    correct = any(_is_correct(prediction.strip(), reference.strip()) for reference in references)
+    return {"relaxed_accuracy": float(correct)}
 
 
-def _right(prediction: str, target: str) -> bool:
-    given, wanted = _number(prediction), _number(target)
-    if given is None or not wanted:
-        return prediction.lower() == target.lower()
-    return abs(given - wanted) / abs(wanted) <= TOLERANCE
+def _is_correct(prediction: str, reference: str) -> bool:
+    """Whether the prediction matches one reference, as a number or as a text."""
+    predicted, expected = _number(prediction), _number(reference)
+    if predicted is None or not expected:
+        return prediction.lower() == reference.lower()
+    return abs(predicted - expected) / abs(expected) <= TOLERANCE
 
 
 def _number(text: str) -> float | None:
+    """The text as a number, with % as 1/100; None if it is no finite number."""
     try:
         value = float(text.removesuffix("%"))
     except ValueError:
         return None
-    # "nan" and "infinity" are words of a chart before they are numbers.
+    # In the answer to a question about a chart, "nan" and "infinity" are words.
     if not math.isfinite(value):
         return None
     return value / 100 if text.endswith("%") else value

@@ -14,31 +14,31 @@ _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 def score(
     prediction: str, references: Sequence[str], choices: Sequence[str] = ()
 ) -> dict[str, float]:
-    """`em` and `f1`, each against the reference that is best for it.
+    """`em` (exact match) and `f1` (F1 of the words), each for the reference with the best value.
 
-    Both are about the words that are left in lower case without ASCII punctuation and articles.
-    F1 counts a word as often as it is said. Where no word is left on one side, both are 1 if none
-    is left on the other, and 0 otherwise.
+    Both compare words in lower case, without ASCII punctuation and articles. F1 counts repeated
+    words. If answer or reference has no words, both scores are 1 if neither has words, else 0.
 
-    lmms-eval's `websrc` has an F1 alone: over *sets* of words and signs, with punctuation as words
-    of their own, articles left in, and 0 where a side is empty.
+    lmms-eval's `websrc` differs: it has no exact match, and its F1 compares *sets* of words, keeps
+    articles, counts punctuation as words, and is 0 if answer or reference is empty.
 
     Raises:
         ValueError: there is no reference.
     """
     if not references:
         raise ValueError("em, f1: there is no reference to compare the answer to")
-    given = words(prediction)
-    wanted = [words(reference) for reference in references]
-    return {"em": float(given in wanted), "f1": max(_f1(given, each) for each in wanted)}
+    answer = words(prediction)
+    expected = [words(reference) for reference in references]
+    return {"em": float(answer in expected), "f1": max(_f1(answer, item) for item in expected)}
 
 
 def words(text: str) -> list[str]:
-    """The words that count, in order."""
+    """Words of the text in order, in lower case, without punctuation and articles."""
     return _ARTICLE.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split()
 
 
 def _f1(first: Sequence[str], second: Sequence[str]) -> float:
+    """F1 of two lists of words, with repetitions; 1 if both are empty."""
     if not first or not second:
         return float(not first and not second)
     shared = (Counter(first) & Counter(second)).total()

@@ -1,4 +1,4 @@
-"""Soft accuracy over the answers of several people, the metric of VQA and of TextVQA.
+"""VQA accuracy: agreement with the answers of several people, the metric of VQA and TextVQA.
 
 The rules are those of the VQA challenge (Antol et al. 2015, section 3, and its evaluation script).
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-AGREE = 3  # people whose answer is right beyond doubt
+AGREE = 3  # number of people with the same answer that gives the full score
 
 _ARTICLES = {"a", "an", "the"}
 _NUMBERS = "zero one two three four five six seven eight nine ten"
@@ -29,52 +29,56 @@ _CONTRACTIONS = """
     why're why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll
     you're you've
 """
-# Each as it looks when one of its apostrophes was left out.
-_COMPLETED = {
-    word[:place] + word[place + 1 :]: word
+# Contraction with one apostrophe missing -> correct spelling.
+_APOSTROPHE_FIXES = {
+    word[:index] + word[index + 1 :]: word
     for word in _CONTRACTIONS.split()
-    for place, sign in enumerate(word)
-    if sign == "'"
+    for index, character in enumerate(word)
+    if character == "'"
 }
 
 
 def score(
     prediction: str, references: Sequence[str], choices: Sequence[str] = ()
 ) -> dict[str, float]:
-    """`vqa_accuracy`: how many people gave this answer, full marks from three on.
+    """`vqa_accuracy`: how many people gave this answer; three or more give the full score.
 
-    Each person is left out in turn and min(1, matches among the others / 3) taken; the mean of
-    these is the score. Of 10 people 1, 2, 3 and 4 who agree give 0.3, 0.6, 0.9 and 1.
+    Each person is left out in turn, and the others give min(1, matches / 3). The score is the mean
+    of these values. Among 10 people, 1, 2, 3 and 4 matches give 0.3, 0.6, 0.9 and 1.
 
-    Answer and references are normalised alike. The challenge's own script leaves the references'
-    words as they are, for they come normalised. lmms-eval's `textvqa`, like TextVQA's own
-    processor, first drops all commas and question marks and parts 's from its word.
+    Answer and references are normalised in the same way. The challenge's own script does not
+    normalise the words of the references, since they are normalised in the data. lmms-eval's
+    `textvqa` and TextVQA's own processor differ: they first remove all commas and question marks,
+    and separate 's from its word.
 
     Raises:
-        ValueError: there are fewer than 4 references, so that no answer at all could score 1.
+        ValueError: there are fewer than 4 references, so that no answer could score 1.
     """
     if len(references) <= AGREE:
         raise ValueError(
-            f"vqa_accuracy: {len(references)} references; it compares with {AGREE} besides the one "
-            "that is left out"
+            f"vqa_accuracy: {len(references)} references, but the metric needs at least {AGREE + 1}"
         )
     answer = normalise(prediction)
     matches = [normalise(reference) == answer for reference in references]
-    among_others = [min(AGREE, sum(matches) - match) for match in matches]
-    return {"vqa_accuracy": sum(among_others) / (AGREE * len(references))}
+    other_matches = [min(AGREE, sum(matches) - match) for match in matches]
+    return {"vqa_accuracy": sum(other_matches) / (AGREE * len(references))}
 
 
 def normalise(text: str) -> str:
-    """The answer in lower case, without articles and punctuation, numbers to ten in digits.
+    """The answer in lower case, without articles and punctuation; numbers to ten become digits.
 
-    A punctuation mark leaves a space behind, unless it stands beside one somewhere in the text or
-    a number in the text is grouped by commas. An apostrophe or a colon stays, and so does a period
-    before a digit.
+    A punctuation mark is replaced by a space. It is removed without a space if it is next to a
+    space anywhere in the text, or if the text has a number with a comma. Apostrophes, colons, and
+    periods before a digit are kept.
     """
     text = " ".join(text.split())
-    grouped = _COMMA_IN_NUMBER.search(text) is not None
-    loose = {mark for mark in _PUNCTUATION if f"{mark} " in text or f" {mark}" in text}
-    blanks = {ord(mark): "" if grouped or mark in loose else " " for mark in _PUNCTUATION}
-    words = _PERIOD.sub("", text.translate(blanks)).lower().split()
-    digits = (_DIGITS.get(word, word) for word in words)
-    return " ".join(_COMPLETED.get(word, word) for word in digits if word not in _ARTICLES)
+    has_comma_number = _COMMA_IN_NUMBER.search(text) is not None
+    beside_space = {mark for mark in _PUNCTUATION if f"{mark} " in text or f" {mark}" in text}
+    replacements = {
+        ord(mark): "" if has_comma_number or mark in beside_space else " " for mark in _PUNCTUATION
+    }
+    words = _PERIOD.sub("", text.translate(replacements)).lower().split()
+    with_digits = (_DIGITS.get(word, word) for word in words)
+    return " ".join(
+        _APOSTROPHE_FIXES.get(word, word) for word in with_digits if word not in _ARTICLES
+    )

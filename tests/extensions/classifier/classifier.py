@@ -190,12 +190,12 @@ class Classifier(ModelFamily):
         return Classes()
 
     @property
-    def fresh(self) -> tuple[str, ...]:
+    def fresh_modules(self) -> tuple[str, ...]:
         """The head."""
         return (self.head,)
 
     @property
-    def changes(self) -> dict[str, Any]:
+    def config_changes(self) -> dict[str, Any]:
         """As many outputs as classes, by name."""
         named = dict(enumerate(self.classes))
         return {"id2label": named, "label2id": {name: index for index, name in named.items()}}
@@ -215,7 +215,7 @@ class EncoderClassifier(Classifier):
         return ClassReading(tuple(self.classes), sees=False)
 
     @property
-    def longest(self) -> int:
+    def length_limit(self) -> int:
         """Tokens of an example, at most."""
         return self.max_length
 

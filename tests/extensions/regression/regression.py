@@ -207,16 +207,16 @@ class VectorModel(ModelFamily):
         return Flow(self.steps)
 
     @property
-    def longest(self) -> int:
+    def length_limit(self) -> int:
         """Tokens of an example, at most."""
         return self.max_length
 
     @property
-    def fresh(self) -> tuple[str, ...]:
+    def fresh_modules(self) -> tuple[str, ...]:
         """What no RoBERTa has."""
         return ("entry", "exit")
 
     @property
-    def changes(self) -> dict[str, Any]:
+    def config_changes(self) -> dict[str, Any]:
         """As many outputs as numbers."""
         return {"num_labels": self.size}
