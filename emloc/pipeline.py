@@ -19,8 +19,8 @@ from emloc.runtime.manifest import DamagedError, set_aside
 from emloc.runtime.memory import GIB, stay_within
 from emloc.runtime.stage_cache import Artifact, Facts, Store
 from emloc.stages import (
-    CARRIED,
     EMULATOR,
+    RECOVERED,
     SCORES,
     SCORES_AS_TRAINED,
     STATISTICS,
@@ -31,7 +31,7 @@ from emloc.stages.compatibility import check_compatible
 from emloc.stages.evaluation.evaluate import headline
 from emloc.stages.run_config import RunConfig
 from emloc.stages.training.callbacks import Report
-from emloc.stages.training.lean_setup import obstacle
+from emloc.stages.training.lean_setup import required_override
 from emloc.tasks.generic import generic_text
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Result:
     @property
     def recovered(self) -> Artifact | None:
         """The adapter for the original model."""
-        return self.current.get(CARRIED)
+        return self.current.get(RECOVERED)
 
     @property
     def evaluated(self) -> Artifact:
@@ -99,8 +99,8 @@ def run(run_config: RunConfig, store: Store, report: Report) -> Result:
     damaged: set[Path] = set()
     while True:
         try:
-            context = _through_stages(replace(context, made={}, current={}), store)
-            return Result(metric, context.made, context.current)
+            context = _through_stages(replace(context, artifacts={}, current={}), store)
+            return Result(metric, context.artifacts, context.current)
         except DamagedError as error:
             if error.folder in damaged:
                 raise
@@ -120,7 +120,7 @@ def _through_stages(context: Context, store: Store) -> Context:
                 together=stage.together(context),
                 context=context,
             )
-            context.made[name] = context.current[stage.gives] = artifact
+            context.artifacts[name] = context.current[stage.gives] = artifact
     return context
 
 
@@ -187,7 +187,11 @@ def _fit(run_config: RunConfig, adapter: Adapter, source: Source) -> TrainingInp
         ConfigError: the rank is above what the smallest adapted layer can hold, or activations are
             to wait on the host in a training that is not lean.
     """
-    wanted = obstacle(run_config.lora, source.dtype) if run_config.train.host_activations else None
+    wanted = (
+        required_override(run_config.lora, source.dtype)
+        if run_config.train.host_activations
+        else None
+    )
     if wanted:
         raise ConfigError(
             f"train.host_activations=true is of the lean training, which needs {wanted}; "

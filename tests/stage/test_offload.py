@@ -25,7 +25,7 @@ from emloc.models.objectives.tokens import Tokens
 from emloc.pipeline import run
 from emloc.runtime.stage_cache import Artifact, Store
 from emloc.stages.run_config import build
-from emloc.stages.training.lean_setup import prepare
+from emloc.stages.training.lean_setup import prepare_model
 from emloc.stages.training.train import train
 
 CPU = torch.device("cpu")
@@ -151,7 +151,7 @@ def test_frozen_blocks_of_a_vision_tower_are_streamed_and_not_recomputed(tiny, t
         torch.manual_seed(0)
         adapter = Lora()
         tuned = adapter.attach(model, LORA, linears(model, r".*language_model.*_proj"))
-        lean, loss = prepare(tuned, adapter, recipe, Tokens())
+        lean, loss = prepare_model(tuned, adapter, recipe, Tokens())
         assert lean
         for name, parameter in tuned.named_parameters():
             if "lora_B" in name:

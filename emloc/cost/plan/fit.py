@@ -23,7 +23,7 @@ from emloc.models.family import ModelFamily
 from emloc.precision import Precision, bits_of
 from emloc.runtime.memory import GIB
 from emloc.stages.run_config import RunConfig, formats
-from emloc.stages.training.lean_setup import obstacle
+from emloc.stages.training.lean_setup import required_override
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,11 @@ def scheme_of(
         ConfigError: the training is not the lean one, a pattern matches no layer, or the ratio
             leaves a layer without rank.
     """
-    wanted = obstacle(run_config.lora, source.dtype) if run_config.train.lean else "train.lean=true"
+    wanted = (
+        required_override(run_config.lora, source.dtype)
+        if run_config.train.lean
+        else "train.lean=true"
+    )
     if wanted:
         raise ConfigError(f"only the lean training is planned with; set {wanted}")
     whole = TrainingLayout(
