@@ -16,7 +16,7 @@ from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.runtime.distributed import own_device
 from emloc.runtime.manifest import DamagedError, set_aside
-from emloc.runtime.memory import GIB, stay_within
+from emloc.runtime.memory import GIB, limit_device_memory
 from emloc.runtime.stage_cache import Artifact, Facts, Store
 from emloc.stages import (
     EMULATOR,
@@ -131,7 +131,7 @@ def checked(run_config: RunConfig, store: Store, report: Report) -> tuple[str, C
         ConfigError: something cannot be right.
     """
     device, host = own_device(), int(run_config.budget.host_gib * GIB)
-    stay_within(device, run_config.budget.gpu_gib)
+    limit_device_memory(device, run_config.budget.gpu_gib)
     emulator, adapter, recovery = run_config.emulator, run_config.adapter, run_config.recovery
     check_compatible(emulator, adapter, recovery, run_config.train)
     run_config = replace(run_config, model=emulator.model(run_config.model, run_config.compression))

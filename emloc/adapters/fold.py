@@ -16,7 +16,7 @@ from emloc.adapters.saved import SavedLora
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.models.checkpoint.weights import SafetensorsWeights
-from emloc.runtime.atomic import whole_folder
+from emloc.runtime.atomic import atomic_folder
 
 
 def merge(source: Source, adapter: SavedLora, target: Path) -> Path:
@@ -41,7 +41,7 @@ def merge(source: Source, adapter: SavedLora, target: Path) -> Path:
     if missing:
         raise ConfigError(f"the model holds no layer {missing[0]}; the adapter is for another one")
     fresh = _fresh(source, weights, adapter)
-    with whole_folder(target) as draft:
+    with atomic_folder(target) as draft:
         _fill(draft, weights, adapter, fresh)
     return target
 

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from emloc.runtime.manifest import whole
-from emloc.runtime.safetensors_file import write_shard
+from emloc.runtime.manifest import verified_file
+from emloc.runtime.safetensors_file import write_safetensors
 from emloc.tensors.linalg.gram import gram, product
 
 # Tokens whose outputs are formed at once: in float64, inputs and outputs of a whole batch would be
@@ -66,12 +66,12 @@ class Statistics:
         tensors = {f"input.{site}": total for site, total in self.inputs.items()}
         tensors |= {f"output.{layer}": total for layer, total in self.outputs.items()}
         facts = {"sites": json.dumps(self.sites), "tokens": str(self.tokens)}
-        write_shard(path, tensors, facts)
+        write_safetensors(path, tensors, facts)
 
     @staticmethod
     def load(path: Path) -> Statistics:
         """Read what `save` wrote."""
-        with safe_open(whole(path), framework="pt") as file:
+        with safe_open(verified_file(path), framework="pt") as file:
             facts = file.metadata()
             found = Statistics(json.loads(facts["sites"]), tokens=int(facts["tokens"]))
             for name in file.keys():  # noqa: SIM118 - the file is no mapping

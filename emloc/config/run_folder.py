@@ -20,7 +20,7 @@ from emloc.config.settings import DECISIVE, SECTIONS
 from emloc.config.stage_order import standard_stages
 from emloc.runtime.atomic import write_json
 from emloc.runtime.digest import digest
-from emloc.runtime.distributed import LOOK, process_start, world_size
+from emloc.runtime.distributed import POLL_SECONDS, process_start, world_size
 from emloc.runtime.keys import class_name, without_neutral
 from emloc.runtime.quiet_libraries import quiet
 
@@ -102,7 +102,7 @@ class Run:
         ] < process_start():
             if time.monotonic() >= latest:
                 return False
-            time.sleep(LOOK)
+            time.sleep(POLL_SECONDS)
         return True
 
     def finish(self, metrics: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from emloc.emulators.full import Full, in_blocks, quantized_layers
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.precision import Precision, require_format
-from emloc.runtime.distributed import sharded
+from emloc.runtime.distributed import is_sharded
 from emloc.tensors.nn.streamed import StreamedBlocks
 from emloc.tensors.nn.surgery import put
 
@@ -100,7 +100,7 @@ def load_streamed(
 
 
 def _refuse_shards() -> None:
-    if sharded():
+    if is_sharded():
         raise ConfigError(
             "emulator=offload keeps whole blocks in host memory, and FSDP would split them; "
             "launch without FSDP, or set emulator=full"

@@ -19,7 +19,13 @@ from omegaconf import DictConfig
 from emloc.config.run_folder import Run
 from emloc.errors import ConfigError, StageError
 from emloc.report.tracking.metrics_log import Record, stage_line, training_line
-from emloc.runtime.distributed import is_first, rank, sharded, silence_other_processes, world_size
+from emloc.runtime.distributed import (
+    is_first,
+    is_sharded,
+    rank,
+    silence_other_processes,
+    world_size,
+)
 from emloc.runtime.quiet_libraries import quiet
 
 if TYPE_CHECKING:
@@ -222,7 +228,7 @@ def _pipeline(cell: RunConfig, report: Report) -> Result:
     from emloc.runtime.gpu_lock import own_slot
     from emloc.runtime.stage_cache import open_store
 
-    sharded()  # refused now rather than behind the emulator
+    is_sharded()  # refused now rather than behind the emulator
     store = open_store()
     with own_slot(cell.budget.jobs_per_gpu, store.root / "devices"):
         return run(cell, store, report)

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from emloc.errors import ConfigError
 from emloc.runtime.digest import digest
-from emloc.runtime.manifest import lists_all, seal
+from emloc.runtime.manifest import has_complete_manifest, seal
 from emloc.runtime.stage_cache import set_aside_if_damaged
 
 # File name extension -> loader of `datasets`. The order decides when a split has several files.
@@ -197,7 +197,7 @@ def _prepared(source: Mapping[str, Any]) -> Iterator[None]:
     with FileLock(home.with_suffix(".lock")):
         set_aside_if_damaged(home, "task")
         yield
-        if not lists_all(home):  # each configuration and choice of splits adds files
+        if not has_complete_manifest(home):  # each configuration and choice of splits adds files
             seal(home)
 
 

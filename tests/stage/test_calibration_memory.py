@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 import torch
 from emloc.calibration.calibrate import observe
-from emloc.runtime.memory import Peak, process_bytes
+from emloc.runtime.memory import MemoryPeak, process_bytes
 from emloc.models.checkpoint.source import Source
 from emloc.calibration.blockwise import by_block, open_walk
 
@@ -28,7 +28,7 @@ def measure(folder, host_bytes):
     source = Source(Path(folder), "deep", "deep", torch.float32)
     layers = by_block(name for name in source.linears if ".layers." in name)
     run = open_walk(source, batches, list(layers), torch.device("cpu"), host_bytes=host_bytes)
-    with Peak() as peak:
+    with MemoryPeak() as peak:
         start = process_bytes()
         for block in run:
             observe(block, layers[block.name], whole=False)

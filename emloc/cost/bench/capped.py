@@ -15,7 +15,7 @@ from emloc.cost.bench.setting import BenchSetup, RandomSamples, fresh, out_of_me
 from emloc.emulators import BuildInputs, BuiltEmulator
 from emloc.errors import StageError
 from emloc.recovery import Recovery, RecoveryInputs
-from emloc.runtime.memory import GIB, HostMemoryPeak, stay_within
+from emloc.runtime.memory import GIB, HostMemoryPeak, limit_device_memory
 from emloc.runtime.stage_cache import Artifact, Store
 from emloc.stages.training.callbacks import Report
 from emloc.stages.training.train import fit_rows
@@ -39,7 +39,7 @@ def capped(work: str, model: str, ratio: float, method: str, gb: float) -> Itera
         ),
     )
     fresh(setting.device)
-    stay_within(setting.device, gb * 1e9 / GIB)
+    limit_device_memory(setting.device, gb * 1e9 / GIB)
     what = f"build, {STEPS} steps, correct, save in {gb:g} GB: peak reserved"
     with tempfile.TemporaryDirectory() as folder, HostMemoryPeak() as host:
         try:

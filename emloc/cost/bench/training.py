@@ -28,7 +28,7 @@ from emloc.emulators.size import ranks_at
 from emloc.models.checkpoint.source import Source
 from emloc.precision import require_format
 from emloc.precision.nf4 import Nf4Linear
-from emloc.runtime.memory import GIB, stay_within
+from emloc.runtime.memory import GIB, limit_device_memory
 from emloc.stages.run_config import precision_of
 from emloc.stages.training.train import fit_rows
 from emloc.tensors.nn.factorized import Factorized, PackedFactorized
@@ -93,9 +93,9 @@ def training(
     lora, qlora = (tried(partial(scripted, setting, peer)) for peer in (whole, quantized))
     for name, opener, target in zip(names, (thin, thin_nf4), targets, strict=False):
         # On a device no larger than the target; the peers had all of it.
-        stay_within(setting.device, target.gb * 1e9 / GIB)
+        limit_device_memory(setting.device, target.gb * 1e9 / GIB)
         ours = tried(partial(fitted, setting, opener))
-        stay_within(setting.device, None)
+        limit_device_memory(setting.device, None)
         yield from beside(name, ours, lora, qlora, target if setting.full else None)
     work = StepShape.of(setting.run_config.train, setting.length, setting.answer)
     four = precision_of(FOUR_BITS)

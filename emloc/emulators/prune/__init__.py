@@ -28,8 +28,8 @@ from emloc.emulators.size import share_of_linears, size_facts, solved
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import CPU, Source
 from emloc.precision import Precision, require_format
-from emloc.runtime.manifest import whole
-from emloc.runtime.safetensors_file import write_shard
+from emloc.runtime.manifest import verified_file
+from emloc.runtime.safetensors_file import write_safetensors
 from emloc.tensors.linalg.prune import keep_best, keep_evenly, least, spans
 
 log = logging.getLogger(__name__)
@@ -144,8 +144,8 @@ class Prune(Emulator):
         scores = self._scores(source, build_inputs, units, device)
         budget = build_inputs.plan["parameters"] - (_numbers(layers) - inside)
         kept = SPREADS[self.spread](units, scores, budget)
-        write_shard(folder / KEPT, _indices(units, kept), {})
-        write_shard(folder / "scores.safetensors", scores, {})
+        write_safetensors(folder / KEPT, _indices(units, kept), {})
+        write_safetensors(folder / "scores.safetensors", scores, {})
 
         table: dict[str, dict[str, Any]] = {
             layer: {"shape": list(source.linears[layer]), "bits": build_inputs.bits}
@@ -185,7 +185,7 @@ class Prune(Emulator):
 
     def kept(self, folder: Path, layer: str) -> tuple[Tensor | None, Tensor | None]:
         """The rows and the columns that are left of a layer, ascending; None where all are."""
-        with safe_open(whole(folder / KEPT), framework="pt") as file:
+        with safe_open(verified_file(folder / KEPT), framework="pt") as file:
             names, held = (f"{layer}.rows", f"{layer}.columns"), set(file.keys())
             rows, columns = (file.get_tensor(n) if n in held else None for n in names)
         return rows, columns

@@ -30,8 +30,8 @@ from emloc.models.checkpoint.source import CPU, Source
 from emloc.precision import Precision
 from emloc.runtime.journal import Journal
 from emloc.runtime.keys import neutral
-from emloc.runtime.manifest import whole
-from emloc.runtime.safetensors_file import write_shard
+from emloc.runtime.manifest import verified_file
+from emloc.runtime.safetensors_file import write_safetensors
 from emloc.tensors.linalg.allocate import greedy
 
 ALGORITHMS = ("subspace", "eigen", "whiten")
@@ -210,9 +210,9 @@ class Svd(Emulator):
             for name, block in tqdm(run, "spectra", total=len(blocks), unit="block"):
                 known = self._known(name, block, blocks[name], build_inputs)
                 found |= spectra(weights_of(source, block, blocks[name], device), known)
-            write_shard(path, found, {})
+            write_safetensors(path, found, {})
         shapes = {layer: source.linears[layer] for layer in build_inputs.plan}
-        return greedy(load_file(whole(path)), shapes, build_inputs.plan, self.multiple)
+        return greedy(load_file(verified_file(path)), shapes, build_inputs.plan, self.multiple)
 
     def open(
         self,

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from emloc.emulators.svd.factors import LayerFactors
 from emloc.precision import Precision, require_format
-from emloc.runtime.manifest import whole
-from emloc.runtime.safetensors_file import write_shard
+from emloc.runtime.manifest import verified_file
+from emloc.runtime.safetensors_file import write_safetensors
 from emloc.tensors.nn.factorized import Factorized, PackedFactorized
 
 
@@ -32,7 +32,7 @@ def save_factors(found: Mapping[str, LayerFactors], path: Path) -> None:
         else:
             ut = one.v.precision.quantize(factors.u.T)
             tensors |= one.v.tensors(f"{layer}.v") | ut.tensors(f"{layer}.ut")
-    write_shard(path, tensors, {layer: json.dumps(one.facts) for layer, one in found.items()})
+    write_safetensors(path, tensors, {layer: json.dumps(one.facts) for layer, one in found.items()})
 
 
 def load_factors(
@@ -48,7 +48,7 @@ def load_factors(
         ValueError: they are packed, and in no format or another one.
     """
     found: dict[str, Factorized | PackedFactorized] = {}
-    with safe_open(whole(path), framework="pt", device=str(device)) as file:
+    with safe_open(verified_file(path), framework="pt", device=str(device)) as file:
         held = set(file.keys())
         for layer, bias in biases.items():
             packed = (f"{layer}.v.", f"{layer}.ut.")
@@ -65,5 +65,5 @@ def load_factors(
 
 def facts_of(path: Path) -> dict[str, Any]:
     """Layer -> what is known of it, by name: the file keeps no order."""
-    with safe_open(whole(path), framework="pt") as file:
+    with safe_open(verified_file(path), framework="pt") as file:
         return {layer: json.loads(facts) for layer, facts in sorted(file.metadata().items())}

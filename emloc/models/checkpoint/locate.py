@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from emloc.config.paths import EXPERIMENTS
 from emloc.errors import ConfigError
-from emloc.runtime.atomic import whole_folder
+from emloc.runtime.atomic import atomic_folder
 from emloc.runtime.digest import digest
 from emloc.runtime.manifest import seal
 from emloc.runtime.stage_cache import open_store, set_aside_if_damaged
@@ -100,7 +100,7 @@ def _from_package(package: str | None) -> tuple[Path, str]:
     with FileLock(home.with_name(home.name + ".lock")):
         set_aside_if_damaged(home, "model")
         if not home.exists():
-            with whole_folder(home) as draft:
+            with atomic_folder(home) as draft:
                 _convert(found[0], draft)
                 seal(draft)
     return home, f"{package}:{content}"

@@ -10,7 +10,7 @@ import torch
 from emloc.adapters import Adapter
 from emloc.config.settings import LoraSettings, TrainSettings
 from emloc.models.objectives import Loss, Objective
-from emloc.runtime.distributed import sharded
+from emloc.runtime.distributed import is_sharded
 from emloc.tensors.lean.activations import offload_layer_inputs
 from emloc.tensors.lean.model import offload_embedding, recompute_layers
 from emloc.tensors.lean.modules import fuse_modules
@@ -27,7 +27,7 @@ def required_override(lora: LoraSettings, dtype: torch.dtype) -> str | None:
     for is_obstacle, override in (
         (lora.dropout > 0, "lora.dropout=0"),
         (dtype == torch.float16, "model.dtype=bfloat16"),
-        (sharded(), "ACCELERATE_USE_FSDP=false"),
+        (is_sharded(), "ACCELERATE_USE_FSDP=false"),
     ):
         if is_obstacle:
             return override

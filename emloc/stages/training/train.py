@@ -30,7 +30,7 @@ from emloc.emulators import BuiltEmulator
 from emloc.errors import ConfigError
 from emloc.models.objectives import Batch
 from emloc.precision import PackedLayer
-from emloc.runtime.distributed import is_first, sharded
+from emloc.runtime.distributed import is_first, is_sharded
 from emloc.stages.training.callbacks import Clock, Progress, Report
 from emloc.stages.training.lean_setup import prepare_model, required_override
 from emloc.stages.training.trainer import FiniteTrainer, make_whole, newest_whole_checkpoint
@@ -96,8 +96,10 @@ def fit_rows(
     source = built_emulator.source
     # Weights that FSDP splits stay in host memory, mapped from their files, and move to the device
     # block by block.
-    model = built_emulator.open(torch.device("cpu") if sharded() else device)
-    if sharded() and (packed_layers := [m for m in model.modules() if isinstance(m, PackedLayer)]):
+    model = built_emulator.open(torch.device("cpu") if is_sharded() else device)
+    if is_sharded() and (
+        packed_layers := [m for m in model.modules() if isinstance(m, PackedLayer)]
+    ):
         raise ConfigError(
             f"FSDP cannot split weights of {packed_layers[0].matrix.precision.bits} bits; "
             f"set compression.bits={MODEL_BITS}, or launch without FSDP"

@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from emloc.adapters import Adapter
 from emloc.errors import ConfigError
 from emloc.models.objectives import Batch, Loss, Objective
-from emloc.runtime.distributed import is_first, sharded
+from emloc.runtime.distributed import is_first, is_sharded
 from emloc.runtime.manifest import flaw_of, seal, set_aside
 from emloc.tensors.nn.surgery import put
 
@@ -93,7 +93,7 @@ class FiniteTrainer(Trainer):
         """Configure FSDP after the Trainer has created its accelerator."""
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
-        if sharded() and state.distributed_type == DistributedType.MULTI_CPU:
+        if is_sharded() and state.distributed_type == DistributedType.MULTI_CPU:
             # On CPUs accelerate ignores FSDP and silently trains unsharded copies.
             state.distributed_type = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin()
