@@ -23,7 +23,7 @@ from emloc.config.settings import (
     LoraSettings,
     TrainSettings,
 )
-from emloc.config.stage_order import in_order
+from emloc.config.stage_order import order_stages
 from emloc.emulators import Emulator
 from emloc.errors import ConfigError
 from emloc.models.family import ModelFamily
@@ -70,7 +70,7 @@ def build(cfg: DictConfig) -> RunConfig:
     if unknown:
         raise ConfigError(f"{unknown[0]}: there is no such setting")
     values = {name: _value(cfg, name) for name in names}
-    order = in_order({name: stage.after for name, stage in values["stage"].items()})
+    order = order_stages({name: stage.after for name, stage in values["stage"].items()})
     run_config = RunConfig(**values | {"stage": {name: values["stage"][name] for name in order}})
     return replace(
         run_config, precision=precision_of(run_config.compression.bits, run_config.precision)

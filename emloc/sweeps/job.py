@@ -62,7 +62,7 @@ def run_cell(cfg: DictConfig) -> float | None:
     if not is_first():
         return _follow(cfg, run)
     asked = time.time()
-    with run.alone():
+    with run.exclusive():
         if run.done and run.status["time"] >= asked:  # by another process, while this one waited
             return float(run.metrics["score"])
         begin(run, cfg, hydra.runtime.choices)
@@ -139,7 +139,7 @@ def _follow(cfg: DictConfig, run: Run) -> float | None:
     except Exception as error:  # why: as in the first process
         _crashed(run, error)
         raise
-    run.ended(within=math.inf)
+    run.wait_until_ended(within=math.inf)
     return float(run.metrics["score"]) if run.done else None
 
 
@@ -169,7 +169,7 @@ def _recorded(run: Run) -> bool:
     """Whether it is known how the run ended. What fails in one process fails in the first, too,
     or leaves it waiting: then the other one records it.
     """
-    return run.ended(within=0 if is_first() else GRACE)
+    return run.wait_until_ended(within=0 if is_first() else GRACE)
 
 
 def _by() -> str:

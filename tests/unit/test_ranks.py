@@ -70,18 +70,18 @@ def test_a_process_alone_leaves_no_notice(tmp_path):
 def test_a_run_has_ended_when_it_was_recorded_in_this_launch(of_two, tmp_path, monkeypatch):
     of_two(1)
     run = Run(tmp_path)
-    assert not run.ended(within=0)
+    assert not run.wait_until_ended(within=0)
     run.mark(RUNNING)
     naps = []  # on a clock that nothing else moves
     with monkeypatch.context() as clock:
         clock.setattr(time, "monotonic", lambda: sum(naps))
         clock.setattr(time, "sleep", naps.append)
-        assert not run.ended(within=0.3)
+        assert not run.wait_until_ended(within=0.3)
     assert 0.3 <= sum(naps) < 5
     run.mark("failed", stage="train", error="why")
-    assert run.ended(within=0)
+    assert run.wait_until_ended(within=0)
     (tmp_path / "status.json").write_text(json.dumps({"state": DONE, "time": process_start() - 1}))
-    assert not run.ended(within=0)
+    assert not run.wait_until_ended(within=0)
 
 
 def test_the_number_of_processes_decides_the_run_folder(of_two):
