@@ -9,7 +9,7 @@ from pathlib import Path
 from emloc.adapters import Adapter
 from emloc.adapters.training_inputs import TrainingInputs
 from emloc.calibration.samples import Samples, choose
-from emloc.cost.plan.solve import solved
+from emloc.cost.plan.solve import solve_auto_compression
 from emloc.data.examples import Examples
 from emloc.data.reader import Reader
 from emloc.errors import ConfigError
@@ -139,7 +139,7 @@ def checked(run_config: RunConfig, store: Store, report: Report) -> tuple[str, C
     reader = source.reader()  # random weights may have none
     source.require(list(source.sizes))
     layers = run_config.model.compressed(source)
-    run_config = solved(run_config, source)
+    run_config = solve_auto_compression(run_config, source)
     planned = emulator.plan(source, layers, run_config.compression)
     training_inputs = _fit(run_config, adapter, source) if adapter.trains else None
     metric = headline(run_config.task, run_config.eval, source.objective)

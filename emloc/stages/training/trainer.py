@@ -115,6 +115,11 @@ class FiniteTrainer(Trainer):
             seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> WholeSteps:
+        """Return the sampler of the training rows.
+
+        Raises:
+            ConfigError: several processes would share a step with more rows than there are.
+        """
         rows = self.train_dataset if train_dataset is None else train_dataset
         args = self.args
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -45,6 +45,7 @@ class HarnessModel(HFMultimodalLM):
         super().__init__(model, batch_size=batch_size, image_string="<image>")
 
     def _create_tokenizer(self, *_: Any, **__: Any) -> None:
+        """Use the reader's tokenizer; lm-eval would load the checkpoint's processor."""
         self.tokenizer = self.processor = self._reader.tokenizer
 
     def tok_batch_multimodal_encode(
