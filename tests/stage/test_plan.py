@@ -294,7 +294,7 @@ def test_a_budget_gets_the_largest_ratio_that_fits(bits, caplog):
     room = run_config.budget.gpu_gib * GIB * (1 - RESERVE)
     assert peak(run_config, chosen.ratio, bits) <= room
     assert peak(run_config, round(chosen.ratio + 0.01, 2), bits) > room
-    said = f"compression=auto: ratio {chosen.ratio:.2f} at {bits} bits within"
+    said = f"compression=auto: ratio {chosen.ratio:.2f} at {bits} bits is the largest within"
     assert said in caplog.text
 
 
