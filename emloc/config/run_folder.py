@@ -137,7 +137,7 @@ def folder_name(config: DictConfig) -> str:
         del decisive["stage"]
     if config.compression.ratio is None:  # compression=auto: the budget determines the ratio
         decisive["gpu_gib"] = config.budget.gpu_gib
-    if world_size() > 1:  # an optimizer step has the rows of all processes
+    if world_size() > 1:  # more processes make an optimizer step larger
         decisive["processes"] = world_size()
     words = (config.method, config.model.name, config.task.name, f"s{config.seed}")
     return "-".join([*words, digest(decisive)[:8]])

@@ -103,7 +103,7 @@ class Store:
         bound_to = key_of(getattr(_require_named(work), "__self__", None))
         key = digest([LAYOUT, name, version, bound_to, [key_of(item) for item in inputs]])
         shared = together and world_size() > 1
-        if shared:  # an optimizer step has the rows of all processes
+        if shared:  # more processes make an optimizer step larger
             key = digest([key, world_size()])
         target = self.root / name / key
         if target.exists() and flaw_of(target) is None:
@@ -206,7 +206,9 @@ def _attempt(name: str, draft: Path, work: BoundWork, failure: Failure) -> Facts
             raise
         if is_first():
             set_aside(error.folder)
-        raise failure(name, f"{error}; start the run again, which computes it again") from error
+        raise failure(
+            name, f"{error}; start the run again to compute this artifact again"
+        ) from error
     except Exception as error:  # why: the record of any failure has to name the stage
         raise failure(name, f"{type(error).__name__}: {error}") from error
 

@@ -70,7 +70,7 @@ class Stage(Part):
     subclass are its settings, which are part of its cache key.
     """
 
-    version: ClassVar[int] = 1  # to raise when the meaning of the artifact's files changes
+    version: ClassVar[int] = 1  # raise this number when the meaning of the artifact's files changes
     gives: ClassVar[str]  # kind of its artifact: a kind from above, or a new one
     reads_samples: ClassVar[bool] = False  # whether the stage itself reads calibration samples
     # File of the artifact -> name of its copy in the run's folder.

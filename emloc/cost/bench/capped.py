@@ -52,7 +52,7 @@ def capped(benchmark: str, model: str, ratio: float, method: str, gb: float) -> 
         saved = sum(file.stat().st_size for file in (stages[-1].folder / "adapter").iterdir())
         disk = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
         facts = {stage.stage: stage.facts for stage in stages}
-    # Without a GPU the facts hold peaks of host memory, which are left out.
+    # Without a GPU the stages measure host memory instead, which is left out here.
     peak_gbs = {
         name: values["peak_gib"] * GIB / 1e9 if setup.is_full_size else nan
         for name, values in facts.items()

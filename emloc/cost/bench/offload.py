@@ -141,7 +141,7 @@ def measure_fsdp(setup: BenchSetup) -> TrainingFigures:
     for part in (*blocks, tuned):
         fully_shard(part, mesh=mesh, offload_policy=policy)
     tuned.train()
-    reset_memory(device)  # the unsharded model was on the device
+    reset_memory(device)  # leaves out the unsharded model, which was on the device before
     trainable = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=run_config.train.learning_rate)
     ends: list[float] = []

@@ -88,12 +88,12 @@ def _step_seconds(
 
     The longer of the two times counts.
     """
-    tokens = step_shape.batch * step_shape.length  # of one forward pass
+    tokens = step_shape.batch * step_shape.length  # tokens of one forward pass
     passes = 3 if step_shape.checkpointing else 2
     multiplications = sum(layout.multiplications(layer) for layer in layout.adapted)
     device_seconds = 2 * multiplications * tokens * passes / (UTILISATION * gpu.bf16 * 1e12)
     device_seconds += layout.dequantised_bytes * passes / (UTILISATION * gpu.bandwidth * 1e12)
-    if layout.precision is not None:  # the trace has no packed matrices
+    if layout.precision is not None:  # the trace does not contain the dequantisation
         matrices = len(layout.adapted) * (2 if layout.ranks else 1)
         operations += layout.precision.forming * passes * matrices
     return step_shape.accumulate * max(device_seconds, operations * SECONDS_PER_OPERATION)

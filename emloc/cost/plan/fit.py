@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 RESERVE = 0.06
 # Bytes that the libraries for matrix products and attention allocate for themselves.
 WORKSPACE = 64 * 2**20
-# From this ratio on, fewer bits with a larger ratio would gain nothing.
+# A ratio this large is good enough: fewer bits are not chosen to reach a larger one.
 NEARLY_ALL = 0.9
 RATIOS = [count / 100 for count in range(1, 100)]
 # Bytes of a parameter or a gradient in float32, and of the two moments of AdamW for a parameter.
@@ -47,10 +47,10 @@ class MemoryNeed:
     """
 
     weights: int  # frozen weights
-    adapter: int  # with optimizer state, and with gradients if they are accumulated over passes
+    adapter: int  # parameters, optimizer state, and gradients if they are accumulated over passes
     activations: int  # temporary tensors of a pass, with its gradients
     scratch: int  # buffers for dequantised matrices, and memory of libraries
-    opening: int  # before the first step: the embedding and the adapter
+    opening: int  # embedding and adapter before the first step
     operations: int  # operations that one pass dispatches
 
     @property

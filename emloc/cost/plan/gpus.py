@@ -16,7 +16,7 @@ class Gpu:
     fp64: (
         float  # floating-point operations in float64, on tensor cores if the GPU has some for them
     )
-    bandwidth: float  # bytes of device memory
+    bandwidth: float  # bytes that are read from or written to device memory
 
 
 GPUS = {

@@ -65,10 +65,10 @@ class TrainingLayout:
     adapted: Layers  # layers with a LoRA
     compressed: Layers  # layers that the emulator may compress
     lora: LoraSettings
-    ranks: Ranks  # of the compressed layers; empty: no layer is factorised
+    ranks: Ranks  # rank of each factorised layer; empty: no layer is factorised
     precision: (
         Precision | None
-    )  # of compressed layers, or of all layers in blocks if `ranks` is empty
+    )  # packed format of factorised layers; without ranks, of all layers in blocks
 
     @property
     def source(self) -> Source:
@@ -221,7 +221,7 @@ class TrainingLayout:
             recompute_layers(model)
         if step_shape.host_activations:
             offload_layer_inputs(model)
-        if step_shape.accumulate > 1:  # gradients of earlier passes
+        if step_shape.accumulate > 1:  # gradients of earlier passes are already allocated
             for parameter in tuned.parameters():
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         return trace(step)

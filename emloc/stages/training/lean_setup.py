@@ -47,7 +47,7 @@ def prepare_model(
     fused = adapter.fuse(model)
     inner = adapter.base(model)
     # Read before the embedding is offloaded: the dtype is that of the first floating-point
-    # parameter, and a packed model would then only have those of the LoRA.
+    # parameter, and without the embedding a packed model only has those of the LoRA.
     dtype = inner.dtype
     saved = offload_embedding(inner)
     # A fused MLP overwrites the outputs of its layers. A fused layer does not need its output in

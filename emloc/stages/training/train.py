@@ -205,7 +205,7 @@ def arguments(
         logging_steps=recipe.log_every,
         logging_nan_inf_filter=False,  # the filter would log 0 for a loss that is not finite
         save_steps=recipe.save_every,
-        save_total_limit=2,  # while the newer one is written, the older one is complete
+        save_total_limit=2,  # keeps a complete checkpoint while the next one is written
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
         report_to=[],
