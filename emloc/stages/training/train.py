@@ -33,7 +33,11 @@ from emloc.precision import PackedLayer
 from emloc.runtime.distributed import is_first, is_sharded
 from emloc.stages.training.callbacks import Clock, Progress, Report
 from emloc.stages.training.lean_setup import prepare_model, required_override
-from emloc.stages.training.trainer import FiniteTrainer, make_whole, newest_whole_checkpoint
+from emloc.stages.training.trainer import (
+    FiniteTrainer,
+    newest_intact_checkpoint,
+    unshard_parameters,
+)
 from emloc.tensors.nn.attention import without_cudnn
 
 log = logging.getLogger(__name__)
@@ -154,9 +158,9 @@ def fit_rows(
     trainer.add_callback(clock)
     mixed = trainer.args.bf16 or trainer.args.fp16
     with without_cudnn(), training_inputs.adapter.training(model, mixed=mixed):
-        checkpoint = newest_whole_checkpoint(checkpoints)
+        checkpoint = newest_intact_checkpoint(checkpoints)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    make_whole(model)
+    unshard_parameters(model)
     trainer.accelerator.wait_for_everyone()  # every process writes a part of the last checkpoint
     if is_first():
         training_inputs.adapter.save(model, folder / "adapter", source.name)

@@ -201,14 +201,14 @@ class FiniteTrainer(Trainer):
         return loss
 
 
-def make_whole(model: PreTrainedModel) -> None:
+def unshard_parameters(model: PreTrainedModel) -> None:
     """Gather sharded trainable parameters (FSDP), so that every process holds them unsharded."""
     for name, parameter in list(model.named_parameters()):
         if parameter.requires_grad and isinstance(parameter, DTensor):
             put(model, name, parameter.full_tensor())
 
 
-def newest_whole_checkpoint(folder: Path) -> Path | None:
+def newest_intact_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint in `folder` whose files are all unchanged; None if none is.
 
     A damaged checkpoint is logged and moved aside. It may lack the state of the optimizer, and a
