@@ -1,9 +1,10 @@
-"""EMLoC: fine-tune a large model through a small emulator, then correct the LoRA."""
+"""EMLoC: train a LoRA on a small emulator of a large model, then correct it for that model."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# At once, and light enough for it: resolved later, it would be hidden by the module of its name.
+# Imported at once: resolved later, the function would be hidden by a module of the same name. The
+# import is cheap.
 from emloc.config.compose import compose
 
 if TYPE_CHECKING:
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
     from emloc.stages.run_config import build
     from emloc.tensors.nn.factorized import Factorized
 
-# Name -> module. Resolved when asked for, so that `emloc --help` never waits for torch. None may be
-# called as a module of this package is: once imported, that module would be found in its place.
-_HOMES = {
+# Public name -> its module. A module is imported at first use, so that `emloc --help` does not wait
+# for torch. No public name may be the name of a module of this package, which would hide it once
+# imported.
+_MODULES = {
     "ConfigError": "emloc.errors",
     "Factorized": "emloc.tensors.nn.factorized",
     "SavedLora": "emloc.adapters.saved",
@@ -52,7 +54,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The public name, from its home."""
-    if name not in _HOMES:
+    """Import the module of a public name and return the object of that name."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'emloc' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""`python -m emloc` is `emloc`."""
+"""Run the command line of `emloc` for `python -m emloc`."""
 
 from emloc.cli import main
 

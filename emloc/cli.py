@@ -134,7 +134,7 @@ def _plan(arguments: list[str]) -> None:
     cfg = compose(chosen.overrides)
 
     quiet()
-    from emloc.cost.plan.gpus import gpu_called
+    from emloc.cost.plan.gpus import find_gpu
     from emloc.cost.plan.layout import StepShape
     from emloc.cost.plan.table import plan
     from emloc.stages.run_config import build
@@ -143,7 +143,7 @@ def _plan(arguments: list[str]) -> None:
         raise ConfigError(f"--answer {chosen.answer} of --length {chosen.length}: give 1 to all")
     cell = build(cfg)
     work = StepShape.of(cell.train, chosen.length, chosen.answer)
-    print(plan(cell, work, gpu_called(chosen.gpu)))
+    print(plan(cell, work, find_gpu(chosen.gpu)))
 
 
 def _bench(arguments: list[str]) -> None:
@@ -154,9 +154,9 @@ def _bench(arguments: list[str]) -> None:
     chosen = parser.parse_args(arguments)
 
     quiet()
-    from emloc.cost.bench.run import bench, home
+    from emloc.cost.bench.run import bench, table_path
 
-    print(bench(chosen.works, chosen.to or home()))
+    print(bench(chosen.works, chosen.to or table_path()))
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {

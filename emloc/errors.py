@@ -1,12 +1,12 @@
-"""The two failures this package raises on purpose."""
+"""Errors that reach the user as one line."""
 
 
 class ConfigError(Exception):
-    """Something the user set cannot be right; the message names the override that fixes it."""
+    """A setting is wrong or missing; the message names an override that fixes it."""
 
 
 class StageError(Exception):
-    """A stage failed; raised `from` the cause and naming the stage it happened in."""
+    """A stage failed; the message names the stage, and `__cause__` is the original error."""
 
     def __init__(self, stage: str, message: str) -> None:
         super().__init__(f"{stage}: {message}")

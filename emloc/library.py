@@ -1,4 +1,4 @@
-"""EMLoC inside somebody else's training script: models in memory, PEFT, any trainer.
+"""EMLoC as a library for a training script of your own: models in memory, PEFT, any trainer.
 
 emulator = emloc.build_emulator(model, batches, ratio=0.25)
 tuned = get_peft_model(emulator, LoraConfig(...))
@@ -39,40 +39,44 @@ def build_emulator(
     targets: str | None = None,
     multiple: int = 1,
 ) -> Model:
-    """A small stand-in for `model` to train a LoRA through (EMLoC, stage 1).
+    """Build an emulator of `model`, a smaller model to train a LoRA on (EMLoC paper, stage 1).
 
     Args:
-        model: any transformer whose blocks are made of `nn.Linear`; it is left as it is.
-        batches: a few dozen samples of the task, as keyword arguments of `model.forward`; padding
-            is left out where they have an `attention_mask`.
+        model: any transformer whose blocks consist of `nn.Linear` layers; it is not changed.
+        batches: a few dozen samples of the task, as keyword arguments of `model.forward`. Padding
+            is ignored in batches with an `attention_mask`.
         ratio: share of the compressed layers' parameters to keep, in (0, 1).
-        targets: regular expression on full layer names; default: every linear in a numbered block.
-        multiple: ranks are rounded down to a multiple of this.
+        targets: regular expression that has to match the full name of a layer; default: every
+            linear layer in a numbered block.
+        multiple: ranks are rounded down to a multiple of this number.
 
     Returns:
-        A model of the same class that shares every parameter that is not compressed.
+        A model of the same class, which shares all uncompressed parameters with `model`.
 
     Raises:
-        ConfigError: no layer matches, there are no batches, or the ratio leaves a layer no rank.
+        ConfigError: no layer matches, `batches` is empty, or the ratio leaves a layer without rank.
     """
-    layers = _linears(model, targets)
+    layers = _target_linears(model, targets)
     if not batches:
-        raise ConfigError("batches is empty: an emulator is built from samples of the task")
+        raise ConfigError(
+            "batches is empty: an emulator is built from samples of the task; pass a few dozen"
+        )
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
     ranks = ranks_at(ratio, shapes, multiple)
     blocks = by_block(layers)
     statistics = {
         block.name: record_moments(block, blocks[block.name], inputs_only=False)
-        for block in _walk(model, batches, blocks)
+        for block in _iterate_blocks(model, batches, blocks)
     }
     modules: dict[str, nn.Module] = {}
-    for block in _walk(model, batches, blocks):
-        members, known = blocks[block.name], statistics.pop(block.name)
-        weights = {name: layers[name].weight for name in members}
-        found = factorize(weights, ranks, known, "subspace")
-        found = refine(block, found, [name for name in members if name in known.outputs])
-        for name in members:
-            factors = found[name].factors
+    for block in _iterate_blocks(model, batches, blocks):
+        names, block_statistics = blocks[block.name], statistics.pop(block.name)
+        weights = {name: layers[name].weight for name in names}
+        factorized = factorize(weights, ranks, block_statistics, "subspace")
+        names_to_refine = [name for name in names if name in block_statistics.outputs]
+        factorized = refine(block, factorized, names_to_refine)
+        for name in names:
+            factors = factorized[name].factors
             modules[name] = Factorized(factors.u, factors.v, layers[name].bias)
     emulator = with_modules(model, modules)
     assert isinstance(emulator, type(model))
@@ -89,57 +93,65 @@ def correct(
     strength: float = 1.0,
     batches: Sequence[Batch] | None = None,
 ) -> SavedLora:
-    """Carry a LoRA trained on `emulator` to `model` (EMLoC, stage 3).
+    """Correct a LoRA that was trained on `emulator` for `model` (EMLoC paper, stage 3).
 
     Args:
-        adapter: the PEFT model that was trained, or the folder it was saved to.
-        model: the original, as it was given to `build_emulator`.
-        emulator: what `build_emulator` returned.
-        metric: `identity` is the paper's; `covariance` weighs directions as `batches` do.
-        clamp: the paper's lambda, per rank direction; 0 for no correction, None for no clamp.
-        strength: multiplies the clamped correction, in [0, 1].
-        batches: for the covariance metric, samples as in `build_emulator`.
+        adapter: the trained PEFT model, or the folder that it was saved to.
+        model: the original model that was passed to `build_emulator`.
+        emulator: the emulator that `build_emulator` returned.
+        metric: `identity` is the paper's correction; `covariance` weights input directions by
+            their second moments over `batches`.
+        clamp: bound on the correction of each rank direction (lambda in the paper); 0 disables the
+            correction, None the bound.
+        strength: factor on the clamped correction, in [0, 1].
+        batches: samples as for `build_emulator`; only for the covariance metric.
 
     Returns:
-        The adapter for `model`; `save(folder)` writes what `PeftModel.from_pretrained` loads.
+        The adapter for `model`; its `save(folder)` writes files for `PeftModel.from_pretrained`.
 
     Raises:
-        ConfigError: a setting cannot be right, or the adapter has been carried before.
+        ConfigError: a setting is out of range, or the adapter has been recovered before.
     """
     recovery = Correction(metric=metric, clamp=clamp, strength=strength)
     if (metric == "covariance") != (batches is not None):
-        raise ConfigError("batches belong to metric='covariance': give both or neither")
+        raise ConfigError("batches belong to metric='covariance': pass both or neither")
     trained = read_lora(Path(adapter)) if isinstance(adapter, str | Path) else lora_of(adapter)
     moments: dict[str, ActivationMoments] = {}
     if batches is not None:
-        run = _walk(model, batches, by_block(trained.pairs))
-        moments = moments_by_layer(run, trained.pairs)
-    factors = _factorized(emulator)
+        block_iterator = _iterate_blocks(model, batches, by_block(trained.pairs))
+        moments = moments_by_layer(block_iterator, trained.pairs)
+    factorized_layers = _factorized_layers(emulator)
 
-    def change(layer: str, pair: LoraPair) -> LoraPair:
-        if layer not in factors:
+    def correct_layer(layer: str, pair: LoraPair) -> LoraPair:
+        if layer not in factorized_layers:
             return pair
         weight = model.get_submodule(layer).get_parameter("weight")
-        gap = (weight.double() - factors[layer].product()).cpu()
-        return recovery.correct(pair, gap, moments.get(layer))[0]
+        residual = (weight.double() - factorized_layers[layer].product()).cpu()
+        return recovery.correct(pair, residual, moments.get(layer))[0]
 
-    return trained.map(change, {"by": "correction", "metric": metric, "clamp": clamp})
+    return trained.map(correct_layer, {"by": "correction", "metric": metric, "clamp": clamp})
 
 
-def _linears(model: nn.Module, targets: str | None) -> dict[str, nn.Linear]:
+def _target_linears(model: nn.Module, targets: str | None) -> dict[str, nn.Linear]:
+    """Return the linear layers whose full name matches `targets`, by name.
+
+    Raises:
+        ConfigError: no linear layer matches.
+    """
     pattern = re.compile(targets or r".*\.\d+\..*")
-    found = {
+    linears = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and pattern.fullmatch(name)
     }
-    if not found:
+    if not linears:
         raise ConfigError(f"targets={pattern.pattern!r} matches no linear layer of the model")
-    return found
+    return linears
 
 
-def _factorized(emulator: nn.Module) -> dict[str, Factorized]:
-    # A PEFT model holds each adapted layer as `base_layer` of its own.
+def _factorized_layers(emulator: nn.Module) -> dict[str, Factorized]:
+    """Return the factorised layers of an emulator by their names in the original model."""
+    # PEFT replaces an adapted layer by a module of its own, with the layer as its `base_layer`.
     return {
         name.removesuffix(".base_layer").removeprefix("base_model.model."): module
         for name, module in emulator.named_modules()
@@ -147,11 +159,14 @@ def _factorized(emulator: nn.Module) -> dict[str, Factorized]:
     }
 
 
-def _walk(model: nn.Module, batches: Sequence[Batch], blocks: Mapping[str, Any]) -> Iterator[Block]:
+def _iterate_blocks(
+    model: nn.Module, batches: Sequence[Batch], blocks: Mapping[str, Any]
+) -> Iterator[Block]:
+    """Run a blockwise forward over the batches, with the model in eval mode meanwhile."""
     device = next(model.parameters()).device
-    training = model.training
+    was_training = model.training
     model.eval()
     try:
         yield from iterate_blocks(model, batches, list(blocks), device)
     finally:
-        model.train(training)
+        model.train(was_training)

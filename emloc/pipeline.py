@@ -9,18 +9,18 @@ from pathlib import Path
 from emloc.adapters import Adapter
 from emloc.adapters.training_inputs import TrainingInputs
 from emloc.calibration.samples import Samples, choose_examples
-from emloc.cost.plan.solve import solved
+from emloc.cost.plan.solve import solve_auto_compression
 from emloc.data.examples import Examples
 from emloc.data.reader import Reader
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.runtime.distributed import own_device
 from emloc.runtime.manifest import DamagedError, set_aside
-from emloc.runtime.memory import GIB, stay_within
+from emloc.runtime.memory import GIB, limit_device_memory
 from emloc.runtime.stage_cache import Artifact, Facts, Store
 from emloc.stages import (
-    CARRIED,
     EMULATOR,
+    RECOVERED,
     SCORES,
     SCORES_AS_TRAINED,
     STATISTICS,
@@ -31,7 +31,7 @@ from emloc.stages.compatibility import check_compatible
 from emloc.stages.evaluation.evaluate import headline
 from emloc.stages.run_config import RunConfig
 from emloc.stages.training.callbacks import Report
-from emloc.stages.training.lean_setup import obstacle
+from emloc.stages.training.lean_setup import required_override
 from emloc.tasks.generic import generic_text
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Result:
     @property
     def recovered(self) -> Artifact | None:
         """The adapter for the original model."""
-        return self.current.get(CARRIED)
+        return self.current.get(RECOVERED)
 
     @property
     def evaluated(self) -> Artifact:
@@ -99,8 +99,8 @@ def run(run_config: RunConfig, store: Store, report: Report) -> Result:
     damaged: set[Path] = set()
     while True:
         try:
-            context = _through_stages(replace(context, made={}, current={}), store)
-            return Result(metric, context.made, context.current)
+            context = _through_stages(replace(context, artifacts={}, current={}), store)
+            return Result(metric, context.artifacts, context.current)
         except DamagedError as error:
             if error.folder in damaged:
                 raise
@@ -120,7 +120,7 @@ def _through_stages(context: Context, store: Store) -> Context:
                 together=stage.together(context),
                 context=context,
             )
-            context.made[name] = context.current[stage.gives] = artifact
+            context.artifacts[name] = context.current[stage.gives] = artifact
     return context
 
 
@@ -131,7 +131,7 @@ def checked(run_config: RunConfig, store: Store, report: Report) -> tuple[str, C
         ConfigError: something cannot be right.
     """
     device, host = own_device(), int(run_config.budget.host_gib * GIB)
-    stay_within(device, run_config.budget.gpu_gib)
+    limit_device_memory(device, run_config.budget.gpu_gib)
     emulator, adapter, recovery = run_config.emulator, run_config.adapter, run_config.recovery
     check_compatible(emulator, adapter, recovery, run_config.train)
     run_config = replace(run_config, model=emulator.model(run_config.model, run_config.compression))
@@ -139,7 +139,7 @@ def checked(run_config: RunConfig, store: Store, report: Report) -> tuple[str, C
     reader = source.reader()  # random weights may have none
     source.require(list(source.sizes))
     layers = run_config.model.compressible_layers(source)
-    run_config = solved(run_config, source)
+    run_config = solve_auto_compression(run_config, source)
     planned = emulator.plan(source, layers, run_config.compression)
     training_inputs = _fit(run_config, adapter, source) if adapter.trains else None
     metric = headline(run_config.task, run_config.eval, source.objective)
@@ -187,7 +187,11 @@ def _fit(run_config: RunConfig, adapter: Adapter, source: Source) -> TrainingInp
         ConfigError: the rank is above what the smallest adapted layer can hold, or activations are
             to wait on the host in a training that is not lean.
     """
-    wanted = obstacle(run_config.lora, source.dtype) if run_config.train.host_activations else None
+    wanted = (
+        required_override(run_config.lora, source.dtype)
+        if run_config.train.host_activations
+        else None
+    )
     if wanted:
         raise ConfigError(
             f"train.host_activations=true is of the lean training, which needs {wanted}; "

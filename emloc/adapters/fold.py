@@ -16,7 +16,7 @@ from emloc.adapters.saved import SavedLora
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.models.checkpoint.weights import SafetensorsWeights
-from emloc.runtime.atomic import whole_folder
+from emloc.runtime.atomic import atomic_folder
 
 
 def merge(source: Source, adapter: SavedLora, target: Path) -> Path:
@@ -45,7 +45,7 @@ def merge(source: Source, adapter: SavedLora, target: Path) -> Path:
     if missing:
         raise ConfigError(f"the model has no layer {missing[0]}; the adapter is for another model")
     added = _added_parameters(source, weights, adapter)
-    with whole_folder(target) as draft:
+    with atomic_folder(target) as draft:
         _write_checkpoint(draft, weights, adapter, added)
     return target
 

@@ -1,4 +1,4 @@
-"""The inputs of a training."""
+"""Inputs of the training stage."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from emloc.data.examples import Examples
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """Everything that a trained adapter depends on, except the emulator."""
+    """Everything that the training of an adapter depends on, except the emulator."""
 
-    # The class was called this when the first cache keys were made.
+    # Former name of the class, which existing cache keys contain.
     key_name: ClassVar[str] = "fit.Fit"
 
     adapter: Adapter
     lora: LoraSettings
-    layers: tuple[str, ...]  # names of the original's linears that are adapted
+    layers: tuple[str, ...]  # names of the original model's linear layers to adapt
     examples: Examples
     max_length: int | None
     recipe: TrainSettings

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from emloc.runtime.manifest import whole
-from emloc.runtime.safetensors_file import write_shard
+from emloc.runtime.manifest import verified_file
+from emloc.runtime.safetensors_file import write_safetensors
 from emloc.tensors.linalg.gram import gram, product
 
 # Tokens whose outputs are computed at once. In float64, the inputs and outputs of a whole batch
@@ -69,12 +69,12 @@ class Statistics:
         tensors = {f"input.{site}": total for site, total in self.inputs.items()}
         tensors |= {f"output.{layer}": total for layer, total in self.outputs.items()}
         metadata = {"sites": json.dumps(self.sites), "tokens": str(self.tokens)}
-        write_shard(path, tensors, metadata)
+        write_safetensors(path, tensors, metadata)
 
     @staticmethod
     def load(path: Path) -> Statistics:
         """Read the second moments from a file that `save` has written."""
-        with safe_open(whole(path), framework="pt") as file:
+        with safe_open(verified_file(path), framework="pt") as file:
             metadata = file.metadata()
             statistics = Statistics(json.loads(metadata["sites"]), tokens=int(metadata["tokens"]))
             for name in file.keys():  # noqa: SIM118 - the file is no mapping

@@ -1,1 +1,1 @@
-"""What a run is asked for, how that is composed, and the folder it is kept in."""
+"""Settings of a run, their composition by Hydra, and the folder with the run's files."""

@@ -1,7 +1,7 @@
-"""Which files of a configuration group can be chosen: all but bases.
+"""Hide bases: YAML files of a configuration group that users cannot choose.
 
-A base is a YAML file whose name begins with `_`. It holds what several choices of its group share,
-stands in their defaults lists, and makes no configuration by itself.
+The name of a base begins with `_`. A base holds the settings that several choices of its group
+share. It is listed in their defaults lists and is incomplete by itself.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from emloc.errors import ConfigError
 
 
 class FileConfigSource(file_config_source.FileConfigSource):
-    """Hydra's reader of folders, which lists no base. It has that name as Hydra compares names."""
+    """Hydra's reader of configuration folders, without bases; Hydra requires this very name."""
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
-        """The names in a folder of the search path."""
+        """Return the names of the choices and groups in a folder of the search path."""
         names = super().list(config_path, results_filter)
         return [name for name in names if not name.startswith("_")]
 
 
 def hide_bases() -> None:
-    """Have Hydra list no base: in `--help`, completion, `glob(*)` and its errors."""
-    Plugins.instance()  # registers Hydra's own reader first
+    """Hide bases from Hydra's `--help`, completion, `glob(*)` and error messages."""
+    Plugins.instance()  # Hydra registers its own reader here, which the next line replaces
     SourcesRegistry.instance().types["file"] = FileConfigSource
 
 
 def refuse_bases(overrides: Sequence[str]) -> None:
-    """Check that no base is chosen on the command line.
+    """Check that no override on the command line chooses a base.
 
     Raises:
-        ConfigError: one is.
+        ConfigError: an override chooses a base.
     """
     for override in overrides:
         group, _, words = override.partition("=")
@@ -44,6 +44,6 @@ def refuse_bases(overrides: Sequence[str]) -> None:
             for word in words.split(","):
                 if word.startswith("_"):
                     raise ConfigError(
-                        f"{group}={word}: there is no such choice; {word} is a base that others "
-                        "are made of"
+                        f"{group}={word}: there is no such choice; {word} is a base that other "
+                        "choices share"
                     )

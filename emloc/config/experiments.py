@@ -1,7 +1,7 @@
-"""An experiment's YAML file: what Hydra composes of it, and all points of its grid.
+"""Read the YAML file of an experiment: the node that Hydra composes, and the points of its grid.
 
-Hydra knows settings and groups, but no cells, which are named combinations of overrides under the
-key `cells`. The file is read here alone, and the points of a grid are told apart here alone.
+A cell is a named combination of overrides, listed under the key `cells`. Hydra knows settings and
+groups but no cells, so this module takes them out of the file and adds a sweep over them.
 """
 
 from __future__ import annotations
@@ -26,84 +26,87 @@ from emloc.errors import ConfigError
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment's YAML file, read for what it asks for."""
+    """An experiment: its grid points, its cells and the choices that all points share."""
 
     name: str
-    about: str  # the first sentence of its comment
-    points: Sequence[Mapping[str, str]]  # override -> word
-    cells: Mapping[str, Mapping[str, str]]  # name -> override -> word
-    chosen: Mapping[str, str]  # group -> choice of all points that say nothing of it
+    about: str  # first sentence of the comment at the head of the file
+    points: Sequence[Mapping[str, str]]  # for each grid point: setting -> value
+    cells: Mapping[str, Mapping[str, str]]  # cell -> setting -> value
+    defaults: Mapping[str, str]  # group -> choice, for points that do not set the group
 
     def word(self, point: Mapping[str, str], key: str) -> str:
-        """What a point has of a setting: by itself, as its cell, or as all do; else empty."""
+        """Return the value of a setting at a grid point: own, cell's or default; empty if unset."""
         cell = self.cells.get(cell_name(point), {})
-        return point.get(key) or cell.get(key) or self.chosen.get(key, "")
+        return point.get(key) or cell.get(key) or self.defaults.get(key, "")
 
 
 def cell_name(point: Mapping[str, str]) -> str:
-    """The name of a point's cell within the experiment; empty where it has none."""
+    """Return the name of a point's cell, without the experiment; empty if the point has no cell."""
     return point.get("cell", "").rpartition("/")[2]
 
 
 @dataclass(frozen=True)
 class ExperimentFile:
-    """An experiment's YAML file as it is written."""
+    """Content of the YAML file of an experiment."""
 
-    node: DictConfig  # what Hydra composes: without `cells`, and with a sweep over them
-    cells: Mapping[str, str]  # name -> words of the command line
+    node: DictConfig  # for Hydra: without the key `cells`, but with a sweep over the cells
+    cells: Mapping[str, str]  # cell -> overrides, as on the command line
 
 
 def read_experiment(path: Path) -> ExperimentFile:
-    """The experiment in this YAML file, read anew only when the file has changed."""
-    return _read(path, path.stat().st_mtime_ns)
+    """Return the content of an experiment's YAML file, cached until the file changes."""
+    return _read_file(path, path.stat().st_mtime_ns)
 
 
 @cache
-def _read(path: Path, modified: int) -> ExperimentFile:
-    """Kept until the file is `modified`: it takes longer to read all of them than to compose."""
+def _read_file(path: Path, modified: int) -> ExperimentFile:
+    """Read the file once for each time of modification.
+
+    Reading all experiments takes longer than composing a configuration, so they are cached.
+    """
     node = OmegaConf.load(path)
     assert isinstance(node, DictConfig)
     cells = dict(node.pop("cells", {}))
     if cells:
-        every = ",".join(f"{path.stem}/{name}" for name in cells)
-        OmegaConf.update(node, "hydra.sweeper.params.cell", every)
+        sweep = ",".join(f"{path.stem}/{name}" for name in cells)
+        OmegaConf.update(node, "hydra.sweeper.params.cell", sweep)
     return ExperimentFile(node, cells)
 
 
 def split_sweep(overrides: Sequence[str], loader: ConfigLoader | None = None) -> list[list[str]]:
-    """The overrides of each run of a sweep, as Hydra's basic sweeper splits them.
+    """Return the overrides of each run of a sweep, split by Hydra's basic sweeper.
 
-    `loader` knows the choices of each group, which `glob(...)` asks for.
+    `loader` lists the choices of a group, which `glob(...)` needs.
 
     Raises:
-        HydraException: an override that the basic sweeper refuses.
+        HydraException: the basic sweeper refuses an override.
     """
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
-    (every,) = BasicSweeper.split_arguments(parsed, None)
-    return [list(point) for point in every]
+    (runs,) = BasicSweeper.split_arguments(parsed, None)
+    return [list(run) for run in runs]
 
 
 def points(path: Path) -> list[dict[str, str]]:
-    """Override -> word for every run that the experiment in this YAML file asks for.
+    """Return the grid points of an experiment's YAML file, each as setting -> value.
 
     Raises:
-        ConfigError: what it sweeps cannot be read.
+        ConfigError: `hydra.sweeper.params` cannot be parsed.
     """
     node = _plain(read_experiment(path).node)
-    swept = ((node.get("hydra") or {}).get("sweeper") or {}).get("params") or {}
+    parameters = ((node.get("hydra") or {}).get("sweeper") or {}).get("params") or {}
     try:
-        every = split_sweep([f"{key}={value}" for key, value in swept.items()])
+        runs = split_sweep([f"{key}={value}" for key, value in parameters.items()])
     except HydraException as error:
-        said = str(error).splitlines()[0]
-        raise ConfigError(f"{path}: hydra.sweeper.params cannot be read: {said}") from error
-    return [dict(_pair(word) for word in point) for point in every]
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{path}: hydra.sweeper.params cannot be read: {reason}") from error
+    return [dict(_split_override(override) for override in run) for run in runs]
 
 
 def experiment(path: Path) -> Experiment:
-    """The experiment in this YAML file.
+    """Return the experiment that a YAML file describes.
 
     Raises:
-        ConfigError: what it sweeps cannot be read.
+        ConfigError: `hydra.sweeper.params` cannot be parsed.
     """
     file = read_experiment(path)
     return Experiment(
@@ -111,38 +114,42 @@ def experiment(path: Path) -> Experiment:
         about=_first_sentence(path.read_text(encoding="utf-8")),
         points=points(path),
         cells={
-            name: dict(_pair(word) for word in words.split()) for name, words in file.cells.items()
+            name: dict(_split_override(override) for override in overrides.split())
+            for name, overrides in file.cells.items()
         },
-        chosen=_chosen(_plain(OmegaConf.load(CONF / "config.yaml"))) | _chosen(_plain(file.node)),
+        defaults=_group_choices(_plain(OmegaConf.load(CONF / "config.yaml")))
+        | _group_choices(_plain(file.node)),
     )
 
 
 def _plain(node: DictConfig | ListConfig) -> dict[str, Any]:
+    """Convert a node of OmegaConf, which must be a mapping, to a plain dict."""
     values = OmegaConf.to_container(node)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
 
 
-def _pair(word: str) -> tuple[str, str]:
-    key, _, value = word.partition("=")
+def _split_override(override: str) -> tuple[str, str]:
+    """Split `setting=value` into setting and value."""
+    key, _, value = override.partition("=")
     return key, value
 
 
-def _chosen(node: Mapping[str, Any]) -> dict[str, str]:
-    """Group -> choice of a defaults list."""
-    named = [one for one in node.get("defaults", []) if isinstance(one, dict)]
+def _group_choices(node: Mapping[str, Any]) -> dict[str, str]:
+    """Return group -> choice from the defaults list of a YAML file."""
+    entries = [entry for entry in node.get("defaults", []) if isinstance(entry, dict)]
     return {
         str(group).removeprefix("override /"): str(choice)
-        for one in named
-        for group, choice in one.items()
+        for entry in entries
+        for group, choice in entry.items()
         if choice is not None
     }
 
 
 def _first_sentence(text: str) -> str:
-    """Of the comment at the head of a file, behind the line that is Hydra's."""
+    """Return the first sentence of the comment at the head of a YAML file, after `@package`."""
     head = takewhile(lambda line: line.startswith("#"), text.splitlines())
     lines = [line.lstrip("# ") for line in head]
-    said = " ".join(line for line in lines if not line.startswith("@package"))
-    match = re.match(r".+?[.](?=\s|$)", said)
-    return match[0] if match else said
+    comment = " ".join(line for line in lines if not line.startswith("@package"))
+    match = re.match(r".+?[.](?=\s|$)", comment)
+    return match[0] if match else comment

@@ -1,4 +1,4 @@
-"""Which packed formats there are, and of how many bits, by their YAML files. Imports no torch."""
+"""Names and bit widths of the packed formats, read from their YAML files without torch."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from emloc.errors import ConfigError
 
 
 def widths() -> dict[str, int]:
-    """Name of each choice of group `precision` -> its bits, from the most to the fewest.
+    """Return format -> bits for all choices of group `precision`, from the most bits to the fewest.
 
     Raises:
-        ConfigError: a file says no bits.
+        ConfigError: a file does not set `bits`.
     """
-    found = {name: _bits(file) for name, file in sorted(choices("precision").items())}
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+    bits_by_name = {name: _read_bits(file) for name, file in sorted(choices("precision").items())}
+    return dict(sorted(bits_by_name.items(), key=lambda item: -item[1]))
 
 
 def format_of(bits: int) -> str:
-    """The name of the only format of that width.
+    """Return the name of the only format with `bits` bits.
 
     Raises:
-        ConfigError: there is none, or more than one.
+        ConfigError: no format or more than one has that width.
     """
-    known = widths()
-    names = [name for name, width in known.items() if width == bits]
+    bits_by_name = widths()
+    names = [name for name, width in bits_by_name.items() if width == bits]
     if not names:
-        there = ", ".join(str(width) for width in dict.fromkeys([MODEL_BITS, *known.values()]))
+        available = dict.fromkeys([MODEL_BITS, *bits_by_name.values()])
         raise ConfigError(
-            f"compression.bits={bits}: there is no format of that width, but of {there}; "
+            f"compression.bits={bits}: there is no format of that width, only of "
+            f"{', '.join(map(str, available))}; "
             f"set compression.bits={MODEL_BITS}"
         )
     if len(names) > 1:
@@ -44,13 +45,20 @@ def format_of(bits: int) -> str:
 
 
 def width_name(bits: int) -> str:
-    """What a width is called in a report: by its only format, or by its bits."""
+    """Return the label of a bit width in reports: its only format, or else `<bits> bit`."""
     names = [name for name, width in widths().items() if width == bits]
     return names[0] if len(names) == 1 else f"{bits} bit"
 
 
-def _bits(file: Path) -> int:
+def _read_bits(file: Path) -> int:
+    """Return the setting `bits` of a format's YAML file.
+
+    Raises:
+        ConfigError: the file does not set `bits` to a whole number.
+    """
     bits = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("bits")
     if not isinstance(bits, int):
-        raise ConfigError(f"{file}: says no bits of a number; add a line such as bits: 3")
+        raise ConfigError(
+            f"{file}: `bits` is not set to a whole number; add a line such as bits: 3"
+        )
     return bits

@@ -1,4 +1,4 @@
-"""What the classes behind the configuration groups have in common."""
+"""Base class of the parts that configuration groups offer, such as emulators and adapters."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from emloc.errors import ConfigError
 
 
 class Part(ABC):  # noqa: B024 - the classes of the groups have abstract methods
-    """A choice of a configuration group: an emulator, an adapter, a recovery.
+    """A choice of a configuration group, such as an emulator, an adapter or a recovery.
 
-    The class of each group marks with `@abstractmethod` what every choice has to define.
+    Each group has a base class that marks the methods of every choice with `@abstractmethod`.
     """
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
-        """Refuse a class that leaves out a method, before Python does so without naming the group.
+        """Create the object, if its class defines all methods of its group.
+
+        Python would refuse the class, too, but without naming the group.
 
         Raises:
-            ConfigError: names the methods that are missing.
+            ConfigError: names the missing methods.
         """
         missing = sorted(getattr(cls, "__abstractmethods__", ()))
         if missing:

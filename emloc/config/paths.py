@@ -1,4 +1,4 @@
-"""Where configuration, experiments and small models lie: those of the package and of plug-ins."""
+"""Folders of the package and of plug-ins: configuration files, experiments and plug-in modules."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from pathlib import Path
 from emloc.errors import ConfigError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-# A wheel carries the folders inside the package; a checkout has them beside it.
+# A wheel has these folders inside the package, a checkout has them next to it.
 DATA = _PACKAGE / "_data" if (_PACKAGE / "_data").exists() else _PACKAGE.parent
 CONF = DATA / "conf"
 EXPERIMENTS = DATA / "experiments"
 
-# Folders of plug-ins, several divided as in PATH: modules, and their YAML files below conf/.
+# Environment variable with the folders of plug-ins, separated as in PATH. A plug-in folder contains
+# Python modules, and YAML files below conf/.
 PLUGINS = "EMLOC_PLUGINS"
 
 
 def plugin_folders() -> list[Path]:
-    """The folders in `EMLOC_PLUGINS`, their modules importable from now on.
+    """Return the folders in `EMLOC_PLUGINS` and add them to Python's import path.
 
     Raises:
-        ConfigError: one is no folder.
+        ConfigError: a path in `EMLOC_PLUGINS` is not a folder.
     """
-    words = [word for word in os.environ.get(PLUGINS, "").split(os.pathsep) if word]
-    folders = [Path(word).expanduser().resolve() for word in words]
+    paths = [path for path in os.environ.get(PLUGINS, "").split(os.pathsep) if path]
+    folders = [Path(path).expanduser().resolve() for path in paths]
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"{PLUGINS}: no folder {folder}; set {PLUGINS}=/path/to/plugins")
@@ -35,12 +36,15 @@ def plugin_folders() -> list[Path]:
 
 
 def conf_folders() -> list[Path]:
-    """Where the YAML files of groups lie, `<folder>/<group>/<choice>.yaml`; ours come first."""
+    """Return the folders of `<group>/<choice>.yaml` files: ours first, then those of plug-ins."""
     folders = (folder / "conf" for folder in plugin_folders())
     return [CONF, *(folder for folder in folders if folder.is_dir())]
 
 
 def choices(group: str) -> dict[str, Path]:
-    """The choices of a group: name -> YAML file; of one name, that of the earlier folder."""
+    """Return the choices of a configuration group: name -> YAML file.
+
+    If several folders have a file of that name, the first folder counts.
+    """
     files = [file for folder in conf_folders() for file in sorted(folder.glob(f"{group}/*.yaml"))]
     return {file.stem: file for file in reversed(files)}

@@ -1,4 +1,4 @@
-"""The folder of one run: its settings, how it is going, and its results. Imports no torch."""
+"""The folder of a run, with its settings, status and results. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from emloc.config.settings import DECISIVE, SECTIONS
 from emloc.config.stage_order import standard_stages
 from emloc.runtime.atomic import write_json
 from emloc.runtime.digest import digest
-from emloc.runtime.distributed import LOOK, process_start, world_size
+from emloc.runtime.distributed import POLL_SECONDS, process_start, world_size
 from emloc.runtime.keys import class_name, without_neutral
 from emloc.runtime.quiet_libraries import quiet
 
@@ -31,10 +31,11 @@ DONE, RUNNING = "done", "running"
 
 @dataclass(frozen=True)
 class Run:
-    """One run's folder.
+    """The folder of one run.
 
-    config.yaml: resolved settings. status.json: running, done, oom, failed or interrupted.
-    metrics.json: results. metrics.jsonl: every number as it came
+    config.yaml: resolved settings. choices.json: choice of each configuration group.
+    status.json: state of the run (running, done, oom, failed or interrupted) and its time.
+    metrics.json: results. metrics.jsonl: log of all numbers in order of time
     (`emloc.report.tracking.metrics_log`).
     """
 
@@ -42,26 +43,26 @@ class Run:
 
     @property
     def status(self) -> dict[str, Any]:
-        """The last status written; empty for a run that never began."""
-        return _read(self.folder / "status.json")
+        """Content of status.json; empty if the run never began."""
+        return _read_json(self.folder / "status.json")
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The results; empty until the run is done."""
-        return _read(self.folder / "metrics.json")
+        """Results of the run; empty until the run is done."""
+        return _read_json(self.folder / "metrics.json")
 
     @property
     def config(self) -> dict[str, Any]:
-        """The resolved settings."""
+        """Resolved settings of the run."""
         return _plain(OmegaConf.load(self.folder / "config.yaml"))
 
     @property
     def done(self) -> bool:
-        """Whether there is nothing left to do."""
+        """Whether the run has finished and its results are complete."""
         return self.status.get("state") == DONE
 
     def begin(self, config: DictConfig, choices: dict[str, str]) -> None:
-        """Record settings, the choice of each group, and the start."""
+        """Write the settings and the choice of each group, and mark the run as running."""
         self.folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, self.folder / "config.yaml", resolve=True)
         write_json(self.folder / "choices.json", choices)
@@ -69,94 +70,110 @@ class Run:
 
     @property
     def choices(self) -> dict[str, str]:
-        """Group -> choice, as on the command line."""
-        return _read(self.folder / "choices.json")
+        """Choice of each configuration group, as on the command line."""
+        return _read_json(self.folder / "choices.json")
 
     def mark(self, state: str, **more: Any) -> None:
-        """Record how the run is going."""
+        """Write status.json with the state, the present time and further facts."""
         write_json(self.folder / "status.json", {"state": state, "time": time.time(), **more})
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Work on it in this process alone; wait as long as another one does."""
+    def exclusive(self) -> Iterator[None]:
+        """Hold the lock of the folder within the block; wait while another process holds it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / ".lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            log.info("%s: waiting, another process is at it", self.folder.name)
+            log.info("%s: waiting for another process that works on this run", self.folder.name)
             lock.acquire()
         try:
             yield
         finally:
             lock.release()
 
-    def ended(self, within: float) -> bool:
-        """Wait at most `within` seconds until the first process has recorded how its run ended.
+    def wait_until_ended(self, within: float) -> bool:
+        """Wait at most `within` seconds until status.json says that the run has ended.
 
-        What was recorded before this launch was started does not count.
+        The first process of a launch writes the status. A status from before this launch is
+        ignored.
+
+        Returns:
+            Whether the run has ended.
         """
-        latest = time.monotonic() + within
+        deadline = time.monotonic() + within
         while (status := self.status).get("state", RUNNING) == RUNNING or status[
             "time"
         ] < process_start():
-            if time.monotonic() >= latest:
+            if time.monotonic() >= deadline:
                 return False
-            time.sleep(LOOK)
+            time.sleep(POLL_SECONDS)
         return True
 
     def finish(self, metrics: dict[str, Any]) -> None:
-        """Record the results, then that they are complete."""
+        """Write the results, then mark the run as done."""
         write_json(self.folder / "metrics.json", metrics)
         self.mark(DONE)
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """The runs directly below `folder`, or `folder` itself if it is one."""
+    """Return the runs whose folders are in `folder`, or `folder` itself if it is a run's folder."""
     if (folder / "status.json").exists():
         return [Run(folder)]
     return [Run(path.parent) for path in sorted(folder.glob("*/status.json"))]
 
 
 def folder_name(config: DictConfig) -> str:
-    """`<method>-<model>-<task>-s<seed>-<id>`: the same settings give the same folder."""
-    # What was left open is not named: a section that is new changes no folder of before.
-    chosen = {name: _plain(config[name]) for name in DECISIVE}
-    decisive = {name: _meaning(name, one) for name, one in chosen.items() if one is not None}
-    if decisive["stage"] == _meaning("stage", standard_stages()):
+    """Return the name of a run's folder, `<method>-<model>-<task>-s<seed>-<id>`.
+
+    `<id>` is a digest of all settings that determine results, so equal settings have one folder.
+    """
+    # Sections that are None are left out, so that a new section does not rename older folders.
+    sections = {name: _plain(config[name]) for name in DECISIVE}
+    decisive = {
+        name: _key_value(name, section) for name, section in sections.items() if section is not None
+    }
+    if decisive["stage"] == _key_value("stage", standard_stages()):
         del decisive["stage"]
-    if config.compression.ratio is None:  # compression=auto: the budget decides it
+    if config.compression.ratio is None:  # compression=auto: the budget determines the ratio
         decisive["gpu_gib"] = config.budget.gpu_gib
-    if world_size() > 1:  # they share a step of the training, which is the larger for it
+    if world_size() > 1:  # more processes make an optimizer step larger
         decisive["processes"] = world_size()
     words = (config.method, config.model.name, config.task.name, f"s{config.seed}")
     return "-".join([*words, digest(decisive)[:8]])
 
 
-def _meaning(name: str, value: Any) -> Any:
-    """A section without what says nothing: where its class lies, and settings that are neutral."""
+def _key_value(name: str, value: Any) -> Any:
+    """Return the JSON value of the section `name` in a digest.
+
+    Neutral settings and the modules of classes are left out, since they do not change results.
+    """
     if name == "stage":
-        return {stage: _without(one, ("counted", "column")) for stage, one in value.items()}
-    fixed = SECTIONS.get(name)
-    return _without(value) if fixed is None else without_neutral(value, fixed)
+        return {
+            stage: _part_key(settings, ("counted", "column")) for stage, settings in value.items()
+        }
+    cls = SECTIONS.get(name)
+    return _part_key(value) if cls is None else without_neutral(value, cls)
 
 
-def _without(value: Any, names: Sequence[str] = ()) -> Any:
+def _part_key(value: Any, excluded: Sequence[str] = ()) -> Any:
+    """Return the JSON value of a part in a digest, without neutral and `excluded` settings."""
     if not isinstance(value, Mapping):
         return value
-    kept = {key: _without(one) for key, one in value.items() if key not in names}
-    target = kept.pop("_target_", None)
+    settings = {key: _part_key(item) for key, item in value.items() if key not in excluded}
+    target = settings.pop("_target_", None)
     if target is None:
-        return kept
-    cls = _class_of(str(target))
-    if cls is None:  # which is refused in a moment, by what builds the parts
-        return {"part": target, **kept}
-    return {"part": class_name(cls), **without_neutral(kept, cls)}
+        return settings
+    cls = _import_class(str(target))
+    if cls is None:  # building the run will refuse the class, with a message
+        return {"part": target, **settings}
+    return {"part": class_name(cls), **without_neutral(settings, cls)}
 
 
-def _class_of(target: str) -> type | None:
+def _import_class(target: str) -> type | None:
+    """Return the class with the dotted name `target`; None if it cannot be imported."""
     plugin_folders()
-    quiet()  # what is imported with a part may remark upon it
+    quiet()  # importing the part may import libraries that print
     try:
         return get_class(target)
     except ImportError:
@@ -164,9 +181,11 @@ def _class_of(target: str) -> type | None:
 
 
 def _plain(node: Any) -> Any:
+    """Convert a node of OmegaConf to plain dicts and lists; return other values unchanged."""
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file; empty if the file does not exist."""
     value: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return value

@@ -1,6 +1,6 @@
-"""The sections of the configuration whose keys are fixed, and what is wrong with a value.
+"""Settings whose keys are fixed, with checks of their values.
 
-Imported before torch: `--help` and `--cfg job` have to answer at once.
+This module must not import torch, since `--help` and `--cfg job` have to answer at once.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from emloc.errors import ConfigError
 
-# Learning rate schedules of transformers that need no numbers of their own.
+# Learning rate schedules of transformers that have no required parameters.
 SCHEDULES = (
     *("cosine", "linear", "constant", "constant_with_warmup"),
     *("cosine_with_restarts", "polynomial", "inverse_sqrt"),
 )
 
-# `compression.bits` of numbers in the model's own dtype, which are in no packed format.
+# Value of `compression.bits` that stands for the model's own dtype, without a packed format.
 MODEL_BITS = 16
 
-# What a training counts, and a usual number of each.
-_COUNTS = {"steps": 500, "batch": 8, "accumulate": 1, "log_every": 10, "save_every": 100}
+# Settings of `train` that count something, with the value that an error message suggests.
+_SUGGESTED_COUNTS = {"steps": 500, "batch": 8, "accumulate": 1, "log_every": 10, "save_every": 100}
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which samples the emulator is built from (`calibration` group)."""
+    """Calibration samples, from which the emulator is built (`calibration` group)."""
 
     source: str  # downstream: training rows of the task; generic: running text
     samples: int
@@ -47,7 +47,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Compression:
-    """The budget of an emulator (`compression` group)."""
+    """Target size of the emulator (`compression` group)."""
 
     ratio: float | None  # share kept, in (0, 1); null: the largest that budget.gpu_gib holds
     of: str  # linears: of the compressed layers; model: of all parameters
@@ -63,14 +63,14 @@ class Compression:
             raise ConfigError(f"compression.of={self.of}: set compression.of=linears or model")
         if self.bits is None and self.ratio is not None:
             raise ConfigError(
-                "compression.bits is only solved for together with compression.ratio; "
+                "compression.bits=null is only solved for together with compression.ratio=null; "
                 f"set compression.bits={MODEL_BITS}"
             )
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may use of the machine (`budget` section); it decides no result by itself."""
+    """Limits on memory and GPUs (`budget` section), which by themselves change no results."""
 
     gpu_gib: float | None  # device memory: capped at it, and what compression=auto solves for
     host_gib: float  # hidden states waiting in host memory; what is above goes to disk
@@ -97,7 +97,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """The size of an adapter (`lora` group), whatever its kind."""
+    """Size, scale and dropout of an adapter of any kind (`lora` group)."""
 
     rank: int
     alpha: float  # the update is scaled by alpha / rank; alpha = rank is the paper's scale of 1
@@ -118,7 +118,7 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """A training recipe (`train` group)."""
+    """Training recipe: steps, batches, learning rate and memory savings (`train` group)."""
 
     steps: int  # optimizer steps
     batch: int  # samples of one forward pass on one device
@@ -137,7 +137,7 @@ class TrainSettings:
     save_every: int  # steps between checkpoints an interrupted training resumes from
 
     def __post_init__(self) -> None:
-        for name, usual in _COUNTS.items():
+        for name, usual in _SUGGESTED_COUNTS.items():
             if (count := getattr(self, name)) < 1:
                 raise ConfigError(
                     f"train.{name} must be at least 1, got {count}; set train.{name}={usual}"
@@ -149,7 +149,8 @@ class TrainSettings:
             )
         if self.schedule not in SCHEDULES:
             raise ConfigError(
-                f"train.schedule={self.schedule}: one of {', '.join(SCHEDULES)}; "
+                f"train.schedule={self.schedule}: there is no such schedule, only "
+                f"{', '.join(SCHEDULES)}; "
                 "set train.schedule=cosine"
             )
         if self.host_activations and not (self.lean and self.checkpointing):
@@ -166,7 +167,7 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """How much is evaluated (`eval` group)."""
+    """Number of rows and batch size of the evaluation (`eval` group)."""
 
     limit: int | None  # held-out rows, null: all
     batch: int  # rows of one forward pass
@@ -183,7 +184,10 @@ class EvalSettings:
 
 @dataclass
 class Config:
-    """Everything one run is made of. `Any`: a part, checked against the class it names."""
+    """Schema of the configuration of one run.
+
+    A field of type `Any` holds a part. Its keys are checked against the class that it names.
+    """
 
     name: str = MISSING
     method: str = MISSING
@@ -204,14 +208,15 @@ class Config:
     tracker: Any = MISSING
 
 
-# What decides a run's results, and so its folder. Not the tracker, the name or a path.
+# Sections that determine a run's results and therefore the name of its folder. The tracker, the
+# name and paths do not.
 DECISIVE = (
     *("model", "task", "calibration", "compression", "precision", "lora"),
     *("emulator", "adapter", "recovery", "stage", "train", "eval", "seed"),
 )
 
 
-# The sections whose keys are fixed. All others are parts, checked against the class they name.
+# Sections with fixed keys. All other sections are parts, checked against the class that they name.
 SECTIONS: dict[str, type] = {
     "calibration": Calibration,
     "compression": Compression,
@@ -223,9 +228,11 @@ SECTIONS: dict[str, type] = {
 
 
 def schema() -> DictConfig:
-    """The types of the fixed sections, as a node that overrides may still write to."""
+    """Return the schema of the configuration as a node that overrides can still write to."""
     sections = {name: OmegaConf.structured(cls) for name, cls in SECTIONS.items()}
     for section in sections.values():
-        OmegaConf.set_readonly(section, None)  # frozen classes make frozen nodes
+        OmegaConf.set_readonly(
+            section, None
+        )  # OmegaConf makes the node of a frozen class read-only
     node: DictConfig = OmegaConf.structured(Config(**sections))
     return node

@@ -1,4 +1,4 @@
-"""The order of stages, from where each says that it stands. Imports no torch: reports ask, too."""
+"""Order of the stages of a run, by their setting `after`. Reports use this, so no torch here."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from emloc.config.paths import CONF
 from emloc.errors import ConfigError
 
 
-def in_order(after: Mapping[str, str | None]) -> list[str]:
-    """The names of the stages in the order they run in.
+def order_stages(after: Mapping[str, str | None]) -> list[str]:
+    """Return the names of the stages in the order in which they run.
 
     Args:
-        after: stage -> the one it stands directly behind; None: at the beginning. Of several behind
-            the same one a standard stage comes last, and of others the last in this mapping first.
+        after: stage -> the stage that it follows directly; None for the first stage. If several
+            stages follow the same one, standard stages run last, and of the others the last in
+            this mapping runs first.
 
     Raises:
-        ConfigError: a stage stands behind one that is not there, or behind itself.
+        ConfigError: a stage follows one that is missing, or follows itself.
     """
     order: list[str] = []
     waiting = dict(sorted(after.items(), key=lambda item: item[0] not in standard_stages()))
     while waiting:
-        placed = [name for name, before in waiting.items() if before is None or before in order]
-        if not placed:
+        ready = [name for name, before in waiting.items() if before is None or before in order]
+        if not ready:
             name, before = next(iter(waiting.items()))
             raise ConfigError(
-                f"stage.{name}.after={before}: there is no such stage before it, of "
+                f"stage.{name}.after={before}: there is no such stage before it, only "
                 f"{', '.join(after)}; set stage=[standard,{name}], or stage.{name}.after"
             )
-        for name in placed:
+        for name in ready:
             before = waiting.pop(name)
             order.insert(0 if before is None else order.index(before) + 1, name)
     return order
@@ -40,7 +41,7 @@ def in_order(after: Mapping[str, str | None]) -> list[str]:
 
 @cache
 def standard_stages() -> dict[str, dict[str, Any]]:
-    """Stage -> its settings, of the stages that every run has unless it says otherwise."""
+    """Return stage -> settings for the stages of `stage=standard`, the default of a run."""
     folder = CONF / "stage"
     names = OmegaConf.load(folder / "standard.yaml").defaults
     stages = {}
@@ -50,20 +51,20 @@ def standard_stages() -> dict[str, dict[str, Any]]:
 
 
 def stages_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Stage -> its settings, in order, of a run's resolved configuration.
+    """Return stage -> settings, in order, from the resolved configuration of a run.
 
-    Runs made before stages were settings had the standard ones.
+    Older runs without the section `stage` had the standard stages.
 
     Raises:
-        ConfigError: a stage stands behind one that is not there.
+        ConfigError: a stage follows one that is missing.
     """
     stages = config.get("stage") or standard_stages()
-    order = in_order({name: stage["after"] for name, stage in stages.items()})
+    order = order_stages({name: stage["after"] for name, stage in stages.items()})
     return {name: {"counted": True, "column": True} | stages[name] for name in order}
 
 
 def merged(first: Sequence[str], second: Sequence[str]) -> list[str]:
-    """The names of both: what only the second has stands behind what it stands behind there."""
+    """Merge two orders of names; a name only in `second` follows its predecessor in `second`."""
     order = list(first)
     for index, name in enumerate(second):
         if name not in order:

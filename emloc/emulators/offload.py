@@ -23,7 +23,7 @@ from emloc.emulators.full import Full, block_linears, quantized_layers
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.precision import Precision, require_format
-from emloc.runtime.distributed import sharded
+from emloc.runtime.distributed import is_sharded
 from emloc.tensors.nn.streamed import StreamedBlocks
 from emloc.tensors.nn.surgery import replace_parameter
 
@@ -109,7 +109,7 @@ def load_streamed(
 
 def _require_unsharded() -> None:
     """Raise ConfigError if this launch shards weights by FSDP."""
-    if sharded():
+    if is_sharded():
         raise ConfigError(
             "emulator=offload keeps whole blocks in host memory, and FSDP would split them; "
             "launch without FSDP, or set emulator=full"

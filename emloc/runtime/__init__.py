@@ -1,1 +1,1 @@
-"""The machine: processes, devices, memory, and files that are written whole."""
+"""The machine: processes, devices, memory, atomic files and the cache of artifacts."""

@@ -1,8 +1,8 @@
-"""Files and folders that are there whole or not at all, after a crash or a power cut too.
+"""Atomic writes: a file or folder is complete or absent, also after a crash or a power cut.
 
-The content is written beside its place, flushed to disk (fsync) and renamed; then the folder that
-holds the name is flushed. A name has one writer at a time. What a killed process left beside it is
-overwritten by the next attempt.
+The content is written to a draft next to the final path, flushed to disk (fsync) and renamed; then
+the parent folder is flushed. Each path has one writer at a time. The next attempt overwrites the
+draft of a process that was killed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a path to write to. It becomes `path` when the block ends, replacing an older file.
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield the path of a draft, which replaces the file `path` when the block ends.
 
-    If the block raises, `path` stays as it was.
+    If the block raises, `path` is unchanged.
     """
     draft = path.with_name(path.name + ".draft")
     try:
@@ -33,29 +33,29 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    with whole_file(path) as draft:
+    """Write bytes to the file `path` atomically."""
+    with atomic_file(path) as draft:
         draft.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file whole or not at all."""
+    """Write text to the UTF-8 file `path` atomically."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as an indented JSON file, whole or not at all."""
+    """Write a value to the indented JSON file `path` atomically."""
     write_text(path, json.dumps(value, indent=1))
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder to write to. It becomes `path` when the block ends.
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty draft folder, which is renamed to `path` when the block ends.
 
-    If the block raises, nothing is left.
+    If the block raises, the draft is deleted.
 
     Raises:
-        OSError: `path` is there and is not an empty folder.
+        OSError: `path` exists and is not an empty folder.
     """
     draft = path.with_name(path.name + ".partial")
     shutil.rmtree(draft, ignore_errors=True)
@@ -68,10 +68,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def publish(draft: Path, path: Path) -> None:
-    """Flush all that is in the folder `draft` to disk, then rename it to `path`.
+    """Flush the folder `draft` and its contents to disk, then rename it to `path`.
 
     Raises:
-        OSError: `path` is there and is not an empty folder.
+        OSError: `path` exists and is not an empty folder.
     """
     for item in draft.rglob("*"):
         _flush(item)
@@ -81,7 +81,7 @@ def publish(draft: Path, path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Have the system write a file's content, or a folder's list of names, to disk."""
+    """Force a file's content, or a folder's directory entries, onto the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,7 @@
-"""Which process this is of those that `torchrun` or `accelerate launch` started together.
+"""The processes of a launch: `torchrun` and `accelerate launch` start several of them together.
 
-Everything is read from the environment they set. Imports no torch: the command line asks, too.
+Rank and world size come from the environment variables that the launchers set. This module does
+not import torch at the top level, since the command line uses it and has to start quickly.
 """
 
 from __future__ import annotations
@@ -23,97 +24,106 @@ from emloc.runtime.digest import digest
 if TYPE_CHECKING:
     import torch
 
-# Seconds between two looks at what another process has written.
-LOOK = 0.1
+# Seconds between two checks of a file that another process writes.
+POLL_SECONDS = 0.1
 
-# What tells two launches apart that run at the same time; for those one after the other see `born`.
-_LAUNCH = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
+# Variables that differ between launches that run at the same time. Launches one after the other may
+# have equal variables; `process_start` tells them apart.
+_LAUNCH_VARIABLES = (
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 _IMPORTED = time.time()
 
 
 def rank() -> int:
-    """Number of this process among all; 0 is the one that keeps the records."""
+    """Rank of this process in its launch; rank 0 writes the records and artifacts."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """Number of processes that were started together."""
+    """Number of processes in this launch; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first() -> bool:
-    """Whether this process keeps the records, and does what is done once for all."""
+    """Return whether this process has rank 0, which works for all processes of the launch."""
     return rank() == 0
 
 
 def launch_id() -> str:
-    """The same word in all processes that were started together."""
-    return digest([os.environ.get(name) for name in _LAUNCH])
+    """Identifier of this launch, equal in all of its processes."""
+    return digest([os.environ.get(name) for name in _LAUNCH_VARIABLES])
 
 
 @cache
 def process_start() -> float:
-    """When this process was started (seconds since 1970): what was written before is of another
-    launch.
+    """Return when this process was started (seconds since 1970).
+
+    Status files with an older time belong to an earlier launch and are ignored.
     """
-    # Processes of one launch import this up to seconds apart, when the first may have said
-    # something. The system's word is the same for all, but early by up to a second, in which a
-    # launch cannot follow another, as one process alone can.
+    # Processes of one launch import this module seconds apart, and the first may write a status
+    # file before the others import it. They use the start time that the system reports. This time
+    # can be early by up to a second, which does no harm, since no launch follows another so fast.
+    # A process without a launcher can, so it uses the exact time of the import.
     return _IMPORTED if world_size() == 1 else psutil.Process().create_time()
 
 
 @dataclass(frozen=True)
 class StatusFile:
-    """A file in which the first process tells the others of its launch how something goes.
+    """A file through which the first process tells the others of its launch the state of its work.
 
-    Written by one process, read by many, on one machine or through a shared file system.
+    One process writes the file and the others read it, on one machine or a shared file system.
     """
 
     path: Path
 
-    def put(self, state: str, text: str = "") -> None:
-        """Say how it goes, in place of what was said before. One process alone says nothing."""
+    def write(self, state: str, text: str = "") -> None:
+        """Replace the state and its text. A process without a launcher writes nothing."""
         if world_size() > 1:
             write_json(self.path, [launch_id(), time.time(), state, text])
 
     def read(self) -> tuple[str, str]:
-        """State and text; both empty where nothing was said in this launch."""
+        """Return state and text; both are empty if this launch has not written the file."""
         try:
-            of, when, state, text = json.loads(self.path.read_text())
+            launch, time_written, state, text = json.loads(self.path.read_text())
         except FileNotFoundError:
             return "", ""
-        return (state, text) if of == launch_id() and when >= process_start() else ("", "")
+        is_current = launch == launch_id() and time_written >= process_start()
+        return (state, text) if is_current else ("", "")
 
-    def take_down(self) -> None:
-        """There is nothing more to say."""
+    def remove(self) -> None:
+        """Delete the file, if it exists."""
         self.path.unlink(missing_ok=True)
 
 
-def sharded() -> bool:
-    """Whether training splits the weights over the processes (FSDP, by accelerate's settings).
+def is_sharded() -> bool:
+    """Return whether training shards weights over the processes (FSDP, set in accelerate).
 
     Raises:
-        ConfigError: it is FSDP's first version, whose flat parameters cannot mix frozen and
-            trained weights of two types.
+        ConfigError: accelerate is set to the first version of FSDP, whose flat parameters cannot
+            mix frozen and trained weights of two dtypes.
     """
-    on = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
-    if on and os.environ.get("FSDP_VERSION") != "2":
+    is_requested = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+    if is_requested and os.environ.get("FSDP_VERSION") != "2":
         raise ConfigError(
             f"FSDP_VERSION={os.environ.get('FSDP_VERSION')}: only FSDP2 is supported; "
             "launch with --fsdp_version 2, or set FSDP_VERSION=2"
         )
-    return on and world_size() > 1
+    return is_requested and world_size() > 1
 
 
 def own_device() -> torch.device:
-    """The GPU of this process, made the current one, or the CPU where there is none.
+    """Return the device of this process: its GPU, or the CPU on a machine without GPU.
 
-    Of processes started together each has the one of its rank; one alone has the current one, which
-    `emloc.runtime.gpu_lock` decides.
+    Each process of a launch uses the GPU of its local rank, which becomes the current one. A
+    process without a launcher uses the current GPU, which `emloc.runtime.gpu_lock` selects.
 
     Raises:
-        ConfigError: more processes than GPUs were started on this machine.
+        ConfigError: this machine has more processes than GPUs.
     """
     import torch
 
@@ -121,23 +131,23 @@ def own_device() -> torch.device:
         return torch.device("cpu")
     if world_size() == 1:
         return torch.device("cuda", torch.cuda.current_device())
-    local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local >= there:
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= gpus:
         raise ConfigError(
-            f"process {local} of this machine has no GPU, there is {there}; "
-            f"set --nproc-per-node {there}"
+            f"process {local_rank} of this machine has no GPU, the number of GPUs is {gpus}; "
+            f"set --nproc-per-node {gpus}"
         )
-    device = torch.device("cuda", local)
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 
 
 def silence_other_processes() -> None:
-    """Leave the screen and the log file to the first process, warnings on the screen apart."""
+    """Stop the log of all processes but the first, except for their warnings on the screen."""
     if is_first():
         return
     logging.disable(logging.INFO)
     root = logging.getLogger()
-    for handler in [one for one in root.handlers if isinstance(one, logging.FileHandler)]:
+    for handler in [h for h in root.handlers if isinstance(h, logging.FileHandler)]:
         root.removeHandler(handler)
         handler.close()

@@ -1,12 +1,11 @@
-"""What stands for a value in a stage's key and in a run folder's name.
+"""Convert values to the JSON that cache keys and names of run folders are computed from.
 
-A key holds meanings and no places: moving a module to another folder changes no key. A class counts
-by the name of its file and its own name, `svd.Svd`. Where either has to change, the class keeps its
-old word as `key_name`.
+A key does not depend on the folder of a module. A class appears under the name of its file and its
+own name, such as `svd.Svd`. A class whose file or name changes keeps the former name as `key_name`.
 
-A setting that is added later must not change the keys of what was made before it: it is declared
-with `neutral(value)`, the value that means "as before there was this setting", and is left out of
-keys and folder names while it has that value.
+A new setting must not change the keys of older artifacts. It is declared with `neutral(value)`,
+where `value` stands for the behaviour before the setting existed. While a setting has its neutral
+value, it is left out of keys and folder names.
 """
 
 from __future__ import annotations
@@ -21,25 +20,25 @@ Value = TypeVar("Value")
 
 
 def neutral(value: Value) -> Value:
-    """A dataclass field whose default is `value`, left out of keys while it has that value.
+    """Return a dataclass field with default `value`, left out of keys while it has that value.
 
-    Never change the value: keys that were made without the field mean it for ever.
+    The neutral value must never change, since existing keys without the field stand for it.
     """
-    made: Value = dataclasses.field(default=value, metadata={_NEUTRAL: value})
-    return made
+    field: Value = dataclasses.field(default=value, metadata={_NEUTRAL: value})
+    return field
 
 
 def neutral_values(cls: type) -> dict[str, Any]:
-    """Field name -> neutral value, of the fields of a dataclass that have one."""
+    """Return field name -> neutral value, for the fields of a dataclass that have one."""
     fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
-    return {one.name: one.metadata[_NEUTRAL] for one in fields if _NEUTRAL in one.metadata}
+    return {field.name: field.metadata[_NEUTRAL] for field in fields if _NEUTRAL in field.metadata}
 
 
 def class_name(cls: type) -> str:
-    """The name that a class has in keys: `key_name` in its own body, else `<file>.<class>`.
+    """Return the name of a class in keys: `key_name` from its own body, or `<file>.<class>`.
 
     Raises:
-        TypeError: the class is defined within a function, so that its name says nothing.
+        TypeError: the class is defined inside a function, so its name does not identify it.
     """
     if "key_name" in vars(cls):
         return str(vars(cls)["key_name"])
@@ -49,21 +48,24 @@ def class_name(cls: type) -> str:
 
 
 def without_neutral(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
-    """The values of a dataclass's fields, less those that are neutral."""
-    unset = neutral_values(cls)
+    """Return the values of a dataclass's fields without those that are neutral."""
+    neutral_by_name = neutral_values(cls)
     return {
         name: value
         for name, value in values.items()
-        if name not in unset or type(value) is not type(unset[name]) or value != unset[name]
+        if name not in neutral_by_name
+        or type(value) is not type(neutral_by_name[name])
+        or value != neutral_by_name[name]
     }
 
 
 def key_of(item: Any) -> Any:
-    """The JSON value that stands for `item` in a stage's key.
+    """Return the JSON value of `item` in the cache key of a stage.
 
     Raises:
-        TypeError: `item` has no `key`, and is neither a settings dataclass nor a plain value. A
-            function or class is none: what it does is said by the stage's name and version.
+        TypeError: `item` has no `key` and is neither a dataclass nor a plain value. Functions and
+            classes are refused, since their names do not tell when their code changes; the stage
+            has a version for this.
     """
     if item is None or isinstance(item, str | int | float | bool):
         return item
@@ -73,9 +75,9 @@ def key_of(item: Any) -> Any:
     if hasattr(item, "key"):
         return item.key
     if dataclasses.is_dataclass(item):
-        values = {one.name: getattr(item, one.name) for one in dataclasses.fields(item)}
-        kept = without_neutral(values, type(item))
-        return {"part": class_name(type(item)), **{name: key_of(one) for name, one in kept.items()}}
+        values = {field.name: getattr(item, field.name) for field in dataclasses.fields(item)}
+        settings = without_neutral(values, type(item))
+        return {"part": class_name(type(item)), **{k: key_of(v) for k, v in settings.items()}}
     if isinstance(item, dict):
         return {str(name): key_of(value) for name, value in item.items()}
     if isinstance(item, list | tuple):

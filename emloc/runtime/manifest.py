@@ -1,9 +1,9 @@
-"""The list of files that makes a folder believable: names, sizes and hashes, written last.
+"""Manifest of a finished folder: names, sizes and hashes of its files, written last.
 
-A folder without its list was not finished. A folder that differs from its list is damaged: a disk
-was full, a file was purged, a copy broke off. Sizes are compared at every use, contents once in
-each process. Large files that are mapped block by block are compared when they are opened (`whole`)
-and not before.
+A folder without a manifest is unfinished. A folder that differs from its manifest is damaged: the
+disk was full, a file was purged, or a copy was cut off. Sizes are compared at every use, contents
+once in each process. The content of a large file, which is mapped block by block, is only compared
+when the file is opened (`verified_file`).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from emloc.runtime.atomic import write_json
 
 MANIFEST = "manifest.json"
 VERSION = 1
-# Files directly in the folder with this ending are read block by block, and compared as they are.
+# Files of this type directly in the folder are mapped; `verified_file` compares their content.
 MAPPED = ".safetensors"
-# Read at a time while hashing.
-_PIECE = 1 << 24
+# Bytes that are read at a time to compute a hash.
+_CHUNK = 1 << 24
 
 
 class DamagedError(Exception):
-    """A file of a finished folder is not what it was."""
+    """A file of a finished folder is missing or differs from the manifest."""
 
     def __init__(self, folder: Path, flaw: str) -> None:
         super().__init__(f"{folder}: {flaw}")
@@ -39,14 +39,14 @@ class DamagedError(Exception):
 
 @dataclass(frozen=True)
 class _Entry:
-    """One file of a folder."""
+    """Size and hash of a file, as a manifest lists them."""
 
     bytes: int
     xxh3: str
 
 
 def seal(folder: Path) -> None:
-    """Write the list of all files in `folder`, to the disk, when nothing more will be written."""
+    """Write the manifest of `folder` to disk; afterwards its files must not change."""
     entries = {
         name: {"bytes": (folder / name).stat().st_size, "xxh3": file_hash(folder / name)}
         for name in _names(folder)
@@ -55,9 +55,9 @@ def seal(folder: Path) -> None:
 
 
 def flaw_of(folder: Path) -> str | None:
-    """What is wrong with a folder that should be finished; None if it is as it was sealed.
+    """Describe how a finished folder differs from its manifest; None if nothing differs.
 
-    Contents of mapped files are left to `whole`.
+    The content of mapped files is left to `verified_file`.
     """
     entries = _entries(folder)
     if entries is None:
@@ -68,19 +68,19 @@ def flaw_of(folder: Path) -> str | None:
             return f"{name} is missing"
         if (size := path.stat().st_size) != entry.bytes:
             return f"{name} has {size} of {entry.bytes} bytes"
-        mapped = "/" not in name and name.endswith(MAPPED)
-        if not mapped and _known_hash(path) != entry.xxh3:
+        is_mapped = "/" not in name and name.endswith(MAPPED)
+        if not is_mapped and _cached_hash(path) != entry.xxh3:
             return f"the content of {name} has changed"
     return None
 
 
-def whole(path: Path) -> Path:
-    """The file itself, its content compared with its folder's list once in this process.
+def verified_file(path: Path) -> Path:
+    """Compare a file with the manifest of its folder, once in this process, and return its path.
 
-    A folder that is still being written has no list, and its files are believed.
+    A folder that is still being written has no manifest, so its files are not compared.
 
     Raises:
-        DamagedError: the folder is finished and the file is missing or changed.
+        DamagedError: the folder is finished, and the file is missing or has changed.
     """
     entries = _entries(path.parent)
     if entries is None:
@@ -88,35 +88,35 @@ def whole(path: Path) -> Path:
     if not path.is_file():
         raise DamagedError(path.parent, f"{path.name} is missing")
     entry = entries.get(path.name)
-    if entry is not None and _known_hash(path) != entry.xxh3:
+    if entry is not None and _cached_hash(path) != entry.xxh3:
         raise DamagedError(path.parent, f"the content of {path.name} has changed")
     return path
 
 
-def lists_all(folder: Path) -> bool:
-    """Whether there is a list that names every file in the folder."""
+def has_complete_manifest(folder: Path) -> bool:
+    """Return whether `folder` has a manifest that lists every file in it."""
     entries = _entries(folder)
     return entries is not None and {*entries} == {*_names(folder)}
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a damaged folder, so that it can be looked at and is not found again."""
+    """Rename a damaged folder, so that no stage uses it, and return its new path."""
     aside = folder.with_name(f"{folder.name}.damaged-{time.time_ns()}")
     os.replace(folder, aside)
     return aside
 
 
 def file_hash(path: Path) -> str:
-    """The xxh3 of a file's content, 32 hex digits."""
-    total = xxhash.xxh3_128()
+    """Return the xxh3 hash (128 bits, 32 hex digits) of a file's content."""
+    hasher = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            total.update(piece)
-    return total.hexdigest()
+        while chunk := file.read(_CHUNK):
+            hasher.update(chunk)
+    return hasher.hexdigest()
 
 
 def _names(folder: Path) -> list[str]:
-    """All files but the list itself and locks, which come and go."""
+    """Relative paths of all files in `folder`, except the manifest and lock files."""
     return sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
@@ -125,31 +125,38 @@ def _names(folder: Path) -> list[str]:
 
 
 def _entries(folder: Path) -> Mapping[str, _Entry] | None:
+    """Return the entries of the folder's manifest; None if it has no readable manifest."""
     path = folder / MANIFEST
     try:
-        seen = path.stat()
+        stat = path.stat()
     except FileNotFoundError:
         return None
-    return _read(path, seen.st_size, seen.st_mtime_ns)
+    return _read_manifest(path, stat.st_size, stat.st_mtime_ns)
 
 
 @lru_cache(maxsize=1024)
-def _read(path: Path, size: int, modified: int) -> Mapping[str, _Entry] | None:
-    """Read again only when the file has changed: a large emulator is asked for every block."""
+def _read_manifest(path: Path, size: int, modified: int) -> Mapping[str, _Entry] | None:
+    """Read a manifest; None if it is not readable.
+
+    Size and time of modification are part of the cache key, so that the file is only read again
+    after it has changed. A large emulator needs its manifest for every block.
+    """
     try:
-        written: dict[str, Any] = json.loads(path.read_text())
-        if written["version"] != VERSION:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        if manifest["version"] != VERSION:
             return None
-        return {name: _Entry(**entry) for name, entry in written["files"].items()}
+        return {name: _Entry(**entry) for name, entry in manifest["files"].items()}
     except (ValueError, TypeError, KeyError):
         return None
 
 
-def _known_hash(path: Path) -> str:
-    seen = path.stat()
-    return _hashed(path, seen.st_size, seen.st_mtime_ns)
+def _cached_hash(path: Path) -> str:
+    """Return the hash of a file, computed once for each size and time of modification."""
+    stat = path.stat()
+    return _hash_of_version(path, stat.st_size, stat.st_mtime_ns)
 
 
 @lru_cache(maxsize=65536)
-def _hashed(path: Path, size: int, modified: int) -> str:
+def _hash_of_version(path: Path, size: int, modified: int) -> str:
+    """Return the hash of a file; size and time of modification serve as the key of the cache."""
     return file_hash(path)

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work: of the device where there is one, else of the process."""
+"""Measure and limit memory: of the CUDA device if there is one, else of the process."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ GIB = 2**30
 _POLL_SECONDS = 0.02
 
 
-def stay_within(device: torch.device, gib: float | None) -> None:
-    """Make the device refuse what is beyond `gib`, as a smaller one would; None: it has all."""
+def limit_device_memory(device: torch.device, gib: float | None) -> None:
+    """Limit this process to `gib` GiB of a CUDA device, as on a smaller GPU; None lifts the limit.
+
+    An allocation above the limit raises torch.OutOfMemoryError.
+    """
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         share = 1.0 if gib is None else min(1.0, gib * GIB / total)
@@ -24,10 +27,10 @@ def stay_within(device: torch.device, gib: float | None) -> None:
 
 
 class HostMemoryPeak:
-    """Context in which `bytes` follows the highest anonymous memory of the process, polled.
+    """Context manager that polls the process's anonymous memory and keeps the maximum in `bytes`.
 
-    Pages of mapped checkpoint files would count in the resident size although the system can drop
-    them at any time.
+    Anonymous memory leaves out the pages of mapped checkpoint files, which the system can drop at
+    any time. The resident size would include them.
     """
 
     def __init__(self) -> None:
@@ -37,26 +40,28 @@ class HostMemoryPeak:
 
     def __enter__(self) -> HostMemoryPeak:
         gc.collect()
-        _give_back()
+        _trim_heap()
         self._poller.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._poller.join()
-        # Short work may be over before the first look.
+        # Short work may end before the first poll.
         self.bytes = max(self.bytes, process_bytes())
 
     def _poll(self) -> None:
+        """Update the maximum until the block ends; runs in a thread of its own."""
         while not self._stop.is_set():
             self.bytes = max(self.bytes, process_bytes())
             self._stop.wait(_POLL_SECONDS)
 
 
 class MemoryPeak:
-    """Context in which `gib` follows the highest memory in use.
+    """Context manager that measures the peak memory of its block, read as `gib` afterwards.
 
-    On CUDA it is what the caching allocator reserved at most, on a CPU `HostPeak`.
+    On CUDA the peak is the most that the caching allocator has reserved. Without CUDA it is the
+    peak of `HostMemoryPeak`.
     """
 
     def __init__(self) -> None:
@@ -65,7 +70,7 @@ class MemoryPeak:
 
     @property
     def gib(self) -> float:
-        """The peak, in 2^30 bytes."""
+        """Peak memory in GiB (2^30 bytes)."""
         return round(self.bytes / GIB, 3)
 
     def __enter__(self) -> MemoryPeak:
@@ -85,19 +90,20 @@ class MemoryPeak:
             self.bytes = self._host.bytes
 
 
-def _give_back() -> None:
-    """Return what earlier work has freed to the system, or it would count as this work's."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
+def _trim_heap() -> None:
+    """Return freed memory to the system, so that earlier work does not count in this peak."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has this function
     if trim is not None:
         trim(0)
 
 
 def process_bytes() -> int:
-    """Anonymous resident memory of this process; all resident memory where the system has no word
-    for the difference.
+    """Return the anonymous resident memory of this process in bytes.
+
+    Systems other than Linux do not report anonymous memory; there it is all resident memory.
     """
     status = Path("/proc/self/status")
-    found = (
+    match = (
         re.search(r"^RssAnon:\s+(\d+) kB", status.read_text(), re.M) if status.exists() else None
     )
-    return int(found[1]) * 1024 if found else int(psutil.Process().memory_info().rss)
+    return int(match[1]) * 1024 if match else int(psutil.Process().memory_info().rss)

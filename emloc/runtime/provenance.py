@@ -1,4 +1,4 @@
-"""What a result was obtained with: code, packages, machine."""
+"""Provenance of a result: commit, package versions and device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("emloc", "torch", "transformers", "peft", "datasets", "lm-eval", "hy
 
 
 def provenance() -> dict[str, Any]:
-    """Commit (None outside a checkout), versions and device, as plain JSON values."""
+    """Return commit, package versions and device as JSON values; commit is None without git."""
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain")),
@@ -26,6 +26,7 @@ def provenance() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
+    """Return the installed version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -33,6 +34,7 @@ def _version(package: str) -> str | None:
 
 
 def _device() -> str:
+    """Return the name of the GPU, or the architecture and core count of the CPU."""
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -40,10 +42,11 @@ def _device() -> str:
 
 
 def _git(*command: str) -> str | None:
+    """Return the output of a git command on this checkout; None if the command fails."""
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return process.stdout.strip()

@@ -1,4 +1,4 @@
-"""Write a safetensors file whole or not at all, so that one that is there can be believed."""
+"""Write safetensors files atomically: a file under its final name is complete."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from emloc.runtime.atomic import whole_file
+from emloc.runtime.atomic import atomic_file
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write the tensors, from whatever device."""
-    here = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    with whole_file(path) as draft:
-        save_file(here, draft, metadata=metadata)
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors, which may be on any device, to the safetensors file `path`."""
+    host_tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_file(path) as draft:
+        save_file(host_tensors, draft, metadata=metadata)

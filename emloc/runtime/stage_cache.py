@@ -1,16 +1,17 @@
-"""Stages cached by content: the same inputs are never worked through twice.
+"""Cache of stages: a stage with the same inputs is computed only once.
 
 A stage is a function `work(folder, *inputs, **live) -> facts` that writes files into `folder`. Its
-key is the digest of its name, the version of its meaning, the settings of the object that the
-function is bound to, if any, and every input (`emloc.runtime.keys`). `live` arguments (devices,
-progress, loggers) change nothing in the result and are never hashed.
+cache key is the digest of its name, its version, the settings of the object that the function is
+bound to (if any) and every input (see `emloc.runtime.keys`). The `live` arguments, such as devices
+and callbacks, do not change the result and are not part of the key.
 
-An artifact is believed only whole (`emloc.runtime.manifest`): one that is not is named, moved aside
-and made again.
+An artifact is only used if it agrees with its manifest (`emloc.runtime.manifest`). A damaged
+artifact is logged, moved aside and computed again.
 
-Of several processes started together (`emloc.runtime.distributed`) the first does the work and the
-others wait for the artifact, except for work that they do together. They tell each other
-through files beside the artifact and never through a collective: those time out, stages take hours.
+If a launch has several processes (`emloc.runtime.distributed`), the first does the work and the
+others wait for the artifact. Some stages are computed by all processes together. The processes
+communicate through files next to the artifact, not through collectives: a collective times out,
+and a stage may take hours.
 """
 
 from __future__ import annotations
@@ -29,31 +30,33 @@ from filelock import FileLock
 
 from emloc.errors import ConfigError, StageError
 from emloc.runtime.digest import digest
-from emloc.runtime.distributed import LOOK, StatusFile, is_first, world_size
+from emloc.runtime.distributed import POLL_SECONDS, StatusFile, is_first, world_size
 from emloc.runtime.keys import key_of
 from emloc.runtime.manifest import DamagedError, flaw_of, seal, set_aside
 from emloc.runtime.memory import MemoryPeak
 
 log = logging.getLogger(__name__)
 
-# How artifacts are written and keys are made, whatever the stage.
+# Version of the layout of artifacts and keys, common to all stages.
 LAYOUT = 2
 
 Facts = dict[str, Any]
-Bound = Callable[[Path], Facts]
+BoundWork = Callable[[Path], Facts]
+# The class of the error to raise, called with stage and message.
 Failure = Callable[[str, str], StageError]
 
 
 class OutOfStepError(StageError):
-    """Work of all processes failed in this one, and the others may hang in it: this launch is over.
+    """A stage that all processes compute together failed in this process, so the launch must end.
 
-    A further collective could meet one that was left open.
+    The other processes may wait in a collective. A further collective of this process could match
+    the one that the others wait in.
     """
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """The finished result of one stage. Nothing ever writes into its folder again."""
+    """The finished result of one stage. The files in its folder never change."""
 
     stage: str
     key: str
@@ -61,14 +64,14 @@ class Artifact:
 
     @cached_property
     def facts(self) -> Facts:
-        """What the stage reported, with its `seconds` and `peak_gib`."""
+        """Facts that the stage has returned, with its `seconds` and `peak_gib`."""
         facts: Facts = json.loads((self.folder / "stage.json").read_text())
         return facts
 
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of artifacts, `<root>/<stage>/<key>`."""
+    """The cache of artifacts: one folder `<root>/<stage>/<key>` for each."""
 
     root: Path
 
@@ -81,77 +84,78 @@ class Store:
         together: bool = False,
         **live: Any,
     ) -> Artifact:
-        """The artifact of `work` on `inputs`: found if it was ever finished, else computed.
+        """Return the artifact of `work` on `inputs`, from the cache or newly computed.
 
-        `version` is raised when the meaning of the stage's files changes: it is explicit and can be
-        reviewed, unlike a hash of code.
+        `version` has to be raised when the meaning of the stage's files changes. It is explicit, so
+        that a change can be reviewed, unlike a hash of the code.
 
-        With `together` all processes of a launch enter the work at the same time, each with the
-        same arguments. Only the first may write into the folder, and the facts are its facts. The
-        result may depend on the number of processes, which is therefore in the key.
+        With `together` all processes of a launch call `work` at the same time, each with the same
+        arguments. Only the first may write into the folder, and the artifact has its facts. The
+        result may depend on the number of processes, which is therefore part of the key.
 
-        The work writes into `<key>.partial`, which becomes the artifact by one rename. An
-        interrupted stage leaves that folder behind, and the next attempt finds it as it was.
+        `work` writes into the folder `<key>.partial`, which becomes the artifact by one rename. An
+        interrupted stage leaves this folder behind, so that the next attempt can resume from it.
 
         Raises:
-            ConfigError: as raised by the work, untouched.
-            StageError: anything else that went wrong in the work, memory included.
+            ConfigError: raised by `work`, passed on unchanged.
+            StageError: any other error in `work`, such as out of memory.
         """
-        bound_to = key_of(getattr(_named(work), "__self__", None))
+        bound_to = key_of(getattr(_require_named(work), "__self__", None))
         key = digest([LAYOUT, name, version, bound_to, [key_of(item) for item in inputs]])
         shared = together and world_size() > 1
-        if shared:  # the samples of one step are those of all processes
+        if shared:  # more processes make an optimizer step larger
             key = digest([key, world_size()])
-        home = self.root / name / key
-        if home.exists() and flaw_of(home) is None:
-            log.info("%s: found (%s)", name, key)
-            return Artifact(name, key, home)
-        home.parent.mkdir(parents=True, exist_ok=True)
+        target = self.root / name / key
+        if target.exists() and flaw_of(target) is None:
+            log.info("%s: taken from the cache (key %s)", name, key)
+            return Artifact(name, key, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
 
-        def bound(draft: Path) -> Facts:
+        def bound_work(draft: Path) -> Facts:
             return work(draft, *inputs, **live)
 
         failure = OutOfStepError if shared else StageError
         if is_first():
-            with FileLock(home.with_suffix(".lock")):
-                set_aside_if_damaged(home, name)
-                if not home.exists():
-                    self._lead(name, home, bound, failure)
+            with FileLock(target.with_suffix(".lock")):
+                set_aside_if_damaged(target, name)
+                if not target.exists():
+                    self._lead(name, target, bound_work, failure)
         else:
-            self._follow(name, home, bound, failure)
-        return Artifact(name, key, home)
+            self._follow(name, target, bound_work, failure)
+        return Artifact(name, key, target)
 
-    def _lead(self, name: str, home: Path, work: Bound, failure: Failure) -> None:
-        """Compute, and let the processes that wait know how it goes."""
-        notice = StatusFile(home.with_suffix(".notice"))
-        # The others have heard of a failure, and will not wait for a second attempt.
-        _pass_on(name, notice)
-        notice.put("begun")
+    def _lead(self, name: str, target: Path, work: BoundWork, failure: Failure) -> None:
+        """Compute the artifact in the first process and report its state to the others."""
+        status = StatusFile(target.with_suffix(".notice"))
+        # After a failure the other processes have ended, so a second attempt would lack them.
+        _raise_failure(name, status)
+        status.write("begun")
         try:
-            self._compute(name, home, work, failure)
+            self._compute(name, target, work, failure)
         except ConfigError as error:
-            notice.put("refused", str(error))
+            status.write("refused", str(error))
             raise
         except StageError as error:
-            notice.put("failed", error.args[0].removeprefix(f"{name}: "))
+            status.write("failed", error.args[0].removeprefix(f"{name}: "))
             raise
-        notice.take_down()
+        status.remove()
 
-    def _follow(self, name: str, home: Path, work: Bound, failure: Failure) -> None:
-        """Wait until the first process has made the artifact, taking part where all do."""
-        notice = StatusFile(home.with_suffix(".notice"))
-        to_do = failure is OutOfStepError
-        while not home.exists() or flaw_of(home) is not None:
-            _pass_on(name, notice)
-            if to_do and notice.read()[0] == "begun":
-                log.info("%s: working (%s)", name, home.name)
-                _attempt(name, home.with_suffix(".partial"), work, failure)
-                to_do = False
-            time.sleep(LOOK)
+    def _follow(self, name: str, target: Path, work: BoundWork, failure: Failure) -> None:
+        """Wait for the artifact in another process, and take part in work that all do together."""
+        status = StatusFile(target.with_suffix(".notice"))
+        takes_part = failure is OutOfStepError
+        while not target.exists() or flaw_of(target) is not None:
+            _raise_failure(name, status)
+            if takes_part and status.read()[0] == "begun":
+                log.info("%s: computing (cache key %s)", name, target.name)
+                _attempt(name, target.with_suffix(".partial"), work, failure)
+                takes_part = False
+            time.sleep(POLL_SECONDS)
 
-    def _compute(self, name: str, home: Path, work: Bound, failure: Failure) -> None:
-        log.info("%s: working (%s)", name, home.name)
-        draft = home.with_suffix(".partial")
+    def _compute(self, name: str, target: Path, work: BoundWork, failure: Failure) -> None:
+        """Run the work on a draft folder, add facts and manifest, and rename it to `target`."""
+        log.info("%s: computing (cache key %s)", name, target.name)
+        draft = target.with_suffix(".partial")
         draft.mkdir(exist_ok=True)
         start = time.perf_counter()
         with MemoryPeak() as peak:
@@ -159,21 +163,25 @@ class Store:
         facts |= {"seconds": round(time.perf_counter() - start, 3), "peak_gib": peak.gib}
         (draft / "stage.json").write_text(json.dumps(facts, indent=1))
         seal(draft)
-        os.replace(draft, home)
+        os.replace(draft, target)
 
 
-def set_aside_if_damaged(home: Path, name: str) -> None:
-    """Say what is wrong with a finished folder, if anything, and move it out of the way."""
-    if home.exists() and (flaw := flaw_of(home)) is not None:
-        aside = set_aside(home)
-        log.warning("%s: %s is damaged: %s; moved to %s, made again", name, home, flaw, aside.name)
+def set_aside_if_damaged(target: Path, name: str) -> None:
+    """Log how a finished folder of the stage `name` is damaged and move it aside, if it is."""
+    if target.exists() and (flaw := flaw_of(target)) is not None:
+        aside = set_aside(target)
+        log.warning(
+            "%s: the artifact %s is damaged: %s; moved to %s and computed again",
+            *(name, target, flaw, aside.name),
+        )
 
 
-def _named(work: Callable[..., Facts]) -> Callable[..., Facts]:
-    """The work itself.
+def _require_named(work: Callable[..., Facts]) -> Callable[..., Facts]:
+    """Return `work` if it is a method or a function of a module.
 
     Raises:
-        TypeError: it is defined within a function and may hold anything, which no key would show.
+        TypeError: `work` is defined inside a function. It may use any variable of that function,
+            and the key would not depend on them.
     """
     if not hasattr(work, "__qualname__") or "<" in work.__qualname__:
         name = getattr(work, "__qualname__", type(work).__name__)
@@ -181,24 +189,38 @@ def _named(work: Callable[..., Facts]) -> Callable[..., Facts]:
     return work
 
 
-def _attempt(name: str, draft: Path, work: Bound, failure: Failure) -> Facts:
+def _attempt(name: str, draft: Path, work: BoundWork, failure: Failure) -> Facts:
+    """Run the work on the draft folder and turn its errors into those of the stage `name`.
+
+    Raises:
+        ConfigError: raised by the work, passed on unchanged.
+        DamagedError: an input is damaged, and this process can compute that input again.
+        StageError: any other error, created by `failure`.
+    """
     try:
         return work(draft)
     except ConfigError:
         raise
-    except DamagedError as error:  # whoever runs the stages makes it again, and then this one
+    except DamagedError as error:  # the pipeline computes the damaged artifact and this stage again
         if world_size() == 1:
             raise
         if is_first():
             set_aside(error.folder)
-        raise failure(name, f"{error}; start again, and it is made again") from error
-    except Exception as error:  # why: whatever it was, the record names the stage
+        raise failure(
+            name, f"{error}; start the run again to compute this artifact again"
+        ) from error
+    except Exception as error:  # why: the record of any failure has to name the stage
         raise failure(name, f"{type(error).__name__}: {error}") from error
 
 
-def _pass_on(name: str, notice: StatusFile) -> None:
-    """Fail as the first process did, if it did."""
-    state, text = notice.read()
+def _raise_failure(name: str, status: StatusFile) -> None:
+    """Raise the error of the first process, if the status file reports one.
+
+    Raises:
+        ConfigError: the first process has refused the settings.
+        StageError: the first process has failed.
+    """
+    state, text = status.read()
     if state == "refused":
         raise ConfigError(text)
     if state == "failed":
@@ -206,5 +228,5 @@ def _pass_on(name: str, notice: StatusFile) -> None:
 
 
 def open_store() -> Store:
-    """The store of this machine: `EMLOC_CACHE`, else `~/.cache/emloc`."""
+    """Return the cache of this machine: the folder `EMLOC_CACHE`, or else `~/.cache/emloc`."""
     return Store(Path(os.environ.get("EMLOC_CACHE", "~/.cache/emloc")).expanduser())

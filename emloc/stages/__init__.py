@@ -1,4 +1,7 @@
-"""The stages of a run: one file for each. A stage is a part like an emulator or an adapter."""
+"""The interface of a stage. Each stage of a run is a file of this folder.
+
+A stage is a part of the configuration (`stage` group), as an emulator or an adapter is.
+"""
 
 from __future__ import annotations
 
@@ -24,35 +27,34 @@ if TYPE_CHECKING:
     from emloc.calibration.calibrate import Layers
     from emloc.stages.run_config import RunConfig
 
-# What an artifact is to the stages behind it: the newest of each kind is the one that counts.
-STATISTICS, EMULATOR, TRAINED, CARRIED = "statistics", "emulator", "trained", "carried"
+# Kinds of artifacts. Later stages read the newest artifact of a kind.
+STATISTICS, EMULATOR, TRAINED, RECOVERED = "statistics", "emulator", "trained", "recovered"
 SCORES, SCORES_AS_TRAINED = "scores", "scores as trained"
 
 
 @dataclass
 class Context:
-    """All that a stage can read: the settings of the run, checked, and what was made so far."""
+    """Everything that a stage can read: the checked settings and earlier stages' artifacts."""
 
-    run_config: RunConfig  # its ratio and precision as they were solved for
-    source: Source  # the model that is trained, carried to and scored
-    layers: Layers  # those that an emulator may compress: name -> (out, in)
-    plan: Plan | None  # what the emulator is built to
-    samples: Samples | None  # of calibration; None where no stage reads them
-    training_inputs: (
-        TrainingInputs | None
-    )  # what the adapter is fitted to; None where nothing is trained
+    run_config: RunConfig  # with the ratio and the precision that compression=auto has chosen
+    source: Source  # the original model
+    layers: Layers  # layers that an emulator may compress: name -> (out, in)
+    plan: Plan | None  # what the emulator is built to, such as the rank of each layer
+    samples: Samples | None  # calibration samples; None if no stage reads them
+    # Adapter, layers, rows and recipe of the training; None if the run trains nothing.
+    training_inputs: TrainingInputs | None
     device: torch.device
-    host_bytes: int  # what hidden states may take of host memory
+    host_bytes: int  # host memory that hidden states may use
     report: Report  # called with each line of the training log
-    made: dict[str, Artifact] = field(default_factory=dict)  # stage -> artifact, in order
-    current: dict[str, Artifact] = field(default_factory=dict)  # kind -> the newest of it
+    artifacts: dict[str, Artifact] = field(default_factory=dict)  # by stage, in order
+    current: dict[str, Artifact] = field(default_factory=dict)  # kind -> newest artifact
 
     @property
     def built_emulator(self) -> BuiltEmulator:
-        """The emulator as the stages so far have left it.
+        """Return the emulator as the newest artifact of its kind stores it.
 
         Raises:
-            KeyError: no stage has made one.
+            KeyError: no stage has built an emulator yet.
         """
         run_config = self.run_config
         return BuiltEmulator(
@@ -62,57 +64,63 @@ class Context:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage(Part):
-    """One stage: whether it is needed, what it depends on, and its work.
+    """A stage of a run: whether the run needs it, what its result depends on, and its work.
 
-    The fields say where it stands and how reports treat it. Those of a subclass are its settings,
-    which are in its key.
+    The fields below set the stage's place in the order and its part in reports. The fields of a
+    subclass are its settings, which are part of its cache key.
     """
 
-    version: ClassVar[int] = 1  # raised when the meaning of its files changes
-    gives: ClassVar[str]  # the kind of its artifact: one of those above, or one of its own
-    reads_samples: ClassVar[bool] = False  # beside what emulator and recovery read
-    # File of the artifact -> what it is called in the run's folder.
+    version: ClassVar[int] = 1  # raise this number when the meaning of the artifact's files changes
+    gives: ClassVar[str]  # kind of its artifact: a kind from above, or a new one
+    reads_samples: ClassVar[bool] = False  # whether the stage itself reads calibration samples
+    # File of the artifact -> name of its copy in the run's folder.
     collected: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    logged_as: ClassVar[str] = ""  # what its numbers begin with in metrics.jsonl; empty: its name
+    logged_as: ClassVar[str] = ""  # prefix of its numbers in metrics.jsonl; empty: its name
 
-    after: str | None  # the stage it stands directly behind; null: the first
-    counted: bool = True  # its seconds are part of what fine-tuning costs
-    column: bool = True  # its seconds are a column of the tables
+    after: str | None  # the stage that it follows directly; null: it is the first
+    counted: bool = True  # whether its seconds count as cost of fine-tuning
+    column: bool = True  # whether the tables have a column for its seconds
 
     @property
     def key(self) -> dict[str, Any]:
-        """Its class and its own settings: where it stands is said by what it depends on."""
-        own = [one.name for one in fields(self) if one.name not in _PLACE]
-        values = without_neutral({name: getattr(self, name) for name in own}, type(self))
+        """Return the JSON value of the stage in its cache key: its class and its own settings.
+
+        Its place in the order is left out, since the key contains the inputs of the stage.
+        """
+        names = [setting.name for setting in fields(self) if setting.name not in _NOT_IN_KEY]
+        values = without_neutral({name: getattr(self, name) for name in names}, type(self))
         return {"part": class_name(type(self)), **{name: key_of(v) for name, v in values.items()}}
 
     def check(self, context: Context) -> None:
-        """Refuse what cannot be right, before any stage begins.
+        """Check the settings that the stage depends on, before any stage of the run begins.
 
         Raises:
-            ConfigError: with the reason, and an override that mends it.
+            ConfigError: names the reason and an override that mends the settings.
         """
         return
 
     def together(self, context: Context) -> bool:
-        """Whether all processes of a launch work on it at the same time."""
+        """Return whether all processes of a launch work on the stage together."""
         return False
 
     @abstractmethod
     def needed(self, context: Context) -> bool:
-        """Whether the run has this stage; asked when the stages before it are done."""
+        """Return whether the run needs this stage; called when all earlier stages are finished."""
 
     @abstractmethod
     def inputs(self, context: Context) -> list[Any]:
-        """All that its result depends on, beside its own settings: values that have keys."""
+        """Return all values that the result depends on, except the stage's own settings.
+
+        Each value has a cache key, see `emloc.runtime.keys.key_of`.
+        """
 
     @abstractmethod
     def work(self, folder: Path, context: Context) -> Facts:
-        """Write its files into `folder` and return what is to be known of them."""
+        """Write the files of the artifact into `folder` and return facts about them."""
 
     def enter(self, folder: Path, *_: Any, context: Context) -> Facts:
-        """Called by the store, which hashes the inputs and not the context."""
+        """Call `work` for the store, which hashes the inputs but not the context."""
         return self.work(folder, context)
 
 
-_PLACE = ("after", "counted", "column")
+_NOT_IN_KEY = ("after", "counted", "column")

@@ -1,4 +1,4 @@
-"""Run the original model over the calibration samples and keep second moments."""
+"""The calibration stage: accumulate second moments of each layer and cache them."""
 
 from __future__ import annotations
 
@@ -14,38 +14,39 @@ from emloc.stages import STATISTICS, Context, Stage
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrate(Stage):
-    """Second moments that are kept, so that other ratios need no second pass."""
+    """Stage that caches second moments, so that other ratios need no second calibration."""
 
     gives = STATISTICS
 
     def needed(self, context: Context) -> bool:
-        """Where the emulator reads them, and they are not larger than `budget.statistics_gib`.
+        """Return whether the emulator reads moments that fit into `budget.statistics_gib`.
 
-        Those of a large model would be larger than itself: it is compressed while it is run.
+        The moments of a large model would be larger than the model. Its emulator is built without
+        this stage: each block is calibrated and compressed in one blockwise forward.
         """
         if not context.run_config.emulator.statistics:
             return False
-        size = statistics_bytes(context.layers, _whole(context))
+        size = statistics_bytes(context.layers, _needs_input_grams(context))
         return size <= context.run_config.budget.statistics_gib * GIB
 
     def inputs(self, context: Context) -> list[Any]:
-        """The model, the layers, the samples, and which moments."""
-        return [context.source, context.layers, context.samples, _whole(context)]
+        """Return the model, the layers, the samples and whether every layer needs an input Gram."""
+        return [context.source, context.layers, context.samples, _needs_input_grams(context)]
 
     def work(self, folder: Path, context: Context) -> Facts:
-        """See `emloc.calibration.calibrate`."""
+        """Run the model over the samples and write the moments of its layers into `folder`."""
         assert context.samples is not None
         return calibrate(
             folder,
             context.source,
             context.layers,
             context.samples,
-            _whole(context),
+            _needs_input_grams(context),
             device=context.device,
             host_bytes=context.host_bytes,
         )
 
 
-def _whole(context: Context) -> bool:
-    """Whether every layer needs its input Gram."""
+def _needs_input_grams(context: Context) -> bool:
+    """Return whether the emulator needs the Gram matrix of every layer's inputs."""
     return context.run_config.emulator.statistics == "input"

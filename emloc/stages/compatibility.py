@@ -1,6 +1,7 @@
-"""Which emulators, adapters and recoveries go together: each part says what it needs of the others.
+"""Check that the emulator, adapter and recovery of a run work together.
 
-Only pairs that would be wrong are refused. A new part states its traits and edits nothing here.
+Each part declares its own traits, and the check compares them. A new part declares its traits and
+changes nothing in this file. Only combinations with wrong results are refused.
 """
 
 from __future__ import annotations
@@ -16,23 +17,25 @@ from emloc.recovery import Recovery
 def check_compatible(
     emulator: Emulator, adapter: Adapter | NoAdapter, recovery: Recovery, recipe: TrainSettings
 ) -> None:
-    """Refuse parts that cannot work together. Where nothing is trained, all of them can.
+    """Refuse an emulator, adapter, recovery and training recipe that do not work together.
+
+    A run that trains nothing passes every check.
 
     Raises:
-        ConfigError: with the reason, and an override that makes them fit.
+        ConfigError: names the reason and an override that resolves the conflict.
     """
     if not adapter.trains:
         return
     names = {
-        "emulator": _name(emulator),
-        "adapter": _name(adapter),
-        "recovery": _name(recovery),
+        "emulator": _choice_name(emulator),
+        "adapter": _choice_name(adapter),
+        "recovery": _choice_name(recovery),
     }
-    for wrong, why in (
+    for is_conflict, message in (
         (
             adapter.needs_weight and not emulator.keeps_weights,
-            f"adapter={{adapter}} {adapter.needs_weight}, and emulator={{emulator}} does not have "
-            "it at hand; set adapter=lora, or emulator=full recovery=none",
+            f"adapter={{adapter}} {adapter.needs_weight}, and emulator={{emulator}} does not hold "
+            "that weight; set adapter=lora, or emulator=full recovery=none",
         ),
         (
             adapter.nonlinear and not emulator.same_shapes,
@@ -52,19 +55,19 @@ def check_compatible(
         ),
         (
             emulator.same_shapes and recovery.scatters,
-            "recovery={recovery} puts back what an emulator left out of a layer, and "
-            "emulator={emulator} leaves out nothing; set recovery=none",
+            "recovery={recovery} enlarges an adapter of smaller layers, and emulator={emulator} "
+            "leaves out nothing: its layers have the original's shapes; set recovery=none",
         ),
         (
             emulator.recomputes and not recipe.checkpointing,
-            "emulator={emulator} has a layer's weights only while they are multiplied, so that the "
-            "backward pass has to compute them again; set train.checkpointing=true",
+            "emulator={emulator} frees a layer's weights after its forward pass, so the backward "
+            "pass has to run the forward pass of each block again; set train.checkpointing=true",
         ),
     ):
-        if wrong:
-            raise ConfigError(why.format(**names))
+        if is_conflict:
+            raise ConfigError(message.format(**names))
 
 
-def _name(part: object) -> str:
-    """The choice in its group: a part is called as its file."""
+def _choice_name(part: object) -> str:
+    """Name of a part in its configuration group: the name of the file that defines its class."""
     return type(part).__module__.rpartition(".")[2]

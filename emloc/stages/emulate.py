@@ -1,4 +1,4 @@
-"""Build the emulator."""
+"""The emulator stage: build the emulator from the original model."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from emloc.stages import EMULATOR, STATISTICS, Context, Stage
 
 @dataclass(frozen=True, kw_only=True)
 class Emulate(Stage):
-    """The emulator's files: what the original does not hold."""
+    """Stage that builds the emulator and writes the weights it does not share with the original."""
 
     gives = EMULATOR
     collected = MappingProxyType({"layers.json": "layers.json"})
 
     def needed(self, context: Context) -> bool:
-        """Always: the original itself is an emulator too."""
+        """Return True: every run has an emulator, if only the original model itself."""
         return True
 
     def inputs(self, context: Context) -> list[Any]:
-        """The emulator's settings, the model, and what it is built from."""
+        """Return the emulator's settings, the model and the inputs of the build."""
         return [context.run_config.emulator, context.source, _build_inputs(context)]
 
     def work(self, folder: Path, context: Context) -> Facts:
-        """Have the emulator write them."""
+        """Build the emulator and write its files into `folder`."""
         return context.run_config.emulator.build(
             folder,
             context.source,
@@ -39,6 +39,7 @@ class Emulate(Stage):
 
 
 def _build_inputs(context: Context) -> BuildInputs:
+    """Return the inputs of the build: plan, cached moments, samples and packed format."""
     samples = context.samples if context.run_config.emulator.samples else None
     return BuildInputs(
         context.plan, context.current.get(STATISTICS), samples, context.run_config.precision

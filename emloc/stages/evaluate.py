@@ -1,4 +1,4 @@
-"""Score the original model with the carried adapter."""
+"""The evaluation stage: score the original model with the recovered adapter."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from types import MappingProxyType
 from typing import Any
 
 from emloc.runtime.stage_cache import Facts
-from emloc.stages import CARRIED, SCORES, Context, Stage
+from emloc.stages import RECOVERED, SCORES, Context, Stage
 from emloc.stages.evaluation.evaluate import evaluate
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Stage):
-    """Scores on the held-out rows, and what was answered to each."""
+    """Stage that scores the final model on held-out rows and writes its answers."""
 
     gives = SCORES
     collected = MappingProxyType(
@@ -22,13 +22,13 @@ class Evaluate(Stage):
     )
 
     def needed(self, context: Context) -> bool:
-        """Always."""
+        """Return True: every run is scored, also one that trains nothing."""
         return True
 
     def inputs(self, context: Context) -> list[Any]:
-        """The model, what was carried to it, the data, and how much of it."""
+        """Return the model, the recovered adapter, the task and the settings of the evaluation."""
         run_config = context.run_config
-        recovered = context.current.get(CARRIED)
+        recovered = context.current.get(RECOVERED)
         return [
             context.source,
             run_config.adapter,
@@ -39,5 +39,5 @@ class Evaluate(Stage):
         ]
 
     def work(self, folder: Path, context: Context) -> Facts:
-        """See `emloc.stages.evaluation.evaluate`."""
+        """Write predictions and answers into `folder` and return the scores."""
         return evaluate(folder, *self.inputs(context), device=context.device)

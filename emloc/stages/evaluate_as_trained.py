@@ -1,4 +1,4 @@
-"""Score the very model that was trained, where it is held in a packed format."""
+"""Score the packed model that was trained, before its adapter is recovered."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from emloc.stages.evaluation.evaluate import evaluate_as_trained
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateAsTrained(Stage):
-    """Scores of the model as it was trained, beside those of what was carried from it."""
+    """Stage that scores the packed model, to compare with the original plus recovered adapter."""
 
     gives = SCORES_AS_TRAINED
     logged_as = "as_trained"
 
     def needed(self, context: Context) -> bool:
-        """Where something was trained that is held in a packed format."""
+        """Return whether the run has trained an adapter on weights in a packed format."""
         return TRAINED in context.current and context.run_config.precision is not None
 
     def inputs(self, context: Context) -> list[Any]:
-        """The emulator, the adapter, the data, and how much of it."""
+        """Return the emulator, the trained adapter, the task and the settings of the evaluation."""
         run_config, trained = context.run_config, context.current[TRAINED]
         return [
             context.built_emulator,
@@ -35,5 +35,5 @@ class EvaluateAsTrained(Stage):
         ]
 
     def work(self, folder: Path, context: Context) -> Facts:
-        """See `emloc.stages.evaluation.evaluate`."""
+        """Write predictions and answers into `folder` and return the scores."""
         return evaluate_as_trained(folder, *self.inputs(context), device=context.device)

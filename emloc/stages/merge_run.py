@@ -1,4 +1,4 @@
-"""Merge what a finished run carried over with the model it was made for."""
+"""Merge the adapter of a finished run into the weights of its model."""
 
 from __future__ import annotations
 
@@ -12,19 +12,28 @@ from emloc.stages.run_config import instantiate
 
 
 def merge_run(run: Path, target: Path) -> Path:
-    """Merge the carried adapter of a finished run with the model it was made for.
+    """Merge the recovered adapter of a finished run into the model that it adapts.
+
+    Args:
+        run: the folder of the run.
+        target: the folder for the merged checkpoint, which must not exist yet.
+
+    Returns:
+        The folder of the merged checkpoint.
 
     Raises:
-        ConfigError: the run has no adapter, the adapter is of a kind that no weights can hold, or
-            `target` is already there.
+        ConfigError: `run` is no run folder or has no adapter, weights cannot hold the update of
+            this kind of adapter, or `target` exists.
     """
     if not (run / "config.yaml").exists():
-        raise ConfigError(f"{run} is no run folder; give one such as runs/demo/<run>")
+        raise ConfigError(f"{run} is not a run folder; pass one such as runs/demo/<run>")
     if not (run / "adapter").exists():
-        raise ConfigError(f"{run} has no adapter: its method trains none, or it is not done")
+        raise ConfigError(
+            f"{run} has no adapter: its method trains none, or the run is not finished"
+        )
     cfg = OmegaConf.load(run / "config.yaml")
-    made_for = instantiate(cfg.emulator).model(
+    adapted_model = instantiate(cfg.emulator).model(
         instantiate(cfg.model), Compression(**cfg.compression)
     )
-    merged: Path = instantiate(cfg.adapter).merge(made_for.open(), run / "adapter", target)
+    merged: Path = instantiate(cfg.adapter).merge(adapted_model.open(), run / "adapter", target)
     return merged

@@ -1,4 +1,4 @@
-"""Carry the adapter back to the original model."""
+"""The recovery stage: adapt the trained adapter to the original model."""
 
 from __future__ import annotations
 
@@ -9,42 +9,43 @@ from typing import Any
 
 from emloc.recovery import RecoveryInputs
 from emloc.runtime.stage_cache import Facts
-from emloc.stages import CARRIED, TRAINED, Context, Stage
+from emloc.stages import RECOVERED, TRAINED, Context, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recover(Stage):
-    """The adapter for the original model."""
+    """Stage that turns the adapter of the emulator into an adapter of the original model."""
 
-    gives = CARRIED
+    gives = RECOVERED
     collected = MappingProxyType({"layers.json": "correction.json"})
 
     def needed(self, context: Context) -> bool:
-        """Where something was trained."""
+        """Return whether the run has trained an adapter."""
         return TRAINED in context.current
 
     def inputs(self, context: Context) -> list[Any]:
-        """The recovery's settings, the adapter, the emulator, and what else it reads."""
-        known = _inputs(context)
-        rows = [known.training_inputs] if known.training_inputs is not None else []
+        """Return the recovery's settings, the adapter, the emulator and the rows that are read."""
+        inputs = _recovery_inputs(context)
+        training_inputs = [inputs.training_inputs] if inputs.training_inputs is not None else []
         return [
             context.run_config.recovery,
-            known.trained,
-            known.built_emulator,
-            known.samples,
-            *rows,
+            inputs.trained,
+            inputs.built_emulator,
+            inputs.samples,
+            *training_inputs,
         ]
 
     def together(self, context: Context) -> bool:
-        """Where the recovery trains."""
+        """Return whether the recovery trains, since all processes share a training."""
         return context.run_config.recovery.trains
 
     def work(self, folder: Path, context: Context) -> Facts:
-        """Have the recovery write it."""
-        return context.run_config.recovery.recover(folder, _inputs(context))
+        """Write the recovered adapter into `folder`."""
+        return context.run_config.recovery.recover(folder, _recovery_inputs(context))
 
 
-def _inputs(context: Context) -> RecoveryInputs:
+def _recovery_inputs(context: Context) -> RecoveryInputs:
+    """Return the recovery's inputs; samples and training rows only if the recovery reads them."""
     recovery = context.run_config.recovery
     return RecoveryInputs(
         trained=context.current[TRAINED],

@@ -1,4 +1,4 @@
-"""From Hydra's composed configuration to the frozen objects the pipeline works with."""
+"""Build the frozen objects of a run from the configuration that Hydra has composed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from emloc.config.settings import (
     LoraSettings,
     TrainSettings,
 )
-from emloc.config.stage_order import in_order
+from emloc.config.stage_order import order_stages
 from emloc.emulators import Emulator
 from emloc.errors import ConfigError
 from emloc.models.family import ModelFamily
@@ -36,7 +36,7 @@ from emloc.tasks import Task
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run: the frozen settings of every part. Hydra's types end here."""
+    """Configuration of one run: the frozen settings of every part, without types of Hydra."""
 
     name: str
     method: str
@@ -45,12 +45,14 @@ class RunConfig:
     task: Task
     calibration: Calibration
     compression: Compression
-    precision: Precision | None  # None: the model's dtype, or left open as compression.bits is
+    precision: (
+        Precision | None
+    )  # None: the model's dtype, or not chosen yet (compression.bits=null)
     lora: LoraSettings
     emulator: Emulator
     adapter: Adapter | NoAdapter
     recovery: Recovery
-    stage: Mapping[str, Stage]  # by name, in the order they run in
+    stage: Mapping[str, Stage]  # by name, in the order in which they run
     train: TrainSettings
     eval: EvalSettings
     budget: Budget
@@ -58,17 +60,17 @@ class RunConfig:
 
 
 def build(cfg: DictConfig) -> RunConfig:
-    """The frozen objects a configuration means.
+    """Return the frozen objects that the composed configuration describes.
 
     Raises:
-        ConfigError: a key, a type or a value cannot be right.
+        ConfigError: a key is unknown, or a value has a wrong type or is out of range.
     """
     names = [field.name for field in fields(RunConfig)]
     unknown = [str(key) for key in cfg if key not in names]
     if unknown:
         raise ConfigError(f"{unknown[0]}: there is no such setting")
     values = {name: _value(cfg, name) for name in names}
-    order = in_order({name: one.after for name, one in values["stage"].items()})
+    order = order_stages({name: stage.after for name, stage in values["stage"].items()})
     run_config = RunConfig(**values | {"stage": {name: values["stage"][name] for name in order}})
     return replace(
         run_config, precision=precision_of(run_config.compression.bits, run_config.precision)
@@ -76,12 +78,12 @@ def build(cfg: DictConfig) -> RunConfig:
 
 
 def precision_of(bits: int | None, named: Precision | None = None) -> Precision | None:
-    """The packed format of `compression.bits`; None for the model's own dtype.
+    """Return the packed format of `compression.bits`; None for the model's own dtype.
 
-    `named`: what `precision` says. Where the bits are left open, it is left as it is.
+    `named` is the format that the setting `precision` names. It is returned if `bits` is None.
 
     Raises:
-        ConfigError: there is no format of that width, more than one, or `named` is of another.
+        ConfigError: no format or more than one has that width, or `named` has another width.
     """
     if named is not None and bits not in (None, named.bits):
         raise ConfigError(
@@ -92,51 +94,59 @@ def precision_of(bits: int | None, named: Precision | None = None) -> Precision 
     if named is not None or bits in (None, MODEL_BITS):
         return named
     assert bits is not None
-    return _format(format_of(bits))
+    return _read_format(format_of(bits))
 
 
 def formats(named: Precision | None = None) -> list[Precision]:
-    """One packed format of each width there is, from the most bits to the fewest.
+    """Return one packed format for each available width, from the most bits to the fewest.
+
+    `named` is preferred among the formats of its width.
 
     Raises:
-        ConfigError: two have one width, and `named` is neither.
+        ConfigError: several formats have the same width, and `named` is none of them.
     """
-    known = {named.name: named} if named else {}
+    named_formats = {named.name: named} if named else {}
     names = [
         named.name if named is not None and named.bits == bits else format_of(bits)
         for bits in dict.fromkeys(widths().values())
     ]
-    return [known.get(name) or _format(name) for name in names]
+    return [named_formats.get(name) or _read_format(name) for name in names]
 
 
-def _format(name: str) -> Precision:
-    """The format as its YAML file says it."""
+def _read_format(name: str) -> Precision:
+    """Return the packed format that `precision/<name>.yaml` describes."""
     node = OmegaConf.load(choices("precision")[name])
-    made = _value(OmegaConf.create({"precision": node}), "precision")
-    assert isinstance(made, Precision)
-    return made
+    precision = _value(OmegaConf.create({"precision": node}), "precision")
+    assert isinstance(precision, Precision)
+    return precision
 
 
 def _value(cfg: DictConfig, name: str) -> Any:
+    """Return the value or the object of the section `name`, with errors that name the setting.
+
+    Raises:
+        ConfigError: the section is missing or wrong, or the module of its class cannot be imported.
+    """
     try:
         node = cfg[name]
         if name == "stage":
-            return {str(one): instantiate(below) for one, below in node.items()}
+            return {str(stage): instantiate(settings) for stage, settings in node.items()}
         return instantiate(node) if isinstance(node, DictConfig) else node
     except OmegaConfBaseException as error:
         key = str(error.full_key or error.key)
         key = key if key.split(".")[0] == name else f"{name}.{key}"
         raise ConfigError(f"{key}: {(error.msg or str(error)).splitlines()[0]}") from error
     except ImportError as error:
-        why = str(error.__cause__ or error).splitlines()[0]
-        raise ConfigError(f"{name}._target_={cfg[name]._target_}: {why}") from error
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ConfigError(f"{name}._target_={cfg[name]._target_}: {reason}") from error
 
 
 def instantiate(node: DictConfig) -> Any:
-    """The object of the class a part's `_target_` names, its keys checked against the fields.
+    """Return the object that a section of the configuration describes.
 
-    A section without `_target_` is of the class its schema says. A mapping of parts becomes one of
-    objects. Classes of plug-ins are found in the folders of `EMLOC_PLUGINS`.
+    Its class is the one that `_target_` names, or else the class of the section's schema. The keys
+    of the section are checked against the fields of the class. A mapping of parts becomes a mapping
+    of objects. Classes of plug-ins are found in the folders of `EMLOC_PLUGINS`.
     """
     plugin_folders()
     cls = (
@@ -144,27 +154,29 @@ def instantiate(node: DictConfig) -> Any:
     )
     values = {key: value for key, value in node.items() if key != "_target_"}
     parts = {
-        str(key): {name: instantiate(one) for name, one in value.items()}
+        str(key): {name: instantiate(part) for name, part in value.items()}
         for key, value in values.items()
-        if isinstance(value, DictConfig) and any(_is_part(one) for one in value.values())
+        if isinstance(value, DictConfig) and any(_is_part(item) for item in value.values())
     }
-    # Objects cannot be merged into a schema, but the keys they stand under are checked by it.
-    plain = values | {key: {} for key in parts}
-    made: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), plain))
-    return replace(made, **parts)
+    # OmegaConf cannot merge objects into a schema. Empty mappings in their place let the schema
+    # check the keys.
+    plain_values = values | {key: {} for key in parts}
+    instance: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), plain_values))
+    return replace(instance, **parts)
 
 
-# Where classes lay that run folders and settings of users name -> where they lie now.
-_MOVED = {"emloc.tracking.track.": "emloc.report.tracking.trackers."}
+# Former module -> module today, of classes that older run folders and settings name.
+_MOVED_MODULES = {"emloc.tracking.track.": "emloc.report.tracking.trackers."}
 
 
 def current_target(target: str) -> str:
-    """The dotted name of a class today, of a name that may be from before it was moved."""
-    for before, now in _MOVED.items():
-        if target.startswith(before):
-            return now + target.removeprefix(before)
+    """Return today's dotted name of a class, given its present or its former name."""
+    for former, current in _MOVED_MODULES.items():
+        if target.startswith(former):
+            return current + target.removeprefix(former)
     return target
 
 
 def _is_part(value: Any) -> bool:
+    """Return whether a value of the configuration is a section with a class (`_target_`)."""
     return isinstance(value, DictConfig) and "_target_" in value

@@ -1,4 +1,4 @@
-"""Train the adapter through the emulator."""
+"""The training stage: train the adapter on the emulator."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from emloc.stages.training.train import train
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Stage):
-    """The adapter as it was trained, and its curve."""
+    """Stage that writes the trained adapter and its training curve."""
 
     gives = TRAINED
     collected = MappingProxyType({"curve.jsonl": "curve.jsonl"})
 
     def needed(self, context: Context) -> bool:
-        """Unless the method trains nothing."""
+        """Return whether the method trains an adapter."""
         return context.training_inputs is not None
 
     def together(self, context: Context) -> bool:
-        """Always: each process trains on its own device."""
+        """Return True: every process of a launch trains, each on its own device."""
         return True
 
     def inputs(self, context: Context) -> list[Any]:
-        """The emulator, and what is fitted to what."""
+        """Return the emulator and the inputs of the training: adapter, layers, rows and recipe."""
         return [context.built_emulator, context.training_inputs]
 
     def work(self, folder: Path, context: Context) -> Facts:
-        """See `emloc.stages.training.train`."""
+        """Train the adapter and write it into `folder`."""
         assert context.training_inputs is not None
-        _refuse_nothing_adapted(context)
+        _require_adapted_layers(context)
         return train(
             folder,
             context.built_emulator,
@@ -45,11 +45,11 @@ class Train(Stage):
         )
 
 
-def _refuse_nothing_adapted(context: Context) -> None:
-    """Refuse an emulator that leaves none of the layers to adapt, before it is opened.
+def _require_adapted_layers(context: Context) -> None:
+    """Check, before the emulator is loaded, that some layers to adapt remain in the emulator.
 
     Raises:
-        ConfigError: that is so.
+        ConfigError: none of the layers that `model.lora_targets` matches is in the emulator.
     """
     assert context.training_inputs is not None
     if not context.built_emulator.targets(context.training_inputs.layers):

@@ -19,7 +19,13 @@ from omegaconf import DictConfig
 from emloc.config.run_folder import Run
 from emloc.errors import ConfigError, StageError
 from emloc.report.tracking.metrics_log import Record, stage_line, training_line
-from emloc.runtime.distributed import is_first, rank, sharded, silence_other_processes, world_size
+from emloc.runtime.distributed import (
+    is_first,
+    is_sharded,
+    rank,
+    silence_other_processes,
+    world_size,
+)
 from emloc.runtime.quiet_libraries import quiet
 
 if TYPE_CHECKING:
@@ -56,7 +62,7 @@ def run_cell(cfg: DictConfig) -> float | None:
     if not is_first():
         return _follow(cfg, run)
     asked = time.time()
-    with run.alone():
+    with run.exclusive():
         if run.done and run.status["time"] >= asked:  # by another process, while this one waited
             return float(run.metrics["score"])
         begin(run, cfg, hydra.runtime.choices)
@@ -133,7 +139,7 @@ def _follow(cfg: DictConfig, run: Run) -> float | None:
     except Exception as error:  # why: as in the first process
         _crashed(run, error)
         raise
-    run.ended(within=math.inf)
+    run.wait_until_ended(within=math.inf)
     return float(run.metrics["score"]) if run.done else None
 
 
@@ -163,7 +169,7 @@ def _recorded(run: Run) -> bool:
     """Whether it is known how the run ended. What fails in one process fails in the first, too,
     or leaves it waiting: then the other one records it.
     """
-    return run.ended(within=0 if is_first() else GRACE)
+    return run.wait_until_ended(within=0 if is_first() else GRACE)
 
 
 def _by() -> str:
@@ -222,7 +228,7 @@ def _pipeline(cell: RunConfig, report: Report) -> Result:
     from emloc.runtime.gpu_lock import own_slot
     from emloc.runtime.stage_cache import open_store
 
-    sharded()  # refused now rather than behind the emulator
+    is_sharded()  # refused now rather than behind the emulator
     store = open_store()
     with own_slot(cell.budget.jobs_per_gpu, store.root / "devices"):
         return run(cell, store, report)

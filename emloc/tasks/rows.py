@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from emloc.errors import ConfigError
 from emloc.runtime.digest import digest
-from emloc.runtime.manifest import lists_all, seal
+from emloc.runtime.manifest import has_complete_manifest, seal
 from emloc.runtime.stage_cache import set_aside_if_damaged
 
 # File name extension -> loader of `datasets`. If a split has several files, the first one counts.
@@ -218,7 +218,7 @@ def _prepared(source: Mapping[str, Any]) -> Iterator[None]:
     with FileLock(cache.with_suffix(".lock")):
         set_aside_if_damaged(cache, "task")
         yield
-        if not lists_all(cache):  # other configurations and splits have added files
+        if not has_complete_manifest(cache):  # other configurations and splits have added files
             seal(cache)
 
 

@@ -21,8 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 from emloc import cli
 from emloc.config.compose import compose
 from emloc.config.experiments import split_sweep
-from emloc.cost.bench.run import WORKS
-from emloc.cost.plan.gpus import gpu_called
+from emloc.cost.bench.run import BENCHMARKS
+from emloc.cost.plan.gpus import find_gpu
 from emloc.stages.run_config import build
 
 EVERY = sorted({tuple(words) for document in DOCUMENTS for words in commands(document)})
@@ -79,10 +79,10 @@ def test_commands_of_each_kind_are_seen():
 def test_a_verb_takes_its_arguments(words, parse, plugin):
     chosen = parse(words)
     if words[0] == "plan":
-        gpu_called(chosen.gpu)
+        find_gpu(chosen.gpu)
         build(compose(chosen.overrides))
     if words[0] == "bench":
-        assert set(chosen.works) <= set(WORKS)
+        assert set(chosen.works) <= set(BENCHMARKS)
 
 
 @pytest.mark.parametrize("words", RUNS, ids=" ".join)

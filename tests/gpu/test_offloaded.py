@@ -22,7 +22,7 @@ from emloc.models.objectives.tokens import Tokens
 from emloc.pipeline import run
 from emloc.runtime.stage_cache import Store
 from emloc.stages.run_config import build
-from emloc.stages.training.lean_setup import prepare
+from emloc.stages.training.lean_setup import prepare_model
 from emloc.tensors.lean.model import recompute_layers
 
 pytestmark = pytest.mark.gpu
@@ -61,7 +61,7 @@ def trained(emulator, source, folder, bits, lean, recipe):
     torch.manual_seed(0)
     adapter = Lora()
     tuned = adapter.attach(model, LoraSettings(8, 16.0, 0.0), linears(model, r".*_proj")).train()
-    loss = prepare(tuned, adapter, recipe, Tokens())[1] if lean else None
+    loss = prepare_model(tuned, adapter, recipe, Tokens())[1] if lean else None
     if not lean:
         recompute_layers(model)
     for name, one in tuned.named_parameters():

@@ -7,9 +7,15 @@ import torch
 from packed import held_at
 
 from emloc.adapters.training_inputs import TrainingInputs
-from emloc.cost.bench.setting import BenchSetup, fresh
-from emloc.cost.bench.training import PreparedModel, factorized, packed, quantized, whole
-from emloc.cost.plan.fit import need_of, scheme_of
+from emloc.cost.bench.setting import BenchSetup, reset_memory
+from emloc.cost.bench.training import (
+    PreparedModel,
+    open_factorized,
+    open_original,
+    open_packed,
+    open_quantized,
+)
+from emloc.cost.plan.fit import layout_of, need_of
 from emloc.cost.plan.layout import StepShape
 from emloc.data.collate import collate
 from emloc.data.examples import Examples
@@ -26,13 +32,13 @@ SHAPE = (
 )
 
 
-def peak_of(setting, opener, folder, device):
+def peak_of(setup, opener, folder, device):
     """Bytes allocated at most from the opening of the model to the last of three steps."""
-    run_config, source = setting.run_config, setting.source
+    run_config, source = setup.run_config, setup.source
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(10, 32000, (STEPS * 2 * BATCH, LENGTH), generator=draw).tolist()
     rows = [EncodedExample("random", one, LENGTH - ANSWER) for one in ids]
-    made = PreparedModel(source, partial(opener, setting))
+    made = PreparedModel(source, partial(opener, setup))
     adapter, recipe, layers = (
         run_config.adapter,
         run_config.train,
@@ -41,7 +47,7 @@ def peak_of(setting, opener, folder, device):
     training_inputs = TrainingInputs(
         adapter, run_config.lora, layers, Examples("random", ()), LENGTH, recipe, run_config.seed
     )
-    fresh(device)
+    reset_memory(device)
     before = torch.cuda.memory_allocated(device)
     facts = fit_rows(
         folder,
@@ -62,10 +68,10 @@ def peak_of(setting, opener, folder, device):
 @pytest.mark.parametrize(
     ("opener", "ratio", "bits"),
     [
-        (whole, None, 16),
-        (quantized, None, 4),
-        (partial(factorized, ratio=0.3), 0.3, 16),
-        (partial(packed, ratio=0.3), 0.3, 4),
+        (open_original, None, 16),
+        (open_quantized, None, 4),
+        (partial(open_factorized, ratio=0.3), 0.3, 16),
+        (partial(open_packed, ratio=0.3), 0.3, 4),
     ],
     ids=["lora", "qlora", "emloc", "emloc_nf4"],
 )
@@ -73,7 +79,7 @@ def test_a_training_takes_what_was_planned(
     tmp_path, opener, ratio, bits, recipe, accumulate, capsys
 ):
     checkpointing, host = recipe != "kept", recipe == "on_host"
-    setting = BenchSetup(
+    setup = BenchSetup(
         "llama3_8b",
         (
             *(f"model.shape.{one}" for one in SHAPE),
@@ -82,13 +88,11 @@ def test_a_training_takes_what_was_planned(
             f"train.host_activations={str(host).lower()}",
         ),
     )
-    train, shape = setting.run_config.train, setting.source.config
+    train, shape = setup.run_config.train, setup.source.config
     assert (train.batch, train.accumulate, shape.num_hidden_layers) == (BATCH, accumulate, 8)
     work = StepShape(LENGTH, BATCH, ANSWER, checkpointing, host, accumulate)
-    planned = need_of(
-        scheme_of(setting.run_config, setting.source, ratio, held_at(bits)), work
-    ).peak
-    measured = peak_of(setting, opener, tmp_path, setting.device)
+    planned = need_of(layout_of(setup.run_config, setup.source, ratio, held_at(bits)), work).peak
+    measured = peak_of(setup, opener, tmp_path, setup.device)
     with capsys.disabled():
         print(f"\n{planned / 2**20:.0f} MiB planned, {measured / 2**20:.0f} MiB allocated")
     assert abs(planned - measured) <= 0.05 * measured + 64 * 2**20

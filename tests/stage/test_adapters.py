@@ -32,7 +32,7 @@ from emloc.models.checkpoint.source import Source
 from emloc.models.objectives.tokens import Tokens
 from emloc.stages.merge_run import merge_run
 from emloc.stages.run_config import build
-from emloc.stages.training.lean_setup import prepare
+from emloc.stages.training.lean_setup import prepare_model
 from emloc.stages.training.train import fit_rows
 from emloc.tensors.lean.embedding import HostEmbedding
 
@@ -230,7 +230,7 @@ def test_every_adapter_gets_what_is_not_of_the_adapter(tiny, adapter):
     recipe = build(compose([*tiny, "train=steps500"])).train
     assert recipe.host_activations
     tuned = attached(adapter).train()
-    fused, loss = prepare(tuned, adapter, recipe, Tokens())
+    fused, loss = prepare_model(tuned, adapter, recipe, Tokens())
     assert fused == (type(adapter) is Lora)
     inner = adapter.base(tuned)
     assert type(inner.get_input_embeddings()) is HostEmbedding

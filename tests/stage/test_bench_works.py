@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from emloc.cost.bench.rows import BenchRow, read
-from emloc.cost.bench.run import WORKS, one
+from emloc.cost.bench.rows import BenchRow, read_rows
+from emloc.cost.bench.run import BENCHMARKS, run_benchmark
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "bench.csv"
 # What a work's rows are called, where it is not as the work.
@@ -25,8 +25,8 @@ SEVERAL = {
 )
 def test_a_work_runs_on_small_shapes_where_there_is_no_gpu(tmp_path, work):
     path = tmp_path / "bench.csv"
-    one(work, path)
-    rows = read(path)
+    run_benchmark(work, path)
+    rows = read_rows(path)
     assert {found.work for found in rows} == set(SEVERAL.get(work, [work]))
     for found in rows:
         assert (found.target, found.holds) == ("", "")  # nothing is promised of a CPU
@@ -50,11 +50,11 @@ def test_a_work_runs_on_small_shapes_where_there_is_no_gpu(tmp_path, work):
     assert facts["seconds"] > 0
     assert {"commit", "versions"} <= set(facts["provenance"])
     # Rows are called as those of full size, but for what the reduced shape itself says.
-    committed = {(found.work, found.what) for found in read(RESULTS)}
+    committed = {(found.work, found.what) for found in read_rows(RESULTS)}
     for found in rows:
         at_full_size = (found.work, found.what) in committed
         assert at_full_size or found.what.startswith(("all ", "anonymous, at most, of "))
-    assert len(rows) == sum(found.work in SEVERAL.get(work, [work]) for found in read(RESULTS))
+    assert len(rows) == sum(found.work in SEVERAL.get(work, [work]) for found in read_rows(RESULTS))
 
 
 def test_every_target_of_the_committed_results_holds():
@@ -62,11 +62,11 @@ def test_every_target_of_the_committed_results_holds():
         lines = list(csv.reader(file))
     assert lines[0] == [field.name for field in fields(BenchRow)]
     assert {len(line) for line in lines} == {len(fields(BenchRow))}
-    rows = read(RESULTS)
+    rows = read_rows(RESULTS)
     assert {found.holds for found in rows} == {"yes", ""}
     assert all((found.holds == "yes") == bool(found.target) for found in rows)
     assert {found.work for found in rows} == {
-        part for name in WORKS for part in SEVERAL.get(name, [name])
+        part for name in BENCHMARKS for part in SEVERAL.get(name, [name])
     }
     for found in rows:
         assert float(found.ours) > 0 or found.unit == "nats"
@@ -81,5 +81,5 @@ def test_every_target_of_the_committed_results_holds():
             assert found.target == "ratio within 5% of 1"
             assert abs(float(found.ratio) - 1) <= 0.05
     facts = json.loads(RESULTS.with_suffix(".json").read_text())
-    assert set(WORKS) <= set(facts)
+    assert set(BENCHMARKS) <= set(facts)
     assert all(one["device"].startswith("NVIDIA") for one in facts.values())

@@ -12,7 +12,7 @@ from transformers import ViTModel
 
 from emloc.calibration.samples import Samples
 from emloc.config.compose import compose
-from emloc.cost.plan.gpus import gpu_called
+from emloc.cost.plan.gpus import find_gpu
 from emloc.cost.plan.layout import StepShape
 from emloc.cost.plan.table import plan
 from emloc.emulators.prune.unit_scores import importance
@@ -224,7 +224,7 @@ def test_no_table_of_needs_is_made_for_a_family_that_writes_no_text(go):
     work = StepShape.of(run_config.train, 64, 8)
     message = "model=tiny_roberta sorts into classes; set model=smollm2_135m"
     with pytest.raises(ConfigError, match=message):
-        plan(run_config, work, gpu_called("rtx4090"))
+        plan(run_config, work, find_gpu("rtx4090"))
 
 
 def test_a_target_that_is_no_class_is_refused_by_its_row(go):

@@ -310,5 +310,6 @@ def test_unknown_task_of_lm_eval(gsm8k, tmp_path):
     with pytest.raises(ConfigError) as caught:
         ask(replace(gsm8k, lm_eval="gsm9k"), tiny_tokenizer(chat=False), tmp_path / "run")
     assert str(caught.value) == (
-        "task.lm_eval: lm-eval has no file gsm9k.yaml; set task.lm_eval=null to score without"
+        "task.lm_eval: the installed lm-eval has no file gsm9k.yaml; "
+        "set task.lm_eval=null to score without lm-eval"
     )

@@ -163,7 +163,7 @@ def test_a_metric_the_scorer_does_not_give_is_refused_before_work(go):
         metric = "anls"
 
     with pytest.raises(
-        ConfigError, match=r"task\.metric=anls: of these rows the scorer gives accuracy"
+        ConfigError, match=r"task\.metric=anls: the scores of these rows are accuracy"
     ):
         go("method=lora", task=Wrong())
 

@@ -14,8 +14,8 @@ from emloc.adapters.lora import Lora
 from emloc.adapters.training_inputs import TrainingInputs
 from emloc.config.compose import compose
 from emloc.config.settings import Compression, LoraSettings
-from emloc.cost.bench.offload import apart_at_most
-from emloc.cost.bench.training import FULL, STEPS, TrainingFigures
+from emloc.cost.bench.offload import max_loss_distance
+from emloc.cost.bench.training import OUT_OF_MEMORY, STEPS, TrainingFigures
 from emloc.emulators import BuildInputs, BuiltEmulator
 from emloc.emulators.full import Full
 from emloc.emulators.offload import Offload
@@ -25,7 +25,7 @@ from emloc.models.objectives.tokens import Tokens
 from emloc.pipeline import run
 from emloc.runtime.stage_cache import Artifact, Store
 from emloc.stages.run_config import build
-from emloc.stages.training.lean_setup import prepare
+from emloc.stages.training.lean_setup import prepare_model
 from emloc.stages.training.train import train
 
 CPU = torch.device("cpu")
@@ -151,7 +151,7 @@ def test_frozen_blocks_of_a_vision_tower_are_streamed_and_not_recomputed(tiny, t
         torch.manual_seed(0)
         adapter = Lora()
         tuned = adapter.attach(model, LORA, linears(model, r".*language_model.*_proj"))
-        lean, loss = prepare(tuned, adapter, recipe, Tokens())
+        lean, loss = prepare_model(tuned, adapter, recipe, Tokens())
         assert lean
         for name, parameter in tuned.named_parameters():
             if "lora_B" in name:
@@ -268,6 +268,6 @@ def test_a_checkpoint_without_one_tensor_of_a_block_is_refused(tmp_path):
 
 def test_loss_curves_are_as_far_apart_as_at_their_worst_step():
     one, other = (TrainingFigures(1.0, 1.0, 1.0, tuple(range(s, s + STEPS))) for s in (0, 2))
-    assert apart_at_most(one, other) == 2
-    assert apart_at_most(one, one) == 0
-    assert math.isnan(apart_at_most(one, FULL))
+    assert max_loss_distance(one, other) == 2
+    assert max_loss_distance(one, one) == 0
+    assert math.isnan(max_loss_distance(one, OUT_OF_MEMORY))

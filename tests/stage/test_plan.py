@@ -14,8 +14,8 @@ from emloc.config.compose import compose
 from emloc.config.paths import CONF
 from emloc.config.run_folder import folder_name
 from emloc.cost.plan.cost import cost_of
-from emloc.cost.plan.fit import RESERVE, WORKSPACE, fitting, need_of, scheme_of
-from emloc.cost.plan.gpus import GPUS, gpu_called
+from emloc.cost.plan.fit import RESERVE, WORKSPACE, layout_of, need_of, solve_compression
+from emloc.cost.plan.gpus import GPUS, find_gpu
 from emloc.cost.plan.layout import StepShape
 from emloc.cost.plan.table import HEADER, plan
 from emloc.cost.plan.trace import trace
@@ -62,7 +62,7 @@ def shaped(run_config):
 
 
 def opened(run_config, ratio, bits, folder):
-    """The model of a scheme as the pipeline opens it, on a CPU; factors by a plain SVD."""
+    """The model of a layout as the pipeline opens it, on a CPU; factors by a plain SVD."""
     source = run_config.model.open()
     chosen = replace(run_config.compression, ratio=ratio or 0.5, bits=bits)
     emulator = Full() if ratio is None else PLAIN_SVD
@@ -91,20 +91,20 @@ def held_bytes(model):
 def test_weights_are_the_bytes_that_an_opened_model_holds(tmp_path, model, tied, ratio, bits):
     said = ("model.weights=random", f"model.shape.tie_word_embeddings={str(tied).lower()}")
     run_config = cell_of(SMALL, *said, model=model)
-    scheme = scheme_of(run_config, shaped(run_config), ratio, held_at(bits))
+    layout = layout_of(run_config, shaped(run_config), ratio, held_at(bits))
     found = opened(run_config, ratio, bits, tmp_path)
     before = held_bytes(found)
     freed = offload_embedding(found)
-    assert scheme.embedding == freed == (0 if tied else 300 * 64 * 2)
+    assert layout.embedding == freed == (0 if tied else 300 * 64 * 2)
     assert isinstance(found.get_input_embeddings(), HostEmbedding) != tied
-    assert scheme.weights == held_bytes(found) == before - freed
-    assert scheme.weights >= scheme.uncompressed
+    assert layout.weights == held_bytes(found) == before - freed
+    assert layout.weights >= layout.uncompressed
 
 
 @pytest.mark.parametrize(("ratio", "bits"), HELD, ids=NAMES)
 def test_the_adapter_is_its_parameters_moments_and_copies(tmp_path, ratio, bits):
     run_config = cell_of(SMALL, "model.weights=random")
-    scheme = scheme_of(run_config, shaped(run_config), ratio, held_at(bits))
+    layout = layout_of(run_config, shaped(run_config), ratio, held_at(bits))
 
     def storages(model, lows=()):
         tensors = [*model.parameters(), *lows]
@@ -128,52 +128,52 @@ def test_the_adapter_is_its_parameters_moments_and_copies(tmp_path, ratio, bits)
     optimizer.step()
     state = (t for one in optimizer.state.values() for t in one.values())
     moments = sum(t.nbytes for t in state if t.dim() == 2)
-    assert scheme.parameters == sum(one.numel() for one in trained)
-    need = need_of(scheme, WORK)
+    assert layout.parameters == sum(one.numel() for one in trained)
+    need = need_of(layout, WORK)
     assert need.adapter == copies + moments
-    assert need.opening == copies + scheme.embedding
-    again = need_of(scheme, replace(WORK, accumulate=4))
-    assert again.adapter == need.adapter + 4 * scheme.parameters
+    assert need.opening == copies + layout.embedding
+    again = need_of(layout, replace(WORK, accumulate=4))
+    assert again.adapter == need.adapter + 4 * layout.parameters
 
 
 def test_room_for_four_bit_matrices_is_that_of_the_largest_of_both_kinds():
     run_config = cell_of(SMALL)
-    assert scheme_of(run_config, shaped(run_config), 0.5, None).scratch == 0
-    assert scheme_of(run_config, shaped(run_config), None, held_at(4)).scratch == 64 * 96 * 2
+    assert layout_of(run_config, shaped(run_config), 0.5, None).scratch == 0
+    assert layout_of(run_config, shaped(run_config), None, held_at(4)).scratch == 64 * 96 * 2
     # Ranks 16 (64 x 64), 10 (32 x 64) and 19 (64 x 96) with 4 of the adapter, in eights.
     assert (
-        scheme_of(run_config, shaped(run_config), 0.5, held_at(4)).scratch
+        layout_of(run_config, shaped(run_config), 0.5, held_at(4)).scratch
         == (24 * 96 + 24 * 96) * 2
     )
     few = cell_of(SMALL, r"model.lora_targets='model\.layers\.\d+\.self_attn\.k_proj'")
     # The adapted one (32, 64), and beside it the largest without an adapter.
-    assert scheme_of(few, shaped(few), None, held_at(4)).scratch == (32 * 64 + 64 * 96) * 2
-    assert scheme_of(few, shaped(few), 0.5, held_at(4)).scratch == (16 * 64 + 16 * 32 + 19 * 96) * 2
+    assert layout_of(few, shaped(few), None, held_at(4)).scratch == (32 * 64 + 64 * 96) * 2
+    assert layout_of(few, shaped(few), 0.5, held_at(4)).scratch == (16 * 64 + 16 * 32 + 19 * 96) * 2
 
 
 @pytest.mark.parametrize("model", sorted(path.stem for path in CONF.glob("model/[!_]*.yaml")))
 def test_every_model_can_be_planned_without_its_weights(model):
     run_config = build(compose([f"model={model}", "model.dtype=bfloat16", "tracker=none"]))
     source = shaped(run_config)
-    whole = scheme_of(run_config, source, None, None)
+    whole = layout_of(run_config, source, None, None)
     parameters = sum(source.sizes.values())
     assert whole.weights + whole.embedding == 2 * parameters
     four, half = (
-        scheme_of(run_config, source, *one).weights for one in ((None, held_at(4)), (0.5, None))
+        layout_of(run_config, source, *one).weights for one in ((None, held_at(4)), (0.5, None))
     )
     linears = sum(rows * columns for rows, columns in whole.compressed.values())
     # Half of 2 bytes each; the ranks of a layer 88 wide are rounded down by up to a 44th.
     assert half - whole.uncompressed == pytest.approx(linears, rel=0.015)
     assert 0.5 * linears < four < whole.weights
-    packed = scheme_of(run_config, source, 0.5, held_at(4)).weights - whole.uncompressed
+    packed = layout_of(run_config, source, 0.5, held_at(4)).weights - whole.uncompressed
     assert packed == pytest.approx((0.5 + 1 / 64) * linears / 2, rel=0.015)
 
 
 def test_a_ratio_of_the_model_is_one_of_the_model():
     run_config = cell_of(MIDDLE, "compression.of=model")
-    scheme = scheme_of(run_config, shaped(run_config), 0.6, None)
-    total = 2 * sum(scheme.source.sizes.values())
-    assert scheme.weights + scheme.embedding == pytest.approx(0.6 * total, rel=0.002)
+    layout = layout_of(run_config, shaped(run_config), 0.6, None)
+    total = 2 * sum(layout.source.sizes.values())
+    assert layout.weights + layout.embedding == pytest.approx(0.6 * total, rel=0.002)
 
 
 # One step -----------------------------------------------------------------------------------------
@@ -205,12 +205,12 @@ def test_a_trace_counts_what_a_graph_keeps_and_lets_go_of():
 @pytest.mark.parametrize("ratio", [None, 0.5], ids=["whole", "factors"])
 def test_a_recomputed_block_keeps_one_hidden_state_and_on_the_host_none(ratio):
     source = shaped(cell_of(MIDDLE))
-    scheme = scheme_of(cell_of(MIDDLE), source, ratio, None)
+    layout = layout_of(cell_of(MIDDLE), source, ratio, None)
     state = WORK.batch * WORK.length * 2048 * 2
     assert state >= MIB  # smaller ones stay on the device
 
     def growth(work):
-        return scheme.run(work, 4).peak - scheme.run(work, 3).peak
+        return layout.trace_depth(work, 4).peak - layout.trace_depth(work, 3).peak
 
     assert growth(WORK) == pytest.approx(state, rel=0.01)
     assert growth(replace(WORK, host_activations=True)) < 0.25 * state
@@ -222,33 +222,33 @@ def test_a_recomputed_block_keeps_one_hidden_state_and_on_the_host_none(ratio):
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_a_few_blocks_tell_what_all_of_them_hold(checkpointing, host, accumulate):
     run_config = cell_of(MIDDLE)
-    scheme = scheme_of(run_config, shaped(run_config), 0.5, None)
+    layout = layout_of(run_config, shaped(run_config), 0.5, None)
     work = StepShape(512, 2, 64, checkpointing, host, accumulate)
-    assert scheme.blocks.count == 6
-    all_of_them, told = scheme.run(work, 6), scheme.traced(work)
-    assert told.peak == pytest.approx(all_of_them.peak, rel=0.01)
-    assert told.operations == all_of_them.operations
+    assert layout.blocks.count == 6
+    all_of_them, traced = layout.trace_depth(work, 6), layout.trace_pass(work)
+    assert traced.peak == pytest.approx(all_of_them.peak, rel=0.01)
+    assert traced.operations == all_of_them.operations
 
 
 def test_the_loss_is_the_peak_where_the_vocabulary_is_most_of_the_model():
     run_config = cell_of((*SMALL, "vocab_size=65536"))
-    scheme = scheme_of(run_config, shaped(run_config), None, None)
+    layout = layout_of(run_config, shaped(run_config), None, None)
     work = replace(WORK, length=256, batch=1, answer=256)
-    assert scheme.logits(work) == 256 * 65536 * (4 + 2)
+    assert layout.logits(work) == 256 * 65536 * (4 + 2)
     # In float32 with the exponentials beside them, and next to nothing else.
-    assert scheme.traced(work).peak == pytest.approx(256 * 65536 * 8, rel=0.02)
-    assert scheme.logits(replace(work, answer=10)) == 10 * 65536 * 6
+    assert layout.trace_pass(work).peak == pytest.approx(256 * 65536 * 8, rel=0.02)
+    assert layout.logits(replace(work, answer=10)) == 10 * 65536 * 6
 
 
 def test_before_the_first_step_the_embedding_is_on_the_device():
     run_config = cell_of((*SMALL, "vocab_size=2000000"))
     need = need_of(
-        scheme_of(run_config, shaped(run_config), None, None), replace(WORK, length=8, answer=1)
+        layout_of(run_config, shaped(run_config), None, None), replace(WORK, length=8, answer=1)
     )
     assert need.opening > 2000000 * 64 * 2 > need.adapter + need.activations + need.scratch
     assert need.peak == need.weights + need.opening
     longer = need_of(
-        scheme_of(run_config, shaped(run_config), None, None), replace(WORK, length=100000)
+        layout_of(run_config, shaped(run_config), None, None), replace(WORK, length=100000)
     )
     assert longer.peak == (longer.weights + longer.adapter + longer.activations + longer.scratch)
     assert longer.scratch == WORKSPACE
@@ -264,8 +264,11 @@ def test_before_the_first_step_the_embedding_is_on_the_device():
 )
 def test_what_is_not_the_lean_training_is_not_planned_with(override, said):
     run_config = cell_of(SMALL, override)
-    with pytest.raises(ConfigError, match=f"^only the lean training is planned with; set {said}$"):
-        scheme_of(run_config, shaped(run_config), None, None)
+    with pytest.raises(
+        ConfigError,
+        match=rf"^only the memory-saving training \(train.lean\) can be planned; set {said}$",
+    ):
+        layout_of(run_config, shaped(run_config), None, None)
 
 
 # A budget -----------------------------------------------------------------------------------------
@@ -276,7 +279,7 @@ def auto(*overrides):
 
 
 def peak(run_config, ratio, bits):
-    return need_of(scheme_of(run_config, shaped(run_config), ratio, held_at(bits)), WORK).peak
+    return need_of(layout_of(run_config, shaped(run_config), ratio, held_at(bits)), WORK).peak
 
 
 @pytest.mark.parametrize("bits", [16, 4])
@@ -285,13 +288,13 @@ def test_a_budget_gets_the_largest_ratio_that_fits(bits, caplog):
     compression = replace(run_config.compression, bits=bits)
     run_config = replace(run_config, compression=compression, precision=held_at(bits))
     with caplog.at_level(logging.INFO):
-        chosen = fitting(run_config, shaped(run_config), WORK)
+        chosen = solve_compression(run_config, shaped(run_config), WORK)
     assert (chosen.bits, chosen.of) == (bits, "linears")
     assert 0.1 < chosen.ratio < 0.9
     room = run_config.budget.gpu_gib * GIB * (1 - RESERVE)
     assert peak(run_config, chosen.ratio, bits) <= room
     assert peak(run_config, round(chosen.ratio + 0.01, 2), bits) > room
-    said = f"compression=auto: ratio {chosen.ratio:.2f} at {bits} bits within"
+    said = f"compression=auto: ratio {chosen.ratio:.2f} at {bits} bits is the largest within"
     assert said in caplog.text
 
 
@@ -299,7 +302,7 @@ def test_left_open_bits_are_16_where_nearly_all_can_be_kept_so_and_else_4():
     found = {}
     for gib in (0.36, 0.45, 1):
         run_config = auto(f"budget.gpu_gib={gib}")
-        found[gib] = fitting(run_config, shaped(run_config), WORK)
+        found[gib] = solve_compression(run_config, shaped(run_config), WORK)
     assert [one.bits for one in found.values()] == [4, 4, 16]
     assert 0.1 < found[0.36].ratio < 0.5 < found[0.45].ratio < 0.99
     assert found[1].ratio == 0.99
@@ -308,7 +311,7 @@ def test_left_open_bits_are_16_where_nearly_all_can_be_kept_so_and_else_4():
 def test_a_format_of_a_plug_in_is_solved_for_and_has_rows_of_its_own(monkeypatch):
     monkeypatch.setattr("emloc.config.paths.conf_folders", lambda: [CONF, THREE_BITS / "conf"])
     run_config = auto("budget.gpu_gib=0.36")
-    chosen = fitting(run_config, shaped(run_config), WORK)
+    chosen = solve_compression(run_config, shaped(run_config), WORK)
     assert chosen.bits == 3  # of four bits not nearly all can be kept either
     room = run_config.budget.gpu_gib * GIB * (1 - RESERVE)
     assert (
@@ -317,8 +320,8 @@ def test_a_format_of_a_plug_in_is_solved_for_and_has_rows_of_its_own(monkeypatch
         < peak(run_config, round(chosen.ratio + 0.01, 2), 3)
     )
     named = replace(run_config, precision=held_at(4))
-    assert fitting(named, shaped(named), WORK).bits == 4
-    rows = rows_of(plan(cell_of(MIDDLE), WORK, gpu_called("rtx4090")))[2:]
+    assert solve_compression(named, shaped(named), WORK).bits == 4
+    rows = rows_of(plan(cell_of(MIDDLE), WORK, find_gpu("rtx4090")))[2:]
     assert [(row[0], row[2]) for row in rows] == [
         *(("lora", "16"), ("qlora", "4"), ("lora three_bits", "3")),
         *(("emloc", "16"), ("emloc_nf4", "4"), ("emloc three_bits", "3")),
@@ -330,11 +333,11 @@ def test_a_format_of_a_plug_in_is_solved_for_and_has_rows_of_its_own(monkeypatch
 def test_a_model_trained_through_whole_gets_the_larger_bits_that_fit():
     for gib, bits in ((0.9, 16), (0.6, 4)):
         run_config = auto(f"budget.gpu_gib={gib}", "method=lora")
-        chosen = fitting(run_config, shaped(run_config), WORK)
+        chosen = solve_compression(run_config, shaped(run_config), WORK)
         assert (chosen.ratio, chosen.bits) == (None, bits)
 
 
-REST = "what is never compressed takes 0.1 GiB of it, the adapter and activations the rest; set "
+REST = "weights that are never compressed need 0.1 GiB, the adapter and activations the rest; set "
 REST += "budget.gpu_gib higher, or train.batch or lora.rank lower"
 
 
@@ -363,7 +366,7 @@ REST += "budget.gpu_gib higher, or train.batch or lora.rank lower"
 def test_what_no_budget_holds_is_said_in_one_line(overrides, said):
     run_config = auto(*overrides)
     with pytest.raises(ConfigError) as raised:
-        fitting(run_config, shaped(run_config), WORK)
+        solve_compression(run_config, shaped(run_config), WORK)
     assert str(raised.value) == said
 
 
@@ -378,7 +381,7 @@ def rows_of(table):
 def test_the_table_has_a_row_for_each_method_and_says_what_fits():
     run_config = cell_of(MIDDLE, "budget.gpu_gib=0.6")
     work = replace(WORK, accumulate=4)
-    table = plan(run_config, work, gpu_called("rtx4090"))
+    table = plan(run_config, work, find_gpu("rtx4090"))
     header, dashes, *rows = rows_of(table)
     assert tuple(header) == HEADER
     assert set("".join(dashes)) == {"-"}
@@ -389,7 +392,7 @@ def test_the_table_has_a_row_for_each_method_and_says_what_fits():
         ["emloc_nf4", "0.5", "4"],
     ]
     for row, (ratio, bits) in zip(rows, HELD, strict=True):
-        need = need_of(scheme_of(run_config, shaped(run_config), ratio, held_at(bits)), work)
+        need = need_of(layout_of(run_config, shaped(run_config), ratio, held_at(bits)), work)
         found = dict(zip(HEADER, row, strict=True))
         assert found["peak GiB"] == f"{need.peak / GIB:.2f}"
         parts = sum(float(found[part]) for part in ("weights", "adapter", "activations"))
@@ -403,33 +406,35 @@ def test_the_table_has_a_row_for_each_method_and_says_what_fits():
 def test_the_last_line_is_of_an_emulator_with_nothing_given_but_the_budget(method):
     run_config = cell_of(MIDDLE, "budget.gpu_gib=0.45", f"method={method}", "compression=r25")
     free = auto("budget.gpu_gib=0.45")
-    chosen = fitting(free, shaped(free), WORK)
+    chosen = solve_compression(free, shaped(free), WORK)
     assert chosen.bits == 4  # the configuration says 16
     expected = f"compression.ratio={chosen.ratio:g} compression.bits=4"
-    last = plan(run_config, WORK, gpu_called("rtx4090")).splitlines()[-1]
+    last = plan(run_config, WORK, find_gpu("rtx4090")).splitlines()[-1]
     assert last == f"compression=auto: {expected}"
-    none = plan(cell_of(SMALL), WORK, gpu_called("rtx4090")).splitlines()[-1]
+    none = plan(cell_of(SMALL), WORK, find_gpu("rtx4090")).splitlines()[-1]
     assert none == "compression=auto: set budget.gpu_gib to see what it would choose"
-    small = plan(cell_of(MIDDLE, "budget.gpu_gib=0.1"), WORK, gpu_called("rtx4090"))
+    small = plan(cell_of(MIDDLE, "budget.gpu_gib=0.1"), WORK, find_gpu("rtx4090"))
     assert small.splitlines()[-1] == f"compression=auto: budget.gpu_gib=0.1: no ratio fits; {REST}"
 
 
 def test_a_step_of_more_passes_takes_so_many_times_as_long():
     run_config = cell_of(MIDDLE)
-    scheme = scheme_of(run_config, shaped(run_config), 0.5, None)
+    layout = layout_of(run_config, shaped(run_config), 0.5, None)
     one, four = (
-        cost_of(scheme, replace(WORK, accumulate=n), 5000, GPUS["h200"], 64, run_config.budget)
+        cost_of(layout, replace(WORK, accumulate=n), 5000, GPUS["h200"], 64, run_config.budget)
         for n in (1, 4)
     )
     assert four.step_seconds == pytest.approx(4 * one.step_seconds)
     assert one.step_seconds >= 5000 * 18e-6
     assert (four.host, four.disk, four.build_seconds) == (one.host, one.disk, one.build_seconds)
-    assert one.disk > scheme.factors
+    assert one.disk > layout.factors
 
 
 def test_an_unknown_gpu_is_refused():
-    with pytest.raises(ConfigError, match=r"^--gpu gt710: one of rtx3090, rtx4090, "):
-        gpu_called("gt710")
+    with pytest.raises(
+        ConfigError, match=r"^--gpu gt710: there is no such GPU; set --gpu to one of rtx3090, "
+    ):
+        find_gpu("gt710")
 
 
 # In a run -----------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ import os
 import pytest
 
 from emloc.runtime.atomic import (
+    atomic_file,
+    atomic_folder,
     publish,
-    whole_file,
-    whole_folder,
     write_bytes,
     write_json,
     write_text,
@@ -43,13 +43,13 @@ def names(folder):
 
 
 def half_a_file(path):
-    with whole_file(path) as draft:
+    with atomic_file(path) as draft:
         draft.write_text("seco")
         raise RuntimeError("disk")
 
 
 def half_a_folder(path):
-    with whole_folder(path) as draft:
+    with atomic_folder(path) as draft:
         (draft / "config.json").write_text("{}")
         raise RuntimeError("disk")
 
@@ -103,7 +103,7 @@ def test_what_a_killed_process_left_beside_a_file_is_overwritten(tmp_path):
 
 
 def test_files_of_one_stem_do_not_share_a_draft(tmp_path):
-    with whole_file(tmp_path / "a.json") as one, whole_file(tmp_path / "a.safetensors") as two:
+    with atomic_file(tmp_path / "a.json") as one, atomic_file(tmp_path / "a.safetensors") as two:
         one.write_text("1")
         two.write_text("2")
     assert (tmp_path / "a.json").read_text() == "1"
@@ -112,7 +112,7 @@ def test_files_of_one_stem_do_not_share_a_draft(tmp_path):
 
 def test_a_folder_is_on_disk_before_it_takes_its_name(tmp_path, order):
     path = tmp_path / "merged"
-    with whole_folder(path) as draft:
+    with atomic_folder(path) as draft:
         (draft / "deep").mkdir()
         (draft / "deep" / "model.safetensors").write_bytes(b"1")
         (draft / "config.json").write_bytes(b"2")
@@ -133,7 +133,7 @@ def test_what_a_killed_process_left_of_a_folder_is_not_taken_over(tmp_path):
     left = tmp_path / "merged.partial"
     left.mkdir()
     (left / "half.safetensors").write_bytes(b"1")
-    with whole_folder(tmp_path / "merged") as draft:
+    with atomic_folder(tmp_path / "merged") as draft:
         assert names(draft) == []
         (draft / "config.json").write_text("{}")
     assert names(tmp_path) == ["merged"]
@@ -146,7 +146,7 @@ def test_a_folder_that_is_there_is_never_written_over(tmp_path, started):
     path.mkdir()
     (path / "mine.txt").write_text("keep")
     if started:
-        with pytest.raises(OSError, match="merged"), whole_folder(path) as draft:
+        with pytest.raises(OSError, match="merged"), atomic_folder(path) as draft:
             (draft / "config.json").write_text("{}")
     else:
         draft = tmp_path / "draft"

@@ -12,10 +12,17 @@ import pytest
 import torch
 
 from emloc.cost.bench import run
-from emloc.cost.bench.rows import BenchRow, merge, note, read, row, table
-from emloc.cost.bench.run import WORKS, bench, one
-from emloc.cost.bench.setting import BenchSetup, out_of_memory
-from emloc.cost.bench.training import FULL, Target, TrainingFigures, beside, fitted, tried
+from emloc.cost.bench.rows import BenchRow, read_rows, replace_rows, row, table, write_facts
+from emloc.cost.bench.run import BENCHMARKS, bench, run_benchmark
+from emloc.cost.bench.setting import BenchSetup, is_out_of_memory
+from emloc.cost.bench.training import (
+    OUT_OF_MEMORY,
+    Target,
+    TrainingFigures,
+    comparison_rows,
+    measure_or_oom,
+    measure_our_training,
+)
 from emloc.errors import ConfigError, StageError
 
 COLUMNS = ["work", "what", "unit", "ours", "peer", "ratio", "target", "holds"]
@@ -70,15 +77,15 @@ def test_four_digits_are_shown_words_as_they_are_and_nothing_for_no_number(figur
 
 def test_rows_of_the_same_works_are_replaced_and_the_others_stay_in_order(tmp_path):
     path = tmp_path / "deep" / "bench.csv"
-    assert read(path) == []
+    assert read_rows(path) == []
     rows = [row(work, what, "s", 1.0) for work in ("b", "a", "c") for what in ("z", "y", "x")]
-    kept = merge(path, rows)
+    kept = replace_rows(path, rows)
     assert [(one.work, one.what) for one in kept] == [(w, x) for w in "abc" for x in "zyx"]
     new = [row("c", "w", "s", 2.0), row("a_nf4", "v, with a comma", "GB", 3.0, most=2)]
-    assert merge(path, new) == [*kept[:3], new[1], *kept[3:6], new[0]]
-    assert read(path) == [*kept[:3], new[1], *kept[3:6], new[0]]
+    assert replace_rows(path, new) == [*kept[:3], new[1], *kept[3:6], new[0]]
+    assert read_rows(path) == [*kept[:3], new[1], *kept[3:6], new[0]]
     assert next(csv.reader(path.open())) == COLUMNS
-    lines = table(read(path)).splitlines()
+    lines = table(read_rows(path)).splitlines()
     assert lines[0].split() == ["|", *" | ".join(COLUMNS).split(), "|"]
     assert len(lines) == 2 + 8
     assert len({len(line) for line in lines}) == 1
@@ -86,9 +93,9 @@ def test_rows_of_the_same_works_are_replaced_and_the_others_stay_in_order(tmp_pa
 
 def test_how_the_rows_came_about_is_kept_by_work(tmp_path):
     path = tmp_path / "bench.csv"
-    note(path, "a", {"seconds": 1})
-    note(path, "b", {"seconds": 2})
-    note(path, "a", {"seconds": 3})
+    write_facts(path, "a", {"seconds": 1})
+    write_facts(path, "b", {"seconds": 2})
+    write_facts(path, "a", {"seconds": 3})
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found == {"a": {"seconds": 3}, "b": {"seconds": 2}}
 
@@ -97,14 +104,14 @@ def test_how_the_rows_came_about_is_kept_by_work(tmp_path):
 
 
 def test_the_works_are_these():
-    assert list(WORKS) == NAMES
+    assert list(BENCHMARKS) == NAMES
 
 
 def test_an_unknown_work_is_refused_in_one_line_before_any_is_run(tmp_path):
     with pytest.raises(ConfigError) as refused:
         bench(["host_memory", "train_9b"], tmp_path / "bench.csv")
     names = ", ".join(NAMES)
-    assert str(refused.value) == f"train_9b: there is no such benchmark; one of {names}"
+    assert str(refused.value) == f"train_9b: there is no such benchmark; choose from {names}"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -120,9 +127,9 @@ def test_a_work_that_fails_is_named_behind_the_others(tmp_path, monkeypatch):
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(sys, "executable", str(program))
     path = tmp_path / "bench.csv"
-    with pytest.raises(ConfigError, match=r"^failed: train_8b; what it said stands above$"):
+    with pytest.raises(ConfigError, match=r"^failed: train_8b; see the error messages above$"):
         bench(["factorise_8b", "train_8b", "host_memory"], path)
-    assert [found.work for found in read(path)] == ["factorise_8b", "host_memory"]
+    assert [found.work for found in read_rows(path)] == ["factorise_8b", "host_memory"]
     assert "| host_memory  | time |" in bench(["host_memory"], path)
 
 
@@ -132,11 +139,13 @@ def test_a_work_that_fails_leaves_the_table_as_it_was(tmp_path, monkeypatch):
         raise ArithmeticError("half way")
 
     path = tmp_path / "bench.csv"
-    before = merge(path, [row(work, "what", "s", 2.0) for work in ("cap24_38b", "host_memory")])
-    monkeypatch.setitem(run.WORKS, "cap24_38b", breaks)
+    before = replace_rows(
+        path, [row(work, "what", "s", 2.0) for work in ("cap24_38b", "host_memory")]
+    )
+    monkeypatch.setitem(run.BENCHMARKS, "cap24_38b", breaks)
     with pytest.raises(ArithmeticError):
-        one("cap24_38b", path)
-    assert read(path) == before
+        run_benchmark("cap24_38b", path)
+    assert read_rows(path) == before
     assert not (tmp_path / "bench.json").exists()
 
 
@@ -144,28 +153,29 @@ def test_a_work_that_fails_leaves_the_table_as_it_was(tmp_path, monkeypatch):
 
 
 def test_a_sample_is_tiles_and_a_text_whose_second_half_is_learnt():
-    setting = BenchSetup("internvl2_5_8b")
-    sample, learnt = setting.batch(3), setting.learnt(3)
-    config = setting.source.config
+    setup = BenchSetup("internvl2_5_8b")
+    sample, learnt = setup.batch(3), setup.labelled_batch(3)
+    config = setup.source.config
     places = int((sample["input_ids"] == config.image_token_id).sum())
-    assert sample["input_ids"].shape == (1, setting.length)
-    assert places == setting.length - setting.text
-    assert learnt["labels"].shape == (1, setting.answer + 1)
-    assert int((learnt["labels"] != -100).sum()) == setting.answer
+    assert sample["input_ids"].shape == (1, setup.length)
+    assert places == setup.length - setup.text
+    assert learnt["labels"].shape == (1, setup.answer + 1)
+    assert int((learnt["labels"] != -100).sum()) == setup.answer
     assert all(torch.equal(sample[name], learnt[name]) for name in sample)
-    assert not torch.equal(setting.batch(4)["input_ids"], sample["input_ids"])
+    assert not torch.equal(setup.batch(4)["input_ids"], sample["input_ids"])
 
 
 # No room -----------------------------------------------------------------------------------------
 
 
 def test_a_training_that_does_not_fit_its_target_is_a_row_that_does_not_hold():
-    def opener(setting, device):
+    def opener(setup, device):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    assert tried(lambda: fitted(BenchSetup("internvl2_5_8b", ("train.steps=8",)), opener)) is FULL
+    setup = BenchSetup("internvl2_5_8b", ("train.steps=8",))
+    assert measure_or_oom(lambda: measure_our_training(setup, opener)) is OUT_OF_MEMORY
     lora, qlora = TrainingFigures(70.0, 77.4, 1.0), TrainingFigures(22.0, 23.4, 1.2)
-    rows = list(beside("train_38b", FULL, lora, qlora, Target(20, 0.55)))
+    rows = list(comparison_rows("train_38b", OUT_OF_MEMORY, lora, qlora, Target(20, 0.55)))
     assert [(found.ours, found.peer, found.ratio) for found in rows] == [
         ("OOM", "77.4", ""),
         ("OOM", "23.4", ""),
@@ -182,7 +192,11 @@ def test_a_training_that_does_not_fit_its_target_is_a_row_that_does_not_hold():
 
 def test_a_peer_that_does_not_fit_is_no_reason_to_fail():
     ours = TrainingFigures(18.5, 19.1, 0.48)
-    rows = list(beside("train_38b", ours, FULL, TrainingFigures(22.0, 23.4, 1.2), Target(20, 0.55)))
+    rows = list(
+        comparison_rows(
+            "train_38b", ours, OUT_OF_MEMORY, TrainingFigures(22.0, 23.4, 1.2), Target(20, 0.55)
+        )
+    )
     assert [(found.peer, found.ratio, found.holds) for found in rows] == [
         ("OOM", "", "yes"),
         ("23.4", "1.225", ""),
@@ -196,8 +210,8 @@ def test_only_a_full_device_counts_as_one():
         raise StageError("train", "RuntimeError: something else") from RuntimeError("else")
 
     with pytest.raises(StageError) as raised:
-        tried(fail)
-    assert not out_of_memory(raised.value)
+        measure_or_oom(fail)
+    assert not is_out_of_memory(raised.value)
     raised.value.__cause__.__cause__ = torch.cuda.OutOfMemoryError("CUDA out of memory")
-    assert out_of_memory(raised.value)
-    assert not out_of_memory(MemoryError())
+    assert is_out_of_memory(raised.value)
+    assert not is_out_of_memory(MemoryError())

@@ -62,7 +62,7 @@ def test_a_base_that_is_chosen_is_refused(word):
     with pytest.raises(ConfigError) as caught:
         compose([word])
     assert str(caught.value) == (
-        f"{group}=_internvl: there is no such choice; _internvl is a base that others are made of"
+        f"{group}=_internvl: there is no such choice; _internvl is a base that other choices share"
     )
 
 

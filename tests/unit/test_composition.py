@@ -77,7 +77,7 @@ GO = [
 ]
 NOT = {
     ("svd", "dora", "none"): "adapter=dora computes the row norms of each layer's weight, and "
-    "emulator=svd does not have it at hand; set adapter=lora, or emulator=full recovery=none",
+    "emulator=svd does not hold that weight; set adapter=lora, or emulator=full recovery=none",
     ("prune", "dora", "scatter"): "emulator=prune trains layers smaller than the original's, and "
     "only an update s B A can be enlarged, while adapter=dora sets the norm of each row of the "
     "weight it is added to; set adapter=lora, or emulator=full recovery=none",
@@ -108,7 +108,7 @@ def test_from_smaller_layers_an_update_is_scattered_and_from_no_others(parts, re
         assert said.endswith("does not enlarge them; set recovery=scatter")
     for emulator in ("full", "svd", "layer_drop", "sibling"):
         said = refusal(parts, recipe, emulator, adapter, "scatter")
-        assert said.endswith("leaves out nothing; set recovery=none")
+        assert said.endswith("have the original's shapes; set recovery=none")
 
 
 @pytest.mark.parametrize("adapter", ["lora", "rslora", "dora"])
@@ -140,7 +140,7 @@ def test_a_refusal_speaks_of_the_part_that_is_refused(parts, recipe):
         check_compatible(svd, Scaled(), none, recipe)
     assert str(caught.value) == (
         f"adapter={own} starts from the singular values of the weight, and emulator=svd does not "
-        "have it at hand; set adapter=lora, or emulator=full recovery=none"
+        "hold that weight; set adapter=lora, or emulator=full recovery=none"
     )
     with pytest.raises(ConfigError) as caught:
         check_compatible(full, Scaled(), correction, recipe)

@@ -199,12 +199,12 @@ def test_a_run_is_merged_with_the_model_it_was_made_for(tmp_path, emulator):
 def test_what_is_no_run_or_has_no_adapter_is_refused(tmp_path):
     with pytest.raises(ConfigError) as caught:
         merge_run(tmp_path, tmp_path / "merged")
-    assert str(caught.value) == f"{tmp_path} is no run folder; give one such as runs/demo/<run>"
+    assert str(caught.value) == f"{tmp_path} is not a run folder; pass one such as runs/demo/<run>"
     (tmp_path / "config.yaml").write_text("{}")
     with pytest.raises(ConfigError) as caught:
         merge_run(tmp_path, tmp_path / "merged")
     assert str(caught.value) == (
-        f"{tmp_path} has no adapter: its method trains none, or it is not done"
+        f"{tmp_path} has no adapter: its method trains none, or the run is not finished"
     )
 
 

@@ -225,7 +225,7 @@ def test_the_bits_choose_the_format_of_that_width(folders):
 
 
 def test_a_width_that_no_format_has_is_refused_with_those_there_are(folders):
-    said = "compression.bits=3: there is no format of that width, but of"
+    said = "compression.bits=3: there is no format of that width, only of"
     assert refusal("compression.bits=3") == f"{said} 16, 4; set compression.bits=16"
     folders(THREE_BITS / "conf")
     said = said.replace("=3", "=5")
@@ -266,7 +266,7 @@ def test_a_yaml_that_says_no_bits_is_named(tmp_path, folders):
     file = tmp_path / "precision" / "mute.yaml"
     file.write_text("_target_: three_bits.ThreeBits\nname: mute\n")
     folders(tmp_path)
-    assert refusal("compression.bits=4").startswith(f"{file}: says no bits of a number")
+    assert refusal("compression.bits=4").startswith(f"{file}: `bits` is not set to a whole number")
 
 
 def test_a_width_is_called_by_its_format_where_that_is_plain(folders, tmp_path):

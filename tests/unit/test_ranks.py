@@ -13,11 +13,11 @@ from emloc.errors import ConfigError
 from emloc.runtime.distributed import (
     StatusFile,
     is_first,
+    is_sharded,
     launch_id,
     own_device,
     process_start,
     rank,
-    sharded,
     silence_other_processes,
     world_size,
 )
@@ -54,34 +54,34 @@ def test_a_notice_is_of_this_launch_only(of_two, tmp_path):
     notice = StatusFile(tmp_path / "notice")
     of_two(0, MASTER_PORT="1")
     assert notice.read() == ("", "")
-    notice.put("failed", "why")
+    notice.write("failed", "why")
     assert notice.read() == ("failed", "why")
     of_two(0, MASTER_PORT="2")
     assert notice.read() == ("", "")
-    notice.take_down()
+    notice.remove()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_process_alone_leaves_no_notice(tmp_path):
-    StatusFile(tmp_path / "notice").put("begun")
+    StatusFile(tmp_path / "notice").write("begun")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_has_ended_when_it_was_recorded_in_this_launch(of_two, tmp_path, monkeypatch):
     of_two(1)
     run = Run(tmp_path)
-    assert not run.ended(within=0)
+    assert not run.wait_until_ended(within=0)
     run.mark(RUNNING)
     naps = []  # on a clock that nothing else moves
     with monkeypatch.context() as clock:
         clock.setattr(time, "monotonic", lambda: sum(naps))
         clock.setattr(time, "sleep", naps.append)
-        assert not run.ended(within=0.3)
+        assert not run.wait_until_ended(within=0.3)
     assert 0.3 <= sum(naps) < 5
     run.mark("failed", stage="train", error="why")
-    assert run.ended(within=0)
+    assert run.wait_until_ended(within=0)
     (tmp_path / "status.json").write_text(json.dumps({"state": DONE, "time": process_start() - 1}))
-    assert not run.ended(within=0)
+    assert not run.wait_until_ended(within=0)
 
 
 def test_the_number_of_processes_decides_the_run_folder(of_two):
@@ -95,16 +95,16 @@ def test_the_number_of_processes_decides_the_run_folder(of_two):
 @pytest.mark.parametrize("version", [None, "1"])
 def test_only_the_second_version_of_fsdp_is_supported(of_two, monkeypatch, version):
     of_two(0)
-    assert not sharded()
+    assert not is_sharded()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     if version:
         monkeypatch.setenv("FSDP_VERSION", version)
     with pytest.raises(ConfigError, match=rf"FSDP_VERSION={version}: .* set FSDP_VERSION=2"):
-        sharded()
+        is_sharded()
     monkeypatch.setenv("FSDP_VERSION", "2")
-    assert sharded()
+    assert is_sharded()
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert not sharded()
+    assert not is_sharded()
 
 
 def test_a_process_without_a_gpu_of_its_own_is_refused(of_two, monkeypatch):
@@ -113,7 +113,9 @@ def test_a_process_without_a_gpu_of_its_own_is_refused(of_two, monkeypatch):
     assert own_device() == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ConfigError, match="process 1 of this machine has no GPU, there is 1; set"):
+    with pytest.raises(
+        ConfigError, match="process 1 of this machine has no GPU, the number of GPUs is 1; set"
+    ):
         own_device()
 
 

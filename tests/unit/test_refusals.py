@@ -113,7 +113,8 @@ def test_a_gpu_nobody_knows_is_refused_with_those_there_are(monkeypatch, capsys)
     assert ended.value.code == cli.USER_ERROR
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err == f"emloc: --gpu gtx970: one of {', '.join(GPUS)}\n"
+    names = ", ".join(GPUS)
+    assert said.err == f"emloc: --gpu gtx970: there is no such GPU; set --gpu to one of {names}\n"
 
 
 # Checkpoints -------------------------------------------------------------------------------------

@@ -210,7 +210,7 @@ def test_a_run_is_worked_on_by_one_process_at_a_time(tmp_path):
         "import sys, time\n"
         "from pathlib import Path\n"
         "from emloc.config.run_folder import Run\n"
-        "with Run(Path(sys.argv[1])).alone():\n"
+        "with Run(Path(sys.argv[1])).exclusive():\n"
         "    print(time.time(), flush=True)\n"
         "    time.sleep(0.5)\n"
         "    print(time.time(), flush=True)\n"

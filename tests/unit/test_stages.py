@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from emloc.config.compose import compose
 from emloc.config.run_folder import folder_name
-from emloc.config.stage_order import in_order, merged, stages_of, standard_stages
+from emloc.config.stage_order import merged, order_stages, stages_of, standard_stages
 from emloc.errors import ConfigError
 from emloc.runtime.keys import neutral
 from emloc.stages import Stage
@@ -46,7 +46,7 @@ def test_a_stage_stands_directly_behind_the_one_it_names(first):
     standard = {name: stage["after"] for name, stage in standard_stages().items()}
     heal, polish = {"heal": "emulate"}, {"polish": "recover", "shine": "polish"}
     after = heal | polish | standard if first else standard | heal | polish
-    order = in_order(after)
+    order = order_stages(after)
     assert order == [
         *("calibrate", "emulate", "heal", "train", "recover", "polish", "shine"),
         *("evaluate", "evaluate_as_trained"),
@@ -56,7 +56,7 @@ def test_a_stage_stands_directly_behind_the_one_it_names(first):
 @pytest.mark.parametrize("after", ["emulation", "heal"], ids=["a typo", "itself"])
 def test_a_stage_behind_one_that_is_not_there_is_refused(after):
     with pytest.raises(ConfigError, match=rf"^stage\.heal\.after={after}: there is no such stage"):
-        in_order({"emulate": None, "heal": after})
+        order_stages({"emulate": None, "heal": after})
 
 
 def test_the_key_of_a_stage_holds_its_settings_and_not_its_place():

@@ -17,7 +17,7 @@ from emloc.adapters.training_inputs import TrainingInputs
 from emloc.data.examples import Example, Examples
 from emloc.errors import ConfigError, StageError
 from emloc.runtime.keys import class_name, key_of, neutral
-from emloc.runtime.manifest import MANIFEST, DamagedError, seal, whole
+from emloc.runtime.manifest import MANIFEST, DamagedError, seal, verified_file
 from emloc.runtime.stage_cache import Store, open_store
 
 CALLS: list[tuple] = []
@@ -556,23 +556,23 @@ def test_a_damaged_artifact_is_named_moved_aside_and_made_again(store, caplog, d
 
 def test_a_mapped_file_is_compared_when_it_is_opened(store):
     path = store.stage("emulate", write_files).folder / "block.safetensors"
-    assert whole(path) == path
+    assert verified_file(path) == path
     path.write_text("abd")
     os.utime(path, ns=(1, 1))
     store.stage("emulate", write_files)
     assert len(CALLS) == 1  # its size is right
     with pytest.raises(DamagedError, match=r"content of block\.safetensors has changed") as caught:
-        whole(path)
+        verified_file(path)
     assert caught.value.folder == path.parent
     path.unlink()
     with pytest.raises(DamagedError, match=r"block\.safetensors is missing"):
-        whole(path)
+        verified_file(path)
 
 
 def test_a_file_of_a_folder_that_is_being_written_is_believed(tmp_path):
     path = tmp_path / "block.safetensors"
     path.write_text("abc")
-    assert whole(path) == path
+    assert verified_file(path) == path
 
 
 def test_contents_are_read_once_in_a_process(store, monkeypatch):

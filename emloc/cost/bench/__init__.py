@@ -1,1 +1,4 @@
-"""Speed and memory beside the peers, at full size on a GPU and small on a CPU (`make bench`)."""
+"""Benchmarks of speed and memory against other libraries (`make bench`).
+
+They run at full size on a GPU, and with a reduced model on a CPU.
+"""

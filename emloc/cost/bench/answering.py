@@ -1,4 +1,4 @@
-"""All that is done with a vision-language model of true size: build, train, correct, answer."""
+"""Benchmark of a complete run on a vision-language model: build, train, correct, answer."""
 
 from __future__ import annotations
 
@@ -11,50 +11,57 @@ import torch
 
 from emloc.cost.bench.capped import stages_of
 from emloc.cost.bench.rows import BenchRow, row
-from emloc.cost.bench.setting import BenchSetup, fresh, peak_gb, seconds
+from emloc.cost.bench.setting import BenchSetup, peak_gb, reset_memory, time_call
 from emloc.runtime.memory import GIB
 from emloc.runtime.stage_cache import Artifact, Store
 
-STEPS = 10
-WRITTEN = 16  # tokens of an answer
+STEPS = 10  # optimizer steps
+ANSWER_TOKENS = 16  # tokens to generate
 
 
-def answering(work: str, model: str, ratio: float) -> Iterator[BenchRow]:
-    """Peak memory and time of each stage, and of the original's answer with what was carried to it.
+def answering(benchmark: str, model: str, ratio: float) -> Iterator[BenchRow]:
+    """Measure peak memory and time of each stage, and of an answer by the corrected model.
 
-    The answer is to one sample as those of training: an image in tiles, and text.
+    The corrected model is the original with the recovered adapter. It answers one sample of the
+    same shape as in training: an image in tiles, and text.
     """
     overrides = (f"train.steps={STEPS}", f"compression.ratio={ratio}", "method=emloc")
-    setting = BenchSetup(model, overrides)
-    fresh(setting.device)
+    setup = BenchSetup(model, overrides)
+    reset_memory(setup.device)
     with tempfile.TemporaryDirectory() as folder:
-        stages = stages_of(setting, Store(Path(folder)))
+        stages = stages_of(setup, Store(Path(folder)))
         for stage in stages:
-            gb = stage.facts["peak_gib"] * GIB / 1e9 if setting.full else nan
-            yield row(work, f"{stage.stage}: peak reserved", "GB", gb)
-            yield row(work, f"{stage.stage}: time", "s", stage.facts["seconds"])
-        yield row(work, "a step of training", "s", stages[1].facts["step_seconds"])
-        yield from _answer(work, setting, stages[-1])
+            gb = stage.facts["peak_gib"] * GIB / 1e9 if setup.is_full_size else nan
+            yield row(benchmark, f"{stage.stage}: peak reserved", "GB", gb)
+            yield row(benchmark, f"{stage.stage}: time", "s", stage.facts["seconds"])
+        yield row(benchmark, "a step of training", "s", stages[1].facts["step_seconds"])
+        yield from _answer(benchmark, setup, stages[-1])
 
 
-def _answer(work: str, setting: BenchSetup, recovered: Artifact) -> Iterator[BenchRow]:
-    device = setting.device
-    fresh(device)
-    adapter, model = setting.training_inputs.adapter, setting.source.load(device)
+def _answer(benchmark: str, setup: BenchSetup, recovered: Artifact) -> Iterator[BenchRow]:
+    """Measure an answer of the original model with the recovered adapter."""
+    device = setup.device
+    reset_memory(device)
+    adapter, model = setup.training_inputs.adapter, setup.source.load(device)
     tuned = adapter.load(model, recovered.folder / "adapter").to(device).eval()
-    batch = {name: value.to(device) for name, value in setting.batch(0).items()}
+    batch = {name: value.to(device) for name, value in setup.batch(0).items()}
 
-    def write(tokens: int) -> torch.Tensor:
-        # To the last one, whatever it is: with random weights an end may come at any place.
-        wanted = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
-        found: torch.Tensor = tuned.generate(**batch, **wanted)
-        return found
+    def generate(tokens: int) -> torch.Tensor:
+        # With random weights the end token may come at any place, so the length is forced.
+        lengths = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+        tokens_written: torch.Tensor = tuned.generate(**batch, **lengths)
+        return tokens_written
 
     with torch.inference_mode():
-        length = write(WRITTEN).shape[1] - setting.length
-        assert length == WRITTEN, f"{length} tokens were written"
-        first = seconds(lambda: write(1), device)
-        whole = seconds(lambda: write(WRITTEN), device)
-    yield row(work, f"answer to {setting.tiles} tiles: peak allocated", "GB", peak_gb(device))
-    yield row(work, "answer: time to the first token", "s", first)
-    yield row(work, "answer: a token behind it", "s", (whole - first) / (WRITTEN - 1))
+        length = generate(ANSWER_TOKENS).shape[1] - setup.length
+        assert length == ANSWER_TOKENS, f"{length} tokens were generated"
+        first_token = time_call(lambda: generate(1), device)
+        all_tokens = time_call(lambda: generate(ANSWER_TOKENS), device)
+    yield row(benchmark, f"answer to {setup.tiles} tiles: peak allocated", "GB", peak_gb(device))
+    yield row(benchmark, "answer: time to the first token", "s", first_token)
+    yield row(
+        benchmark,
+        "answer: a token behind it",
+        "s",
+        (all_tokens - first_token) / (ANSWER_TOKENS - 1),
+    )

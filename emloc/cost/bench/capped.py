@@ -1,4 +1,4 @@
-"""The claim: build, train, correct and save on a device of a given size."""
+"""Benchmark of the main claim: build, train, correct and save within a given device memory."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import torch
 
 from emloc.adapters.training_inputs import TrainingInputs
 from emloc.cost.bench.rows import BenchRow, row
-from emloc.cost.bench.setting import BenchSetup, RandomSamples, fresh, out_of_memory
+from emloc.cost.bench.setting import BenchSetup, RandomSamples, is_out_of_memory, reset_memory
 from emloc.emulators import BuildInputs, BuiltEmulator
 from emloc.errors import StageError
 from emloc.recovery import Recovery, RecoveryInputs
-from emloc.runtime.memory import GIB, HostMemoryPeak, stay_within
+from emloc.runtime.memory import GIB, HostMemoryPeak, limit_device_memory
 from emloc.runtime.stage_cache import Artifact, Store
 from emloc.stages.training.callbacks import Report
 from emloc.stages.training.train import fit_rows
 
-STEPS = 20
-# Calibration samples. Their number decides the time of the build, and nothing of the device memory.
+STEPS = 20  # optimizer steps
+# Number of calibration samples. The time of the build depends on it, the device memory does not.
 SAMPLES = 8
 
 
-def capped(work: str, model: str, ratio: float, method: str, gb: float) -> Iterator[BenchRow]:
-    """Run the stages as `emloc` runs them, the process refused all device memory above `gb`.
+def capped(benchmark: str, model: str, ratio: float, method: str, gb: float) -> Iterator[BenchRow]:
+    """Run all stages as `emloc` does, with `gb` (10^9 bytes) of device memory at most.
 
-    One that is refused memory ends the work with one row: the stage it was in.
+    If a stage needs more, the benchmark ends with one row that names this stage.
     """
-    setting = BenchSetup(
+    setup = BenchSetup(
         model,
         (
             f"train.steps={STEPS}",
@@ -38,51 +38,61 @@ def capped(work: str, model: str, ratio: float, method: str, gb: float) -> Itera
             f"method={method}",
         ),
     )
-    fresh(setting.device)
-    stay_within(setting.device, gb * 1e9 / GIB)
+    reset_memory(setup.device)
+    limit_device_memory(setup.device, gb * 1e9 / GIB)
     what = f"build, {STEPS} steps, correct, save in {gb:g} GB: peak reserved"
     with tempfile.TemporaryDirectory() as folder, HostMemoryPeak() as host:
         try:
-            stages = stages_of(setting, Store(Path(folder)))
+            stages = stages_of(setup, Store(Path(folder)))
         except StageError as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
-            yield row(work, what, "GB", f"OOM in {error.stage}", most=gb)
+            yield row(benchmark, what, "GB", f"OOM in {error.stage}", most=gb)
             return
         saved = sum(file.stat().st_size for file in (stages[-1].folder / "adapter").iterdir())
         disk = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
         facts = {stage.stage: stage.facts for stage in stages}
-    # Without a GPU the stages followed the memory of the host.
-    gbs = {at: one["peak_gib"] * GIB / 1e9 if setting.full else nan for at, one in facts.items()}
-    yield row(work, what, "GB", max(gbs.values()), most=gb if setting.full else None)
-    for stage, one in facts.items():
-        yield row(work, f"{stage}: peak reserved", "GB", gbs[stage])
-        yield row(work, f"{stage}: time", "s", one["seconds"])
-    yield row(work, "host memory, anonymous, at most", "GiB", host.bytes / GIB)
-    yield row(work, "disk of all stages", "GB", disk / 1e9)
-    yield row(work, "adapter for the original, saved", "MB", saved / 1e6)
+    # Without a GPU the stages measure host memory instead, which is left out here.
+    peak_gbs = {
+        name: values["peak_gib"] * GIB / 1e9 if setup.is_full_size else nan
+        for name, values in facts.items()
+    }
+    yield row(
+        benchmark, what, "GB", max(peak_gbs.values()), most=gb if setup.is_full_size else None
+    )
+    for name, values in facts.items():
+        yield row(benchmark, f"{name}: peak reserved", "GB", peak_gbs[name])
+        yield row(benchmark, f"{name}: time", "s", values["seconds"])
+    yield row(benchmark, "host memory, anonymous, at most", "GiB", host.bytes / GIB)
+    yield row(benchmark, "disk of all stages", "GB", disk / 1e9)
+    yield row(benchmark, "adapter for the original, saved", "MB", saved / 1e6)
 
 
-def stages_of(setting: BenchSetup, store: Store) -> list[Artifact]:
-    """Build, train and correct, each as `emloc` does it."""
-    run_config, source, device = setting.run_config, setting.source, setting.device
+def stages_of(setup: BenchSetup, store: Store) -> list[Artifact]:
+    """Run the stages that build, train and correct, and return their artifacts."""
+    run_config, source, device = setup.run_config, setup.source, setup.device
     ranks = run_config.emulator.plan(
         source, run_config.model.compressible_layers(source), run_config.compression
     )
-    samples = RandomSamples(setting, SAMPLES if setting.full else 2)
+    samples = RandomSamples(setup, SAMPLES if setup.is_full_size else 2)
     build_inputs = BuildInputs(ranks, None, samples, run_config.precision)  # type: ignore[arg-type]
-    host = int(run_config.budget.host_gib * GIB)
+    host_bytes = int(run_config.budget.host_gib * GIB)
     emulated = store.stage(
-        "emulate", run_config.emulator.build, source, build_inputs, device=device, host_bytes=host
+        "emulate",
+        run_config.emulator.build,
+        source,
+        build_inputs,
+        device=device,
+        host_bytes=host_bytes,
     )
     built_emulator = BuiltEmulator(run_config.emulator, emulated, source, run_config.precision)
     trained = store.stage(
         "train",
         fit_random,
         built_emulator,
-        setting.training_inputs,
-        setting=setting,
-        report=_unheard,
+        setup.training_inputs,
+        setup=setup,
+        report=_ignore,
     )
     recovered = store.stage(
         "recover", recover, run_config.recovery, trained, built_emulator, device=device
@@ -98,7 +108,7 @@ def recover(
     *,
     device: torch.device,
 ) -> dict[str, object]:
-    """The recovery stage, without calibration samples."""
+    """Run the recovery stage without calibration samples, and return its facts."""
     inputs = RecoveryInputs(
         trained=trained,
         built_emulator=built_emulator,
@@ -114,20 +124,20 @@ def fit_random(
     built_emulator: BuiltEmulator,
     training_inputs: TrainingInputs,
     *,
-    setting: BenchSetup,
+    setup: BenchSetup,
     report: Report,
 ) -> dict[str, object]:
-    """The training stage, on samples made for the occasion."""
+    """Run the training stage on random rows, and return its facts."""
     return fit_rows(
         folder,
         built_emulator,
         training_inputs,
-        setting.rows(),
-        lambda some: setting.learnt(some[0].seed),
-        device=setting.device,
+        setup.rows(),
+        lambda batch_rows: setup.labelled_batch(batch_rows[0].seed),
+        device=setup.device,
         report=report,
     )
 
 
-def _unheard(step: int, values: dict[str, float]) -> None:
-    """Nobody follows this curve."""
+def _ignore(step: int, values: dict[str, float]) -> None:
+    """Ignore a line of the training log."""

@@ -1,4 +1,4 @@
-"""Which benchmarks there are, and how they are run: each in a process of its own."""
+"""Registry of the benchmarks, and their runner: one process for each benchmark."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from emloc.cost.bench.capped import capped
 from emloc.cost.bench.factorise import factorise
 from emloc.cost.bench.host import host_memory
 from emloc.cost.bench.offload import offload
-from emloc.cost.bench.rows import BenchRow, merge, note, read, table
+from emloc.cost.bench.rows import BenchRow, read_rows, replace_rows, table, write_facts
 from emloc.cost.bench.training import Target, training
 from emloc.errors import ConfigError
 from emloc.runtime.distributed import own_device
@@ -24,7 +24,7 @@ from emloc.runtime.provenance import provenance
 
 M8, M38, M78 = "internvl2_5_8b", "internvl2_5_38b", "internvl2_5_78b"
 
-WORKS: dict[str, Callable[[], Iterator[BenchRow]]] = {
+BENCHMARKS: dict[str, Callable[[], Iterator[BenchRow]]] = {
     "factorise_8b": partial(factorise, "factorise_8b", M8, 0.25, None),
     "factorise_38b": partial(factorise, "factorise_38b", M38, 0.2, 40),
     "train_8b": partial(
@@ -51,43 +51,45 @@ WORKS: dict[str, Callable[[], Iterator[BenchRow]]] = {
 }
 
 
-def bench(works: Sequence[str], path: Path) -> str:
-    """Run the works one after the other and return the whole table.
+def bench(names: Sequence[str], path: Path) -> str:
+    """Run the named benchmarks one after the other, or all, and return the table with all rows.
 
     Raises:
-        ConfigError: there is no such work, or one of them failed.
+        ConfigError: there is no benchmark of such a name, or a benchmark failed.
     """
-    unknown = [work for work in works if work not in WORKS]
+    unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
-        raise ConfigError(f"{unknown[0]}: there is no such benchmark; one of {', '.join(WORKS)}")
-    failed = []
-    for work in works or WORKS:
-        # A process of its own: what one leaves on the device, or caps, is not the next one's.
-        done = subprocess.run([sys.executable, "-m", "emloc.cost.bench.run", work, str(path)])
-        if done.returncode:
-            failed.append(work)
-    if failed:
-        raise ConfigError(f"failed: {', '.join(failed)}; what it said stands above")
-    return table(read(path))
+        raise ConfigError(
+            f"{unknown[0]}: there is no such benchmark; choose from {', '.join(BENCHMARKS)}"
+        )
+    failures = []
+    for name in names or BENCHMARKS:
+        # A process of its own: memory and limits of one benchmark do not affect the next one.
+        process = subprocess.run([sys.executable, "-m", "emloc.cost.bench.run", name, str(path)])
+        if process.returncode:
+            failures.append(name)
+    if failures:
+        raise ConfigError(f"failed: {', '.join(failures)}; see the error messages above")
+    return table(read_rows(path))
 
 
-def one(work: str, path: Path) -> None:
-    """Run one work in this process and put its rows into the table."""
+def run_benchmark(benchmark: str, path: Path) -> None:
+    """Run one benchmark in this process and write its rows into the table."""
     start = time.perf_counter()
-    rows = list(WORKS[work]())
-    merge(path, rows)
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu, reduced shapes"
-    took = round(time.perf_counter() - start, 1)
-    facts = {"command": f"emloc bench {work}", "device": name, "seconds": took}
-    note(path, work, facts | {"provenance": provenance()})
+    rows = list(BENCHMARKS[benchmark]())
+    replace_rows(path, rows)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu, reduced shapes"
+    seconds = round(time.perf_counter() - start, 1)
+    facts = {"command": f"emloc bench {benchmark}", "device": device, "seconds": seconds}
+    write_facts(path, benchmark, facts | {"provenance": provenance()})
     print(table(rows), flush=True)
 
 
-def home() -> Path:
-    """Where the table is kept: only figures of full size belong to the repository."""
-    full = own_device().type == "cuda"
-    return Path("experiments/results/bench.csv" if full else "runs/bench.csv")
+def table_path() -> Path:
+    """Return the path of the table. Only figures at full size belong to the repository."""
+    is_full_size = own_device().type == "cuda"
+    return Path("experiments/results/bench.csv" if is_full_size else "runs/bench.csv")
 
 
 if __name__ == "__main__":
-    one(sys.argv[1], Path(sys.argv[2]))
+    run_benchmark(sys.argv[1], Path(sys.argv[2]))

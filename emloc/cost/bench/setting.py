@@ -1,8 +1,8 @@
-"""The models, batches and clocks that all benchmarks share.
+"""Models, batches and measurements that all benchmarks share.
 
-Weights are random: they cost time and memory as trained ones do. On a machine without a GPU the
-same code runs on a model of the same parts, too small for its figures to mean anything: there are
-no targets then, and no figures of device memory.
+Weights are random, since random weights cost as much time and memory as trained ones. On a machine
+without a GPU the same code runs on a model with the same structure but tiny layers. Its figures
+mean nothing, so there are no targets and no figures of device memory then.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from emloc.models.checkpoint.source import Source
 from emloc.runtime.distributed import own_device
 from emloc.stages.run_config import RunConfig, build
 
-# What is left of a language model where there is no GPU, and of a vision tower.
+# Sizes of the language model and of the vision tower on a machine without a GPU.
 SMALL_TEXT = (
     *("hidden_size=64", "intermediate_size=128", "num_hidden_layers=2", "vocab_size=512"),
     *("num_attention_heads=4", "num_key_value_heads=2"),
@@ -39,154 +39,159 @@ SMALL_VISION = (
     "model.shape.image_token_id=511",
     "model.excluded={}",
 )
-# One sample: an image in tiles, and a text whose second half is the answer.
+# Shape of one sample: tiles of an image, tokens of text, and answer tokens at the end of the text.
 TILES, TEXT, ANSWER = 7, 256, 128
 
 
 @dataclass(frozen=True)
 class RandomRow:
-    """A sample to train on, before it is made: its length in tokens, and the seed it comes from."""
+    """A training row that is still to be generated: its length in tokens and its random seed."""
 
     length: int
     seed: int
 
     @property
     def id(self) -> str:
-        """Its name."""
+        """Name of the row."""
         return str(self.seed)
 
 
 @dataclass(frozen=True)
 class BenchSetup:
-    """A model, of its true shape where there is a GPU, and samples to go with it."""
+    """Model and samples of a benchmark; the model has its true size only on a GPU."""
 
-    model: str
+    model: str  # choice of the group `model`
     overrides: tuple[str, ...] = ()
 
     @cached_property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """Device of the benchmark."""
         return own_device()
 
     @property
-    def full(self) -> bool:
-        """Whether the model has its true size."""
+    def is_full_size(self) -> bool:
+        """Whether the model has its true size, which needs a GPU."""
         return self.device.type == "cuda"
 
     @cached_property
     def run_config(self) -> RunConfig:
-        """The configuration, as the command line would give it."""
+        """Configuration of the run that is measured, composed as for the command line."""
         fixed = ("model.weights=random", "train=steps500", "train.batch=1", "train.accumulate=1")
-        small = () if self.full else _small(self.model)
+        small = () if self.is_full_size else _small_size_overrides(self.model)
         last = ("train.log_every=1", "train.save_every=100000", "tracker=none")
         return build(compose([f"model={self.model}", *fixed, *small, *self.overrides, *last]))
 
     @cached_property
     def source(self) -> Source:
-        """The model."""
+        """The model with random weights."""
         return self.run_config.model.open()
 
     @property
     def training_inputs(self) -> TrainingInputs:
-        """How an adapter is trained; its samples are those of `rows`."""
+        """Adapter, layers and recipe of the training; the training rows come from `rows`."""
         run_config, adapter = self.run_config, self.run_config.adapter
-        assert adapter.trains  # the method of a benchmark is one that trains
-        none = Examples("random", ())
+        assert adapter.trains  # benchmarks only use methods that train
+        no_examples = Examples("random", ())
         layers, length = tuple(run_config.model.adapted_layers(self.source)), self.length
         return TrainingInputs(
-            adapter, run_config.lora, layers, none, length, run_config.train, run_config.seed
+            adapter, run_config.lora, layers, no_examples, length, run_config.train, run_config.seed
         )
 
     def rows(self) -> list[RandomRow]:
-        """One sample a step."""
+        """Return one training row for each optimizer step."""
         return [RandomRow(self.length, seed) for seed in range(self.run_config.train.steps)]
 
     @property
     def tiles(self) -> int:
-        """Of one sample."""
-        return TILES if self.full else 2
+        """Image tiles of one sample."""
+        return TILES if self.is_full_size else 2
 
     @property
     def text(self) -> int:
-        """Tokens of one sample that are no image."""
-        return TEXT if self.full else 16
+        """Text tokens of one sample, answer included."""
+        return TEXT if self.is_full_size else 16
 
     @property
     def answer(self) -> int:
-        """Of these, tokens that are learnt."""
-        return ANSWER if self.full else 8
+        """Answer tokens of one sample, which have labels."""
+        return ANSWER if self.is_full_size else 8
 
     @property
     def length(self) -> int:
-        """Tokens of one sample."""
-        return self.tiles * self._tokens_of_a_tile + self.text
+        """Tokens of one sample, of image and text."""
+        return self.tiles * self._tokens_per_tile + self.text
 
     @property
-    def _tokens_of_a_tile(self) -> int:
+    def _tokens_per_tile(self) -> int:
+        """Image tokens that the model computes from one tile."""
         vision = self.source.config.vision_config
         side = vision.image_size[0] // vision.patch_size[0]
         return int((side * self.source.config.downsample_ratio) ** 2)
 
     def batch(self, seed: int) -> dict[str, Tensor]:
-        """One sample as the model takes it, without labels."""
-        draw = torch.Generator().manual_seed(seed)
+        """Return one random sample as inputs of the model, without labels."""
+        generator = torch.Generator().manual_seed(seed)
         config = self.source.config
         pixels = config.vision_config.image_size
         image = torch.full((1, self.length - self.text), config.image_token_id)
-        text = torch.randint(0, config.image_token_id, (1, self.text), generator=draw)
+        text = torch.randint(0, config.image_token_id, (1, self.text), generator=generator)
         ids = torch.cat([image, text], dim=1)
-        tiles = torch.randn(self.tiles, 3, *pixels, generator=draw)
+        tiles = torch.randn(self.tiles, 3, *pixels, generator=generator)
         return {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "pixel_values": tiles.to(self.source.dtype),
         }
 
-    def learnt(self, seed: int) -> dict[str, Tensor]:
-        """The same with labels on the answer, and logits from there on alone."""
+    def labelled_batch(self, seed: int) -> dict[str, Tensor]:
+        """Return one random sample with labels on its answer, and logits for these tokens only."""
         batch = self.batch(seed)
         labels = batch["input_ids"].clone()
         labels[:, : -self.answer] = -100
-        kept = torch.arange(self.length)[-self.answer - 1 :]
-        return batch | {"labels": labels[:, kept], "logits_to_keep": kept}
+        positions = torch.arange(self.length)[-self.answer - 1 :]
+        return batch | {"labels": labels[:, positions], "logits_to_keep": positions}
 
 
-def _small(model: str) -> tuple[str, ...]:
-    """Overrides that leave next to nothing of a model."""
+def _small_size_overrides(model: str) -> tuple[str, ...]:
+    """Return the overrides that reduce a model to tiny layers."""
     shape = compose([f"model={model}"]).model.shape
-    sees = "vision_config" in shape
-    where = "model.shape.text_config" if sees else "model.shape"
-    text = tuple(f"{where}.{one}" for one in SMALL_TEXT)
-    # Of whole numbers only, tokens that begin and end a text are beyond so few words.
-    known = shape.text_config if sees else shape
-    ends = tuple(f"{where}.{one}=null" for one in ("bos_token_id", "eos_token_id") if one in known)
-    return (*text, *ends, "lora=r4", *(SMALL_VISION if sees else ()))
+    has_vision = "vision_config" in shape
+    prefix = "model.shape.text_config" if has_vision else "model.shape"
+    text = tuple(f"{prefix}.{size}" for size in SMALL_TEXT)
+    # The tokens that begin and end a text lie outside the small vocabulary.
+    text_shape = shape.text_config if has_vision else shape
+    ends = tuple(
+        f"{prefix}.{token}=null"
+        for token in ("bos_token_id", "eos_token_id")
+        if token in text_shape
+    )
+    return (*text, *ends, "lora=r4", *(SMALL_VISION if has_vision else ()))
 
 
 @dataclass(frozen=True)
 class RandomSamples:
-    """Calibration samples of a setting."""
+    """Random calibration samples of a benchmark."""
 
-    setting: BenchSetup
+    setup: BenchSetup
     count: int
 
     @property
     def key(self) -> list[Any]:
-        """What a stage that reads them depends on."""
-        return [self.setting.model, self.setting.length, self.count]
+        """JSON value of the samples in cache keys."""
+        return [self.setup.model, self.setup.length, self.count]
 
     @property
     def ids(self) -> list[str]:
-        """Their names."""
+        """Names of the samples."""
         return [str(index) for index in range(self.count)]
 
     def batches(self, source: Source) -> Sequence[Batch]:
-        """One sample each."""
-        return [self.setting.batch(index) for index in range(self.count)]
+        """Return the samples, each as a batch of its own."""
+        return [self.setup.batch(index) for index in range(self.count)]
 
 
-def fresh(device: torch.device) -> None:
-    """Begin to measure: nothing left of what was before."""
+def reset_memory(device: torch.device) -> None:
+    """Free unused memory and restart the measurement of peak device memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -194,35 +199,35 @@ def fresh(device: torch.device) -> None:
 
 
 def peak_gb(device: torch.device) -> float:
-    """10^9 bytes allocated at most on the device; nan where there is none to ask."""
+    """Return the peak of allocated device memory in GB (10^9 bytes); nan without a GPU."""
     if device.type != "cuda":
         return float("nan")
     return torch.cuda.max_memory_allocated(device) / 1e9
 
 
 def reserved_gb(device: torch.device) -> float:
-    """10^9 bytes taken from the device at most; nan where there is none to ask."""
+    """Return the peak of reserved device memory in GB (10^9 bytes); nan without a GPU."""
     if device.type != "cuda":
         return float("nan")
     return torch.cuda.max_memory_reserved(device) / 1e9
 
 
-def now(device: torch.device) -> float:
-    """Seconds, when all that was started is done."""
+def synchronized_time(device: torch.device) -> float:
+    """Return the clock in seconds after all launched kernels have finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """How long it takes."""
-    start = now(device)
+def time_call(work: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds that a call takes, with the kernels that it launches."""
+    start = synchronized_time(device)
     work()
-    return now(device) - start
+    return synchronized_time(device) - start
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether the device, or what a run may use of it, is full."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error, or a cause of it, says that device memory ran out."""
     while not isinstance(error, torch.cuda.OutOfMemoryError):
         if error.__cause__ is None:
             return False

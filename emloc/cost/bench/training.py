@@ -1,7 +1,7 @@
-"""A step of training: its memory and time, ours beside an ordinary script's, and what was planned.
+"""Benchmark of a training step: memory and time of our training, of a script, and of the plan.
 
-The peers are a script as anybody writes it: the whole model, PEFT, transformers' Trainer with
-bfloat16 and gradient checkpointing, logits of every token; for QLoRA with bitsandbytes' layers.
+The peers are an ordinary script: the whole model, PEFT, transformers' Trainer with bfloat16 and
+gradient checkpointing, and logits of every token. For QLoRA it uses the layers of bitsandbytes.
 """
 
 from __future__ import annotations
@@ -20,59 +20,66 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from emloc.cost.bench.rows import BenchRow, Figure, row
-from emloc.cost.bench.setting import BenchSetup, fresh, now, out_of_memory, peak_gb, reserved_gb
-from emloc.cost.plan.fit import need_of, scheme_of
+from emloc.cost.bench.setting import (
+    BenchSetup,
+    is_out_of_memory,
+    peak_gb,
+    reserved_gb,
+    reset_memory,
+    synchronized_time,
+)
+from emloc.cost.plan.fit import layout_of, need_of
 from emloc.cost.plan.layout import StepShape
 from emloc.emulators.full import block_linears, load_quantized
 from emloc.emulators.size import ranks_at
 from emloc.models.checkpoint.source import Source
 from emloc.precision import require_format
 from emloc.precision.nf4 import Nf4Linear
-from emloc.runtime.memory import GIB, stay_within
+from emloc.runtime.memory import GIB, limit_device_memory
 from emloc.stages.run_config import precision_of
 from emloc.stages.training.train import fit_rows
 from emloc.tensors.nn.factorized import Factorized, PackedFactorized
 
-FOUR_BITS = 4  # of QLoRA, and of what is measured beside it
-STEPS, WARM = 8, 4  # of one measurement, and of these not timed
-NEAR = 0.05  # the share by which a planned peak may be off the measured one
+FOUR_BITS = 4  # bits of QLoRA and of the packed models
+STEPS, WARM_UP_STEPS = 8, 4  # steps of a measurement; the warm-up is not timed
+NEAR = 0.05  # target: largest relative distance of the planned peak from the measured one
 
 
 @dataclass(frozen=True)
 class TrainingFigures:
-    """One way of training."""
+    """Memory, time and losses of a training."""
 
-    peak: Figure  # 10^9 bytes allocated at most
-    reserved: Figure  # 10^9 bytes taken from the device at most
-    step: Figure  # seconds, the median
-    losses: tuple[float, ...] = ()  # of each step, where they were asked for
+    peak: Figure  # peak of allocated device memory in 10^9 bytes
+    reserved: Figure  # peak of reserved device memory in 10^9 bytes
+    step: Figure  # median seconds of a step
+    losses: tuple[float, ...] = ()  # loss of each step; empty if not recorded
 
 
-# What is measured of a training that the device, or what it may use of it, is too small for.
-FULL = TrainingFigures("OOM", "OOM", "OOM")
+# Figures of a training that does not fit into the device memory it may use.
+OUT_OF_MEMORY = TrainingFigures("OOM", "OOM", "OOM")
 
 
 @dataclass(frozen=True)
 class Target:
-    """What an emulator has to stay within."""
+    """Limits on device memory and step time that an emulator has to keep."""
 
-    gb: float  # 10^9 bytes of the device
-    step: float | None  # seconds
+    gb: float  # 10^9 bytes of device memory
+    step: float | None  # seconds of a step; None: no target
 
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """A model to train, in the place of a built emulator."""
+    """A model to train, with the interface of a built emulator."""
 
     source: Source
-    by: Callable[[torch.device], PreTrainedModel]
+    open_model: Callable[[torch.device], PreTrainedModel]
 
     def open(self, device: torch.device) -> PreTrainedModel:
-        """The model, frozen."""
-        return self.by(device)
+        """Return the frozen model on the device."""
+        return self.open_model(device)
 
     def targets(self, layers: Sequence[str]) -> list[str]:
-        """All of them."""
+        """Return all layers: the model contains each of the layers to adapt."""
         return list(layers)
 
 
@@ -82,47 +89,52 @@ Opener = Callable[[BenchSetup, torch.device], PreTrainedModel]
 def training(
     model: str, ratio: float, names: tuple[str, str, str], targets: tuple[Target, Target]
 ) -> Iterator[BenchRow]:
-    """Measure lora, qlora, emloc and emloc_nf4 of one model, and the two peers.
+    """Measure the methods lora, qlora, emloc and emloc_nf4 on one model, and the two peers.
 
-    `names`: what the rows of the emulator, of its four-bit form and of the plan are called;
-    `targets`: of the first two.
+    `names` are the benchmark names for the rows of the emulator, of the packed emulator and of the
+    plan. `targets` belong to the first two.
     """
-    setting = BenchSetup(model, (f"train.steps={STEPS}",))
-    thin: Opener = partial(factorized, ratio=ratio)
-    thin_nf4: Opener = partial(packed, ratio=ratio)
-    lora, qlora = (tried(partial(scripted, setting, peer)) for peer in (whole, quantized))
-    for name, opener, target in zip(names, (thin, thin_nf4), targets, strict=False):
-        # On a device no larger than the target; the peers had all of it.
-        stay_within(setting.device, target.gb * 1e9 / GIB)
-        ours = tried(partial(fitted, setting, opener))
-        stay_within(setting.device, None)
-        yield from beside(name, ours, lora, qlora, target if setting.full else None)
-    work = StepShape.of(setting.run_config.train, setting.length, setting.answer)
-    four = precision_of(FOUR_BITS)
-    for method, opener, share, precision in (
-        ("lora", whole, None, None),
-        ("qlora", quantized, None, four),
-        ("emloc", thin, ratio, None),
-        ("emloc_nf4", thin_nf4, ratio, four),
+    setup = BenchSetup(model, (f"train.steps={STEPS}",))
+    open_emulator: Opener = partial(open_factorized, ratio=ratio)
+    open_packed_emulator: Opener = partial(open_packed, ratio=ratio)
+    lora, qlora = (
+        measure_or_oom(partial(measure_script, setup, opener))
+        for opener in (open_original, open_quantized)
+    )
+    for name, opener, target in zip(
+        names, (open_emulator, open_packed_emulator), targets, strict=False
     ):
-        measured = tried(partial(fitted, setting, opener))
-        scheme = scheme_of(setting.run_config, setting.source, share, precision)
-        planned = need_of(scheme, work).peak / 1e9
-        near = NEAR if setting.full and measured is not FULL else None
+        # Our training may only use the memory of the target; the peers had the whole device.
+        limit_device_memory(setup.device, target.gb * 1e9 / GIB)
+        ours = measure_or_oom(partial(measure_our_training, setup, opener))
+        limit_device_memory(setup.device, None)
+        yield from comparison_rows(name, ours, lora, qlora, target if setup.is_full_size else None)
+    step_shape = StepShape.of(setup.run_config.train, setup.length, setup.answer)
+    nf4 = precision_of(FOUR_BITS)
+    for method, opener, method_ratio, precision in (
+        ("lora", open_original, None, None),
+        ("qlora", open_quantized, None, nf4),
+        ("emloc", open_emulator, ratio, None),
+        ("emloc_nf4", open_packed_emulator, ratio, nf4),
+    ):
+        measured = measure_or_oom(partial(measure_our_training, setup, opener))
+        layout = layout_of(setup.run_config, setup.source, method_ratio, precision)
+        planned = need_of(layout, step_shape).peak / 1e9
+        near = NEAR if setup.is_full_size and measured is not OUT_OF_MEMORY else None
         what = f"peak of {method}: planned, measured"
         yield row(names[2], what, "GB", planned, peer=measured.peak, near=near)
         yield row(names[2], f"step of {method}", "s", measured.step)
         yield row(names[2], f"reserved by {method}", "GB", measured.reserved)
 
 
-def beside(
+def comparison_rows(
     name: str,
     ours: TrainingFigures,
     lora: TrainingFigures,
     qlora: TrainingFigures,
     target: Target | None,
 ) -> Iterator[BenchRow]:
-    """The rows of an emulator and its target beside the peers."""
+    """Yield the rows that compare an emulator with the peers and with its target."""
     gb, step = (target.gb, target.step) if target else (None, None)
     peak = "peak reserved, on a device of the target's size"
     yield row(name, f"{peak}; PEFT LoRA", "GB", ours.reserved, peer=lora.reserved, most=gb)
@@ -131,64 +143,67 @@ def beside(
     yield row(name, "step; bitsandbytes QLoRA", "s", ours.step, peer=qlora.step)
 
 
-def tried(measure: Callable[[], TrainingFigures]) -> TrainingFigures:
-    """What was measured, or that there was no room for it."""
+def measure_or_oom(measure: Callable[[], TrainingFigures]) -> TrainingFigures:
+    """Measure a training; the figures are `OUT_OF_MEMORY` if it does not fit on the device."""
     try:
         return measure()
-    except Exception as error:  # why: it may come wrapped in a library's own
-        if not out_of_memory(error):
+    except Exception as error:  # why: a library may wrap the error for full memory in its own
+        if not is_out_of_memory(error):
             raise
-        return FULL
+        return OUT_OF_MEMORY
 
 
-def fitted(setting: BenchSetup, opener: Opener) -> TrainingFigures:
-    """Our own training of the model that `opener` gives."""
-    device = setting.device
-    fresh(device)
+def measure_our_training(setup: BenchSetup, opener: Opener) -> TrainingFigures:
+    """Measure our own training of the model that `opener` opens."""
+    device = setup.device
+    reset_memory(device)
     ends: list[float] = []
     losses: list[float] = []
 
-    def follow(step: int, values: dict[str, float]) -> None:
-        ends.append(now(device))
+    def record(step: int, values: dict[str, float]) -> None:
+        ends.append(synchronized_time(device))
         losses.append(values["loss"])
 
-    made = [setting.learnt(seed) for seed in range(STEPS)]  # not on the clock
+    batches = [setup.labelled_batch(seed) for seed in range(STEPS)]  # generated before the steps
     with tempfile.TemporaryDirectory() as folder:
         fit_rows(
             Path(folder),
-            PreparedModel(setting.source, partial(opener, setting)),  # type: ignore[arg-type]
-            setting.training_inputs,
-            setting.rows(),
-            lambda some: dict(made[some[0].seed]),
+            PreparedModel(setup.source, partial(opener, setup)),  # type: ignore[arg-type]
+            setup.training_inputs,
+            setup.rows(),
+            lambda rows: dict(batches[rows[0].seed]),
             device=device,
-            report=follow,
+            report=record,
         )
-    return of_steps(ends, device, tuple(losses))
+    return figures_of_steps(ends, device, tuple(losses))
 
 
-def scripted(setting: BenchSetup, opener: Opener) -> TrainingFigures:
-    """The same training by an ordinary script."""
-    run_config, device = setting.run_config, setting.device
-    fresh(device)
-    model = opener(setting, device)
+def measure_script(setup: BenchSetup, opener: Opener) -> TrainingFigures:
+    """Measure an ordinary training script on the model that `opener` opens."""
+    run_config, device = setup.run_config, setup.device
+    reset_memory(device)
+    model = opener(setup, device)
     for layer in model.modules():
-        if isinstance(layer, Nf4Linear):  # bitsandbytes' own product
+        if isinstance(layer, Nf4Linear):  # use bitsandbytes' own forward pass
             layer.forward = super(Nf4Linear, layer).forward  # type: ignore[method-assign]
-    tuned = setting.training_inputs.adapter.attach(
-        model, run_config.lora, setting.training_inputs.layers
+    tuned = setup.training_inputs.adapter.attach(
+        model, run_config.lora, setup.training_inputs.layers
     )
     ends: list[float] = []
-    made = [setting.batch(seed) for seed in range(STEPS)]  # not on the clock
+    batches = [setup.batch(seed) for seed in range(STEPS)]  # generated before the steps
 
-    def whole_labels(some: list[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = made[some[0]["seed"]]
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = batches[rows[0]["seed"]]
         labels = batch["input_ids"].clone()
-        labels[:, : -setting.answer] = -100
+        labels[:, : -setup.answer] = -100
         return batch | {"labels": labels}
 
-    class Clock(TrainerCallback):
+    class StepTimer(TrainerCallback):
+        """Callback that records when each step ends."""
+
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            ends.append(now(device))
+            """Record the time at which a step has ended."""
+            ends.append(synchronized_time(device))
 
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
@@ -203,62 +218,68 @@ def scripted(setting: BenchSetup, opener: Opener) -> TrainingFigures:
             disable_tqdm=True,
             remove_unused_columns=False,
         )
-        args._n_gpu = min(args.n_gpu, 1)  # one device, as ours, however many are in sight
+        args._n_gpu = min(args.n_gpu, 1)  # the Trainer would use all visible GPUs
         Trainer(
             model=tuned,
             args=args,
             train_dataset=[{"seed": seed} for seed in range(STEPS)],
-            data_collator=whole_labels,
-            callbacks=[Clock()],
+            data_collator=collate,
+            callbacks=[StepTimer()],
         ).train()
-    return of_steps(ends, device)
+    return figures_of_steps(ends, device)
 
 
-def of_steps(
+def figures_of_steps(
     ends: Sequence[float], device: torch.device, losses: tuple[float, ...] = ()
 ) -> TrainingFigures:
-    """What was measured since `fresh`, of a training that is over; `ends`: of each step."""
-    steps = [after - before for before, after in pairwise(ends[WARM - 1 :])]
-    found = TrainingFigures(peak_gb(device), reserved_gb(device), statistics.median(steps), losses)
-    fresh(device)
-    return found
+    """Return the figures of a training since `reset_memory`; `ends` are the times of its steps."""
+    steps = [after - before for before, after in pairwise(ends[WARM_UP_STEPS - 1 :])]
+    figures = TrainingFigures(
+        peak_gb(device), reserved_gb(device), statistics.median(steps), losses
+    )
+    reset_memory(device)
+    return figures
 
 
-def whole(setting: BenchSetup, device: torch.device) -> PreTrainedModel:
-    """The original model."""
-    return setting.source.load(device)
+def open_original(setup: BenchSetup, device: torch.device) -> PreTrainedModel:
+    """Open the original model."""
+    return setup.source.load(device)
 
 
-def quantized(setting: BenchSetup, device: torch.device) -> PreTrainedModel:
-    """The original with the linears of its blocks in four bits."""
-    layers = block_linears(setting.source)
-    return load_quantized(setting.source, layers, device, precision_of(FOUR_BITS))
+def open_quantized(setup: BenchSetup, device: torch.device) -> PreTrainedModel:
+    """Open the original model with the linear layers of its blocks packed into four bits."""
+    layers = block_linears(setup.source)
+    return load_quantized(setup.source, layers, device, precision_of(FOUR_BITS))
 
 
-def factorized(setting: BenchSetup, device: torch.device, *, ratio: float) -> PreTrainedModel:
-    """An emulator of random factors, which are as large as any."""
-    return _emulator(setting, device, ratio, Factorized)
+def open_factorized(setup: BenchSetup, device: torch.device, *, ratio: float) -> PreTrainedModel:
+    """Open an emulator with random factors, which are as large as fitted ones."""
+    return _random_emulator(setup, device, ratio, Factorized)
 
 
-def packed(setting: BenchSetup, device: torch.device, *, ratio: float) -> PreTrainedModel:
-    """The same in four bits."""
+def open_packed(setup: BenchSetup, device: torch.device, *, ratio: float) -> PreTrainedModel:
+    """Open an emulator with random factors packed into four bits."""
     quantize = require_format(precision_of(FOUR_BITS)).quantize
 
-    def module(u: Tensor, v: Tensor, bias: Tensor | None) -> nn.Module:
+    def packed_layer(u: Tensor, v: Tensor, bias: Tensor | None) -> nn.Module:
         return PackedFactorized(quantize(v), quantize(u.T.contiguous()), bias)
 
-    return _emulator(setting, device, ratio, module)
+    return _random_emulator(setup, device, ratio, packed_layer)
 
 
-def _emulator(
-    setting: BenchSetup, device: torch.device, ratio: float, module: Callable[..., nn.Module]
+def _random_emulator(
+    setup: BenchSetup, device: torch.device, ratio: float, layer_class: Callable[..., nn.Module]
 ) -> PreTrainedModel:
-    source = setting.source
-    layers = setting.run_config.model.compressible_layers(source)
-    replace = {}
+    """Open the model with random factors in place of its compressed layers.
+
+    `layer_class` is called with `u`, `v` and the bias of each layer.
+    """
+    source = setup.source
+    layers = setup.run_config.model.compressible_layers(source)
+    modules = {}
     for layer, rank in ranks_at(ratio, layers, 1).items():
         rows, columns = layers[layer]
         u = 0.02 * torch.randn(rows, rank, device=device, dtype=source.dtype)
         v = torch.randn(rank, columns, device=device, dtype=source.dtype) / rank**0.5
-        replace[layer] = module(u, v, source.bias(layer, device))
-    return source.load(device, replace)
+        modules[layer] = layer_class(u, v, source.bias(layer, device))
+    return source.load(device, modules)

@@ -1,1 +1,1 @@
-"""What a training will need, before a weight is read (`emloc plan`, `compression=auto`)."""
+"""Predict memory and time of a training without weights (`emloc plan`, `compression=auto`)."""

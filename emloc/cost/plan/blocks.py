@@ -1,4 +1,4 @@
-"""A model of a few decoder blocks and no numbers, for a training step to be traced on."""
+"""Models with a few decoder blocks on the meta device, on which a training step is traced."""
 
 from __future__ import annotations
 
@@ -16,57 +16,58 @@ from emloc.models.decoder import Decoder, decoder_of
 
 @dataclass(frozen=True, eq=False)
 class DecoderBlocks:
-    """A model whose decoder blocks can be had one by one.
+    """Builder of models with only the first decoder blocks of `source`.
 
-    A skeleton of a large model takes seconds to build: it is built once, and parts of it copied.
+    Building the skeleton of a large model takes seconds, so it is built once and parts are copied.
     """
 
     source: Source
 
     @cached_property
     def decoder(self) -> Decoder:
-        """What the source says of its decoder."""
+        """Facts about the decoder, such as its prefix and vocabulary."""
         return Decoder(self.source)
 
     @property
     def count(self) -> int:
-        """Blocks of the whole decoder."""
+        """Number of blocks of the complete decoder."""
         return len(self._parts[1])
 
     def first(self, depth: int) -> PreTrainedModel:
-        """A model of its own on the meta device, with the first `depth` blocks of the decoder.
+        """Return a new model on the meta device with the first `depth` blocks of the decoder.
 
-        Blocks outside the decoder, as of a vision tower, are left out: nothing in them is trained,
-        so that all they hold is gone when the decoder begins.
+        Blocks outside the decoder, such as those of a vision tower, are left out. No layer in them
+        is trained, so their activations are freed before the decoder begins.
         """
         shell, blocks = self._parts
-        # In one go, or what they share, as the configuration, would be copied for each.
-        model, own = copy.deepcopy((shell, blocks[:depth]))
-        _decoder_list(model).extend(own)
+        # Copied in one call, so that shared objects such as the configuration are copied once.
+        model, first_blocks = copy.deepcopy((shell, blocks[:depth]))
+        _decoder_list(model).extend(first_blocks)
         return model
 
     @cached_property
     def _parts(self) -> tuple[PreTrainedModel, list[nn.Module]]:
-        """The model with all its lists of blocks empty, and the blocks of the decoder."""
+        """The model with all of its lists of blocks emptied, and the blocks of the decoder."""
         model = self.source.skeleton()
         model.set_attn_implementation(ATTENTION)
         model = model.to("meta").requires_grad_(False)
         for module in model.modules():
-            # It would compare the length with one it knows, and here positions have no numbers.
-            # Up to the length that the model was trained on it does nothing else than this.
+            # Dynamic RoPE reads the positions, which have no values on the meta device. Up to the
+            # length that the model was trained on, it equals the default RoPE.
             if getattr(module, "rope_type", None) == "dynamic":
                 module.rope_type = "default"
-        own = _decoder_list(model)
-        blocks = list(own)
-        del own[:]
-        decoder = set(decoder_of(model).modules())
+        decoder_list = _decoder_list(model)
+        blocks = list(decoder_list)
+        del decoder_list[:]
+        decoder_modules = set(decoder_of(model).modules())
         for module in list(model.modules()):
-            if isinstance(module, nn.ModuleList) and module not in decoder:
+            if isinstance(module, nn.ModuleList) and module not in decoder_modules:
                 del module[:]
         return model, blocks
 
 
 def _decoder_list(model: PreTrainedModel) -> nn.ModuleList:
+    """Return the list of blocks of the model's decoder."""
     return next(
         module for module in decoder_of(model).modules() if isinstance(module, nn.ModuleList)
     )

@@ -1,4 +1,4 @@
-"""Host memory, disk and time of a training, by counting; times are estimates."""
+"""Estimate the host memory, disk space and time of building an emulator and training on it."""
 
 from __future__ import annotations
 
@@ -10,70 +10,90 @@ from emloc.cost.plan.gpus import Gpu
 from emloc.cost.plan.layout import StepShape, TrainingLayout
 from emloc.runtime.memory import GIB
 
-# Of the makers' rates, what long products and streams of a transformer reach.
-USED = 0.4
-# Of an operation on the side of the host, Python and launch included: it bounds short steps.
-SECONDS_OF_AN_OPERATION = 22e-6
-# Products with the energy matrix until a subspace has converged.
+# Share of the makers' rates that large matrix products and copies of a transformer reach.
+UTILISATION = 0.4
+# Host time of one operation, with Python and the kernel launch; it limits short steps.
+SECONDS_PER_OPERATION = 22e-6
+# Subspace iterations until the factors of a layer have converged.
 ITERATIONS = 12
-# A Python process with its libraries and the driver.
+# Bytes of host memory that a Python process with its libraries and the driver uses.
 PROCESS = 3 * GIB
 
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """What a training takes beside device memory."""
+    """Cost of a training besides device memory."""
 
-    host: int  # bytes, anonymous
-    disk: int  # bytes in the store
-    build_seconds: float  # of the emulator, calibration included
-    step_seconds: float
+    host: int  # bytes of anonymous host memory
+    disk: int  # bytes of all artifacts
+    build_seconds: float  # time to calibrate and build the emulator
+    step_seconds: float  # time of one optimizer step
 
 
 def cost_of(
-    scheme: TrainingLayout, work: StepShape, operations: int, gpu: Gpu, samples: int, budget: Budget
+    layout: TrainingLayout,
+    step_shape: StepShape,
+    operations: int,
+    gpu: Gpu,
+    samples: int,
+    budget: Budget,
 ) -> TrainingCost:
-    """Estimates for `samples` calibration samples as long as those trained on.
+    """Estimate the cost of a training.
 
-    `operations` of one forward and backward pass.
+    Args:
+        layout: the model and its adapter.
+        step_shape: the shape of an optimizer step.
+        operations: operations that one forward and backward pass dispatches.
+        gpu: the GPU to estimate for.
+        samples: number of calibration samples, each as long as a training row.
+        budget: limits on host memory and cached statistics.
     """
-    tokens = samples * work.length
-    disk = 2 * 4 * scheme.parameters  # the adapter as trained and as carried
-    build, host = 0.0, PROCESS + scheme.embedding
-    if scheme.ranks:
-        moments = statistics_bytes(scheme.compressed, inputs_only=False)
-        disk += scheme.factors + (moments if moments <= budget.statistics_gib * GIB else 0)
-        widest = max(columns for _, columns in scheme.adapted.values())
-        waiting = tokens * widest * scheme.source.dtype.itemsize
-        host += min(waiting, int(budget.host_gib * GIB))
-        build = _build_seconds(scheme, tokens, gpu)
-    return TrainingCost(host, disk, build, _step_seconds(scheme, work, operations, gpu))
+    tokens = samples * step_shape.length
+    disk = 2 * 4 * layout.parameters  # the trained and the recovered adapter, in float32
+    build, host = 0.0, PROCESS + layout.embedding
+    if layout.ranks:
+        moments = statistics_bytes(layout.compressed, inputs_only=False)
+        disk += layout.factors + (moments if moments <= budget.statistics_gib * GIB else 0)
+        widest = max(columns for _, columns in layout.adapted.values())
+        hidden_states = tokens * widest * layout.source.dtype.itemsize
+        host += min(hidden_states, int(budget.host_gib * GIB))
+        build = _build_seconds(layout, tokens, gpu)
+    return TrainingCost(host, disk, build, _step_seconds(layout, step_shape, operations, gpu))
 
 
-def _build_seconds(scheme: TrainingLayout, tokens: int, gpu: Gpu) -> float:
-    """Two passes through the model, the sums of second moments, and the factors."""
-    sizes = sum(rows * columns for rows, columns in scheme.compressed.values())
-    passes = 2 * 2 * sizes * tokens / (USED * gpu.bf16 * 1e12)
-    # In float64 where a chip is as fast at it as in float32, else in float32.
-    wide = max(gpu.fp64, gpu.bf16 / 15)
-    sums = sum(2 * tokens * min(m, n) ** 2 for m, n in scheme.compressed.values())
-    sums += sum(2 * tokens * m * n for m, n in scheme.compressed.values() if m < n)
-    work = 0.0
-    for layer, k in scheme.ranks.items():
-        m, n = scheme.compressed[layer]
+def _build_seconds(layout: TrainingLayout, tokens: int, gpu: Gpu) -> float:
+    """Estimate the time of two blockwise forwards, of the second moments and of the factors."""
+    sizes = sum(rows * columns for rows, columns in layout.compressed.values())
+    forwards = 2 * 2 * sizes * tokens / (UTILISATION * gpu.bf16 * 1e12)
+    # Moments are summed in float64 if the GPU is as fast in float64 as in float32, else in float32.
+    moment_rate = max(gpu.fp64, gpu.bf16 / 15)
+    moment_operations = sum(2 * tokens * min(m, n) ** 2 for m, n in layout.compressed.values())
+    moment_operations += sum(2 * tokens * m * n for m, n in layout.compressed.values() if m < n)
+    factor_operations = 0.0
+    for layer, k in layout.ranks.items():
+        m, n = layout.compressed[layer]
         p = min(m, n)
-        work += 2 * m * n * p + 4 * p**3 + ITERATIONS * 8 * p * p * k + 4 * m * n * k
-    return passes + sums / (USED * wide * 1e12) + work / (USED * gpu.fp64 * 1e12)
+        factor_operations += 2 * m * n * p + 4 * p**3 + ITERATIONS * 8 * p * p * k + 4 * m * n * k
+    return (
+        forwards
+        + moment_operations / (UTILISATION * moment_rate * 1e12)
+        + factor_operations / (UTILISATION * gpu.fp64 * 1e12)
+    )
 
 
-def _step_seconds(scheme: TrainingLayout, work: StepShape, operations: int, gpu: Gpu) -> float:
-    """The longer of what the device has to multiply and what the host has to launch."""
-    tokens = work.batch * work.length  # of each pass
-    passes = 3 if work.checkpointing else 2
-    multiplied = sum(scheme.multiplied(layer) for layer in scheme.adapted)
-    device = 2 * multiplied * tokens * passes / (USED * gpu.bf16 * 1e12)
-    device += scheme.formed * passes / (USED * gpu.bandwidth * 1e12)
-    if scheme.precision is not None:  # the trace has its matrices whole
-        matrices = len(scheme.adapted) * (2 if scheme.ranks else 1)
-        operations += scheme.precision.dequantize_operations * passes * matrices
-    return work.accumulate * max(device, operations * SECONDS_OF_AN_OPERATION)
+def _step_seconds(
+    layout: TrainingLayout, step_shape: StepShape, operations: int, gpu: Gpu
+) -> float:
+    """Estimate the time of an optimizer step: arithmetic on the device or launches by the host.
+
+    The longer of the two times counts.
+    """
+    tokens = step_shape.batch * step_shape.length  # tokens of one forward pass
+    passes = 3 if step_shape.checkpointing else 2
+    multiplications = sum(layout.multiplications(layer) for layer in layout.adapted)
+    device_seconds = 2 * multiplications * tokens * passes / (UTILISATION * gpu.bf16 * 1e12)
+    device_seconds += layout.dequantised_bytes * passes / (UTILISATION * gpu.bandwidth * 1e12)
+    if layout.precision is not None:  # the trace does not contain the dequantisation
+        matrices = len(layout.adapted) * (2 if layout.ranks else 1)
+        operations += layout.precision.dequantize_operations * passes * matrices
+    return step_shape.accumulate * max(device_seconds, operations * SECONDS_PER_OPERATION)

@@ -1,4 +1,4 @@
-"""How large a training is, and the largest emulator that fits."""
+"""Device memory that a training needs, and the largest emulator whose training fits a budget."""
 
 from __future__ import annotations
 
@@ -23,77 +23,88 @@ from emloc.models.family import ModelFamily
 from emloc.precision import Precision, bits_of
 from emloc.runtime.memory import GIB
 from emloc.stages.run_config import RunConfig, formats
-from emloc.stages.training.lean_setup import obstacle
+from emloc.stages.training.lean_setup import required_override
 
 log = logging.getLogger(__name__)
 
-# Of a budget, not to be planned with: the driver's own memory and what lies unused between pieces.
+# Share of a budget that is left free: memory of the driver, and fragmentation.
 RESERVE = 0.06
-# What the libraries of products and attention keep for themselves.
+# Bytes that the libraries for matrix products and attention allocate for themselves.
 WORKSPACE = 64 * 2**20
-# With this share kept there is nothing to gain from fewer bits.
+# A ratio this large is good enough: fewer bits are not chosen to reach a larger one.
 NEARLY_ALL = 0.9
 RATIOS = [count / 100 for count in range(1, 100)]
-# Of a parameter in float32, of its gradient, and of the two moments of AdamW.
+# Bytes of a parameter or a gradient in float32, and of the two moments of AdamW for a parameter.
 FLOAT, MOMENTS = 4, 8
 
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes on the device in the heaviest moments: of a step, and of what comes before the first.
+    """Device memory of a training in bytes, at its peak and by its parts.
 
-    A step's is the start of its backward pass, mostly. Before the first one the token embedding
-    lies where the optimizer's moments and the activations will be.
+    The peak is in a step, mostly at the start of the backward pass, or before the first step. Then
+    the token embedding is still on the device, but no moments of the optimizer or activations.
     """
 
-    weights: int
-    adapter: int  # with optimizer state, and gradients where they outlive a pass
-    activations: int  # all that comes and goes; the gradients of one pass too
-    scratch: int  # where packed matrices are formed, and libraries work
-    opening: int  # the embedding, and the adapter without an optimizer
-    operations: int  # of one pass
+    weights: int  # frozen weights
+    adapter: int  # parameters, optimizer state, and gradients if they are accumulated over passes
+    activations: int  # temporary tensors of a pass, with its gradients
+    scratch: int  # buffers for dequantised matrices, and memory of libraries
+    opening: int  # embedding and adapter before the first step
+    operations: int  # operations that one pass dispatches
 
     @property
     def peak(self) -> int:
-        """Bytes held at most."""
+        """Peak memory in bytes."""
         step = self.adapter + self.activations + self.scratch
         return self.weights + max(step, self.opening)
 
 
-def need_of(scheme: TrainingLayout, work: StepShape) -> MemoryNeed:
-    """What training under this scheme needs."""
-    return need_from_trace(scheme, work, scheme.traced(work))
+def need_of(layout: TrainingLayout, step_shape: StepShape) -> MemoryNeed:
+    """Return the device memory that a training with this layout needs."""
+    return need_from_trace(layout, step_shape, layout.trace_pass(step_shape))
 
 
-def need_from_trace(scheme: TrainingLayout, work: StepShape, traced: TraceResult) -> MemoryNeed:
-    """The same where it is known what comes and goes, which hardly depends on the precision."""
-    adapter = scheme.copies + FLOAT * scheme.parameters
-    kept = FLOAT * scheme.parameters if work.accumulate > 1 else 0
+def need_from_trace(
+    layout: TrainingLayout, step_shape: StepShape, trace: TraceResult
+) -> MemoryNeed:
+    """Return the device memory of a training whose pass has been traced already.
+
+    The trace hardly depends on the packed format, so one trace serves for all formats.
+    """
+    adapter = layout.copies + FLOAT * layout.parameters
+    accumulated = FLOAT * layout.parameters if step_shape.accumulate > 1 else 0
     return MemoryNeed(
-        weights=scheme.weights,
-        adapter=adapter + MOMENTS * scheme.parameters + kept,
-        activations=traced.peak,
-        scratch=scheme.scratch + WORKSPACE,
-        opening=adapter + scheme.embedding,
-        operations=traced.operations,
+        weights=layout.weights,
+        adapter=adapter + MOMENTS * layout.parameters + accumulated,
+        activations=trace.peak,
+        scratch=layout.scratch + WORKSPACE,
+        opening=adapter + layout.embedding,
+        operations=trace.operations,
     )
 
 
-def scheme_of(
+def layout_of(
     run_config: RunConfig, source: Source, ratio: float | None, precision: Precision | None
 ) -> TrainingLayout:
-    """The cell's model and adapter, its compressed layers held at `ratio` in `precision`.
+    """Return the layout of the run's model and adapter, compressed to `ratio` in `precision`.
 
-    `ratio` counts what `compression.of` says; None leaves every layer whole.
+    `ratio` is a share of the parameters that `compression.of` names; None factorises no layer.
 
     Raises:
-        ConfigError: the training is not the lean one, a pattern matches no layer, or the ratio
-            leaves a layer without rank.
+        ConfigError: the training does not use the memory-saving path, a pattern matches no layer,
+            or the ratio leaves a layer without rank.
     """
-    wanted = obstacle(run_config.lora, source.dtype) if run_config.train.lean else "train.lean=true"
-    if wanted:
-        raise ConfigError(f"only the lean training is planned with; set {wanted}")
-    whole = TrainingLayout(
+    override = (
+        required_override(run_config.lora, source.dtype)
+        if run_config.train.lean
+        else "train.lean=true"
+    )
+    if override:
+        raise ConfigError(
+            f"only the memory-saving training (train.lean) can be planned; set {override}"
+        )
+    full_layout = TrainingLayout(
         DecoderBlocks(source),
         run_config.model.adapted_layers(source),
         run_config.model.compressible_layers(source),
@@ -102,45 +113,50 @@ def scheme_of(
         precision,
     )
     if ratio is None:
-        return whole
-    return factored(
-        whole, run_config, Compression(ratio, run_config.compression.of, bits_of(precision))
+        return full_layout
+    return compressed_layout(
+        full_layout, run_config, Compression(ratio, run_config.compression.of, bits_of(precision))
     )
 
 
-def factored(whole: TrainingLayout, run_config: RunConfig, budget: Compression) -> TrainingLayout:
-    """The same with its compressed layers as factors within the ratio of `budget`.
+def compressed_layout(
+    full_layout: TrainingLayout, run_config: RunConfig, budget: Compression
+) -> TrainingLayout:
+    """Return `full_layout` with its compressed layers factorised at the ratio of `budget`.
 
     Raises:
         ConfigError: the ratio leaves a layer without rank.
     """
     multiple = run_config.emulator.multiple if isinstance(run_config.emulator, Svd) else 1
-    ranks = uniform_ranks(whole.source, whole.compressed, budget, multiple)
-    return replace(whole, ranks=ranks)
+    ranks = uniform_ranks(full_layout.source, full_layout.compressed, budget, multiple)
+    return replace(full_layout, ranks=ranks)
 
 
-def precisions(run_config: RunConfig) -> list[Precision | None]:
-    """What a compression may be solved for, from the most bits to the fewest.
+def candidate_precisions(run_config: RunConfig) -> list[Precision | None]:
+    """Return the formats that compression=auto may choose, from the most bits to the fewest.
 
-    The model's dtype and a packed format of each width there is, as far as the cell leaves it open.
+    None stands for the model's dtype, and each available width has one packed format. A run that
+    sets `compression.bits` or `precision` restricts the choice.
 
     Raises:
-        ConfigError: two formats have one width, and the cell names neither.
+        ConfigError: several formats have the same width, and `precision` names none of them.
     """
     if run_config.compression.bits is not None:
         return [run_config.precision]
     return [None, *([run_config.precision] if run_config.precision else formats())]
 
 
-def fitting(run_config: RunConfig, source: Source, work: StepShape) -> Compression:
-    """The compression whose training stays within `budget.gpu_gib`.
+def solve_compression(run_config: RunConfig, source: Source, step_shape: StepShape) -> Compression:
+    """Return the largest compression whose training fits into `budget.gpu_gib`.
 
-    Of a model that is trained through whole the most bits; else as `fitting_emulator`.
+    With emulator=full it has the most bits that fit. With emulator=svd see
+    `solve_emulator_compression`.
 
     Raises:
-        ConfigError: there is no budget, nothing fits it, or the emulator is one that no plan knows.
+        ConfigError: `budget.gpu_gib` is missing, nothing fits into it, or the training with this
+            emulator or adapter cannot be planned.
     """
-    room(run_config)  # a missing budget is found out before anything is counted
+    budget_bytes(run_config)  # refuses a missing budget before the model is traced
     if type(run_config.emulator) not in (Full, Svd):
         raise ConfigError(
             "compression=auto is solved for emulator=svd and emulator=full; with others "
@@ -151,98 +167,119 @@ def fitting(run_config: RunConfig, source: Source, work: StepShape) -> Compressi
             "compression=auto is solved for adapters whose update is s B A, while this adapter "
             f"{run_config.adapter.nonlinear}; set adapter=lora, or compression=r50"
         )
-    whole = scheme_of(run_config, source, None, None)
+    full_layout = layout_of(run_config, source, None, None)
     if isinstance(run_config.emulator, Full):
-        return _fitting_whole(run_config, whole, work)
-    return fitting_emulator(run_config, whole, work)
+        return _solve_model_bits(run_config, full_layout, step_shape)
+    return solve_emulator_compression(run_config, full_layout, step_shape)
 
 
-def fitting_emulator(run_config: RunConfig, whole: TrainingLayout, work: StepShape) -> Compression:
-    """The largest ratio of the linears, with its bits, whose training stays within the budget.
+def solve_emulator_compression(
+    run_config: RunConfig, full_layout: TrainingLayout, step_shape: StepShape
+) -> Compression:
+    """Return the largest ratio of the linear layers, and its bits, whose training fits the budget.
 
-    The most bits of which nearly all can be kept, else the fewest: a number of four bits loses less
-    than leaving out three of four.
+    The choice is the most bits at which nearly all parameters can be kept, or else the fewest bits:
+    packing parameters into four bits loses less than leaving out three of four.
 
     Raises:
-        ConfigError: there is no budget, or nothing fits it.
+        ConfigError: `budget.gpu_gib` is missing, or nothing fits into it.
     """
-    limit, wanted = room(run_config), run_config.compression.bits
-    schemes = dict(_by_ratio(run_config, whole))
-    passing = _passing(schemes, work)
+    limit, requested_bits = budget_bytes(run_config), run_config.compression.bits
+    layouts = dict(_layouts_by_ratio(run_config, full_layout))
+    trace_at = _interpolated_traces(layouts, step_shape)
 
     def too_large(ratio: float, precision: Precision | None) -> bool:
-        scheme = replace(schemes[ratio], precision=precision)
-        return need_from_trace(scheme, work, passing(ratio)).peak > limit
+        layout = replace(layouts[ratio], precision=precision)
+        return need_from_trace(layout, step_shape, trace_at(ratio)).peak > limit
 
-    found: dict[int, float] = {}
-    for precision in precisions(run_config):
-        ratios = list(schemes)
+    ratios_by_bits: dict[int, float] = {}
+    for precision in candidate_precisions(run_config):
+        ratios = list(layouts)
         count = bisect_left(ratios, True, key=partial(too_large, precision=precision))
         if count:
-            found[bits_of(precision)] = ratios[count - 1]
+            ratios_by_bits[bits_of(precision)] = ratios[count - 1]
     gib = run_config.budget.gpu_gib
-    if not found:
+    if not ratios_by_bits:
         raise ConfigError(
-            f"budget.gpu_gib={gib:g}: no ratio fits{_at(wanted)}; what is never compressed takes "
-            f"{whole.uncompressed / GIB:.1f} GiB of it, the adapter and activations the rest; set "
-            "budget.gpu_gib higher, or train.batch or lora.rank lower"
+            f"budget.gpu_gib={gib:g}: no ratio fits{_at_bits(requested_bits)}; weights that are "
+            f"never compressed need {full_layout.uncompressed / GIB:.1f} GiB, the adapter and "
+            "activations the rest; set budget.gpu_gib higher, or train.batch or lora.rank lower"
         )
-    bits = next((b for b, ratio in found.items() if ratio >= NEARLY_ALL), min(found))
-    log.info("compression=auto: ratio %.2f at %d bits within %g GiB", found[bits], bits, gib)
-    return replace(run_config.compression, ratio=found[bits], bits=bits, of="linears")
+    bits = next((b for b, r in ratios_by_bits.items() if r >= NEARLY_ALL), min(ratios_by_bits))
+    ratio = ratios_by_bits[bits]
+    log.info(
+        "compression=auto: ratio %.2f at %d bits is the largest within budget.gpu_gib=%g",
+        *(ratio, bits, gib),
+    )
+    return replace(run_config.compression, ratio=ratio, bits=bits, of="linears")
 
 
-def _by_ratio(
-    run_config: RunConfig, whole: TrainingLayout
+def _layouts_by_ratio(
+    run_config: RunConfig, full_layout: TrainingLayout
 ) -> Iterator[tuple[float, TrainingLayout]]:
-    """The ratios to choose from that leave every layer a rank, upwards.
+    """Yield ratio and layout for each of `RATIOS` that leaves every layer a rank, upwards.
 
     Raises:
-        ConfigError: none does.
+        ConfigError: no ratio leaves every layer a rank.
     """
     for ratio in RATIOS:
         with suppress(ConfigError) if ratio < RATIOS[-1] else nullcontext():
-            yield ratio, factored(whole, run_config, Compression(ratio, "linears", MODEL_BITS))
+            yield (
+                ratio,
+                compressed_layout(
+                    full_layout, run_config, Compression(ratio, "linears", MODEL_BITS)
+                ),
+            )
 
 
-def _passing(
-    schemes: Mapping[float, TrainingLayout], work: StepShape
+def _interpolated_traces(
+    layouts: Mapping[float, TrainingLayout], step_shape: StepShape
 ) -> Callable[[float], TraceResult]:
-    """Ratio -> at most what comes and goes, with two of them traced.
+    """Return a function from a ratio to an upper bound of its trace, with only two ratios traced.
 
-    A peak is the largest of several moments, each of which grows with the ranks along a line: so it
-    is nowhere above the line between its two ends.
+    The memory at each moment of a pass grows linearly with the ranks, and the peak is the maximum
+    over these moments. It is convex in the ratio and lies below the line between the two traces.
     """
-    low, high = min(schemes), max(schemes)
-    first, last = (schemes[ratio].traced(work) for ratio in (low, high))
+    low, high = min(layouts), max(layouts)
+    first, last = (layouts[ratio].trace_pass(step_shape) for ratio in (low, high))
 
-    def at(ratio: float) -> TraceResult:
+    def trace_at(ratio: float) -> TraceResult:
         share = (ratio - low) / (high - low or 1)
         return TraceResult(ceil(first.peak + share * (last.peak - first.peak)), first.operations)
 
-    return at
+    return trace_at
 
 
-def _fitting_whole(run_config: RunConfig, whole: TrainingLayout, work: StepShape) -> Compression:
-    limit, gib = room(run_config), run_config.budget.gpu_gib
-    traced = whole.traced(work)
-    tried = precisions(run_config)
-    for precision in tried:
-        if need_from_trace(replace(whole, precision=precision), work, traced).peak <= limit:
+def _solve_model_bits(
+    run_config: RunConfig, full_layout: TrainingLayout, step_shape: StepShape
+) -> Compression:
+    """Return the most bits at which the training on the uncompressed model fits the budget.
+
+    Raises:
+        ConfigError: `budget.gpu_gib` is missing, or no format fits into it.
+    """
+    limit, gib = budget_bytes(run_config), run_config.budget.gpu_gib
+    trace = full_layout.trace_pass(step_shape)
+    candidates = candidate_precisions(run_config)
+    for precision in candidates:
+        layout = replace(full_layout, precision=precision)
+        if need_from_trace(layout, step_shape, trace).peak <= limit:
             bits = bits_of(precision)
-            log.info("compression=auto: the whole model at %d bits within %g GiB", bits, gib)
+            log.info(
+                "compression=auto: the whole model at %d bits fits budget.gpu_gib=%g", bits, gib
+            )
             return replace(run_config.compression, bits=bits)
     raise ConfigError(
-        f"budget.gpu_gib={gib:g}: the whole model does not fit{_at(bits_of(tried[-1]))}; "
+        f"budget.gpu_gib={gib:g}: the whole model does not fit{_at_bits(bits_of(candidates[-1]))}; "
         "set method=emloc or budget.gpu_gib higher"
     )
 
 
 def refuse_unplanned(model: ModelFamily, override: str) -> None:
-    """Refuse a model of a family whose training cannot be planned.
+    """Check that the training of the model's family can be planned.
 
     Raises:
-        ConfigError: with the family's own reason, and the override that does without a plan.
+        ConfigError: it cannot; names the family's reason and the override that needs no plan.
     """
     if model.unplanned is not None:
         raise ConfigError(
@@ -251,21 +288,22 @@ def refuse_unplanned(model: ModelFamily, override: str) -> None:
         )
 
 
-def room(run_config: RunConfig) -> int:
-    """Bytes of the budget that may be planned with.
+def budget_bytes(run_config: RunConfig) -> int:
+    """Return the usable bytes of `budget.gpu_gib`.
 
     Raises:
-        ConfigError: there is no budget.
+        ConfigError: `budget.gpu_gib` is null.
     """
     if run_config.budget.gpu_gib is None:
         raise ConfigError("compression=auto needs budget.gpu_gib; set budget.gpu_gib=24")
-    return usable(run_config.budget.gpu_gib)
+    return usable_bytes(run_config.budget.gpu_gib)
 
 
-def usable(gib: float) -> int:
-    """Bytes of so much device memory that may be planned with."""
+def usable_bytes(gib: float) -> int:
+    """Return the bytes that a plan may use of `gib` GiB of device memory, without the reserve."""
     return int(gib * GIB * (1 - RESERVE))
 
 
-def _at(bits: int | None) -> str:
+def _at_bits(bits: int | None) -> str:
+    """Return ` at <bits> bits` for an error message; empty if the bits are not set."""
     return "" if bits is None else f" at {bits} bits"

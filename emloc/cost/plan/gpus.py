@@ -1,4 +1,4 @@
-"""GPUs one may want to plan for: what their makers say of them, dense rates."""
+"""GPUs that `emloc plan` knows, with the makers' figures for dense arithmetic."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from emloc.errors import ConfigError
 
 @dataclass(frozen=True)
 class Gpu:
-    """One device; rates in 10^12 a second."""
+    """A GPU model; rates are in 10^12 per second."""
 
     memory_gib: float
-    bf16: float  # products and sums, 16-bit factors
-    fp64: float  # likewise, 64-bit, by tensor cores where it has any for them
-    bandwidth: float  # bytes
+    bf16: float  # floating-point operations with bfloat16 operands
+    fp64: (
+        float  # floating-point operations in float64, on tensor cores if the GPU has some for them
+    )
+    bandwidth: float  # bytes that are read from or written to device memory
 
 
 GPUS = {
@@ -28,12 +30,14 @@ GPUS = {
 }
 
 
-def gpu_called(name: str) -> Gpu:
-    """The GPU of that name.
+def find_gpu(name: str) -> Gpu:
+    """Return the GPU called `name`.
 
     Raises:
-        ConfigError: it is none of these.
+        ConfigError: no GPU in `GPUS` has that name.
     """
     if name not in GPUS:
-        raise ConfigError(f"--gpu {name}: one of {', '.join(GPUS)}")
+        raise ConfigError(
+            f"--gpu {name}: there is no such GPU; set --gpu to one of {', '.join(GPUS)}"
+        )
     return GPUS[name]

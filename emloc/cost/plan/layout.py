@@ -1,4 +1,4 @@
-"""A model as one of the methods trains through it: which layers are held how, and how large."""
+"""Sizes of a model and its adapter as a method trains them, and a trace of one training pass."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from emloc.tensors.lean.model import recompute_layers
 from emloc.tensors.lean.modules import fuse_modules
 from emloc.tensors.nn.factorized import Factorized
 
-# Blocks that are run to see what the others will hold: the step from one to the next is the same.
-SEEN = 2
+# Depth of the shallower of two traced models. Each further block adds the same memory.
+TRACED_BLOCKS = 2
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """One optimizer step of training on one device."""
+    """Shape of one optimizer step on one device: lengths, batch, passes and memory settings."""
 
-    length: int  # tokens of one sample
-    batch: int  # samples of one forward pass
-    answer: int  # tokens of one sample that are learnt
+    length: int  # tokens of one row
+    batch: int  # rows of one forward pass
+    answer: int  # answer tokens of one row
     checkpointing: bool
     host_activations: bool
-    accumulate: int = 1  # forward passes
+    accumulate: int = 1  # forward passes of one step
 
     @classmethod
     def of(cls, recipe: TrainSettings, length: int, answer: int) -> StepShape:
-        """A step of the recipe, on samples of this length of which so much is learnt."""
+        """Return the shape of a step of the recipe, for rows with `length` and `answer` tokens."""
         return cls(
             length,
             recipe.batch,
@@ -59,90 +59,98 @@ class StepShape:
 
 @dataclass(frozen=True)
 class TrainingLayout:
-    """How the layers of a model are held while an adapter is trained."""
+    """Layers of a model in training: which of them are adapted, factorised and packed."""
 
     blocks: DecoderBlocks
-    adapted: Layers
-    compressed: Layers
+    adapted: Layers  # layers with a LoRA
+    compressed: Layers  # layers that the emulator may compress
     lora: LoraSettings
-    ranks: Ranks  # of the compressed layers; empty: every layer is whole
-    precision: Precision | None  # of what is compressed, or of all blocks where nothing is
+    ranks: Ranks  # rank of each factorised layer; empty: no layer is factorised
+    precision: (
+        Precision | None
+    )  # packed format of factorised layers; without ranks, of all layers in blocks
 
     @property
     def source(self) -> Source:
-        """The model."""
+        """The model whose training is planned."""
         return self.blocks.source
 
     @property
     def weights(self) -> int:
-        """Bytes of all that is frozen and on the device."""
+        """Bytes of all frozen weights on the device."""
         size = self.source.dtype.itemsize
         total = 0
         for name, count in self.source.sizes.items():
             layer = name.removesuffix(".weight")
             if layer in self.source.linears:
-                total += self._held(layer)
+                total += self._layer_bytes(layer)
             elif name != self.blocks.decoder.untied_embedding:
                 total += count * size
         return total
 
     @property
     def embedding(self) -> int:
-        """Bytes of a token embedding that leaves the device before the first step."""
+        """Bytes of a token embedding that moves to host memory before the first step, else 0."""
         lone = self.blocks.decoder.untied_embedding
         return self.source.sizes[lone] * self.source.dtype.itemsize if lone else 0
 
     @property
     def uncompressed(self) -> int:
-        """Bytes on the device of what no ratio makes smaller."""
-        own = {f"{layer}.weight" for layer in self.compressed} | {
+        """Bytes of the weights on the device that are not compressed at any ratio."""
+        excluded = {f"{layer}.weight" for layer in self.compressed} | {
             self.blocks.decoder.untied_embedding
         }
         sizes = self.source.sizes.items()
-        return sum(count for name, count in sizes if name not in own) * self.source.dtype.itemsize
+        return (
+            sum(count for name, count in sizes if name not in excluded) * self.source.dtype.itemsize
+        )
 
     @property
     def factors(self) -> int:
-        """Bytes of all factors."""
-        return sum(self._held(layer) for layer in self.ranks)
+        """Bytes of the factors of all factorised layers."""
+        return sum(self._layer_bytes(layer) for layer in self.ranks)
 
-    def multiplied(self, layer: str) -> int:
-        """Numbers one token is multiplied by in this layer."""
+    def multiplications(self, layer: str) -> int:
+        """Return the number of multiplications of one token in a layer: the layer's parameters."""
         rows, columns = self.source.linears[layer]
         return self.ranks[layer] * (rows + columns) if layer in self.ranks else rows * columns
 
     @property
-    def formed(self) -> int:
-        """Bytes written in one pass to form what is packed."""
-        packed = [layer for layer in self.adapted if self._packed(layer)]
-        return sum(self.multiplied(layer) for layer in packed) * self.source.dtype.itemsize
+    def dequantised_bytes(self) -> int:
+        """Bytes that one pass writes to dequantise the packed layers."""
+        packed = [layer for layer in self.adapted if self._is_packed(layer)]
+        return sum(self.multiplications(layer) for layer in packed) * self.source.dtype.itemsize
 
-    def logits(self, work: StepShape) -> int:
-        """Bytes of the logits that exist at one time, in float32 and in the model's dtype."""
+    def logits(self, step_shape: StepShape) -> int:
+        """Return the bytes of one chunk of logits, in float32 and in the model's dtype."""
         vocabulary, size = self.blocks.decoder.vocabulary, self.source.dtype.itemsize
-        rows = min(work.batch * work.answer, max(1, CHUNK_BYTES // (4 * vocabulary)))
+        rows = min(step_shape.batch * step_shape.answer, max(1, CHUNK_BYTES // (4 * vocabulary)))
         return rows * vocabulary * (4 + (size if size < 4 else 0))
 
-    def _packed(self, layer: str) -> bool:
-        """Whether it is packed: its factors, or with no factors anywhere itself."""
+    def _is_packed(self, layer: str) -> bool:
+        """Return whether a layer is packed.
+
+        Factorised layers are packed if there are any, or else all layers in blocks.
+        """
         if self.precision is None:
             return False
         return layer in self.ranks if self.ranks else bool(re.fullmatch(IN_A_BLOCK, layer))
 
-    def _held(self, layer: str) -> int:
-        shape, k = self.source.linears[layer], self.ranks.get(layer)
-        matrices = [shape] if k is None else factor_shapes(shape, k)
-        precision = self.precision if self._packed(layer) else None
+    def _layer_bytes(self, layer: str) -> int:
+        """Return the bytes of a layer's weight, as a matrix or as factors, packed or not."""
+        shape, rank = self.source.linears[layer], self.ranks.get(layer)
+        matrices = [shape] if rank is None else factor_shapes(shape, rank)
+        precision = self.precision if self._is_packed(layer) else None
         return bytes_of(matrices, precision, self.source.dtype)
 
     @property
     def parameters(self) -> int:
-        """Trainable parameters, which are in float32."""
+        """Number of trainable parameters, which are in float32."""
         return sum(self.lora.rank * (m + n) for m, n in self.adapted.values())
 
     @property
     def copies(self) -> int:
-        """Bytes of the adapter's copies beside the layers it rides on."""
+        """Bytes of the adapter's copies in the model's dtype, which the fused layers use."""
         rank, copies = self.lora.rank, 0
         for layer, (rows, columns) in self.adapted.items():
             extra = rank
@@ -153,73 +161,78 @@ class TrainingLayout:
 
     @property
     def scratch(self) -> int:
-        """Bytes in which packed matrices are formed to be multiplied.
+        """Bytes of the buffers that packed matrices are dequantised into.
 
-        Adapted layers share room for the largest of their first and of their second matrices; a
-        layer of the decoder without an adapter forms one matrix at a time beside it.
+        Adapted layers share two buffers, for the largest of their first matrices and of their
+        second matrices. A decoder layer without an adapter dequantises one matrix at a time into a
+        further buffer.
         """
-        rooms, aside = (0, 0), 0
+        shared, separate = (0, 0), 0
         for layer, (rows, columns) in self.source.linears.items():
-            if not self._packed(layer) or not layer.startswith(self.blocks.decoder.prefix):
+            if not self._is_packed(layer) or not layer.startswith(self.blocks.decoder.prefix):
                 continue
             k = self.ranks.get(layer)
             if layer not in self.adapted:
-                aside = max(aside, rows * columns if k is None else k * max(rows, columns))
+                separate = max(separate, rows * columns if k is None else k * max(rows, columns))
                 continue
             height = rows if k is None else aligned_height(k + self.lora.rank)
             second = 0 if k is None else height * rows
-            rooms = max(rooms[0], height * columns), max(rooms[1], second)
-        return (sum(rooms) + aside) * self.source.dtype.itemsize
+            shared = max(shared[0], height * columns), max(shared[1], second)
+        return (sum(shared) + separate) * self.source.dtype.itemsize
 
-    def traced(self, work: StepShape) -> TraceResult:
-        """What one pass holds beside what is there all the time, and its operations.
+    def trace_pass(self, step_shape: StepShape) -> TraceResult:
+        """Trace one forward and backward pass: its temporary memory and its operations.
 
-        A few blocks are run; each further one adds as much as the last of them did.
+        Models of a few blocks are traced. Each further block adds as much as the last one did.
         """
-        one, two = (self.run(work, depth) for depth in (SEEN, SEEN + 1))
-        more = self.blocks.count - SEEN
+        shallow, deep = (
+            self.trace_depth(step_shape, depth) for depth in (TRACED_BLOCKS, TRACED_BLOCKS + 1)
+        )
+        further_blocks = self.blocks.count - TRACED_BLOCKS
         return TraceResult(
-            one.peak + more * (two.peak - one.peak),
-            one.operations + more * (two.operations - one.operations),
+            shallow.peak + further_blocks * (deep.peak - shallow.peak),
+            shallow.operations + further_blocks * (deep.operations - shallow.operations),
         )
 
-    def run(self, work: StepShape, depth: int) -> TraceResult:
-        """The same of a model with the first `depth` decoder blocks alone."""
+    def trace_depth(self, step_shape: StepShape, depth: int) -> TraceResult:
+        """Trace one forward and backward pass of a model with only `depth` decoder blocks."""
         model = self._model(depth)
         decoder, head = decoder_of(model), model.get_output_embeddings().weight
-        wide = head.shape[1]
-        labels = torch.empty(work.batch * work.answer, dtype=torch.long, device="meta")
+        hidden_size = head.shape[1]
+        labels = torch.empty(step_shape.batch * step_shape.answer, dtype=torch.long, device="meta")
         count = torch.empty((), device="meta")
 
         def step() -> None:
-            # Named here, what enters the first block would be held to the end.
+            # A variable for the embeddings would keep them alive until the end of the step.
             hidden = decoder(
-                inputs_embeds=head.new_empty(work.batch, work.length, wide), use_cache=False
+                inputs_embeds=head.new_empty(step_shape.batch, step_shape.length, hidden_size),
+                use_cache=False,
             ).last_hidden_state
-            learnt = hidden[:, -work.answer :].reshape(-1, wide)
-            loss: Tensor = AnswerLoss.apply(learnt, head, labels, count)  # type: ignore[no-untyped-call]
+            answer_states = hidden[:, -step_shape.answer :].reshape(-1, hidden_size)
+            loss: Tensor = AnswerLoss.apply(answer_states, head, labels, count)  # type: ignore[no-untyped-call]
             loss.backward()  # type: ignore[no-untyped-call]
 
-        there = {name for name, _ in model.named_modules()}
-        tuned = Lora().attach(model, self.lora, [one for one in self.adapted if one in there])
+        names = {name for name, _ in model.named_modules()}
+        tuned = Lora().attach(model, self.lora, [name for name in self.adapted if name in names])
         fuse(tuned)
         fuse_modules(model, self.source.dtype)
         model.train()
-        if work.checkpointing:
+        if step_shape.checkpointing:
             recompute_layers(model)
-        if work.host_activations:
+        if step_shape.host_activations:
             offload_layer_inputs(model)
-        if work.accumulate > 1:  # the sum of the passes before
-            for one in tuned.parameters():
-                one.grad = torch.empty_like(one) if one.requires_grad else None
+        if step_shape.accumulate > 1:  # gradients of earlier passes are already allocated
+            for parameter in tuned.parameters():
+                parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         return trace(step)
 
     def _model(self, depth: int) -> PreTrainedModel:
+        """Return a model of `depth` decoder blocks on the meta device, with factorised layers."""
         model = self.blocks.first(depth)
-        nowhere = partial(torch.empty, dtype=self.source.dtype, device="meta")
+        meta_tensor = partial(torch.empty, dtype=self.source.dtype, device="meta")
         for name, module in list(model.named_modules()):
             if name in self.ranks:
-                u = nowhere(module.out_features, self.ranks[name])
-                v = nowhere(self.ranks[name], module.in_features)
+                u = meta_tensor(module.out_features, self.ranks[name])
+                v = meta_tensor(self.ranks[name], module.in_features)
                 model.set_submodule(name, Factorized(u, v, module.bias))
         return model

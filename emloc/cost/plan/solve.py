@@ -1,11 +1,11 @@
-"""`compression=auto`: from what a run will train on to the ratio and format it can afford."""
+"""Solve `compression=auto`: choose ratio and bits by the memory that the run's training needs."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from emloc.config.settings import MODEL_BITS
-from emloc.cost.plan.fit import fitting, precisions, refuse_unplanned
+from emloc.cost.plan.fit import candidate_precisions, refuse_unplanned, solve_compression
 from emloc.cost.plan.layout import StepShape
 from emloc.data.reader import encode_all
 from emloc.models.checkpoint.source import Source
@@ -13,23 +13,27 @@ from emloc.precision import bits_of
 from emloc.stages.run_config import RunConfig
 
 
-def solved(run_config: RunConfig, source: Source) -> RunConfig:
-    """The cell with numbers and format of its compression, as set or for the longest sample.
+def solve_auto_compression(run_config: RunConfig, source: Source) -> RunConfig:
+    """Return the run's configuration with ratio, bits and packed format filled in.
+
+    Settings that are null are solved for the longest row of the training data.
 
     Raises:
-        ConfigError: there is no budget to solve for, nothing fits it, or the model is of a family
-            that no plan knows.
+        ConfigError: `budget.gpu_gib` is missing, nothing fits into it, or the training of this
+            model family cannot be planned.
     """
-    chosen = run_config.compression
-    if chosen.ratio is not None and chosen.bits is not None:
+    compression = run_config.compression
+    if compression.ratio is not None and compression.bits is not None:
         return run_config
-    if not run_config.adapter.trains:  # then nothing is compressed
-        return replace(run_config, compression=replace(chosen, bits=MODEL_BITS), precision=None)
+    if not run_config.adapter.trains:  # a run without training compresses nothing
+        return replace(
+            run_config, compression=replace(compression, bits=MODEL_BITS), precision=None
+        )
     refuse_unplanned(run_config.model, "compression=r50")
     encoded = encode_all(source.reader(), run_config.task.train(), run_config.model.length_limit)
-    length = max(one.length for one in encoded)
-    answer = max(one.length - one.answer_start for one in encoded)
-    work = StepShape.of(run_config.train, length, answer)
-    found = fitting(run_config, source, work)
-    precision = next(one for one in precisions(run_config) if bits_of(one) == found.bits)
-    return replace(run_config, compression=found, precision=precision)
+    length = max(row.length for row in encoded)
+    answer = max(row.length - row.answer_start for row in encoded)
+    step_shape = StepShape.of(run_config.train, length, answer)
+    solution = solve_compression(run_config, source, step_shape)
+    precision = next(p for p in candidate_precisions(run_config) if bits_of(p) == solution.bits)
+    return replace(run_config, compression=solution, precision=precision)

@@ -1,4 +1,4 @@
-"""`emloc plan`: what each method would need, as a table."""
+"""Table of the memory, time and disk space that each method would need (`emloc plan`)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from emloc.cost.plan.cost import TrainingCost, cost_of
 from emloc.cost.plan.fit import (
     RESERVE,
     MemoryNeed,
-    factored,
-    fitting_emulator,
+    compressed_layout,
+    layout_of,
     need_from_trace,
     refuse_unplanned,
-    scheme_of,
-    usable,
+    solve_emulator_compression,
+    usable_bytes,
 )
 from emloc.cost.plan.gpus import Gpu
 from emloc.cost.plan.layout import StepShape, TrainingLayout
@@ -32,15 +32,15 @@ HEADER = (
     *("method", "ratio", "bits", "weights", "adapter", "activations", "logits", "peak GiB"),
     *("fits", "host GiB", "disk GiB", "build s", "step s"),
 )
-# Where the configuration leaves the ratio open and gives no budget to solve for it.
-USUAL_RATIO = 0.25
-# Method -> the one that presets the same in a packed format.
-PACKED = {"lora": "qlora", "emloc": "emloc_nf4"}
+# Ratio of the table's rows if `compression.ratio` is null.
+DEFAULT_RATIO = 0.25
+# Method -> the method that presets the same with a packed format.
+PACKED_METHODS = {"lora": "qlora", "emloc": "emloc_nf4"}
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One method's row."""
+    """Memory and cost of one method: a row of the table."""
 
     method: str
     ratio: float | None
@@ -51,65 +51,75 @@ class PlanRow:
     fits: bool
 
 
-def plan(run_config: RunConfig, work: StepShape, gpu: Gpu) -> str:
-    """The table, and in a last line what `compression=auto` would choose.
+def plan(run_config: RunConfig, step_shape: StepShape, gpu: Gpu) -> str:
+    """Return the table in Markdown, with a last line about the choice of `compression=auto`.
 
     Raises:
-        ConfigError: the model's shape is not known, a pattern matches nothing, or the training is
-            not the lean one.
+        ConfigError: the model's shape is unknown, a pattern matches no layer, or the training does
+            not use the memory-saving path.
     """
     refuse_unplanned(run_config.model, "model=smollm2_135m")
     limit = run_config.budget.gpu_gib or gpu.memory_gib
-    whole = scheme_of(run_config, run_config.model.shape_source(), None, None)
-    lines = list(_lines(run_config, whole, work, gpu, limit))
-    table = markdown_table(HEADER, [_cells(line) for line in lines])
-    passes = f"{work.accumulate} x " if work.accumulate > 1 else ""
+    full_layout = layout_of(run_config, run_config.model.shape_source(), None, None)
+    rows = list(_plan_rows(run_config, full_layout, step_shape, gpu, limit))
+    table = markdown_table(HEADER, [_cells(row) for row in rows])
+    passes = f"{step_shape.accumulate} x " if step_shape.accumulate > 1 else ""
     notes = (
-        f"{run_config.model.name}: {passes}{work.batch} x {work.length} tokens a step, LoRA rank "
-        f"{run_config.lora.rank}; all in GiB, logits within activations; fits: within {limit:g} "
-        f"GiB with {RESERVE:.0%} to spare"
+        f"{run_config.model.name}: {passes}{step_shape.batch} x {step_shape.length} tokens a step, "
+        f"LoRA rank {run_config.lora.rank}; all in GiB, logits within activations; fits: "
+        f"within {limit:g} GiB with {RESERVE:.0%} to spare"
     )
-    return "\n".join([table, "", notes, _auto(run_config, whole, work)])
+    return "\n".join([table, "", notes, _auto_line(run_config, full_layout, step_shape)])
 
 
-def _lines(
-    run_config: RunConfig, whole: TrainingLayout, work: StepShape, gpu: Gpu, limit: float
+def _plan_rows(
+    run_config: RunConfig,
+    full_layout: TrainingLayout,
+    step_shape: StepShape,
+    gpu: Gpu,
+    limit: float,
 ) -> Iterator[PlanRow]:
+    """Yield the rows of LoRA and EMLoC in the model's dtype and in each packed format."""
     budget = Compression(
-        run_config.compression.ratio or USUAL_RATIO, run_config.compression.of, MODEL_BITS
+        run_config.compression.ratio or DEFAULT_RATIO, run_config.compression.of, MODEL_BITS
     )
-    for method, ratio, scheme in (
-        ("lora", None, whole),
-        ("emloc", budget.ratio, factored(whole, run_config, budget)),
+    for method, ratio, layout in (
+        ("lora", None, full_layout),
+        ("emloc", budget.ratio, compressed_layout(full_layout, run_config, budget)),
     ):
-        traced = scheme.traced(work)
+        trace = layout.trace_pass(step_shape)
         for precision in (None, *formats(run_config.precision)):
-            held = replace(scheme, precision=precision)
-            found = need_from_trace(held, work, traced)
+            packed_layout = replace(layout, precision=precision)
+            need = need_from_trace(packed_layout, step_shape, trace)
             samples = run_config.calibration.samples
-            cost = cost_of(held, work, found.operations, gpu, samples, run_config.budget)
-            fits = found.peak <= usable(limit)
-            name = method if precision is None else _called(method, precision)
-            yield PlanRow(name, ratio, bits_of(precision), found, cost, held.logits(work), fits)
+            cost = cost_of(
+                packed_layout, step_shape, need.operations, gpu, samples, run_config.budget
+            )
+            fits = need.peak <= usable_bytes(limit)
+            name = method if precision is None else _method_label(method, precision)
+            yield PlanRow(
+                name, ratio, bits_of(precision), need, cost, packed_layout.logits(step_shape), fits
+            )
 
 
-def _called(method: str, precision: Precision) -> str:
-    """The method that presets this width, or the one that `precision` is set beside."""
-    preset = yaml.safe_load(choices("method")[PACKED[method]].read_text(encoding="utf-8"))
-    same = preset["compression"]["bits"] == precision.bits
-    return PACKED[method] if same else f"{method} {precision.name}"
+def _method_label(method: str, precision: Precision) -> str:
+    """Return the method that presets the format's width, or else method and format."""
+    preset = yaml.safe_load(choices("method")[PACKED_METHODS[method]].read_text(encoding="utf-8"))
+    is_preset = preset["compression"]["bits"] == precision.bits
+    return PACKED_METHODS[method] if is_preset else f"{method} {precision.name}"
 
 
-def _cells(line: PlanRow) -> list[str]:
-    needed, cost = line.need, line.cost
-    adapter = needed.adapter + needed.scratch
-    sizes = (needed.weights, adapter, needed.activations, line.logits, needed.peak)
+def _cells(row: PlanRow) -> list[str]:
+    """Format a row for the columns of `HEADER`; memory is in GiB."""
+    need, cost = row.need, row.cost
+    adapter = need.adapter + need.scratch
+    sizes = (need.weights, adapter, need.activations, row.logits, need.peak)
     return [
-        line.method,
-        "." if line.ratio is None else f"{line.ratio:g}",
-        str(line.bits),
+        row.method,
+        "." if row.ratio is None else f"{row.ratio:g}",
+        str(row.bits),
         *(f"{size / GIB:.2f}" for size in sizes),
-        "yes" if line.fits else "no",
+        "yes" if row.fits else "no",
         f"{cost.host / GIB:.1f}",
         f"{cost.disk / GIB:.1f}",
         f"{cost.build_seconds:.0f}",
@@ -117,15 +127,17 @@ def _cells(line: PlanRow) -> list[str]:
     ]
 
 
-def _auto(run_config: RunConfig, whole: TrainingLayout, work: StepShape) -> str:
-    """Of an emulator whatever the method, with nothing given but the budget."""
+def _auto_line(run_config: RunConfig, full_layout: TrainingLayout, step_shape: StepShape) -> str:
+    """Return the line about compression=auto: ratio and bits of an emulator within the budget."""
     if run_config.budget.gpu_gib is None:
         return "compression=auto: set budget.gpu_gib to see what it would choose"
-    left_open = replace(
+    unsolved = replace(
         run_config, compression=replace(run_config.compression, ratio=None, bits=None)
     )
     try:
-        chosen = fitting_emulator(left_open, whole, work)
+        solution = solve_emulator_compression(unsolved, full_layout, step_shape)
     except ConfigError as error:
         return f"compression=auto: {error}"
-    return f"compression=auto: compression.ratio={chosen.ratio:g} compression.bits={chosen.bits}"
+    return (
+        f"compression=auto: compression.ratio={solution.ratio:g} compression.bits={solution.bits}"
+    )

@@ -28,8 +28,8 @@ from emloc.emulators.size import require_solved, share_of_linears, size_facts
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import CPU, Source
 from emloc.precision import Precision, require_format
-from emloc.runtime.manifest import whole
-from emloc.runtime.safetensors_file import write_shard
+from emloc.runtime.manifest import verified_file
+from emloc.runtime.safetensors_file import write_safetensors
 from emloc.tensors.linalg.prune import keep_best, keep_evenly, minimum_parameters, unit_indices
 
 log = logging.getLogger(__name__)
@@ -150,8 +150,8 @@ class Prune(Emulator):
         scores = self._scores(source, build_inputs, units, device)
         budget = build_inputs.plan["parameters"] - (_parameters(layers) - prunable)
         kept_units = SPREADS[self.spread](units, scores, budget)
-        write_shard(folder / KEPT, _kept_indices(units, kept_units), {})
-        write_shard(folder / "scores.safetensors", scores, {})
+        write_safetensors(folder / KEPT, _kept_indices(units, kept_units), {})
+        write_safetensors(folder / "scores.safetensors", scores, {})
 
         table: dict[str, dict[str, Any]] = {
             layer: {"shape": list(source.linears[layer]), "bits": build_inputs.bits}
@@ -195,7 +195,7 @@ class Prune(Emulator):
 
     def kept_indices(self, folder: Path, layer: str) -> tuple[Tensor | None, Tensor | None]:
         """Ascending indices of a layer's kept rows and of its kept columns; None: all are kept."""
-        with safe_open(whole(folder / KEPT), framework="pt") as file:
+        with safe_open(verified_file(folder / KEPT), framework="pt") as file:
             names, keys = (f"{layer}.rows", f"{layer}.columns"), set(file.keys())
             rows, columns = (file.get_tensor(n) if n in keys else None for n in names)
         return rows, columns

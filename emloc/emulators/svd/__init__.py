@@ -30,8 +30,8 @@ from emloc.models.checkpoint.source import CPU, Source
 from emloc.precision import Precision
 from emloc.runtime.journal import Journal
 from emloc.runtime.keys import neutral
-from emloc.runtime.manifest import whole
-from emloc.runtime.safetensors_file import write_shard
+from emloc.runtime.manifest import verified_file
+from emloc.runtime.safetensors_file import write_safetensors
 from emloc.tensors.linalg.allocate import greedy
 
 ALGORITHMS = ("subspace", "eigen", "whiten")
@@ -229,9 +229,9 @@ class Svd(Emulator):
                 layers = layers_by_block[name]
                 statistics = self._block_statistics(name, block, layers, build_inputs)
                 layer_spectra |= spectra(weights_of(source, block, layers, device), statistics)
-            write_shard(path, layer_spectra, {})
+            write_safetensors(path, layer_spectra, {})
         shapes = {layer: source.linears[layer] for layer in build_inputs.plan}
-        return greedy(load_file(whole(path)), shapes, build_inputs.plan, self.multiple)
+        return greedy(load_file(verified_file(path)), shapes, build_inputs.plan, self.multiple)
 
     def open(
         self,

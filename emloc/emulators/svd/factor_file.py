@@ -17,8 +17,8 @@ from torch import Tensor
 
 from emloc.emulators.svd.factors import LayerFactors
 from emloc.precision import Precision, require_format
-from emloc.runtime.manifest import whole
-from emloc.runtime.safetensors_file import write_shard
+from emloc.runtime.manifest import verified_file
+from emloc.runtime.safetensors_file import write_safetensors
 from emloc.tensors.nn.factorized import Factorized, PackedFactorized
 
 
@@ -32,7 +32,7 @@ def save_factors(factors: Mapping[str, LayerFactors], path: Path) -> None:
         else:
             ut = layer.v.precision.quantize(u.T)
             tensors |= layer.v.tensors(f"{name}.v") | ut.tensors(f"{name}.ut")
-    write_shard(path, tensors, {name: json.dumps(layer.facts) for name, layer in factors.items()})
+    write_safetensors(path, tensors, {name: json.dumps(layer.facts) for name, layer in factors.items()})
 
 
 def load_factors(
@@ -54,7 +54,7 @@ def load_factors(
         ValueError: the factors are packed, and `precision` is None or another format.
     """
     modules: dict[str, Factorized | PackedFactorized] = {}
-    with safe_open(whole(path), framework="pt", device=str(device)) as file:
+    with safe_open(verified_file(path), framework="pt", device=str(device)) as file:
         keys = set(file.keys())
         for layer, bias in biases.items():
             packed = (f"{layer}.v.", f"{layer}.ut.")
@@ -71,5 +71,5 @@ def load_factors(
 
 def read_facts(path: Path) -> dict[str, Any]:
     """Layer name -> its facts (`LayerFactors.facts`), sorted, since the file has no order."""
-    with safe_open(whole(path), framework="pt") as file:
+    with safe_open(verified_file(path), framework="pt") as file:
         return {layer: json.loads(facts) for layer, facts in sorted(file.metadata().items())}

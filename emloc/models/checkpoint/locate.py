@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from emloc.config.paths import EXPERIMENTS
 from emloc.errors import ConfigError
-from emloc.runtime.atomic import whole_folder
+from emloc.runtime.atomic import atomic_folder
 from emloc.runtime.digest import digest
 from emloc.runtime.manifest import seal
 from emloc.runtime.stage_cache import open_store, set_aside_if_damaged
@@ -118,7 +118,7 @@ def _from_package(package: str | None) -> tuple[Path, str]:
     with FileLock(checkpoint.with_name(checkpoint.name + ".lock")):
         set_aside_if_damaged(checkpoint, "model")
         if not checkpoint.exists():
-            with whole_folder(checkpoint) as draft:
+            with atomic_folder(checkpoint) as draft:
                 _convert_gguf(gguf_files[0], draft)
                 seal(draft)
     return checkpoint, f"{package}:{content_hash}"

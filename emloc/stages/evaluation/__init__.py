@@ -1,1 +1,1 @@
-"""Scores of held-out rows, of our own and of lm-eval."""
+"""Scores of a model on held-out rows: our own metrics and those of lm-eval."""

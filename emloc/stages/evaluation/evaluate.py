@@ -1,4 +1,4 @@
-"""Stage 5: score the original model with the carried adapter on held-out rows."""
+"""Score a model on held-out rows: the original with the recovered adapter, or the emulator."""
 
 from __future__ import annotations
 
@@ -40,7 +40,11 @@ def evaluate(
     *,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Score the original with what was carried to it, if anything was."""
+    """Score the original model, with the recovered adapter if the run has one.
+
+    Returns:
+        `scores` by metric and the number of `rows`. `folder` receives predictions and answers.
+    """
     model = source.load(device)
     if adapter.trains and recovered is not None:
         model = adapter.load(model, recovered.folder / "adapter").to(device)
@@ -58,7 +62,11 @@ def evaluate_as_trained(
     *,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Score the very model that was trained, adapter and all, before anything is carried."""
+    """Score the emulator with the trained adapter, before the adapter is recovered.
+
+    Returns:
+        `scores` by metric and the number of `rows`. `folder` receives predictions and answers.
+    """
     model = adapter.load(built_emulator.open(device), trained.folder / "adapter").to(device)
     return _scores(folder, model, built_emulator.source, task, max_length, settings)
 
@@ -71,7 +79,7 @@ def _scores(
     max_length: int | None,
     settings: EvalSettings,
 ) -> dict[str, Any]:
-    """Write predictions and return `scores`: those of the model's objective, and lm-eval's."""
+    """Write predictions and return `scores` (the objective's and lm-eval's) and `rows`."""
     model.eval()
     reader, objective = source.reader(), source.objective
     examples = task.held_out(settings.limit)
@@ -81,12 +89,13 @@ def _scores(
     (folder / "predictions.jsonl").write_text("\n".join(lines) + "\n")
     scores = objective.summary(answers, examples)
     if settings.harness and objective.writes_text:
-        written = cast("TokenReader", reader)  # of every family that writes text
-        scores |= _harness(folder, model, written, task, examples, encoded, settings)
+        # Every model family that writes text has a TokenReader.
+        token_reader = cast("TokenReader", reader)
+        scores |= _lm_eval_scores(folder, model, token_reader, task, examples, encoded, settings)
     return {"scores": scores, "rows": len(answers)}
 
 
-def _harness(
+def _lm_eval_scores(
     folder: Path,
     model: PreTrainedModel,
     reader: TokenReader,
@@ -95,40 +104,54 @@ def _harness(
     encoded: Sequence[EncodedExample],
     settings: EvalSettings,
 ) -> dict[str, float]:
-    """What lm-eval scores of it: its own task, or our scorer of the answers it asks for."""
-    limit, size = settings.limit, settings.batch
-    # lm-eval takes seconds to import.
+    """Return the scores of a task that lm-eval runs; empty if lm-eval has no part in the task.
+
+    lm-eval generates the answers of a `GenerativeTask`, which our scorers judge. A text task may
+    name one of lm-eval's own tasks, which lm-eval judges as well.
+    """
+    limit, batch_size = settings.limit, settings.batch
+    # Imported here, since importing lm-eval takes seconds.
     if isinstance(task, GenerativeTask):
-        from emloc.stages.evaluation.harness import generated_answers as answers
+        from emloc.stages.evaluation.harness import generated_answers
 
-        of = {example.id: example for example in examples}
-        rows = [(of[one.id], one) for one in encoded]
-        return answers.score(model, reader, task, rows, batch_size=size, folder=folder)
+        examples_by_id = {example.id: example for example in examples}
+        rows = [(examples_by_id[row.id], row) for row in encoded]
+        return generated_answers.score(
+            model, reader, task, rows, batch_size=batch_size, folder=folder
+        )
     if isinstance(task, TextTask) and task.lm_eval is not None:
-        from emloc.stages.evaluation.harness import lm_eval_tasks as known
+        from emloc.stages.evaluation.harness import lm_eval_tasks
 
-        words = reader.tokenizer
-        return known.score(model, words, task, limit=limit, batch_size=size, folder=folder)
+        tokenizer = reader.tokenizer
+        return lm_eval_tasks.score(
+            model, tokenizer, task, limit=limit, batch_size=batch_size, folder=folder
+        )
     return {}
 
 
 def headline(task: Task, settings: EvalSettings, objective: Objective) -> str:
-    """The score that stands for a run: the task's own, or token_accuracy without lm-eval.
+    """Return the name of a run's headline score.
+
+    The headline score is `task.metric`; without lm-eval, which computes most of them, it is
+    `token_accuracy`.
 
     Raises:
-        ConfigError: the model's objective or the task's scorer gives no such score, or lm-eval has
-            no task of that name.
+        ConfigError: neither the model's objective nor the task's scorer computes `task.metric`, or
+            lm-eval has no task named `task.lm_eval`.
     """
-    own = objective.score_names
-    if not objective.writes_text and task.metric not in own:
+    objective_scores = objective.score_names
+    if not objective.writes_text and task.metric not in objective_scores:
         raise ConfigError(
-            f"task.metric={task.metric}: the scores of this kind of model are {', '.join(own)}; "
-            f"set task.metric={own[0]}"
+            f"task.metric={task.metric}: the scores of this kind of model are "
+            f"{', '.join(objective_scores)}; set task.metric={objective_scores[0]}"
         )
-    if task.metric in own or not (task.lm_eval or isinstance(task, GenerativeTask)):
+    if task.metric in objective_scores or not (task.lm_eval or isinstance(task, GenerativeTask)):
         return task.metric
     if not settings.harness:
-        log.info("eval.harness=false: %s is not computed, the score is token_accuracy", task.metric)
+        log.info(
+            "evaluate: %s needs eval.harness=true; without it the score is token_accuracy",
+            task.metric,
+        )
         return "token_accuracy"
     if task.lm_eval is not None:
         from emloc.stages.evaluation.harness.lm_eval_tasks import own_yaml
@@ -138,7 +161,7 @@ def headline(task: Task, settings: EvalSettings, objective: Objective) -> str:
         names = score_names(task, task.held_out(settings.limit).rows)
         if task.metric not in names:
             raise ConfigError(
-                f"task.metric={task.metric}: of these rows the scorer gives {', '.join(names)}; "
+                f"task.metric={task.metric}: the scores of these rows are {', '.join(names)}; "
                 f"set task.metric={names[0]}, or eval.limit higher"
             )
     return task.metric

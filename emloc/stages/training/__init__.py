@@ -1,1 +1,1 @@
-"""The training of an adapter: rows, steps, checkpoints, lean layers."""
+"""Training of an adapter: trainer, checkpoints, callbacks and the memory-saving path."""

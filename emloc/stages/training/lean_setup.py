@@ -1,4 +1,4 @@
-"""Put all of the lean path to work on a model that is about to be trained."""
+"""Set up the memory-saving training path (`train.lean`) on a model before it is trained."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from emloc.adapters import Adapter
 from emloc.config.settings import LoraSettings, TrainSettings
 from emloc.models.objectives import Loss, Objective
-from emloc.runtime.distributed import sharded
+from emloc.runtime.distributed import is_sharded
 from emloc.tensors.lean.activations import offload_layer_inputs
 from emloc.tensors.lean.model import offload_embedding, recompute_layers
 from emloc.tensors.lean.modules import fuse_modules
@@ -18,38 +18,40 @@ from emloc.tensors.lean.modules import fuse_modules
 log = logging.getLogger(__name__)
 
 
-def obstacle(lora: LoraSettings, dtype: torch.dtype) -> str | None:
-    """The override without which a training is not lean; None if it can be.
+def required_override(lora: LoraSettings, dtype: torch.dtype) -> str | None:
+    """Return an override that the memory-saving path needs; None if it can be used already.
 
-    With dropout a LoRA is no part of the layer's product; gradients in float16 have to be scaled;
-    and shards of weights only PEFT's and transformers' own modules gather.
+    Dropout keeps a LoRA from being fused with its layer. Gradients in float16 have to be scaled.
+    Sharded weights (FSDP) are only gathered by the modules of PEFT and transformers.
     """
-    for stands, override in (
+    for is_obstacle, override in (
         (lora.dropout > 0, "lora.dropout=0"),
         (dtype == torch.float16, "model.dtype=bfloat16"),
-        (sharded(), "ACCELERATE_USE_FSDP=false"),
+        (is_sharded(), "ACCELERATE_USE_FSDP=false"),
     ):
-        if stands:
+        if is_obstacle:
             return override
     return None
 
 
-def prepare(
+def prepare_model(
     model: Any, adapter: Adapter, recipe: TrainSettings, objective: Objective
 ) -> tuple[bool, Loss | None]:
-    """Make `model`, which `adapter` is attached to, lean.
+    """Set up the memory-saving path on `model`, which `adapter` is already attached to.
 
     Returns:
-        Whether layers and adapter are one operation, which then casts by itself; else they need
-        autocast, and everything else is as lean. And the leaner loss of the objective; None where
-        its own has to stay.
+        Whether each layer is fused with its adapter, and the objective's chunked loss. A fused
+        layer casts its operands itself; others need autocast, and the rest of the path works the
+        same for both. The loss is None if the model has to use the objective's ordinary loss.
     """
     fused = adapter.fuse(model)
     inner = adapter.base(model)
-    dtype = inner.dtype  # asked now: packed layers have none, and then only the LoRA would
+    # Read before the embedding is offloaded: the dtype is that of the first floating-point
+    # parameter, and without the embedding a packed model only has those of the LoRA.
+    dtype = inner.dtype
     saved = offload_embedding(inner)
-    # A gated MLP is computed in place of what comes out of its layers. A fused layer keeps none of
-    # it for its backward pass; of others that is not known.
+    # A fused MLP overwrites the outputs of its layers. A fused layer does not need its output in
+    # the backward pass; other layers may.
     shorter = fuse_modules(inner, dtype) if fused else []
     loss = objective.lean_loss(inner)
     if recipe.checkpointing:

@@ -1,8 +1,8 @@
-"""Stage 2: train an adapter through the emulator. A thin layer over transformers.Trainer.
+"""Train an adapter on the emulator: a thin layer over transformers.Trainer.
 
-Under `torchrun` or `accelerate launch` each process trains on its own device. An optimizer step is
-then `train.batch` x `train.accumulate` samples of every process: n processes with accumulate=1 take
-the steps that one process takes with accumulate=n.
+Under `torchrun` or `accelerate launch` each process trains on its own device. An optimizer step
+then has `train.batch` x `train.accumulate` rows of every process: n processes with accumulate=1
+take the same steps as one process with accumulate=n.
 """
 
 from __future__ import annotations
@@ -30,15 +30,19 @@ from emloc.emulators import BuiltEmulator
 from emloc.errors import ConfigError
 from emloc.models.objectives import Batch
 from emloc.precision import PackedLayer
-from emloc.runtime.distributed import is_first, sharded
+from emloc.runtime.distributed import is_first, is_sharded
 from emloc.stages.training.callbacks import Clock, Progress, Report
-from emloc.stages.training.lean_setup import obstacle, prepare
-from emloc.stages.training.trainer import FiniteTrainer, make_whole, newest_whole_checkpoint
+from emloc.stages.training.lean_setup import prepare_model, required_override
+from emloc.stages.training.trainer import (
+    FiniteTrainer,
+    newest_intact_checkpoint,
+    unshard_parameters,
+)
 from emloc.tensors.nn.attention import without_cudnn
 
 log = logging.getLogger(__name__)
 
-# Called activation checkpointing from transformers 5.23 on, which warns at the older name.
+# transformers 5.23 renamed this argument and warns at the older name.
 _CHECKPOINTING = next(
     name
     for name in ("activation_checkpointing", "gradient_checkpointing")
@@ -54,7 +58,13 @@ def train(
     device: torch.device,
     report: Report,
 ) -> dict[str, Any]:
-    """Write the trained adapter and its curve; go on from the last checkpoint in `folder`."""
+    """Train an adapter and write it with its curve into `folder`, which may hold checkpoints.
+
+    A training whose checkpoints are in `folder` is resumed from the newest of them.
+
+    Returns:
+        The number of trainable parameters, of optimizer steps, and the median seconds of a step.
+    """
     reader = built_emulator.source.reader()
     encoded = encode_all(reader, training_inputs.examples, training_inputs.max_length)
     return fit_rows(
@@ -79,16 +89,23 @@ def fit_rows(
     report: Report,
     start: Path | None = None,
 ) -> dict[str, Any]:
-    """`train` on rows that are encoded already; `collate_rows` makes a batch of some.
+    """Train as `train` does, on rows that are encoded already.
 
-    The adapter is a fresh one, or goes on from the one saved in the folder `start`.
+    `collate_rows` turns some rows into a batch. The adapter is a new one, or continues from the
+    adapter that the folder `start` holds.
+
+    Raises:
+        ConfigError: FSDP is to split weights in a packed format.
     """
     source = built_emulator.source
-    # What is to be split waits in host memory, mapped from its files, and goes over block by block.
-    model = built_emulator.open(torch.device("cpu") if sharded() else device)
-    if sharded() and (packed := [m for m in model.modules() if isinstance(m, PackedLayer)]):
+    # Weights that FSDP splits stay in host memory, mapped from their files, and move to the device
+    # block by block.
+    model = built_emulator.open(torch.device("cpu") if is_sharded() else device)
+    if is_sharded() and (
+        packed_layers := [m for m in model.modules() if isinstance(m, PackedLayer)]
+    ):
         raise ConfigError(
-            f"FSDP cannot split weights of {packed[0].matrix.precision.bits} bits; "
+            f"FSDP cannot split weights of {packed_layers[0].matrix.precision.bits} bits; "
             f"set compression.bits={MODEL_BITS}, or launch without FSDP"
         )
     set_seed(training_inputs.seed)
@@ -103,15 +120,19 @@ def fit_rows(
     else:
         model = training_inputs.adapter.load(model, start, trainable=True)
     lean, fused, loss = training_inputs.recipe.lean, False, None
-    if training_inputs.recipe.lean and (other := obstacle(training_inputs.lora, source.dtype)):
-        log.info("train: as PEFT and transformers train; leaner with %s", other)
+    if training_inputs.recipe.lean and (
+        override := required_override(training_inputs.lora, source.dtype)
+    ):
+        log.info(
+            "train: PEFT's own layers, which take more memory and time; %s avoids them", override
+        )
         lean = False
     elif training_inputs.recipe.lean:
-        fused, loss = prepare(
+        fused, loss = prepare_model(
             model, training_inputs.adapter, training_inputs.recipe, source.objective
         )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log.info("train: %d trainable parameters, %d examples", trainable, len(rows))
+    log.info("train: %s trainable parameters, %d training rows", f"{trainable:,}", len(rows))
     checkpoints = folder / "checkpoints"
     dtype = built_emulator.source.dtype
     trainer = FiniteTrainer(
@@ -137,10 +158,10 @@ def fit_rows(
     trainer.add_callback(clock)
     mixed = trainer.args.bf16 or trainer.args.fp16
     with without_cudnn(), training_inputs.adapter.training(model, mixed=mixed):
-        whole = newest_whole_checkpoint(checkpoints)
-        trainer.train(resume_from_checkpoint=str(whole) if whole else None)
-    make_whole(model)
-    trainer.accelerator.wait_for_everyone()  # the last checkpoint has parts of every process
+        checkpoint = newest_intact_checkpoint(checkpoints)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    unshard_parameters(model)
+    trainer.accelerator.wait_for_everyone()  # every process writes a part of the last checkpoint
     if is_first():
         training_inputs.adapter.save(model, folder / "adapter", source.name)
         curve = [line for line in trainer.state.log_history if "loss" in line]
@@ -163,11 +184,12 @@ def arguments(
     lean: bool,
     fused: bool,
 ) -> TrainingArguments:
-    """The recipe in transformers' words.
+    """Return the recipe as arguments of transformers' Trainer.
 
-    A lean model has been told which layers to compute again, and a fused one casts by itself.
+    With `lean` the layers recompute their activations already, so the Trainer does not set up
+    checkpointing. With `fused` the layers cast their operands, so autocast is off.
     """
-    made = TrainingArguments(
+    training_arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch,
@@ -182,18 +204,18 @@ def arguments(
         use_cpu=device.type == "cpu",
         train_sampling_strategy="group_by_length",
         ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,  # they never change
+        ddp_broadcast_buffers=False,  # buffers never change
         seed=seed,
         logging_steps=recipe.log_every,
-        logging_nan_inf_filter=False,  # it would write 0 for a loss that is not finite
+        logging_nan_inf_filter=False,  # the filter would log 0 for a loss that is not finite
         save_steps=recipe.save_every,
-        save_total_limit=2,  # the older one is whole while the newer one is being written
+        save_total_limit=2,  # keeps a complete checkpoint while the next one is written
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
         report_to=[],
-        disable_tqdm=True,  # there is one bar already
+        disable_tqdm=True,  # `Progress` shows the bar
         **{_CHECKPOINTING: recipe.checkpointing and not lean},
     )
-    # One process keeps to one device: the Trainer would cut its batches up over all GPUs in sight.
-    made._n_gpu = min(made.n_gpu, 1)
-    return made
+    # A process uses one device; the Trainer would split its batches over all visible GPUs.
+    training_arguments._n_gpu = min(training_arguments.n_gpu, 1)
+    return training_arguments

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from emloc.emulators.svd import Svd
 from emloc.errors import ConfigError
 from emloc.runtime.journal import Journal
-from emloc.runtime.safetensors_file import write_shard
+from emloc.runtime.safetensors_file import write_safetensors
 from emloc.runtime.stage_cache import Facts
 from emloc.stages import EMULATOR, Context, Stage
 
@@ -81,5 +81,5 @@ class Heal(Stage):
                 u = u + scale * (weight - u @ v) @ v.T
             left.append(float((weight - u @ v).square().sum() / before))
             tensors[name] = u.to(tensors[name].dtype)
-        write_shard(to, tensors, metadata)
+        write_safetensors(to, tensors, metadata)
         return sum(left) / len(left)

@@ -1,1 +1,1 @@
-"""Scores by lm-eval, which is imported in this folder and nowhere else."""
+"""Scores computed by lm-eval. Only modules of this folder import lm-eval."""

@@ -1,7 +1,7 @@
-"""Answers written freely, about images or none, by lm-eval's multimodal path to our own scorers.
+"""Generate answers through lm-eval's multimodal model and score them with our own scorers.
 
-The tokens and pixels of a prompt are those of training: lm-eval sees the rows, asks for an answer
-to each and averages what the scorer makes of it.
+A prompt has the same tokens and pixels as in training, with or without images. lm-eval goes through
+the rows, generates an answer to each and averages the scores of our scorer.
 """
 
 from __future__ import annotations
@@ -31,29 +31,30 @@ ANSWERS_FILE = "answers.jsonl"
 
 @dataclass(frozen=True)
 class PromptAsImage:
-    """A prompt in the place of its images."""
+    """An encoded prompt, handed to lm-eval where an image is expected."""
 
     prompt: EncodedExample
-    size: tuple[int, int] = (0, 0)  # lm-eval looks before it resizes, which it is not told to
+    size: tuple[int, int] = (0, 0)  # lm-eval reads `image.size` even if it resizes no image
 
 
 class HarnessModel(HFMultimodalLM):
-    """A model in lm-eval's hands that reads prompts as it did in training."""
+    """A model for lm-eval whose prompts are encoded as in training."""
 
     def __init__(self, model: PreTrainedModel, reader: TokenReader, batch_size: int) -> None:
         self._reader = reader
         super().__init__(model, batch_size=batch_size, image_string="<image>")
 
     def _create_tokenizer(self, *_: Any, **__: Any) -> None:
+        """Use the reader's tokenizer; lm-eval would load the checkpoint's processor."""
         self.tokenizer = self.processor = self._reader.tokenizer
 
     def tok_batch_multimodal_encode(
         self, strings: list[str], images: list[list[PromptAsImage]], **_: Any
     ) -> dict[str, Tensor]:
-        """Tokens and pixels of a batch of prompts."""
-        prompts = [one.prompt for [one] in images]
+        """Collate a batch of prompts: name of a model input -> tensor on the model's device."""
+        prompts = [image.prompt for [image] in images]
         batch = self._reader.collate(prompts, answers_only=False)
-        batch.pop("position_ids", None)  # generation counts them itself
+        batch.pop("position_ids", None)  # `generate` computes positions itself
         return {name: value.to(self.device) for name, value in batch.items()}
 
 
@@ -66,29 +67,30 @@ def score(
     batch_size: int,
     folder: Path,
 ) -> dict[str, float]:
-    """The task's scores of greedy answers, over all rows and over each group of them.
+    """Return the mean scores of greedily decoded answers, over all rows and over each group.
 
-    `folder` receives every answer. A group's scores are called `<metric>/<group>`.
+    The scores of a group of rows are called `<metric>/<group>`. `folder` receives a file with every
+    answer.
     """
-    written: list[dict[str, Any]] = []
+    answer_lines: list[dict[str, Any]] = []
 
-    def judge(doc: dict[str, int], answers: list[str]) -> dict[str, float]:
+    def score_answer(doc: dict[str, int], answers: list[str]) -> dict[str, float]:
         example, _ = rows[doc["row"]]
         answer = answers[0].strip()
-        found = task.score(answer, example.references, example.choices)
+        scores = task.score(answer, example.references, example.choices)
         line = {"id": example.id, "group": example.group, "answer": answer}
-        written.append(line | {"references": example.references} | found)
-        named = {f"{name}/{example.group}": value for name, value in found.items()}
-        return found | (named if example.group else {})
+        answer_lines.append(line | {"references": example.references} | scores)
+        group_scores = {f"{name}/{example.group}": value for name, value in scores.items()}
+        return scores | (group_scores if example.group else {})
 
     with quiet():
-        asked = _task(task, rows, judge, reader.tokenizer.eos_token_id)
+        lm_eval_task = _lm_eval_task(task, rows, score_answer, reader.tokenizer.eos_token_id)
         results = evaluate(
             lm=HarnessModel(model, reader, batch_size),
-            task_dict={task.name: asked},
+            task_dict={task.name: lm_eval_task},
             log_samples=False,
         )
-    lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in written)
+    lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in answer_lines)
     (folder / ANSWERS_FILE).write_text("".join(lines), encoding="utf-8")
     return {
         key.removesuffix(",none"): float(value)
@@ -97,15 +99,15 @@ def score(
     }
 
 
-def _task(
+def _lm_eval_task(
     task: GenerativeTask,
     rows: Sequence[tuple[Example, EncodedExample]],
-    judge: Callable[[dict[str, int], list[str]], dict[str, float]],
-    end: int,
+    score_answer: Callable[[dict[str, int], list[str]], dict[str, float]],
+    end_token: int,
 ) -> ConfigurableTask:
-    """lm-eval's definition of the task: every row by its number, answered greedily."""
+    """Define the task for lm-eval: its documents are row numbers, its answers decoded greedily."""
 
-    def shown(doc: dict[str, int]) -> list[PromptAsImage]:
+    def prompt_images(doc: dict[str, int]) -> list[PromptAsImage]:
         _, encoded = rows[doc["row"]]
         prompt = encoded.input_ids[: encoded.answer_start]
         return [PromptAsImage(replace(encoded, input_ids=prompt))]
@@ -120,8 +122,8 @@ def _task(
             "output_type": "generate_until",
             "doc_to_text": lambda doc: rows[doc["row"]][0].prompt,
             "doc_to_target": lambda doc: rows[doc["row"]][0].target,
-            "doc_to_image": shown,
-            "process_results": judge,
+            "doc_to_image": prompt_images,
+            "process_results": score_answer,
             "metric_list": [
                 {"metric": name, "aggregation": "mean", "higher_is_better": True}
                 for name in score_names(task, [example for example, _ in rows])
@@ -131,8 +133,8 @@ def _task(
                 "do_sample": False,
                 "temperature": 0.0,
                 "max_gen_toks": task.answer_tokens,
-                "eos_token_id": end,
-                "repetition_penalty": 1.0,  # whatever the checkpoint has: answers are greedy
+                "eos_token_id": end_token,
+                "repetition_penalty": 1.0,  # overrides a penalty in the checkpoint
             },
             "num_fewshot": 0,
         }

@@ -1,4 +1,4 @@
-"""Scores from lm-eval's own tasks."""
+"""Score a model on a task that lm-eval defines, with our rows and our prompt."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from emloc.tasks.text import TextTask
 
-SEED = 1234  # lm-eval's own, which decides the examples of a few-shot prompt
+SEED = 1234  # lm-eval's default; it selects the examples of a few-shot prompt
 TASK_FILE = "lm_eval_task.yaml"
 SAMPLES_FILE = "lm_eval_samples.jsonl"
 
@@ -37,10 +37,11 @@ def score(
     batch_size: int,
     folder: Path,
 ) -> dict[str, float]:
-    """lm-eval's scores of `model` (in eval mode, on its device) as `{"metric,filter": value}`.
+    """Return lm-eval's scores of `model` as `{"metric,filter": value}`.
 
-    The first `limit` rows are asked, greedily, through the chat template exactly if `tokenizer`
-    has one. `folder` receives the task as lm-eval ran it and every answer.
+    `model` is in eval mode and on its device. The first `limit` rows are answered by greedy
+    decoding; None means all rows. Prompts go through the chat template if `tokenizer` has one.
+    `folder` receives the definition of the task and a file with every answer.
     """
     folder.mkdir(parents=True, exist_ok=True)
     chat = tokenizer.chat_template is not None
@@ -48,22 +49,22 @@ def score(
         loaded = lm_eval.tasks.TaskManager(include_defaults=False).load(
             [str(write_task(task, folder))]
         )
-        (found,) = loaded["tasks"].values()
-        found.set_fewshot_seed(SEED)
-        if found.get_config("output_type") == "generate_until":
+        (lm_eval_task,) = loaded["tasks"].values()
+        lm_eval_task.set_fewshot_seed(SEED)
+        if lm_eval_task.get_config("output_type") == "generate_until":
             greedy = {"do_sample": False, "temperature": 0.0}
-            found.set_config("generation_kwargs", greedy, update=True)
+            lm_eval_task.set_config("generation_kwargs", greedy, update=True)
         wrapped = HFLM(
             pretrained=model,
-            # A copy, since lm-eval gives a tokenizer without padding token one.
+            # A copy, since lm-eval adds a padding token to a tokenizer without one.
             tokenizer=copy.deepcopy(tokenizer),
             batch_size=batch_size,
-            # A chat template writes its own special tokens; see emloc.data.prompts.encode.
+            # A chat template adds the special tokens itself; see emloc.data.prompts.encode.
             add_bos_token=False if chat else None,
-            # In bfloat16 the likelihoods of two choices are too often equal.
+            # In bfloat16, rounding often makes the likelihoods of two choices equal.
             softmax_dtype=torch.float32,
         )
-        # Not simple_evaluate, which also runs pip and nvidia-smi to describe the machine.
+        # lm-eval's `simple_evaluate` would also run pip and nvidia-smi to describe the machine.
         results = evaluate(
             lm=wrapped,
             task_dict=loaded,
@@ -71,7 +72,7 @@ def score(
             apply_chat_template=chat,
             fewshot_as_multiturn=chat,
         )
-    name = found.config.task
+    name = lm_eval_task.config.task
     _write_samples(results["samples"][name], folder / SAMPLES_FILE)
     return {
         metric: float(value)
@@ -81,7 +82,11 @@ def score(
 
 
 def write_task(task: TextTask, folder: Path) -> Path:
-    """lm-eval's own task with our data source, splits and prompt, as a YAML file in `folder`."""
+    """Write a YAML file that extends lm-eval's task by our data source, splits and prompt.
+
+    Returns:
+        The path of the file, in `folder`.
+    """
     source = {key: value for key, value in task.source().items() if value is not None}
     values = {
         "include": str(own_yaml(str(task.lm_eval))),
@@ -101,18 +106,23 @@ def write_task(task: TextTask, folder: Path) -> Path:
 
 
 def own_yaml(name: str) -> Path:
-    """The file of a task within the installed lm-eval."""
+    """Return the YAML file of the task `name` in the installed lm-eval.
+
+    Raises:
+        ConfigError: lm-eval has no such file.
+    """
     root = Path(lm_eval.tasks.__file__).parent
     files = sorted(root.rglob(f"{name}.yaml"))
     if not files:
         raise ConfigError(
-            f"task.lm_eval: lm-eval has no file {name}.yaml; set task.lm_eval=null to score without"
+            f"task.lm_eval: the installed lm-eval has no file {name}.yaml; "
+            "set task.lm_eval=null to score without lm-eval"
         )
     return files[0]
 
 
 def _write_samples(samples: list[dict[str, Any]], file: Path) -> None:
-    """One line for each question and answer filter."""
+    """Write a JSON line for each question and each answer filter of lm-eval."""
     with file.open("w", encoding="utf-8") as stream:
         for sample in samples:
             line = {
@@ -123,14 +133,15 @@ def _write_samples(samples: list[dict[str, Any]], file: Path) -> None:
                 "filtered": sample["filtered_resps"],
                 **{metric: sample[metric] for metric in sample["metrics"]},
             }
-            # Scores may be numbers of numpy, which JSON does not know.
+            # Scores may be numpy numbers, which `json` cannot write.
             stream.write(json.dumps(line, ensure_ascii=False, default=float) + "\n")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval's errors only, not its notes on every option; of its bars see
-    `emloc.runtime.quiet_libraries`.
+    """Hide lm-eval's log lines below errors within the block.
+
+    `emloc.runtime.quiet_libraries` hides its progress bars.
     """
     logger = logging.getLogger("lm_eval")
     level = logger.level
