@@ -122,7 +122,7 @@ def test_a_scorer(emloc, one_run):
 
 def test_a_checkpoint_of_another_family(go, neox):
     model = build(compose(["model=pythia_160m"])).model
-    layers = model.adapted(model.shape_source())
+    layers = model.adapted_layers(model.shape_source())
     assert len(layers) == 4 * 12
     assert set(layers.values()) == {(2304, 768), (768, 768), (3072, 768), (768, 3072)}
     result = go("model=pythia_160m", f"model.source={neox}", "method=emloc")

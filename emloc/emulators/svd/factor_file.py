@@ -32,7 +32,9 @@ def save_factors(factors: Mapping[str, LayerFactors], path: Path) -> None:
         else:
             ut = layer.v.precision.quantize(u.T)
             tensors |= layer.v.tensors(f"{name}.v") | ut.tensors(f"{name}.ut")
-    write_safetensors(path, tensors, {name: json.dumps(layer.facts) for name, layer in factors.items()})
+    write_safetensors(
+        path, tensors, {name: json.dumps(layer.facts) for name, layer in factors.items()}
+    )
 
 
 def load_factors(
