@@ -35,7 +35,7 @@ PUBLIC = [
 ]
 
 # What takes seconds to import, and nobody waits for who asks for help or a table.
-HEAVY = {"torch", "transformers", "peft", "lm_eval", "wandb", "datasets", "accelerate"}
+HEAVY = {"torch", "transformers", "peft", "lm_eval", "wandb", "datasets", "accelerate", "pandas"}
 DRAWN = ["emloc.report.figures"]
 REPORT = ["emloc.report.rows", "emloc.report.all_experiments", "emloc.report.write", *DRAWN]
 SWEEP = ["emloc.config.run_folder", "emloc.sweeps.callbacks", "emloc.sweeps.lost_jobs"]
