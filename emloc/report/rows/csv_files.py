@@ -7,6 +7,7 @@ before the name of a number, and `94.3%` for a share; both are still read.
 from __future__ import annotations
 
 import csv
+from decimal import Decimal
 from pathlib import Path
 
 from emloc.errors import ConfigError
@@ -29,7 +30,9 @@ def to_number(word: str) -> float:
     Raises:
         ValueError: the cell holds no number.
     """
-    return float(word[:-1]) / 100 if word.endswith("%") else float(word)
+    value = float(word.removesuffix("%"))
+    # Of decimal digits, so that 4.4% becomes 0.044 and no number beside it.
+    return float(Decimal(word[:-1]) / 100) if word.endswith("%") else value
 
 
 def read_words(path: Path) -> tuple[list[str], list[dict[str, str]]]:
