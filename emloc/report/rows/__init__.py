@@ -67,8 +67,8 @@ class Row:
 
     @property
     def headline(self) -> bool:
-        """Whether the score is the task's own metric, not the one that needs no lm-eval."""
-        return self.metric == self.settings.get("task.metric", self.metric)
+        """Whether the score, if there is one, is of the task's metric, and no substitute."""
+        return not self.done or self.metric == self.settings.get("task.metric", self.metric)
 
     @property
     def decisive(self) -> dict[str, str]:
