@@ -87,7 +87,8 @@ def _of_old(line: Mapping[str, str]) -> dict[str, str]:
         unit = "%" if is_score and score != metric else "e6" if name == "bytes" else EMPTY
         mean, _, spread = words[head].partition(" ± ")
         new[name] = mean and mean + unit
-        new[f"{name}{STD}"] = spread and spread + unit
+        if spread:
+            new[f"{name}{STD}"] = spread + unit
     return new
 
 
