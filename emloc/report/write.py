@@ -13,6 +13,7 @@ import pandas as pd
 
 from emloc.config.experiments import Experiment, experiment
 from emloc.config.paths import EXPERIMENTS
+from emloc.config.run_folder import DONE
 from emloc.report.figures import figures, save
 from emloc.report.grid import Grid
 from emloc.report.latex import latex
@@ -22,8 +23,8 @@ from emloc.report.origin import origin
 from emloc.report.page import Picture, Report, Section, page
 from emloc.report.paper import QUANTITIES, Paper, paper_of
 from emloc.report.rows import Row, write_rows
-from emloc.report.run_table import notes_of, table_of, without_failures
-from emloc.report.summary import summary_of
+from emloc.report.run_table import notes_of, table_of
+from emloc.report.summary import NOT_RUN, summary_of
 from emloc.report.summary_file import write_summary
 from emloc.report.table import Table
 from emloc.report.task_table import HOW_TO_READ, task_table
@@ -40,9 +41,7 @@ class _Part:
     caption: str
     table: Table
     notes: Sequence[str]
-    printed: Table  # with the columns that a paper prints
-    printed_caption: str
-    printed_notes: Sequence[str]
+    latex: str
 
 
 def write_report(place: Path, rows: Sequence[Row], to: Path) -> list[Path]:
@@ -75,7 +74,7 @@ def write_report(place: Path, rows: Sequence[Row], to: Path) -> list[Path]:
         origin=facts,
     )
     texts = {f"{part.name}.md": _markdown(part) for part in parts}
-    texts |= {f"{part.name}.tex": _latex(part, title) for part in parts}
+    texts |= {f"{part.name}.tex": part.latex for part in parts}
     texts |= {"provenance.json": json.dumps(facts, indent=1) + "\n", "report.html": page(report)}
     for name, text in texts.items():
         (to / name).write_text(text, encoding="utf-8")
@@ -89,19 +88,15 @@ def _markdown(part: _Part) -> str:
     return "\n".join([markdown(part.table, bold=True), "", *notes, ""])
 
 
-def _latex(part: _Part, title: str) -> str:
-    label = "-".join([*title.split(", "), part.name])
-    return latex(part.printed, part.printed_caption, part.printed_notes, label)
-
-
 def _runs(about: str, summary: pd.DataFrame, rows: Sequence[Row], paper: Paper) -> _Part:
-    """The table with a line for each method or cell."""
-    with_results = without_failures(summary)
+    """The table with a line for each method or cell that has results."""
+    summary = summary[summary["state"].isin([DONE, NOT_RUN])]
     sources = paper.of_models(row.model for row in rows).sources
-    tables = [table_of(with_results, printed=printed) for printed in (False, True)]
-    notes = [[*notes_of(with_results, one, sources), *left_out(rows)] for one in tables]
-    all_notes = [*notes[0], *data_digests(rows)]
-    return _Part("table", "Runs", tables[0], all_notes, tables[1], about, notes[1])
+    table, printed = table_of(summary), table_of(summary, printed=True)
+    notes = [*notes_of(table, sources), *left_out(rows), *data_digests(rows)]
+    printed_notes = [*notes_of(printed, sources), *left_out(rows)]
+    label = f"{rows[0].experiment}-table"
+    return _Part("table", "Runs", table, notes, latex(printed, about, printed_notes, label))
 
 
 def _by_task(known: Experiment | None, rows: Sequence[Row], paper: Paper) -> list[_Part]:
@@ -111,10 +106,11 @@ def _by_task(known: Experiment | None, rows: Sequence[Row], paper: Paper) -> lis
     parts = []
     for quantity in (QUANTITIES[name] for name in paper.quantities or ["score"]):
         table, failures = task_table(Grid(known, rows), paper, quantity)
-        notes = [HOW_TO_READ, *failures]
         name, caption = f"by_task_{quantity.name}", f"{quantity.head} by task"
-        about = f"{known.about} {caption[0].upper()}{caption[1:]}."
-        parts.append(_Part(name, caption, table, notes, table, about.strip(), notes))
+        about = f"{known.about} {caption.capitalize()}.".strip()
+        notes = [HOW_TO_READ, *failures]
+        text = latex(table, about, notes, f"{known.name}-{name}")
+        parts.append(_Part(name, caption, table, notes, text))
     return parts
 
 
