@@ -121,23 +121,11 @@ def _labels(summary: pd.DataFrame) -> list[str]:
         for name in summary
         if not is_number(name) and name not in (*FACTS, SIZE) and not name.startswith("paper/")
     ]
-    return [
-        *["experiment"] * (summary["experiment"].replace(EMPTY, None).nunique() > 1),
-        *["cell"] * bool(summary["cell"].ne(EMPTY).any()),
-        "method",
-        *(name for name in ("model", "task") if _tells_lines_apart(summary, name)),
-        *settings,
-        *["seeds"] * (len(seeds) > 1),
-    ]
-
-
-def _tells_lines_apart(summary: pd.DataFrame, name: str) -> bool:
-    """Whether a cell has runs of several models (tasks), or the paper has numbers of another."""
-    named = summary[summary[name].ne(EMPTY)]
-    is_absent = named["state"].eq(NOT_RUN)
-    ours = named[~is_absent]
-    of_cell = ours.groupby("cell")[name].nunique()
-    return bool(of_cell.gt(1).any() or not {*named[is_absent][name]} <= {*ours[name]})
+    words = summary.replace(EMPTY, None).nunique()
+    least = {"cell": 0, "method": -1}  # words of other facts matter where there are several
+    facts = ("experiment", "cell", "method", "model", "task")
+    labels = [name for name in facts if words[name] > least.get(name, 1)]
+    return [*labels, *settings, *["seeds"] * (len(seeds) > 1)]
 
 
 def _printed_labels(summary: pd.DataFrame) -> list[str]:

@@ -125,6 +125,11 @@ def test_a_cell_that_holds_no_number_is_named(file):
         table(file(text))
 
 
+def test_a_table_without_a_score_is_refused(file):
+    with pytest.raises(ConfigError, match=r"old.csv: no table of runs or means, it has no column"):
+        report(file("cell,method\na,lora\n"))
+
+
 # Files of this version ---------------------------------------------------------------------------
 
 
