@@ -129,14 +129,16 @@ def _labels(summary: pd.DataFrame) -> list[str]:
 
 
 def _printed_labels(summary: pd.DataFrame) -> list[str]:
-    """The labels that a paper prints: no seeds, no method twice, and always the compression."""
+    """The labels that a paper prints: the compression, and the cell only if lines need its name."""
     labels = [name for name in _labels(summary) if name != "seeds"]
-    if "cell" in labels and summary["cell"].equals(summary["method"]):
-        labels.remove("cell")
-    is_compressed = summary.get(SIZE, pd.Series(dtype=str)).ne(EMPTY).any()
+    is_compressed = SIZE in summary and bool(summary[SIZE].ne(EMPTY).any())
     if is_compressed and not any(name.startswith("compression") for name in labels):
         labels.append(SIZE)
-    return labels
+    without_cell = [name for name in labels if name != "cell"]
+    is_ambiguous = summary.duplicated(without_cell).any()
+    if "cell" in labels and is_ambiguous:
+        return [name for name in labels if name != "method"]
+    return without_cell
 
 
 def notes_of(table: Table, sources: Sequence[str] = ()) -> list[str]:
