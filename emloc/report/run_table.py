@@ -81,8 +81,8 @@ def table_of(summary: pd.DataFrame, *, printed: bool = False) -> Table:
             frame[column.head] = words
     peers = list(summary[["experiment", "model", "task", "data", "metric"]].itertuples(index=False))
     larger = {c.head: c.larger for c in (score, *others) if c.larger is not None}
-    known = {head: is_larger for head, is_larger in larger.items() if head in frame}
-    return Table(frame, best(frame, peers, known))
+    present = {head: is_larger for head, is_larger in larger.items() if head in frame}
+    return Table(frame, best(frame, peers, present))
 
 
 def columns_of(summary: pd.DataFrame) -> list[Column]:
@@ -143,13 +143,13 @@ def _printed_labels(summary: pd.DataFrame) -> list[str]:
 
 def notes_of(table: Table, sources: Sequence[str] = ()) -> list[str]:
     """What a reader has to know of the columns in the table."""
-    notes, costs = (
-        [f"{head}: {note}" for head, note in known.items() if head in table.columns]
-        for known in (_NOTES, _COST_NOTES)
+    quality, costs = (
+        [f"{head}: {note}" for head, note in notes.items() if head in table.columns]
+        for notes in (_NOTES, _COST_NOTES)
     )
     has_spread = table.frame.map(lambda word: " ± " in word).any(axis=None)
     return [
-        *notes,
+        *quality,
         *(["; ".join(costs)] if costs else []),
         *(["±: standard deviation over seeds"] if has_spread else []),
         *(f"paper: {source}; difference: ours less the paper's" for source in sources),
