@@ -48,13 +48,14 @@ _COLUMNS = (
     Column("peak_gib/train", "train GiB", ".2f"),
     Column("step_seconds", "step s", ".3f", printed=False),
 )
-_NOTES = {
+# Meanings of measured numbers, by the head of their column.
+NOTES = {
     "loss": "mean negative log-likelihood of an answer token on held-out rows, in nats",
     "gain kept": "share of LoRA's improvement in loss over the untouched model that a method "
     "reaches (0%: untouched model, 100%: LoRA)",
     "loss as trained": "loss of the adapter on the compressed model that it was trained on",
 }
-_COST_NOTES = {
+COST_NOTES = {
     "through MB": "weights of the model that was trained through",
     "train GiB": "peak memory of the training",
     "step s": "median seconds of a training step",
@@ -142,15 +143,18 @@ def _printed_labels(summary: pd.DataFrame) -> list[str]:
 
 
 def notes_of(table: Table, sources: Sequence[str] = ()) -> list[str]:
-    """What a reader has to know of the columns in the table."""
+    """What a reader has to know of the columns in the table, and of its numbers."""
     quality, costs = (
         [f"{head}: {note}" for head, note in notes.items() if head in table.columns]
-        for notes in (_NOTES, _COST_NOTES)
+        for notes in (NOTES, COST_NOTES)
     )
+    return [*quality, *(["; ".join(costs)] if costs else []), *number_notes(table, sources)]
+
+
+def number_notes(table: Table, sources: Sequence[str] = ()) -> list[str]:
+    """The meaning of ±, and the tables that the paper's numbers are from."""
     has_spread = table.frame.map(lambda word: " ± " in word).any(axis=None)
     return [
-        *quality,
-        *(["; ".join(costs)] if costs else []),
         *(["±: standard deviation over seeds"] if has_spread else []),
         *(f"paper: {source}; difference: ours less the paper's" for source in sources),
     ]
