@@ -57,7 +57,7 @@ class Grid:
             for point in self.experiment.points
         )
 
-    @property
+    @cached_property
     def requested(self) -> pd.DataFrame:
         """A line for each requested run; its seed is empty where the grid leaves it open."""
         return self.placed(self._points)
