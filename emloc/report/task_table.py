@@ -1,134 +1,107 @@
-"""An experiment as a paper prints it: a line for each point of its grid, a column for each task."""
+"""An experiment as a paper prints it: a line for each label of its grid, a column for each task."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import pandas as pd
 
-from emloc.report.grid_rows import Line, Placed, Spot, word_of
-from emloc.report.groups import groups_of
-from emloc.report.paper import Paper, Quantity
-from emloc.report.rows import Row
-from emloc.report.run_table import measured
+from emloc.report.grid import COLUMN, LINE_MODEL, Grid, tuples
+from emloc.report.groups import group_numbers
+from emloc.report.notes import left_out
+from emloc.report.paper import KEYS, Paper, Quantity
 from emloc.report.table import EMPTY, Table, best
 
-READ = (
+HOW_TO_READ = (
     "mean ± standard deviation over seeds, [2/3] where seeds are missing, then the paper's number "
-    "in brackets; scores in percent, the best of ours in bold; a dot: not run"
+    "in brackets; scores in percent, the best of ours in bold; empty: no result"
 )
 
 
-def pivot(placed: Placed, paper: Paper, quantity: Quantity) -> Table:
-    """Ours of each spot, then the paper's in brackets; the best of ours stands out in a column.
+def task_table(grid: Grid, paper: Paper, quantity: Quantity) -> tuple[Table, list[str]]:
+    """Our number of each line and task, then the paper's in brackets; the best of ours stands out.
 
-    A column is of the model its line is of, or names another. `[2/3]`: seeds done and asked for.
+    `[2/3]` counts the seeds that are done and those that the grid requests. A line whose runs have
+    no result is left out, unless the paper has a number for it.
+
+    Returns:
+        The table, and a note on the runs of lines without a result.
 
     Raises:
-        ConfigError: the paper has two numbers for one spot.
+        ConfigError: the paper has two numbers for one line and task.
     """
-    numbers = [one for one in paper.numbers if one.quantity == quantity.name]
-    view = _View(placed, Paper(numbers), quantity)
-    lines = [view.line(*each) for each in view.lines]
-    scores = [column.head for column in view.columns] if quantity.name == "score" else []
-    return Table(lines, best(lines, [""] * len(lines), dict.fromkeys(scores, True)))
+    paper = Paper([number for number in paper.numbers if number.quantity == quantity.name])
+    runs = _with_words(grid, quantity)
+    points = pd.concat([grid.requested, _absent(grid, paper), runs], ignore_index=True)
+    numbers = [paper.find(quantity.name, facts) for facts in _facts(grid, points)]
+    points["number"] = [f"({number.word})" if number else EMPTY for number in numbers]
+    heads = list(points[COLUMN].drop_duplicates())
+    of_line = [*grid.keys, LINE_MODEL]
+    names = [*of_line, *grid.extra_keys]
+    lines = points[of_line].drop_duplicates().merge(runs[names].drop_duplicates(), how="left")
+    lines = lines.fillna(EMPTY)
+
+    def pivot(cells: pd.DataFrame, index: list[str], word: str) -> pd.DataFrame:
+        """The words of cells in all lines and columns; words of one cell are joined."""
+        cells = cells[cells[word].ne(EMPTY)].drop_duplicates([*index, COLUMN, word])
+        table = cells.pivot_table(word, index, COLUMN, aggfunc="; ".join, fill_value=EMPTY)
+        every = pd.MultiIndex.from_frame(lines[index])
+        return table.reindex(index=every, columns=heads, fill_value=EMPTY).set_axis(lines.index)
+
+    has_result = runs["done"].groupby(tuples(runs, names)).transform("any").astype(bool)
+    theirs = pivot(points.drop_duplicates([*of_line, COLUMN]), of_line, "number")
+    if quantity.name == "score":  # a score of another metric is not held against the paper's
+        theirs = theirs.where(pivot(runs[~runs["headline"]], names, "word").eq(EMPTY), EMPTY)
+    numbers_first = runs[has_result].sort_values("done", ascending=False, kind="stable")
+    words = (pivot(numbers_first, names, "word") + " " + theirs).map(str.strip)
+    has_failed = tuples(lines, names).isin(tuples(runs[~has_result], names))
+    labels = lines[names].rename(columns={LINE_MODEL: "model"})
+    if len({*grid.requested["model"]}) == 1 or lines[LINE_MODEL].eq(EMPTY).all():
+        labels = labels.drop(columns="model")
+    frame = labels.join(words)[words.ne(EMPTY).any(axis=1) | ~has_failed].reset_index(drop=True)
+    scores = heads if quantity.name == "score" else []
+    failures = [row for row, has in zip(grid.rows, has_result, strict=True) if not has]
+    table = Table(frame, best(frame, [EMPTY] * len(frame), dict.fromkeys(scores, True)))
+    return table, left_out(failures)
 
 
-@dataclass(frozen=True)
-class _Column:
-    model: str  # empty: the one its line is of
-    task: str
+def _with_words(grid: Grid, quantity: Quantity) -> pd.DataFrame:
+    """The runs, each with the word of all runs that differ from it in the seed alone."""
+    at = [*grid.keys, LINE_MODEL, COLUMN]
+    seeds = dict(grid.requested.groupby(at)["seed"].nunique())
+    extra = tuples(grid.runs, grid.extra_keys)
+    # The grid does not say how many seeds it requests of each of several extra settings.
+    variants = extra.groupby(tuples(grid.runs, at)).transform("nunique")
+    groups = pd.Series(group_numbers(grid.rows), dtype=int)
+    words = []
+    for index, point in enumerate(tuples(grid.runs, at)):
+        rows = [grid.rows[i] for i in groups.index[groups == groups[index]]]
+        requested = seeds.get(point, 0) if variants[index] == 1 else 0
+        missing = f" [{len(rows)}/{requested}]" if len(rows) < requested else EMPTY
+        word = quantity.word(rows)
+        words.append(word and f"{word}{missing}" if rows[0].done else rows[0].state)
+    done, headline = (
+        pd.Series([getattr(row, name) for row in grid.rows], dtype=bool)
+        for name in ("done", "headline")
+    )
+    return grid.runs.assign(word=words, done=done, headline=headline)
 
-    @property
-    def head(self) -> str:
-        return f"{self.model}·{self.task}" if self.model else self.task
+
+def _facts(grid: Grid, points: pd.DataFrame) -> list[dict[str, str]]:
+    """The facts of each point that a number of the paper may name."""
+    names = (*KEYS, "experiment")
+    facts = tuples(points.assign(experiment=grid.experiment.name), names)
+    return [dict(zip(names, words, strict=True)) for words in facts]
 
 
-@dataclass(frozen=True)
-class _View:
-    """What stands where."""
-
-    placed: Placed
-    paper: Paper
-    quantity: Quantity
-
-    @cached_property
-    def absent(self) -> dict[Spot, dict[str, str]]:
-        """Where the paper has a number of what is neither asked for nor found: what it is of."""
-        placed = self.placed
-        absent: dict[Spot, dict[str, str]] = {}
-        known = [self._facts(spot) for spot in (*placed.asked, *placed.found)]
-        for number in self.paper.numbers:
-            if any(map(number.about, known)):
-                continue
-            keys = dict(number.keys)
-            named = {"cell": keys.get("method", EMPTY)} | keys
-            line = tuple(named.get(key, EMPTY) for key in placed.keys)
-            asked = [spot.task for spot in placed.asked if spot.model == keys["model"]]
-            for task in [keys["task"]] if "task" in keys else asked or [EMPTY]:
-                absent.setdefault(Spot(line, keys["model"], task), {}).update(keys)
-        return absent
-
-    @cached_property
-    def spots(self) -> list[Spot]:
-        """All of them: the grid's, the paper's others, and what else was run."""
-        return list(dict.fromkeys((*self.placed.asked, *self.absent, *self.placed.found)))
-
-    @cached_property
-    def columns(self) -> list[_Column]:
-        return list(dict.fromkeys(self._column(spot) for spot in self.spots))
-
-    @cached_property
-    def lines(self) -> list[tuple[Line, str, Line]]:
-        """The grid's words, the model that all of it is of, and what else its runs have."""
-        placed = self.placed
-        more: dict[tuple[Line, str], dict[Line, None]] = {}
-        for spot in self.spots:
-            found = more.setdefault((spot.line, placed.home(spot)), {})
-            found.update(dict.fromkeys(self._more(row) for row in placed.found.get(spot, ())))
-        bare = (EMPTY,) * len(placed.more)
-        return [(*line, each) for line, found in more.items() for each in found or [bare]]
-
-    def line(self, line: Line, home: str, more: Line) -> dict[str, str]:
-        """Column -> word."""
-        placed = self.placed
-        words = dict(zip(placed.keys, line, strict=True))
-        if len(placed.models) > 1 and any(home for _, home, _ in self.lines):
-            words["model"] = home or EMPTY
-        words |= dict(zip(placed.more, more, strict=True))
-        for column in self.columns:
-            spot = Spot(line, column.model or home, column.task)
-            words[column.head] = self._word(spot, more)
-        return words
-
-    def _word(self, spot: Spot, more: Line) -> str:
-        rows = self.placed.found.get(spot, [])
-        ours = [row for row in rows if self._more(row) == more]
-        # Where they differ in more than the seed it is not said which of them are asked for.
-        seeds = len(self.placed.asked.get(spot, ())) if len(ours) == len(rows) else 0
-        groups = sorted(groups_of(ours), key=lambda group: not group[0].done)  # numbers first
-        words = dict.fromkeys(self._of(group, seeds) for group in groups)
-        number = self.paper.find(self.quantity.name, self._facts(spot))
-        if number and self.quantity.name == "score" and not all(row.headline for row in ours):
-            number = None  # of another metric
-        return ("; ".join(words) or EMPTY) + (f" ({number.word})" if number else "")
-
-    def _of(self, group: Sequence[Row], seeds: int) -> str:
-        if not group[0].done:
-            return group[0].state
-        word = measured(group, self.quantity)
-        return f"{word} [{len(group)}/{seeds}]" if len(group) < seeds else word
-
-    def _facts(self, spot: Spot) -> Mapping[str, str]:
-        """What a number of the paper may name of it."""
-        told = self.placed.told.get(spot.line)
-        told = self.absent.get(spot, {}) if told is None else told
-        where = {"model": spot.model, "task": spot.task}
-        return {"experiment": self.placed.experiment.name, **told, **where}
-
-    def _column(self, spot: Spot) -> _Column:
-        home = self.placed.home(spot) == spot.model
-        return _Column("" if home else spot.model, spot.task)
-
-    def _more(self, row: Row) -> Line:
-        return tuple(word_of(row, name) for name in self.placed.more)
+def _absent(grid: Grid, paper: Paper) -> pd.DataFrame:
+    """The points of which only the paper has numbers."""
+    facts = _facts(grid, pd.concat([grid.requested, grid.runs]))
+    requested = dict.fromkeys(tuples(grid.requested, ["model", "task"]))
+    empty = dict.fromkeys([*grid.keys, *KEYS], EMPTY)
+    absent = []
+    for number in paper.numbers:
+        if not any(map(number.about, facts)):
+            line = {**empty, "cell": number.keys.get("method", EMPTY), **number.keys}
+            tasks = [task for model, task in requested if model == line["model"]]
+            named = [line["task"]] if line["task"] else tasks or [EMPTY]
+            absent += [line | {"task": task} for task in named]
+    return grid.placed(pd.DataFrame(absent, columns=list(empty)))

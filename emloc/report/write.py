@@ -1,8 +1,7 @@
-"""Everything there is to say about a folder of runs, written into another."""
+"""The report of some runs as files in a folder: tables, figures and a page."""
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,19 +9,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pandas as pd
+
 from emloc.config.experiments import Experiment, experiment
 from emloc.config.paths import EXPERIMENTS
+from emloc.config.run_folder import DONE
 from emloc.report.figures import figures, save
-from emloc.report.grid_rows import Placed
+from emloc.report.grid import Grid
 from emloc.report.latex import latex
-from emloc.report.markdown import is_run, markdown, notes
+from emloc.report.markdown import is_run, markdown
+from emloc.report.notes import are_of_several, data_digests, left_out
 from emloc.report.origin import origin
 from emloc.report.page import Picture, Report, Section, page
 from emloc.report.paper import QUANTITIES, Paper, paper_of
 from emloc.report.rows import Row, write_rows
-from emloc.report.run_table import table_of
+from emloc.report.run_table import notes_of, table_of
+from emloc.report.summary import NOT_RUN, summary_of
+from emloc.report.summary_file import write_summary
 from emloc.report.table import Table
-from emloc.report.task_table import READ, pivot
+from emloc.report.task_table import HOW_TO_READ, task_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,12 +35,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Part:
-    """A table as it is in the Markdown and LaTeX files of its name, and on the page."""
+    """A table of the report; its Markdown and LaTeX files have its name."""
 
     name: str
     caption: str
-    shown: Table
+    table: Table
     notes: Sequence[str]
+    latex: str
 
 
 def write_report(place: Path, rows: Sequence[Row], to: Path) -> list[Path]:
@@ -43,70 +49,84 @@ def write_report(place: Path, rows: Sequence[Row], to: Path) -> list[Path]:
 
     `table`: a line for each method or cell, as Markdown, LaTeX and CSV. `by_task_score`: a
     column for each task, where an experiment has several. `runs.csv`: all numbers of each run.
+    Runs without results are in the CSV files alone; a note below each other table names them.
 
     Args:
         place: a folder of runs, one run, or a file of rows.
-        rows: what `rows_of(place)` gave, at least one.
-        to: a folder, made if it is not there.
+        rows: the rows of `place`, at least one.
+        to: a folder, which is made if it is missing.
     """
     paper = paper_of([row.experiment for row in rows], EXPERIMENTS)
-    shown = table_of(rows, paper, unrun=not is_run(place))
-    made = origin(place, rows)
-    asked = _asked(made["experiments"])
-    parts = [
-        *_by_task(asked, rows, paper),
-        _Part("table", "Runs", shown, notes(shown, rows, paper)),
-    ]
+    summary = summary_of(rows, paper, unrun=not is_run(place))
+    facts = origin(place, rows)
+    common = _experiment_of(facts["experiments"])
+    title = ", ".join(facts["experiments"])
+    about = (common.about if common else "") or title
+    parts = [*_by_task(common, rows, paper), _runs(about, summary, rows, paper)]
     drawn = figures(rows, place)
     to.mkdir(parents=True, exist_ok=True)
     saved = save(drawn, to / "figures")
     report = Report(
-        title=", ".join(made["experiments"]),
-        lead=[*([asked.about] if asked else []), _summary(rows)],
-        sections=[Section(part.caption, part.shown, part.notes) for part in parts],
+        title=title,
+        lead=[*([common.about] if common else []), _counts(rows)],
+        sections=[Section(part.caption, part.table, part.notes) for part in parts],
         pictures=_pictures(drawn, to / "figures"),
-        origin=made,
+        origin=facts,
     )
     texts = {f"{part.name}.md": _markdown(part) for part in parts}
-    texts |= {f"{part.name}.tex": latex(part.shown, part.notes) for part in parts}
-    texts |= {"provenance.json": json.dumps(made, indent=1) + "\n", "report.html": page(report)}
+    texts |= {f"{part.name}.tex": part.latex for part in parts}
+    texts |= {"provenance.json": json.dumps(facts, indent=1) + "\n", "report.html": page(report)}
     for name, text in texts.items():
         (to / name).write_text(text, encoding="utf-8")
     write_rows(rows, to / "runs.csv")
-    _write_words(shown, to / "table.csv")
+    write_summary(summary, to / "table.csv")
     return [*(to / name for name in (*texts, "runs.csv", "table.csv")), *saved]
 
 
 def _markdown(part: _Part) -> str:
     notes = [f"* {note}" for note in part.notes]
-    return "\n".join([markdown(part.shown, bold=True), "", *notes, ""])
+    return "\n".join([markdown(part.table, bold=True), "", *notes, ""])
 
 
-def _asked(names: Sequence[str]) -> Experiment | None:
-    """The experiment that all runs are of, if they are of one that is known."""
+def _runs(about: str, summary: pd.DataFrame, rows: Sequence[Row], paper: Paper) -> _Part:
+    """The table with a line for each method or cell that has results."""
+    summary = summary[summary["state"].isin([DONE, NOT_RUN])]
+    sources = paper.of_models(row.model for row in rows).sources
+    table, printed = table_of(summary), table_of(summary, printed=True)
+    notes = [*notes_of(table, sources), *left_out(rows), *data_digests(rows)]
+    printed_notes = [*notes_of(printed, sources), *left_out(rows)]
+    label = f"{rows[0].experiment}-table"
+    return _Part("table", "Runs", table, notes, latex(printed, about, printed_notes, label))
+
+
+def _by_task(common: Experiment | None, rows: Sequence[Row], paper: Paper) -> list[_Part]:
+    """A table by task for each quantity that the paper prints, where runs are on several tasks."""
+    if common is None or not are_of_several(rows):
+        return []
+    parts = []
+    for quantity in (QUANTITIES[name] for name in paper.quantities or ["score"]):
+        table, failures = task_table(Grid(common, rows), paper, quantity)
+        name, caption = f"by_task_{quantity.name}", f"{quantity.head} by task"
+        about = f"{common.about} {caption[0].upper()}{caption[1:]}.".strip()
+        notes = [HOW_TO_READ, *failures]
+        text = latex(table, about, notes, f"{common.name}-{name}")
+        parts.append(_Part(name, caption, table, notes, text))
+    return parts
+
+
+def _experiment_of(names: Sequence[str]) -> Experiment | None:
+    """The experiment of all runs; None if they are of several, or of one without a file."""
     files = [EXPERIMENTS / f"{name}.yaml" for name in names]
     return experiment(files[0]) if len(files) == 1 and files[0].exists() else None
 
 
-def _by_task(asked: Experiment | None, rows: Sequence[Row], paper: Paper) -> list[_Part]:
-    """Scores, or what the paper has instead, as a paper prints them; of runs on several tasks."""
-    if asked is None or len({(row.model, row.task) for row in rows}) == 1:
-        return []
-    placed = Placed(asked, rows)
-    quantities = [QUANTITIES[name] for name in paper.quantities or ["score"]]
-    return [
-        _Part(f"by_task_{each.name}", f"{each.head} by task", pivot(placed, paper, each), [READ])
-        for each in quantities
-    ]
-
-
-def _summary(rows: Sequence[Row]) -> str:
-    """How the runs ended, and what they are of."""
+def _counts(rows: Sequence[Row]) -> str:
+    """How many runs are in which state, and their models and tasks."""
     states = Counter(row.state for row in rows)
-    ended = ", ".join(f"{count} {state}" for state, count in states.items())
+    counts = ", ".join(f"{count} {state}" for state, count in states.items())
     models = ", ".join(dict.fromkeys(row.model for row in rows))
     tasks = ", ".join(dict.fromkeys(row.task for row in rows))
-    return f"{len(rows)} runs: {ended}. {models} on {tasks}."
+    return f"{len(rows)} runs: {counts}. {models} on {tasks}."
 
 
 def _pictures(drawn: Mapping[str, Figure], folder: Path) -> list[Picture]:
@@ -118,13 +138,7 @@ def _pictures(drawn: Mapping[str, Figure], folder: Path) -> list[Picture]:
 
 
 def _alt(figure: Figure) -> str:
-    """What the axes of a figure say that they show."""
+    """The titles and axes of a figure in words."""
     panels = ((axes.get_title(), axes.get_ylabel(), axes.get_xlabel()) for axes in figure.axes)
     words = (f"{title}: {y} against {x}" if title else f"{y} against {x}" for title, y, x in panels)
     return "; ".join(dict.fromkeys(words))
-
-
-def _write_words(shown: Table, path: Path) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([shown.columns, *shown.words()])

@@ -1,6 +1,5 @@
 """What a report is written as: the best in bold, LaTeX that compiles, a page, and the files."""
 
-import csv
 import json
 import re
 from base64 import b64decode
@@ -8,6 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 from omegaconf import OmegaConf
+from pandas import DataFrame, read_csv
+from pandas.testing import assert_frame_equal
 from reported import row
 
 from emloc.cli import VERBS
@@ -19,16 +20,19 @@ from emloc.report.origin import origin
 from emloc.report.page import Picture, Report, Section, page
 from emloc.report.rows import rows_of, write_rows
 from emloc.report.run_table import table_of
+from emloc.report.summary import summary_of
 from emloc.report.table import Table, best, number, split
 from emloc.report.write import write_report
 
 EIGHT = "internvl2_5_8b"
 WORDS = Table(
-    [
-        {"cell": "zero_shot", "accuracy": "40.0", "loss": "1.50"},
-        {"cell": "lora_r8", "accuracy": "52.0 ± 1.0 (52.9)", "loss": "1.25"},
-        {"cell": "emloc & <b>", "accuracy": "OOM (51.0)", "loss": "."},
-    ],
+    DataFrame(
+        [
+            {"cell": "zero_shot", "accuracy": "40.0", "loss": "1.50"},
+            {"cell": "lora_r8", "accuracy": "52.0 ± 1.0 (52.9)", "loss": "1.25"},
+            {"cell": "emloc & <b>", "accuracy": "OOM (51.0)", "loss": ""},
+        ]
+    ),
     {(1, "accuracy")},
 )
 
@@ -42,21 +46,21 @@ WORDS = Table(
         (["0.3", "0.5", "0.4"], False, [0]),
         (["-10.0%", "9.0%", "100.0%"], True, [2]),
         (["0.5", "0.5", "0.4"], True, [0, 1]),  # equals as they are shown
-        (["0.5", "OOM", "."], True, []),
+        (["0.5", "OOM", ""], True, []),
         (["0.5", "0.5"], True, []),
-        (["failed(train)", "."], True, []),
+        (["failed(train)", ""], True, []),
     ],
 )
 def test_the_best_is_the_leading_number_among_several(words, up, expected):
-    lines = [{"score": word} for word in words]
-    assert best(lines, [""] * len(words), {"score": up}) == {(i, "score") for i in expected}
+    frame = DataFrame({"score": words})
+    assert best(frame, [""] * len(words), {"score": up}) == {(i, "score") for i in expected}
 
 
 def test_the_best_is_found_among_runs_on_the_same_model_and_data():
     rows = [row("lora", 0.6, **{"scores/loss": 1.0}), row("emloc", 0.5, **{"scores/loss": 0.5})]
     rows += [row("lora", 0.1, task="websrc"), row("emloc", 0.2, task="websrc")]
     rows += [row("lora", 0.9, model="tiny")]
-    assert table_of(rows).best == {(0, "accuracy"), (1, "loss"), (3, "accuracy")}
+    assert table_of(summary_of(rows)).best == {(0, "accuracy"), (1, "loss"), (3, "accuracy")}
 
 
 @pytest.mark.parametrize(
@@ -67,7 +71,7 @@ def test_the_best_is_found_among_runs_on_the_same_model_and_data():
         ("+0.5", 0.5),
         ("1e-05", 1e-5),
         ("50.0 ± 0.0; OOM", 50.0),
-        (".", None),
+        ("", None),
         ("OOM", None),
         ("nan", None),
         ("8b", None),
@@ -81,6 +85,7 @@ def test_a_number_is_what_a_word_starts_with(word, value):
 def test_ours_is_apart_from_what_stands_in_brackets():
     assert split("52.1 ± 0.3 [2/3] (52.3)") == ("52.1 ± 0.3 [2/3]", "(52.3)")
     assert split("failed(train)") == ("failed(train)", "")
+    assert split("(52.3)") == ("", "(52.3)")
 
 
 # Markdown and LaTeX ------------------------------------------------------------------------------
@@ -93,22 +98,28 @@ def test_the_best_is_bold_where_it_is_asked_for():
 
 
 def test_a_bar_within_a_word_is_no_column():
-    assert markdown(Table([{"a|b": "c|d"}])).splitlines()[2] == "| c\\|d |"
+    assert markdown(Table(DataFrame({"a|b": ["c|d"]}))).splitlines()[2] == "| c\\|d |"
 
 
-def test_latex_is_a_tabular_in_the_manner_of_booktabs():
-    assert latex(WORDS, ["100% of it"]).splitlines() == [
+def test_latex_is_a_table_in_the_manner_of_booktabs_with_its_notes():
+    assert latex(WORDS, "A & b", ["100% of it", "more"], "mine").splitlines() == [
         r"% \usepackage{booktabs}",
-        r"% 100% of it",
-        r"\begin{tabular}{@{}lrr@{}}",
+        r"\begin{table}",
+        r"\centering\footnotesize\setlength{\tabcolsep}{4pt}",
+        r"\caption{A \& b}",
+        r"\label{tab:mine}",
+        r"\begin{tabular}{lrr}",
         r"\toprule",
         r"cell & accuracy & loss \\",
         r"\midrule",
         r"zero\_shot & 40.0 & 1.50 \\",
         r"lora\_r8 & \textbf{52.0 $\pm$ 1.0} (52.9) & 1.25 \\",
-        r"emloc \& \textless{}b\textgreater{} & OOM (51.0) & . \\",
+        r"emloc \& \textless{}b\textgreater{} & OOM (51.0) &  \\",
         r"\bottomrule",
         r"\end{tabular}",
+        r"\par\smallskip",
+        r"\parbox{\linewidth}{100\% of it. More.}",
+        r"\end{table}",
     ]
 
 
@@ -263,19 +274,15 @@ def test_a_report_of_a_folder_is_written_into_it_and_says_so(folder, capsys):
 def test_the_papers_numbers_are_in_every_form_of_the_table(folder):
     rows = rows_of(folder)
     write_report(folder, rows, folder / "report")
-    with (folder / "report" / "table.csv").open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    (ours,) = [line for line in lines if line["seeds"] == "0 1"]
-    assert (ours["exact_match %"], ours["paper"], ours["difference"]) == (
-        *("31.0 ± 1.4", "29.8", "+1.2"),
-    )
-    (lost,) = [line for line in lines if line["cell"] == "lora"]
-    assert (lost["exact_match %"], lost["paper"]) == ("OOM", ".")
-    assert {line["paper"] for line in lines if line["exact_match %"] == "."} == {
-        *("32.6", "24.3", "33.8", "24.6", "33.9")
-    }
+    lines = read_csv(folder / "report" / "table.csv").set_index("seeds")
+    ours = lines.loc["0 1"]
+    assert list(ours[["score", "score_std"]].round(6)) == [0.31, 0.014142]
+    assert (ours["paper/score"], round(ours["difference/score"], 6)) == (29.8, 1.2)
+    absent = lines[lines["state"] == "not run"]
+    assert {*absent["paper/score"]} == {32.6, 24.3, 33.8, 24.6, 33.9}
+    assert absent["score"].isna().all()
     by_task = (folder / "report" / "by_task_score.tex").read_text()
-    assert r"emloc & . (33.9) & \textbf{31.0 $\pm$ 1.4} (29.8) & 10.0 \\" in by_task
+    assert r"emloc & (33.9) & \textbf{31.0 $\pm$ 1.4} (29.8) & 10.0 \\" in by_task
     assert "| **31.0 ± 1.4** |" in (folder / "report" / "table.md").read_text()
     html = (folder / "report" / "report.html").read_text()
     assert '<b>31.0 ± 1.4</b> <span class="aside">(29.8)</span>' in html
@@ -284,7 +291,8 @@ def test_the_papers_numbers_are_in_every_form_of_the_table(folder):
 
 def test_the_tidy_file_of_a_report_gives_the_same_table(folder):
     write_report(folder, rows_of(folder), folder / "report")
-    assert table_of(rows_of(folder / "report" / "runs.csv")) == table_of(rows_of(folder))
+    again = rows_of(folder / "report" / "runs.csv")
+    assert_frame_equal(summary_of(again), summary_of(rows_of(folder)))
 
 
 def test_what_runs_were_made_with_is_said_once(folder):
@@ -311,7 +319,7 @@ def test_the_printed_table_is_plain_and_has_what_was_not_run(folder):
     said = table_with_notes(folder, rows_of(folder), unrun=True)
     assert "zero_shot" not in table(folder)  # as it is printed when a sweep has ended
     assert "**" not in said
-    assert re.search(r"^\| \. +\| zero_shot +\| .*\| 24\.3 +\| \. ", said, re.M)
+    assert re.search(r"^\|  +\| zero_shot +\| .*\| 24\.3 +\|  ", said, re.M)
     assert "paper: EMLoC, Table 3" in said
 
 
