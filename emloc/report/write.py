@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +11,24 @@ from typing import TYPE_CHECKING
 
 from emloc.config.experiments import Experiment, experiment
 from emloc.config.paths import EXPERIMENTS
-from emloc.report.figures import figures, save
+from emloc.report.figures import drawings, save, save_records
+from emloc.report.glossary import column_meanings
 from emloc.report.grid_rows import Placed
 from emloc.report.latex import latex
 from emloc.report.markdown import is_run, markdown, notes
 from emloc.report.origin import origin
-from emloc.report.page import Picture, Report, Section, page
+from emloc.report.page import FIGURES, NARROW, PageFigure, Report, Section, page
 from emloc.report.paper import QUANTITIES, Paper, paper_of
 from emloc.report.rows import Row, write_rows
 from emloc.report.run_table import table_of
+from emloc.report.summary import summary
 from emloc.report.table import Table
 from emloc.report.task_table import READ, pivot
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from emloc.report.draw.drawing import Drawing
+
+_CSS_PIXELS = 140  # of an inch of a figure, whose text is then as large as the page's
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,15 @@ def write_report(place: Path, rows: Sequence[Row], to: Path) -> list[Path]:
         *_by_task(asked, rows, paper),
         _Part("table", "Runs", shown, notes(shown, rows, paper)),
     ]
-    drawn = figures(rows, place)
     to.mkdir(parents=True, exist_ok=True)
-    saved = save(drawn, to / "figures")
+    drawn = drawings(rows, place)
+    saved = _save_figures(drawn, drawings(rows, place, columns=1), to)
     report = Report(
         title=", ".join(made["experiments"]),
-        lead=[*([asked.about] if asked else []), _summary(rows)],
-        sections=[Section(part.caption, part.shown, part.notes) for part in parts],
-        pictures=_pictures(drawn, to / "figures"),
+        lead=[*([asked.about] if asked else []), summary(rows, made, place)],
+        sections=[_section(part) for part in parts],
+        meanings=column_meanings(shown.columns, rows),
+        figures=_page_figures(drawn),
         origin=made,
     )
     texts = {f"{part.name}.md": _markdown(part) for part in parts}
@@ -100,28 +104,32 @@ def _by_task(asked: Experiment | None, rows: Sequence[Row], paper: Paper) -> lis
     ]
 
 
-def _summary(rows: Sequence[Row]) -> str:
-    """How the runs ended, and what they are of."""
-    states = Counter(row.state for row in rows)
-    ended = ", ".join(f"{count} {state}" for state, count in states.items())
-    models = ", ".join(dict.fromkeys(row.model for row in rows))
-    tasks = ", ".join(dict.fromkeys(row.task for row in rows))
-    return f"{len(rows)} runs: {ended}. {models} on {tasks}."
+def _section(part: _Part) -> Section:
+    files = [f"{part.name}.md", f"{part.name}.tex"]
+    files += ["table.csv", "runs.csv"] if part.name == "table" else []
+    return Section(part.caption, part.shown, part.notes, files)
 
 
-def _pictures(drawn: Mapping[str, Figure], folder: Path) -> list[Picture]:
+def _save_figures(
+    drawn: Mapping[str, Drawing], narrow: Mapping[str, Drawing], to: Path
+) -> list[Path]:
+    """Write each figure with its numbers, and once more for narrow screens."""
+    figures, narrow_figures = (
+        {stem: one.figure for stem, one in some.items()} for some in (drawn, narrow)
+    )
     return [
-        Picture(f"{name.replace('_', ' ')} (figures/{name}.pdf)", _alt(figure), png.read_bytes())
-        for name, figure in drawn.items()
-        for png in [folder / f"{name}.png"]
+        *save(figures, to / FIGURES, ("svg", "png", "pdf")),
+        *save_records(drawn, to / FIGURES),
+        *save(narrow_figures, to / NARROW, ("svg",)),
     ]
 
 
-def _alt(figure: Figure) -> str:
-    """What the axes of a figure say that they show."""
-    panels = ((axes.get_title(), axes.get_ylabel(), axes.get_xlabel()) for axes in figure.axes)
-    words = (f"{title}: {y} against {x}" if title else f"{y} against {x}" for title, y, x in panels)
-    return "; ".join(dict.fromkeys(words))
+def _page_figures(drawn: Mapping[str, Drawing]) -> list[PageFigure]:
+    figures = []
+    for stem, one in drawn.items():
+        width, height = (round(_CSS_PIXELS * inches) for inches in one.figure.get_size_inches())
+        figures.append(PageFigure(stem, one.caption, one.alt, width, height))
+    return figures
 
 
 def _write_words(shown: Table, path: Path) -> None:

@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-from base64 import b64decode
 from html.parser import HTMLParser
 
 import pytest
@@ -11,14 +10,18 @@ from omegaconf import OmegaConf
 from reported import row
 
 from emloc.cli import VERBS
+from emloc.config.paths import EXPERIMENTS
 from emloc.config.run_folder import Run
 from emloc.errors import ConfigError
+from emloc.report.glossary import column_meanings
 from emloc.report.latex import escaped, latex
 from emloc.report.markdown import markdown, table, table_with_notes
 from emloc.report.origin import origin
-from emloc.report.page import Picture, Report, Section, page
+from emloc.report.page import PageFigure, Report, Section, page
+from emloc.report.paper import paper_of
 from emloc.report.rows import rows_of, write_rows
 from emloc.report.run_table import table_of
+from emloc.report.summary import summary
 from emloc.report.table import Table, best, number, split
 from emloc.report.write import write_report
 
@@ -133,7 +136,7 @@ def test_words_are_escaped_for_latex(word, said):
 class Reader(HTMLParser):
     """Start tags with attributes, those left open, and the words of every cell of tables."""
 
-    VOID = ("meta", "img")
+    VOID = ("meta", "img", "link", "source", "wbr")
 
     def __init__(self, text: str):
         super().__init__()
@@ -165,18 +168,24 @@ def made(**changed) -> Report:
     known = {
         "title": "mine <i>",
         "lead": ["3 runs"],
-        "sections": [Section("Runs", WORDS, ["a & b"])],
-        "pictures": [Picture("score memory", 'accuracy against "GiB"', b"\x89PNG")],
+        "sections": [Section("Runs", WORDS, ["a & b"], ["table.md", "runs.csv"])],
+        "meanings": {"loss": "Lower is <better>."},
+        "figures": [PageFigure("score_memory", "It grows.", 'accuracy against "GiB"', 900, 400)],
         "origin": {"commit": ["abc"], "versions": {"torch": ["2.13", "2.14"]}, "settings": {}},
     }
     return Report(**known | changed)
 
 
-def test_the_page_is_whole_and_asks_for_nothing_else():
+def test_the_page_is_whole_and_refers_only_to_files_of_its_folder():
     text = page(made())
     read = Reader(text)
     assert read.open == read.strange == []
-    assert not re.search(r"""(src|href)=["'](?!data:)|@import|url\(""", text)
+    links = re.findall(r"""(?:src|srcset|href)=["']([^"']*)""", text)
+    assert {link for link in links if not link.startswith(("#", "data:"))} == {
+        *("table.md", "runs.csv", "figures/narrow/score_memory.svg"),
+        *(f"figures/score_memory.{suffix}" for suffix in ("svg", "png", "pdf", "csv")),
+    }
+    assert not re.search(r"@import|url\(", text)
     assert [one["lang"] for one in read.named("html")] == ["en"]
     assert "prefers-color-scheme: dark" in text
 
@@ -194,10 +203,23 @@ def test_the_page_has_the_tables_words_and_what_they_are_sorted_by():
     assert len(read.named("b")) == 1
 
 
-def test_the_page_shows_figures_in_words_too():
-    (image,) = Reader(page(made())).named("img")
+def test_each_cell_names_its_column_and_each_head_its_scope():
+    read = Reader(page(made()))
+    assert [one["data-column"] for one in read.named("td")] == WORDS.columns[1:] * 3
+    assert [one["scope"] for one in read.named("th")] == ["col"] * 3 + ["row"] * 3
+
+
+def test_a_figure_has_a_caption_a_text_and_a_link_to_its_largest_form():
+    text = page(made())
+    (image,) = Reader(text).named("img")
     assert image["alt"] == 'accuracy against "GiB"'
-    assert b64decode(image["src"].removeprefix("data:image/png;base64,")) == b"\x89PNG"
+    assert image["src"] == "figures/score_memory.svg"
+    assert "<strong>Figure 1.</strong> It grows." in text
+    assert re.search(r'<a href="figures/score_memory.svg">\s*<picture>', text)
+
+
+def test_the_page_says_what_each_column_means():
+    assert "<dt>loss</dt><dd>Lower is &lt;better&gt;.</dd>" in page(made())
 
 
 def test_the_page_says_what_it_was_made_with_and_escapes_it():
@@ -375,12 +397,47 @@ def test_a_folder_without_runs_is_refused_and_left_as_it_is(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_figure_is_told_by_its_axes(folder):
+def test_each_figure_of_a_report_has_its_files_and_a_text(folder):
     written = write_report(folder, rows_of(folder), folder / "report")
-    drawn = [path for path in written if path.suffix == ".png"]
+    stems = [path.stem for path in written if path.suffix == ".png"]
     read = Reader((folder / "report" / "report.html").read_text())
     images = read.named("img")
-    assert len(images) == len(drawn) >= 1
-    shown = [b64decode(one["src"].removeprefix("data:image/png;base64,")) for one in images]
-    assert shown == [path.read_bytes() for path in drawn]
+    assert [one["src"] for one in images] == [f"figures/{stem}.svg" for stem in stems]
     assert all("exact_match against " in one["alt"] for one in images)
+    names = {path.relative_to(folder / "report").as_posix() for path in written}
+    for stem in stems:
+        assert {f"figures/{stem}.{suffix}" for suffix in ("svg", "png", "pdf", "csv")} <= names
+        assert f"figures/narrow/{stem}.svg" in names
+
+
+def test_the_page_says_in_one_sentence_what_was_run(folder):
+    for run, count in ((folder / "emloc-llama3_8b-s0", 4), (folder / "emloc-llama3_8b-s1", 4)):
+        (run / "predictions.jsonl").write_text("{}\n" * count)
+    rows = rows_of(folder)
+    assert summary(rows, origin(folder, rows), folder) == (
+        "5 runs (4 done, 1 OOM) of llama3_8b and smollm2_135m on gsm8k, "
+        "scored on 4 held-out rows, seeds 0 and 1, commit abc."
+    )
+
+
+# What columns mean -------------------------------------------------------------------------------
+
+
+def test_every_column_of_a_report_has_a_meaning(folder):
+    shown = table_of(rows_of(folder), paper_of(["table3_nlp"], EXPERIMENTS))
+    meanings = column_meanings(shown.columns, rows_of(folder))
+    assert list(meanings) == shown.columns
+    assert {"cell", "seeds", "exact_match %", "paper", "difference", "loss", "train s"} <= {
+        *meanings
+    }
+    settings = [name for name, text in meanings.items() if text.startswith("Setting ")]
+    assert settings == []
+
+
+def test_a_column_of_a_setting_and_of_a_kind_of_rows_is_told_as_such():
+    rows = [row("lora", **{"scores/accuracy/colour": 0.5})]
+    meanings = column_meanings(["accuracy", "colour", "lora.rank", "emulate s"], rows)
+    assert meanings["accuracy"].startswith("Score of the held-out rows; higher is better.")
+    assert meanings["colour"] == "The same score, over the held-out rows of the kind colour."
+    assert meanings["lora.rank"] == "Setting lora.rank, in which the runs differ."
+    assert meanings["emulate s"].startswith("Seconds of the stage emulate ")
