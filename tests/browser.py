@@ -40,6 +40,7 @@ function measure(frame) {{
   const sticksOut = element => {{
     const box = element.getBoundingClientRect(), letters = lettersOf(element);
     const outside = Math.max(letters.right - box.right, box.left - letters.left);
+    if (!letters.width) return false;
     return outside > 1 || box.right > width + 1 || box.left < -1 || letters.right > width + 1;
   }};
   const blocks = [...doc.querySelectorAll("h1, h2, p, li, th, td, figcaption, dt, dd, summary")];

@@ -94,8 +94,9 @@ def draw(rows: Sequence[Row], place: Path, columns: int) -> Mapping[str, Drawing
         for tower in towers:
             name = tower_name(tower)
             stem = f"layers_{row.run}" + (f"_{name}" if len(towers) > 1 else "")
-            title = f"{row.cell or row.method}, {_size(row)}, {row.model}"
-            title += f", {name} tower" if len(towers) > 1 else ""
+            parts = [row.cell or row.method, _size(row), row.model]
+            parts += [f"{name} tower"] if len(towers) > 1 else []
+            title = ", ".join(filter(None, parts))
             members = [layer for layer in layers if layer.tower == tower]
             figure = _figure(members, title, columns)
             drawings[stem] = Drawing(figure, _caption(members, title), _records(members))
