@@ -68,8 +68,9 @@ def _refuse(message: str) -> None:
 
 def _report(arguments: list[str]) -> None:
     """Print the table of a folder of runs, and write it with figures and a page to look at."""
-    from emloc.report.markdown import is_run, table_with_notes
+    from emloc.report.markdown import is_run, table, table_with_notes
     from emloc.report.rows import rows_of, write_rows
+    from emloc.report.summary_file import is_summary, read_summary, write_summary
 
     parser = argparse.ArgumentParser("emloc report", description=_report.__doc__)
     parser.add_argument("place", type=Path, help="runs/<name>, one run in it, or a file of --csv")
@@ -79,6 +80,13 @@ def _report(arguments: list[str]) -> None:
     place: Path = chosen.place
     if not place.exists():
         raise ConfigError(f"no folder or file {place}; give one such as runs/demo")
+    if is_summary(place):
+        if chosen.to:
+            raise ConfigError(f"{place} holds means, and no runs to draw; leave out --to")
+        print(table(place))
+        if chosen.csv:
+            write_summary(read_summary(place), chosen.csv)
+        return
     rows = rows_of(place)
     if not rows:
         raise ConfigError(f"no runs in {place}; give one such as runs/demo")

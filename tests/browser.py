@@ -31,7 +31,7 @@ _WRAPPER = """<!doctype html><title>measure</title>
 function measure(frame) {{
   const page = frame.contentWindow, doc = page.document, width = page.innerWidth;
   const name = element => element.tagName + " " + element.textContent.trim().slice(0, 60);
-  const isSeen = element => !element.closest(".cards thead");
+  const isSeen = element => !element.closest(".cards thead, .cards td.empty");
   const lettersOf = element => {{
     const range = doc.createRange();
     range.selectNodeContents(element);
@@ -51,7 +51,7 @@ function measure(frame) {{
     scrolled: [...doc.querySelectorAll("*")]
       .filter(isSeen).filter(e => e.clientWidth && e.scrollWidth > e.clientWidth + 1).map(name),
     cells: blocks.filter(e => e.closest("tbody")).length,
-    unseen: blocks.filter(e => e.closest("tbody"))
+    unseen: blocks.filter(isSeen).filter(e => e.closest("tbody"))
       .filter(e => !e.getBoundingClientRect().width || !e.getBoundingClientRect().height).map(name),
     cards: doc.querySelectorAll("table.cards").length,
     images: [...doc.images].map(i => [decodeURI(i.currentSrc), i.naturalWidth, i.alt]),

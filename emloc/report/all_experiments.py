@@ -1,4 +1,4 @@
-"""One page over all experiments: what is asked for, what there is of it, what the paper has."""
+"""One page over all experiments: the requested runs, their results, and the paper's numbers."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 from emloc.config.experiments import experiment
 from emloc.config.run_folder import DONE
 from emloc.errors import ConfigError
-from emloc.report.grid_rows import Placed
+from emloc.report.grid import STATES, Grid
 from emloc.report.markdown import markdown
 from emloc.report.paper import QUANTITIES, Paper, paper_of
 from emloc.report.rows import Row, rows_of
-from emloc.report.task_table import READ, pivot
+from emloc.report.task_table import HOW_TO_READ, task_table
 
-_ORDER = ("table", "ablate_")  # what experiments' names start with; others come last
+_ORDER = ("table", "ablate_")  # experiments with these prefixes come first
 
 
 def tables(experiments: Path, runs: Path) -> str:
     """Markdown of every `<experiments>/*.yaml`, with the runs in `<runs>/<its name>`.
 
-    A run that is not there is taken from `<experiments>/results/<its name>*.csv`, where it is. Of
-    several experiments whose names a file's starts with, it is the one with the longest.
+    Runs that are not there are read from `<experiments>/results/<its name>*.csv`. A file belongs to
+    the experiment with the longest name that its own name starts with.
     """
     paths = sorted(experiments.glob("*.yaml"), key=lambda path: (_rank(path.stem), path.stem))
     names = [path.stem for path in paths]
@@ -33,75 +33,86 @@ def tables(experiments: Path, runs: Path) -> str:
         for owner in owners[-1:]:
             files[owner].append(file)
     sections = [_section(path, files[path.stem], runs) for path in paths]
-    return "\n\n".join(["# Results", f"{READ[0].upper()}{READ[1:]}.", *sections])
+    return "\n\n".join(["# Results", f"{HOW_TO_READ[0].upper()}{HOW_TO_READ[1:]}.", *sections])
 
 
 def _rank(name: str) -> int:
-    return next((i for i, start in enumerate(_ORDER) if name.startswith(start)), len(_ORDER))
+    return next((i for i, prefix in enumerate(_ORDER) if name.startswith(prefix)), len(_ORDER))
 
 
 def _section(path: Path, files: Sequence[Path], runs: Path) -> str:
-    asked = experiment(path)
-    rows, unread = _rows(runs / asked.name, files)
-    paper = paper_of([asked.name], path.parent)
-    placed = Placed(asked, rows)
-    parts = [f"## {asked.name}", asked.about, _state(placed)]
+    requested = experiment(path)
+    rows, errors = _rows(runs / requested.name, files)
+    paper = paper_of([requested.name], path.parent)
+    grid = Grid(requested, rows)
+    parts = [f"## {requested.name}", requested.about, _progress(grid)]
+    failures: dict[str, None] = {}
     for name in paper.quantities or ["score"]:
         quantity = QUANTITIES[name]
+        table, left_out = task_table(grid, paper, quantity)
+        failures |= dict.fromkeys(left_out)
         parts += [f"{quantity.head}:"] if name != "score" else []
-        parts.append(markdown(pivot(placed, paper, quantity), bold=True))
-    return "\n\n".join(part for part in [*parts, _below(rows, paper, unread)] if part)
+        parts.append(markdown(table, bold=True))
+    return "\n\n".join(filter(None, [*parts, _notes(rows, paper, [*failures], errors)]))
 
 
 def _rows(folder: Path, files: Sequence[Path]) -> tuple[list[Row], list[str]]:
-    """The runs in the folder and those that only the files have; what is wrong with a file."""
-    rows, unread = rows_of(folder), []
+    """The runs in the folder and those that only the files have; errors of unreadable files."""
+    rows, errors = rows_of(folder), []
     for file in files:
         try:
-            more = rows_of(file)
+            stored = rows_of(file)
         except ConfigError as error:
-            unread.append(str(error))
+            errors.append(str(error))
             continue
-        there = {row.run: row for row in rows}
-        shared = _shared(more, there)
+        present = {row.run: row for row in rows}
+        shared = _shared_settings(stored, present)
         rows += [
             replace(row, settings={**shared, **row.settings})
-            for row in more
-            if row.run not in there
+            for row in stored
+            if row.run not in present
         ]
-    return rows, unread
+    return rows, errors
 
 
-def _shared(stored: Sequence[Row], there: Mapping[str, Row]) -> dict[str, str]:
-    """Settings that all runs of a file have and it has no column for, if one of them is there."""
-    same = next((there[row.run].settings for row in stored if row.run in there), {})
+def _shared_settings(stored: Sequence[Row], present: Mapping[str, Row]) -> dict[str, str]:
+    """The settings that a file has no column for, because all of its runs share them.
+
+    They are those of a run of the file that is also present as a folder, if there is one.
+    """
+    settings = next((present[row.run].settings for row in stored if row.run in present), {})
     columns = {name for row in stored for name in row.settings}
-    return {name: word for name, word in same.items() if name not in columns}
+    return {name: word for name, word in settings.items() if name not in columns}
 
 
-def _state(placed: Placed) -> str:
-    states = Counter(row.state for row in placed.rows if row.state != DONE)
+def _progress(grid: Grid) -> str:
+    """How many of the requested runs are in which state, and the runs off the grid."""
+    states = grid.states()
     others = Counter(
-        spot.model
-        for spot, rows in placed.found.items()
+        f"{point.model} on {point.task}"
+        for point, rows in grid.runs.items()
         for row in rows
-        if row.done and spot not in placed.asked
+        if row.done and point not in grid.requested
     )
-    said = [
-        f"{placed.done} of {sum(map(len, placed.asked.values()))} runs done",
-        *(f"{number} {state}" for state, number in states.items()),
-        *(f"{number} besides of {model}" for model, number in others.items()),
+    counts = [
+        f"{states[DONE]} of {states.total()} runs done",
+        *(f"{states[name]} {name}" for name in STATES if states[name] and name != DONE),
     ]
-    return f"{', '.join(placed.models)}: {', '.join(said)}."
+    besides = [f"{count} of {column}" for column, count in others.items()]
+    off_grid = f"; besides these runs: {', '.join(besides)}" if besides else ""
+    return f"{', '.join(grid.models)}: {', '.join(counts)}{off_grid}."
 
 
-def _below(rows: list[Row], paper: Paper, unread: list[str]) -> str:
-    """What has to be known to read the tables."""
+def _notes(
+    rows: Sequence[Row], paper: Paper, failures: Sequence[str], errors: Sequence[str]
+) -> str:
+    """The metrics, the runs left out, the paper's tables and unreadable files, a line for each."""
     metrics = sorted({(row.task, row.metric) for row in rows if row.done})
     scores = ", ".join(f"{task} {metric}" for task, metric in metrics)
-    said = [
+    notes = [
         *([f"Scores: {scores}."] if metrics else []),
+        *(f"{note[0].upper()}{note[1:]}." for note in failures),
         *(f"Paper: {source}." for source in paper.sources),
-        *(f"Not read: {error}." for error in unread),
+        *(f"Not read: {error}." for error in errors),
     ]
-    return "\n".join(f"{line}  " if line != said[-1] else line for line in said)
+    return "  \n".join(notes)

@@ -1,11 +1,11 @@
-"""A table as LaTeX, in the manner of booktabs."""
+"""A table as LaTeX that needs no package but booktabs, with its notes below it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-from emloc.report.table import Table, split
+from emloc.report.table import EMPTY, Table, split
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -16,51 +16,50 @@ _SPECIAL = {
     "|": r"\textbar{}",
     "±": r"$\pm$",
     "·": r"$\cdot$",
+    "\N{MINUS SIGN}": "$-$",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }
-# As a hyphen it would be read as one.
+# LaTeX would print a hyphen.
 _MINUS = re.compile(r"(?<![^\s(])-(?=\d)")
 
 
-def latex(shown: Table, notes: Sequence[str]) -> str:
-    """A `tabular` to be input into a table: columns of words flush left, of numbers flush right."""
-    columns = shown.columns
-    aligned = "".join("r" if shown.numeric(column) else "l" for column in columns)
-    lines = [
-        [
-            _cell(word, (index, column) in shown.best)
-            for column, word in zip(columns, words, strict=True)
-        ]
-        for index, words in enumerate(shown.words())
-    ]
+def latex(table: Table, caption: str, notes: Sequence[str], label: str) -> str:
+    """A `table` environment: words flush left, numbers flush right, the best cells in bold."""
+    frame = table.frame.copy()
+    for column in frame:
+        is_best = [(index, column) in table.best for index in frame.index]
+        frame[column] = [_cell(*each) for each in zip(frame[column], is_best, strict=True)]
+    tabular = frame.rename(columns=escaped).to_latex(
+        index=False,
+        column_format="".join("r" if table.numeric(name) else "l" for name in table.columns),
+    )
     return "\n".join(
         [
             r"% \usepackage{booktabs}",
-            *(f"% {note}" for note in notes),
-            rf"\begin{{tabular}}{{@{{}}{aligned}@{{}}}}",
-            r"\toprule",
-            _row([escaped(column) for column in columns]),
-            r"\midrule",
-            *(_row(line) for line in lines),
-            r"\bottomrule",
-            r"\end{tabular}",
-            "",
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{escaped(caption)}}}",
+            rf"\label{{tab:{label}}}",
+            tabular.rstrip(),
+            *([_notes(notes)] if notes else []),
+            r"\end{table}",
+            EMPTY,
         ]
     )
 
 
 def escaped(word: str) -> str:
-    """The same word where LaTeX reads it."""
-    plain = "".join(_SPECIAL.get(sign, sign) for sign in _MINUS.sub("\N{MINUS SIGN}", word))
-    return plain.replace("\N{MINUS SIGN}", "$-$")
+    """The word as LaTeX prints it."""
+    return "".join(_SPECIAL.get(sign, sign) for sign in _MINUS.sub("\N{MINUS SIGN}", word))
 
 
-def _cell(word: str, best: bool) -> str:
-    if not best:
+def _cell(word: str, is_best: bool) -> str:
+    if not is_best:
         return escaped(word)
     ours, aside = split(word)
     return rf"\textbf{{{escaped(ours)}}} {escaped(aside)}".rstrip()
 
 
-def _row(cells: list[str]) -> str:
-    return " & ".join(cells) + r" \\"
+def _notes(notes: Sequence[str]) -> str:
+    sentences = " ".join(f"{note[:1].upper()}{note[1:]}." for note in map(escaped, notes))
+    return f"\\par\\smallskip\n\\parbox{{\\linewidth}}{{\\footnotesize {sentences}}}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from emloc.report.table import EMPTY, Table, number, split
+from emloc.report.table import Table, number, split
 
 FIGURES = "figures"  # folder beside the page
 NARROW = "figures/narrow"  # the same figures for narrow screens
@@ -24,8 +24,7 @@ class PageFigure:
     stem: str
     caption: str
     alt: str
-    width: int  # CSS pixels
-    height: int
+    width: int  # in CSS pixels, where the screen is wide enough
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Cell:
         if self.value is not None:
             return "number"
         is_bad = self.ours == "OOM" or self.ours.startswith("failed(")
-        return "bad" if is_bad else "empty" if self.ours == EMPTY else "plain"
+        return "bad" if is_bad else "plain" if self.ours or self.aside else "empty"
 
 
 @dataclass(frozen=True)
@@ -105,4 +104,4 @@ def _facts(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
             yield from _facts(value, f"{prefix}{name}.")
         else:
             items = value if isinstance(value, list) else [value]
-            yield f"{prefix}{name}", ", ".join(map(str, items)) or EMPTY
+            yield f"{prefix}{name}", ", ".join(map(str, items)) or "unknown"

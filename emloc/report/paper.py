@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from emloc.errors import ConfigError
 from emloc.report.rows import Row
-from emloc.report.table import number
+from emloc.report.table import EMPTY, number
 
 KEYS = ("cell", "method", "model", "task")
 _VALUES = ("quantity", "value", "unit")
@@ -17,18 +18,28 @@ _VALUES = ("quantity", "value", "unit")
 
 @dataclass(frozen=True)
 class Quantity:
-    """Something that the paper measured too."""
+    """Something that both the paper and a run measure."""
 
     name: str
     unit: str  # in the paper's file
-    head: str  # of a column of ours, with the unit's sign at its end
+    head: str  # of our column, with the unit's sign at its end
     digits: int
     ours: Callable[[Row], float | None]  # of a run, in the same unit
 
     @property
     def sign(self) -> str:
-        """Its unit in a head."""
+        """The unit in a head."""
         return self.head.split(" ")[-1]
+
+    def word(self, rows: Sequence[Row]) -> str:
+        """Mean of these runs, ± the standard deviation of several; empty if one has no number."""
+        values = [value for row in rows if (value := self.ours(row)) is not None]
+        if len(values) < len(rows):
+            return EMPTY
+        mean = f"{statistics.mean(values):.{self.digits}f}"
+        if len(values) == 1:
+            return mean
+        return f"{mean} ± {statistics.stdev(values):.{self.digits}f}"
 
 
 def _score(row: Row) -> float | None:
@@ -42,7 +53,7 @@ def _peak(row: Row) -> float | None:
 
 
 def _build_hours(row: Row) -> float | None:
-    """Hours of calibrating, where there was any, and emulating."""
+    """Hours of emulating, and of calibrating where the run did."""
     emulate = row.number("seconds/emulate")
     return None if emulate is None else (emulate + (row.number("seconds/calibrate") or 0)) / 3600
 
@@ -56,16 +67,16 @@ QUANTITIES = {
 
 @dataclass(frozen=True)
 class Number:
-    """One number of the paper. `keys`: experiment, model and others of KEYS, all that it is of."""
+    """One number of the paper. `keys`: the facts that a run must have to be compared with it."""
 
-    keys: Mapping[str, str]
+    keys: Mapping[str, str]  # experiment, model and others of KEYS
     quantity: str
-    word: str  # as it is printed there
+    word: str  # as the paper prints it
     source: str  # in words
     where: str  # file and line
 
     def about(self, facts: Mapping[str, str]) -> bool:
-        """Whether it is of what these facts are of."""
+        """Whether something with these facts is what the number is about."""
         return all(facts.get(key) == word for key, word in self.keys.items())
 
 
@@ -77,36 +88,39 @@ class Paper:
 
     @property
     def sources(self) -> list[str]:
-        """Where its numbers are from."""
+        """The tables that the numbers are from."""
         return list(dict.fromkeys(one.source for one in self.numbers))
 
     @property
     def quantities(self) -> list[str]:
-        """What there are numbers of, in the order of QUANTITIES."""
+        """The quantities that have numbers, in the order of QUANTITIES."""
         return [name for name in QUANTITIES if any(n.quantity == name for n in self.numbers)]
 
     def of_models(self, models: Iterable[str]) -> Paper:
-        """Its numbers of these models alone."""
+        """The numbers of these models alone."""
         known = set(models)
         return Paper([one for one in self.numbers if one.keys["model"] in known])
 
     def find(self, quantity: str, facts: Mapping[str, str]) -> Number | None:
-        """Its number of what these facts are of.
+        """The number of a quantity that is about something with these facts.
 
         Raises:
             ConfigError: there are two.
         """
-        found = [n for n in self.numbers if n.quantity == quantity and n.about(facts)]
-        if len(found) > 1:
+        numbers = [n for n in self.numbers if n.quantity == quantity and n.about(facts)]
+        if len(numbers) > 1:
             raise ConfigError(
-                f"{found[1].where}: a second {quantity} of what {found[0].where} is about; "
+                f"{numbers[1].where}: a second {quantity} of what {numbers[0].where} is about; "
                 "leave one out, or give both a key that tells them apart"
             )
-        return found[0] if found else None
+        return numbers[0] if numbers else None
+
+
+NO_PAPER = Paper()
 
 
 def facts_of(row: Row) -> dict[str, str]:
-    """What a number of the paper may name of a run."""
+    """The facts of a run that a number of the paper may name."""
     return {"experiment": row.experiment} | {key: getattr(row, key) for key in KEYS}
 
 
@@ -139,19 +153,19 @@ def _read(path: Path) -> list[Number]:
         where = f"{path}:{table.line_num + 1}"
         if len(words) != len(head):
             raise ConfigError(f"{where}: {len(words)} values in {len(head)} columns")
-        given = dict(zip(head, words, strict=True))
-        _check(given, where)
-        keys = {"experiment": path.stem} | {key: given[key] for key in KEYS if given.get(key)}
-        numbers.append(Number(keys, given["quantity"], given["value"], source, where))
+        cells = dict(zip(head, words, strict=True))
+        _check(cells, where)
+        keys = {"experiment": path.stem} | {key: cells[key] for key in KEYS if cells.get(key)}
+        numbers.append(Number(keys, cells["quantity"], cells["value"], source, where))
     return numbers
 
 
-def _listed(what: str, names: Sequence[str]) -> str:
-    return f"{what} {', '.join(names)}; " if names else ""
+def _listed(fault: str, names: Sequence[str]) -> str:
+    return f"{fault} {', '.join(names)}; " if names else EMPTY
 
 
-def _check(given: Mapping[str, str], where: str) -> None:
-    name, value, unit = (given[column] for column in _VALUES)
+def _check(cells: Mapping[str, str], where: str) -> None:
+    name, value, unit = (cells[column] for column in _VALUES)
     if name not in QUANTITIES:
         known = ", ".join(QUANTITIES)
         raise ConfigError(f"{where}: quantity {name} is not known; it takes {known}")
@@ -159,5 +173,5 @@ def _check(given: Mapping[str, str], where: str) -> None:
         raise ConfigError(f"{where}: {name} is given in {QUANTITIES[name].unit}, not in {unit}")
     if number(value) is None:
         raise ConfigError(f"{where}: value {value!r} is no number")
-    if not given["model"]:
-        raise ConfigError(f"{where}: it is not said of which model it is; fill in model")
+    if not cells["model"]:
+        raise ConfigError(f"{where}: the number is of no model; fill in model")

@@ -1,171 +1,213 @@
-"""A folder of runs as a table: those that differ in the seed alone are one line of words."""
+"""The table of a summary: each number in its unit and with its digits, and the notes below."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import reduce
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from emloc.config.stage_order import merged
-from emloc.report.groups import groups_of, varying
-from emloc.report.paper import QUANTITIES, Number, Paper, Quantity, facts_of
-from emloc.report.rows import Row, metric_of
+import pandas as pd
+
+from emloc.config.run_folder import DONE
+from emloc.report.paper import QUANTITIES
+from emloc.report.rows.csv_files import STD, is_number
+from emloc.report.summary import FACTS, NOT_RUN, SIZE
 from emloc.report.table import EMPTY, Table, best
 
-KINDS = 6  # of rows, that have columns of their own
-NO_PAPER = Paper()
-
-
-def table_of(rows: Sequence[Row], paper: Paper = NO_PAPER, *, unrun: bool = True) -> Table:
-    """A line for each group of runs, the paper's numbers of their models beside them.
-
-    `unrun`: a line also for what the paper has of these models and no run is about.
-    """
-    paper = paper.of_models(row.model for row in rows)
-    absent = _absent(paper, rows) if unrun else []
-    heads = _heads(rows, paper, absent)
-    groups = groups_of(rows)
-    lines = [_line(group, heads, paper) for group in groups]
-    peers = [(row.experiment, row.model, row.task, row.data, row.metric) for row, *_ in groups]
-    larger = {heads.metric: True} | dict.fromkeys(heads.kinds, True)
-    leading = best(lines, peers, larger | {"loss": False, "gain kept": True})
-    return Table([*lines, *(_absent_line(numbers, heads) for numbers in absent)], leading)
-
-
-def spread(values: Sequence[float | None], form: str) -> str:
-    """Mean, and standard deviation of several; empty where one of them is not known."""
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
-        return EMPTY
-    mean = format(statistics.mean(known), form)
-    return f"{mean} ± {format(statistics.stdev(known), form)}" if len(known) > 1 else mean
-
-
-def measured(group: Sequence[Row], quantity: Quantity) -> str:
-    """What these runs have of it, in its unit."""
-    return spread([quantity.ours(row) for row in group], f".{quantity.digits}f")
+KINDS = 6  # kinds of rows at most that have columns of their own
 
 
 @dataclass(frozen=True)
-class _Heads:
-    """Which columns a table has, as far as that depends on its rows."""
+class Column:
+    """A column of numbers in a table."""
 
-    names: Sequence[str]  # of settings, that tell lines apart
-    seeds: bool
-    metric: str  # what the score is called
-    kinds: Mapping[str, str]  # head of rows of one kind -> their number's name
-    as_trained: bool
-    quantities: Sequence[Quantity]  # that the paper has
-    stages: Sequence[str]  # whose seconds are a column
+    name: str  # in the summary
+    head: str  # in the table, with its unit
+    form: str = ""  # digits; z: no minus before a zero; empty: the summary has the words
+    factor: float = 1.0  # from the summary's unit to the table's
+    larger: bool | None = None  # whether a larger number is better; None: neither is
+    printed: bool = True  # whether a paper prints it
+    note: str = ""
 
-    @property
-    def percent(self) -> bool:
-        """Whether scores are shown as the paper's are."""
-        return any(quantity.name == "score" for quantity in self.quantities)
+    def words(self, summary: pd.DataFrame) -> list[str]:
+        """The numbers of all lines, each with ± and its standard deviation where there is one."""
+        if not self.form:
+            return list(summary[self.name])
+        means = self._words(summary[self.name])
+        spreads = self._words(summary.get(f"{self.name}{STD}", [float("nan")] * len(summary)))
+        pairs = zip(means, spreads, strict=True)
+        return [f"{mean} ± {spread}" if spread else mean for mean, spread in pairs]
 
-
-def _heads(rows: Sequence[Row], paper: Paper, absent: Sequence[Sequence[Number]]) -> _Heads:
-    metric = metric_of(rows)
-    kind = f"scores/{metric}/"
-    found = sorted({name for row in rows for name in row.numbers if name.startswith(kind)})
-    return _Heads(
-        names=_names(rows, [number for numbers in absent for number in numbers]),
-        seeds=len({row.seed for row in rows}) > 1,
-        metric=f"{metric} %" if "score" in paper.quantities else metric,
-        kinds={name.removeprefix(kind): name for name in found} if len(found) <= KINDS else {},
-        as_trained=any("as_trained/loss" in row.numbers for row in rows),
-        quantities=[QUANTITIES[name] for name in paper.quantities],
-        stages=reduce(merged, (row.columns for row in rows), ()),
-    )
+    def _words(self, values: Sequence[float]) -> list[str]:
+        return [EMPTY if pd.isna(v) else format(v * self.factor, self.form) for v in values]
 
 
-def _names(rows: Sequence[Row], absent: Sequence[Number]) -> list[str]:
-    """Columns that tell lines apart."""
-    found = varying(rows)
-    of = [key for key in ("model", "task") if key in found or _is_of_another(key, rows, absent)]
-    several = len({row.experiment for row in rows}) > 1
-    cells = any(row.cell for row in rows)
-    others = [name for name in found if name not in of]
-    return [*["experiment"] * several, *["cell"] * cells, "method", *of, *others]
+_COLUMNS = (
+    Column(
+        "scores/loss",
+        "loss",
+        "z.3f",
+        larger=False,
+        printed=False,
+        note="loss: mean negative log-likelihood of an answer token on held-out rows, in nats",
+    ),
+    Column(
+        "gain_kept",
+        "gain kept",
+        "z.1%",
+        larger=True,
+        note="gain kept: share of LoRA's improvement in loss over the untouched model that a "
+        "method reaches (0%: untouched model, 100%: LoRA)",
+    ),
+    Column(
+        "as_trained/loss",
+        "loss as trained",
+        "z.3f",
+        printed=False,
+        note="loss as trained: loss of the adapter on the compressed model that it was trained on",
+    ),
+    Column(
+        "bytes",
+        "through MB",
+        ".0f",
+        1e-6,
+        note="through MB: weights of the model that was trained through",
+    ),
+    Column("peak_gib/train", "train GiB", ".2f", note="train GiB: peak memory of the training"),
+    Column(
+        "step_seconds",
+        "step s",
+        "z.3f",
+        printed=False,
+        note="step s: median seconds of a training step",
+    ),
+)
+_STAGE_NOTE = "<stage> s: seconds of the stage when it was computed, also where it was then reused"
 
 
-def _is_of_another(key: str, rows: Sequence[Row], absent: Sequence[Number]) -> bool:
-    """Whether the paper has numbers of another one than all rows."""
-    ours = {row.settings.get(key) for row in rows}
-    return bool({number.keys.get(key) for number in absent} - ours - {None})
+def table_of(summary: pd.DataFrame, *, printed: bool = False) -> Table:
+    """A line for each group of runs. A column that applies to no line is left out.
+
+    Args:
+        summary: of `summary_of` or `read_summary`.
+        printed: keep only the columns that a paper prints.
+    """
+    summary = summary.reset_index(drop=True)
+    score, *others = [one for one in columns_of(summary) if one.printed or not printed]
+    labels = _printed_labels(summary) if printed else _labels(summary)
+    frame = summary[labels].rename(columns={SIZE: "compression"})
+    has_ended = summary["state"].isin([DONE, NOT_RUN])
+    frame[score.head] = pd.Series(score.words(summary)).where(has_ended, summary["state"])
+    for column in others:
+        words = pd.Series(column.words(summary), dtype=object)
+        if words.ne(EMPTY).any():
+            frame[column.head] = words
+    peers = list(summary[["experiment", "model", "task", "data", "metric"]].itertuples(index=False))
+    larger = {
+        one.head: one.larger
+        for one in (score, *others)
+        if one.larger is not None and one.head in frame
+    }
+    return Table(frame, best(frame, peers, larger))
 
 
-def _line(group: Sequence[Row], heads: _Heads, paper: Paper) -> dict[str, str]:
-    """One line of runs that differ in nothing but the seed."""
-    first = group[0]
-    told = {"experiment": first.experiment, "cell": first.cell, "method": first.method}
-    known = {**first.settings, **told}
-    line = {name: known.get(name) or EMPTY for name in heads.names}
-    if heads.seeds:
-        line["seeds"] = " ".join(str(seed) for seed in sorted(row.seed for row in group))
-    if not first.done:
-        return line | {heads.metric: first.state} | _compared(group, heads, paper)
-
-    def shown(name: str, form: str, scale: float = 1) -> str:
-        values = [row.number(name) for row in group]
-        return spread([None if value is None else scale * value for value in values], form)
-
-    def mean(name: str, form: str) -> str:
-        return shown(name, form).split(" ")[0]
-
-    share = (".1f", 100) if heads.percent else (".3f", 1)
-    line[heads.metric] = shown("score", *share)
-    line |= {head: shown(name, *share) for head, name in heads.kinds.items()}
-    line |= _compared(group, heads, paper)
-    line |= {"loss": shown("scores/loss", ".3f"), "gain kept": shown("gain_kept", ".1%")}
-    if heads.as_trained:
-        line["loss as trained"] = shown("as_trained/loss", ".3f")
-    line |= {"through MB": EMPTY, "train GiB": EMPTY, "step s": EMPTY}
-    if "seconds/train" in first.numbers:
-        peaks = [row.number("peak_gib/train") for row in group]
-        line["through MB"] = shown("bytes", ".0f", 1e-6).split(" ")[0]
-        line["train GiB"] = spread([max((p for p in peaks if p), default=None)], ".2f")
-        line["step s"] = mean("step_seconds", ".3f")
-    return line | {f"{stage} s": mean(f"seconds/{stage}", ".0f") for stage in heads.stages}
+def columns_of(summary: pd.DataFrame) -> list[Column]:
+    """The columns of numbers, the score first."""
+    metrics = {*summary["metric"]} - {EMPTY}
+    metric = metrics.pop() if len(metrics) == 1 else "score"
+    # In percent where the paper's numbers stand beside ours.
+    percent, form, factor = (" %", "z.1f", 100.0) if "paper/score" in summary else ("", "z.3f", 1.0)
+    score = Column("score", f"{metric}{percent}", form, factor, larger=True)
+    prefix = f"scores/{metric}/"
+    kinds = sorted(n for n in summary if n.startswith(prefix) and not n.endswith(STD))
+    stages = [name for name in summary if name.startswith("seconds/")]
+    return [
+        score,
+        *(
+            replace(score, name=name, head=name.removeprefix(prefix))
+            for name in (kinds if len(kinds) <= KINDS else [])
+        ),
+        *_columns_of_paper(summary),
+        *(one for one in _COLUMNS if one.name in summary),
+        *(
+            Column(name, f"{name.partition('/')[2]} s", ".0f", printed=False, note=_STAGE_NOTE)
+            for name in stages
+        ),
+    ]
 
 
-def _compared(group: Sequence[Row], heads: _Heads, paper: Paper) -> dict[str, str]:
-    """What the paper has of these runs, and ours less that, in its unit."""
-    line = {}
-    for quantity in heads.quantities:
-        if quantity.name != "score":  # which has a column anyway
-            line[quantity.head] = measured(group, quantity)
-        number = paper.find(quantity.name, facts_of(group[0]))
-        if quantity.name == "score" and not group[0].headline:
-            number = None  # of another metric
-        line |= _beside(quantity, number, [quantity.ours(row) for row in group])
-    return line
+def _columns_of_paper(summary: pd.DataFrame) -> list[Column]:
+    columns = []
+    for name, quantity in QUANTITIES.items():
+        if f"paper/{name}" in summary:
+            form = f"z.{quantity.digits}f"
+            if name == "score":  # ours has a column anyway
+                sign = ""
+            else:
+                sign = f" {quantity.sign}"
+                columns.append(Column(f"ours/{name}", quantity.head, form))
+            columns.append(Column(f"paper/{name}", f"paper{sign}"))
+            columns.append(Column(f"difference/{name}", f"difference{sign}", f"+{form}"))
+    return columns
 
 
-def _beside(
-    quantity: Quantity, number: Number | None, ours: Sequence[float | None]
-) -> dict[str, str]:
-    known = [value for value in ours if value is not None]
-    less = EMPTY
-    if number is not None and known and len(known) == len(ours):
-        exact = statistics.mean(known) - float(number.word)
-        less = format(round(exact, quantity.digits) + 0.0, f"+.{quantity.digits}f")  # no minus zero
-    sign = "" if quantity.name == "score" else f" {quantity.sign}"
-    return {f"paper{sign}": number.word if number else EMPTY, f"difference{sign}": less}
+def _labels(summary: pd.DataFrame) -> list[str]:
+    """The columns of words that tell lines apart."""
+    seeds = {seed for words in summary["seeds"] for seed in words.split()}
+    settings = [
+        name
+        for name in summary
+        if not is_number(name) and name not in (*FACTS, SIZE) and not name.startswith("paper/")
+    ]
+    return [
+        *["experiment"] * (summary["experiment"].replace(EMPTY, None).nunique() > 1),
+        *["cell"] * bool(summary["cell"].ne(EMPTY).any()),
+        "method",
+        *(name for name in ("model", "task") if _tells_lines_apart(summary, name)),
+        *settings,
+        *["seeds"] * (len(seeds) > 1),
+    ]
 
 
-def _absent_line(numbers: Sequence[Number], heads: _Heads) -> dict[str, str]:
-    """What the paper has and no run is about."""
-    line = {name: numbers[0].keys.get(name, EMPTY) for name in heads.names} | {heads.metric: EMPTY}
-    for number in numbers:
-        line |= _beside(QUANTITIES[number.quantity], number, [])
-    return line
+def _tells_lines_apart(summary: pd.DataFrame, name: str) -> bool:
+    """Whether a cell has runs of several models (tasks), or the paper has numbers of another."""
+    named = summary[summary[name].ne(EMPTY)]
+    is_absent = named["state"].eq(NOT_RUN)
+    ours = named[~is_absent]
+    of_cell = ours.groupby("cell")[name].nunique()
+    return bool(of_cell.gt(1).any() or not {*named[is_absent][name]} <= {*ours[name]})
 
 
-def _absent(paper: Paper, rows: Sequence[Row]) -> list[list[Number]]:
-    """The paper's numbers that no run is about, those of one thing together."""
-    facts = [facts_of(row) for row in rows]
-    left = [number for number in paper.numbers if not any(map(number.about, facts))]
-    things = {tuple(number.keys.items()): number.keys for number in left}
-    return [[number for number in left if number.keys == keys] for keys in things.values()]
+def _printed_labels(summary: pd.DataFrame) -> list[str]:
+    """The labels that a paper prints: no seeds, no method twice, and always the compression."""
+    labels = [name for name in _labels(summary) if name != "seeds"]
+    if "cell" in labels and summary["cell"].equals(summary["method"]):
+        labels.remove("cell")
+    is_compressed = summary.get(SIZE, pd.Series(dtype=str)).ne(EMPTY).any()
+    if is_compressed and not any(name.startswith("compression") for name in labels):
+        labels.append(SIZE)
+    return labels
+
+
+def without_failures(summary: pd.DataFrame) -> pd.DataFrame:
+    """The lines that have results, or numbers of the paper alone."""
+    return summary[summary["state"].isin([DONE, NOT_RUN])]
+
+
+def notes_of(summary: pd.DataFrame, table: Table, sources: Sequence[str] = ()) -> list[str]:
+    """What a reader has to know of the columns in the table, and of its numbers."""
+    columns = [one for one in columns_of(summary) if one.head in table.columns and one.note]
+    costs = dict.fromkeys(one.note for one in columns if one.larger is None)
+    return [
+        *(one.note for one in columns if one.larger is not None),
+        *(["; ".join(costs)] if costs else []),
+        *number_notes(table, sources),
+    ]
+
+
+def number_notes(table: Table, sources: Sequence[str] = ()) -> list[str]:
+    """What ± stands for, and where the paper's numbers are from."""
+    has_spread = table.frame.map(lambda word: " ± " in word).any(axis=None)
+    return [
+        *(["±: standard deviation over seeds"] if has_spread else []),
+        *(f"paper: {source}; difference: ours less the paper's" for source in sources),
+    ]

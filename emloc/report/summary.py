@@ -1,41 +1,116 @@
-"""One sentence that says what the runs of a report are."""
+"""Runs that differ in the seed alone as one line of numbers: means and standard deviations.
+
+A summary has the facts of each group of runs, the settings that tell groups apart, and numbers by
+the names that they have in a row. `<name>_std` is the standard deviation of `<name>` over seeds. A
+number is missing where one of the seeds lacks it; a word that does not apply is empty.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import statistics
+from collections.abc import Sequence
+from functools import reduce
 
-from emloc.report.rows import Row
-from emloc.report.run_files import read_run_file
+import pandas as pd
 
-_DIGITS = 12  # of a commit's name
+from emloc.config.stage_order import merged
+from emloc.report.draw.labels import format_name
+from emloc.report.groups import group_numbers, varying
+from emloc.report.paper import NO_PAPER, QUANTITIES, Paper, facts_of
+from emloc.report.rows import FIELDS, Row, frame_of
+from emloc.report.rows.csv_files import STD, is_number
+from emloc.report.table import EMPTY
+
+NOT_RUN = "not run"  # state of a line that only the paper has
+SIZE = "compressed_to"  # column: share of the parameters and packed format, in words
+FACTS = (*(name for name in FIELDS if name not in ("run", "seed")), "seeds")
+
+_WHOLE = ("full", "offload")  # emulators with all parameters of the model
+_TRAINED = ("bytes", "peak_gib/train", "step_seconds")  # numbers of runs that train
+_SPREAD = ("score", "scores", "as_trained", "gain_kept", "ours")  # what has a standard deviation
 
 
-def summary(rows: Sequence[Row], origin: Mapping[str, Any], place: Path) -> str:
-    """Return models, tasks, held-out rows, seeds, commit, and how the runs ended.
+def summary_of(rows: Sequence[Row], paper: Paper = NO_PAPER, *, unrun: bool = True) -> pd.DataFrame:
+    """One line for each group of runs, with the paper's numbers of their models.
+
+    `ours/<quantity>`, `paper/<quantity>` and `difference/<quantity>` are in the paper's unit.
 
     Args:
-        rows: the runs, at least one.
-        origin: as `origin(place, rows)` returns it.
-        place: a folder of runs, one run, or a file of rows, which has no count of held-out rows.
+        rows: at least one run.
+        paper: numbers of the paper; those of other models are ignored.
+        unrun: whether numbers of the paper that no run is about have lines, too.
     """
-    counts = {read_run_file(place, row, "predictions.jsonl").count("\n") for row in rows} - {0}
-    seeds = sorted({row.seed for row in rows})
-    commits = [str(commit)[:_DIGITS] for commit in origin.get("commit", ())]
-    parts = [
-        f"{_names(row.model for row in rows)} on {_names(row.task for row in rows)}",
-        *([f"scored on {_names(map(str, sorted(counts)))} held-out rows"] if counts else []),
-        f"seed{'s' if len(seeds) > 1 else ''} {_names(map(str, seeds))}",
-        *([f"commit {_names(commits)}"] if commits else []),
-    ]
-    states = Counter(row.state for row in rows)
-    ends = ", ".join(f"{count} {state}" for state, count in states.items())
-    return f"{len(rows)} run{'s' if len(rows) > 1 else ''} ({ends}) of {', '.join(parts)}."
+    paper = paper.of_models(row.model for row in rows)
+    groups = pd.Series(group_numbers(rows))
+    firsts = [rows[index] for index in groups.drop_duplicates().index]
+    labels = [name for name in varying(rows) if name not in FIELDS]
+    seeds = pd.Series([row.seed for row in rows]).sort_values().astype(str).groupby(groups)
+    facts = pd.DataFrame(
+        {
+            **{name: getattr(row, name, EMPTY) for name in FACTS},
+            **{name: row.word(name) for name in labels},
+            SIZE: _size(row),
+            **{f"paper/{name}": _papers(paper, name, row) for name in paper.quantities},
+        }
+        for row in firsts
+    )
+    facts["seeds"] = seeds.agg(" ".join)
+    absent = pd.DataFrame(_absent(paper, rows) if unrun else [])
+    table = pd.concat([facts.join(_means(rows, paper, groups)), absent], ignore_index=True)
+    for name in paper.quantities:
+        theirs = pd.to_numeric(table[f"paper/{name}"])
+        table[f"difference/{name}"] = table[f"ours/{name}"] - theirs
+    words = {name: EMPTY for name in table if not is_number(name)}
+    return table.fillna(words)
 
 
-def _names(words: Iterable[str]) -> str:
-    """Join different words: `a`, `a and b`, `a, b and c`."""
-    *first, last = dict.fromkeys(words)
-    return f"{', '.join(first)} and {last}" if first else last
+def _means(rows: Sequence[Row], paper: Paper, groups: pd.Series) -> pd.DataFrame:
+    """Means of all numbers over each group, maxima of memory, and standard deviations of scores."""
+    runs = frame_of(rows)
+    runs = runs[[name for name in runs if is_number(name)]]
+    trains = runs.get("seconds/train", pd.Series(index=runs.index, dtype=float)).notna()
+    runs[list(_TRAINED)] = runs.reindex(columns=list(_TRAINED)).where(trains)
+    measured = [name for name in runs if name == "score" or runs[name].notna().any()]
+    runs = runs.reindex(columns=["score", *(name for name in measured if name != "score")])
+    for name in paper.quantities:
+        runs[f"ours/{name}"] = pd.Series([QUANTITIES[name].ours(row) for row in rows], dtype=float)
+    by_group = runs.groupby(groups, sort=False)
+    complete = by_group.count().eq(by_group.size(), axis=0)
+    # Exact, so that the mean of 0.265 and 0.266 is 0.2655.
+    means, spreads = by_group.agg(statistics.mean).where(complete), by_group.std().where(complete)
+    peaks = [name for name in runs if name.startswith("peak_gib/")]
+    means[peaks] = by_group[peaks].max()
+    stages: list[str] = reduce(merged, [row.columns for row in rows])
+    seconds = [f"seconds/{stage}" for stage in stages]
+    others = [name for name in means if not name.startswith("seconds/")]
+    table = means[[*others, *(name for name in seconds if name in means)]]
+    for name in others:
+        if name.partition("/")[0] in _SPREAD:
+            table.insert(table.columns.get_loc(name) + 1, f"{name}{STD}", spreads[name])
+    return table
+
+
+def _size(row: Row) -> str:
+    """What the model was compressed to while training, as `50% nf4`; empty for the original."""
+    ratio = row.settings.get("compression.ratio", "null")
+    is_whole = row.settings.get("emulator") in _WHOLE or ratio in ("", "null")
+    share = EMPTY if is_whole else f"{float(ratio):.0%}"
+    return f"{share} {format_name(row.settings)}".strip()
+
+
+def _papers(paper: Paper, quantity: str, row: Row) -> str:
+    """The paper's number beside a run, as it is printed there."""
+    number = paper.find(quantity, facts_of(row))
+    is_other_metric = quantity == "score" and not row.headline
+    return number.word if number and not is_other_metric else EMPTY
+
+
+def _absent(paper: Paper, rows: Sequence[Row]) -> list[dict[str, str]]:
+    """A line for each method, model and task of which only the paper has numbers."""
+    facts = [facts_of(row) for row in rows]
+    lines: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
+    for number in paper.numbers:
+        if not any(map(number.about, facts)):
+            line = lines.setdefault(tuple(number.keys.items()), {**number.keys, "state": NOT_RUN})
+            line[f"paper/{number.quantity}"] = number.word
+    return list(lines.values())

@@ -1,73 +1,72 @@
-"""A table of words, before it is Markdown, LaTeX or a page."""
+"""A table of words, which is then written as Markdown, as LaTeX or on a page."""
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-EMPTY = "."
+import pandas as pd
+
+EMPTY = ""  # the word of a cell to which nothing applies
 _NUMBER = re.compile(r"([+-]?\d+(\.\d+)?(e[+-]?\d+)?)%?(?=[ ;]|$)")
 
 
 @dataclass(frozen=True)
 class Table:
-    """`lines`: column -> word. `best`: (index of a line, column) of what is to stand out."""
+    """`frame`: the words. `best`: (index of a line, column) of the cells that stand out."""
 
-    lines: Sequence[Mapping[str, str]]
+    frame: pd.DataFrame
     best: Collection[tuple[int, str]] = frozenset()
 
     @property
     def columns(self) -> list[str]:
-        """Every column, in the order it comes up."""
-        return list(dict.fromkeys(column for line in self.lines for column in line))
+        """The heads of all columns."""
+        return [str(name) for name in self.frame]
 
     def words(self) -> Iterator[list[str]]:
-        """A word of every column for each line."""
-        columns = self.columns
-        return ([line.get(column, EMPTY) for column in columns] for line in self.lines)
+        """The words of each line."""
+        yield from self.frame.to_numpy().tolist()
 
     def numeric(self, column: str) -> bool:
-        """Whether numbers stand in it, beside words for what there is no number of; or nothing."""
-        words = [line.get(column, EMPTY) for line in self.lines]
-        return any(number(w) is not None for w in words) or all(split(w)[0] == EMPTY for w in words)
+        """Whether the column has numbers, with or without words between them, or is empty."""
+        words = self.frame[column]
+        return bool(words.map(number).notna().any() or words.map(split).str[0].eq(EMPTY).all())
 
 
 def split(word: str) -> tuple[str, str]:
-    """Ours, and what stands in brackets behind it: `52.1 ± 0.3` and `(52.3)`; empty if nothing."""
-    ours, space, aside = word.partition(" (")
-    return ours, f"({aside}" if space else ""
+    """Our number, and the paper's in brackets behind it: `52.1 ± 0.3` and `(52.3)`."""
+    if word.startswith("("):
+        return EMPTY, word
+    ours, bracket, aside = word.partition(" (")
+    return ours, f"({aside}" if bracket else EMPTY
 
 
 def number(word: str) -> float | None:
-    """What a word starts with, as `52.1` of `52.1 ± 0.3`; None if that is no number."""
+    """The number at the start of a word, as 52.1 of `52.1 ± 0.3`; None if it starts otherwise."""
     match = _NUMBER.match(word)
     return float(match[1]) if match else None
 
 
 def best(
-    lines: Sequence[Mapping[str, str]], peers: Sequence[Hashable], larger: Mapping[str, bool]
+    frame: pd.DataFrame, peers: Sequence[Hashable], larger: Mapping[str, bool]
 ) -> set[tuple[int, str]]:
-    """The best of each column among lines of equal `peers`; as shown, so that equals all stand out.
+    """The best cells of each column, among lines of equal `peers`.
 
-    `larger`: column -> whether larger is better. Nothing is best alone, or where all are equal.
+    Numbers are compared as they are printed, so that equal words all stand out. No cell is the best
+    where all are equal.
+
+    Args:
+        frame: words, with the index 0, 1, 2 ...
+        peers: a value for each line.
+        larger: column -> whether a larger number is better.
     """
-    fields = defaultdict(list)
-    for index, peer in enumerate(peers):
-        fields[peer].append(index)
-    return {
-        (index, column)
-        for column, up in larger.items()
-        for field in fields.values()
-        for index in _leading([(i, number(lines[i].get(column, EMPTY))) for i in field], up)
-    }
-
-
-def _leading(field: Sequence[tuple[int, float | None]], up: bool) -> list[int]:
-    known = [(value, index) for index, value in field if value is not None]
-    values = {value for value, _ in known}
-    if len(values) < 2:
-        return []
-    top = max(values) if up else min(values)
-    return [index for value, index in known if value == top]
+    names = pd.Series(pd.factorize(pd.Series(list(peers), dtype=object))[0], index=frame.index)
+    cells = set()
+    for column, is_larger in larger.items():
+        numbers = frame[column].map(number).astype(float)
+        among = numbers.groupby(names)
+        leading = numbers.eq(among.transform("max" if is_larger else "min"))
+        leads = leading & among.transform("nunique").gt(1)
+        cells |= {(int(index), column) for index in frame.index[leads]}
+    return cells

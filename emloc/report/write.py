@@ -1,44 +1,52 @@
-"""Everything there is to say about a folder of runs, written into another."""
+"""The report of some runs as files in a folder: tables, figures and a page."""
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pandas as pd
+
 from emloc.config.experiments import Experiment, experiment
 from emloc.config.paths import EXPERIMENTS
 from emloc.report.figures import drawings, save, save_records
 from emloc.report.glossary import column_meanings
-from emloc.report.grid_rows import Placed
+from emloc.report.grid import Grid
 from emloc.report.latex import latex
-from emloc.report.markdown import is_run, markdown, notes
+from emloc.report.lead import lead_sentence
+from emloc.report.markdown import is_run, markdown
+from emloc.report.notes import are_of_several, data_digests, left_out
 from emloc.report.origin import origin
 from emloc.report.page import FIGURES, NARROW, PageFigure, Report, Section, page
 from emloc.report.paper import QUANTITIES, Paper, paper_of
 from emloc.report.rows import Row, write_rows
-from emloc.report.run_table import table_of
-from emloc.report.summary import summary
+from emloc.report.run_table import notes_of, number_notes, table_of, without_failures
+from emloc.report.summary import summary_of
+from emloc.report.summary_file import write_summary
 from emloc.report.table import Table
-from emloc.report.task_table import READ, pivot
+from emloc.report.task_table import HOW_TO_READ, task_table
 
 if TYPE_CHECKING:
     from emloc.report.draw.drawing import Drawing
 
-_CSS_PIXELS = 140  # of an inch of a figure, whose text is then as large as the page's
+_CSS_PIXELS = 140  # of an inch of a figure, so that its text is as large as the page's
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A table as it is in the Markdown and LaTeX files of its name, and on the page."""
+    """A table of the report; its Markdown and LaTeX files have its name."""
 
     name: str
     caption: str
-    shown: Table
+    table: Table
     notes: Sequence[str]
+    printed: Table  # with the columns that a paper prints
+    printed_caption: str
+    printed_notes: Sequence[str]
+    page_notes: Sequence[str]  # those of columns are in the page's glossary
 
 
 def write_report(place: Path, rows: Sequence[Row], to: Path) -> list[Path]:
@@ -46,68 +54,95 @@ def write_report(place: Path, rows: Sequence[Row], to: Path) -> list[Path]:
 
     `table`: a line for each method or cell, as Markdown, LaTeX and CSV. `by_task_score`: a
     column for each task, where an experiment has several. `runs.csv`: all numbers of each run.
+    Runs without results are in the CSV files alone; a note below each other table names them.
 
     Args:
         place: a folder of runs, one run, or a file of rows.
-        rows: what `rows_of(place)` gave, at least one.
-        to: a folder, made if it is not there.
+        rows: the rows of `place`, at least one.
+        to: a folder, which is made if it is missing.
     """
     paper = paper_of([row.experiment for row in rows], EXPERIMENTS)
-    shown = table_of(rows, paper, unrun=not is_run(place))
-    made = origin(place, rows)
-    asked = _asked(made["experiments"])
-    parts = [
-        *_by_task(asked, rows, paper),
-        _Part("table", "Runs", shown, notes(shown, rows, paper)),
-    ]
+    summary = summary_of(rows, paper, unrun=not is_run(place))
+    facts = origin(place, rows)
+    known = _experiment_of(facts["experiments"])
+    title = ", ".join(facts["experiments"])
+    about = (known.about if known else "") or title
+    parts = [*_by_task(known, rows, paper), _runs(about, summary, rows, paper)]
     to.mkdir(parents=True, exist_ok=True)
     drawn = drawings(rows, place)
     saved = _save_figures(drawn, drawings(rows, place, columns=1), to)
     report = Report(
-        title=", ".join(made["experiments"]),
-        lead=[*([asked.about] if asked else []), summary(rows, made, place)],
+        title=title,
+        lead=[*([known.about] if known else []), lead_sentence(rows, facts, place)],
         sections=[_section(part) for part in parts],
-        meanings=column_meanings(shown.columns, rows),
+        meanings=column_meanings(summary, parts[-1].table),
         figures=_page_figures(drawn),
-        origin=made,
+        origin=facts,
     )
     texts = {f"{part.name}.md": _markdown(part) for part in parts}
-    texts |= {f"{part.name}.tex": latex(part.shown, part.notes) for part in parts}
-    texts |= {"provenance.json": json.dumps(made, indent=1) + "\n", "report.html": page(report)}
+    texts |= {f"{part.name}.tex": _latex(part, title) for part in parts}
+    texts |= {"provenance.json": json.dumps(facts, indent=1) + "\n", "report.html": page(report)}
     for name, text in texts.items():
         (to / name).write_text(text, encoding="utf-8")
     write_rows(rows, to / "runs.csv")
-    _write_words(shown, to / "table.csv")
+    write_summary(summary, to / "table.csv")
     return [*(to / name for name in (*texts, "runs.csv", "table.csv")), *saved]
 
 
 def _markdown(part: _Part) -> str:
     notes = [f"* {note}" for note in part.notes]
-    return "\n".join([markdown(part.shown, bold=True), "", *notes, ""])
+    return "\n".join([markdown(part.table, bold=True), "", *notes, ""])
 
 
-def _asked(names: Sequence[str]) -> Experiment | None:
-    """The experiment that all runs are of, if they are of one that is known."""
+def _latex(part: _Part, title: str) -> str:
+    label = "-".join([*title.split(", "), part.name])
+    return latex(part.printed, part.printed_caption, part.printed_notes, label)
+
+
+def _runs(about: str, summary: pd.DataFrame, rows: Sequence[Row], paper: Paper) -> _Part:
+    """The table with a line for each method or cell."""
+    with_results = without_failures(summary)
+    sources = paper.of_models(row.model for row in rows).sources
+    tables = [table_of(with_results, printed=printed) for printed in (False, True)]
+    notes = [[*notes_of(with_results, one, sources), *left_out(rows)] for one in tables]
+    digests = data_digests(rows)
+    page_notes = [*number_notes(tables[0], sources), *left_out(rows), *digests]
+    return _Part(
+        name="table",
+        caption="Runs",
+        table=tables[0],
+        notes=[*notes[0], *digests],
+        printed=tables[1],
+        printed_caption=about,
+        printed_notes=notes[1],
+        page_notes=page_notes,
+    )
+
+
+def _by_task(known: Experiment | None, rows: Sequence[Row], paper: Paper) -> list[_Part]:
+    """A table by task for each quantity that the paper prints, where runs are on several tasks."""
+    if known is None or not are_of_several(rows):
+        return []
+    parts = []
+    for quantity in (QUANTITIES[name] for name in paper.quantities or ["score"]):
+        table, failures = task_table(Grid(known, rows), paper, quantity)
+        notes = [HOW_TO_READ, *failures]
+        name, caption = f"by_task_{quantity.name}", f"{quantity.head} by task"
+        about = f"{known.about} {caption[0].upper()}{caption[1:]}."
+        parts.append(_Part(name, caption, table, notes, table, about.strip(), notes, notes))
+    return parts
+
+
+def _experiment_of(names: Sequence[str]) -> Experiment | None:
+    """The experiment of all runs; None if they are of several, or of one without a file."""
     files = [EXPERIMENTS / f"{name}.yaml" for name in names]
     return experiment(files[0]) if len(files) == 1 and files[0].exists() else None
-
-
-def _by_task(asked: Experiment | None, rows: Sequence[Row], paper: Paper) -> list[_Part]:
-    """Scores, or what the paper has instead, as a paper prints them; of runs on several tasks."""
-    if asked is None or len({(row.model, row.task) for row in rows}) == 1:
-        return []
-    placed = Placed(asked, rows)
-    quantities = [QUANTITIES[name] for name in paper.quantities or ["score"]]
-    return [
-        _Part(f"by_task_{each.name}", f"{each.head} by task", pivot(placed, paper, each), [READ])
-        for each in quantities
-    ]
 
 
 def _section(part: _Part) -> Section:
     files = [f"{part.name}.md", f"{part.name}.tex"]
     files += ["table.csv", "runs.csv"] if part.name == "table" else []
-    return Section(part.caption, part.shown, part.notes, files)
+    return Section(part.caption, part.table, part.page_notes, files)
 
 
 def _save_figures(
@@ -127,12 +162,6 @@ def _save_figures(
 def _page_figures(drawn: Mapping[str, Drawing]) -> list[PageFigure]:
     figures = []
     for stem, one in drawn.items():
-        width, height = (round(_CSS_PIXELS * inches) for inches in one.figure.get_size_inches())
-        figures.append(PageFigure(stem, one.caption, one.alt, width, height))
+        width, _ = one.figure.get_size_inches()
+        figures.append(PageFigure(stem, one.caption, one.alt, round(_CSS_PIXELS * width)))
     return figures
-
-
-def _write_words(shown: Table, path: Path) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([shown.columns, *shown.words()])

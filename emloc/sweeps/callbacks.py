@@ -19,7 +19,6 @@ from omegaconf import DictConfig
 
 from emloc.config.experiments import split_sweep
 from emloc.config.run_folder import DONE, RUNNING, Run, find_runs
-from emloc.report.markdown import table
 from emloc.report.tracking.trackers import compare
 from emloc.runtime.distributed import born, first, hush
 from emloc.sweeps.progress import Tally, line
@@ -58,6 +57,8 @@ class Table(Callback):
         if (folder / "status.json").exists() and bad:
             sys.exit(_code(bad))  # one run, and its one line has been said
         if first():
+            from emloc.report.markdown import table  # it imports pandas, which takes a while
+
             print(f"\n{table(folder)}\n")
             for run in bad:
                 said = run.status.get("error", run.status["state"])

@@ -8,6 +8,7 @@ from emloc.config.paths import EXPERIMENTS
 from emloc.errors import ConfigError
 from emloc.report.paper import QUANTITIES, paper_of
 from emloc.report.run_table import table_of
+from emloc.report.summary import summary_of
 
 HEAD = "cell,model,task,quantity,value,unit\n"
 EIGHT = "internvl2_5_8b"
@@ -25,7 +26,7 @@ def paper(tmp_path):
 
 
 def words(rows, paper, **more) -> list[dict[str, str]]:
-    return [dict(line) for line in table_of(rows, paper, **more).lines]
+    return table_of(summary_of(rows, paper, **more)).frame.to_dict("records")
 
 
 # Reading -----------------------------------------------------------------------------------------
@@ -121,7 +122,7 @@ def test_a_score_of_another_metric_is_not_held_against_the_papers(paper):
     numbers = paper(f"emloc,{EIGHT},pmc_vqa,score,52.3,percent\n")
     rows = [row(cell="emloc", settings={"task.metric": "anls"})]  # scored by accuracy
     (line,) = words(rows, numbers)
-    assert (line["paper"], line["difference"]) == (".", ".")
+    assert not {"paper", "difference"} & set(line)
 
 
 def test_no_difference_has_no_minus(paper):
@@ -138,7 +139,6 @@ def test_what_failed_stands_beside_the_papers_too_and_has_no_difference(paper):
         "method": "emloc",
         "score %": "OOM",
         "paper": "52.3",
-        "difference": ".",
     }
 
 
@@ -148,14 +148,14 @@ def test_another_model_has_no_number_of_the_paper(paper):
     assert line["accuracy"] == "0.500"
     assert not {"paper", "difference"} & set(line)
     small, large = words([row(cell="a", model="tiny"), row(cell="a")], found)
-    assert (small["paper"], small["difference"]) == (".", ".")
+    assert (small["paper"], small["difference"]) == ("", "")
     assert (large["paper"], large["difference"]) == ("52.3", "-2.3")
 
 
 def test_another_experiment_has_no_number_of_this_one(paper):
     found = paper(f"a,{EIGHT},pmc_vqa,score,52.3,percent\n")
     (line,) = words([row(cell="a", experiment="other")], found, unrun=False)
-    assert line["paper"] == "."
+    assert "paper" not in line
 
 
 def test_memory_has_columns_of_its_own_in_its_unit(paper):
@@ -165,7 +165,7 @@ def test_memory_has_columns_of_its_own_in_its_unit(paper):
     assert line == line | {"peak GB": "64.4", "paper GB": "72.9", "difference GB": "-8.5"}
 
 
-def test_what_the_paper_has_and_was_not_run_is_a_line_of_dots(paper):
+def test_what_the_paper_has_and_was_not_run_is_an_empty_line(paper):
     found = paper(
         f"a,{EIGHT},pmc_vqa,score,52.3,percent\n"
         f"b,{EIGHT},pmc_vqa,score,50.1,percent\n"
@@ -175,10 +175,10 @@ def test_what_the_paper_has_and_was_not_run_is_a_line_of_dots(paper):
     runs = [row(cell="a")]
     ran, *absent = words(runs, found)
     assert (ran["cell"], ran["task"], ran["paper"]) == ("a", "pmc_vqa", "52.3")
-    dots = {"method": ".", "accuracy %": ".", "difference": "."}
+    empty = {"method": "", "accuracy %": "", "difference": "", "loss": ""}
     assert absent == [
-        {"cell": "b", "task": "pmc_vqa", "paper": "50.1"} | dots,
-        {"cell": "a", "task": "websrc", "paper": "85.2"} | dots,
+        {"cell": "b", "task": "pmc_vqa", "paper": "50.1"} | empty,
+        {"cell": "a", "task": "websrc", "paper": "85.2"} | empty,
     ]
     assert len(words(runs, found, unrun=False)) == 1
 

@@ -1,12 +1,14 @@
 """What a report is written as: the best in bold, LaTeX that compiles, a page, and the files."""
 
-import csv
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from pandas import DataFrame, read_csv
+from pandas.testing import assert_frame_equal
 from reported import row
 
 from emloc.cli import VERBS
@@ -15,23 +17,26 @@ from emloc.config.run_folder import Run
 from emloc.errors import ConfigError
 from emloc.report.glossary import column_meanings
 from emloc.report.latex import escaped, latex
+from emloc.report.lead import lead_sentence
 from emloc.report.markdown import markdown, table, table_with_notes
 from emloc.report.origin import origin
 from emloc.report.page import PageFigure, Report, Section, page
 from emloc.report.paper import paper_of
-from emloc.report.rows import rows_of, write_rows
+from emloc.report.rows import Row, rows_of, write_rows
 from emloc.report.run_table import table_of
-from emloc.report.summary import summary
+from emloc.report.summary import summary_of
 from emloc.report.table import Table, best, number, split
 from emloc.report.write import write_report
 
 EIGHT = "internvl2_5_8b"
 WORDS = Table(
-    [
-        {"cell": "zero_shot", "accuracy": "40.0", "loss": "1.50"},
-        {"cell": "lora_r8", "accuracy": "52.0 ± 1.0 (52.9)", "loss": "1.25"},
-        {"cell": "emloc & <b>", "accuracy": "OOM (51.0)", "loss": "."},
-    ],
+    DataFrame(
+        [
+            {"cell": "zero_shot", "accuracy": "40.0", "loss": "1.50"},
+            {"cell": "lora_r8", "accuracy": "52.0 ± 1.0 (52.9)", "loss": "1.25"},
+            {"cell": "emloc & <b>", "accuracy": "OOM (51.0)", "loss": ""},
+        ]
+    ),
     {(1, "accuracy")},
 )
 
@@ -45,21 +50,21 @@ WORDS = Table(
         (["0.3", "0.5", "0.4"], False, [0]),
         (["-10.0%", "9.0%", "100.0%"], True, [2]),
         (["0.5", "0.5", "0.4"], True, [0, 1]),  # equals as they are shown
-        (["0.5", "OOM", "."], True, []),
+        (["0.5", "OOM", ""], True, []),
         (["0.5", "0.5"], True, []),
-        (["failed(train)", "."], True, []),
+        (["failed(train)", ""], True, []),
     ],
 )
 def test_the_best_is_the_leading_number_among_several(words, up, expected):
-    lines = [{"score": word} for word in words]
-    assert best(lines, [""] * len(words), {"score": up}) == {(i, "score") for i in expected}
+    frame = DataFrame({"score": words})
+    assert best(frame, [""] * len(words), {"score": up}) == {(i, "score") for i in expected}
 
 
 def test_the_best_is_found_among_runs_on_the_same_model_and_data():
     rows = [row("lora", 0.6, **{"scores/loss": 1.0}), row("emloc", 0.5, **{"scores/loss": 0.5})]
     rows += [row("lora", 0.1, task="websrc"), row("emloc", 0.2, task="websrc")]
     rows += [row("lora", 0.9, model="tiny")]
-    assert table_of(rows).best == {(0, "accuracy"), (1, "loss"), (3, "accuracy")}
+    assert table_of(summary_of(rows)).best == {(0, "accuracy"), (1, "loss"), (3, "accuracy")}
 
 
 @pytest.mark.parametrize(
@@ -70,7 +75,7 @@ def test_the_best_is_found_among_runs_on_the_same_model_and_data():
         ("+0.5", 0.5),
         ("1e-05", 1e-5),
         ("50.0 ± 0.0; OOM", 50.0),
-        (".", None),
+        ("", None),
         ("OOM", None),
         ("nan", None),
         ("8b", None),
@@ -84,6 +89,7 @@ def test_a_number_is_what_a_word_starts_with(word, value):
 def test_ours_is_apart_from_what_stands_in_brackets():
     assert split("52.1 ± 0.3 [2/3] (52.3)") == ("52.1 ± 0.3 [2/3]", "(52.3)")
     assert split("failed(train)") == ("failed(train)", "")
+    assert split("(52.3)") == ("", "(52.3)")
 
 
 # Markdown and LaTeX ------------------------------------------------------------------------------
@@ -96,22 +102,28 @@ def test_the_best_is_bold_where_it_is_asked_for():
 
 
 def test_a_bar_within_a_word_is_no_column():
-    assert markdown(Table([{"a|b": "c|d"}])).splitlines()[2] == "| c\\|d |"
+    assert markdown(Table(DataFrame({"a|b": ["c|d"]}))).splitlines()[2] == "| c\\|d |"
 
 
-def test_latex_is_a_tabular_in_the_manner_of_booktabs():
-    assert latex(WORDS, ["100% of it"]).splitlines() == [
+def test_latex_is_a_table_in_the_manner_of_booktabs_with_its_notes():
+    assert latex(WORDS, "A & b", ["100% of it", "more"], "mine").splitlines() == [
         r"% \usepackage{booktabs}",
-        r"% 100% of it",
-        r"\begin{tabular}{@{}lrr@{}}",
+        r"\begin{table}",
+        r"\centering",
+        r"\caption{A \& b}",
+        r"\label{tab:mine}",
+        r"\begin{tabular}{lrr}",
         r"\toprule",
         r"cell & accuracy & loss \\",
         r"\midrule",
         r"zero\_shot & 40.0 & 1.50 \\",
         r"lora\_r8 & \textbf{52.0 $\pm$ 1.0} (52.9) & 1.25 \\",
-        r"emloc \& \textless{}b\textgreater{} & OOM (51.0) & . \\",
+        r"emloc \& \textless{}b\textgreater{} & OOM (51.0) &  \\",
         r"\bottomrule",
         r"\end{tabular}",
+        r"\par\smallskip",
+        r"\parbox{\linewidth}{\footnotesize 100\% of it. More.}",
+        r"\end{table}",
     ]
 
 
@@ -170,7 +182,7 @@ def made(**changed) -> Report:
         "lead": ["3 runs"],
         "sections": [Section("Runs", WORDS, ["a & b"], ["table.md", "runs.csv"])],
         "meanings": {"loss": "Lower is <better>."},
-        "figures": [PageFigure("score_memory", "It grows.", 'accuracy against "GiB"', 900, 400)],
+        "figures": [PageFigure("score_memory", "It grows.", 'accuracy against "GiB"', 900)],
         "origin": {"commit": ["abc"], "versions": {"torch": ["2.13", "2.14"]}, "settings": {}},
     }
     return Report(**known | changed)
@@ -233,10 +245,8 @@ def test_the_page_says_what_it_was_made_with_and_escapes_it():
 # The files ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def folder(tmp_path):
+def make_runs(place: Path) -> Path:
     """Runs of table3_nlp: two seeds of one cell, one out of memory, one on another model."""
-    place = tmp_path / "runs" / "table3_nlp"
 
     def make(cell: str, score: float | None, seed: int = 0, model: str = "llama3_8b") -> None:
         choices = {"cell": f"table3_nlp/{cell}", "model": model, "task": "gsm8k", "lora": "r8"}
@@ -266,6 +276,20 @@ def folder(tmp_path):
     return place
 
 
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """The runs, for a test that writes beside them."""
+    return make_runs(tmp_path / "runs" / "table3_nlp")
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory) -> Path:
+    """The runs with their report, which is written once for all tests that only read it."""
+    place = make_runs(tmp_path_factory.mktemp("runs") / "table3_nlp")
+    write_report(place, rows_of(place), place / "report")
+    return place
+
+
 def report(*arguments: object) -> None:
     VERBS["report"]([str(argument) for argument in arguments])
 
@@ -282,31 +306,25 @@ def test_a_report_of_a_folder_is_written_into_it_and_says_so(folder, capsys):
     assert len(rows_of(folder)) == 5  # what was written is no run
 
 
-def test_the_papers_numbers_are_in_every_form_of_the_table(folder):
-    rows = rows_of(folder)
-    write_report(folder, rows, folder / "report")
-    with (folder / "report" / "table.csv").open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    (ours,) = [line for line in lines if line["seeds"] == "0 1"]
-    assert (ours["exact_match %"], ours["paper"], ours["difference"]) == (
-        *("31.0 ± 1.4", "29.8", "+1.2"),
-    )
-    (lost,) = [line for line in lines if line["cell"] == "lora"]
-    assert (lost["exact_match %"], lost["paper"]) == ("OOM", ".")
-    assert {line["paper"] for line in lines if line["exact_match %"] == "."} == {
-        *("32.6", "24.3", "33.8", "24.6", "33.9")
-    }
-    by_task = (folder / "report" / "by_task_score.tex").read_text()
-    assert r"emloc & . (33.9) & \textbf{31.0 $\pm$ 1.4} (29.8) & 10.0 \\" in by_task
-    assert "| **31.0 ± 1.4** |" in (folder / "report" / "table.md").read_text()
-    html = (folder / "report" / "report.html").read_text()
+def test_the_papers_numbers_are_in_every_form_of_the_table(reported):
+    lines = read_csv(reported / "report" / "table.csv").set_index("seeds")
+    ours = lines.loc["0 1"]
+    assert list(ours[["score", "score_std"]].round(6)) == [0.31, 0.014142]
+    assert (ours["paper/score"], round(ours["difference/score"], 6)) == (29.8, 1.2)
+    absent = lines[lines["state"] == "not run"]
+    assert {*absent["paper/score"]} == {32.6, 24.3, 33.8, 24.6, 33.9}
+    assert absent["score"].isna().all()
+    by_task = (reported / "report" / "by_task_score.tex").read_text()
+    assert r"emloc & (33.9) & \textbf{31.0 $\pm$ 1.4} (29.8) & 10.0 \\" in by_task
+    assert "| **31.0 ± 1.4** |" in (reported / "report" / "table.md").read_text()
+    html = (reported / "report" / "report.html").read_text()
     assert '<b>31.0 ± 1.4</b> <span class="aside">(29.8)</span>' in html
     assert Reader(html).strange == []
 
 
-def test_the_tidy_file_of_a_report_gives_the_same_table(folder):
-    write_report(folder, rows_of(folder), folder / "report")
-    assert table_of(rows_of(folder / "report" / "runs.csv")) == table_of(rows_of(folder))
+def test_the_tidy_file_of_a_report_gives_the_same_table(reported):
+    again = rows_of(reported / "report" / "runs.csv")
+    assert_frame_equal(summary_of(again), summary_of(rows_of(reported)))
 
 
 def test_what_runs_were_made_with_is_said_once(folder):
@@ -321,19 +339,19 @@ def test_what_runs_were_made_with_is_said_once(folder):
     assert found["runs"] == 5
 
 
-def test_the_same_runs_give_the_same_files(folder, tmp_path):
-    first, second = (
-        write_report(folder, rows_of(folder), tmp_path / name) for name in ("first", "second")
-    )
-    for one, other in zip(first, second, strict=True):
-        assert one.read_bytes() == other.read_bytes(), one
+def test_the_same_runs_give_the_same_files(reported, tmp_path):
+    again = write_report(reported, rows_of(reported), tmp_path)
+    assert len(again) > 10
+    for path in again:
+        name = path.relative_to(tmp_path)
+        assert path.read_bytes() == (reported / "report" / name).read_bytes(), name
 
 
 def test_the_printed_table_is_plain_and_has_what_was_not_run(folder):
     said = table_with_notes(folder, rows_of(folder), unrun=True)
     assert "zero_shot" not in table(folder)  # as it is printed when a sweep has ended
     assert "**" not in said
-    assert re.search(r"^\| \. +\| zero_shot +\| .*\| 24\.3 +\| \. ", said, re.M)
+    assert re.search(r"^\|  +\| zero_shot +\| .*\| 24\.3 +\|  ", said, re.M)
     assert "paper: EMLoC, Table 3" in said
 
 
@@ -397,24 +415,23 @@ def test_a_folder_without_runs_is_refused_and_left_as_it_is(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_each_figure_of_a_report_has_its_files_and_a_text(folder):
-    written = write_report(folder, rows_of(folder), folder / "report")
-    stems = [path.stem for path in written if path.suffix == ".png"]
-    read = Reader((folder / "report" / "report.html").read_text())
-    images = read.named("img")
-    assert [one["src"] for one in images] == [f"figures/{stem}.svg" for stem in stems]
+def test_each_figure_of_a_report_has_its_files_and_a_text(reported):
+    place = reported / "report"
+    stems = {path.stem for path in (place / "figures").glob("*.png")}
+    images = Reader((place / "report.html").read_text()).named("img")
+    assert {one["src"] for one in images} == {f"figures/{stem}.svg" for stem in stems}
+    assert len(images) == len(stems) >= 1
     assert all("exact_match against " in one["alt"] for one in images)
-    names = {path.relative_to(folder / "report").as_posix() for path in written}
     for stem in stems:
-        assert {f"figures/{stem}.{suffix}" for suffix in ("svg", "png", "pdf", "csv")} <= names
-        assert f"figures/narrow/{stem}.svg" in names
+        for name in (*(f"{stem}.{suffix}" for suffix in ("pdf", "csv")), f"narrow/{stem}.svg"):
+            assert (place / "figures" / name).stat().st_size > 0
 
 
 def test_the_page_says_in_one_sentence_what_was_run(folder):
     for run, count in ((folder / "emloc-llama3_8b-s0", 4), (folder / "emloc-llama3_8b-s1", 4)):
         (run / "predictions.jsonl").write_text("{}\n" * count)
     rows = rows_of(folder)
-    assert summary(rows, origin(folder, rows), folder) == (
+    assert lead_sentence(rows, origin(folder, rows), folder) == (
         "5 runs (4 done, 1 OOM) of llama3_8b and smollm2_135m on gsm8k, "
         "scored on 4 held-out rows, seeds 0 and 1, commit abc."
     )
@@ -423,21 +440,31 @@ def test_the_page_says_in_one_sentence_what_was_run(folder):
 # What columns mean -------------------------------------------------------------------------------
 
 
+def meanings_of(rows: list[Row], experiment: str = "") -> dict[str, str]:
+    paper = paper_of([experiment], EXPERIMENTS)
+    summary = summary_of(rows, paper)
+    return column_meanings(summary, table_of(summary))
+
+
 def test_every_column_of_a_report_has_a_meaning(folder):
-    shown = table_of(rows_of(folder), paper_of(["table3_nlp"], EXPERIMENTS))
-    meanings = column_meanings(shown.columns, rows_of(folder))
-    assert list(meanings) == shown.columns
-    assert {"cell", "seeds", "exact_match %", "paper", "difference", "loss", "train s"} <= {
-        *meanings
-    }
-    settings = [name for name, text in meanings.items() if text.startswith("Setting ")]
-    assert settings == []
+    meanings = meanings_of(rows_of(folder), "table3_nlp")
+    assert (
+        list(meanings)
+        == table_of(summary_of(rows_of(folder), paper_of(["table3_nlp"], EXPERIMENTS))).columns
+    )
+    assert meanings["paper"] == "The paper's number for the same model, task and method."
+    assert meanings["exact_match %"].startswith("Score of the held-out rows in percent;")
+    assert meanings["loss"].startswith("Mean negative log-likelihood")
+    assert meanings["train s"].startswith("Seconds of the stage")
+    assert [name for name, text in meanings.items() if text.startswith("Setting ")] == []
 
 
-def test_a_column_of_a_setting_and_of_a_kind_of_rows_is_told_as_such():
-    rows = [row("lora", **{"scores/accuracy/colour": 0.5})]
-    meanings = column_meanings(["accuracy", "colour", "lora.rank", "emulate s"], rows)
-    assert meanings["accuracy"].startswith("Score of the held-out rows; higher is better.")
-    assert meanings["colour"] == "The same score, over the held-out rows of the kind colour."
+def test_settings_and_kinds_of_rows_have_meanings_of_their_own():
+    rows = [
+        row("lora", settings={"lora.rank": rank}, **{"scores/accuracy/colour": 0.5})
+        for rank in ("4", "8")
+    ]
+    meanings = meanings_of(rows)
+    assert meanings["accuracy"] == "Score of the held-out rows; higher is better."
+    assert meanings["colour"] == "The same score, of the held-out rows of the kind colour."
     assert meanings["lora.rank"] == "Setting lora.rank, in which the runs differ."
-    assert meanings["emulate s"].startswith("Seconds of the stage emulate ")

@@ -16,10 +16,10 @@ from emloc.config.paths import CONF, EXPERIMENTS
 from emloc.config.run_folder import Run
 from emloc.errors import ConfigError
 from emloc.report.all_experiments import tables
-from emloc.report.grid_rows import Placed
+from emloc.report.grid import Grid
 from emloc.report.paper import QUANTITIES, Paper, paper_of
 from emloc.report.rows import rows_of, write_rows
-from emloc.report.task_table import pivot
+from emloc.report.task_table import task_table
 
 EIGHT = "internvl2_5_8b"
 MINE = f"""\
@@ -77,8 +77,8 @@ def shown(written):
     def show(rows, text: str = MINE, numbers: str = "", quantity: str = "score"):
         path = written(text, numbers)
         paper = paper_of(["mine"], path.parent)
-        table = pivot(Placed(experiment(path), rows), paper, QUANTITIES[quantity])
-        return [dict(line) for line in table.lines]
+        table, _ = task_table(Grid(experiment(path), rows), paper, QUANTITIES[quantity])
+        return table.frame.to_dict("records")
 
     return show
 
@@ -133,10 +133,10 @@ def test_a_sweep_that_cannot_be_read_is_refused_with_the_file(written):
 # The table of one experiment ---------------------------------------------------------------------
 
 
-def test_what_was_not_run_is_a_dot_and_the_papers_number_is_beside_it(shown):
+def test_a_grid_point_without_a_run_has_the_papers_number_alone(shown):
     assert shown([], numbers=f"lora,{EIGHT},websrc,score,87.4,percent\n") == [
-        {"cell": "lora", "pmc_vqa": ".", "websrc": ". (87.4)"},
-        {"cell": "emloc_r50", "pmc_vqa": ".", "websrc": "."},
+        {"cell": "lora", "pmc_vqa": "", "websrc": "(87.4)"},
+        {"cell": "emloc_r50", "pmc_vqa": "", "websrc": ""},
     ]
 
 
@@ -145,7 +145,7 @@ def test_seeds_are_one_word_and_missing_ones_are_counted(shown):
     runs += [row(score=0.5, cell="emloc_r50", seed=seed) for seed in (0, 2)]
     runs.append(row(score=None, cell="emloc_r50", task="websrc", seed=1))
     lora, emloc = shown(runs, numbers=f"lora,{EIGHT},pmc_vqa,score,52.9,percent\n")
-    assert lora == {"cell": "lora", "pmc_vqa": "51.0 ± 1.0 (52.9)", "websrc": "."}
+    assert lora == {"cell": "lora", "pmc_vqa": "51.0 ± 1.0 (52.9)", "websrc": ""}
     assert emloc == {"cell": "emloc_r50", "pmc_vqa": "50.0 ± 0.0 [2/3]", "websrc": "OOM"}
 
 
@@ -161,8 +161,8 @@ def test_another_model_and_another_task_have_columns_of_their_own(shown):
     lora, _ = shown(runs, numbers=f"lora,{EIGHT},pmc_vqa,score,52.9,percent\n")
     assert lora == {
         "cell": "lora",
-        "pmc_vqa": ". (52.9)",
-        "websrc": ".",
+        "pmc_vqa": "(52.9)",
+        "websrc": "",
         "tiny·easy_vqa": "50.0",
         "docvqa": "25.0",
     }
@@ -174,9 +174,9 @@ def test_runs_that_differ_in_a_setting_besides_are_lines_apart(shown):
     runs.append(row(score=0.6, cell="lora", settings=rates[1]))
     first, second, other = shown(runs)
     assert list(first) == ["cell", "train.learning_rate", "pmc_vqa", "websrc"]
-    assert list(first.values()) == ["lora", "0.0001", "50.0 ± 0.0", "."]
-    assert list(second.values()) == ["lora", "0.0004", "60.0", "."]
-    assert list(other.values()) == ["emloc_r50", ".", ".", "."]
+    assert list(first.values()) == ["lora", "0.0001", "50.0 ± 0.0", ""]
+    assert list(second.values()) == ["lora", "0.0004", "60.0", ""]
+    assert list(other.values()) == ["emloc_r50", "", "", ""]
 
 
 def test_a_product_is_matched_whatever_way_its_numbers_are_written(shown):
@@ -195,7 +195,7 @@ def test_a_product_is_matched_whatever_way_its_numbers_are_written(shown):
 
 def test_a_run_that_is_of_no_cell_is_told_by_its_method(shown):
     *_, last = shown([row(cell="lora"), row("dora", 0.4)])
-    assert (last["cell"], last["method"], last["pmc_vqa"]) == (".", "dora", "40.0")
+    assert (last["cell"], last["method"], last["pmc_vqa"]) == ("", "dora", "40.0")
 
 
 def test_cells_that_fix_their_model_share_columns_and_say_which(shown):
@@ -204,7 +204,7 @@ def test_cells_that_fix_their_model_share_columns_and_say_which(shown):
     )]  # fmt: skip
     runs.append(row(score=0.7, cell="large", model="tiny"))
     assert shown(runs, FIXED) == [
-        {"cell": "small", "model": "internvl2_5_26b", "pmc_vqa": "50.0", "tiny·pmc_vqa": "."},
+        {"cell": "small", "model": "internvl2_5_26b", "pmc_vqa": "50.0", "tiny·pmc_vqa": ""},
         {"cell": "large", "model": "internvl2_5_38b", "pmc_vqa": "60.0", "tiny·pmc_vqa": "70.0"},
     ]
 
@@ -213,31 +213,31 @@ def test_models_that_are_swept_are_columns(shown):
     text = "name: mine\nhydra: {sweeper: {params: {method: 'lora,emloc', model: 'a,b', task: t}}}"
     runs = [row("lora", 0.5, model="b", task="t")]
     assert shown(runs, text) == [
-        {"method": "lora", "a·t": ".", "b·t": "50.0"},
-        {"method": "emloc", "a·t": ".", "b·t": "."},
+        {"method": "lora", "a·t": "", "b·t": "50.0"},
+        {"method": "emloc", "a·t": "", "b·t": ""},
     ]
 
 
 def test_what_only_the_paper_has_is_a_line_or_a_column_too(shown):
     numbers = f"dora,{EIGHT},pmc_vqa,score,53.5,percent\nlora,{EIGHT},wc_vqa,score,53.4,percent\n"
     lora, _, dora = shown([], numbers=numbers)
-    assert lora == {"cell": "lora", "pmc_vqa": ".", "websrc": ".", "wc_vqa": ". (53.4)"}
-    assert dora == {"cell": "dora", "pmc_vqa": ". (53.5)", "websrc": ".", "wc_vqa": "."}
+    assert lora == {"cell": "lora", "pmc_vqa": "", "websrc": "", "wc_vqa": "(53.4)"}
+    assert dora == {"cell": "dora", "pmc_vqa": "(53.5)", "websrc": "", "wc_vqa": ""}
 
 
 def test_a_number_of_no_task_in_particular_is_beside_every_task(shown):
     numbers = f"lora,{EIGHT},,peak,72.9,GB\nqlora,{EIGHT},,peak,38.1,GB\n"
     runs = [row("lora", cell="lora", **{"peak_gib/train": 50.0})]
     lora, _, qlora = shown(runs, numbers=numbers, quantity="peak")
-    assert lora == {"cell": "lora", "pmc_vqa": "53.7 [1/3] (72.9)", "websrc": ". (72.9)"}
-    assert qlora == {"cell": "qlora", "pmc_vqa": ". (38.1)", "websrc": ". (38.1)"}
+    assert lora == {"cell": "lora", "pmc_vqa": "53.7 [1/3] (72.9)", "websrc": "(72.9)"}
+    assert qlora == {"cell": "qlora", "pmc_vqa": "(38.1)", "websrc": "(38.1)"}
 
 
 def test_the_best_of_a_column_is_the_best_score_of_ours(written):
     runs = [row("lora", 0.6, cell="lora"), row(score=0.5, cell="emloc_r50")]
     runs.append(row(score=0.5, cell="emloc_r50", task="websrc"))
     runs = [*runs, row("lora", 0.1, cell="lora", model="tiny")]
-    table = pivot(Placed(experiment(written()), runs), Paper(), QUANTITIES["score"])
+    table, _ = task_table(Grid(experiment(written()), runs), Paper(), QUANTITIES["score"])
     assert table.best == {(0, "pmc_vqa")}  # nothing is best where it is alone
 
 
@@ -265,8 +265,36 @@ def line(page: str, start: str) -> list[str]:
 
 def test_an_experiment_without_results_stands_on_the_page(page):
     said = page()
-    assert "## mine\n\nWhat the .75 is for.\n\ninternvl2_5_8b: 0 of 12 runs done.\n" in said
-    assert line(said, "lora") == ["lora", ".", "."]
+    assert (
+        "## mine\n\nWhat the .75 is for.\n\ninternvl2_5_8b: 0 of 12 runs done, 12 not run.\n"
+        in said
+    )
+    assert line(said, "lora") == ["lora", "", ""]
+
+
+def test_the_states_of_the_requested_runs_add_up(page, tmp_path):
+    page()
+    runs = [row("lora", 0.6, cell="lora"), row("lora", None, cell="lora", seed=1)]
+    runs += [row("lora", None, cell="lora", seed=2, state="failed(train)")]
+    runs += [
+        row(score=None, cell="emloc_r50", seed=seed, state="failed(config)") for seed in (0, 1)
+    ]
+    runs += [row(score=0.5, cell="emloc_r50", seed=1)]  # run again with another setting
+    write_rows(runs, results(tmp_path, "mine.csv"))
+    assert "internvl2_5_8b: 2 of 12 runs done, 2 failed, 1 OOM, 7 not run.\n" in page()
+
+
+def test_a_line_without_any_result_is_named_below_the_table(page, tmp_path):
+    page()
+    runs = [row("lora", 0.6, cell="lora"), row("lora", None, cell="lora", task="websrc")]
+    runs += [row(score=None, cell="emloc_r50", state="failed(config)", seed=s) for s in (0, 1)]
+    write_rows(runs, results(tmp_path, "mine.csv"))
+    said = page()
+    assert line(said, "lora") == ["lora", "60.0 [1/3]", "OOM"]
+    assert "| emloc_r50" not in said
+    assert "\nLeft out, without results: failed(config): emloc_r50." in said
+    with_paper = page(f"emloc_r50,{EIGHT},pmc_vqa,score,52.9,percent\n")
+    assert line(with_paper, "emloc_r50") == ["emloc_r50", "(52.9)", ""]
 
 
 def test_experiments_stand_tables_first_then_ablations(tmp_path, written):
@@ -283,8 +311,11 @@ def test_results_are_taken_from_the_tidy_file_where_no_run_is_there(page, tmp_pa
     stored.append(row("lora", 0.1, cell="lora", experiment="mine_small", model="tiny"))
     write_rows(stored, results(tmp_path, "mine_small.csv"))
     said = page(f"lora,{EIGHT},pmc_vqa,score,52.9,percent\n")
-    assert "internvl2_5_8b: 3 of 12 runs done, 1 besides of tiny." in said
-    assert line(said, "lora") == ["lora", "60.0 ± 0.0 (52.9)", ".", "10.0"]
+    assert (
+        "internvl2_5_8b: 3 of 12 runs done, 9 not run; besides these runs: 1 of tiny on pmc_vqa."
+        in said
+    )
+    assert line(said, "lora") == ["lora", "60.0 ± 0.0 (52.9)", "", "10.0"]
     assert "Scores: pmc_vqa accuracy." in said
     assert "Paper: The paper, Table 9." in said
 
@@ -296,18 +327,18 @@ def test_a_run_that_is_there_takes_the_place_of_the_one_in_the_file(page, tmp_pa
     folder = tmp_path / "runs" / "mine"
     write_rows(rows_of(folder), results(tmp_path, "mine.csv"))
     assert "train.steps" not in results(tmp_path, "mine.csv").read_text()
-    assert line(page(), "lora") == ["lora", "60.0 ± 0.0", "."]
+    assert line(page(), "lora") == ["lora", "60.0 ± 0.0", ""]
     shutil.rmtree(folder)
-    assert line(page(), "lora") == ["lora", "60.0 ± 0.0", "."]
+    assert line(page(), "lora") == ["lora", "60.0 ± 0.0", ""]
     make_run(tmp_path, 0, score=0.9)
-    assert line(page(), "lora") == ["lora", "70.0 ± 17.3", "."]
+    assert line(page(), "lora") == ["lora", "70.0 ± 17.3", ""]
     make_run(tmp_path, 0, score=None)
     said = page()
-    assert line(said, "lora") == ["lora", "60.0 ± 0.0 [2/3]; running", "."]
-    assert "internvl2_5_8b: 2 of 12 runs done, 1 running." in said
+    assert line(said, "lora") == ["lora", "60.0 ± 0.0 [2/3]; running", ""]
+    assert "internvl2_5_8b: 2 of 12 runs done, 1 running, 9 not run." in said
     shutil.rmtree(folder)
     make_run(tmp_path, 7, score=0.9)  # as far as the file says, of another recipe
-    assert line(page(), "lora") == ["lora", "90.0 [1/3]; 60.0 ± 0.0", "."]
+    assert line(page(), "lora") == ["lora", "90.0 [1/3]; 60.0 ± 0.0", ""]
 
 
 def make_run(tmp_path, seed: int, score: float | None) -> None:
@@ -327,8 +358,9 @@ def test_a_file_is_of_the_experiment_with_the_longest_name_that_it_starts_with(p
     write_rows([row("lora", cell="lora")], results(tmp_path, "mine_small_1.csv"))
     states = [line for line in page().splitlines() if "runs done" in line]
     assert states == [
-        "internvl2_5_8b: 0 of 12 runs done.",
-        "smollm2_135m: 0 of 1 runs done, 1 besides of internvl2_5_8b.",
+        "internvl2_5_8b: 0 of 12 runs done, 12 not run.",
+        "smollm2_135m: 0 of 1 runs done, 1 not run; "
+        "besides these runs: 1 of internvl2_5_8b on pmc_vqa.",
     ]
 
 
@@ -336,14 +368,14 @@ def test_a_file_of_results_that_is_not_tidy_is_said_and_the_page_goes_on(page, t
     page()
     results(tmp_path, "mine.csv").write_text("cell,loss\nlora,1.0\n")
     said = page()
-    assert line(said, "lora") == ["lora", ".", "."]
+    assert line(said, "lora") == ["lora", "", ""]
     assert "mine.csv: no table of runs, it has no column experiment, run, state" in said
 
 
 def test_memory_has_a_table_of_its_own_where_the_paper_has_it(page):
     said = page(f"lora,{EIGHT},,peak,72.9,GB\n")
     assert "peak GB:\n\n| cell " in said
-    assert line(said, "lora") == ["lora", ". (72.9)", ". (72.9)"]
+    assert line(said, "lora") == ["lora", "(72.9)", "(72.9)"]
 
 
 def test_the_page_of_the_shipped_experiments_has_a_line_for_each(tmp_path):

@@ -19,7 +19,7 @@ from emloc.report.draw.series import series
 from emloc.report.draw.sheet import add_legend, panel_grid, percent
 from emloc.report.draw.style import BLACK, FADED, GREY, Style, line_styles
 from emloc.report.rows import Row
-from emloc.report.run_files import read_run_file
+from emloc.report.rows.run_files import read_run_file
 
 LINES = 8  # corrected methods or cells in one figure
 

@@ -15,7 +15,7 @@ from emloc.report.draw.series import Series, Value, series
 from emloc.report.draw.sheet import add_legend, note_of, page_slices, panel_grid
 from emloc.report.draw.style import FADED, line_styles
 from emloc.report.rows import Row
-from emloc.report.run_files import read_run_file
+from emloc.report.rows.run_files import read_run_file
 
 _LEGEND_LABELS = 12  # that fit above a panel of one column
 _DASH = 4.0  # widths of a line

@@ -24,7 +24,7 @@ from emloc.report.draw.series import RATIO
 from emloc.report.draw.sheet import add_legend, percent
 from emloc.report.draw.style import COLUMN, KINDS, PAGE
 from emloc.report.rows import Row
-from emloc.report.run_files import read_run_file
+from emloc.report.rows.run_files import read_run_file
 
 RUNS = 3  # figures of a report; a sweep has hundreds of runs
 # Layers in the order in which a block computes them. Others follow.

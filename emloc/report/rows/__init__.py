@@ -1,23 +1,30 @@
-"""One run as a line of results: all that tables and figures are made of. Imports no torch."""
+"""One run as a row of results: what tables and figures are made of. Imports no torch.
+
+`rows_of` reads rows from run folders or from a CSV file, and `frame_of` makes one pandas table of
+them. pandas is imported when a table is made, so that the command line starts without it.
+"""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from emloc.config.run_folder import DONE, Run, find_runs
 from emloc.config.settings import DECISIVE
 from emloc.config.stage_order import merged, stages_of, standard_stages
 from emloc.errors import ConfigError
-from emloc.report.rows.gain import Scored, gain_kept
+from emloc.report.rows.csv_files import is_number, read_words, to_number
+from emloc.report.rows.gain import ScoredRun, gain_kept
 from emloc.runtime.digest import digest
 
-# What is known of every run, and a column of every file.
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Facts of every run; each is a column of every file.
 FIELDS = ("experiment", "run", "state", "cell", "method", "model", "task", "seed", "metric", "data")
-# Settings that are a column even where all runs have the same.
+# Settings that are a column even where all runs share one value.
 ALWAYS = (
     "task.metric",
     "compression.ratio",
@@ -26,8 +33,7 @@ ALWAYS = (
     "calibration.samples",
 )
 _SECONDS = "seconds/"
-_ADDED = {"counted": True, "column": True}  # a stage that is none of the standard ones
-_NUMBER = "="  # before the name of a number in the head of a file, which tells it from a setting
+_ADDED = {"counted": True, "column": True}  # settings of a stage that is not a standard one
 
 
 @dataclass(frozen=True)
@@ -35,38 +41,38 @@ class Row:
     """One run. `settings`: group -> choice and dotted key -> value, in the command line's words.
 
     `numbers`: `score`, `scores/<name>`, `as_trained/<name>`, `gain_kept` (a share), `bytes` (of the
-    model trained through), `trainable` (parameters), `step_seconds`, `seconds/<stage>`,
-    `peak_gib/<stage>`; what was not measured is not there.
+    model that was trained through), `trainable` (parameters), `step_seconds`, `seconds/<stage>`,
+    `peak_gib/<stage>`. A number that was not measured is missing.
     """
 
     experiment: str
-    run: str  # the folder's name
+    run: str  # name of its folder
     state: str  # done, running, interrupted, OOM or failed(<stage>)
-    cell: str  # the experiment's name for it; empty where the experiment is a product
+    cell: str  # its name in the experiment; empty where the experiment is a product
     method: str
     model: str
     task: str
     seed: int
-    metric: str  # what `score` is called; empty unless done
-    data: str  # digest of what the scores are about; empty unless done
+    metric: str  # name of `score`; empty unless done
+    data: str  # digest of the held-out data; empty unless done
     settings: Mapping[str, str]
     numbers: Mapping[str, float]
-    # Stage -> whether its seconds are `counted` and a `column`, in the order they ran in.
+    # Stage -> whether its seconds are `counted` and a `column`, in the order of the stages.
     stages: Mapping[str, Mapping[str, Any]] = field(default_factory=standard_stages, compare=False)
 
     @property
     def done(self) -> bool:
-        """Whether there are results."""
+        """Whether the run has results."""
         return self.state == DONE
 
     @property
     def headline(self) -> bool:
-        """Whether the score is the task's own, and not what is at hand without lm-eval."""
+        """Whether the score is the task's own metric, not the one that needs no lm-eval."""
         return self.metric == self.settings.get("task.metric", self.metric)
 
     @property
     def decisive(self) -> dict[str, str]:
-        """The settings that decide the results: not who follows a run, or how it was called."""
+        """The settings that decide the results; trackers and names of sweeps do not."""
         return {
             name: word
             for name, word in self.settings.items()
@@ -80,7 +86,7 @@ class Row:
 
     @property
     def cost_seconds(self) -> float:
-        """Seconds of the stages that fine-tuning costs; what was reused counts as when computed."""
+        """Seconds of the stages that count as cost; a cached stage counts its first computation."""
         counted = [name for name, stage in self.stages.items() if stage["counted"]]
         return sum(self.numbers.get(f"{_SECONDS}{name}", 0.0) for name in counted)
 
@@ -88,96 +94,112 @@ class Row:
         """One of `numbers`, or None."""
         return self.numbers.get(name)
 
+    def word(self, name: str) -> str:
+        """The run's word for a label: its experiment, cell or method, else a setting, else ''."""
+        named = {"experiment": self.experiment, "cell": self.cell, "method": self.method}
+        return named.get(name, self.settings.get(name, ""))
+
 
 def metric_of(rows: Iterable[Row]) -> str:
-    """What the score of these runs is called; `score` where they have several."""
+    """The name of the score of these runs; `score` where they have several metrics."""
     metrics = {row.metric for row in rows if row.done}
     return metrics.pop() if len(metrics) == 1 else "score"
 
 
 def rows_of(place: Path) -> list[Row]:
-    """The runs below a folder in the order they ended, or those of a file of `write_rows`."""
+    """The runs in a folder in the order in which they ended, or the runs of a CSV file.
+
+    Raises:
+        ConfigError: the file is no table of runs.
+    """
     if place.is_file():
-        return _read(place)
-    read = [(run, run.status, run.config, run.metrics) for run in find_runs(place)]
-    read.sort(key=lambda each: each[1]["time"])
-    scored = [Scored(config, _loss(metrics)) for _, _, config, metrics in read]
-    gains = [gain_kept(each, scored) for each in scored]
-    return [_row(*each, gain) for each, gain in zip(read, gains, strict=True)]
+        return _rows_of_file(place)
+    runs = sorted(find_runs(place), key=lambda run: run.status["time"])
+    results = [run.metrics for run in runs]
+    scored = [ScoredRun(run.config, _loss(one)) for run, one in zip(runs, results, strict=True)]
+    return [
+        _row(run, one.config, metrics, gain_kept(one, scored))
+        for run, one, metrics in zip(runs, scored, results, strict=True)
+    ]
+
+
+def frame_of(rows: Sequence[Row]) -> pd.DataFrame:
+    """One line for each run: FIELDS, then all settings, then all numbers; empty where missing."""
+    import pandas as pd
+
+    settings = dict.fromkeys(name for row in rows for name in row.settings if name not in FIELDS)
+    numbers = dict.fromkeys(name for row in rows for name in row.numbers)
+    facts = [{name: getattr(row, name) for name in FIELDS} for row in rows]
+    return pd.concat(
+        [
+            pd.DataFrame(facts, columns=list(FIELDS)),
+            pd.DataFrame([row.settings for row in rows], columns=list(settings)),
+            pd.DataFrame([row.numbers for row in rows], columns=list(numbers), dtype=float),
+        ],
+        axis=1,
+    )
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """A tidy CSV: a line for each run, with the settings in which runs differ and all numbers."""
-    every = dict.fromkeys(name for row in rows for name in row.settings)
-    settings = [name for name in every if name in ALWAYS or _differs(name, rows)]
-    numbers = dict.fromkeys(name for row in rows for name in row.numbers)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*FIELDS, *settings, *(_NUMBER + name for name in numbers)])
-        for row in rows:
-            known = [getattr(row, name) for name in FIELDS]
-            chosen = [row.settings.get(name, "") for name in settings]
-            writer.writerow([*known, *chosen, *(row.numbers.get(name, "") for name in numbers)])
+    """Write a tidy CSV: one line for each run, the settings in which runs differ, all numbers."""
+    frame = frame_of(rows)
+    constant = [
+        name
+        for name in frame
+        if not is_number(name)
+        and name not in (*FIELDS, *ALWAYS)
+        and frame[name].nunique(dropna=False) == 1
+    ]
+    frame.drop(columns=constant).to_csv(path, index=False, lineterminator="\n")
 
 
-def _differs(name: str, rows: Iterable[Row]) -> bool:
-    return name not in FIELDS and len({row.settings.get(name) for row in rows}) > 1
+def _rows_of_file(path: Path) -> list[Row]:
+    head, lines = read_words(path)
+    missing = [name for name in FIELDS if name not in head]
+    if missing:
+        raise ConfigError(
+            f"{path}: no table of runs, it has no column {', '.join(missing)}; "
+            "give one that emloc report --csv wrote"
+        )
+    rows = []
+    for index, line in enumerate(lines):
+        try:
+            rows.append(_row_of_line(line))
+        except ValueError as error:
+            raise ConfigError(f"{path}:{index + 2}: cannot be read: {error}") from error
+    return rows
 
 
-def _read(path: Path) -> list[Row]:
-    with path.open(newline="") as file:
-        table = csv.DictReader(file)
-        missing = [name for name in FIELDS if name not in (table.fieldnames or ())]
-        if missing:
-            raise ConfigError(
-                f"{path}: no table of runs, it has no column {', '.join(missing)}; "
-                "give one that emloc report --csv wrote"
-            )
-        rows = []
-        for line in table:
-            try:
-                rows.append(_parsed(line))
-            except (TypeError, ValueError) as error:
-                raise ConfigError(f"{path}:{table.line_num}: cannot be read: {error}") from error
-        return rows
-
-
-def _parsed(line: Mapping[Any, Any]) -> Row:
-    if None in line or None in line.values():
-        raise ValueError("it has more or fewer values than the head has columns")
+def _row_of_line(line: Mapping[str, str]) -> Row:
     fields: dict[str, Any] = {name: line[name] for name in FIELDS}
     fields["seed"] = int(fields["seed"])
-    rest = {name: value for name, value in line.items() if name not in FIELDS and value}
-    numbers = {name[1:]: float(v) for name, v in rest.items() if name.startswith(_NUMBER)}
-    settings = {name: value for name, value in rest.items() if not name.startswith(_NUMBER)}
+    rest = {name: word for name, word in line.items() if name not in FIELDS and word}
+    numbers = {name: to_number(word) for name, word in rest.items() if is_number(name)}
+    settings = {name: word for name, word in rest.items() if not is_number(name)}
     named = {name: line[name] for name in ("cell", "method", "model", "task") if line[name]}
-    timed = [name[len(_SECONDS) :] for name in numbers if name.startswith(_SECONDS)]
+    timed = [name.removeprefix(_SECONDS) for name in numbers if name.startswith(_SECONDS)]
     standard = standard_stages()
     stages = {name: standard.get(name, _ADDED) for name in merged([*standard], timed)}
     return Row(**fields, settings=named | settings, numbers=numbers, stages=stages)
 
 
 def _loss(metrics: Mapping[str, Any]) -> float | None:
-    loss = metrics["scores"].get("loss") if metrics else None  # not every family has one
+    loss = metrics["scores"].get("loss") if metrics else None  # some tasks have none
     return None if loss is None else float(loss)
 
 
 def _row(
-    run: Run,
-    status: Mapping[str, Any],
-    config: Mapping[str, Any],
-    metrics: Mapping[str, Any],
-    gain: float | None,
+    run: Run, config: Mapping[str, Any], metrics: Mapping[str, Any], gain: float | None
 ) -> Row:
     choices = run.choices
     return Row(
         experiment=choices.get("experiments", run.folder.resolve().parent.name),
         run=run.folder.name,
-        state=_word(status),
+        state=_state(run.status),
         cell=choices.get("cell", "").rpartition("/")[2],
         method=str(config["method"]),
-        model=_called(config, "model"),
-        task=_called(config, "task"),
+        model=str(config["model"].get("name", "")),
+        task=str(config["task"].get("name", "")),
         seed=int(config["seed"]),
         metric=metrics.get("metric", ""),
         data=digest(metrics["data"]) if metrics else "",
@@ -185,10 +207,6 @@ def _row(
         numbers=_numbers(metrics, gain) if metrics else {},
         stages=stages_of(config),
     )
-
-
-def _called(config: Mapping[str, Any], section: str) -> str:
-    return str(config[section].get("name", ""))
 
 
 def _leaves(config: Mapping[str, Any]) -> dict[str, str]:
@@ -203,7 +221,7 @@ def _leaves(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _numbers(metrics: Mapping[str, Any], gain: float | None) -> dict[str, float]:
-    found = {
+    values = {
         "score": metrics["score"],
         **{f"scores/{name}": value for name, value in metrics["scores"].items()},
         **{f"as_trained/{k}": v for k, v in metrics.get("scores_as_trained", {}).items()},
@@ -214,9 +232,9 @@ def _numbers(metrics: Mapping[str, Any], gain: float | None) -> dict[str, float]
         **{f"{_SECONDS}{stage}": value for stage, value in metrics["seconds"].items()},
         **{f"peak_gib/{stage}": value for stage, value in metrics["peak_gib"].items()},
     }
-    return {name: float(value) for name, value in found.items() if value is not None}
+    return {name: float(value) for name, value in values.items() if value is not None}
 
 
-def _word(status: Mapping[str, Any]) -> str:
+def _state(status: Mapping[str, Any]) -> str:
     state = str(status["state"])
     return "OOM" if state == "oom" else f"failed({status['stage']})" if state == "failed" else state

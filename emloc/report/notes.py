@@ -1,0 +1,30 @@
+"""Notes below a table that are about its runs, not about its columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from emloc.report.rows import Row
+
+
+def left_out(rows: Sequence[Row]) -> list[str]:
+    """A note that names the runs without results; a published table has no lines of them."""
+    several = are_of_several(rows)
+    names: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if not row.done:
+            column = f" on {row.model}, {row.task}" if several else ""
+            names.setdefault(row.state, {})[f"{row.cell or row.method}{column}"] = None
+    by_state = [f"{state}: {'; '.join(of_state)}" for state, of_state in names.items()]
+    return [f"left out, without results: {'. '.join(by_state)}"] if by_state else []
+
+
+def data_digests(rows: Sequence[Row]) -> list[str]:
+    """A digest of the data of each task, because local copies of a data set may differ."""
+    digests = sorted({(row.task, row.data) for row in rows if row.done})
+    return [f"data of {task}: {digest}" for task, digest in digests]
+
+
+def are_of_several(rows: Sequence[Row]) -> bool:
+    """Whether the runs are on several models or tasks."""
+    return len({(row.model, row.task) for row in rows}) > 1

@@ -1,0 +1,98 @@
+"""A summary as a CSV file. Tables of words that earlier versions wrote are read, too."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from emloc.config.run_folder import DONE
+from emloc.config.settings import DECISIVE
+from emloc.errors import ConfigError
+from emloc.report.paper import QUANTITIES
+from emloc.report.rows.csv_files import STD, is_number, read_words, to_number
+from emloc.report.summary import FACTS, NOT_RUN
+from emloc.report.table import EMPTY, number
+
+# Head in a table of an earlier version -> name of the number in a summary.
+_OLD_HEADS = {
+    "loss": "scores/loss",
+    "gain kept": "gain_kept",
+    "loss as trained": "as_trained/loss",
+    "through MB": "bytes",
+    "train GiB": "peak_gib/train",
+    "step s": "step_seconds",
+    "paper": "paper/score",
+    "difference": "difference/score",
+} | {
+    f"{kind} {quantity.sign}": f"{kind}/{name}"
+    for name, quantity in QUANTITIES.items()
+    for kind in ("paper", "difference")
+}
+_OLD_HEADS |= {quantity.head: f"ours/{name}" for name, quantity in QUANTITIES.items()}
+
+
+def is_summary(place: Path) -> bool:
+    """Whether it is a file of means over seeds, and not of runs."""
+    if not place.is_file():
+        return False
+    head, _ = read_words(place)
+    return "method" in head and "run" not in head
+
+
+def write_summary(summary: pd.DataFrame, path: Path) -> None:
+    """Write numbers at full precision and missing ones as empty cells; no column is empty."""
+    used = [name for name in summary if summary[name].replace(EMPTY, None).notna().any()]
+    summary[used].to_csv(path, index=False, lineterminator="\n")
+
+
+def read_summary(path: Path) -> pd.DataFrame:
+    """The summary in a CSV file.
+
+    Raises:
+        ConfigError: a cell in a column of numbers holds no number.
+    """
+    head, lines = read_words(path)
+    if "state" not in head:
+        lines = [_of_old(line) for line in lines]
+    summary = pd.DataFrame(lines, dtype=object)
+    for name in summary:
+        if is_number(name):
+            try:
+                words = summary[name].fillna(EMPTY)
+                summary[name] = [to_number(word) if word else float("nan") for word in words]
+            except ValueError as error:
+                raise ConfigError(f"{path}: column {name} cannot be read: {error}") from error
+    facts = dict.fromkeys((name for name in FACTS if name not in summary), EMPTY)
+    words = {name: EMPTY for name in summary if not is_number(name)}
+    return summary.assign(**facts).fillna(words)
+
+
+def _of_old(line: Mapping[str, str]) -> dict[str, str]:
+    """A line of a table of words, with each number split into mean and standard deviation."""
+    words = {head: EMPTY if word == "." else word for head, word in line.items()}
+    labels = [head for head in words if head in FACTS or head.partition(".")[0] in DECISIVE]
+    score, *others = [head for head in words if head not in labels]
+    metric = score.removesuffix(" %")
+    is_done = number(words[score]) is not None
+    new = {name: words[name] for name in labels}
+    new["state"] = DONE if is_done else words[score] or NOT_RUN
+    new["metric"] = metric if is_done else EMPTY
+    for head in (score, *others) if is_done else others:
+        name = "score" if head == score else _new_name(head, metric)
+        # The unit of the earlier head, as a sign or power of ten that a number may have.
+        is_score = name.partition("/")[0] in ("score", "scores") and name != "scores/loss"
+        unit = "%" if is_score and score != metric else "e6" if name == "bytes" else EMPTY
+        mean, _, spread = words[head].partition(" ± ")
+        new[name] = mean and mean + unit
+        new[f"{name}{STD}"] = spread and spread + unit
+    return new
+
+
+def _new_name(head: str, metric: str) -> str:
+    stage = re.fullmatch(r"(\S+) s", head)
+    if head in _OLD_HEADS:
+        return _OLD_HEADS[head]
+    return f"seconds/{stage[1]}" if stage else f"scores/{metric}/{head}"
