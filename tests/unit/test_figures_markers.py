@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -60,14 +61,14 @@ def covered(boxes: list[Bbox]) -> list[tuple[Bbox, Bbox]]:
     return [(one, other) for one, other in combinations(boxes, 2) if one.overlaps(other)]
 
 
-def draw(rows: list[Row], stem: str) -> Figure:
+def draw(rows: list[Row], stem: str, columns: int = 2) -> Figure:
     """One figure alone, laid out as in its file."""
     with rc_context(RC):
         if stem == "score_ratio":
-            drawings = sweep.draw(rows, sweep.Sweep(stem, RATIO), 2)
+            drawings = sweep.draw(rows, sweep.Sweep(stem, RATIO), columns)
         else:
             (kind,) = [kind for kind in cost.COSTS if kind.stem == stem]
-            drawings = cost.draw(rows, kind, 2)
+            drawings = cost.draw(rows, kind, columns)
     return drawings[stem].figure
 
 
@@ -130,6 +131,22 @@ def test_the_same_runs_give_the_same_places():
         for _ in range(2)
     ]
     assert places[0] == places[1]
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("stem", ["score_memory", "score_ratio"])
+def test_legend_titles_and_labels_stay_on_the_page(columns, stem):
+    rows = [
+        replace(one, model="a_model_with_a_long_name_of_7b", task="a_task_whose_name_is_long")
+        for one in rows_of(PARETO)
+    ]
+    figure = draw([*rows, row("lora", None)], stem, columns)
+    box = figure.get_tightbbox()
+    width, height = figure.get_size_inches()
+    assert min(box.x0, box.y0) >= 0
+    assert (box.x1, box.y1) <= (width, height)
+    legend = figure.legends[0].get_window_extent()
+    assert not any(legend.overlaps(axes.get_window_extent()) for axes in figure.axes)
 
 
 # Places ------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from emloc.report.draw.sheet import (
     panel_grid,
     percent,
     settle_layout,
+    wrapped,
 )
 from emloc.report.draw.style import GREY, Style, line_styles
 from emloc.report.rows import Row
@@ -111,7 +112,7 @@ def _page(drawn: Sequence[CostPanel], cost: Cost, columns: int, rows: Sequence[R
     }
     figure, places = panel_grid(len(drawn), columns, height=2.8)
     for one, axes in zip(drawn, places, strict=True):
-        axes.set(title=one.panel.title, xlabel=cost.caption, ylabel=one.score_label)
+        axes.set(title=wrapped(one.panel.title), xlabel=cost.caption, ylabel=one.score_label)
         if one.score == "gain_kept":
             percent(axes.yaxis)
         _scale(axes, [point.cost for point in one.points])

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from emloc.report.draw.drawing import Drawing, numbered_pages
 from emloc.report.draw.panels import Panel, panels
 from emloc.report.draw.series import Series, Value, series
-from emloc.report.draw.sheet import add_legend, note_of, page_slices, panel_grid
+from emloc.report.draw.sheet import add_legend, note_of, page_slices, panel_grid, wrapped
 from emloc.report.draw.style import FADED, line_styles
 from emloc.report.rows import Row
 from emloc.report.rows.run_files import read_run_file
@@ -66,7 +66,7 @@ def _page(
     styles = line_styles((c.line.label, c.line.method, bool(c.line.packed)) for c in curves)
     figure, places = panel_grid(len(drawn), columns, is_wide=len(styles) > _LEGEND_LABELS)
     for (panel, some), axes in zip(drawn, places, strict=True):
-        axes.set(title=panel.title, xlabel="training step", ylabel="training loss (nats)")
+        axes.set(title=wrapped(panel.title), xlabel="training step", ylabel="training loss (nats)")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         for curve, dashes in zip(some, _dashes(some), strict=True):
             style = styles[curve.line.label]

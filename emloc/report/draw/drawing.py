@@ -19,7 +19,10 @@ class Drawing:
     @property
     def alt(self) -> str:
         """Text for readers who cannot see the figure: what each panel shows against what."""
-        panels = [(a.get_title(), a.get_ylabel(), a.get_xlabel()) for a in self.figure.axes]
+        panels = [
+            (" ".join(axes.get_title().split()), axes.get_ylabel(), axes.get_xlabel())
+            for axes in self.figure.axes
+        ]
         texts = [
             f"{title}: {y} against {x}" if title else f"{y} against {x}"
             for title, y, x in panels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -16,7 +17,9 @@ from emloc.report.draw.style import COLUMN, GREY, PAGE
 from emloc.report.rows import Row
 
 PANELS_PER_PAGE = 8
+_LEGEND_LINES = 8  # that may stand above a narrow figure
 _LINE = 0.135  # inches: height of a line of the legend
+_MARGIN = 0.6  # inches: ticks and label beside a panel
 _LETTER, _HANDLE = 0.055, 0.42  # inches: mean width of a letter, width of the symbol before a label
 
 
@@ -49,6 +52,8 @@ def page_slices(count: int) -> list[slice]:
 def add_legend(figure: Figure, note: str, order: Sequence[str] = (), title: str = "") -> None:
     """Add one legend for all labelled lines above the panels. The panels keep their size.
 
+    In a narrow figure a long legend stands below the panels, with the note as its title.
+
     Args:
         figure: its panels are drawn.
         note: a line of text below the panels.
@@ -64,18 +69,28 @@ def add_legend(figure: Figure, note: str, order: Sequence[str] = (), title: str 
     width, height = figure.get_size_inches()
     if labels:
         columns = legend_columns(labels, width)
-        height += _LINE * (math.ceil(len(labels) / columns) + bool(title)) + 0.05
+        is_below = width == COLUMN and len(labels) > columns * _LEGEND_LINES
+        if is_below and not title:
+            title, note = note, ""
+        title = wrapped(title, width)
+        lines = math.ceil(len(labels) / columns) + len(title.splitlines())
+        height += _LINE * lines + 0.05
         figure.legend(
             [handles[label] for label in labels],
             labels,
             ncols=columns,
             title=title or None,
-            loc="outside upper center",
+            loc="outside lower center" if is_below else "outside upper center",
         )
     if note:
         height += _LINE
         figure.supxlabel(note, x=0.01, ha="left", fontsize=6, color=GREY)
     figure.set_size_inches(width, height)
+
+
+def wrapped(title: str, width: float = COLUMN - _MARGIN) -> str:
+    """Return the title in lines that fit into `width` inches; without it, above one panel."""
+    return textwrap.fill(title, int(width / _LETTER))
 
 
 def legend_columns(labels: Sequence[str], width: float) -> int:
@@ -92,7 +107,8 @@ def legend_columns(labels: Sequence[str], width: float) -> int:
 
 def settle_layout(figure: Figure) -> None:
     """Lay the figure out for good, so that distances on the page are known."""
-    figure.draw_without_rendering()
+    for _ in range(2):  # panels of another size may have other ticks, whose labels are wider
+        figure.draw_without_rendering()
     figure.set_layout_engine("none")
 
 

@@ -30,6 +30,7 @@ from emloc.report.draw.sheet import (
     panel_grid,
     percent,
     settle_layout,
+    wrapped,
 )
 from emloc.report.draw.style import FADED, Style, line_styles
 from emloc.report.rows import Row
@@ -117,7 +118,7 @@ def _page(drawn: Sequence[SweepPanel], columns: int, rows: Sequence[Row]) -> Dra
     figure, places = panel_grid(len(drawn), columns, is_wide=len(styles) > _LEGEND_LABELS)
     markers = []
     for one, axes in zip(drawn, places, strict=True):
-        axes.set(title=one.panel.title, ylabel=one.score_label)
+        axes.set(title=wrapped(one.panel.title), ylabel=one.score_label)
         markers.append(_draw_lines(axes, one, styles))
     order = sorted(styles, key=lambda label: (label in REFERENCES, label))
     add_legend(figure, note_of(rows, [line.packed for line in lines]), order)
