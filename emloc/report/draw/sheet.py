@@ -13,7 +13,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from emloc.report.draw.style import COLUMN, GREY, PAGE
+from emloc.report.draw.style import COLUMN, GREY, PAGE, RC
 from emloc.report.rows import Row
 
 PANELS_PER_PAGE = 8
@@ -41,6 +41,9 @@ def panel_grid(
     axes: list[Axes] = list(figure.subplots(rows, used, squeeze=False).flat)
     for unused in axes[count:]:
         unused.remove()
+    for one in axes[:count]:
+        # The number of ticks depends on this size, also where the figure is shown without RC.
+        one.tick_params(labelsize=RC["xtick.labelsize"])
     return figure, axes[:count]
 
 
@@ -107,8 +110,7 @@ def legend_columns(labels: Sequence[str], width: float) -> int:
 
 def settle_layout(figure: Figure) -> None:
     """Lay the figure out for good, so that distances on the page are known."""
-    for _ in range(2):  # panels of another size may have other ticks, whose labels are wider
-        figure.draw_without_rendering()
+    figure.draw_without_rendering()
     figure.set_layout_engine("none")
 
 
