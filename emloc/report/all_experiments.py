@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -88,19 +87,11 @@ def _shared_settings(stored: Sequence[Row], present: Mapping[str, Row]) -> dict[
 def _progress(grid: Grid) -> str:
     """How many of the requested runs are in which state, and the runs off the grid."""
     states = grid.states()
-    others = Counter(
-        f"{point.model} on {point.task}"
-        for point, rows in grid.runs.items()
-        for row in rows
-        if row.done and point not in grid.requested
-    )
-    counts = [
-        f"{states[DONE]} of {states.total()} runs done",
-        *(f"{states[name]} {name}" for name in STATES if states[name] and name != DONE),
-    ]
-    besides = [f"{count} of {column}" for column, count in others.items()]
+    counts = [f"{states[name]} {name}" for name in STATES if states[name] and name != DONE]
+    besides = [f"{count} of {column}" for column, count in grid.off_grid().items()]
+    progress = ", ".join([f"{states[DONE]} of {states.total()} runs done", *counts])
     off_grid = f"; besides these runs: {', '.join(besides)}" if besides else ""
-    return f"{', '.join(grid.models)}: {', '.join(counts)}{off_grid}."
+    return f"{', '.join(grid.requested['model'].unique())}: {progress}{off_grid}."
 
 
 def _notes(

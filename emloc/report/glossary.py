@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from emloc.report.run_table import columns_of
+from emloc.report.run_table import COST_NOTES, NOTES, Column, columns_of
 from emloc.report.table import Table
 
 _LABELS = {
@@ -18,6 +18,7 @@ _LABELS = {
 }
 _SCORE = "Score of the held-out rows{}; higher is better."
 _KIND = "The same score, of the held-out rows of the kind {}."
+_STAGE = "Seconds of the stage {}; a reused stage has the seconds of its computation."
 _COMPARED = {
     "ours": "Our number in the paper's unit.",
     "paper": "The paper's number for the same model, task and method{}.",
@@ -34,19 +35,20 @@ def column_meanings(summary: pd.DataFrame, table: Table) -> dict[str, str]:
     """
     score, *numbers = columns_of(summary)
     meanings = {score.head: _SCORE.format(" in percent" if score.head.endswith("%") else "")}
-    for column in numbers:
-        kind, _, name = column.name.partition("/")
-        unit = column.head.partition(" ")[2]
-        if column.note:
-            meaning = column.note.partition(": ")[2]
-            meanings[column.head] = f"{meaning[0].upper()}{meaning[1:]}."
-        elif kind in _COMPARED:
-            meanings[column.head] = _COMPARED[kind].format(f" in {unit}" if unit else "")
-        else:
-            meanings[column.head] = _KIND.format(name.rpartition("/")[2])
+    meanings |= {column.head: _meaning(column) for column in numbers}
+    meanings |= _LABELS
     return {
-        name: _LABELS.get(name)
-        or meanings.get(name)
-        or f"Setting {name}, in which the runs differ."
+        name: meanings.get(name, f"Setting {name}, in which the runs differ.")
         for name in table.columns
     }
+
+
+def _meaning(column: Column) -> str:
+    kind, _, name = column.name.partition("/")
+    if kind == "seconds":
+        return _STAGE.format(name)
+    if kind in _COMPARED:
+        unit = column.head.partition(" ")[2]
+        return _COMPARED[kind].format(f" in {unit}" if unit else "")
+    note = (NOTES | COST_NOTES).get(column.head)
+    return f"{note[0].upper()}{note[1:]}." if note else _KIND.format(name.rpartition("/")[2])

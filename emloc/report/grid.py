@@ -1,131 +1,129 @@
-"""An experiment's grid, and which runs belong to which of its points."""
+"""The runs that an experiment requests, and the runs that there are, as lines and columns."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+
+import pandas as pd
 
 from emloc.config.experiments import Experiment, cell_name
 from emloc.config.run_folder import DONE
 from emloc.report.groups import varying
 from emloc.report.rows import Row
-from emloc.report.summary import NOT_RUN
 from emloc.report.table import EMPTY
 
-# Model and task name a column, and the mean is over seeds. All other overrides name a line.
+# Model and task name a column, and means are over seeds. All other overrides name a line.
 _ACROSS = ("model", "task", "seed")
-# A requested run counts for the first of these that one of its runs is in.
-STATES = (DONE, "failed", "OOM", "interrupted", "running", NOT_RUN)
-Label = tuple[str, ...]  # the words of a line
-
-
-@dataclass(frozen=True)
-class GridPoint:
-    """A line, a model and a task. Its runs differ in the seed, and in settings off the grid."""
-
-    label: Label
-    model: str
-    task: str
+_FACTS = ("cell", "method", *_ACROSS)
+# A requested run counts for the first of these states that one of its runs is in.
+STATES = (DONE, "failed", "OOM", "interrupted", "running", "not run")
+LINE_MODEL, COLUMN = "line model", "column"  # added by `Grid.placed`
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The points of an experiment, and all runs of it."""
+    """An experiment and all runs of it."""
 
     experiment: Experiment
     rows: Sequence[Row]
 
     @cached_property
     def keys(self) -> list[str]:
-        """The overrides whose words name a line of the grid."""
+        """The overrides whose words name a line."""
         swept = dict.fromkeys(key for point in self.experiment.points for key in point)
         return [key for key in swept if key not in _ACROSS] or ["method"]
 
     @cached_property
     def extra_keys(self) -> list[str]:
         """Further settings in which runs of one model and task differ."""
-        by_column: dict[tuple[str, str], list[Row]] = {}
-        for row in self.rows:
-            by_column.setdefault((row.model, row.task), []).append(row)
-        # A run without a cell is named by its method. A file of rows has no column for a setting
-        # that its runs share, so that a setting without a value is no difference.
-        has_strangers = "cell" in self.keys and not all(row.cell for row in self.rows)
-        differing = [
-            name
-            for rows in by_column.values()
-            for name in varying(rows)
-            if len({row.settings[name] for row in rows if name in row.settings}) > 1
+        # A run without a cell is named by its method.
+        names = ["method"] * ("cell" in self.keys and not all(row.cell for row in self.rows))
+        for column in dict.fromkeys((row.model, row.task) for row in self.rows):
+            rows = [row for row in self.rows if (row.model, row.task) == column]
+            for name in varying(rows):
+                # A file lacks the settings that all of its runs share. They are no difference.
+                names += [name] * (len({row.settings.get(name) for row in rows} - {None}) > 1)
+        return [name for name in dict.fromkeys(names) if name not in (*self.keys, *_ACROSS)]
+
+    @cached_property
+    def _points(self) -> pd.DataFrame:
+        names = (*self.keys, "method", "model", "task")
+        return pd.DataFrame(
+            {name: self.experiment.word(point, name) for name in names}
+            | {"cell": cell_name(point), "seed": point.get("seed", EMPTY)}
+            for point in self.experiment.points
+        )
+
+    @property
+    def requested(self) -> pd.DataFrame:
+        """A line for each requested run; its seed is empty where the grid leaves it open."""
+        return self.placed(self._points)
+
+    @cached_property
+    def runs(self) -> pd.DataFrame:
+        """A line for each of `rows`, with labels in the words of the grid."""
+        names = [*dict.fromkeys([*_FACTS, *self.keys, *self.extra_keys])]
+        words = [
+            [str(getattr(row, name)) if name in _FACTS else row.word(name) for name in names]
+            for row in self.rows
         ]
-        names = dict.fromkeys([*["method"] * has_strangers, *differing])
-        return [name for name in names if name not in (*self.keys, *_ACROSS)]
+        runs = pd.DataFrame(words, columns=names, dtype=object)
+        for key in self.keys:
+            known = {_normal(word): word for word in self._points[key]}
+            runs[key] = [known.get(_normal(word), word) for word in runs[key]]
+        return self.placed(runs)
 
     @cached_property
-    def requested(self) -> Mapping[GridPoint, set[str]]:
-        """Seeds of each grid point; an empty word where the grid leaves the seed open."""
-        seeds: dict[GridPoint, set[str]] = {}
-        for point in self.experiment.points:
-            model, task = (self.experiment.word(point, key) for key in ("model", "task"))
-            grid_point = GridPoint(self._label(point), model, task)
-            seeds.setdefault(grid_point, set()).add(point.get("seed", EMPTY))
-        return seeds
+    def models(self) -> dict[tuple[str, ...], list[str]]:
+        """Label of a line -> the models that the grid requests for it."""
+        models = self._points.groupby(tuples(self._points, self.keys))["model"].unique()
+        return {label: list(names) for label, names in models.items()}
 
-    @cached_property
-    def runs(self) -> Mapping[GridPoint, list[Row]]:
-        """The runs of each point, also of points off the grid."""
-        labels = {tuple(map(_normal, point.label)): point.label for point in self.requested}
-        runs: dict[GridPoint, list[Row]] = {}
-        for row in self.rows:
-            words = tuple(row.word(key) for key in self.keys)
-            label = labels.get(tuple(map(_normal, words)), words)
-            runs.setdefault(GridPoint(label, row.model, row.task), []).append(row)
-        return runs
+    def placed(self, points: pd.DataFrame) -> pd.DataFrame:
+        """The points, with the model of their line and the head of their column.
 
-    @cached_property
-    def names(self) -> Mapping[Label, Mapping[str, str]]:
-        """Cell and method of every line, by which the paper may name it."""
-        names: dict[Label, Mapping[str, str]] = {}
-        for point in self.experiment.points:
-            method = self.experiment.word(point, "method")
-            names.setdefault(self._label(point), {"cell": cell_name(point), "method": method})
-        for run_point, rows in self.runs.items():
-            names.setdefault(run_point.label, {"cell": rows[0].cell, "method": rows[0].method})
-        return names
-
-    @cached_property
-    def models(self) -> list[str]:
-        """The models of the grid."""
-        return list(dict.fromkeys(point.model for point in self.requested))
-
-    @cached_property
-    def _models_of(self) -> Mapping[Label, list[str]]:
-        models: dict[Label, list[str]] = {}
-        for point in dict.fromkeys(self.requested):
-            models.setdefault(point.label, []).append(point.model)
-        return {label: list(dict.fromkeys(names)) for label, names in models.items()}
-
-    def model_of_line(self, point: GridPoint) -> str:
-        """The one model of the point's line; empty where it has several or one off the grid."""
-        if any(len(models) > 1 for models in self._models_of.values()):
-            return EMPTY
-        own = point.model if point.model in self.models else EMPTY
-        return self._models_of.get(point.label, [own])[0]
+        A column is named by its task, and by its model where that is not the model of the line. A
+        line has no model where the grid requests several for some line.
+        """
+        known = {model for models in self.models.values() for model in models}
+        has_one = all(len(models) == 1 for models in self.models.values())
+        lines, heads = [], []
+        for *label, model, task in tuples(points, [*self.keys, "model", "task"]):
+            own = [model if model in known else EMPTY]
+            lines.append(self.models.get(tuple(label), own)[0] if has_one else EMPTY)
+            heads.append(task if lines[-1] == model else f"{model}·{task}")
+        return points.assign(**{LINE_MODEL: lines, COLUMN: heads})
 
     def states(self) -> Counter[str]:
         """How many of the requested runs are done, failed, running ... and not run."""
+        names = [*self.keys, "model", "task"]
+        states: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+        for point, row in zip(tuples(self.runs, names), self.rows, strict=True):
+            states.setdefault(point, []).append((str(row.seed), row.state.partition("(")[0]))
+        counts: Counter[str] = Counter()
+        for *point, seed in tuples(self._points, [*names, "seed"]):
+            own = {state for s, state in states.get(tuple(point), []) if seed in (EMPTY, s)}
+            counts[next((state for state in STATES if state in own), STATES[-1])] += 1
+        return counts
+
+    def off_grid(self) -> Counter[str]:
+        """How many runs with results each model and task has besides the requested runs."""
+        names = [*self.keys, "model", "task"]
+        requested = {*tuples(self._points, names)}
         return Counter(
-            self._state(point, seed) for point, seeds in self.requested.items() for seed in seeds
+            f"{row.model} on {row.task}"
+            for point, row in zip(tuples(self.runs, names), self.rows, strict=True)
+            if row.done and point not in requested
         )
 
-    def _state(self, point: GridPoint, seed: str) -> str:
-        rows = self.runs.get(point, [])
-        states = {r.state.partition("(")[0] for r in rows if seed in (EMPTY, str(r.seed))}
-        return next((state for state in STATES if state in states), NOT_RUN)
 
-    def _label(self, point: Mapping[str, str]) -> Label:
-        words = {key: self.experiment.word(point, key) for key in self.keys}
-        return tuple((words | {"cell": cell_name(point)})[key] for key in self.keys)
+def tuples(frame: pd.DataFrame, names: Sequence[str]) -> pd.Series:
+    """The words of each line in these columns, by which lines can be compared and grouped."""
+    words = list(frame[list(names)].itertuples(index=False, name=None))
+    return pd.Series(words, index=frame.index, dtype=object)
 
 
 def _normal(word: str) -> str:

@@ -37,7 +37,7 @@ def latex(table: Table, caption: str, notes: Sequence[str], label: str) -> str:
         [
             r"% \usepackage{booktabs}",
             r"\begin{table}",
-            r"\centering",
+            r"\centering\footnotesize\setlength{\tabcolsep}{4pt}",
             rf"\caption{{{escaped(caption)}}}",
             rf"\label{{tab:{label}}}",
             tabular.rstrip(),
@@ -62,4 +62,4 @@ def _cell(word: str, is_best: bool) -> str:
 
 def _notes(notes: Sequence[str]) -> str:
     sentences = " ".join(f"{note[:1].upper()}{note[1:]}." for note in map(escaped, notes))
-    return f"\\par\\smallskip\n\\parbox{{\\linewidth}}{{\\footnotesize {sentences}}}"
+    return f"\\par\\smallskip\n\\parbox{{\\linewidth}}{{{sentences}}}"

@@ -24,7 +24,7 @@ def table(place: Path) -> str:
     if is_summary(place):
         summary = read_summary(place)
         shown = table_of(summary)
-        return "\n".join([markdown(shown), "", *notes_of(summary, shown)])
+        return "\n".join([markdown(shown), "", *notes_of(shown)])
     rows = rows_of(place)
     return table_with_notes(place, rows, unrun=False) if rows else f"no runs in {place}"
 
@@ -38,7 +38,7 @@ def table_with_notes(place: Path, rows: Sequence[Row], *, unrun: bool) -> str:
     summary = summary_of(rows, paper, unrun=unrun)
     shown = table_of(summary)
     sources = paper.of_models(row.model for row in rows).sources
-    notes = [*notes_of(summary, shown, sources), *data_digests(rows), *_adapters(place, rows)]
+    notes = [*notes_of(shown, sources), *data_digests(rows), *_adapters(place, rows)]
     return "\n".join([markdown(shown), "", *notes])
 
 

@@ -1,4 +1,4 @@
-"""What the runs of a report were obtained with, each fact once."""
+"""Provenance of a report: versions, device and shared settings of its runs, each fact once."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from emloc.report.rows import Row
 
 
 def origin(place: Path, rows: Sequence[Row]) -> dict[str, Any]:
-    """Distinct values over all runs, and the settings that all of them have, as JSON values.
+    """Distinct values over all runs, and the settings that all of them share, as JSON values.
 
-    A file of rows keeps no versions and no device.
+    A CSV file has no versions and no device.
     """
     runs = [] if place.is_file() else find_runs(place)
-    known = [found for run in runs if (found := run.metrics.get("provenance"))]
+    provenances = [each for run in runs if (each := run.metrics.get("provenance"))]
     return {
         "runs": len(rows),
         "experiments": _distinct(row.experiment for row in rows),
         "data": {task: _distinct(_data(task, rows)) for task in _distinct(r.task for r in rows)},
-        "settings": _constant(rows),
-        **_merged(known),
+        "settings": _shared_settings(rows),
+        **_merged(provenances),
     }
 
 
@@ -30,26 +30,25 @@ def _data(task: str, rows: Iterable[Row]) -> list[str]:
     return [row.data for row in rows if row.task == task and row.data]
 
 
-def _constant(rows: Sequence[Row]) -> dict[str, str]:
-    """Settings that are the same in all rows."""
+def _shared_settings(rows: Sequence[Row]) -> dict[str, str]:
     first, *others = [set(row.settings.items()) for row in rows]
     return dict(sorted(first.intersection(*others)))
 
 
-def _merged(known: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Each key of several mappings with its distinct values, within mappings as well."""
+def _merged(mappings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Each key of several mappings with its distinct values, also within mappings."""
     merged: dict[str, Any] = {}
-    for key in dict.fromkeys(key for one in known for key in one):
-        values = [one[key] for one in known if one.get(key) is not None]
-        inner = bool(values) and all(isinstance(value, Mapping) for value in values)
-        merged[key] = _merged(values) if inner else _distinct(values)
+    for key in dict.fromkeys(key for mapping in mappings for key in mapping):
+        values = [mapping[key] for mapping in mappings if mapping.get(key) is not None]
+        is_nested = bool(values) and all(isinstance(value, Mapping) for value in values)
+        merged[key] = _merged(values) if is_nested else _distinct(values)
     return merged
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:
-    """In the order they come up; JSON values need not be hashable."""
-    found: list[Any] = []
+    """The distinct values in their order; JSON values need not be hashable."""
+    distinct: list[Any] = []
     for value in values:
-        if value not in found:
-            found.append(value)
-    return found
+        if value not in distinct:
+            distinct.append(value)
+    return distinct

@@ -26,7 +26,6 @@ class Column:
     factor: float = 1.0  # from the summary's unit to the table's
     larger: bool | None = None  # whether a larger number is better; None: neither is
     printed: bool = True  # whether a paper prints it
-    note: str = ""
 
     def words(self, summary: pd.DataFrame) -> list[str]:
         """The numbers of all lines, each with ± and its standard deviation where there is one."""
@@ -42,46 +41,25 @@ class Column:
 
 
 _COLUMNS = (
-    Column(
-        "scores/loss",
-        "loss",
-        "z.3f",
-        larger=False,
-        printed=False,
-        note="loss: mean negative log-likelihood of an answer token on held-out rows, in nats",
-    ),
-    Column(
-        "gain_kept",
-        "gain kept",
-        "z.1%",
-        larger=True,
-        note="gain kept: share of LoRA's improvement in loss over the untouched model that a "
-        "method reaches (0%: untouched model, 100%: LoRA)",
-    ),
-    Column(
-        "as_trained/loss",
-        "loss as trained",
-        "z.3f",
-        printed=False,
-        note="loss as trained: loss of the adapter on the compressed model that it was trained on",
-    ),
-    Column(
-        "bytes",
-        "through MB",
-        ".0f",
-        1e-6,
-        note="through MB: weights of the model that was trained through",
-    ),
-    Column("peak_gib/train", "train GiB", ".2f", note="train GiB: peak memory of the training"),
-    Column(
-        "step_seconds",
-        "step s",
-        "z.3f",
-        printed=False,
-        note="step s: median seconds of a training step",
-    ),
+    Column("scores/loss", "loss", "z.3f", larger=False, printed=False),
+    Column("gain_kept", "gain kept", "z.1%", larger=True),
+    Column("as_trained/loss", "loss as trained", "z.3f", printed=False),
+    Column("bytes", "through MB", ".0f", 1e-6),
+    Column("peak_gib/train", "train GiB", ".2f"),
+    Column("step_seconds", "step s", ".3f", printed=False),
 )
-_STAGE_NOTE = "<stage> s: seconds of the stage when it was computed, also where it was then reused"
+NOTES = {
+    "loss": "mean negative log-likelihood of an answer token on held-out rows, in nats",
+    "gain kept": "share of LoRA's improvement in loss over the untouched model that a method "
+    "reaches (0%: untouched model, 100%: LoRA)",
+    "loss as trained": "loss of the adapter on the compressed model that it was trained on",
+}
+COST_NOTES = {
+    "through MB": "weights of the model that was trained through",
+    "train GiB": "peak memory of the training",
+    "step s": "median seconds of a training step",
+    "evaluate s": "seconds of the evaluation; a reused stage has the seconds of its computation",
+}
 
 
 def table_of(summary: pd.DataFrame, *, printed: bool = False) -> Table:
@@ -102,12 +80,9 @@ def table_of(summary: pd.DataFrame, *, printed: bool = False) -> Table:
         if words.ne(EMPTY).any():
             frame[column.head] = words
     peers = list(summary[["experiment", "model", "task", "data", "metric"]].itertuples(index=False))
-    larger = {
-        one.head: one.larger
-        for one in (score, *others)
-        if one.larger is not None and one.head in frame
-    }
-    return Table(frame, best(frame, peers, larger))
+    larger = {c.head: c.larger for c in (score, *others) if c.larger is not None}
+    known = {head: is_larger for head, is_larger in larger.items() if head in frame}
+    return Table(frame, best(frame, peers, known))
 
 
 def columns_of(summary: pd.DataFrame) -> list[Column]:
@@ -120,34 +95,22 @@ def columns_of(summary: pd.DataFrame) -> list[Column]:
     prefix = f"scores/{metric}/"
     kinds = sorted(n for n in summary if n.startswith(prefix) and not n.endswith(STD))
     stages = [name for name in summary if name.startswith("seconds/")]
-    return [
-        score,
-        *(
-            replace(score, name=name, head=name.removeprefix(prefix))
-            for name in (kinds if len(kinds) <= KINDS else [])
-        ),
-        *_columns_of_paper(summary),
-        *(one for one in _COLUMNS if one.name in summary),
-        *(
-            Column(name, f"{name.partition('/')[2]} s", ".0f", printed=False, note=_STAGE_NOTE)
-            for name in stages
-        ),
-    ]
-
-
-def _columns_of_paper(summary: pd.DataFrame) -> list[Column]:
-    columns = []
+    columns = [score]
+    if len(kinds) <= KINDS:
+        columns += [replace(score, name=name, head=name.removeprefix(prefix)) for name in kinds]
     for name, quantity in QUANTITIES.items():
-        if f"paper/{name}" in summary:
-            form = f"z.{quantity.digits}f"
-            if name == "score":  # ours has a column anyway
-                sign = ""
-            else:
-                sign = f" {quantity.sign}"
-                columns.append(Column(f"ours/{name}", quantity.head, form))
-            columns.append(Column(f"paper/{name}", f"paper{sign}"))
-            columns.append(Column(f"difference/{name}", f"difference{sign}", f"+{form}"))
-    return columns
+        sign = "" if name == "score" else f" {quantity.sign}"
+        form = f"z.{quantity.digits}f"
+        columns += [
+            *([Column(f"ours/{name}", quantity.head, form)] if sign else []),  # but the score
+            Column(f"paper/{name}", f"paper{sign}"),
+            Column(f"difference/{name}", f"difference{sign}", f"+{form}"),
+        ]
+    columns += [
+        *_COLUMNS,
+        *(Column(name, f"{name[8:]} s", ".0f", printed=False) for name in stages),
+    ]
+    return [column for column in columns if column.name in summary]
 
 
 def _labels(summary: pd.DataFrame) -> list[str]:
@@ -158,50 +121,33 @@ def _labels(summary: pd.DataFrame) -> list[str]:
         for name in summary
         if not is_number(name) and name not in (*FACTS, SIZE) and not name.startswith("paper/")
     ]
-    return [
-        *["experiment"] * (summary["experiment"].replace(EMPTY, None).nunique() > 1),
-        *["cell"] * bool(summary["cell"].ne(EMPTY).any()),
-        "method",
-        *(name for name in ("model", "task") if _tells_lines_apart(summary, name)),
-        *settings,
-        *["seeds"] * (len(seeds) > 1),
-    ]
-
-
-def _tells_lines_apart(summary: pd.DataFrame, name: str) -> bool:
-    """Whether a cell has runs of several models (tasks), or the paper has numbers of another."""
-    named = summary[summary[name].ne(EMPTY)]
-    is_absent = named["state"].eq(NOT_RUN)
-    ours = named[~is_absent]
-    of_cell = ours.groupby("cell")[name].nunique()
-    return bool(of_cell.gt(1).any() or not {*named[is_absent][name]} <= {*ours[name]})
+    words = summary.replace(EMPTY, None).nunique()
+    least = {"cell": 0, "method": -1}  # words of other facts matter where there are several
+    facts = ("experiment", "cell", "method", "model", "task")
+    labels = [name for name in facts if words[name] > least.get(name, 1)]
+    return [*labels, *settings, *["seeds"] * (len(seeds) > 1)]
 
 
 def _printed_labels(summary: pd.DataFrame) -> list[str]:
-    """The labels that a paper prints: no seeds, no method twice, and always the compression."""
+    """The labels that a paper prints: the compression, and the cell only if lines need its name."""
     labels = [name for name in _labels(summary) if name != "seeds"]
-    if "cell" in labels and summary["cell"].equals(summary["method"]):
-        labels.remove("cell")
-    is_compressed = summary.get(SIZE, pd.Series(dtype=str)).ne(EMPTY).any()
+    is_compressed = SIZE in summary and bool(summary[SIZE].ne(EMPTY).any())
     if is_compressed and not any(name.startswith("compression") for name in labels):
         labels.append(SIZE)
-    return labels
+    without_cell = [name for name in labels if name != "cell"]
+    is_ambiguous = summary.duplicated(without_cell).any()
+    if "cell" in labels and is_ambiguous:
+        return [name for name in labels if name != "method"]
+    return without_cell
 
 
-def without_failures(summary: pd.DataFrame) -> pd.DataFrame:
-    """The lines that have results, or numbers of the paper alone."""
-    return summary[summary["state"].isin([DONE, NOT_RUN])]
-
-
-def notes_of(summary: pd.DataFrame, table: Table, sources: Sequence[str] = ()) -> list[str]:
+def notes_of(table: Table, sources: Sequence[str] = ()) -> list[str]:
     """What a reader has to know of the columns in the table, and of its numbers."""
-    columns = [one for one in columns_of(summary) if one.head in table.columns and one.note]
-    costs = dict.fromkeys(one.note for one in columns if one.larger is None)
-    return [
-        *(one.note for one in columns if one.larger is not None),
-        *(["; ".join(costs)] if costs else []),
-        *number_notes(table, sources),
-    ]
+    notes, costs = (
+        [f"{head}: {note}" for head, note in known.items() if head in table.columns]
+        for known in (NOTES, COST_NOTES)
+    )
+    return [*notes, *(["; ".join(costs)] if costs else []), *number_notes(table, sources)]
 
 
 def number_notes(table: Table, sources: Sequence[str] = ()) -> list[str]:

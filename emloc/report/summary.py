@@ -66,28 +66,24 @@ def summary_of(rows: Sequence[Row], paper: Paper = NO_PAPER, *, unrun: bool = Tr
 
 def _means(rows: Sequence[Row], paper: Paper, groups: pd.Series) -> pd.DataFrame:
     """Means of all numbers over each group, maxima of memory, and standard deviations of scores."""
-    runs = frame_of(rows)
-    runs = runs[[name for name in runs if is_number(name)]]
-    trains = runs.get("seconds/train", pd.Series(index=runs.index, dtype=float)).notna()
-    runs[list(_TRAINED)] = runs.reindex(columns=list(_TRAINED)).where(trains)
-    measured = [name for name in runs if name == "score" or runs[name].notna().any()]
-    runs = runs.reindex(columns=["score", *(name for name in measured if name != "score")])
+    frame = frame_of(rows)
+    stages: list[str] = reduce(merged, [row.columns for row in rows])
+    seconds = [name for stage in stages if (name := f"seconds/{stage}") in frame]
+    others = [n for n in frame if is_number(n) and not n.startswith("seconds/") and n != "score"]
+    runs = frame.reindex(columns=["score", *others, *seconds]).astype(float)
+    trains = frame.reindex(columns=["seconds/train"])["seconds/train"].notna()
+    for name in {*_TRAINED} & {*runs}:
+        runs[name] = runs[name].where(trains)
     for name in paper.quantities:
         runs[f"ours/{name}"] = pd.Series([QUANTITIES[name].ours(row) for row in rows], dtype=float)
     by_group = runs.groupby(groups, sort=False)
     complete = by_group.count().eq(by_group.size(), axis=0)
-    # Exact, so that the mean of 0.265 and 0.266 is 0.2655.
-    means, spreads = by_group.agg(statistics.mean).where(complete), by_group.std().where(complete)
+    means = by_group.agg(statistics.mean).where(complete)  # exact: 0.265 and 0.266 make 0.2655
     peaks = [name for name in runs if name.startswith("peak_gib/")]
     means[peaks] = by_group[peaks].max()
-    stages: list[str] = reduce(merged, [row.columns for row in rows])
-    seconds = [f"seconds/{stage}" for stage in stages]
-    others = [name for name in means if not name.startswith("seconds/")]
-    table = means[[*others, *(name for name in seconds if name in means)]]
-    for name in others:
-        if name.partition("/")[0] in _SPREAD:
-            table.insert(table.columns.get_loc(name) + 1, f"{name}{STD}", spreads[name])
-    return table
+    spreads = by_group.std().where(complete)
+    spreads = spreads[[name for name in runs if name.partition("/")[0] in _SPREAD]]
+    return means.join(spreads.add_suffix(STD))
 
 
 def _size(row: Row) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -52,10 +52,15 @@ def read_summary(path: Path) -> pd.DataFrame:
     """The summary in a CSV file.
 
     Raises:
-        ConfigError: a cell in a column of numbers holds no number.
+        ConfigError: it has no score, or a cell in a column of numbers holds no number.
     """
     head, lines = read_words(path)
     if "state" not in head:
+        if not _measured(head):
+            raise ConfigError(
+                f"{path}: no table of runs or means, it has no column of a score; "
+                "give one that emloc report wrote"
+            )
         lines = [_of_old(line) for line in lines]
     summary = pd.DataFrame(lines, dtype=object)
     for name in summary:
@@ -73,11 +78,10 @@ def read_summary(path: Path) -> pd.DataFrame:
 def _of_old(line: Mapping[str, str]) -> dict[str, str]:
     """A line of a table of words, with each number split into mean and standard deviation."""
     words = {head: EMPTY if word == "." else word for head, word in line.items()}
-    labels = [head for head in words if head in FACTS or head.partition(".")[0] in DECISIVE]
-    score, *others = [head for head in words if head not in labels]
+    score, *others = _measured(words)
     metric = score.removesuffix(" %")
     is_done = number(words[score]) is not None
-    new = {name: words[name] for name in labels}
+    new = {head: word for head, word in words.items() if head not in (score, *others)}
     new["state"] = DONE if is_done else words[score] or NOT_RUN
     new["metric"] = metric if is_done else EMPTY
     for head in (score, *others) if is_done else others:
@@ -87,8 +91,14 @@ def _of_old(line: Mapping[str, str]) -> dict[str, str]:
         unit = "%" if is_score and score != metric else "e6" if name == "bytes" else EMPTY
         mean, _, spread = words[head].partition(" ± ")
         new[name] = mean and mean + unit
-        new[f"{name}{STD}"] = spread and spread + unit
+        if spread:
+            new[f"{name}{STD}"] = spread + unit
     return new
+
+
+def _measured(heads: Iterable[str]) -> list[str]:
+    """The heads that are no names of a run and no settings; the first is that of the score."""
+    return [head for head in heads if head not in FACTS and head.partition(".")[0] not in DECISIVE]
 
 
 def _new_name(head: str, metric: str) -> str:

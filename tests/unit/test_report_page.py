@@ -109,7 +109,7 @@ def test_latex_is_a_table_in_the_manner_of_booktabs_with_its_notes():
     assert latex(WORDS, "A & b", ["100% of it", "more"], "mine").splitlines() == [
         r"% \usepackage{booktabs}",
         r"\begin{table}",
-        r"\centering",
+        r"\centering\footnotesize\setlength{\tabcolsep}{4pt}",
         r"\caption{A \& b}",
         r"\label{tab:mine}",
         r"\begin{tabular}{lrr}",
@@ -122,7 +122,7 @@ def test_latex_is_a_table_in_the_manner_of_booktabs_with_its_notes():
         r"\bottomrule",
         r"\end{tabular}",
         r"\par\smallskip",
-        r"\parbox{\linewidth}{\footnotesize 100\% of it. More.}",
+        r"\parbox{\linewidth}{100\% of it. More.}",
         r"\end{table}",
     ]
 

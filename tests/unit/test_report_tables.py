@@ -189,7 +189,7 @@ def test_a_product_is_matched_whatever_way_its_numbers_are_written(shown):
     assert [list(line.values()) for line in shown(runs, SWEPT)] == [
         ["emloc", "1", "True", "60.0"],
         ["emloc", "null", "True", "70.0"],
-        ["lora", "1.0", "True", "80.0"],
+        ["lora", "1", "True", "80.0"],
     ]
 
 

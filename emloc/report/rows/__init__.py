@@ -67,8 +67,8 @@ class Row:
 
     @property
     def headline(self) -> bool:
-        """Whether the score is the task's own metric, not the one that needs no lm-eval."""
-        return self.metric == self.settings.get("task.metric", self.metric)
+        """Whether the score, if there is one, is of the task's metric, and no substitute."""
+        return not self.done or self.metric == self.settings.get("task.metric", self.metric)
 
     @property
     def decisive(self) -> dict[str, str]:
@@ -127,30 +127,21 @@ def frame_of(rows: Sequence[Row]) -> pd.DataFrame:
     """One line for each run: FIELDS, then all settings, then all numbers; empty where missing."""
     import pandas as pd
 
-    settings = dict.fromkeys(name for row in rows for name in row.settings if name not in FIELDS)
-    numbers = dict.fromkeys(name for row in rows for name in row.numbers)
     facts = [{name: getattr(row, name) for name in FIELDS} for row in rows]
-    return pd.concat(
-        [
-            pd.DataFrame(facts, columns=list(FIELDS)),
-            pd.DataFrame([row.settings for row in rows], columns=list(settings)),
-            pd.DataFrame([row.numbers for row in rows], columns=list(numbers), dtype=float),
-        ],
-        axis=1,
+    frame = pd.DataFrame(
+        {**fact, **row.settings, **fact, **row.numbers}
+        for fact, row in zip(facts, rows, strict=True)
     )
+    return frame[sorted(frame, key=is_number)]
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
     """Write a tidy CSV: one line for each run, the settings in which runs differ, all numbers."""
     frame = frame_of(rows)
-    constant = [
-        name
-        for name in frame
-        if not is_number(name)
-        and name not in (*FIELDS, *ALWAYS)
-        and frame[name].nunique(dropna=False) == 1
-    ]
-    frame.drop(columns=constant).to_csv(path, index=False, lineterminator="\n")
+    always = (*FIELDS, *ALWAYS)
+    frame[
+        [n for n in frame if is_number(n) or n in always or frame[n].nunique(dropna=False) > 1]
+    ].to_csv(path, index=False, lineterminator="\n")
 
 
 def _rows_of_file(path: Path) -> list[Row]:
