@@ -72,8 +72,8 @@ class Grid:
         ]
         runs = pd.DataFrame(words, columns=names, dtype=object)
         for key in self.keys:
-            known = {_normal(word): word for word in self._points[key]}
-            runs[key] = [known.get(_normal(word), word) for word in runs[key]]
+            words_of_grid = {_normal(word): word for word in self._points[key]}
+            runs[key] = [words_of_grid.get(_normal(word), word) for word in runs[key]]
         return self.placed(runs)
 
     @cached_property
@@ -88,11 +88,11 @@ class Grid:
         A column is named by its task, and by its model where that is not the model of the line. A
         line has no model where the grid requests several for some line.
         """
-        known = {model for models in self.models.values() for model in models}
+        of_grid = {model for models in self.models.values() for model in models}
         has_one = all(len(models) == 1 for models in self.models.values())
         lines, heads = [], []
         for *label, model, task in tuples(points, [*self.keys, "model", "task"]):
-            own = [model if model in known else EMPTY]
+            own = [model if model in of_grid else EMPTY]
             lines.append(self.models.get(tuple(label), own)[0] if has_one else EMPTY)
             heads.append(task if lines[-1] == model else f"{model}·{task}")
         return points.assign(**{LINE_MODEL: lines, COLUMN: heads})

@@ -1,4 +1,4 @@
-"""Which runs are seeds of one another, and which settings tell the others apart."""
+"""Groups of runs that differ in the seed alone, and the settings in which groups differ."""
 
 from __future__ import annotations
 

@@ -23,23 +23,23 @@ def table(place: Path) -> str:
     """
     if is_summary(place):
         summary = read_summary(place)
-        shown = table_of(summary)
-        return "\n".join([markdown(shown), "", *notes_of(shown)])
+        runs = table_of(summary)
+        return "\n".join([markdown(runs), "", *notes_of(runs)])
     rows = rows_of(place)
     return table_with_notes(place, rows, unrun=False) if rows else f"no runs in {place}"
 
 
 def table_with_notes(place: Path, rows: Sequence[Row], *, unrun: bool) -> str:
-    """The Markdown table of rows that were read from `place`, at least one.
+    """The Markdown table and notes of rows that were read from `place`, at least one.
 
-    `unrun`: with lines of what the paper has and was not run.
+    `unrun`: whether numbers of the paper that no run is about have lines, too.
     """
     paper = paper_of([row.experiment for row in rows], EXPERIMENTS)
     summary = summary_of(rows, paper, unrun=unrun)
-    shown = table_of(summary)
+    runs = table_of(summary)
     sources = paper.of_models(row.model for row in rows).sources
-    notes = [*notes_of(shown, sources), *data_digests(rows), *_adapters(place, rows)]
-    return "\n".join([markdown(shown), "", *notes])
+    notes = [*notes_of(runs, sources), *data_digests(rows), *_adapters(place, rows)]
+    return "\n".join([markdown(runs), "", *notes])
 
 
 def is_run(place: Path) -> bool:
@@ -47,21 +47,20 @@ def is_run(place: Path) -> bool:
     return (place / "status.json").exists()
 
 
-def markdown(shown: Table, *, bold: bool = False) -> str:
-    """A table whose columns are padded to one width each, the best cells in bold if asked for."""
+def markdown(table: Table, *, bold: bool = False) -> str:
+    """The table with columns of one width each, and the best cells in bold if `bold`."""
 
     def cell(index: int, column: str, word: str) -> str:
-        if not bold or (index, column) not in shown.best:
+        if not bold or (index, column) not in table.best:
             return word
         ours, aside = split(word)
         return f"**{ours}** {aside}".rstrip()
 
-    columns = shown.columns
     cells = (
-        [cell(index, *each) for each in zip(columns, words, strict=True)]
-        for index, words in enumerate(shown.words())
+        [cell(index, *each) for each in zip(table.columns, words, strict=True)]
+        for index, words in enumerate(table.words())
     )
-    return markdown_table(columns, cells)
+    return markdown_table(table.columns, cells)
 
 
 def _adapters(place: Path, rows: Sequence[Row]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Rows of words as a Markdown table that is also read well as plain text."""
+"""Rows of words as a Markdown table that is easy to read as plain text."""
 
 from __future__ import annotations
 

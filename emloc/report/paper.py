@@ -98,8 +98,8 @@ class Paper:
 
     def of_models(self, models: Iterable[str]) -> Paper:
         """The numbers of these models alone."""
-        known = set(models)
-        return Paper([one for one in self.numbers if one.keys["model"] in known])
+        names = set(models)
+        return Paper([one for one in self.numbers if one.keys["model"] in names])
 
     def find(self, quantity: str, facts: Mapping[str, str]) -> Number | None:
         """The number of a quantity that is about something with these facts.
@@ -167,8 +167,8 @@ def _listed(fault: str, names: Sequence[str]) -> str:
 def _check(cells: Mapping[str, str], where: str) -> None:
     name, value, unit = (cells[column] for column in _VALUES)
     if name not in QUANTITIES:
-        known = ", ".join(QUANTITIES)
-        raise ConfigError(f"{where}: quantity {name} is not known; it takes {known}")
+        names = ", ".join(QUANTITIES)
+        raise ConfigError(f"{where}: quantity {name} is not known; it takes {names}")
     if unit != QUANTITIES[name].unit:
         raise ConfigError(f"{where}: {name} is given in {QUANTITIES[name].unit}, not in {unit}")
     if number(value) is None:

@@ -48,6 +48,7 @@ _COLUMNS = (
     Column("peak_gib/train", "train GiB", ".2f"),
     Column("step_seconds", "step s", ".3f", printed=False),
 )
+# Meanings of measured numbers, by the head of their column.
 NOTES = {
     "loss": "mean negative log-likelihood of an answer token on held-out rows, in nats",
     "gain kept": "share of LoRA's improvement in loss over the untouched model that a method "
@@ -81,8 +82,8 @@ def table_of(summary: pd.DataFrame, *, printed: bool = False) -> Table:
             frame[column.head] = words
     peers = list(summary[["experiment", "model", "task", "data", "metric"]].itertuples(index=False))
     larger = {c.head: c.larger for c in (score, *others) if c.larger is not None}
-    known = {head: is_larger for head, is_larger in larger.items() if head in frame}
-    return Table(frame, best(frame, peers, known))
+    present = {head: is_larger for head, is_larger in larger.items() if head in frame}
+    return Table(frame, best(frame, peers, present))
 
 
 def columns_of(summary: pd.DataFrame) -> list[Column]:
@@ -143,15 +144,15 @@ def _printed_labels(summary: pd.DataFrame) -> list[str]:
 
 def notes_of(table: Table, sources: Sequence[str] = ()) -> list[str]:
     """What a reader has to know of the columns in the table, and of its numbers."""
-    notes, costs = (
-        [f"{head}: {note}" for head, note in known.items() if head in table.columns]
-        for known in (NOTES, COST_NOTES)
+    quality, costs = (
+        [f"{head}: {note}" for head, note in notes.items() if head in table.columns]
+        for notes in (NOTES, COST_NOTES)
     )
-    return [*notes, *(["; ".join(costs)] if costs else []), *number_notes(table, sources)]
+    return [*quality, *(["; ".join(costs)] if costs else []), *number_notes(table, sources)]
 
 
 def number_notes(table: Table, sources: Sequence[str] = ()) -> list[str]:
-    """What ± stands for, and where the paper's numbers are from."""
+    """The meaning of ±, and the tables that the paper's numbers are from."""
     has_spread = table.frame.map(lambda word: " ± " in word).any(axis=None)
     return [
         *(["±: standard deviation over seeds"] if has_spread else []),

@@ -94,12 +94,12 @@ def _facts(grid: Grid, points: pd.DataFrame) -> list[dict[str, str]]:
 
 def _absent(grid: Grid, paper: Paper) -> pd.DataFrame:
     """The points of which only the paper has numbers."""
-    known = _facts(grid, pd.concat([grid.requested, grid.runs]))
+    facts = _facts(grid, pd.concat([grid.requested, grid.runs]))
     requested = dict.fromkeys(tuples(grid.requested, ["model", "task"]))
     empty = dict.fromkeys([*grid.keys, *KEYS], EMPTY)
     absent = []
     for number in paper.numbers:
-        if not any(map(number.about, known)):
+        if not any(map(number.about, facts)):
             line = {**empty, "cell": number.keys.get("method", EMPTY), **number.keys}
             tasks = [task for model, task in requested if model == line["model"]]
             named = [line["task"]] if line["task"] else tasks or [EMPTY]

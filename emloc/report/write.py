@@ -57,15 +57,15 @@ def write_report(place: Path, rows: Sequence[Row], to: Path) -> list[Path]:
     paper = paper_of([row.experiment for row in rows], EXPERIMENTS)
     summary = summary_of(rows, paper, unrun=not is_run(place))
     facts = origin(place, rows)
-    known = _experiment_of(facts["experiments"])
+    common = _experiment_of(facts["experiments"])
     title = ", ".join(facts["experiments"])
-    about = (known.about if known else "") or title
-    parts = [*_by_task(known, rows, paper), _runs(about, summary, rows, paper)]
+    about = (common.about if common else "") or title
+    parts = [*_by_task(common, rows, paper), _runs(about, summary, rows, paper)]
     to.mkdir(parents=True, exist_ok=True)
     figures, saved = write_figures(rows, place, to)
     report = Report(
         title=title,
-        lead=[*([known.about] if known else []), lead_sentence(rows, facts, place)],
+        lead=[*([common.about] if common else []), lead_sentence(rows, facts, place)],
         sections=[_section(part) for part in parts],
         meanings=column_meanings(summary, parts[-1].table),
         figures=figures,
@@ -99,17 +99,17 @@ def _runs(about: str, summary: pd.DataFrame, rows: Sequence[Row], paper: Paper) 
     return _Part("table", "Runs", table, notes, text, page_notes)
 
 
-def _by_task(known: Experiment | None, rows: Sequence[Row], paper: Paper) -> list[_Part]:
+def _by_task(common: Experiment | None, rows: Sequence[Row], paper: Paper) -> list[_Part]:
     """A table by task for each quantity that the paper prints, where runs are on several tasks."""
-    if known is None or not are_of_several(rows):
+    if common is None or not are_of_several(rows):
         return []
     parts = []
     for quantity in (QUANTITIES[name] for name in paper.quantities or ["score"]):
-        table, failures = task_table(Grid(known, rows), paper, quantity)
+        table, failures = task_table(Grid(common, rows), paper, quantity)
         name, caption = f"by_task_{quantity.name}", f"{quantity.head} by task"
-        about = f"{known.about} {caption.capitalize()}.".strip()
+        about = f"{common.about} {caption[0].upper()}{caption[1:]}.".strip()
         notes = [HOW_TO_READ, *failures]
-        text = latex(table, about, notes, f"{known.name}-{name}")
+        text = latex(table, about, notes, f"{common.name}-{name}")
         parts.append(_Part(name, caption, table, notes, text, notes))
     return parts
 

@@ -233,6 +233,16 @@ def test_a_number_of_no_task_in_particular_is_beside_every_task(shown):
     assert qlora == {"cell": "qlora", "pmc_vqa": "(38.1)", "websrc": "(38.1)"}
 
 
+def test_a_run_without_the_quantity_keeps_its_line_and_a_failure_the_papers_number(shown):
+    numbers = f"emloc_r50,{EIGHT},pmc_vqa,peak,72.9,GB\n"
+    lora, emloc = shown([row("lora", cell="lora")], numbers=numbers, quantity="peak")
+    assert lora == {"cell": "lora", "pmc_vqa": "", "websrc": ""}
+    of_task = {"settings": {"task.metric": "accuracy"}}
+    runs = [row(score=None, cell="emloc_r50", **of_task), row(cell="emloc_r50", task="websrc")]
+    _, emloc = shown(runs, numbers=numbers.replace("peak,72.9,GB", "score,52.3,percent"))
+    assert emloc == {"cell": "emloc_r50", "pmc_vqa": "OOM (52.3)", "websrc": "50.0 [1/3]"}
+
+
 def test_the_best_of_a_column_is_the_best_score_of_ours(written):
     runs = [row("lora", 0.6, cell="lora"), row(score=0.5, cell="emloc_r50")]
     runs.append(row(score=0.5, cell="emloc_r50", task="websrc"))

@@ -37,13 +37,13 @@ def _loss_of(
     method: str, run: ScoredRun, runs: Sequence[ScoredRun], sections: Sequence[str]
 ) -> float | None:
     """Loss of the first run of this method that shares these sections with `run`."""
-    wanted = [_learnt(run, name) for name in sections]
+    settings = [_learnt(run, name) for name in sections]
     losses = (
         one.loss
         for one in runs
         if one.config["method"] == method
         and one.loss is not None
-        and [_learnt(one, name) for name in sections] == wanted
+        and [_learnt(one, name) for name in sections] == settings
     )
     return next(losses, None)
 
