@@ -1,64 +1,90 @@
-"""The figures of a folder of runs, or of a file of rows.
+"""Figures of a folder of runs, or of a file of rows.
 
-Every model, task and recipe is a panel of its own, eight at most to a page; further pages have a
-number behind their name. Imports matplotlib when a figure is asked for: tables wait for no import.
+Each model, task and recipe is a panel, eight panels are a page, and further pages have a number
+behind their name. matplotlib is imported when a figure is requested, so that tables need no import.
 """
 
 from __future__ import annotations
 
+import csv
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from emloc.report.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from emloc.report.draw.drawing import Drawing
+
+_METADATA: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
+
 
 def figures(rows: Sequence[Row], place: Path) -> dict[str, Figure]:
-    """File stem -> figure, of those that have something to show.
+    """Return file stem -> figure, for every figure that these runs have points for."""
+    return {stem: drawing.figure for stem, drawing in drawings(rows, place).items()}
 
-    score_ratio, gain_calibration, score_<setting> of what was swept; score_memory, score_weights,
-    score_time; layers_<run> of at most three emulators.
+
+def drawings(rows: Sequence[Row], place: Path, columns: int = 2) -> dict[str, Drawing]:
+    """Return file stem -> figure with its caption and its numbers.
+
+    training_curve; score_ratio, gain_calibration and score_<setting> for settings with several
+    values; score_memory, score_weights, score_time; correction_<model>_<task>; layers_<run> of at
+    most three emulators.
 
     Args:
-        rows: as `rows_of(place)` gives them.
-        place: a folder of runs, one run, or a file of rows, which has no layers to show.
+        rows: as `rows_of(place)` returns them.
+        place: a folder of runs, one run, or a file of rows. A file has no curves and no layers.
+        columns: panels beside each other; 1 is for narrow screens.
     """
-    # They tell of each font that is looked for, and of each part of one that is written.
+    # Both log every font that they look for, and every part of a font that they write.
     for name in ("matplotlib.font_manager", "fontTools"):
         logging.getLogger(name).setLevel(logging.WARNING)
     from matplotlib import rc_context
 
-    from emloc.report.draw import cost, layers, sweep
+    from emloc.report.draw import correction, cost, curve, layers, sweep
     from emloc.report.draw.style import RC
 
-    found: dict[str, Figure] = {}
+    drawn: dict[str, Drawing] = {}
     with rc_context(RC):
+        drawn |= curve.draw(rows, place, columns)
         for one in sweep.sweeps(rows):
-            found |= sweep.draw(rows, one)
+            drawn |= sweep.draw(rows, one, columns)
         for each in cost.COSTS:
-            found |= cost.draw(rows, each)
-        found |= layers.draw(rows, place)
-    return found
+            drawn |= cost.draw(rows, each, columns)
+        drawn |= correction.draw(rows, place, columns)
+        drawn |= layers.draw(rows, place, columns)
+    return drawn
 
 
 def save(
-    figures: Mapping[str, Figure], folder: Path, forms: Sequence[str] = ("png", "pdf")
+    figures: Mapping[str, Figure], folder: Path, formats: Sequence[str] = ("png", "pdf")
 ) -> list[Path]:
-    """Write each in these forms: the same figure gives the same bytes."""
+    """Write each figure in each format. The same figure gives the same bytes."""
     from matplotlib import rc_context
 
     from emloc.report.draw.style import RC
 
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    paths = []
     with rc_context(RC):
         for stem, figure in figures.items():
-            for form in forms:
-                path = folder / f"{stem}.{form}"
-                figure.savefig(path, metadata={"CreationDate": None} if form == "pdf" else {})
-                written.append(path)
-    return written
+            for suffix in formats:
+                path = folder / f"{stem}.{suffix}"
+                figure.savefig(path, metadata=_METADATA.get(suffix, {}))
+                paths.append(path)
+    return paths
+
+
+def save_records(drawings: Mapping[str, Drawing], folder: Path) -> list[Path]:
+    """Write the numbers of each figure as `<stem>.csv`."""
+    paths = [folder / f"{stem}.csv" for stem in drawings]
+    for path, drawing in zip(paths, drawings.values(), strict=True):
+        with path.open("w", newline="", encoding="utf-8") as file:
+            names = list(dict.fromkeys(name for record in drawing.records for name in record))
+            writer = csv.DictWriter(file, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(drawing.records)
+    return paths

@@ -1,71 +1,74 @@
-"""A report as one HTML file that needs nothing else: table, figures, and what it was made with."""
+"""A report as one HTML page: tables, figures, the meaning of columns, and the runs' origin.
+
+The page needs no network. Figures lie in files beside it.
+"""
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from emloc.report.table import EMPTY, Table, number, split
+from emloc.report.table import Table, number, split
+
+FIGURES = "figures"  # folder beside the page
+NARROW = "figures/narrow"  # the same figures for narrow screens
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A figure as PNG bytes; `alt` says what it shows to who cannot see it."""
+class PageFigure:
+    """A figure on the page: stem of its files, caption, text for readers who cannot see it."""
 
+    stem: str
     caption: str
     alt: str
-    png: bytes
-
-    @property
-    def data(self) -> str:
-        """The bytes as text."""
-        return b64encode(self.png).decode()
+    width: int  # in CSS pixels, where the screen is wide enough
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A word of a table. `value`: what it is sorted by, None for a word that is no number."""
+    """One cell of a table. `value` is the number it is sorted by, None for other words."""
 
     ours: str
-    aside: str  # the paper's, in brackets
+    aside: str  # the paper's number, in brackets
     value: float | None
-    best: bool
+    is_best: bool
 
     @property
     def kind(self) -> str:
-        """How it looks: number, empty, bad, or plain."""
+        """CSS class of the cell: number, empty, bad, or plain."""
         if self.value is not None:
             return "number"
-        bad = self.ours == "OOM" or self.ours.startswith("failed(")
-        return "bad" if bad else "empty" if self.ours == EMPTY else "plain"
+        is_bad = self.ours == "OOM" or self.ours.startswith("failed(")
+        return "bad" if is_bad else "plain" if self.ours or self.aside else "empty"
 
 
 @dataclass(frozen=True)
 class Section:
-    """A table with its caption, and what has to be known to read it."""
+    """A table with its caption, notes for its readers, and the files that hold it."""
 
     caption: str
     table: Table
     notes: Sequence[str]
+    files: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a page is made of."""
+    """Contents of a page."""
 
     title: str
     lead: Sequence[str]  # paragraphs
     sections: Sequence[Section]
-    pictures: Sequence[Picture]
+    meanings: Mapping[str, str]  # column -> meaning
+    figures: Sequence[PageFigure]
     origin: Mapping[str, Any]
 
 
 def page(report: Report) -> str:
-    """The HTML. Every word of it that comes from a run is escaped."""
+    """Return the HTML. All words that come from runs are escaped."""
     environment = Environment(
         loader=PackageLoader("emloc.report"),
         autoescape=True,
@@ -76,24 +79,29 @@ def page(report: Report) -> str:
     origin = dict(report.origin)
     settings = origin.pop("settings")
     return environment.get_template("report.html.j2").render(
-        report=report, cells=_cells, facts=list(_facts(origin)), settings=settings
+        report=report,
+        cells=_cells,
+        facts=list(_facts(origin)),
+        settings=settings,
+        figures=FIGURES,
+        narrow=NARROW,
     )
 
 
-def _cells(shown: Table) -> Iterator[list[Cell]]:
-    for index, words in enumerate(shown.words()):
-        columns = zip(shown.columns, words, strict=True)
+def _cells(table: Table) -> Iterator[list[Cell]]:
+    for index, words in enumerate(table.words()):
+        columns = zip(table.columns, words, strict=True)
         yield [
-            Cell(*split(word), number(word), (index, column) in shown.best)
+            Cell(*split(word), number(word), (index, column) in table.best)
             for column, word in columns
         ]
 
 
-def _facts(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    """Name and words of every fact, those of mappings by a dotted name."""
+def _facts(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield name and words of each fact. Facts within a mapping have dotted names."""
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _facts(value, f"{above}{name}.")
+            yield from _facts(value, f"{prefix}{name}.")
         else:
-            known = value if isinstance(value, list) else [value]
-            yield f"{above}{name}", ", ".join(map(str, known)) or EMPTY
+            items = value if isinstance(value, list) else [value]
+            yield f"{prefix}{name}", ", ".join(map(str, items)) or "unknown"

@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from emloc.config.experiments import Experiment, experiment
 from emloc.config.paths import EXPERIMENTS
 from emloc.config.run_folder import DONE
-from emloc.report.figures import figures, save
+from emloc.report.glossary import column_meanings
 from emloc.report.grid import Grid
 from emloc.report.latex import latex
+from emloc.report.lead import lead_sentence
 from emloc.report.markdown import is_run, markdown
 from emloc.report.notes import are_of_several, data_digests, left_out
 from emloc.report.origin import origin
-from emloc.report.page import Picture, Report, Section, page
+from emloc.report.page import Report, Section, page
+from emloc.report.page_figures import write_figures
 from emloc.report.paper import QUANTITIES, Paper, paper_of
 from emloc.report.rows import Row, write_rows
-from emloc.report.run_table import notes_of, table_of
+from emloc.report.run_table import notes_of, number_notes, table_of
 from emloc.report.summary import NOT_RUN, summary_of
 from emloc.report.summary_file import write_summary
 from emloc.report.table import Table
 from emloc.report.task_table import HOW_TO_READ, task_table
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,7 @@ class _Part:
     table: Table
     notes: Sequence[str]
     latex: str
+    page_notes: Sequence[str]  # without those of columns, which are in the page's glossary
 
 
 def write_report(place: Path, rows: Sequence[Row], to: Path) -> list[Path]:
@@ -63,14 +61,14 @@ def write_report(place: Path, rows: Sequence[Row], to: Path) -> list[Path]:
     title = ", ".join(facts["experiments"])
     about = (common.about if common else "") or title
     parts = [*_by_task(common, rows, paper), _runs(about, summary, rows, paper)]
-    drawn = figures(rows, place)
     to.mkdir(parents=True, exist_ok=True)
-    saved = save(drawn, to / "figures")
+    figures, saved = write_figures(rows, place, to)
     report = Report(
         title=title,
-        lead=[*([common.about] if common else []), _counts(rows)],
-        sections=[Section(part.caption, part.table, part.notes) for part in parts],
-        pictures=_pictures(drawn, to / "figures"),
+        lead=[*([common.about] if common else []), lead_sentence(rows, facts, place)],
+        sections=[_section(part) for part in parts],
+        meanings=column_meanings(summary, parts[-1].table),
+        figures=figures,
         origin=facts,
     )
     texts = {f"{part.name}.md": _markdown(part) for part in parts}
@@ -96,7 +94,9 @@ def _runs(about: str, summary: pd.DataFrame, rows: Sequence[Row], paper: Paper) 
     notes = [*notes_of(table, sources), *left_out(rows), *data_digests(rows)]
     printed_notes = [*notes_of(printed, sources), *left_out(rows)]
     label = f"{rows[0].experiment}-table"
-    return _Part("table", "Runs", table, notes, latex(printed, about, printed_notes, label))
+    page_notes = [*number_notes(table, sources), *left_out(rows), *data_digests(rows)]
+    text = latex(printed, about, printed_notes, label)
+    return _Part("table", "Runs", table, notes, text, page_notes)
 
 
 def _by_task(common: Experiment | None, rows: Sequence[Row], paper: Paper) -> list[_Part]:
@@ -110,7 +110,7 @@ def _by_task(common: Experiment | None, rows: Sequence[Row], paper: Paper) -> li
         about = f"{common.about} {caption[0].upper()}{caption[1:]}.".strip()
         notes = [HOW_TO_READ, *failures]
         text = latex(table, about, notes, f"{common.name}-{name}")
-        parts.append(_Part(name, caption, table, notes, text))
+        parts.append(_Part(name, caption, table, notes, text, notes))
     return parts
 
 
@@ -120,25 +120,7 @@ def _experiment_of(names: Sequence[str]) -> Experiment | None:
     return experiment(files[0]) if len(files) == 1 and files[0].exists() else None
 
 
-def _counts(rows: Sequence[Row]) -> str:
-    """How many runs are in which state, and their models and tasks."""
-    states = Counter(row.state for row in rows)
-    counts = ", ".join(f"{count} {state}" for state, count in states.items())
-    models = ", ".join(dict.fromkeys(row.model for row in rows))
-    tasks = ", ".join(dict.fromkeys(row.task for row in rows))
-    return f"{len(rows)} runs: {counts}. {models} on {tasks}."
-
-
-def _pictures(drawn: Mapping[str, Figure], folder: Path) -> list[Picture]:
-    return [
-        Picture(f"{name.replace('_', ' ')} (figures/{name}.pdf)", _alt(figure), png.read_bytes())
-        for name, figure in drawn.items()
-        for png in [folder / f"{name}.png"]
-    ]
-
-
-def _alt(figure: Figure) -> str:
-    """The titles and axes of a figure in words."""
-    panels = ((axes.get_title(), axes.get_ylabel(), axes.get_xlabel()) for axes in figure.axes)
-    words = (f"{title}: {y} against {x}" if title else f"{y} against {x}" for title, y, x in panels)
-    return "; ".join(dict.fromkeys(words))
+def _section(part: _Part) -> Section:
+    files = [f"{part.name}.md", f"{part.name}.tex"]
+    files += ["table.csv", "runs.csv"] if part.name == "table" else []
+    return Section(part.caption, part.table, part.page_notes, files)

@@ -7,14 +7,12 @@ from dataclasses import replace
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
-from matplotlib.text import Text
 
 from emloc.config.paths import CONF
-from emloc.report.draw.cost import NAMED
-from emloc.report.draw.sheet import columns_of, note_of
-from emloc.report.draw.style import COLUMN, PAGE, looks_of
+from emloc.report.draw.sheet import legend_columns, note_of
+from emloc.report.draw.style import COLUMN, PAGE, line_styles
 from emloc.report.draw.sweep import positions
-from emloc.report.figures import figures, save
+from emloc.report.figures import drawings, figures, save, save_records
 from emloc.report.rows import Row, rows_of, write_rows
 
 EMULATORS = {"zero_shot": "full", "lora": "full", "dora": "full", "qlora": "full"}
@@ -68,7 +66,7 @@ def lines(axes: Axes) -> dict[str, tuple[list[float], list[float]]]:
 
 def words(figure) -> list[str]:
     """All that is written into the panels."""
-    return [text.get_text() for axes in figure.axes for text in axes.texts]
+    return [word for axes in figure.axes for text in axes.texts if (word := text.get_text())]
 
 
 def legend(figure) -> list[str]:
@@ -178,25 +176,25 @@ def test_a_method_has_its_colour_in_every_figure(tmp_path):
     rows = [replace(one, numbers=one.numbers | trained(1.0)) for one in of_ratios()]
     found = drawn(rows, tmp_path)
     assert {"score_ratio", "score_memory"} <= set(found)
-    expected = looks_of([("emloc", "emloc", False)])["emloc"].colour
+    expected = line_styles([("emloc", "emloc", False)])["emloc"].colour
     for name, label in (("score_ratio", "emloc"), ("score_memory", None)):
         colours = {to_hex(one.get_color()) for one in found[name].axes[0].get_lines()}
         assert expected.lower() in colours, (name, label)
 
 
-def test_every_method_has_a_look_and_no_two_the_same():
+def test_every_method_has_a_style_and_no_two_the_same():
     methods = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
-    looks = looks_of((method, method, False) for method in methods)
-    assert len({(look.colour, look.marker) for look in looks.values()}) == len(methods)
-    some = looks_of([("lora", "lora", False), ("new", "mine", False)])
-    assert some["lora"] == looks["lora"]
+    styles = line_styles((method, method, False) for method in methods)
+    assert len({(look.colour, look.marker) for look in styles.values()}) == len(methods)
+    some = line_styles([("lora", "lora", False), ("new", "mine", False)])
+    assert some["lora"] == styles["lora"]
 
 
 def test_lines_of_one_method_share_the_colour_and_not_the_marker():
-    looks = looks_of([("b", "emloc", False), ("a", "emloc", False)])
-    assert looks["a"].colour == looks["b"].colour
-    assert looks["a"].marker != looks["b"].marker
-    assert looks == looks_of([("a", "emloc", False), ("b", "emloc", False)])
+    styles = line_styles([("b", "emloc", False), ("a", "emloc", False)])
+    assert styles["a"].colour == styles["b"].colour
+    assert styles["a"].marker != styles["b"].marker
+    assert styles == line_styles([("a", "emloc", False), ("b", "emloc", False)])
 
 
 # Panels ------------------------------------------------------------------------------------------
@@ -224,9 +222,9 @@ def test_what_did_not_finish_is_counted_below(tmp_path):
 
 
 def test_a_legend_takes_as_many_columns_as_fit():
-    assert columns_of(["a" * 5] * 8, 3.3) == 4
-    assert columns_of(["a" * 60] * 3, 3.3) == 1
-    assert columns_of(["a"], 3.3) == 1
+    assert legend_columns(["a" * 5] * 8, 3.3) == 4
+    assert legend_columns(["a" * 60] * 3, 3.3) == 1
+    assert legend_columns(["a"], 3.3) == 1
 
 
 # Sweeps of other settings ------------------------------------------------------------------------
@@ -326,7 +324,7 @@ def of_costs(count: int, **more) -> list[Row]:
     ]
 
 
-def test_each_cell_is_a_named_point_and_the_front_is_joined(tmp_path):
+def test_each_cell_is_a_numbered_point_and_the_front_is_joined(tmp_path):
     rows = [
         row("zero_shot", 0.1),
         row("lora", 0.9, numbers=trained(8.0, 200.0)),
@@ -338,7 +336,8 @@ def test_each_cell_is_a_named_point_and_the_front_is_joined(tmp_path):
     (axes,) = found["score_memory"].axes
     assert lines(axes)["Pareto front"] == ([4.0, 8.0], [0.7, 0.9])
     assert lines(axes)["zero_shot"][1] == [0.1, 0.1]
-    assert sorted(words(found["score_memory"])) == ["emloc", "lora", "upop"]
+    assert sorted(words(found["score_memory"])) == ["1", "2", "3"]
+    assert legend(found["score_memory"])[:3] == ["1  emloc", "2  lora", "3  upop"]
     assert axes.get_xlabel() == "peak memory of training (GiB)"
     fronts = {name: lines(figure.axes[0])["Pareto front"][0] for name, figure in found.items()}
     assert fronts["score_weights"] == [90.0, 100.0, 200.0]
@@ -351,24 +350,11 @@ def test_the_gain_is_a_second_panel_where_it_is_known(tmp_path):
     assert names == ["exact_match", "share of gain kept"]
 
 
-def test_many_points_have_numbers_and_a_key(tmp_path):
-    figure = drawn(of_costs(NAMED + 1), tmp_path)["score_memory"]
-    assert sorted(words(figure), key=int) == [str(i) for i in range(1, NAMED + 2)]
+def test_each_point_has_a_number_and_the_key_names_it(tmp_path):
+    figure = drawn(of_costs(16), tmp_path)["score_memory"]
+    assert sorted(words(figure), key=int) == [str(i) for i in range(1, 17)]
     assert legend(figure)[0] == "1  m00"
-    assert legend(figure)[NAMED] == f"{NAMED + 1}  m{NAMED}"
-
-
-def test_names_cover_neither_one_another_nor_a_point(tmp_path):
-    figure = drawn(of_costs(NAMED), tmp_path)["score_memory"]
-    figure.draw_without_rendering()
-    (axes,) = figure.axes
-    # Of the letters, without the line to their point.
-    boxes = [Text.get_window_extent(text).padded(-0.5) for text in axes.texts]
-    assert len(boxes) == NAMED
-    for one in boxes:
-        assert sum(one.overlaps(other) for other in boxes) == 1
-    points = axes.transData.transform([(1.0 + i, i / 100) for i in range(NAMED)])
-    assert not any(box.contains(*point) for box in boxes for point in points)
+    assert legend(figure)[15] == "16  m15"
 
 
 def test_a_recipe_of_two_points_is_no_panel_beside_one_of_more(tmp_path):
@@ -385,6 +371,55 @@ def test_costs_far_apart_stand_on_a_logarithmic_axis(tmp_path):
     found = drawn(rows, tmp_path)
     scales = [found[name].axes[0].get_xscale() for name in ("score_memory", "score_weights")]
     assert scales == ["log", "linear"]
+
+
+# Captions, numbers, and narrow screens --------------------------------------------------------
+
+
+def test_a_caption_is_sentences_about_what_is_drawn(tmp_path):
+    found = drawings(of_ratios(), tmp_path / "rows.csv")["score_ratio"]
+    assert found.caption == (
+        "The exact_match against the share of parameters kept, with a line for each method. "
+        "lora and zero_shot do not depend on the setting. "
+        "Bars and bands are the standard deviation over seeds."
+    )
+    assert found.alt == "tiny on sums: exact_match against share of parameters kept"
+    (cost, *_) = drawings(of_costs(4), tmp_path / "rows.csv").values()
+    assert cost.caption.startswith("The exact_match against the peak memory of training (GiB).")
+    assert "standard deviation" not in cost.caption
+
+
+def test_the_numbers_of_a_figure_are_written_beside_it(tmp_path):
+    found = drawings(of_ratios(), tmp_path / "rows.csv")
+    (path,) = save_records(found, tmp_path)
+    assert path.name == "score_ratio.csv"
+    head, *table = path.read_text().splitlines()
+    assert head == "panel,label,compression.ratio,quantity,mean,standard deviation"
+    assert "tiny on sums,zero_shot,all,exact_match,0.1,0.0" in table
+    (quarter,) = [line for line in table if line.startswith("tiny on sums,emloc,0.25,exact_match")]
+    mean, deviation = map(float, quarter.split(",")[-2:])
+    assert (mean, deviation) == (pytest.approx(0.25), pytest.approx(0.0707, abs=1e-4))
+    assert len(table) == 4
+
+
+def test_a_cost_has_a_record_for_each_point_with_its_number(tmp_path):
+    records = drawings(of_costs(3), tmp_path / "rows.csv")["score_memory"].records
+    assert [(one["number"], one["label"], one["mean"]) for one in records] == [
+        (1, "m00", 0.0),
+        (2, "m01", 0.01),
+        (3, "m02", 0.02),
+    ]
+
+
+def test_panels_stand_below_one_another_on_a_narrow_screen(tmp_path):
+    rows = of_costs(4, gain_kept=0.5)
+    narrow = drawings(rows, tmp_path / "rows.csv", columns=1)["score_memory"].figure
+    wide = drawings(rows, tmp_path / "rows.csv")["score_memory"].figure
+    assert narrow.get_size_inches()[0] == COLUMN
+    assert wide.get_size_inches()[0] == PAGE
+    first, second = (axes.get_position() for axes in narrow.axes)
+    assert second.y1 < first.y0
+    assert sorted(words(narrow)) == sorted(words(wide))
 
 
 # Files -------------------------------------------------------------------------------------------
@@ -406,11 +441,11 @@ def test_a_file_of_rows_gives_the_figures_of_its_folder(tmp_path):
         assert all(lines(one) == lines(other) for one, other in pairs)
 
 
-def test_figures_are_saved_as_png_and_pdf_and_the_same_every_time(tmp_path):
-    found = drawn(of_ratios(), tmp_path)
-    written = save(found, tmp_path / "a" / "figures")
-    assert [path.name for path in written] == ["score_ratio.png", "score_ratio.pdf"]
-    again = save(drawn(of_ratios(), tmp_path), tmp_path / "b")
+def test_the_files_of_a_figure_are_the_same_every_time(tmp_path):
+    forms = ("png", "pdf", "svg")
+    written = save(drawn(of_ratios(), tmp_path), tmp_path / "a" / "figures", forms)
+    assert [path.name for path in written] == [f"score_ratio.{form}" for form in forms]
+    again = save(drawn(of_ratios(), tmp_path), tmp_path / "b", forms)
     assert [path.read_bytes() for path in written] == [path.read_bytes() for path in again]
     head = written[0].read_bytes()
     assert head.startswith(b"\x89PNG")

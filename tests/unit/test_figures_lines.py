@@ -1,13 +1,12 @@
-"""What figures are made of: fronts, places of labels, points, lines and panels."""
+"""Fronts, points, lines and panels of figures."""
 
 import random
 
 import pytest
 
-from emloc.report.draw.labels import distinct
+from emloc.report.draw.labels import distinct_settings
 from emloc.report.draw.panels import panels
 from emloc.report.draw.pareto import front
-from emloc.report.draw.placing import Box, place, steps
 from emloc.report.draw.series import Value, number, series
 from emloc.report.rows import Row
 
@@ -50,49 +49,6 @@ def test_the_front_is_the_definition(seed):
     found = front(points)
     assert set(found) == free
     assert [points[i] for i in found] == sorted(points[i] for i in found)
-
-
-# Places of labels --------------------------------------------------------------------------------
-
-
-def test_one_label_stands_on_the_right_of_its_point():
-    (box,) = place([(50.0, 50.0)], [(20.0, 6.0)], Box(0, 0, 100, 100), 4.0)
-    assert box == (54.0, 47.0, 74.0, 53.0)
-
-
-def test_a_label_stays_inside():
-    (box,) = place([(95.0, 50.0)], [(20.0, 6.0)], Box(0, 0, 100, 100), 4.0)
-    assert box.right <= 100
-
-
-def test_a_label_keeps_off_what_it_is_told_to():
-    wall = Box(51, 0, 100, 100)
-    (box,) = place([(50.0, 50.0)], [(20.0, 6.0)], Box(0, 0, 100, 100), 4.0, [wall])
-    assert box.shared(wall) == 0
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_thirty_labels_cover_nothing(seed):
-    draw = random.Random(seed)
-    points = [(draw.uniform(0, 200), draw.uniform(0, 150)) for _ in range(32)]
-    inside = Box(-10, -10, 230, 170)
-    boxes = place(points, [(8.0, 6.0)] * 32, inside, 3.0)
-    for i, box in enumerate(boxes):
-        assert box.shared(inside) == pytest.approx(box.area)
-        assert all(box.shared(other) == 0 for other in boxes[:i])
-        assert all(box.away(*point) > 0 for point in points)
-
-
-def test_a_column_of_points_is_readable():
-    """As where all emulators of a ratio are equally large."""
-    points = [(100.0, 10.0 + 4 * i) for i in range(20)]
-    boxes = place(points, [(8.0, 6.0)] * 20, Box(0, 0, 200, 150), 3.0)
-    covered = sum(one.shared(other) for i, one in enumerate(boxes) for other in boxes[:i])
-    assert covered == 0
-
-
-def test_stairs_go_level_first():
-    assert steps([(0.0, 0.0), (4.0, 3.0)]) == [Box(0, -1, 4, 1), Box(3, 0, 5, 3)]
 
 
 # Points and lines --------------------------------------------------------------------------------
@@ -147,9 +103,9 @@ def test_cells_of_one_method_with_other_recipes_stay_apart():
 
 def test_a_choice_stands_for_its_values_unless_one_was_changed():
     one, two = {"recovery": "a", "recovery.x": "1"}, {"recovery": "b", "recovery.x": "2"}
-    assert distinct([one, two]) == ["recovery"]
-    assert distinct([one, two, {**one, "recovery.x": "3"}]) == ["recovery", "recovery.x"]
-    assert distinct([one]) == []
+    assert distinct_settings([one, two]) == ["recovery"]
+    assert distinct_settings([one, two, {**one, "recovery.x": "3"}]) == ["recovery", "recovery.x"]
+    assert distinct_settings([one]) == []
 
 
 # Panels ------------------------------------------------------------------------------------------

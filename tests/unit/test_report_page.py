@@ -2,8 +2,8 @@
 
 import json
 import re
-from base64 import b64decode
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -12,13 +12,17 @@ from pandas.testing import assert_frame_equal
 from reported import row
 
 from emloc.cli import VERBS
+from emloc.config.paths import EXPERIMENTS
 from emloc.config.run_folder import Run
 from emloc.errors import ConfigError
+from emloc.report.glossary import column_meanings
 from emloc.report.latex import escaped, latex
+from emloc.report.lead import lead_sentence
 from emloc.report.markdown import markdown, table, table_with_notes
 from emloc.report.origin import origin
-from emloc.report.page import Picture, Report, Section, page
-from emloc.report.rows import rows_of, write_rows
+from emloc.report.page import PageFigure, Report, Section, page
+from emloc.report.paper import paper_of
+from emloc.report.rows import Row, rows_of, write_rows
 from emloc.report.run_table import table_of
 from emloc.report.summary import summary_of
 from emloc.report.table import Table, best, number, split
@@ -144,7 +148,7 @@ def test_words_are_escaped_for_latex(word, said):
 class Reader(HTMLParser):
     """Start tags with attributes, those left open, and the words of every cell of tables."""
 
-    VOID = ("meta", "img")
+    VOID = ("meta", "img", "link", "source", "wbr")
 
     def __init__(self, text: str):
         super().__init__()
@@ -176,18 +180,24 @@ def made(**changed) -> Report:
     known = {
         "title": "mine <i>",
         "lead": ["3 runs"],
-        "sections": [Section("Runs", WORDS, ["a & b"])],
-        "pictures": [Picture("score memory", 'accuracy against "GiB"', b"\x89PNG")],
+        "sections": [Section("Runs", WORDS, ["a & b"], ["table.md", "runs.csv"])],
+        "meanings": {"loss": "Lower is <better>."},
+        "figures": [PageFigure("score_memory", "It grows.", 'accuracy against "GiB"', 900)],
         "origin": {"commit": ["abc"], "versions": {"torch": ["2.13", "2.14"]}, "settings": {}},
     }
     return Report(**known | changed)
 
 
-def test_the_page_is_whole_and_asks_for_nothing_else():
+def test_the_page_is_whole_and_refers_only_to_files_of_its_folder():
     text = page(made())
     read = Reader(text)
     assert read.open == read.strange == []
-    assert not re.search(r"""(src|href)=["'](?!data:)|@import|url\(""", text)
+    links = re.findall(r"""(?:src|srcset|href)=["']([^"']*)""", text)
+    assert {link for link in links if not link.startswith(("#", "data:"))} == {
+        *("table.md", "runs.csv", "figures/narrow/score_memory.svg"),
+        *(f"figures/score_memory.{suffix}" for suffix in ("svg", "png", "pdf", "csv")),
+    }
+    assert not re.search(r"@import|url\(", text)
     assert [one["lang"] for one in read.named("html")] == ["en"]
     assert "prefers-color-scheme: dark" in text
 
@@ -205,10 +215,23 @@ def test_the_page_has_the_tables_words_and_what_they_are_sorted_by():
     assert len(read.named("b")) == 1
 
 
-def test_the_page_shows_figures_in_words_too():
-    (image,) = Reader(page(made())).named("img")
+def test_each_cell_names_its_column_and_each_head_its_scope():
+    read = Reader(page(made()))
+    assert [one["data-column"] for one in read.named("td")] == WORDS.columns[1:] * 3
+    assert [one["scope"] for one in read.named("th")] == ["col"] * 3 + ["row"] * 3
+
+
+def test_a_figure_has_a_caption_a_text_and_a_link_to_its_largest_form():
+    text = page(made())
+    (image,) = Reader(text).named("img")
     assert image["alt"] == 'accuracy against "GiB"'
-    assert b64decode(image["src"].removeprefix("data:image/png;base64,")) == b"\x89PNG"
+    assert image["src"] == "figures/score_memory.svg"
+    assert "<strong>Figure 1.</strong> It grows." in text
+    assert re.search(r'<a href="figures/score_memory.svg">\s*<picture>', text)
+
+
+def test_the_page_says_what_each_column_means():
+    assert "<dt>loss</dt><dd>Lower is &lt;better&gt;.</dd>" in page(made())
 
 
 def test_the_page_says_what_it_was_made_with_and_escapes_it():
@@ -222,10 +245,8 @@ def test_the_page_says_what_it_was_made_with_and_escapes_it():
 # The files ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def folder(tmp_path):
+def make_runs(place: Path) -> Path:
     """Runs of table3_nlp: two seeds of one cell, one out of memory, one on another model."""
-    place = tmp_path / "runs" / "table3_nlp"
 
     def make(cell: str, score: float | None, seed: int = 0, model: str = "llama3_8b") -> None:
         choices = {"cell": f"table3_nlp/{cell}", "model": model, "task": "gsm8k", "lora": "r8"}
@@ -255,6 +276,20 @@ def folder(tmp_path):
     return place
 
 
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """The runs, for a test that writes beside them."""
+    return make_runs(tmp_path / "runs" / "table3_nlp")
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory) -> Path:
+    """The runs with their report, which is written once for all tests that only read it."""
+    place = make_runs(tmp_path_factory.mktemp("runs") / "table3_nlp")
+    write_report(place, rows_of(place), place / "report")
+    return place
+
+
 def report(*arguments: object) -> None:
     VERBS["report"]([str(argument) for argument in arguments])
 
@@ -271,28 +306,25 @@ def test_a_report_of_a_folder_is_written_into_it_and_says_so(folder, capsys):
     assert len(rows_of(folder)) == 5  # what was written is no run
 
 
-def test_the_papers_numbers_are_in_every_form_of_the_table(folder):
-    rows = rows_of(folder)
-    write_report(folder, rows, folder / "report")
-    lines = read_csv(folder / "report" / "table.csv").set_index("seeds")
+def test_the_papers_numbers_are_in_every_form_of_the_table(reported):
+    lines = read_csv(reported / "report" / "table.csv").set_index("seeds")
     ours = lines.loc["0 1"]
     assert list(ours[["score", "score_std"]].round(6)) == [0.31, 0.014142]
     assert (ours["paper/score"], round(ours["difference/score"], 6)) == (29.8, 1.2)
     absent = lines[lines["state"] == "not run"]
     assert {*absent["paper/score"]} == {32.6, 24.3, 33.8, 24.6, 33.9}
     assert absent["score"].isna().all()
-    by_task = (folder / "report" / "by_task_score.tex").read_text()
+    by_task = (reported / "report" / "by_task_score.tex").read_text()
     assert r"emloc & (33.9) & \textbf{31.0 $\pm$ 1.4} (29.8) & 10.0 \\" in by_task
-    assert "| **31.0 ± 1.4** |" in (folder / "report" / "table.md").read_text()
-    html = (folder / "report" / "report.html").read_text()
+    assert "| **31.0 ± 1.4** |" in (reported / "report" / "table.md").read_text()
+    html = (reported / "report" / "report.html").read_text()
     assert '<b>31.0 ± 1.4</b> <span class="aside">(29.8)</span>' in html
     assert Reader(html).strange == []
 
 
-def test_the_tidy_file_of_a_report_gives_the_same_table(folder):
-    write_report(folder, rows_of(folder), folder / "report")
-    again = rows_of(folder / "report" / "runs.csv")
-    assert_frame_equal(summary_of(again), summary_of(rows_of(folder)))
+def test_the_tidy_file_of_a_report_gives_the_same_table(reported):
+    again = rows_of(reported / "report" / "runs.csv")
+    assert_frame_equal(summary_of(again), summary_of(rows_of(reported)))
 
 
 def test_what_runs_were_made_with_is_said_once(folder):
@@ -307,12 +339,12 @@ def test_what_runs_were_made_with_is_said_once(folder):
     assert found["runs"] == 5
 
 
-def test_the_same_runs_give_the_same_files(folder, tmp_path):
-    first, second = (
-        write_report(folder, rows_of(folder), tmp_path / name) for name in ("first", "second")
-    )
-    for one, other in zip(first, second, strict=True):
-        assert one.read_bytes() == other.read_bytes(), one
+def test_the_same_runs_give_the_same_files(reported, tmp_path):
+    again = write_report(reported, rows_of(reported), tmp_path)
+    assert len(again) > 10
+    for path in again:
+        name = path.relative_to(tmp_path)
+        assert path.read_bytes() == (reported / "report" / name).read_bytes(), name
 
 
 def test_the_printed_table_is_plain_and_has_what_was_not_run(folder):
@@ -383,12 +415,56 @@ def test_a_folder_without_runs_is_refused_and_left_as_it_is(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_figure_is_told_by_its_axes(folder):
-    written = write_report(folder, rows_of(folder), folder / "report")
-    drawn = [path for path in written if path.suffix == ".png"]
-    read = Reader((folder / "report" / "report.html").read_text())
-    images = read.named("img")
-    assert len(images) == len(drawn) >= 1
-    shown = [b64decode(one["src"].removeprefix("data:image/png;base64,")) for one in images]
-    assert shown == [path.read_bytes() for path in drawn]
+def test_each_figure_of_a_report_has_its_files_and_a_text(reported):
+    place = reported / "report"
+    stems = {path.stem for path in (place / "figures").glob("*.png")}
+    images = Reader((place / "report.html").read_text()).named("img")
+    assert {one["src"] for one in images} == {f"figures/{stem}.svg" for stem in stems}
+    assert len(images) == len(stems) >= 1
     assert all("exact_match against " in one["alt"] for one in images)
+    for stem in stems:
+        for name in (*(f"{stem}.{suffix}" for suffix in ("pdf", "csv")), f"narrow/{stem}.svg"):
+            assert (place / "figures" / name).stat().st_size > 0
+
+
+def test_the_page_says_in_one_sentence_what_was_run(folder):
+    for run, count in ((folder / "emloc-llama3_8b-s0", 4), (folder / "emloc-llama3_8b-s1", 4)):
+        (run / "predictions.jsonl").write_text("{}\n" * count)
+    rows = rows_of(folder)
+    assert lead_sentence(rows, origin(folder, rows), folder) == (
+        "5 runs (4 done, 1 OOM) of llama3_8b and smollm2_135m on gsm8k, "
+        "scored on 4 held-out rows, seeds 0 and 1, commit abc."
+    )
+
+
+# What columns mean -------------------------------------------------------------------------------
+
+
+def meanings_of(rows: list[Row], experiment: str = "") -> dict[str, str]:
+    paper = paper_of([experiment], EXPERIMENTS)
+    summary = summary_of(rows, paper)
+    return column_meanings(summary, table_of(summary))
+
+
+def test_every_column_of_a_report_has_a_meaning(folder):
+    meanings = meanings_of(rows_of(folder), "table3_nlp")
+    assert (
+        list(meanings)
+        == table_of(summary_of(rows_of(folder), paper_of(["table3_nlp"], EXPERIMENTS))).columns
+    )
+    assert meanings["paper"] == "The paper's number for the same model, task and method."
+    assert meanings["exact_match %"].startswith("Score of the held-out rows in percent;")
+    assert meanings["loss"].startswith("Mean negative log-likelihood")
+    assert meanings["train s"].startswith("Seconds of the stage")
+    assert [name for name, text in meanings.items() if text.startswith("Setting ")] == []
+
+
+def test_settings_and_kinds_of_rows_have_meanings_of_their_own():
+    rows = [
+        row("lora", settings={"lora.rank": rank}, **{"scores/accuracy/colour": 0.5})
+        for rank in ("4", "8")
+    ]
+    meanings = meanings_of(rows)
+    assert meanings["accuracy"] == "Score of the held-out rows; higher is better."
+    assert meanings["colour"] == "The same score, of the held-out rows of the kind colour."
+    assert meanings["lora.rank"] == "Setting lora.rank, in which the runs differ."

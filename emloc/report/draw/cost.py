@@ -1,34 +1,40 @@
-"""A score against what it costs: every cell a point, those that nothing beats joined."""
+"""A score against its cost: a numbered point for each method or cell, and the Pareto front."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from emloc.report.draw.naming import write
+from emloc.report.draw.drawing import Drawing, numbered_pages
+from emloc.report.draw.markers import DISC, MOVED, Marker, draw_markers
 from emloc.report.draw.panels import Panel, panels
 from emloc.report.draw.pareto import front
 from emloc.report.draw.series import ZERO_SHOT, Measure, Series, number, series
-from emloc.report.draw.sheet import ROWS, blank, by_stem, finish, note_of, pages, percent
-from emloc.report.draw.style import GREY, Look, looks_of
+from emloc.report.draw.sheet import (
+    add_legend,
+    note_of,
+    page_slices,
+    panel_grid,
+    percent,
+    settle_layout,
+    wrapped,
+)
+from emloc.report.draw.style import GREY, Style, line_styles
 from emloc.report.rows import Row
 
-NAMED = 15  # points of a panel with their names beside them; of more there are numbers, and a key
-FEW = 3  # points that are a panel, if another has as many
-WIDE = 8  # from the least cost to the greatest, where an axis becomes logarithmic
+_FEW = 3  # points of a panel; panels with fewer are left out beside such a panel
+_WIDE = 8  # largest cost by smallest cost, above which the axis becomes logarithmic
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One figure: what stands below it. None for what was not trained."""
+    """Horizontal axis of one figure. `measure` is None for runs that train nothing."""
 
     stem: str
-    words: str
+    caption: str
     measure: Measure
 
 
@@ -38,97 +44,107 @@ def _megabytes(row: Row) -> float | None:
 
 
 def _seconds(row: Row) -> float | None:
-    """Of all that comes before the evaluation; what was reused counts as when it was computed."""
+    """Seconds of all stages before evaluation; a cached stage counts as when it was computed."""
     return row.cost_seconds if "seconds/train" in row.numbers else None
 
 
 COSTS = (
     Cost("score_memory", "peak memory of training (GiB)", number("peak_gib/train")),
     Cost("score_weights", "weights trained through (MB)", _megabytes),
-    Cost("score_time", "building, training and recovery (s)", _seconds),
+    Cost("score_time", "time for building, training and recovery (s)", _seconds),
 )
 _SCORES = ("score", "gain_kept")
 
 
 @dataclass(frozen=True)
-class Spot:
-    """One cell in one panel."""
+class CostPoint:
+    """Runs of one method or cell in one panel: mean cost, mean score, deviation of the score."""
 
     line: Series
-    x: float
-    y: float
+    cost: float
+    score: float
     spread: float
 
 
 @dataclass(frozen=True)
-class Scatter:
-    """One panel."""
+class CostPanel:
+    """One panel: `score` is the name of the number on its vertical axis."""
 
     panel: Panel
     score: str
-    spots: Sequence[Spot]
+    points: Sequence[CostPoint]
 
     @property
-    def points(self) -> list[tuple[float, float]]:
-        """(cost, score) of each."""
-        return [(spot.x, spot.y) for spot in self.spots]
+    def score_label(self) -> str:
+        """Label of the vertical axis."""
+        return "share of gain kept" if self.score == "gain_kept" else self.panel.metric
+
+    @property
+    def coordinates(self) -> list[tuple[float, float]]:
+        """(cost, score) of each point."""
+        return [(point.cost, point.score) for point in self.points]
 
 
-def draw(rows: Sequence[Row], cost: Cost) -> Mapping[str, Figure]:
-    """Stem -> page of panels: score, and gain where it is known, of a model, task and recipe.
+def draw(rows: Sequence[Row], cost: Cost, columns: int) -> Mapping[str, Drawing]:
+    """Return file stem -> page of panels: score, and gain where it is measured.
 
-    Where some have `FEW` points or more, those that have fewer are left out.
+    There is a panel for each model, task and recipe. A panel with fewer than three points is left
+    out where another panel has three or more.
     """
-    found = [
-        Scatter(panel, score, _spots(series(panel.rows), cost.measure, number(score)))
+    every = [
+        CostPanel(panel, score, _points(series(panel.rows), cost.measure, number(score)))
         for panel in panels(rows)
         for score in _SCORES
     ]
-    most = max((len(one.spots) for one in found), default=0)
-    shown = [one for one in found if len(one.spots) >= max(2, min(most, FEW))]
-    numbered = most > NAMED
-    figures = [_page(shown[some], cost, numbered, rows) for some in pages(len(shown), 2 * ROWS)]
-    return by_stem(cost.stem, figures)
+    most = max((len(one.points) for one in every), default=0)
+    drawn = [one for one in every if len(one.points) >= max(2, min(most, _FEW))]
+    pages = [_page(drawn[part], cost, columns, rows) for part in page_slices(len(drawn))]
+    return numbered_pages(cost.stem, pages)
 
 
-def _page(shown: Sequence[Scatter], cost: Cost, numbered: bool, rows: Sequence[Row]) -> Figure:
-    lines = [spot.line for one in shown for spot in one.spots]
-    labels = sorted({line.label for line in lines})
-    key = {label: str(i) for i, label in enumerate(labels, 1)} if numbered else {}
-    looks = looks_of((line.method, line.method, False) for line in lines)
-    figure, places = blank(len(shown), height=3.0 if numbered else 2.5)
-    for one, axes in zip(shown, places, strict=True):
-        gain = one.score != "score"
-        words = "share of gain kept" if gain else one.panel.metric
-        axes.set(title=one.panel.title, xlabel=cost.words, ylabel=words)
-        if gain:
+def _page(drawn: Sequence[CostPanel], cost: Cost, columns: int, rows: Sequence[Row]) -> Drawing:
+    lines = [point.line for one in drawn for point in one.points]
+    numbers = {label: str(i) for i, label in enumerate(sorted({line.label for line in lines}), 1)}
+    methods = line_styles((line.method, line.method, False) for line in lines)
+    styles = {
+        line.label: methods[line.method]._replace(marker="o", is_hollow=bool(line.packed))
+        for line in lines
+    }
+    figure, places = panel_grid(len(drawn), columns, height=2.8)
+    for one, axes in zip(drawn, places, strict=True):
+        axes.set(title=wrapped(one.panel.title), xlabel=cost.caption, ylabel=one.score_label)
+        if one.score == "gain_kept":
             percent(axes.yaxis)
-        _scale(axes, [spot.x for spot in one.spots])
-        _points(axes, one.spots, key, looks)
-        _front(axes, one.points)
-        _untouched(axes, one)
-    note = note_of(rows, [line.packed for line in lines])
-    finish(figure, note, [f"{key[label]}  {label}" for label in key])
-    figure.draw_without_rendering()  # lays out what names are then placed in
-    figure.set_layout_engine("none")
-    for one, axes in zip(shown, places, strict=True):
-        names = [key.get(spot.line.label, spot.line.label) for spot in one.spots]
-        write(axes, one.points, names)
-    return figure
+        _scale(axes, [point.cost for point in one.points])
+        _label_points(axes, one.points, numbers, styles)
+        _draw_front(axes, one.coordinates)
+        _draw_untrained(axes, one)
+    key = [f"{numbers[label]}  {label}" for label in numbers]
+    add_legend(figure, note_of(rows, [line.packed for line in lines]), key)
+    settle_layout(figure)
+    is_moved = False
+    for one, axes in zip(drawn, places, strict=True):
+        markers = [
+            Marker(point.cost, point.score, styles[label], numbers[label])
+            for point in one.points
+            for label in [point.line.label]
+        ]
+        is_moved |= draw_markers(axes, markers)
+    return Drawing(figure, _caption(drawn, cost, is_moved), _records(drawn, cost, numbers))
 
 
-def _spots(lines: Sequence[Series], cost: Measure, score: Measure) -> list[Spot]:
-    found = []
+def _points(lines: Sequence[Series], cost: Measure, score: Measure) -> list[CostPoint]:
+    points = []
     for line in lines:
         (point,) = line.points.values()
         x, y = point.value(cost), point.value(score)
         if x is not None and y is not None:
-            found.append(Spot(line, x.mean, y.mean, y.spread))
-    return found
+            points.append(CostPoint(line, x.mean, y.mean, y.spread))
+    return points
 
 
 def _scale(axes: Axes, costs: Sequence[float]) -> None:
-    if max(costs) > WIDE * min(costs) > 0:
+    if max(costs) > _WIDE * min(costs) > 0:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -137,39 +153,78 @@ def _scale(axes: Axes, costs: Sequence[float]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
 
 
-def _points(
-    axes: Axes, spots: Sequence[Spot], key: Mapping[str, str], looks: Mapping[str, Look]
+def _label_points(
+    axes: Axes,
+    points: Sequence[CostPoint],
+    numbers: Mapping[str, str],
+    styles: Mapping[str, Style],
 ) -> None:
-    for spot in spots:
-        line = spot.line
-        look = looks[line.method]._replace(hollow=bool(line.packed))
-        label = f"{key[line.label]}  {line.label}" if key else None
-        axes.plot([spot.x], [spot.y], label=label, linestyle="", **look.marks)
-        if spot.spread:
-            bars: dict[str, Any] = {
-                "fmt": "none",
-                "ecolor": look.colour,
-                "elinewidth": 0.7,
-                "zorder": 1.5,
-            }
-            axes.errorbar([spot.x], [spot.y], [spot.spread], **bars)
+    """Add points to the limits and the legend of the axes. Their markers follow later."""
+    axes.margins(0.09)  # room for a marker at the edge
+    for point in points:
+        label = point.line.label
+        axes.plot(
+            [point.cost],
+            [point.score],
+            label=f"{numbers[label]}  {label}",
+            linestyle="",
+            markevery=[],
+            **styles[label].marker_properties,
+            markersize=DISC - 3,
+        )
+        if point.spread:
+            axes.errorbar(
+                [point.cost],
+                [point.score],
+                [point.spread],
+                fmt="none",
+                ecolor=styles[label].colour,
+                elinewidth=0.7,
+                zorder=1.5,
+            )
 
 
-def _front(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
+def _draw_front(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
     x, y = zip(*(points[index] for index in front(points)), strict=True)
-    ring: dict[str, Any] = {
-        "marker": "o",
-        "markersize": 7.5,
-        "markerfacecolor": "none",
-        "markeredgewidth": 0.8,
-    }
-    steps: dict[str, Any] = {"drawstyle": "steps-post", "linewidth": 0.8, "color": GREY}
-    axes.plot(x, y, label="Pareto front", **steps, **ring)
+    axes.plot(x, y, label="Pareto front", drawstyle="steps-post", linewidth=0.8, color=GREY)
 
 
-def _untouched(axes: Axes, one: Scatter) -> None:
-    """The untouched model, which costs nothing, as a line across."""
+def _draw_untrained(axes: Axes, one: CostPanel) -> None:
+    """Draw the untrained model, which costs nothing, as a line across."""
     for line in series(one.panel.rows):
         value = next(iter(line.points.values())).value(number(one.score))
         if line.method == ZERO_SHOT and value:
             axes.axhline(value.mean, label=ZERO_SHOT, color=GREY, linestyle=":", zorder=1)
+
+
+def _caption(drawn: Sequence[CostPanel], cost: Cost, is_moved: bool) -> str:
+    scores = " and the ".join(dict.fromkeys(one.score_label for one in drawn))
+    sentences = [
+        f"The {scores} against the {cost.caption}.",
+        "Each number is one method or cell; the key above the panels names it.",
+        *([MOVED] if is_moved else []),
+        "Grey steps are the Pareto front: no other point costs less and scores higher.",
+    ]
+    if any(point.spread for one in drawn for point in one.points):
+        sentences.append("Vertical bars are the standard deviation over seeds.")
+    if any(point.line.packed for one in drawn for point in one.points):
+        sentences.append("Hollow markers train through packed weights.")
+    return " ".join(sentences)
+
+
+def _records(
+    drawn: Sequence[CostPanel], cost: Cost, numbers: Mapping[str, str]
+) -> list[dict[str, object]]:
+    return [
+        {
+            "panel": one.panel.title,
+            "number": int(numbers[point.line.label]),
+            "label": point.line.label,
+            cost.caption: point.cost,
+            "quantity": one.score_label,
+            "mean": point.score,
+            "standard deviation": point.spread,
+        }
+        for one in drawn
+        for point in one.points
+    ]

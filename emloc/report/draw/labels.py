@@ -1,22 +1,22 @@
-"""What a line is called: by its cells or its method, and by settings where that is not enough."""
+"""Labels of lines and points: their cell or method, and settings where that is not enough."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from emloc.config.formats import width_name
 from emloc.config.settings import MODEL_BITS
 from emloc.report.rows import Row
 
-Told = Mapping[str, str]
+Settings = Mapping[str, str]  # choices of groups and dotted keys, with their values
 
 BITS = "compression.bits"
 
 
-def format_name(settings: Told) -> str:
-    """The packed format of a run: the one it names, else the one of its bits.
+def format_name(settings: Settings) -> str:
+    """Return the packed format of a run: the one in `precision`, else the usual one of its bits.
 
-    Empty where numbers are in the model's dtype, or the bits were left open.
+    Empty where weights are in the model's dtype, or the bits are not decided.
     """
     bits = settings.get(BITS, "null")
     if bits in ("", "null", str(MODEL_BITS)):
@@ -24,58 +24,59 @@ def format_name(settings: Told) -> str:
     return settings.get("precision") or width_name(int(bits))
 
 
-def called(lines: Sequence[Sequence[Row]], told: Callable[[Row], Told], swept: str) -> list[str]:
-    """A name for each line, different from all others.
+def line_labels(
+    lines: Sequence[Sequence[Row]], settings: Sequence[Settings], swept: str
+) -> list[str]:
+    """Return a label for each line, different from all other labels.
 
     Args:
-        lines: the runs of each.
-        told: the settings, choices and dotted keys, that all runs of a line have in common.
-        swept: the setting in which runs of a line differ; it is not part of a name.
+        lines: the runs of each line.
+        settings: for each line, the settings that all of its runs share.
+        swept: the setting in which runs of a line differ. Labels leave it out.
     """
     names = [_name(rows, swept) for rows in lines]
-    settings = [told(rows[0]) for rows in lines]
-    found = []
-    for name, mine in zip(names, settings, strict=True):
-        peers = [one for one, other in zip(settings, names, strict=True) if other == name]
-        words = [word for key in distinct(peers) if (word := _word(key, mine))]
-        # Once, where a format is told by its name and by its bits.
-        found.append(" ".join([name, *dict.fromkeys(words)]))
-    return found
+    labels = []
+    for name, own in zip(names, settings, strict=True):
+        namesakes = [one for one, other in zip(settings, names, strict=True) if other == name]
+        words = [word for key in distinct_settings(namesakes) if (word := _word(key, own))]
+        # A format may be named twice, by its name and by its bits.
+        labels.append(" ".join([name, *dict.fromkeys(words)]))
+    return labels
 
 
-def distinct(peers: Sequence[Told]) -> list[str]:
-    """Names of the settings that tell these apart; a choice stands for all the values it brings."""
+def distinct_settings(settings: Sequence[Settings]) -> list[str]:
+    """Return names of settings that differ. The choice of a group stands for all of its values."""
     differing = [
         name
-        for name in dict.fromkeys(key for one in peers for key in one)
-        if len({one.get(name) for one in peers}) > 1
+        for name in dict.fromkeys(key for one in settings for key in one)
+        if len({one.get(name) for one in settings}) > 1
     ]
     choices = [name for name in differing if "." not in name]
-    brought = [name for name in choices if _decides(name, differing, peers)]
-    leaves = [name for name in differing if "." in name and name.split(".")[0] not in brought]
+    explained = [name for name in choices if _decides_group(name, differing, settings)]
+    leaves = [name for name in differing if "." in name and name.split(".")[0] not in explained]
     return choices + leaves
 
 
-def _decides(choice: str, differing: Sequence[str], peers: Sequence[Told]) -> bool:
-    """Whether no value of the group differs under the same choice."""
+def _decides_group(choice: str, differing: Sequence[str], settings: Sequence[Settings]) -> bool:
+    """Whether runs with the same choice have the same values in the whole group."""
     inside = [name for name in differing if name.startswith(f"{choice}.")]
-    values = {(one.get(choice), *(one.get(name) for name in inside)) for one in peers}
-    return len(values) == len({one.get(choice) for one in peers})
+    values = {(one.get(choice), *(one.get(name) for name in inside)) for one in settings}
+    return len(values) == len({one.get(choice) for one in settings})
 
 
-def _word(name: str, told: Told) -> str:
-    value = told.get(name)
+def _word(name: str, settings: Settings) -> str:
+    value = settings.get(name)
     if value is None:
         return ""
     if "." not in name:
         return value
     if name == BITS and value != "null":
-        return format_name(told) or f"{value} bit"
+        return format_name(settings) or f"{value} bit"
     return f"{name.partition('.')[2]}={'none' if value == 'null' else value}"
 
 
 def _name(rows: Sequence[Row], swept: str) -> str:
-    """What the names of all cells share, but for the word of a swept ratio; else the method."""
+    """Return the words that all cells share, without that of a swept ratio; else the method."""
     cells = [row.cell.split("_") for row in rows]
     if swept == "compression.ratio":
         cells = [

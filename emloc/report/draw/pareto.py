@@ -1,4 +1,4 @@
-"""Which points nothing else beats."""
+"""The Pareto front of a set of points."""
 
 from __future__ import annotations
 
@@ -6,22 +6,18 @@ from collections.abc import Sequence
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the Pareto front, cheapest first.
+    """Return the indices of the Pareto front, cheapest first.
+
+    A point is on the front if no other point costs at most as much and scores at least as high,
+    with one of the two strictly better. Equal points are either all on the front or none.
 
     Args:
-        points: (cost, score): less of the first and more of the second is better.
-
-    Returns:
-        Those for which no other costs at most as much and scores at least as high, one of the two
-        strictly. Equals stand or fall together.
+        points: (cost, score) of each. A low cost and a high score are better.
     """
     order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
-    found: list[int] = []
+    indices: list[int] = []
     for index in order:
-        if (
-            not found
-            or points[index][1] > points[found[-1]][1]
-            or (points[index] == points[found[-1]])
-        ):
-            found.append(index)
-    return found
+        last = points[indices[-1]] if indices else None
+        if last is None or points[index][1] > last[1] or points[index] == last:
+            indices.append(index)
+    return indices

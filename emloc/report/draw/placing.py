@@ -1,15 +1,15 @@
-"""Where labels go, so that none covers another or a point."""
+"""Where markers stand, so that none covers another one or the point of another one."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import NamedTuple
 
-# Directions of a label from its point, the usual one first, and how far it may be moved.
-_DIRECTIONS = 16
-_STEPS = (0.0, 3.0, 7.0, 12.0, 18.0, 25.0, 33.0, 42.0, 52.0)
+_RINGS = 24  # distances that are tried, each a quarter of a marker further than the last
+_ANCHOR = 0.8  # half the width of the dot at a point whose marker stands beside it
+_CROSSING = 0.1  # cost of a thin line behind a marker, in areas of a marker
 
 
 class Box(NamedTuple):
@@ -20,17 +20,25 @@ class Box(NamedTuple):
     right: float
     top: float
 
-    def shared(self, other: Box) -> float:
-        """The area of both."""
+    @classmethod
+    def around(cls, x: float, y: float, half: float) -> Box:
+        """Square of the width `2 * half` with its centre at (x, y)."""
+        return cls(x - half, y - half, x + half, y + half)
+
+    def overlap(self, other: Box) -> float:
+        """Area that both rectangles cover."""
         width = min(self.right, other.right) - max(self.left, other.left)
         height = min(self.top, other.top) - max(self.bottom, other.bottom)
         return max(width, 0.0) * max(height, 0.0)
 
-    def away(self, x: float, y: float) -> float:
-        """How far a point is from it; 0 inside."""
-        dx = max(self.left - x, x - self.right, 0.0)
-        dy = max(self.bottom - y, y - self.top, 0.0)
-        return math.hypot(dx, dy)
+    def holds(self, other: Box) -> bool:
+        """Whether the other rectangle lies within this one."""
+        return (
+            self.left <= other.left
+            and self.bottom <= other.bottom
+            and self.right >= other.right
+            and self.top >= other.top
+        )
 
     @property
     def area(self) -> float:
@@ -38,61 +46,99 @@ class Box(NamedTuple):
         return (self.right - self.left) * (self.top - self.bottom)
 
 
-def place(
-    points: Sequence[tuple[float, float]],
-    sizes: Sequence[tuple[float, float]],
-    inside: Box,
-    radius: float,
-    avoided: Sequence[Box] = (),
-) -> list[Box]:
-    """A box for the label of each point, in the unit of the points.
+def marker_offsets(
+    points: Sequence[tuple[float, float]], size: float, inside: Box, *, level: bool = False
+) -> list[tuple[float, float]]:
+    """Return how far each marker is moved from its point, (0, 0) where the point is free.
 
-    The most crowded are placed first, each where it covers the least, then where it is nearest.
+    A marker takes the nearest place at which it covers no other marker and no other point. Points
+    with many neighbours choose last, so that lone markers stay. Of equal points one stays, and the
+    others move to its sides.
 
     Args:
-        points: where the markers are.
-        sizes: width and height of each label.
-        inside: what labels have to stay in.
-        radius: of a marker.
-        avoided: what else they had better not cover.
+        points: (x, y) of each marker, in one unit of length.
+        size: width of a marker in that unit.
+        inside: the rectangle that markers must not leave.
+        level: whether markers may only move to the left and to the right.
     """
-    markers = [Box(x - radius, y - radius, x + radius, y + radius) for x, y in points]
-    placed: dict[int, Box] = {}
-    for index in sorted(range(len(points)), key=lambda i: -_neighbours(points, i)):
-        others = [*markers, *avoided, *placed.values()]
-        boxes = _around(points[index], sizes[index], radius)
-        placed[index] = min(boxes, key=lambda box: _covered(box, others, inside))
-    return [placed[index] for index in range(len(points))]
+    placed: dict[int, tuple[float, float]] = {}
+    for index in sorted(range(len(points)), key=lambda i: (_crowding(points, i, size), i)):
+        anchors = [Box.around(*point, _ANCHOR) for point in points if point != points[index]]
+        markers = [Box.around(*place, size / 2) for place in placed.values()]
+        surroundings = _Surroundings(
+            point=points[index],
+            size=size,
+            inside=inside,
+            anchors=anchors,
+            markers=markers,
+            lines=[(points[i], place) for i, place in placed.items() if place != points[i]],
+        )
+        places = list(_places(*points[index], size, level))
+        free = next((place for place in places if surroundings.cost(place) == (0, 0)), None)
+        placed[index] = free or min(places, key=surroundings.cost)
+    return [(placed[i][0] - x, placed[i][1] - y) for i, (x, y) in enumerate(points)]
 
 
-def steps(points: Sequence[tuple[float, float]], width: float = 2.0) -> list[Box]:
-    """The stairs from point to point, level first, as thin boxes."""
-    half, found = width / 2, []
-    for (x0, y0), (x1, y1) in pairwise(points):
-        found.append(Box(x0, y0 - half, x1, y0 + half))
-        found.append(Box(x1 - half, y0, x1 + half, y1))
-    return found
+@dataclass(frozen=True)
+class _Surroundings:
+    """What a marker has to keep clear of."""
+
+    point: tuple[float, float]  # that the marker stands for
+    size: float
+    inside: Box
+    anchors: Sequence[Box]  # points of all other markers
+    markers: Sequence[Box]  # that have their places
+    lines: Sequence[tuple[tuple[float, float], tuple[float, float]]]  # from points to markers
+
+    def cost(self, place: tuple[float, float]) -> tuple[float, float]:
+        """Return how much the marker covers of other markers, then of points and lines.
+
+        (0, 0) is a free place.
+        """
+        box = Box.around(*place, self.size / 2)
+        outside = box.area - box.overlap(self.inside)
+        covered = sum(box.overlap(marker) for marker in self.markers)
+        points = sum(box.overlap(anchor) for anchor in self.anchors)
+        line, start = (self.point, place), Box.around(*self.point, 0)
+        crossings = sum(_crosses(other, box) for other in self.lines)
+        crossings += sum(
+            _crosses(line, marker) for marker in self.markers if not marker.holds(start)
+        )
+        return covered + outside, points + _CROSSING * box.area * crossings
 
 
-def _neighbours(points: Sequence[tuple[float, float]], index: int) -> float:
-    """How crowded it is around a point."""
-    return sum(1 / (10.0 + math.dist(points[index], point)) for point in points)
+def _crowding(points: Sequence[tuple[float, float]], index: int, size: float) -> int:
+    """Count the other points whose markers would touch the one at `index`."""
+    x, y = points[index]
+    return sum(max(abs(x - a), abs(y - b)) < size for a, b in points) - 1
 
 
-def _around(point: tuple[float, float], size: tuple[float, float], radius: float) -> Iterator[Box]:
-    """Boxes around a point, the nearest first; among equals `min` takes the first."""
-    (x, y), (width, height) = point, size
-    for step in _STEPS:
-        for turn in range(_DIRECTIONS):
-            angle = 2 * math.pi * turn / _DIRECTIONS
-            dx, dy = math.cos(angle), math.sin(angle)
-            reach = radius + step
-            # The edge of the box, not its middle, is that far away.
-            left = x + dx * (reach + width / 2) - width / 2
-            bottom = y + dy * (reach + height / 2) - height / 2
-            yield Box(left, bottom, left + width, bottom + height)
+def _places(x: float, y: float, size: float, level: bool) -> Iterator[tuple[float, float]]:
+    """The point itself, then places around it, the nearest first.
+
+    On a ring the places to the right and left come first, since there a marker keeps its height.
+    """
+    yield x, y
+    turns = [0, 8] if level else [0, 8, 1, 15, 7, 9, 2, 14, 6, 10, 3, 13, 5, 11, 4, 12]
+    for ring in range(_RINGS):
+        reach = size * (1 + ring / 4)
+        for turn in turns:
+            angle = 2 * math.pi * turn / 16
+            yield x + reach * math.cos(angle), y + reach * math.sin(angle)
 
 
-def _covered(box: Box, others: Sequence[Box], inside: Box) -> float:
-    outside = box.area - box.shared(inside)
-    return sum(box.shared(other) for other in others) + 4 * outside
+def _crosses(line: tuple[tuple[float, float], tuple[float, float]], box: Box) -> bool:
+    """Whether a line from point to point meets the rectangle (Liang and Barsky's clipping)."""
+    (x0, y0), (x1, y1) = line
+    first, last = 0.0, 1.0
+    for start, step, low, high in (
+        (x0, x1 - x0, box.left, box.right),
+        (y0, y1 - y0, box.bottom, box.top),
+    ):
+        if step == 0:
+            if not low < start < high:
+                return False
+            continue
+        near, far = sorted(((low - start) / step, (high - start) / step))
+        first, last = max(first, near), min(last, far)
+    return first < last

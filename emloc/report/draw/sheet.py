@@ -1,9 +1,10 @@
-"""A figure of panels: its size, its one legend above them, and the note below."""
+"""A figure of panels: its size, the one legend above the panels, and the note below them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,83 +13,109 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from emloc.report.draw.style import COLUMN, GREY, PAGE
+from emloc.report.draw.style import COLUMN, GREY, PAGE, RC
 from emloc.report.rows import Row
 
-ROWS = 4  # of panels on one page
-_LINE = 0.135  # inches of a line of the legend
-_LETTER, _HANDLE = 0.055, 0.42  # inches of a letter in it, on average, and of all before it
+PANELS_PER_PAGE = 8
+_LEGEND_LINES = 8  # that may stand above a narrow figure
+_LINE = 0.135  # inches: height of a line of the legend
+_MARGIN = 0.6  # inches: ticks and label beside a panel
+_LETTER, _HANDLE = 0.055, 0.42  # inches: mean width of a letter, width of the symbol before a label
 
 
-def blank(count: int, height: float = 2.3, wide: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels, each a column of a paper wide, two beside each other.
+def panel_grid(
+    count: int, columns: int, height: float = 2.3, is_wide: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure with `count` panels, each as wide as a column of a paper.
 
     Args:
-        wide: a single panel takes the width of two.
+        count: number of panels.
+        columns: panels beside each other, 1 or 2; 1 is for narrow screens.
+        height: of one panel, in inches.
+        is_wide: whether a single panel takes the width of two.
     """
-    columns = min(2, count)
-    rows = math.ceil(count / 2)
-    width = PAGE if columns == 2 or wide else COLUMN
+    used = min(columns, count)
+    rows = math.ceil(count / used)
+    width = PAGE if used == 2 or (is_wide and columns == 2) else COLUMN
     figure = Figure((width, rows * height), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    axes: list[Axes] = list(grid.flat)
-    for spare in axes[count:]:
-        spare.remove()
+    axes: list[Axes] = list(figure.subplots(rows, used, squeeze=False).flat)
+    for unused in axes[count:]:
+        unused.remove()
+    for one in axes[:count]:
+        # The number of ticks depends on this size, also where the figure is shown without RC.
+        one.tick_params(labelsize=RC["xtick.labelsize"])
     return figure, axes[:count]
 
 
-def pages(count: int, each: int) -> list[slice]:
-    """What stands on each page."""
-    return [slice(start, start + each) for start in range(0, count, each)]
+def page_slices(count: int) -> list[slice]:
+    """Return which panels stand on each page."""
+    return [slice(start, start + PANELS_PER_PAGE) for start in range(0, count, PANELS_PER_PAGE)]
 
 
-def stems(stem: str, count: int) -> list[str]:
-    """Names of pages: the second and later ones are numbered."""
-    return [stem if page == 0 else f"{stem}_{page + 1}" for page in range(count)]
+def add_legend(figure: Figure, note: str, order: Sequence[str] = (), title: str = "") -> None:
+    """Add one legend for all labelled lines above the panels. The panels keep their size.
 
-
-def finish(figure: Figure, note: str, order: Sequence[str] = (), title: str = "") -> None:
-    """One legend of all labelled lines above the panels, which grow no smaller by it.
+    In a narrow figure a long legend stands below the panels, with the note as its title.
 
     Args:
-        figure: with its panels drawn.
-        note: a line below them.
-        order: the labels that stand first in the legend.
-        title: of the legend, and so of the figure.
+        figure: its panels are drawn.
+        note: a line of text below the panels.
+        order: labels that stand first in the legend.
+        title: of the legend.
     """
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    labels = [*(label for label in order if label in handles)]
+    labels = [label for label in order if label in handles]
     labels += [label for label in handles if label not in labels]
     width, height = figure.get_size_inches()
     if labels:
-        columns = columns_of(labels, width)
-        height += _LINE * (math.ceil(len(labels) / columns) + bool(title)) + 0.05
-        drawn = [handles[label] for label in labels]
-        told: dict[str, Any] = {"loc": "outside upper center", "title": title or None}
-        figure.legend(drawn, labels, ncols=columns, **told)
+        columns = legend_columns(labels, width)
+        is_below = width == COLUMN and len(labels) > columns * _LEGEND_LINES
+        if is_below and not title:
+            title, note = note, ""
+        title = wrapped(title, width)
+        lines = math.ceil(len(labels) / columns) + len(title.splitlines())
+        height += _LINE * lines + 0.05
+        figure.legend(
+            [handles[label] for label in labels],
+            labels,
+            ncols=columns,
+            title=title or None,
+            loc="outside lower center" if is_below else "outside upper center",
+        )
     if note:
         height += _LINE
         figure.supxlabel(note, x=0.01, ha="left", fontsize=6, color=GREY)
     figure.set_size_inches(width, height)
 
 
-def columns_of(labels: Sequence[str], width: float) -> int:
-    """How many columns of a legend fit into `width` inches; it is filled column by column."""
+def wrapped(title: str, width: float = COLUMN - _MARGIN) -> str:
+    """Return the title in lines that fit into `width` inches; without it, above one panel."""
+    return textwrap.fill(title, int(width / _LETTER))
+
+
+def legend_columns(labels: Sequence[str], width: float) -> int:
+    """Return how many columns of a legend fit into `width` inches."""
     for columns in range(len(labels), 1, -1):
-        # The first columns hold one more where they cannot all hold as many.
-        rows, more = divmod(len(labels), columns)
-        starts = [index * rows + min(index, more) for index in range(columns + 1)]
-        parts = [labels[a:b] for a, b in pairwise(starts)]
+        # matplotlib fills a legend column by column; the first columns take the remainder.
+        rows, remainder = divmod(len(labels), columns)
+        starts = [index * rows + min(index, remainder) for index in range(columns + 1)]
+        parts = [labels[start:end] for start, end in pairwise(starts)]
         if sum(_HANDLE + _LETTER * max(map(len, part)) for part in parts) <= width:
             return columns
     return 1
 
 
+def settle_layout(figure: Figure) -> None:
+    """Lay the figure out for good, so that distances on the page are known."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+
+
 def percent(axis: Axis) -> None:
-    """Write shares as percentages, of as many digits as they need."""
+    """Write shares as percentages with as many digits as they need."""
     axis.set_major_formatter(FuncFormatter(lambda value, _: _percentage(value)))
 
 
@@ -96,21 +123,16 @@ def _percentage(share: float) -> str:
     return f"{round(100 * share, 9):g}%".replace("-", "\N{MINUS SIGN}")
 
 
-def note_of(rows: Sequence[Row], packed: Sequence[str] = ()) -> str:
-    """Of which format hollow markers are, and how many runs are in no figure, and why."""
-    ended = sum(row.state == "OOM" or row.state.startswith("failed") for row in rows)
-    going = sum(not row.done for row in rows) - ended
-    formats = sorted({name for name in packed if name})
-    said = [f"hollow: {', '.join(formats)}"] if formats else []
-    said += [_runs(ended, "failed or ran out of memory")] if ended else []
-    said += [_runs(going, "not finished")] if going else []
-    return "; ".join(said)
+def note_of(rows: Sequence[Row], formats: Sequence[str] = ()) -> str:
+    """Return what hollow markers mean, and how many runs are in no figure and why."""
+    failed = sum(row.state == "OOM" or row.state.startswith("failed") for row in rows)
+    unfinished = sum(not row.done for row in rows) - failed
+    packed = sorted({name for name in formats if name})
+    parts = [f"hollow: {', '.join(packed)}"] if packed else []
+    parts += [_count_runs(failed, "failed or ran out of memory")] if failed else []
+    parts += [_count_runs(unfinished, "not finished")] if unfinished else []
+    return "; ".join(parts)
 
 
-def _runs(count: int, what: str) -> str:
-    return f"{count} {'run' if count == 1 else 'runs'} {what}"
-
-
-def by_stem(stem: str, figures: Sequence[Figure]) -> Mapping[str, Figure]:
-    """Pages with their names."""
-    return dict(zip(stems(stem, len(figures)), figures, strict=True))
+def _count_runs(count: int, end: str) -> str:
+    return f"{count} {'run' if count == 1 else 'runs'} {end}"

@@ -1,13 +1,14 @@
-"""How figures look: a method has the same colour in every figure of every report."""
+"""Style of figures: a method has the same colour in every figure of every report."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-COLUMN, PAGE = 3.3, 6.75  # inches: one column of a paper, and both
+COLUMN, PAGE = 3.3, 6.75  # inches: width of one column of a paper, and of its two columns
 
-# Okabe and Ito's palette, which the colour-blind tell apart; not its yellow, too faint for a line.
+# Okabe and Ito's palette: colour-blind readers can tell the colours apart. Its yellow is left out,
+# because a yellow line is too faint.
 BLACK, GREY = "#000000", "#767676"
 ORANGE, SKY, GREEN = "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
@@ -40,10 +41,11 @@ RC: Any = {
     "legend.labelspacing": 0.3,
     "savefig.dpi": 200,
     "figure.dpi": 100,
-    "pdf.fonttype": 42,  # letters stay letters
+    "pdf.fonttype": 42,  # text stays text
+    "svg.hashsalt": "emloc",  # the same figure gives the same bytes
 }
 
-# Families share a colour and differ in the marker.
+# Methods of one family share a colour and differ in the marker.
 _METHODS = {
     "zero_shot": (GREY, "x"),
     "lora": (BLACK, "o"),
@@ -62,7 +64,7 @@ _METHODS = {
     "loram_stru": (VERMILION, "<"),
     "loram_rand": (VERMILION, ">"),
 }
-# Of kinds of layers, which are no methods: attention in colours of its own, then the feed-forward.
+# Colour and marker of each kind of layer, in the order of `layers.kinds_of`.
 KINDS = (
     *((BLUE, "o"), (SKY, "s"), (GREEN, "^"), (BLACK, "D")),
     *((ORANGE, "v"), (VERMILION, "P"), (PURPLE, "X"), (GREY, "<")),
@@ -72,42 +74,42 @@ _MARKERS = ("o", "^", "s", "D", "v", "P", "<", ">", "X", "x")
 _DASHES = ("-", "--", "-.", ":")
 
 
-class Look(NamedTuple):
-    """Of one line or point."""
+class Style(NamedTuple):
+    """Style of one line or point."""
 
     colour: str
     marker: str
     dash: str
-    hollow: bool
-    rule: str  # dashes of a line across a panel
+    is_hollow: bool
+    rule: str  # dashes of a line across the whole panel
 
     @property
-    def marks(self) -> dict[str, Any]:
-        """As matplotlib calls it."""
-        face = "white" if self.hollow else self.colour
+    def marker_properties(self) -> dict[str, Any]:
+        """Keyword arguments of `Axes.plot`."""
+        face = "white" if self.is_hollow else self.colour
         return {"color": self.colour, "marker": self.marker, "markerfacecolor": face}
 
 
-def looks_of(lines: Iterable[tuple[str, str, bool]]) -> dict[str, Look]:
-    """Label -> look, whatever the order of the lines.
+def line_styles(lines: Iterable[tuple[str, str, bool]]) -> dict[str, Style]:
+    """Return label -> style. The order of the lines does not matter.
 
     Args:
-        lines: label, method and whether it was trained in a packed format, which is drawn hollow.
-            Lines of one method share its colour, and have markers and dashes of their own.
+        lines: label, method, and whether the run trains in a packed format (drawn hollow). Lines
+            of one method share its colour; markers and dashes tell them apart.
     """
-    every = sorted(set(lines))
-    others = sorted({method for _, method, _ in every} - _METHODS.keys())
-    found = {}
-    for label, method, hollow in every:
-        variant = [one for one, other, _ in every if other == method].index(label)
-        colour, marker = _METHODS.get(method) or _other(others.index(method))
+    lines = sorted(set(lines))
+    unlisted = sorted({method for _, method, _ in lines} - _METHODS.keys())
+    styles = {}
+    for label, method, is_hollow in lines:
+        variant = [one for one, other, _ in lines if other == method].index(label)
+        colour, marker = _METHODS.get(method) or _unlisted_method(unlisted.index(method))
         if variant:
             marker = _MARKERS[(_MARKERS.index(marker) + variant) % len(_MARKERS)]
         rule = ":" if method == "zero_shot" else "--"
-        found[label] = Look(colour, marker, _DASHES[variant % len(_DASHES)], hollow, rule)
-    return found
+        styles[label] = Style(colour, marker, _DASHES[variant % len(_DASHES)], is_hollow, rule)
+    return styles
 
 
-def _other(at: int) -> tuple[str, str]:
-    """Of a method that has no look of its own."""
-    return _COLOURS[at % len(_COLOURS)], _MARKERS[(at + 3) % len(_MARKERS)]
+def _unlisted_method(index: int) -> tuple[str, str]:
+    """Colour and marker of a method that is not in `_METHODS`."""
+    return _COLOURS[index % len(_COLOURS)], _MARKERS[(index + 3) % len(_MARKERS)]

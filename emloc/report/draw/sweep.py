@@ -1,4 +1,4 @@
-"""A score against a setting: a line for each method, the references across."""
+"""A score against a setting: a line for each method, and the references across the panel."""
 
 from __future__ import annotations
 
@@ -6,29 +6,36 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from emloc.report.draw.panels import panels
+from emloc.report.draw.drawing import Drawing, numbered_pages
+from emloc.report.draw.markers import MOVED, Marker, draw_markers
+from emloc.report.draw.panels import Panel, panels
 from emloc.report.draw.series import (
     RATIO,
     REFERENCES,
     ZERO_SHOT,
     Series,
     Value,
-    is_whole,
+    is_uncompressed,
     number,
     series,
 )
-from emloc.report.draw.sheet import ROWS, blank, by_stem, finish, note_of, pages, percent
-from emloc.report.draw.style import FADED, Look, looks_of
+from emloc.report.draw.sheet import (
+    add_legend,
+    note_of,
+    page_slices,
+    panel_grid,
+    percent,
+    settle_layout,
+    wrapped,
+)
+from emloc.report.draw.style import FADED, Style, line_styles
 from emloc.report.rows import Row
 
-LEAST = 3  # values of a setting that are a sweep of it
-
+_LEAST = 3  # values of a setting that count as a sweep
 _NAMES = {
     RATIO: "share of parameters kept",
     "calibration.samples": "calibration samples",
@@ -38,100 +45,128 @@ _NAMES = {
     "train.learning_rate": "learning rate",
     "train.steps": "training steps",
 }
-_TRAINED = ("lora", "train")  # sections of settings that change a LoRA on the original as well
+_CHANGES_LORA = ("lora", "train")  # sections of settings that also change a LoRA on the original
 _SWEPT = ("calibration", "compression", "lora", "emulator", "adapter", "recovery", "train")
-_ALIKE = {"lora.rank": "lora.alpha"}  # what most often goes with it
+_DEPENDENT = {"lora.rank": "lora.alpha"}  # setting -> the one that usually follows it
 _NONE = "null"
-_KEYS = 12  # of lines, that stand above a panel one column wide
-_TICKS = 9  # that are told apart below an axis
+_LEGEND_LABELS = 12  # that fit above a panel of one column
+_TICKS = 9  # that are readable below an axis
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """One figure: what stands on its axes."""
+    """Axes of one figure."""
 
     stem: str
     setting: str
     measure: str = "score"
-    least: int = 2  # values that some line has to have
+    least: int = 2  # values that at least one line must have
+
+    @property
+    def name(self) -> str:
+        """The setting in words."""
+        return _NAMES.get(self.setting, self.setting)
+
+
+@dataclass(frozen=True)
+class SweepPanel:
+    """One panel and the lines in it."""
+
+    panel: Panel
+    lines: Sequence[Series]
+    sweep: Sweep
+
+    @property
+    def score_label(self) -> str:
+        """Label of the vertical axis."""
+        return self.panel.metric if self.sweep.measure == "score" else "share of gain kept"
 
 
 def sweeps(rows: Sequence[Row]) -> list[Sweep]:
-    """Every figure of this kind that there may be something for."""
-    found = [
+    """Return every figure of this kind that these runs may have points for."""
+    figures = [
         Sweep("score_ratio", RATIO),
         Sweep("gain_calibration", "calibration.samples", "gain_kept"),
     ]
-    taken = {one.stem for one in found}
-    for name in _numeric(rows):
+    stems = {one.stem for one in figures}
+    for name in _numeric_settings(rows):
         section, _, leaf = name.partition(".")
-        stem = f"score_{leaf}" if f"score_{leaf}" not in taken else f"score_{section}_{leaf}"
-        taken.add(stem)
-        found.append(Sweep(stem, name, least=LEAST))
-    return found
+        stem = f"score_{leaf}" if f"score_{leaf}" not in stems else f"score_{section}_{leaf}"
+        stems.add(stem)
+        figures.append(Sweep(stem, name, least=_LEAST))
+    return figures
 
 
-def draw(rows: Sequence[Row], sweep: Sweep) -> Mapping[str, Figure]:
-    """Stem -> page of panels, one for each model, task and recipe in which something is swept."""
-    alike = alike_of(rows, sweep.setting)
-    shown = []
-    for panel in panels(rows, sweep.setting, alike):
-        lines = series(panel.rows, sweep.setting, alike)
+def draw(rows: Sequence[Row], sweep: Sweep, columns: int) -> Mapping[str, Drawing]:
+    """Return file stem -> page of panels, one for each model, task and recipe with a sweep."""
+    dependent = dependent_settings(rows, sweep.setting)
+    drawn = []
+    for panel in panels(rows, sweep.setting, dependent):
+        lines = series(panel.rows, sweep.setting, dependent)
         if any(len(_values(line, sweep)) >= sweep.least for line in lines):
-            rows_shown = [row for line in lines if _shown(line, sweep) for row in line.rows]
-            # Once more, since fewer lines take fewer words to be told apart.
-            shown.append((panel, series(rows_shown, sweep.setting, alike)))
-    figures = []
-    for page in pages(len(shown), 2 * ROWS):
-        every = [line for _, lines in shown[page] for line in lines]
-        looks = looks_of((line.label, line.method, bool(line.packed)) for line in every)
-        figure, places = blank(len(shown[page]), wide=len(looks) > _KEYS)
-        for (panel, lines), axes in zip(shown[page], places, strict=True):
-            axes.set_title(panel.title)
-            axes.set_ylabel(panel.metric if sweep.measure == "score" else "share of gain kept")
-            _lines(axes, lines, sweep, looks)
-        order = sorted(looks, key=lambda label: (label in REFERENCES, label))
-        finish(figure, note_of(rows, [line.packed for line in every]), order)
-        figures.append(figure)
-    return by_stem(sweep.stem, figures)
+            relevant = [row for line in lines if _is_relevant(line, sweep) for row in line.rows]
+            # Labels are computed again, because fewer lines need shorter labels.
+            lines = series(relevant, sweep.setting, dependent)
+            drawn.append(SweepPanel(panel, lines, sweep))
+    pages = [_page(drawn[part], columns, rows) for part in page_slices(len(drawn))]
+    return numbered_pages(sweep.stem, pages)
 
 
-def alike_of(rows: Sequence[Row], setting: str) -> tuple[str, ...]:
-    """Settings that have one value for each of this one's: a LoRA's alpha, if it is its rank."""
-    other = _ALIKE.get(setting, "")
+def _page(drawn: Sequence[SweepPanel], columns: int, rows: Sequence[Row]) -> Drawing:
+    lines = [line for one in drawn for line in one.lines]
+    styles = line_styles((line.label, line.method, bool(line.packed)) for line in lines)
+    figure, places = panel_grid(len(drawn), columns, is_wide=len(styles) > _LEGEND_LABELS)
+    markers = []
+    for one, axes in zip(drawn, places, strict=True):
+        axes.set(title=wrapped(one.panel.title), ylabel=one.score_label)
+        markers.append(_draw_lines(axes, one, styles))
+    order = sorted(styles, key=lambda label: (label in REFERENCES, label))
+    add_legend(figure, note_of(rows, [line.packed for line in lines]), order)
+    settle_layout(figure)
+    moved = [draw_markers(*each, level=True) for each in zip(places, markers, strict=True)]
+    return Drawing(
+        figure, _caption(drawn, any(moved)), [record for one in drawn for record in _records(one)]
+    )
+
+
+def dependent_settings(rows: Sequence[Row], setting: str) -> tuple[str, ...]:
+    """Return settings with one value for each value of this one: a LoRA's alpha for its rank."""
+    other = _DEPENDENT.get(setting, "")
     pairs = {(row.settings.get(setting), row.settings.get(other)) for row in rows}
     return (other,) if other and len(pairs) == len({pair[0] for pair in pairs}) else ()
 
 
 def positions(values: Sequence[str]) -> tuple[dict[str, float], bool]:
-    """Where values stand on an axis, and whether it is logarithmic: where that is more even.
+    """Return value -> position on the axis, and whether the axis is logarithmic.
+
+    The axis is logarithmic where the values are spaced more evenly on it.
 
     Args:
-        values: numbers, and null for none at all, which stands last; where the others go by their
-            logarithms, 0 stands a step before them.
+        values: numbers, and `null` for "none", which stands last. On a logarithmic axis 0 stands
+            one step before the smallest value.
     """
     numbers = sorted({float(value) for value in values if value != _NONE})
     logs = [math.log2(number) for number in numbers if number > 0]
-    positive = bool(numbers) and (numbers[0] > 0 or (numbers[0] == 0 and len(logs) >= LEAST))
-    more_even = positive and _unevenness(logs) <= _unevenness(numbers)
-    log = more_even and logs[-1] - logs[0] >= 2
-    found = {value: float(value) for value in values if value != _NONE}
-    if log and numbers[0] == 0:
-        before = 2 ** (2 * logs[0] - logs[1])
-        found |= {value: before for value, at in found.items() if at == 0}
+    has_logs = bool(numbers) and (numbers[0] > 0 or (numbers[0] == 0 and len(logs) >= _LEAST))
+    is_log = has_logs and _unevenness(logs) <= _unevenness(numbers) and logs[-1] - logs[0] >= 2
+    places = {value: float(value) for value in values if value != _NONE}
+    if is_log and numbers[0] == 0:
+        zero = 2 ** (2 * logs[0] - logs[1])
+        places |= {value: zero for value, place in places.items() if place == 0}
     if _NONE in values:
         before, last = [0.0, 1.0, *numbers][-2:]
-        found[_NONE] = last * 2 if log else last + (last - before or 1.0)
-    return found, log
+        places[_NONE] = last * 2 if is_log else last + (last - before or 1.0)
+    return places, is_log
 
 
 def _unevenness(numbers: Sequence[float]) -> float:
+    """Widest gap by narrowest gap."""
     gaps = [b - a for a, b in pairwise(numbers)]
     return max(gaps) / min(gaps) if gaps else 1.0
 
 
-def _numeric(rows: Sequence[Row]) -> list[str]:
-    """Settings of which some row has a number, and the rows together `LEAST` values."""
+def _numeric_settings(rows: Sequence[Row]) -> list[str]:
+    """Return settings with at least three different numbers among the runs."""
     names = dict.fromkeys(name for row in rows for name in row.settings if "." in name)
     return [
         name
@@ -139,7 +174,7 @@ def _numeric(rows: Sequence[Row]) -> list[str]:
         if name.partition(".")[0] in _SWEPT
         and name != RATIO
         and not name.endswith(".seed")
-        and len({value for row in rows if _is_number(value := row.settings.get(name, ""))}) >= LEAST
+        and len({v for row in rows if _is_number(v := row.settings.get(name, ""))}) >= _LEAST
     ]
 
 
@@ -150,81 +185,127 @@ def _is_number(value: str) -> bool:
         return False
 
 
-def _is_across(line: Series, sweep: Sweep) -> bool:
-    """Whether the line says the same at any value of the setting."""
-    trained = sweep.setting.partition(".")[0] in _TRAINED
-    return line.method == ZERO_SHOT or (line.method in REFERENCES and not trained)
+def _is_constant(line: Series, sweep: Sweep) -> bool:
+    """Whether the setting cannot change the line's score."""
+    changes_lora = sweep.setting.partition(".")[0] in _CHANGES_LORA
+    return line.method == ZERO_SHOT or (line.method in REFERENCES and not changes_lora)
 
 
-def _shown(line: Series, sweep: Sweep) -> bool:
-    """Whether the line says something about the setting; of ratios a single one does."""
-    return sweep.setting == RATIO or _is_across(line, sweep) or len(_values(line, sweep)) > 1
+def _is_relevant(line: Series, sweep: Sweep) -> bool:
+    """Whether the line belongs into the figure. Of ratios a single value does."""
+    return sweep.setting == RATIO or _is_constant(line, sweep) or len(_values(line, sweep)) > 1
 
 
 def _values(line: Series, sweep: Sweep) -> dict[str, Value]:
-    """The line's points, setting -> score, in the order of the axis."""
-    if _is_across(line, sweep) or (sweep.setting == RATIO and is_whole(line.rows[0])):
+    """Return the line's points, setting -> score, in the order of the axis."""
+    if _is_constant(line, sweep) or (sweep.setting == RATIO and is_uncompressed(line.rows[0])):
         return {}
-    found = {
+    values = {
         name: value
         for name, point in line.points.items()
         if _is_number(name)
-        and (name, sweep.setting) != (_NONE, RATIO)  # solved for: not known
+        and (name, sweep.setting) != (_NONE, RATIO)  # compression=auto: the ratio is unknown
         and (value := point.value(number(sweep.measure))) is not None
     }
-    where, _ = positions(list(found))
-    return dict(sorted(found.items(), key=lambda item: where[item[0]]))
+    places, _ = positions(list(values))
+    return dict(sorted(values.items(), key=lambda item: places[item[0]]))
 
 
-def _lines(axes: Axes, lines: Sequence[Series], sweep: Sweep, looks: Mapping[str, Look]) -> None:
-    values = [_values(line, sweep) for line in lines]
-    where, log = positions(list(dict.fromkeys(name for one in values for name in one)))
-    for line, known in zip(lines, values, strict=True):
-        look = looks[line.label]
-        single = next(iter(line.points.values())).value(number(sweep.measure))
-        if known:
-            x, dash = [where[name] for name in known], look.dash if len(known) > 1 else ""
-            _line(axes, x, list(known.values()), {"label": line.label, "linestyle": dash}, look)
-        elif single and _is_across(line, sweep):
-            axes.axhline(single.mean, label=line.label, color=look.colour, linestyle=look.rule)
+def _single_value(line: Series, sweep: Sweep) -> Value | None:
+    """Return the score of a line that the setting does not change."""
+    return next(iter(line.points.values())).value(number(sweep.measure))
+
+
+def _draw_lines(axes: Axes, one: SweepPanel, styles: Mapping[str, Style]) -> list[Marker]:
+    """Draw all lines, and return their markers, which need the final layout."""
+    sweep = one.sweep
+    values = {line.label: _values(line, sweep) for line in one.lines}
+    names = dict.fromkeys(name for points in values.values() for name in points)
+    places, is_log = positions(list(names))
+    markers = []
+    for line in one.lines:
+        points, style = values[line.label], styles[line.label]
+        single = _single_value(line, sweep)
+        if points:
+            x = [places[name] for name in points]
+            markers += _draw_line(axes, line.label, x, list(points.values()), style)
+        elif single and _is_constant(line, sweep):
+            axes.axhline(single.mean, label=line.label, color=style.colour, linestyle=style.rule)
             low, high = single.mean - single.spread, single.mean + single.spread
-            axes.axhspan(low, high, color=look.colour, alpha=FADED, linewidth=0)
+            axes.axhspan(low, high, color=style.colour, alpha=FADED, linewidth=0)
         elif single and sweep.setting == RATIO:
-            # Nothing is left out of the model that these are trained through.
-            where["1"] = 1.0
-            _line(axes, [1.0], [single], {"label": line.label, "linestyle": ""}, look)
-    _axis(axes, sweep, where, log and sweep.setting != RATIO)
+            places["1"] = 1.0  # these methods train through all parameters
+            markers += _draw_line(axes, line.label, [1.0], [single], style)
+    _set_axis(axes, sweep, places, is_log and sweep.setting != RATIO)
+    return markers
 
 
-def _line(
-    axes: Axes, x: Sequence[float], values: Sequence[Value], told: Mapping[str, Any], look: Look
-) -> None:
-    """Means, and standard deviations over seeds where there are several."""
+def _draw_line(
+    axes: Axes, label: str, x: Sequence[float], values: Sequence[Value], style: Style
+) -> list[Marker]:
+    """Draw means, and standard deviations over seeds where there are several."""
     y, spread = [value.mean for value in values], [value.spread for value in values]
-    axes.plot(x, y, **told, **look.marks)
+    dash = style.dash if len(x) > 1 else ""
+    axes.plot(x, y, label=label, linestyle=dash, markevery=[], **style.marker_properties)
     if any(spread):
-        bars: dict[str, Any] = {
-            "fmt": "none",
-            "ecolor": look.colour,
-            "elinewidth": 0.8,
-            "zorder": 1.5,
-        }
-        axes.errorbar(x, y, spread, capsize=1.5, **bars)
+        axes.errorbar(
+            x, y, spread, fmt="none", ecolor=style.colour, elinewidth=0.8, capsize=1.5, zorder=1.5
+        )
+    return [Marker(*point, style) for point in zip(x, y, strict=True)]
 
 
-def _axis(axes: Axes, sweep: Sweep, where: Mapping[str, float], log: bool) -> None:
-    axes.set_xlabel(_NAMES.get(sweep.setting, sweep.setting))
-    if log:
+def _set_axis(axes: Axes, sweep: Sweep, places: Mapping[str, float], is_log: bool) -> None:
+    axes.set_xlabel(sweep.name)
+    if is_log:
         axes.set_xscale("log", base=2)
     if sweep.measure != "score":
         percent(axes.yaxis)
     if sweep.setting == RATIO:
         percent(axes.xaxis)
-    if len(where) <= _TICKS:
-        words = {at: "none" if name == _NONE else f"{float(name):g}" for name, at in where.items()}
+    if len(places) <= _TICKS:
+        ticks = {at: "none" if name == _NONE else f"{float(name):g}" for name, at in places.items()}
         if sweep.setting == RATIO:
-            words = {at: f"{at:.0%}" for at in words}
-        axes.set_xticks(list(words), list(words.values()))
+            ticks = {at: f"{at:.0%}" for at in ticks}
+        axes.set_xticks(list(ticks), list(ticks.values()))
         axes.xaxis.set_minor_locator(NullLocator())
-    if len({*where.values()}) == 1:
+    if len({*places.values()}) == 1:
         axes.margins(x=0.5)
+
+
+def _caption(drawn: Sequence[SweepPanel], is_moved: bool) -> str:
+    score = " and the ".join(dict.fromkeys(one.score_label for one in drawn))
+    lines = [line for one in drawn for line in one.lines]
+    sentences = [
+        f"The {score} against the {drawn[0].sweep.name}, with a line for each method.",
+        *([MOVED] if is_moved else []),
+    ]
+    constant = dict.fromkeys(one.label for one in lines if _is_constant(one, drawn[0].sweep))
+    if constant:
+        verb = "does" if len(constant) == 1 else "do"
+        sentences.append(f"{' and '.join(constant)} {verb} not depend on the setting.")
+    if any(len(point.rows) > 1 for line in lines for point in line.points.values()):
+        sentences.append("Bars and bands are the standard deviation over seeds.")
+    if any(line.packed for line in lines):
+        sentences.append("Hollow markers train through packed weights.")
+    return " ".join(sentences)
+
+
+def _records(one: SweepPanel) -> list[dict[str, object]]:
+    records: list[dict[str, object]] = []
+    for line in one.lines:
+        values = _values(line, one.sweep)
+        single = _single_value(line, one.sweep)
+        if not values and single:
+            values = {"all" if _is_constant(line, one.sweep) else "1": single}
+        records += [
+            {
+                "panel": one.panel.title,
+                "label": line.label,
+                one.sweep.setting: name,
+                "quantity": one.score_label,
+                "mean": value.mean,
+                "standard deviation": value.spread,
+            }
+            for name, value in values.items()
+        ]
+    return records

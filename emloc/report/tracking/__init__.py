@@ -1,1 +1,1 @@
-"""Where a run's numbers go while it is made: one writer, its file, and who follows it."""
+"""Numbers of a run while it runs: the log in its folder, and trackers that mirror the log."""

@@ -1,6 +1,6 @@
-"""What a finished run or sweep holds, as tables and pictures for whoever shows them.
+"""Results of a finished run or sweep as tables and images, for trackers.
 
-Imports no torch, and matplotlib only to draw.
+The module imports no torch, and matplotlib only when images are requested.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ from typing import Any
 
 from emloc.report.rows import FIELDS, rows_of
 
-# Held-out rows of the table of predictions; the files have all of them.
+# Held-out rows in the table of predictions. The files of the run have all rows.
 PREDICTIONS = 200
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns, and rows of numbers, words, truth values or None."""
+    """Columns and rows. A cell is a number, a word, a truth value or None."""
 
     columns: list[str]
     rows: list[list[Any]]
 
 
 def tables_of_run(folder: Path) -> dict[str, Table]:
-    """Its predictions (the first `PREDICTIONS`), and each layer's compression and correction."""
-    found = {
+    """Return the first `PREDICTIONS` predictions, and each layer's compression and correction."""
+    tables = {
         "predictions": _table(_predictions(folder)),
         "layers": _table(_by_layer(folder / "layers.json")),
         "correction": _table(_by_layer(folder / "correction.json")),
     }
-    return {name: table for name, table in found.items() if table.rows}
+    return {name: table for name, table in tables.items() if table.rows}
 
 
 def table_of_runs(folder: Path) -> Table:
-    """All runs below a folder: what they are, the settings in which they differ, their numbers."""
+    """Return all runs in a folder: facts, the settings in which they differ, and numbers."""
     rows = rows_of(folder)
-    every = dict.fromkeys(name for row in rows for name in row.decisive)
-    differ = [name for name in every if len({row.settings.get(name) for row in rows}) > 1]
+    names = dict.fromkeys(name for row in rows for name in row.decisive)
+    differing = [name for name in names if len({row.settings.get(name) for row in rows}) > 1]
     return _table(
         {name: getattr(row, name) for name in FIELDS}
-        | {name: row.settings.get(name) for name in differ}
+        | {name: row.settings.get(name) for name in differing}
         | dict(row.numbers)
         for row in rows
     )
@@ -52,19 +52,20 @@ def table_of_runs(folder: Path) -> Table:
 
 @contextmanager
 def pictures_of(folder: Path) -> Iterator[dict[str, Path]]:
-    """The figures of a run, or of the runs below a folder, as PNG files while they are needed.
+    """Draw the figures of a run or of a folder of runs, and yield name -> PNG file.
 
-    A figure of one run is called the same for all of them.
+    The files exist until the `with` block ends. Names leave out the run, so that figures of
+    different runs have the same names.
     """
     from emloc.report.figures import figures, save
 
-    with TemporaryDirectory() as place:
-        pictures = save(figures(rows_of(folder), folder), Path(place), ("png",))
+    with TemporaryDirectory() as temporary:
+        pictures = save(figures(rows_of(folder), folder), Path(temporary), ("png",))
         yield {path.stem.replace(f"_{folder.name}", ""): path for path in pictures}
 
 
 def _predictions(folder: Path) -> list[dict[str, Any]]:
-    """Loss (nats a token) of each held-out answer, with what the model answered if it was asked."""
+    """Return the loss of each held-out answer (nats per token), and the generated answer if any."""
     answers = {line["id"]: line for line in _lines(folder / "answers.jsonl")}
     first = _lines(folder / "predictions.jsonl")[:PREDICTIONS]
     return [
@@ -79,7 +80,7 @@ def _predictions(folder: Path) -> list[dict[str, Any]]:
 
 
 def _by_layer(path: Path) -> list[dict[str, Any]]:
-    """A line for each layer; a file that is not about single layers has none."""
+    """Return a line for each layer; no line where the file is not about layers."""
     table = json.loads(path.read_text()) if path.exists() else {}
     return [
         {"layer": name} | {k: v for k, v in line.items() if not isinstance(v, dict)}

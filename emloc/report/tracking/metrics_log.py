@@ -1,4 +1,4 @@
-"""Every number of a run, written once: to metrics.jsonl, and the same line to its tracker."""
+"""The log of a run's numbers: each line goes to metrics.jsonl and to the run's tracker."""
 
 from __future__ import annotations
 
@@ -19,45 +19,46 @@ log = logging.getLogger("emloc")
 
 
 class Record:
-    """What a run logs, in the order it came. A `with` block of it ends as the run ended.
+    """Log of one run's numbers, in the order in which they arrive.
 
-    An attempt that goes on from an interrupted one keeps its lines. A training goes on from its
-    last checkpoint, so that some steps come again: a line takes the place of those which say the
-    same, so no step is there twice. A value that is not finite is written as null.
+    A resumed run keeps the lines of its earlier attempts. Training resumes from the last
+    checkpoint, so some steps run twice: a new line replaces the old lines of its step and of later
+    steps. A value that is not finite is written as null. Leaving the `with` block closes the
+    tracker with the status of the run.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._path = run.folder / "metrics.jsonl"
         self._lines = _read(self._path)
-        self._waiting = list(self._lines)  # what the tracker has not been told
+        self._pending = list(self._lines)  # lines that the tracker has not received
         self._session: Session = Nothing()
-        self._lost = False
+        self._has_failed = False
         if self._lines:
-            self._write()  # without a line that was cut off when the run was killed
+            self._write()  # drops a line that was cut off when the run was killed
 
     @property
     def last(self) -> int:
-        """The last step of the training that is recorded; 0 if none is."""
+        """The last training step in the log; 0 without any."""
         return max((_step(line) for line in self._lines), default=0)
 
     def follow(self, tracker: Tracker) -> None:
-        """From now on the tracker hears of every line, of earlier attempts' before the next."""
+        """Attach a tracker. It receives all earlier lines before the next line."""
         self._session = tracker.start(self._run.folder, self._run.config, self.last)
 
     def add(self, line: Mapping[str, float]) -> None:
-        """Write one line of numbers, and hand it on."""
+        """Write one line of numbers and send it to the tracker."""
         new = {name: value if math.isfinite(value) else None for name, value in line.items()}
-        again = [old for old in self._lines if _again(old, new)]
-        if again:
-            self._lines = [old for old in self._lines if old not in again]
-            self._waiting = [old for old in self._waiting if old not in again]
+        replaced = [old for old in self._lines if _is_replaced(old, new)]
+        if replaced:
+            self._lines = [old for old in self._lines if old not in replaced]
+            self._pending = [old for old in self._pending if old not in replaced]
             self._write()
         self._lines.append(new)
         with self._path.open("a") as file:
             file.write(json.dumps(new) + "\n")
-        self._waiting.append(new)
-        self._hand_on()
+        self._pending.append(new)
+        self._send_pending()
 
     def __enter__(self) -> Record:
         return self
@@ -68,42 +69,44 @@ class Record:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._hand_on()
-        self._tell(partial(self._session.close, self._run.status))
+        self._send_pending()
+        self._call_tracker(partial(self._session.close, self._run.status))
 
-    def _hand_on(self) -> None:
-        waiting, self._waiting = self._waiting, []
+    def _send_pending(self) -> None:
+        waiting, self._pending = self._pending, []
         for line in waiting:
-            if not self._lost:
-                self._tell(partial(self._session.log, line))
+            if not self._has_failed:
+                self._call_tracker(partial(self._session.log, line))
 
-    def _tell(self, action: Callable[[], None]) -> None:
-        """A tracker mirrors a run; what fails there is said and costs the run nothing."""
+    def _call_tracker(self, action: Callable[[], None]) -> None:
+        """Call the tracker. Its first failure is logged and ends the tracking, but not the run."""
         try:
             action()
-        except Exception as error:  # why: whatever it was, a training of days must not end of it
-            if not self._lost:
-                log.warning("tracker: %s: %s; not followed any more", type(error).__name__, error)
-            self._lost = True
+        except Exception as error:  # why: no failure of a tracker may end a training of days
+            if not self._has_failed:
+                log.warning(
+                    "tracker: %s: %s; this run is no longer tracked", type(error).__name__, error
+                )
+            self._has_failed = True
 
     def _write(self) -> None:
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
 
 
 def training_line(step: int, values: Mapping[str, float]) -> dict[str, float]:
-    """A line of the training's log as it is recorded: `train/loss` ... and `train/step`."""
-    named = {f"train/{name}": value for name, value in values.items() if name != "step"}
-    return named | {STEP: step}
+    """Return a line of the Trainer's log with the names of this log: `train/loss`, `train/step`."""
+    renamed = {f"train/{name}": value for name, value in values.items() if name != "step"}
+    return renamed | {STEP: step}
 
 
 def stage_line(stage: str, facts: Mapping[str, Any]) -> dict[str, float]:
-    """A stage's numbers as `<stage>/<name>`: seconds, peak_gib, and what it says of its work."""
+    """Return a stage's numbers as `<stage>/<name>`: seconds, peak_gib, and those of its facts."""
     numbers = facts | facts.get("scores", {})
     return {f"{stage}/{k}": v for k, v in numbers.items() if isinstance(v, int | float)}
 
 
-def _again(old: Line, new: Line) -> bool:
-    """Whether the new line says what the old one did: of this step or one before, or of a stage."""
+def _is_replaced(old: Line, new: Line) -> bool:
+    """Whether the new line is of the same stage, or of the same training step or an earlier one."""
     if STEP in new or STEP in old:
         return STEP in new and _step(old) >= _step(new)
     return not old.keys().isdisjoint(new)

@@ -1,4 +1,4 @@
-"""Where a run's numbers also go. The run folder is the record; this is a mirror of it."""
+"""Trackers, which mirror the results of runs. The run folder stays the record."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ from emloc.runtime.distributed import process_start
 
 log = logging.getLogger("emloc")
 
-# Names `<stage>/<what>` and their values; null where a value is not finite.
+# `<stage>/<quantity>` -> value, None where the value is not finite.
 Line = Mapping[str, float | None]
 
-# What the training's numbers are drawn over.
+# Horizontal axis of all training numbers.
 STEP = "train/step"
 
 MODES = ("offline", "online")
 
-# A run that failed ends with 1; as a program that was interrupted does.
+# Exit codes by state; 1 for a run that failed.
 _EXIT = {DONE: 0, "interrupted": 130}
 
 
 class Session(Protocol):
-    """One run being followed."""
+    """One run that is tracked."""
 
     def log(self, line: Line) -> None:
         """Add one line of numbers."""
 
     def close(self, status: Mapping[str, Any]) -> None:
-        """End as the run did, with what its folder holds by now."""
+        """Close with the status of the run, and send the results in its folder."""
 
 
 class Tracker(Protocol):
-    """A place that follows runs."""
+    """A service that mirrors runs."""
 
     def start(self, folder: Path, config: Mapping[str, Any], last: int) -> Session:
-        """Begin to follow a run, or go on; its training is recorded up to step `last`.
+        """Open or resume the tracking of a run whose log reaches training step `last`.
 
-        It will be told all that is recorded, so of a run it knows what it has heard before.
+        All lines of the log are sent again. A tracker that resumes must skip those it already has.
         """
 
     def compare(self, folder: Path, group: str) -> None:
-        """Show the runs below `folder` side by side."""
+        """Show the runs in `folder` side by side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,30 +58,30 @@ class Nothing:
     """No tracking."""
 
     def start(self, folder: Path, config: Mapping[str, Any], last: int) -> Nothing:
-        """Nothing is started."""
+        """Return itself; nothing is tracked."""
         return self
 
     def log(self, line: Line) -> None:
-        """Nothing is logged."""
+        """Ignore the line."""
 
     def close(self, status: Mapping[str, Any]) -> None:
-        """Nothing is ended."""
+        """Do nothing."""
 
     def compare(self, folder: Path, group: str) -> None:
-        """Nothing is shown."""
+        """Do nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wandb:
     """Weights & Biases: group = experiment, name = run folder, config = the resolved settings.
 
-    All that it writes is in `wandb/` of the folder it follows.
+    All of its files are in `wandb/` of the run folder.
     """
 
     project: str
     entity: str | None  # user or team; null: WANDB_ENTITY, else the account's own
     mode: str  # offline: files in the run folder, no account, no network; online
-    adapter: bool  # also keep the carried adapter, as an artifact
+    adapter: bool  # also upload the recovered adapter as an artifact
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -91,7 +91,7 @@ class Wandb:
             )
 
     def start(self, folder: Path, config: Mapping[str, Any], last: int) -> WandbSession:
-        """Open the run; an interrupted one is continued, and not told twice what it knows.
+        """Open the run. An interrupted run is resumed, and lines that it has are not sent again.
 
         Raises:
             ConfigError: wandb is not installed, or there is no account to go online with.
@@ -105,10 +105,10 @@ class Wandb:
             config=dict(config),
         )
         run.draw_over("train/*", STEP)
-        return WandbSession(run, folder, run.known(STEP, last), self.adapter)
+        return WandbSession(run, folder, run.last_sent(STEP, last), self.adapter)
 
     def compare(self, folder: Path, group: str) -> None:
-        """One more run in the group, called report, with the table of all and its figures."""
+        """Add a run called `report` to the group, with the table and the figures of all runs."""
         try:
             run = self._open(folder, group=group, name="report", job_type="report")
             try:
@@ -117,7 +117,7 @@ class Wandb:
                     run.show_pictures(pictures)
             finally:
                 run.end(0)
-        except Exception as error:  # why: the runs are done, whatever comes of their mirror
+        except Exception as error:  # why: the runs are done, and the tracker is only their mirror
             log.warning("tracker: no report: %s: %s", type(error).__name__, error)
 
     def _open(self, folder: Path, **described: Any) -> WandbRun:
@@ -125,9 +125,9 @@ class Wandb:
 
 
 def compare(folder: Path) -> None:
-    """Show the runs below `folder` side by side, where the last of them was followed.
+    """Show the runs in `folder` side by side, in the tracker of the last one.
 
-    Not if none has been done in this launch: nothing would be new.
+    Nothing happens if this launch has finished no run, since nothing would be new.
     """
     new = [run for run in find_runs(folder) if run.done and run.status["time"] >= process_start()]
     if new:
@@ -139,19 +139,19 @@ def compare(folder: Path) -> None:
 
 
 class WandbSession:
-    """A run in W&B that has heard of its training up to step `told`."""
+    """A run in W&B that has all lines up to training step `sent`."""
 
-    def __init__(self, run: WandbRun, folder: Path, told: int, adapter: bool) -> None:
-        self._run, self._folder, self._told, self._adapter = run, folder, told, adapter
+    def __init__(self, run: WandbRun, folder: Path, sent: int, adapter: bool) -> None:
+        self._run, self._folder, self._sent, self._adapter = run, folder, sent, adapter
 
     def log(self, line: Line) -> None:
-        """Send one line of numbers, unless it was sent before an interruption."""
+        """Send one line of numbers, unless an earlier attempt sent it."""
         step = line.get(STEP)
-        if step is None or step > self._told:
+        if step is None or step > self._sent:
             self._run.log(line)
 
     def close(self, status: Mapping[str, Any]) -> None:
-        """Send how it ended, and of a run that is done tables, figures and adapter."""
+        """Send the status, and for a run that is done also tables, figures and the adapter."""
         state = status["state"]
         try:
             self._run.summarise({key: status.get(key, "") for key in ("state", "stage", "error")})

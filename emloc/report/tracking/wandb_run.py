@@ -1,4 +1,4 @@
-"""One run of W&B's, with all its files below one folder. The only module that imports wandb."""
+"""One W&B run with all of its files in one folder. The only module that imports wandb."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from emloc.report.tracking.artifacts import Table
 
 log = logging.getLogger("emloc")
 
-# Where wandb would write in the home folder.
-_PLACES = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR")
-# What it would tell its makers of itself, and of each attempt that failed the screen.
+# Folders that wandb would otherwise put into the home folder.
+_FOLDERS = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR")
+# Whether wandb reports its own failures to its makers.
 _REPORTING = "WANDB_ERROR_REPORTING"
 
-# Letters of W&B's names of runs and artifacts.
+# Longest name of a run or artifact that W&B allows.
 _LONGEST = 120
 
-# Of the machine and the code metrics.json says what matters, and nothing of whose they are.
+# W&B gets no facts of machine, user or code: metrics.json has those that matter.
 _SETTINGS: dict[str, Any] = {
     "silent": True,
     "console": "off",  # progress bars
@@ -33,23 +33,22 @@ _SETTINGS: dict[str, Any] = {
     "x_disable_machine_info": True,
     "x_disable_stats": True,
     "x_save_requirements": False,
-    "x_transaction_log_flush_interval": 0.1,  # seconds: what is lost of a run that is killed
-    "finish_timeout": 300,  # seconds to wait for the network; what is not sent stays in the folder
+    "x_transaction_log_flush_interval": 0.1,  # seconds that a killed run may lose
+    "finish_timeout": 300,  # seconds to wait for the network; unsent lines stay in the folder
     "finish_timeout_raises": True,
 }
 
 
 class WandbRun:
-    """Open until `end`. Its files are in `wandb/` of its folder.
+    """A W&B run, open until `end`. Its files are in `wandb/` of its folder.
 
-    Where it was open before, it is continued: by the server, or by `wandb sync` of all that lies
-    there, which puts one after the other. Its network may fail at any time: wandb keeps what it
-    could not send in the folder, and goes on.
+    A run that was open before is resumed, either by the server or by `wandb sync`, which joins the
+    parts in the folder. If the network fails, wandb keeps unsent lines in the folder and continues.
 
     Args:
-        folder: whose mirror it is.
+        folder: of the run that is mirrored.
         mode: offline or online.
-        described: of what it is called and where, as `wandb.init` takes it; `group` and `name`.
+        described: keyword arguments of `wandb.init`, among them `group` and `name`.
 
     Raises:
         ConfigError: wandb is not installed, or there is no account to go online with.
@@ -58,11 +57,11 @@ class WandbRun:
     def __init__(self, folder: Path, mode: str, **described: Any) -> None:
         self._home = home = folder / "wandb"
         self.continued = any(home.glob("*run-*/run-*.wandb"))
-        self._before = {name: os.environ.get(name) for name in (*_PLACES, _REPORTING)}
-        os.environ.update(dict.fromkeys(_PLACES, str(home.absolute())))
+        self._before = {name: os.environ.get(name) for name in (*_FOLDERS, _REPORTING)}
+        os.environ.update(dict.fromkeys(_FOLDERS, str(home.absolute())))
         os.environ.setdefault(_REPORTING, "false")
-        identity = f"{described['group']}-{described['name']}-{self._own_word()}"
-        given = {
+        identity = f"{described['group']}-{described['name']}-{self._unique_word()}"
+        options = {
             **described,
             "id": re.sub(r"[^\w.=-]", "-", identity)[-_LONGEST:],
             "dir": str(folder),
@@ -71,24 +70,24 @@ class WandbRun:
         }
         try:
             self._wandb = _wandb()
-            self._run = self._online(given) if mode == "online" else self._offline(given)
-        except BaseException:  # why: the environment is given back whatever it was
-            self._leave()
+            self._run = self._online(options) if mode == "online" else self._offline(options)
+        except BaseException:  # why: the environment must be restored after any failure
+            self._restore_environment()
             raise
 
-    def _own_word(self) -> str:
-        """Tells the run from one of the same settings on another machine, or before it."""
+    def _unique_word(self) -> str:
+        """Return a word that separates the run from others with the same settings."""
         path = self._home / "id"
         if not path.exists():
             self._home.mkdir(parents=True, exist_ok=True)
             path.write_text(secrets.token_hex(4))
         return path.read_text()
 
-    def _online(self, given: dict[str, Any]) -> Any:
+    def _online(self, options: dict[str, Any]) -> Any:
         settings = self._wandb.Settings(**_SETTINGS)
         _require_account(self._wandb.setup(settings).settings.base_url)
         try:
-            run = self._wandb.init(mode="online", settings=settings, **given)
+            run = self._wandb.init(mode="online", settings=settings, **options)
         except self._wandb.errors.CommError as error:
             reason = " ".join(str(error).split())
             if re.search(r"\b40[13]\b", reason):
@@ -96,30 +95,30 @@ class WandbRun:
                     f"tracker.mode=online: W&B refuses this account ({reason}); "
                     "run `wandb login`, or set tracker.mode=offline"
                 ) from error
-            log.warning("W&B cannot be reached (%s): this run is followed offline", reason)
-            self._say_how_to_send("offline-run-*")
-            self._wandb.teardown()  # with what it has begun of a run of this name
-            return self._offline(given)
+            log.warning("W&B cannot be reached (%s): this run is tracked offline", reason)
+            self._log_how_to_send("offline-run-*")
+            self._wandb.teardown()  # drops the run of this name that it has begun
+            return self._offline(options)
         log.info("W&B: %s", run.url)
         return run
 
-    def _offline(self, given: dict[str, Any]) -> Any:
+    def _offline(self, options: dict[str, Any]) -> Any:
         settings = self._wandb.Settings(**_SETTINGS)
         self._wandb.setup(settings)
-        return self._wandb.init(mode="offline", settings=settings, **given)
+        return self._wandb.init(mode="offline", settings=settings, **options)
 
-    def known(self, name: str, recorded: int) -> int:
-        """The last value of a counter that W&B has heard of, where `recorded` is the last at all.
+    def last_sent(self, name: str, recorded: int) -> int:
+        """Return the last value of a counter that W&B has; `recorded` is the last in the log.
 
-        A server says so itself; offline, a run that is continued was told all that was recorded
-        (but for the last tenth of a second if it was killed).
+        Online the server knows the value. Offline a resumed run has all lines of the log, except
+        for those of the last tenth of a second before it was killed.
         """
         if not self.continued:
             return 0
         return recorded if self._run.offline else int(self._run.summary.get(name) or 0)
 
     def draw_over(self, name: str, counter: str) -> None:
-        """Draw all numbers of a name with `*` over a counter."""
+        """Use a counter as the horizontal axis of all numbers that match a name with `*`."""
         self._run.define_metric(counter)
         self._run.define_metric(name, step_metric=counter)
 
@@ -128,7 +127,7 @@ class WandbRun:
         self._run.log(dict(line))
 
     def summarise(self, facts: Mapping[str, Any]) -> None:
-        """Set what stands for the whole run."""
+        """Set facts of the whole run."""
         self._run.summary.update(dict(facts))
 
     def show_tables(self, tables: Mapping[str, Table]) -> None:
@@ -137,31 +136,31 @@ class WandbRun:
             self._run.log({name: self._wandb.Table(columns=table.columns, data=table.rows)})
 
     def show_pictures(self, pictures: Mapping[str, Path]) -> None:
-        """Add pictures that are in files."""
+        """Add images from files."""
         for name, path in pictures.items():
             self._run.log({f"figures/{name}": self._wandb.Image(str(path))})
 
     def keep(self, name: str, kind: str, folder: Path, metadata: Mapping[str, Any]) -> None:
-        """Add the files of a folder as an artifact. They are not copied, and have to stay there."""
+        """Add the files of a folder as an artifact. They are not copied and must stay there."""
         artifact = self._wandb.Artifact(name[-_LONGEST:], type=kind, metadata=dict(metadata))
         for path in sorted(folder.iterdir()):
             artifact.add_file(str(path), policy="immutable", skip_cache=True)
         self._run.log_artifact(artifact)
 
     def end(self, code: int) -> None:
-        """Wait until all is written, and online until all is sent, but not for ever."""
+        """Wait until all lines are written, and online until they are sent or time is up."""
         try:
             self._run.finish(exit_code=code)
         except TimeoutError:
             log.warning("W&B did not take all within %d s", _SETTINGS["finish_timeout"])
-            self._say_how_to_send("run-*")
+            self._log_how_to_send("run-*")
         finally:
-            self._leave()
+            self._restore_environment()
 
-    def _say_how_to_send(self, runs: str) -> None:
+    def _log_how_to_send(self, runs: str) -> None:
         log.warning("`wandb sync %s` sends it later", self._home / runs)
 
-    def _leave(self) -> None:
+    def _restore_environment(self) -> None:
         for name, value in self._before.items():
             if value is None:
                 del os.environ[name]
@@ -172,7 +171,7 @@ class WandbRun:
 
 
 def _wandb() -> Any:
-    """The package.
+    """Import and return wandb.
 
     Raises:
         ConfigError: it is not installed.
@@ -187,7 +186,7 @@ def _wandb() -> Any:
 
 
 def _require_account(server: str) -> None:
-    """Look where wandb looks for an account, but never ask for one.
+    """Check that wandb finds an account, without asking for one.
 
     Raises:
         ConfigError: there is none, or no whole key.
