@@ -106,7 +106,7 @@ def run(cell: Cell, store: Store, report: Report) -> Result:
                 raise
             damaged.add(error.folder)
             aside = set_aside(error.folder)
-            log.warning("%s; moved to %s, made again", error, aside.name)
+            log.warning("%s; moved to %s and computed again", error, aside.name)
 
 
 def _through_stages(context: Context, store: Store) -> Context:
@@ -213,5 +213,5 @@ def _samples(cell: Cell) -> Samples:
     """The calibration samples: never an evaluation row."""
     chosen = cell.calibration
     pool = cell.task.train() if chosen.source == "downstream" else generic_text()
-    log.info("calibration: %d of %d rows of %s", chosen.samples, len(pool), pool.name)
+    log.info("calibration: %d samples of the %d rows of %s", chosen.samples, len(pool), pool.name)
     return Samples(choose(pool, chosen.samples, chosen.seed), cell.model.longest)

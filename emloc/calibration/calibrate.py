@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from emloc.calibration.blockwise import Block, by_block, open_walk
 from emloc.calibration.moments import Statistics, Taken
@@ -17,6 +16,7 @@ from emloc.calibration.samples import Samples
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.runtime.journal import Journal
+from emloc.runtime.progress import tracked
 
 # Name -> (out, in).
 Layers = dict[str, tuple[int, int]]
@@ -54,7 +54,7 @@ def calibrate(
         folder=folder,
     )
     journal = Journal(folder)
-    for block in tqdm(run, "calibrate", total=len(blocks), unit="block"):
+    for block in tracked(run, "calibrate", len(blocks), "block"):
         if block.name not in journal.lines:
             start = time.perf_counter()
             statistics = observe(block, blocks[block.name], whole)

@@ -84,7 +84,7 @@ class Run:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            log.info("%s: waiting, another process is at it", self.folder.name)
+            log.info("%s: waiting for another process that works on this run", self.folder.name)
             lock.acquire()
         try:
             yield

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from emloc.calibration.calibrate import Layers
@@ -20,6 +19,7 @@ from emloc.emulators import Emulator, Given
 from emloc.emulators.size import size_facts, solved
 from emloc.models.checkpoint.source import CPU, Source
 from emloc.precision import PackedLayer, Precision, require_format
+from emloc.runtime.progress import tracked
 
 # What is quantised: not embeddings, head or projector, as in QLoRA.
 IN_A_BLOCK = r".*\.\d+\..*"
@@ -111,7 +111,7 @@ def load_quantized(
         ValueError: there are such layers, and no format.
     """
     replace = dict(others or {})
-    for layer in tqdm(layers, "quantize", unit="layer", disable=not layers):
+    for layer in tracked(layers, "quantize", len(layers), "layer"):
         held = require_format(precision)
         weight = held.quantize(source.weight(layer, device))
         replace[layer] = held.linear(weight, source.bias(layer, device))

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from emloc.calibration.blockwise import by_block
@@ -24,6 +23,7 @@ from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.precision import Precision, require_format
 from emloc.runtime.distributed import sharded
+from emloc.runtime.progress import tracked
 from emloc.tensors.nn.streamed import Streamed
 from emloc.tensors.nn.surgery import put
 
@@ -78,7 +78,7 @@ def load_streamed(
     names = by_block(in_blocks(source))
     packed = dict.fromkeys(quantized, require_format(precision)) if quantized else {}
     streamed = Streamed([_held(source, model, name, packed) for name in names], device)
-    for index, layers in enumerate(tqdm(names.values(), "offload", unit="block")):
+    for index, layers in enumerate(tracked(names.values(), "offload", len(names), "block")):
         views = streamed.views(index)
         some = {layer: packed[layer] for layer in layers if layer in packed}
         _fill(source, model, views, some, device)

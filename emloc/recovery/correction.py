@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 
 from emloc.adapters.saved import read_lora
 from emloc.calibration.blockwise import Block, by_block, open_walk
@@ -21,6 +20,7 @@ from emloc.calibration.moments import Taken
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import CPU
 from emloc.recovery import Recovery, RecoveryInputs
+from emloc.runtime.progress import tracked
 from emloc.tensors.linalg.correct import Change, Moments, Pair, correct_covariance, correct_identity
 from emloc.tensors.linalg.gram import cross, gram, product
 
@@ -83,7 +83,7 @@ class Correction(Recovery):
         corrected: dict[str, Pair] = {}
         done: dict[str, Done] = {}
         known = _known(run, adapter.pairs, lambda layer: built.residual(layer, device))
-        for one in tqdm(known, "recover", total=len(adapter.pairs), unit="layer"):
+        for one in tracked(known, "recover", len(adapter.pairs), "layer"):
             if one.gap is not None:
                 pair = _on(adapter.pairs[one.layer], device)
                 pair, change = self.correct(pair, one.gap, one.moments)

@@ -54,7 +54,7 @@ class Journal:
         size = path.stat().st_size
         if size == entry.get("bytes") and file_hash(path) == entry.get("xxh3"):
             return True
-        log.warning("%s: %s is damaged, its block is made again", self._folder, path.name)
+        log.warning("%s: %s is damaged, so its block is computed again", self._folder, path.name)
         path.unlink()
         return False
 

@@ -33,6 +33,7 @@ from emloc.runtime.distributed import LOOK, Notice, first, world_size
 from emloc.runtime.keys import key_of
 from emloc.runtime.manifest import DamagedError, flaw_of, seal, set_aside
 from emloc.runtime.memory import Peak
+from emloc.runtime.progress import duration
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class Store:
             key = digest([key, world_size()])
         home = self.root / name / key
         if home.exists() and flaw_of(home) is None:
-            log.info("%s: found (%s)", name, key)
+            log.info("%s: taken from the cache (key %s)", name, key)
             return Artifact(name, key, home)
         home.parent.mkdir(parents=True, exist_ok=True)
 
@@ -144,13 +145,13 @@ class Store:
         while not home.exists() or flaw_of(home) is not None:
             _pass_on(name, notice)
             if to_do and notice.read()[0] == "begun":
-                log.info("%s: working (%s)", name, home.name)
+                log.info("%s: computing (cache key %s)", name, home.name)
                 _attempt(name, home.with_suffix(".partial"), work, failure)
                 to_do = False
             time.sleep(LOOK)
 
     def _compute(self, name: str, home: Path, work: Bound, failure: Failure) -> None:
-        log.info("%s: working (%s)", name, home.name)
+        log.info("%s: computing (cache key %s)", name, home.name)
         draft = home.with_suffix(".partial")
         draft.mkdir(exist_ok=True)
         start = time.perf_counter()
@@ -160,13 +161,18 @@ class Store:
         (draft / "stage.json").write_text(json.dumps(facts, indent=1))
         seal(draft)
         os.replace(draft, home)
+        spent = duration(facts["seconds"])
+        log.info("%s: finished in %s, peak memory %.2f GiB", name, spent, facts["peak_gib"])
 
 
 def put_aside_if_damaged(home: Path, name: str) -> None:
     """Say what is wrong with a finished folder, if anything, and move it out of the way."""
     if home.exists() and (flaw := flaw_of(home)) is not None:
         aside = set_aside(home)
-        log.warning("%s: %s is damaged: %s; moved to %s, made again", name, home, flaw, aside.name)
+        log.warning(
+            "%s: the artifact %s is damaged: %s; moved to %s and computed again",
+            *(name, home, flaw, aside.name),
+        )
 
 
 def _named(work: Callable[..., Facts]) -> Callable[..., Facts]:

@@ -25,7 +25,9 @@ def generic_text() -> Examples:
     try:
         rows = load_dataset(_ID, _CONFIG, split="train")
     except (ConnectionError, OSError, ValueError):
-        log.warning("calibration: no hub for %s; using Python's own documentation", _ID)
+        log.warning(
+            "calibration: %s cannot be loaded, so Python's documentation takes its place", _ID
+        )
         return generic_docstrings()
     return Examples("wikitext-2", tuple(pieces(rows["text"])))
 

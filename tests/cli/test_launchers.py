@@ -60,7 +60,7 @@ def kill_whoever_trains(launched: subprocess.Popen, runs: Path, steps: int, time
         time.sleep(0.2)
         for config in runs.glob("*/config.yaml"):
             log = config.with_name("run.log")
-            if f"steps: {steps}\n" in config.read_text() and "train: working" in log.read_text():
+            if f"steps: {steps}\n" in config.read_text() and "train: computing" in log.read_text():
                 for process in writers(log, launched):
                     if process.pid not in killed and len(killed) < times:
                         process.kill()

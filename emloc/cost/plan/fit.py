@@ -186,7 +186,10 @@ def fitting_emulator(cell: Cell, whole: Scheme, work: Work) -> Compression:
             "budget.gpu_gib higher, or train.batch or lora.rank lower"
         )
     bits = next((b for b, ratio in found.items() if ratio >= NEARLY_ALL), min(found))
-    log.info("compression=auto: ratio %.2f at %d bits within %g GiB", found[bits], bits, gib)
+    log.info(
+        "compression=auto: ratio %.2f at %d bits is the largest within budget.gpu_gib=%g",
+        *(found[bits], bits, gib),
+    )
     return replace(cell.compression, ratio=found[bits], bits=bits, of="linears")
 
 
@@ -224,7 +227,9 @@ def _fitting_whole(cell: Cell, whole: Scheme, work: Work) -> Compression:
     for precision in tried:
         if need(replace(whole, precision=precision), work, traced).peak <= limit:
             bits = bits_of(precision)
-            log.info("compression=auto: the whole model at %d bits within %g GiB", bits, gib)
+            log.info(
+                "compression=auto: the whole model at %d bits fits budget.gpu_gib=%g", bits, gib
+            )
             return replace(cell.compression, bits=bits)
     raise ConfigError(
         f"budget.gpu_gib={gib:g}: the whole model does not fit{_at(bits_of(tried[-1]))}; "

@@ -100,7 +100,7 @@ class Prune(Emulator):
         whole = _left_whole(units, layers)
         if whole:
             told = ", ".join(f"{name} ({count})" for name, count in whole.items())
-            log.info("prune: stay whole, and are counted: %s", told)
+            log.info("emulate: not pruned, but counted in compression.ratio: %s", told)
         return {"layers": list(layers), "parameters": allowed}
 
     def _units(self, source: Source, layers: Collection[str]) -> dict[str, Units]:

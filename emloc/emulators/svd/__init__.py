@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from emloc.calibration.blockwise import Block, block_of, by_block
@@ -31,6 +30,7 @@ from emloc.precision import Precision
 from emloc.runtime.journal import Journal
 from emloc.runtime.keys import neutral
 from emloc.runtime.manifest import whole
+from emloc.runtime.progress import tracked
 from emloc.runtime.safetensors_file import write_shard
 from emloc.tensors.linalg.allocate import greedy
 
@@ -143,7 +143,7 @@ class Svd(Emulator):
         else:
             samples = given.samples if again or statistics is None else None
             run = visits(source, samples, list(blocks), device, host_bytes, folder)
-        for name, block in tqdm(run, "emulate", total=len(blocks), unit="block"):
+        for name, block in tracked(run, "emulate", len(blocks), "block"):
             path = journal.file(name)
             if not path.exists():
                 # Nothing of it is held but the file, when the next block is read.
@@ -203,7 +203,7 @@ class Svd(Emulator):
             samples = given.samples if given.statistics is None else None
             run = visits(source, samples, list(blocks), device, host_bytes, folder)
             found: dict[str, Tensor] = {}
-            for name, block in tqdm(run, "spectra", total=len(blocks), unit="block"):
+            for name, block in tracked(run, "spectra", len(blocks), "block"):
                 known = self._known(name, block, blocks[name], given)
                 found |= spectra(weights_of(source, block, blocks[name], device), known)
             write_shard(path, found, {})

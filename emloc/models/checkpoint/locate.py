@@ -108,7 +108,7 @@ def _from_package(package: str | None) -> tuple[Path, str]:
 
 def _convert(gguf: Path, to: Path) -> None:
     """Unpack a GGUF file into an ordinary bfloat16 checkpoint in an empty folder."""
-    log.info("model: converting %s to safetensors, once", gguf.name)
+    log.info("model: converting %s to safetensors; later runs find it in the cache", gguf.name)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The converter loses SmolLM2's splitting of numbers into digits.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(

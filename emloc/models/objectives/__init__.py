@@ -12,11 +12,11 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from emloc.data.collate import Row, by_length
 from emloc.data.examples import Examples
 from emloc.data.reader import Reader
+from emloc.runtime.progress import StageProgress
 
 # A batch as the family's reader collates it, targets included.
 Batch = dict[str, Any]
@@ -96,11 +96,11 @@ class Objective(ABC):
     def score(self, model: Any, rows: Sequence[Row], reader: Reader, size: int) -> list[Any]:
         """The answer to every row, in the given order, `size` rows a forward pass."""
         scored: dict[int, Answer] = {}
-        with tqdm(desc="evaluate", total=len(rows), unit="row") as bar:
+        with StageProgress("evaluate", len(rows), "row") as progress:
             for group in by_length(rows, size):
                 some = [rows[index] for index in group]
                 made = reader.collate(some)
                 batch = {name: value.to(model.device) for name, value in made.items()}
                 scored |= dict(zip(group, self.answers(model, some, batch), strict=True))
-                bar.update(len(group))
+                progress.update(len(group))
         return [scored[index] for index in range(len(rows))]

@@ -83,7 +83,9 @@ class Record:
             action()
         except Exception as error:  # why: whatever it was, a training of days must not end of it
             if not self._lost:
-                log.warning("tracker: %s: %s; not followed any more", type(error).__name__, error)
+                log.warning(
+                    "tracker: %s: %s; the run goes on without it", type(error).__name__, error
+                )
             self._lost = True
 
     def _write(self) -> None:

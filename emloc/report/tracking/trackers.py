@@ -118,7 +118,11 @@ class Wandb:
             finally:
                 run.end(0)
         except Exception as error:  # why: the runs are done, whatever comes of their mirror
-            log.warning("tracker: no report: %s: %s", type(error).__name__, error)
+            log.warning(
+                "tracker: the comparison of the runs was not logged: %s: %s",
+                type(error).__name__,
+                error,
+            )
 
     def _open(self, folder: Path, **described: Any) -> WandbRun:
         return WandbRun(folder, self.mode, project=self.project, entity=self.entity, **described)

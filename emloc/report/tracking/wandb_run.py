@@ -96,7 +96,7 @@ class WandbRun:
                     f"tracker.mode=online: W&B refuses this account ({reason}); "
                     "run `wandb login`, or set tracker.mode=offline"
                 ) from error
-            log.warning("W&B cannot be reached (%s): this run is followed offline", reason)
+            log.warning("W&B cannot be reached (%s): this run is logged offline", reason)
             self._say_how_to_send("offline-run-*")
             self._wandb.teardown()  # with what it has begun of a run of this name
             return self._offline(given)
@@ -153,7 +153,7 @@ class WandbRun:
         try:
             self._run.finish(exit_code=code)
         except TimeoutError:
-            log.warning("W&B did not take all within %d s", _SETTINGS["finish_timeout"])
+            log.warning("W&B did not receive everything within %d s", _SETTINGS["finish_timeout"])
             self._say_how_to_send("run-*")
         finally:
             self._leave()

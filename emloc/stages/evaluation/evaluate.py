@@ -128,7 +128,10 @@ def headline(task: Task, settings: EvalSettings, objective: Objective) -> str:
     if task.metric in own or not (task.lm_eval or isinstance(task, Answered)):
         return task.metric
     if not settings.harness:
-        log.info("eval.harness=false: %s is not computed, the score is token_accuracy", task.metric)
+        log.info(
+            "evaluate: %s needs eval.harness=true; without it the score is token_accuracy",
+            task.metric,
+        )
         return "token_accuracy"
     if task.lm_eval is not None:
         from emloc.stages.evaluation.harness.lm_eval_tasks import own_yaml

@@ -31,7 +31,7 @@ from emloc.errors import ConfigError
 from emloc.models.objectives import Batch
 from emloc.precision import PackedLayer
 from emloc.runtime.distributed import first, sharded
-from emloc.stages.training.callbacks import Clock, Progress, Report
+from emloc.stages.training.callbacks import Report, StepTimer, TrainingProgress
 from emloc.stages.training.lean_setup import obstacle, prepare
 from emloc.stages.training.trainer import FiniteTrainer, make_whole, newest_whole_checkpoint
 from emloc.tensors.nn.attention import without_cudnn
@@ -91,12 +91,12 @@ def fit_rows(
         model = fit.adapter.load(model, start, trainable=True)
     lean, fused, loss = fit.recipe.lean, False, None
     if fit.recipe.lean and (other := obstacle(fit.lora, source.dtype)):
-        log.info("train: as PEFT and transformers train; leaner with %s", other)
+        log.info("train: PEFT's own layers, which take more memory and time; %s avoids them", other)
         lean = False
     elif fit.recipe.lean:
         fused, loss = prepare(model, fit.adapter, fit.recipe, source.objective)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log.info("train: %d trainable parameters, %d examples", trainable, len(rows))
+    log.info("train: %s trainable parameters, %d training rows", f"{trainable:,}", len(rows))
     checkpoints = folder / "checkpoints"
     dtype = built.source.dtype
     trainer = FiniteTrainer(
@@ -105,13 +105,13 @@ def fit_rows(
         args=arguments(fit.recipe, fit.seed, checkpoints, dtype, device, lean=lean, fused=fused),
         train_dataset=rows,
         data_collator=collate_rows,
-        callbacks=[Progress(report)],
+        callbacks=[TrainingProgress(report)],
         objective=source.objective,
         loss=loss,
     )
     trainer.remove_callback(PrinterCallback)
-    clock = Clock()
-    trainer.add_callback(clock)
+    timer = StepTimer()
+    trainer.add_callback(timer)
     mixed = trainer.args.bf16 or trainer.args.fp16
     with without_cudnn(), fit.adapter.training(model, mixed=mixed):
         whole = newest_whole_checkpoint(checkpoints)
@@ -126,7 +126,7 @@ def fit_rows(
     return {
         "trainable": trainable,
         "steps": trainer.state.global_step,
-        "step_seconds": clock.median,
+        "step_seconds": timer.median,
     }
 
 

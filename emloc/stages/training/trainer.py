@@ -205,5 +205,7 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
             return found[step]
         if first():
             aside = set_aside(found[step])
-            log.warning("train: %s is not whole: %s; moved to %s", found[step], flaw, aside.name)
+            log.warning(
+                "train: checkpoint %s is not whole: %s; moved to %s", found[step], flaw, aside.name
+            )
     return None

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from emloc.data.examples import Example
 from emloc.data.prompts import Encoded
 from emloc.data.reader import TokenReader
+from emloc.stages.evaluation.harness.answer_progress import LoggedAnswers
 from emloc.stages.evaluation.harness.lm_eval_tasks import quiet
 from emloc.tasks import Answered
 from emloc.tasks.scorers import score_names
@@ -37,7 +38,7 @@ class Shown:
     size: tuple[int, int] = (0, 0)  # lm-eval looks before it resizes, which it is not told to
 
 
-class Answering(HFMultimodalLM):
+class Answering(LoggedAnswers, HFMultimodalLM):
     """A model in lm-eval's hands that reads prompts as it did in training."""
 
     def __init__(self, model: PreTrainedModel, reader: TokenReader, batch_size: int) -> None:
