@@ -16,7 +16,7 @@ from emloc.config.compose import compose, explain, register
 from emloc.config.paths import CONF
 from emloc.errors import ConfigError
 from emloc.runtime.quiet_libraries import quiet
-from emloc.sweeps.job import run_cell
+from emloc.sweeps.job import run_job
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -50,7 +50,7 @@ def _hydra() -> None:
     # With it Hydra raises its errors instead of printing them, and ours is the one line shown.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     register(sys.argv[1:])
-    hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(run_cell)()
+    hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(run_job)()
 
 
 def _of_hydra(error: Exception) -> bool:
