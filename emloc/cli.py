@@ -135,14 +135,14 @@ def _plan(arguments: list[str]) -> None:
 
     quiet()
     from emloc.cost.plan.gpus import gpu_called
-    from emloc.cost.plan.scheme import Work
+    from emloc.cost.plan.layout import StepShape
     from emloc.cost.plan.table import plan
     from emloc.stages.run_config import build
 
     if not 1 <= chosen.answer <= chosen.length:
         raise ConfigError(f"--answer {chosen.answer} of --length {chosen.length}: give 1 to all")
     cell = build(cfg)
-    work = Work.of(cell.train, chosen.length, chosen.answer)
+    work = StepShape.of(cell.train, chosen.length, chosen.answer)
     print(plan(cell, work, gpu_called(chosen.gpu)))
 
 

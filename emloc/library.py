@@ -17,13 +17,13 @@ from typing import Any, TypeVar
 from torch import nn
 
 from emloc.adapters.saved import SavedLora, lora_of, read_lora
-from emloc.calibration.blockwise import Block, by_block, walk
-from emloc.calibration.calibrate import observe
+from emloc.calibration.blockwise import Block, by_block, iterate_blocks
+from emloc.calibration.calibrate import record_moments
 from emloc.emulators.size import ranks_at
 from emloc.emulators.svd.factors import factorize, refine
 from emloc.errors import ConfigError
 from emloc.recovery.correction import Correction, moments_along
-from emloc.tensors.linalg.correct import Moments, Pair
+from emloc.tensors.linalg.correct import ActivationMoments, LoraPair
 from emloc.tensors.nn.factorized import Factorized
 from emloc.tensors.nn.surgery import with_modules
 
@@ -62,7 +62,7 @@ def build_emulator(
     ranks = ranks_at(ratio, shapes, multiple)
     blocks = by_block(layers)
     statistics = {
-        block.name: observe(block, blocks[block.name], whole=False)
+        block.name: record_moments(block, blocks[block.name], whole=False)
         for block in _walk(model, batches, blocks)
     }
     modules: dict[str, nn.Module] = {}
@@ -110,13 +110,13 @@ def correct(
     if (metric == "covariance") != (batches is not None):
         raise ConfigError("batches belong to metric='covariance': give both or neither")
     trained = read_lora(Path(adapter)) if isinstance(adapter, str | Path) else lora_of(adapter)
-    moments: dict[str, Moments] = {}
+    moments: dict[str, ActivationMoments] = {}
     if batches is not None:
         run = _walk(model, batches, by_block(trained.pairs))
         moments = moments_along(run, trained.pairs)
     factors = _factorized(emulator)
 
-    def change(layer: str, pair: Pair) -> Pair:
+    def change(layer: str, pair: LoraPair) -> LoraPair:
         if layer not in factors:
             return pair
         weight = model.get_submodule(layer).get_parameter("weight")
@@ -152,6 +152,6 @@ def _walk(model: nn.Module, batches: Sequence[Batch], blocks: Mapping[str, Any])
     training = model.training
     model.eval()
     try:
-        yield from walk(model, batches, list(blocks), device)
+        yield from iterate_blocks(model, batches, list(blocks), device)
     finally:
         model.train(training)

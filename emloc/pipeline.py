@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from emloc.adapters import Adapter
-from emloc.adapters.fit import Fit
+from emloc.adapters.training_inputs import TrainingInputs
 from emloc.calibration.samples import Samples, choose
 from emloc.cost.plan.solve import solved
 from emloc.data.examples import Examples
@@ -27,9 +27,9 @@ from emloc.stages import (
     TRAINED,
     Context,
 )
-from emloc.stages.compatibility import fit_together
+from emloc.stages.compatibility import check_compatible
 from emloc.stages.evaluation.evaluate import headline
-from emloc.stages.run_config import Cell
+from emloc.stages.run_config import RunConfig
 from emloc.stages.training.callbacks import Report
 from emloc.stages.training.lean_setup import obstacle
 from emloc.tasks.generic import generic_text
@@ -65,7 +65,7 @@ class Result:
         return self.current.get(TRAINED)
 
     @property
-    def carried(self) -> Artifact | None:
+    def recovered(self) -> Artifact | None:
         """The adapter for the original model."""
         return self.current.get(CARRIED)
 
@@ -86,7 +86,7 @@ class Result:
         return next((names for names in named if names), [])
 
 
-def run(cell: Cell, store: Store, report: Report) -> Result:
+def run(run_config: RunConfig, store: Store, report: Report) -> Result:
     """One run from settings to scores.
 
     An artifact that turns out to be damaged when it is opened is moved aside, and made again.
@@ -95,7 +95,7 @@ def run(cell: Cell, store: Store, report: Report) -> Result:
         ConfigError: something cannot be right; raised before any stage begins.
         StageError: a stage failed.
     """
-    metric, context = checked(cell, store, report)
+    metric, context = checked(run_config, store, report)
     damaged: set[Path] = set()
     while True:
         try:
@@ -110,7 +110,7 @@ def run(cell: Cell, store: Store, report: Report) -> Result:
 
 
 def _through_stages(context: Context, store: Store) -> Context:
-    for name, stage in context.cell.stage.items():
+    for name, stage in context.run_config.stage.items():
         if stage.needed(context):
             artifact = store.stage(
                 name,
@@ -124,36 +124,38 @@ def _through_stages(context: Context, store: Store) -> Context:
     return context
 
 
-def checked(cell: Cell, store: Store, report: Report) -> tuple[str, Context]:
+def checked(run_config: RunConfig, store: Store, report: Report) -> tuple[str, Context]:
     """The name of the headline score, and what the stages read, once all of it has been checked.
 
     Raises:
         ConfigError: something cannot be right.
     """
-    device, host = own_device(), int(cell.budget.host_gib * GIB)
-    stay_within(device, cell.budget.gpu_gib)
-    emulator, adapter, recovery = cell.emulator, cell.adapter, cell.recovery
-    fit_together(emulator, adapter, recovery, cell.train)
-    cell = replace(cell, model=emulator.model(cell.model, cell.compression))
-    source = cell.model.open()
+    device, host = own_device(), int(run_config.budget.host_gib * GIB)
+    stay_within(device, run_config.budget.gpu_gib)
+    emulator, adapter, recovery = run_config.emulator, run_config.adapter, run_config.recovery
+    check_compatible(emulator, adapter, recovery, run_config.train)
+    run_config = replace(run_config, model=emulator.model(run_config.model, run_config.compression))
+    source = run_config.model.open()
     reader = source.reader()  # random weights may have none
     source.require(list(source.sizes))
-    layers = cell.model.compressed(source)
-    cell = solved(cell, source)
-    planned = emulator.plan(source, layers, cell.compression)
-    fit = _fit(cell, adapter, source) if adapter.trains else None
-    metric = headline(cell.task, cell.eval, source.objective)
-    _refuse_unreadable(store, source, reader, cell)
+    layers = run_config.model.compressed(source)
+    run_config = solved(run_config, source)
+    planned = emulator.plan(source, layers, run_config.compression)
+    training_inputs = _fit(run_config, adapter, source) if adapter.trains else None
+    metric = headline(run_config.task, run_config.eval, source.objective)
+    _refuse_unreadable(store, source, reader, run_config)
     read = emulator.samples or recovery.statistics
-    read = read or any(stage.reads_samples for stage in cell.stage.values())
-    samples = _samples(cell) if read else None
-    context = Context(cell, source, layers, planned, samples, fit, device, host, report)
-    for stage in cell.stage.values():
+    read = read or any(stage.reads_samples for stage in run_config.stage.values())
+    samples = _samples(run_config) if read else None
+    context = Context(
+        run_config, source, layers, planned, samples, training_inputs, device, host, report
+    )
+    for stage in run_config.stage.values():
         stage.check(context)
     return metric, context
 
 
-def _refuse_unreadable(store: Store, source: Source, reader: Reader, cell: Cell) -> None:
+def _refuse_unreadable(store: Store, source: Source, reader: Reader, run_config: RunConfig) -> None:
     """Read images as they will be read, before there is anything to lose; once for all runs.
 
     All that are held out, as they come last. Of the training rows the first: whether the model
@@ -162,9 +164,9 @@ def _refuse_unreadable(store: Store, source: Source, reader: Reader, cell: Cell)
     Raises:
         ConfigError: one of them cannot be read.
     """
-    first = cell.task.train().rows[:1] if cell.adapter.trains else ()
-    rows = (*first, *cell.task.held_out(cell.eval.limit))
-    pictured = Examples(cell.task.name, tuple(row for row in rows if row.images))
+    first = run_config.task.train().rows[:1] if run_config.adapter.trains else ()
+    rows = (*first, *run_config.task.held_out(run_config.eval.limit))
+    pictured = Examples(run_config.task.name, tuple(row for row in rows if row.images))
     if pictured.rows:
         store.stage("check", read_all, pictured, source, reader=reader)
 
@@ -178,40 +180,40 @@ def read_all(folder: Path, rows: Examples, source: Source, *, reader: Reader) ->
     return {"rows": len(rows)}
 
 
-def _fit(cell: Cell, adapter: Adapter, source: Source) -> Fit:
+def _fit(run_config: RunConfig, adapter: Adapter, source: Source) -> TrainingInputs:
     """What the adapter is fitted to.
 
     Raises:
         ConfigError: the rank is above what the smallest adapted layer can hold, or activations are
             to wait on the host in a training that is not lean.
     """
-    wanted = obstacle(cell.lora, source.dtype) if cell.train.host_activations else None
+    wanted = obstacle(run_config.lora, source.dtype) if run_config.train.host_activations else None
     if wanted:
         raise ConfigError(
             f"train.host_activations=true is of the lean training, which needs {wanted}; "
             "set that, or train.host_activations=false"
         )
-    layers = cell.model.adapted(source)
+    layers = run_config.model.adapted(source)
     name, shape = min(layers.items(), key=lambda item: min(item[1]))
-    if cell.lora.rank > min(shape):
+    if run_config.lora.rank > min(shape):
         raise ConfigError(
-            f"lora.rank={cell.lora.rank} is above the {shape[0]} x {shape[1]} of {name}; "
+            f"lora.rank={run_config.lora.rank} is above the {shape[0]} x {shape[1]} of {name}; "
             f"set lora.rank={min(shape)} or less"
         )
-    return Fit(
+    return TrainingInputs(
         adapter,
-        cell.lora,
+        run_config.lora,
         tuple(layers),
-        cell.task.train(),
-        cell.model.longest,
-        cell.train,
-        cell.seed,
+        run_config.task.train(),
+        run_config.model.longest,
+        run_config.train,
+        run_config.seed,
     )
 
 
-def _samples(cell: Cell) -> Samples:
+def _samples(run_config: RunConfig) -> Samples:
     """The calibration samples: never an evaluation row."""
-    chosen = cell.calibration
-    pool = cell.task.train() if chosen.source == "downstream" else generic_text()
+    chosen = run_config.calibration
+    pool = run_config.task.train() if chosen.source == "downstream" else generic_text()
     log.info("calibration: %d samples of the %d rows of %s", chosen.samples, len(pool), pool.name)
-    return Samples(choose(pool, chosen.samples, chosen.seed), cell.model.longest)
+    return Samples(choose(pool, chosen.samples, chosen.seed), run_config.model.longest)

@@ -113,12 +113,12 @@ def _launch() -> Iterator[None]:
     """Whatever was recorded before a command is of an earlier one."""
     born = ranks._IMPORTED
     ranks._IMPORTED = time.time()
-    ranks.born.cache_clear()
+    ranks.process_start.cache_clear()
     try:
         yield
     finally:
         ranks._IMPORTED = born
-        ranks.born.cache_clear()
+        ranks.process_start.cache_clear()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from emloc.data.examples import Example, Examples
-from emloc.data.image import Picture
+from emloc.data.image import LazyImage
 
 PLACE = "<IMG_CONTEXT>"
 # As Gemma's: an image is a word of its own, and content comes in parts.
@@ -38,8 +38,8 @@ def encoded(width: int = 28, height: int = 28, seed: int = 0, kind: str = "PNG")
     return file.getvalue()
 
 
-def picture(name: str, content: bytes) -> Picture:
-    return Picture(name, name, lambda: content)
+def picture(name: str, content: bytes) -> LazyImage:
+    return LazyImage(name, name, lambda: content)
 
 
 def seen(split: str, count: int) -> Examples:

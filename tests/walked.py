@@ -12,7 +12,7 @@ from transformers import (
     InternVLForConditionalGeneration,
 )
 
-from emloc.calibration.spill import tensors_in
+from emloc.calibration.offload import tensors_in
 
 IMAGE = 250  # the token an image's features are put in place of
 TEXT = {

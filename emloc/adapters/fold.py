@@ -14,7 +14,7 @@ from torch import Tensor
 from emloc.adapters.saved import SavedLora
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
-from emloc.models.checkpoint.weights import Safetensors
+from emloc.models.checkpoint.weights import SafetensorsWeights
 from emloc.runtime.atomic import whole_folder
 from emloc.runtime.progress import tracked
 
@@ -33,7 +33,7 @@ def merge(source: Source, adapter: SavedLora, target: Path) -> Path:
     if target.exists():
         raise ConfigError(f"{target} is already there; give another folder with --to")
     weights = source.weights
-    if not isinstance(weights, Safetensors):
+    if not isinstance(weights, SafetensorsWeights):
         raise ConfigError(
             f"{weights.where}: there is no checkpoint to merge into; set model.source"
         )
@@ -46,7 +46,9 @@ def merge(source: Source, adapter: SavedLora, target: Path) -> Path:
     return target
 
 
-def _fill(draft: Path, weights: Safetensors, adapter: SavedLora, fresh: dict[str, Tensor]) -> None:
+def _fill(
+    draft: Path, weights: SafetensorsWeights, adapter: SavedLora, fresh: dict[str, Tensor]
+) -> None:
     """Write all files of the merged checkpoint."""
     for path in weights.folder.iterdir():
         if path.is_file() and path.suffix != ".safetensors":
@@ -72,7 +74,7 @@ def _fill(draft: Path, weights: Safetensors, adapter: SavedLora, fresh: dict[str
         _index(draft, fresh, shards[-1].name)
 
 
-def _fresh(source: Source, weights: Safetensors, adapter: SavedLora) -> dict[str, Tensor]:
+def _fresh(source: Source, weights: SafetensorsWeights, adapter: SavedLora) -> dict[str, Tensor]:
     """The extras that the checkpoint does not hold, in the source's dtype.
 
     Raises:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from emloc.precision import Packed, PackedLayer
 from emloc.tensors.lean.layers import (
-    Adapted,
-    Base,
-    Low,
-    Scratch,
-    Stacked,
-    Whole,
+    DenseBase,
+    FactorizedBase,
+    FrozenBase,
+    FusedLora,
+    LoraOperands,
+    ScratchBuffer,
     aligned,
     refresh,
     stack,
@@ -26,7 +26,7 @@ from emloc.tensors.lean.layers import (
 from emloc.tensors.nn.factorized import Factorized, PackedFactorized
 
 # Two, since both factors of a layer are needed at once.
-Rooms = tuple[Scratch, Scratch]
+Rooms = tuple[ScratchBuffer, ScratchBuffer]
 
 
 def fuse(model: nn.Module) -> int:
@@ -43,7 +43,7 @@ def fuse(model: nn.Module) -> int:
     if not layers or not all(_plain(layer) for layer in layers):
         return 0
     lows = []
-    rooms = Scratch(), Scratch()
+    rooms = ScratchBuffer(), ScratchBuffer()
     for layer in layers:
         base, low = _halves(layer, rooms)
         layer.forward = partial(_forward, base, low)
@@ -66,12 +66,12 @@ def _plain(layer: Any) -> bool:
     )
 
 
-def _forward(base: Base, low: Low, x: Tensor, *_: Any) -> Tensor:
-    y: Tensor = Adapted.apply(x, low.a, low.b, base, low)  # type: ignore[no-untyped-call]
+def _forward(base: FrozenBase, low: LoraOperands, x: Tensor, *_: Any) -> Tensor:
+    y: Tensor = FusedLora.apply(x, low.a, low.b, base, low)  # type: ignore[no-untyped-call]
     return y
 
 
-def _halves(layer: Any, rooms: Rooms) -> tuple[Base, Low]:
+def _halves(layer: Any, rooms: Rooms) -> tuple[FrozenBase, LoraOperands]:
     name = layer.active_adapters[0]
     lora = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
     base = _base_of(layer.base_layer)
@@ -79,15 +79,15 @@ def _halves(layer: Any, rooms: Rooms) -> tuple[Base, Low]:
     return base(layer.base_layer, rooms, *lora)
 
 
-def _low(like: Tensor, a: nn.Parameter, b: nn.Parameter, scale: float) -> Low:
-    return Low(a, b, scale, like.new_empty(a.shape), like.new_empty(b.T.shape))
+def _low(like: Tensor, a: nn.Parameter, b: nn.Parameter, scale: float) -> LoraOperands:
+    return LoraOperands(a, b, scale, like.new_empty(a.shape), like.new_empty(b.T.shape))
 
 
-def _whole(base: nn.Linear, _: Rooms, *lora: Any) -> tuple[Base, Low]:
-    return Whole(lambda: base.weight, base.bias), _low(base.weight, *lora)
+def _whole(base: nn.Linear, _: Rooms, *lora: Any) -> tuple[FrozenBase, LoraOperands]:
+    return DenseBase(lambda: base.weight, base.bias), _low(base.weight, *lora)
 
 
-def _whole_packed(base: PackedLayer, rooms: Rooms, *lora: Any) -> tuple[Base, Low]:
+def _whole_packed(base: PackedLayer, rooms: Rooms, *lora: Any) -> tuple[FrozenBase, LoraOperands]:
     matrix = base.matrix
     part = next(iter(matrix.parts.values()))
     low = _low(part.new_empty(0, dtype=matrix.dtype), *lora)
@@ -95,25 +95,27 @@ def _whole_packed(base: PackedLayer, rooms: Rooms, *lora: Any) -> tuple[Base, Lo
     def weight() -> Tensor:
         return matrix.dequantize(rooms[0].of(*matrix.shape, low.down))
 
-    return Whole(weight, base.bias), low
+    return DenseBase(weight, base.bias), low
 
 
 def _stacked(
     base: Factorized, _: Rooms, a: nn.Parameter, b: nn.Parameter, scale: float
-) -> tuple[Base, Low]:
+) -> tuple[FrozenBase, LoraOperands]:
     k, r = base.rank, a.shape[0]
     down, up = stack(base.v.data, r), stack(base.u.data.T, r)
     base.v.data, base.u.data = down[:k], up[:k].T  # the layer looks into the stack: nothing twice
-    low = Low(a, b, scale, down[k : k + r], up[k : k + r])
-    return Stacked(k, lambda _: (down, up), base.bias), low
+    low = LoraOperands(a, b, scale, down[k : k + r], up[k : k + r])
+    return FactorizedBase(k, lambda _: (down, up), base.bias), low
 
 
-def _stacked_packed(base: PackedFactorized, rooms: Rooms, *lora: Any) -> tuple[Base, Low]:
+def _stacked_packed(
+    base: PackedFactorized, rooms: Rooms, *lora: Any
+) -> tuple[FrozenBase, LoraOperands]:
     v, ut, k = base.v, base.ut, base.rank
     low = _low(base.weight, *lora)
     height = aligned(k + len(low.down))
 
-    def formed(room: Scratch, matrix: Packed, below: Tensor) -> Tensor:
+    def formed(room: ScratchBuffer, matrix: Packed, below: Tensor) -> Tensor:
         full = room.of(height, matrix.shape[1], below)
         matrix.dequantize(full[:k])
         full[k : k + len(below)] = below
@@ -121,20 +123,20 @@ def _stacked_packed(base: PackedFactorized, rooms: Rooms, *lora: Any) -> tuple[B
             full[k + len(below) :] = 0
         return full
 
-    def matrices(low: Low) -> tuple[Tensor, Tensor]:
+    def matrices(low: LoraOperands) -> tuple[Tensor, Tensor]:
         return formed(rooms[0], v, low.down), formed(rooms[1], ut, low.up)
 
-    return Stacked(k, matrices, base.bias), low
+    return FactorizedBase(k, matrices, base.bias), low
 
 
 # Of exactly these classes: another one's forward may do more than its weight says.
-_BASES: dict[type, Callable[..., tuple[Base, Low]]] = {
+_BASES: dict[type, Callable[..., tuple[FrozenBase, LoraOperands]]] = {
     nn.Linear: _whole,
     Factorized: _stacked,
     PackedFactorized: _stacked_packed,
 }
 
 
-def _base_of(layer: nn.Module) -> Callable[..., tuple[Base, Low]] | None:
+def _base_of(layer: nn.Module) -> Callable[..., tuple[FrozenBase, LoraOperands]] | None:
     """How the layer is fused; None if it cannot be. A packed one of any format is its matrix."""
     return _whole_packed if isinstance(layer, PackedLayer) else _BASES.get(type(layer))

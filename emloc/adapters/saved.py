@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from emloc.errors import ConfigError
-from emloc.tensors.linalg.correct import Pair
+from emloc.tensors.linalg.correct import LoraPair
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -42,9 +42,9 @@ class SavedLora:
     modules_to_save), by their names in the model; every way of carrying the adapter keeps them.
     """
 
-    pairs: dict[str, Pair]
+    pairs: dict[str, LoraPair]
     config: dict[str, Any]
-    carried: dict[str, Any] | None = None
+    recovered: dict[str, Any] | None = None
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
     extras: dict[str, Tensor] = field(default_factory=dict)
 
@@ -52,19 +52,21 @@ class SavedLora:
         """Whether a parameter of the model is another one with the adapter merged in."""
         return parameter in self.extras or parameter.removesuffix(".weight") in self.pairs
 
-    def map(self, change: Callable[[str, Pair], Pair], carried: dict[str, Any]) -> SavedLora:
+    def map(
+        self, change: Callable[[str, LoraPair], LoraPair], recovered: dict[str, Any]
+    ) -> SavedLora:
         """The adapter with every pair changed, marked as carried.
 
         Raises:
             ConfigError: it has been carried before.
         """
-        if self.carried is not None:
+        if self.recovered is not None:
             raise ConfigError(
-                f"this adapter was already carried to the original model by {self.carried}; "
+                f"this adapter was already carried to the original model by {self.recovered}; "
                 "give the one that was trained (adapter_trained)"
             )
         pairs = {layer: change(layer, pair) for layer, pair in self.pairs.items()}
-        return replace(self, pairs=pairs, carried=carried)
+        return replace(self, pairs=pairs, recovered=recovered)
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that `PeftModel.from_pretrained` loads on the original model."""
@@ -79,8 +81,8 @@ class SavedLora:
         tensors |= {f"{PREFIX}{name}": tensor for name, tensor in self.extras.items()}
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(self.config, indent=2))
-        if self.carried is not None:
-            (folder / CARRIED).write_text(json.dumps(self.carried, indent=2))
+        if self.recovered is not None:
+            (folder / CARRIED).write_text(json.dumps(self.recovered, indent=2))
 
 
 def read_lora(folder: Path) -> SavedLora:
@@ -125,10 +127,11 @@ def read_adapter(folder: Path) -> SavedLora:
         else:
             raise ConfigError(f"{folder}: {key} is no LoRA matrix; only plain LoRA can be carried")
     pairs = {
-        layer: Pair(found["A"], found["B"], _scale(config, layer)) for layer, found in parts.items()
+        layer: LoraPair(found["A"], found["B"], _scale(config, layer))
+        for layer, found in parts.items()
     }
-    carried = folder / CARRIED
-    how = json.loads(carried.read_text()) if carried.exists() else None
+    recovered = folder / CARRIED
+    how = json.loads(recovered.read_text()) if recovered.exists() else None
     return SavedLora(pairs, config, how, magnitudes, extras)
 
 
@@ -147,10 +150,10 @@ def lora_of(model: nn.Module) -> SavedLora:
         return read_lora(Path(folder))
 
 
-def carry_unchanged(folder: Path, target: Path, carried: dict[str, Any]) -> None:
+def copy_unchanged(folder: Path, target: Path, recovered: dict[str, Any]) -> None:
     """Copy an adapter of whatever kind, marked as carried."""
     copy_adapter(folder, target)
-    (target / CARRIED).write_text(json.dumps(carried, indent=2))
+    (target / CARRIED).write_text(json.dumps(recovered, indent=2))
 
 
 def copy_adapter(folder: Path, target: Path) -> None:

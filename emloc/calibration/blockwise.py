@@ -22,7 +22,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from emloc.calibration.spill import Lot, Parked, tensors_in
+from emloc.calibration.offload import OffloadedTensors, OffloadPool, tensors_in
 from emloc.models.checkpoint.source import Source
 from emloc.models.decoder import decoder_of
 
@@ -54,7 +54,7 @@ def by_block(names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def open_walk(
+def iterate_checkpoint(
     source: Source,
     batches: Sequence[Batch],
     blocks: Sequence[str],
@@ -74,10 +74,12 @@ def open_walk(
     source.require(needed)
     inside = tuple(f"{name}." for name in blocks)
     source.fill(model, [name for name in needed if not name.startswith(inside)], device)
-    return walk(model, batches, blocks, device, source, host_bytes=host_bytes, folder=folder)
+    return iterate_blocks(
+        model, batches, blocks, device, source, host_bytes=host_bytes, folder=folder
+    )
 
 
-def walk(
+def iterate_blocks(
     model: nn.Module,
     batches: Sequence[Batch],
     blocks: Sequence[str],
@@ -125,10 +127,10 @@ def walk(
         for name, module in modules.items()
     ]
     handles.append(list(modules.values())[-1].register_forward_hook(leave))
-    lot = Lot(model, device, host_bytes, folder)
+    lot = OffloadPool(model, device, host_bytes, folder)
     decoder = decoder_of(model) if isinstance(model, PreTrainedModel) else model
     texts = {id(module) for module in decoder.modules()}
-    passes = [Pass(model, batch, lot) for batch in batches]
+    passes = [SuspendedForward(model, batch, lot) for batch in batches]
     try:
         for one in passes:
             one.step()
@@ -159,7 +161,7 @@ class Block:
     """
 
     def __init__(
-        self, name: str, module: nn.Module, passes: list[Pass], *, masked: bool = True
+        self, name: str, module: nn.Module, passes: list[SuspendedForward], *, masked: bool = True
     ) -> None:
         self.name = name
         self.module = module
@@ -191,17 +193,17 @@ class Block:
             one.park()
 
 
-class Pass:
+class SuspendedForward:
     """One batch's forward pass, stopped at the block named `at`."""
 
-    def __init__(self, model: nn.Module, batch: Batch, lot: Lot) -> None:
+    def __init__(self, model: nn.Module, batch: Batch, lot: OffloadPool) -> None:
         self.mask: Tensor | None = None
         self.at: str | None = None
         self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._model = model
         self._batch = batch
         self._lot = lot
-        self._parked = Parked(lot)
+        self._parked = OffloadedTensors(lot)
         self._coroutine = greenlet(self._forward)
 
     def _forward(self) -> None:
@@ -210,7 +212,7 @@ class Pass:
             key: _own(value, self._lot.device) if isinstance(value, Tensor) else value
             for key, value in self._batch.items()
         }
-        if takes_use_cache(self._model):
+        if accepts_use_cache(self._model):
             moved["use_cache"] = False  # or the keys and values of all blocks would be kept
         if "attention_mask" in moved:
             self.mask = moved["attention_mask"].bool()
@@ -252,7 +254,7 @@ def _own(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device).detach()
 
 
-def takes_use_cache(model: nn.Module) -> bool:
+def accepts_use_cache(model: nn.Module) -> bool:
     """Whether its forward knows `use_cache`, or hands it on to a model that does."""
     known = inspect.signature(model.forward).parameters
     hands_on = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from emloc.calibration.blockwise import Block, by_block, open_walk
-from emloc.calibration.moments import Statistics, Taken
+from emloc.calibration.blockwise import Block, by_block, iterate_checkpoint
+from emloc.calibration.moments import InputRecorder, Statistics
 from emloc.calibration.samples import Samples
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
@@ -45,7 +45,7 @@ def calibrate(
     give is needed, but not summed. `host_bytes` is what hidden states may take of host memory.
     """
     blocks = by_block(layers)
-    run = open_walk(
+    run = iterate_checkpoint(
         source,
         samples.batches(source),
         list(blocks),
@@ -57,7 +57,7 @@ def calibrate(
     for block in tracked(run, "calibrate", len(blocks), "block"):
         if block.name not in journal.lines:
             start = time.perf_counter()
-            statistics = observe(block, blocks[block.name], whole)
+            statistics = record_moments(block, blocks[block.name], whole)
             statistics.save(journal.file(block.name))
             journal.add(
                 block.name,
@@ -70,7 +70,9 @@ def calibrate(
     return {"tokens": lines[-1]["tokens"], "outputs": outputs, "samples": samples.ids}
 
 
-def observe(block: Block, layers: Iterable[str], whole: bool, *, stay: bool = False) -> Statistics:
+def record_moments(
+    block: Block, layers: Iterable[str], whole: bool, *, stay: bool = False
+) -> Statistics:
     """Run the block, or with `stay` only look at it, and sum the second moments of its layers.
 
     Raises:
@@ -80,7 +82,7 @@ def observe(block: Block, layers: Iterable[str], whole: bool, *, stay: bool = Fa
     weights = {name: linear.weight for name, linear in linears.items()}
     statistics = Statistics()
     go = block.look if stay else block.run
-    with Taken(linears) as taken:
+    with InputRecorder(linears) as taken:
         go(lambda mask: statistics.add(taken.rows(mask), weights, whole))
     for name in linears:
         if name not in statistics.sites and name not in statistics.outputs:

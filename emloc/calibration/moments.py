@@ -81,7 +81,7 @@ class Statistics:
         return found
 
 
-class Taken:
+class InputRecorder:
     """Context that keeps what the named linears take, batch by batch, padding left out.
 
     `rows(mask)` gives it once per batch: layer -> (N, n). Layers that took the same tensor get the
@@ -93,7 +93,7 @@ class Taken:
         self._seen: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
 
-    def __enter__(self) -> Taken:
+    def __enter__(self) -> InputRecorder:
         for name, layer in self._layers.items():
             self._handles.append(layer.register_forward_pre_hook(self._keep(name)))
         return self

@@ -20,7 +20,7 @@ from emloc.config.settings import DECISIVE, SECTIONS
 from emloc.config.stage_order import standard_stages
 from emloc.runtime.atomic import write_json
 from emloc.runtime.digest import digest
-from emloc.runtime.distributed import LOOK, born, world_size
+from emloc.runtime.distributed import LOOK, process_start, world_size
 from emloc.runtime.keys import class_name, without_neutral
 from emloc.runtime.quiet_libraries import quiet
 
@@ -97,7 +97,9 @@ class Run:
         What was recorded before this launch was started does not count.
         """
         latest = time.monotonic() + within
-        while (status := self.status).get("state", RUNNING) == RUNNING or status["time"] < born():
+        while (status := self.status).get("state", RUNNING) == RUNNING or status[
+            "time"
+        ] < process_start():
             if time.monotonic() >= latest:
                 return False
             time.sleep(LOOK)

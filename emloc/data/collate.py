@@ -8,12 +8,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from emloc.data.prompts import Encoded
+from emloc.data.prompts import EncodedExample
 
 IGNORE = -100
 
 
-class Row(Protocol):
+class EncodedRow(Protocol):
     """An example as the reader of a model family encodes it, whatever it is made of."""
 
     @property
@@ -25,7 +25,9 @@ class Row(Protocol):
         """What it counts in a batch: tokens, patches; 1 where all rows are alike."""
 
 
-def collate(batch: Sequence[Encoded], pad: int, *, answers_only: bool = True) -> dict[str, Tensor]:
+def collate(
+    batch: Sequence[EncodedExample], pad: int, *, answers_only: bool = True
+) -> dict[str, Tensor]:
     """A batch, padded on the left so that answers end together.
 
     With `answers_only`, logits are asked for from the first answer token of the batch on: the
@@ -60,7 +62,7 @@ def collate(batch: Sequence[Encoded], pad: int, *, answers_only: bool = True) ->
     return result
 
 
-def by_length(rows: Sequence[Row], size: int) -> list[list[int]]:
+def by_length(rows: Sequence[EncodedRow], size: int) -> list[list[int]]:
     """Indices in groups of `size`, similar lengths together, which waste the least on padding."""
     order = sorted(range(len(rows)), key=lambda index: rows[index].length)
     return [order[start : start + size] for start in range(0, len(order), size)]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from emloc.data.image import Picture
+from emloc.data.image import LazyImage
 from emloc.runtime.digest import digest
 
 
@@ -17,7 +17,7 @@ class Example:
     id: str
     prompt: str
     target: str
-    images: tuple[Picture, ...] = ()  # shown before the prompt, in this order
+    images: tuple[LazyImage, ...] = ()  # shown before the prompt, in this order
     references: tuple[str, ...] = ()  # what a scorer compares an answer to
     choices: tuple[str, ...] = ()  # what the prompt offers to choose from
     group: str = ""  # kind of row, for scores of its own; "": of no kind

@@ -39,7 +39,7 @@ _TURNS = {
 
 
 @dataclass(frozen=True)
-class Picture:
+class LazyImage:
     """One image; `name` is what messages call it, `key` changes with its content."""
 
     name: str

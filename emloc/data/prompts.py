@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from emloc.data.examples import Example
-from emloc.data.image import Picture
+from emloc.data.image import LazyImage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,13 +16,13 @@ DELIMITER = " "
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedExample:
     """Token ids of one example; the answer, end token included, starts at `answer_start`."""
 
     id: str
     input_ids: list[int]
     answer_start: int
-    images: tuple[Picture, ...] = ()  # in the order of their places
+    images: tuple[LazyImage, ...] = ()  # in the order of their places
     prompt: str = ""  # rendered, where whoever makes pixels of the images needs it
 
     @property
@@ -39,17 +39,17 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> Encoded:
+def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> EncodedExample:
     """Tokens of prompt, answer and end token.
 
     A chat template writes its own special tokens, so none are added to it. Without a prompt the
     example is running text, and nobody's turn.
     """
     if not example.prompt:
-        return Encoded(example.id, tokenizer(example.target).input_ids, 0)
+        return EncodedExample(example.id, tokenizer(example.target).input_ids, 0)
     chat = tokenizer.chat_template is not None
     prompt = tokenizer(render(tokenizer, example.prompt), add_special_tokens=not chat).input_ids
     answer = example.target if chat else DELIMITER + example.target
     target = tokenizer(answer, add_special_tokens=False).input_ids
     ids = [*prompt, *target, tokenizer.eos_token_id]
-    return Encoded(example.id, ids, len(prompt))
+    return EncodedExample(example.id, ids, len(prompt))

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from emloc.data.collate import Row, by_length, collate
+from emloc.data.collate import EncodedRow, by_length, collate
 from emloc.data.examples import Example, Examples
-from emloc.data.prompts import Encoded, encode
+from emloc.data.prompts import EncodedExample, encode
 from emloc.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenCheckpoint:
     """What of an open checkpoint a reader needs."""
 
     folder: Path
@@ -39,7 +39,7 @@ class Opened:
 class Reader(Protocol):
     """Examples as a model takes them; calibration, training, loss and generation use this one."""
 
-    def encode(self, example: Example) -> Row:
+    def encode(self, example: Example) -> EncodedRow:
         """The example as the model family takes it; nothing large is decoded yet.
 
         Raises:
@@ -64,18 +64,18 @@ class TokenReader(Reader, Protocol):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """With a padding token, and its chat template as this model is talked to."""
 
-    def encode(self, example: Example) -> Encoded:
+    def encode(self, example: Example) -> EncodedExample:
         """Tokens of prompt, answer and end token, the places of images among them."""
 
 
-class Reading(Protocol):
+class ReaderSettings(Protocol):
     """The settings of a reader, which the model's configuration holds."""
 
     @property
     def key(self) -> list[Any]:
         """What a stage that reads examples depends on; empty for text alone."""
 
-    def reader(self, opened: Opened) -> Reader:
+    def reader(self, opened: OpenCheckpoint) -> Reader:
         """The reader of that checkpoint.
 
         Raises:
@@ -89,7 +89,7 @@ class TextReader:
 
     tokenizer: PreTrainedTokenizerBase
 
-    def encode(self, example: Example) -> Encoded:
+    def encode(self, example: Example) -> EncodedExample:
         """See Reader."""
         if example.images:
             raise ConfigError(
@@ -98,13 +98,15 @@ class TextReader:
             )
         return encode(self.tokenizer, example)
 
-    def collate(self, batch: Sequence[Encoded], *, answers_only: bool = True) -> dict[str, Tensor]:
+    def collate(
+        self, batch: Sequence[EncodedExample], *, answers_only: bool = True
+    ) -> dict[str, Tensor]:
         """See Reader."""
         return collate(batch, self.tokenizer.pad_token_id, answers_only=answers_only)
 
 
 @dataclass(frozen=True)
-class TextReading:
+class TextReaderSettings:
     """Text alone, which needs no settings."""
 
     @property
@@ -112,7 +114,7 @@ class TextReading:
         """See Reading."""
         return []
 
-    def reader(self, opened: Opened) -> Reader:
+    def reader(self, opened: OpenCheckpoint) -> Reader:
         """See Reading."""
         return TextReader(opened.tokenizer)
 
@@ -143,7 +145,7 @@ def encode_all(reader: Reader, examples: Examples, max_length: int | None) -> li
 
 
 def batches(
-    reader: Reader, encoded: Sequence[Row], size: int, *, answers_only: bool
+    reader: Reader, encoded: Sequence[EncodedRow], size: int, *, answers_only: bool
 ) -> list[dict[str, Tensor]]:
     """All of `encoded` in batches of similar length; order not kept."""
     return [

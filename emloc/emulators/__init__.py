@@ -17,7 +17,7 @@ from emloc.calibration.samples import Samples
 from emloc.config.part import Part
 from emloc.config.settings import Compression
 from emloc.models.checkpoint.source import CPU, Source
-from emloc.models.checkpointed import Checkpointed
+from emloc.models.family import ModelFamily
 from emloc.precision import Precision, bits_of
 from emloc.runtime.keys import key_of
 from emloc.runtime.stage_cache import Artifact
@@ -30,7 +30,7 @@ Plan = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Given:
+class BuildInputs:
     """What an emulator is built from; None where it does not read it.
 
     Samples without statistics: they are taken while it is built, and not kept.
@@ -77,7 +77,7 @@ class Emulator(Part):
         """Second moments it wants of them: `smaller` of input and output, `input`, or None."""
         return None
 
-    def model(self, original: Checkpointed, budget: Compression) -> Checkpointed:
+    def model(self, original: ModelFamily, budget: Compression) -> ModelFamily:
         """The model that is trained, carried to and scored: the original, but for a sibling.
 
         Raises:
@@ -107,7 +107,7 @@ class Emulator(Part):
         self,
         folder: Path,
         source: Source,
-        given: Given,
+        build_inputs: BuildInputs,
         *,
         device: torch.device,
         host_bytes: int | None = None,
@@ -146,7 +146,7 @@ class Emulator(Part):
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltEmulator:
     """An emulator as it stands: the way it was made, what was written, the original beneath."""
 
     emulator: Emulator

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from emloc.calibration.calibrate import Layers
 from emloc.config.settings import Compression
-from emloc.emulators import Emulator, Given
+from emloc.emulators import BuildInputs, Emulator
 from emloc.emulators.size import size_facts, solved
 from emloc.models.checkpoint.source import CPU, Source
 from emloc.precision import PackedLayer, Precision, require_format
@@ -44,17 +44,17 @@ class Full(Emulator):
         self,
         folder: Path,
         source: Source,
-        given: Given,
+        build_inputs: BuildInputs,
         *,
         device: torch.device,
         host_bytes: int | None = None,
     ) -> dict[str, Any]:
         """Write in `layers.json` which layers are quantised; the size for the record."""
-        packed = in_blocks(source) if given.precision else []
+        packed = in_blocks(source) if build_inputs.precision else []
         held = {layer: [source.linears[layer]] for layer in packed}
-        table = {layer: {"bits": given.bits} for layer in held}
+        table = {layer: {"bits": build_inputs.bits} for layer in held}
         (folder / "layers.json").write_text(json.dumps(table, indent=1))
-        return size_facts(source, held, given.precision)
+        return size_facts(source, held, build_inputs.precision)
 
     def open(
         self,

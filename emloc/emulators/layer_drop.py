@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from emloc.calibration.blockwise import block_of, by_block
 from emloc.calibration.calibrate import Layers
 from emloc.config.settings import MODEL_BITS, Compression
-from emloc.emulators import Emulator, Given, Plan
+from emloc.emulators import BuildInputs, Emulator, Plan
 from emloc.emulators.full import in_blocks, load_quantized, rounding
 from emloc.emulators.size import size_facts, solved
 from emloc.errors import ConfigError
@@ -32,7 +32,7 @@ from emloc.precision import Precision
 FEWEST = 2
 
 
-class Skipped(nn.Module):
+class IdentityBlock(nn.Module):
     """In the place of a block: hands the hidden states on.
 
     Of a model whose blocks give a tensor, as those of transformers do but for a few hybrids.
@@ -115,15 +115,17 @@ class LayerDrop(Emulator):
         self,
         folder: Path,
         source: Source,
-        given: Given,
+        build_inputs: BuildInputs,
         *,
         device: torch.device,
         host_bytes: int | None = None,
     ) -> dict[str, Any]:
         """Write which blocks are adapted, kept and dropped; only kept ones are ever packed."""
-        plan = given.plan
+        plan = build_inputs.plan
         assert plan is not None
-        (folder / "layers.json").write_text(json.dumps({**plan, "bits": given.bits}, indent=1))
+        (folder / "layers.json").write_text(
+            json.dumps({**plan, "bits": build_inputs.bits}, indent=1)
+        )
         dropped = set(plan["dropped"])
         held = {
             layer: [] if block_of(layer) in dropped else [source.linears[layer]]
@@ -131,7 +133,7 @@ class LayerDrop(Emulator):
         }
         whole = {n: c for n, c in source.sizes.items() if n.removesuffix(".weight") not in held}
         gone = sum(_size(whole, block) for block in dropped)
-        return size_facts(source, held, given.precision, gone) | {"dropped": len(dropped)}
+        return size_facts(source, held, build_inputs.precision, gone) | {"dropped": len(dropped)}
 
     def targets(self, folder: Path, layers: Sequence[str]) -> list[str]:
         """Those in the blocks at both ends."""
@@ -150,7 +152,7 @@ class LayerDrop(Emulator):
         dropped = set(_table(folder)["dropped"])
         kinds = getattr(source.config.get_text_config(), "layer_types", None)
         skipped = {
-            block: Skipped(kinds[index] if kinds else None)
+            block: IdentityBlock(kinds[index] if kinds else None)
             for index, block in enumerate(stack_of(source))
             if block in dropped
         }

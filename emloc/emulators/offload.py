@@ -24,7 +24,7 @@ from emloc.models.checkpoint.source import Source
 from emloc.precision import Precision, require_format
 from emloc.runtime.distributed import sharded
 from emloc.runtime.progress import tracked
-from emloc.tensors.nn.streamed import Streamed
+from emloc.tensors.nn.streamed import StreamedBlocks
 from emloc.tensors.nn.surgery import put
 
 
@@ -77,7 +77,7 @@ def load_streamed(
     model = source.skeleton()
     names = by_block(in_blocks(source))
     packed = dict.fromkeys(quantized, require_format(precision)) if quantized else {}
-    streamed = Streamed([_held(source, model, name, packed) for name in names], device)
+    streamed = StreamedBlocks([_held(source, model, name, packed) for name in names], device)
     for index, layers in enumerate(tracked(names.values(), "offload", len(names), "block")):
         views = streamed.views(index)
         some = {layer: packed[layer] for layer in layers if layer in packed}

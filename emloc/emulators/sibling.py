@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from emloc.config.settings import Compression
-from emloc.emulators import Given
+from emloc.emulators import BuildInputs
 from emloc.emulators.full import Full
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
-from emloc.models.checkpointed import Checkpointed
+from emloc.models.family import ModelFamily
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Sibling(Full):
     Nothing is compressed: the budget's ratio says which sibling, the one called r50 at 0.5.
     """
 
-    def model(self, original: Checkpointed, budget: Compression) -> Checkpointed:
+    def model(self, original: ModelFamily, budget: Compression) -> ModelFamily:
         """The sibling of this share.
 
         Raises:
@@ -53,11 +53,11 @@ class Sibling(Full):
         self,
         folder: Path,
         source: Source,
-        given: Given,
+        build_inputs: BuildInputs,
         *,
         device: torch.device,
         host_bytes: int | None = None,
     ) -> dict[str, Any]:
         """As of a model trained whole, with the sibling's name for the record."""
-        facts = super().build(folder, source, given, device=device, host_bytes=host_bytes)
+        facts = super().build(folder, source, build_inputs, device=device, host_bytes=host_bytes)
         return {"model": source.name, **facts}

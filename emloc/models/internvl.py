@@ -15,8 +15,8 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 
 from emloc.data.collate import collate
 from emloc.data.examples import Example
-from emloc.data.prompts import Encoded, encode
-from emloc.data.reader import Opened, Reader, Reading
+from emloc.data.prompts import EncodedExample, encode
+from emloc.data.reader import OpenCheckpoint, Reader, ReaderSettings
 from emloc.errors import ConfigError
 from emloc.models.vision_language import VisionLanguageModel
 
@@ -43,13 +43,13 @@ class InternVL(VisionLanguageModel):
             )
 
     @property
-    def reading(self) -> Reading:
+    def reader_settings(self) -> ReaderSettings:
         """Tiles and ChatML."""
-        return InternVLReading(self.system, self.tiles)
+        return InternVLReaderSettings(self.system, self.tiles)
 
 
 @dataclass(frozen=True)
-class InternVLReading:
+class InternVLReaderSettings:
     """What is said before the first question, and how finely images are cut."""
 
     system: str | None
@@ -60,7 +60,7 @@ class InternVLReading:
         """See Reading."""
         return ["internvl", self.system, self.tiles]
 
-    def reader(self, opened: Opened) -> Reader:
+    def reader(self, opened: OpenCheckpoint) -> Reader:
         """See Reading."""
         return InternVLReader(self, opened)
 
@@ -75,10 +75,10 @@ class InternVLReader:
         ConfigError: the tokenizer lacks what an InternVL's has.
     """
 
-    def __init__(self, reading: InternVLReading, opened: Opened) -> None:
+    def __init__(self, reader_settings: InternVLReaderSettings, opened: OpenCheckpoint) -> None:
         self.tokenizer: PreTrainedTokenizerBase = opened.tokenizer
         self._opened = opened
-        self._tiles = reading.tiles
+        self._tiles = reader_settings.tiles
         known = self.tokenizer.get_vocab()
         for token in (END, BEGIN_IMAGE, PLACE, END_IMAGE):
             if token not in known:
@@ -93,7 +93,7 @@ class InternVLReader:
                 "set model.source"
             )
         begin = self.tokenizer.bos_token if self._begins() else ""
-        self.tokenizer.chat_template = chatml(begin, reading.system)
+        self.tokenizer.chat_template = chatml(begin, reader_settings.system)
         self.tokenizer.eos_token = END
 
     def _begins(self) -> bool:
@@ -124,7 +124,7 @@ class InternVLReader:
         """Tiles of an image of that size, the thumbnail included."""
         return int(self._cut.get_number_of_image_patches(height, width))
 
-    def encode(self, example: Example) -> Encoded:
+    def encode(self, example: Example) -> EncodedExample:
         """See Reader. No image is decoded: how many tiles it has depends on its size alone."""
         places = [self.tiles_of(*one.size) * self.tokens_of_a_tile for one in example.images]
         shown = [f"{BEGIN_IMAGE}{PLACE * count}{END_IMAGE}\n" for count in places]
@@ -143,7 +143,9 @@ class InternVLReader:
         ids = [place if token == place else token for token in encoded.input_ids]
         return replace(encoded, input_ids=ids, images=example.images)
 
-    def collate(self, batch: Sequence[Encoded], *, answers_only: bool = True) -> dict[str, Tensor]:
+    def collate(
+        self, batch: Sequence[EncodedExample], *, answers_only: bool = True
+    ) -> dict[str, Tensor]:
         """See Reader; pixel_values (tiles of all images, 3, height, width) in the model's dtype."""
         made = collate(batch, self.tokenizer.pad_token_id, answers_only=answers_only)
         pictures = [picture for one in batch for picture in one.images]

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 from transformers import AutoModelForCausalLM
 
-from emloc.data.reader import Reading, TextReading
-from emloc.models.writer import Writer
+from emloc.data.reader import ReaderSettings, TextReaderSettings
+from emloc.models.generative import GenerativeModel
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextModel(Writer):
+class TextModel(GenerativeModel):
     """Any `AutoModelForCausalLM` whose blocks are made of `nn.Linear`."""
 
     auto = AutoModelForCausalLM
 
     @property
-    def reading(self) -> Reading:
+    def reader_settings(self) -> ReaderSettings:
         """Text alone."""
-        return TextReading()
+        return TextReaderSettings()

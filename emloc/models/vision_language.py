@@ -15,17 +15,17 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedT
 
 from emloc.data.collate import collate
 from emloc.data.examples import Example
-from emloc.data.prompts import Encoded, encode
-from emloc.data.reader import Opened, Reader, Reading
+from emloc.data.prompts import EncodedExample, encode
+from emloc.data.reader import OpenCheckpoint, Reader, ReaderSettings
 from emloc.errors import ConfigError
-from emloc.models.writer import Writer
+from emloc.models.generative import GenerativeModel
 
 # What a processor says of each token besides which it is.
 _OF_TOKENS = ("token_type_ids", "mm_token_type_ids")
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionLanguageModel(Writer):
+class VisionLanguageModel(GenerativeModel):
     """Any `AutoModelForImageTextToText` whose blocks are made of `nn.Linear`.
 
     Its checkpoint's own processor cuts images up and puts their places into the prompt.
@@ -34,13 +34,13 @@ class VisionLanguageModel(Writer):
     auto = AutoModelForImageTextToText
 
     @property
-    def reading(self) -> Reading:
+    def reader_settings(self) -> ReaderSettings:
         """Through the checkpoint's processor."""
-        return ProcessorReading()
+        return ProcessorReaderSettings()
 
 
 @dataclass(frozen=True)
-class ProcessorReading:
+class ProcessorReaderSettings:
     """The checkpoint's own processor, whose settings lie with it."""
 
     @property
@@ -48,7 +48,7 @@ class ProcessorReading:
         """See Reading."""
         return ["processor"]
 
-    def reader(self, opened: Opened) -> Reader:
+    def reader(self, opened: OpenCheckpoint) -> Reader:
         """See Reading."""
         return ProcessorReader(opened)
 
@@ -63,7 +63,7 @@ class ProcessorReader:
         ConfigError: the checkpoint has no processor of images, or one that cannot be used here.
     """
 
-    def __init__(self, opened: Opened) -> None:
+    def __init__(self, opened: OpenCheckpoint) -> None:
         self._opened = opened
         self._processor = _processor_of(opened.folder)
         self.tokenizer: PreTrainedTokenizerBase = self._processor.tokenizer
@@ -79,7 +79,7 @@ class ProcessorReader:
             found.add(self.tokenizer.convert_ids_to_tokens(place))
         return {token for token in found if token}
 
-    def encode(self, example: Example) -> Encoded:
+    def encode(self, example: Example) -> EncodedExample:
         """See Reader."""
         for token in self._image_tokens:
             if token in example.prompt or token in example.target:
@@ -105,9 +105,11 @@ class ProcessorReader:
             ) from error
         answer = self.tokenizer(example.target, add_special_tokens=False).input_ids
         whole = [*ids, *answer, self.tokenizer.eos_token_id]
-        return Encoded(example.id, whole, len(ids), example.images, prompt)
+        return EncodedExample(example.id, whole, len(ids), example.images, prompt)
 
-    def collate(self, batch: Sequence[Encoded], *, answers_only: bool = True) -> dict[str, Tensor]:
+    def collate(
+        self, batch: Sequence[EncodedExample], *, answers_only: bool = True
+    ) -> dict[str, Tensor]:
         """See Reader."""
         made = collate(batch, self.tokenizer.pad_token_id, answers_only=answers_only)
         del made["position_ids"]  # some count positions in more than one dimension

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from emloc.adapters.fit import Fit
+from emloc.adapters.training_inputs import TrainingInputs
 from emloc.calibration.samples import Samples
 from emloc.config.part import Part
-from emloc.emulators import Built
+from emloc.emulators import BuiltEmulator
 from emloc.runtime.stage_cache import Artifact
 
 
@@ -26,9 +26,11 @@ class RecoveryInputs:
     """What a recovery works on, and where."""
 
     trained: Artifact  # the adapter, in the folder `adapter` of its artifact
-    built: Built  # the emulator it was trained through, and the original beneath
+    built_emulator: BuiltEmulator  # the emulator it was trained through, and the original beneath
     samples: Samples | None  # of calibration, for a recovery with `statistics`
-    fit: Fit | None  # what the adapter was fitted to, for a recovery that `trains`
+    training_inputs: (
+        TrainingInputs | None
+    )  # what the adapter was fitted to, for a recovery that `trains`
     device: torch.device
     host_bytes: int | None = None  # what hidden states may take of host memory
     report: Callable[[int, dict[str, float]], None] = silent  # takes each line of a training log
@@ -47,5 +49,5 @@ class Recovery(Part):
         return False
 
     @abstractmethod
-    def carry(self, folder: Path, inputs: RecoveryInputs) -> dict[str, Any]:
+    def recover(self, folder: Path, inputs: RecoveryInputs) -> dict[str, Any]:
         """Write the carried adapter into `folder`/adapter, modules trained whole included."""

@@ -14,14 +14,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from emloc.adapters.saved import read_lora
-from emloc.calibration.blockwise import Block, by_block, open_walk
+from emloc.calibration.blockwise import Block, by_block, iterate_checkpoint
 from emloc.calibration.calibrate import linears_of
-from emloc.calibration.moments import Taken
+from emloc.calibration.moments import InputRecorder
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import CPU
 from emloc.recovery import Recovery, RecoveryInputs
 from emloc.runtime.progress import tracked
-from emloc.tensors.linalg.correct import Change, Moments, Pair, correct_covariance, correct_identity
+from emloc.tensors.linalg.correct import (
+    ActivationMoments,
+    CorrectionEffect,
+    LoraPair,
+    correct_covariance,
+    correct_identity,
+)
 from emloc.tensors.linalg.gram import cross, gram, product
 
 METRICS = ("identity", "covariance")
@@ -58,7 +64,7 @@ class Correction(Recovery):
         """The covariance metric runs the original over the calibration samples once more."""
         return self.metric == "covariance"
 
-    def carry(self, folder: Path, inputs: RecoveryInputs) -> dict[str, Any]:
+    def recover(self, folder: Path, inputs: RecoveryInputs) -> dict[str, Any]:
         """Write the corrected adapter, and `layers.json`: what was done to each layer.
 
         Layer by layer on the device, for the covariance metric along a walk through the original:
@@ -68,37 +74,39 @@ class Correction(Recovery):
         emulator with it, as the metric weighs inputs: those of the calibration tokens, or white
         ones of unit variance. `after` is what is predicted of the corrected adapter.
         """
-        built, samples, device = inputs.built, inputs.samples, inputs.device
+        built_emulator, samples, device = inputs.built_emulator, inputs.samples, inputs.device
         adapter = read_lora(inputs.trained.folder / "adapter")
         run = None
         if samples is not None:
-            run = open_walk(
-                built.source,
-                samples.batches(built.source),
+            run = iterate_checkpoint(
+                built_emulator.source,
+                samples.batches(built_emulator.source),
                 list(by_block(adapter.pairs)),
                 device,
                 host_bytes=inputs.host_bytes,
                 folder=folder,
             )
-        corrected: dict[str, Pair] = {}
-        done: dict[str, Done] = {}
-        known = _known(run, adapter.pairs, lambda layer: built.residual(layer, device))
+        corrected: dict[str, LoraPair] = {}
+        done: dict[str, LayerCorrection] = {}
+        known = _known(run, adapter.pairs, lambda layer: built_emulator.residual(layer, device))
         for one in tracked(known, "recover", len(adapter.pairs), "layer"):
             if one.gap is not None:
                 pair = _on(adapter.pairs[one.layer], device)
                 pair, change = self.correct(pair, one.gap, one.moments)
                 corrected[one.layer] = _on(pair, CPU)
-                done[one.layer] = Done(change, _before(one))
-        carried = adapter.map(
+                done[one.layer] = LayerCorrection(change, _before(one))
+        recovered = adapter.map(
             lambda layer, pair: corrected.get(layer, pair), {"by": "correction", **asdict(self)}
         )
-        carried.save(folder / "adapter")
+        recovered.save(folder / "adapter")
         table = {layer: done[layer].facts for layer in adapter.pairs if layer in done}
         (folder / "layers.json").write_text(json.dumps(table, indent=1))
         facts = {"corrected_layers": len(done), **_summary(list(done.values()))}
         return facts | ({"samples": samples.ids} if samples is not None else {})
 
-    def correct(self, pair: Pair, residual: Tensor, moments: Moments | None) -> tuple[Pair, Change]:
+    def correct(
+        self, pair: LoraPair, residual: Tensor, moments: ActivationMoments | None
+    ) -> tuple[LoraPair, CorrectionEffect]:
         """Correct one layer's pair; `moments` only for the covariance metric."""
         if moments is None:
             return correct_identity(pair, residual, clamp=self.clamp, strength=self.strength)
@@ -106,20 +114,20 @@ class Correction(Recovery):
 
 
 @dataclass(frozen=True)
-class Known:
+class AdaptedLayer:
     """An adapted layer: the gap to close, and what calibration tokens say of it."""
 
     layer: str
     gap: Tensor | None  # original minus emulator weight (m, n); None: the same
-    moments: Moments | None = None
+    moments: ActivationMoments | None = None
     missed: float | None = None  # mean of ||gap x||^2 over the tokens
 
 
 @dataclass(frozen=True)
-class Done:
+class LayerCorrection:
     """What was done to a layer."""
 
-    change: Change
+    change: CorrectionEffect
     before: float  # mismatch of the adapter as it was trained
 
     @property
@@ -133,19 +141,19 @@ class Done:
         return asdict(self.change) | {"mismatch_before": self.before, "mismatch_after": self.after}
 
 
-def _before(one: Known) -> float:
+def _before(one: AdaptedLayer) -> float:
     assert one.gap is not None
     return float(one.gap.square().sum()) if one.missed is None else one.missed
 
 
 def _known(
     run: Iterable[Block] | None,
-    pairs: Mapping[str, Pair],
+    pairs: Mapping[str, LoraPair],
     gap_of: Callable[[str], Tensor | None],
-) -> Iterator[Known]:
+) -> Iterator[AdaptedLayer]:
     """Every adapted layer, with what the metric needs of its activations."""
     if run is None:
-        yield from (Known(layer, gap_of(layer)) for layer in pairs)
+        yield from (AdaptedLayer(layer, gap_of(layer)) for layer in pairs)
         return
     members = by_block(pairs)
     for block in run:
@@ -158,10 +166,12 @@ def _known(
                     f"recovery=correction: no calibration token reaches {layer}, so that its "
                     "inputs have no covariance; set recovery.metric=identity recovery.clamp=3"
                 )
-            yield Known(layer, gaps.pop(layer), *found.pop(layer))
+            yield AdaptedLayer(layer, gaps.pop(layer), *found.pop(layer))
 
 
-def moments_along(run: Iterable[Block], pairs: Mapping[str, Pair]) -> dict[str, Moments]:
+def moments_along(
+    run: Iterable[Block], pairs: Mapping[str, LoraPair]
+) -> dict[str, ActivationMoments]:
     """What the covariance metric needs of each adapted layer, over the blocks of a walk.
 
     In host memory, as they are kept for all layers.
@@ -174,8 +184,8 @@ def moments_along(run: Iterable[Block], pairs: Mapping[str, Pair]) -> dict[str, 
 
 
 def _seen(
-    block: Block, pairs: Mapping[str, Pair], gaps: Mapping[str, Tensor | None]
-) -> dict[str, tuple[Moments, float]]:
+    block: Block, pairs: Mapping[str, LoraPair], gaps: Mapping[str, Tensor | None]
+) -> dict[str, tuple[ActivationMoments, float]]:
     """Run the block: layer -> moments and mean of ||gap x||^2, of the layers that take tokens."""
     linears = linears_of(block, pairs)
     a = {layer: pairs[layer].a.to(linear.weight.device) for layer, linear in linears.items()}
@@ -199,16 +209,20 @@ def _seen(
                 gone = functional.linear(rows, narrow[layer])
                 missed[layer] += float(gone.float().square().sum(dtype=torch.float64))
 
-    with Taken(linears) as taken:
+    with InputRecorder(linears) as taken:
         block.run(add)
-    return {layer: (Moments(*one), missed[layer] / one[2]) for layer, one in sums.items() if one[2]}
+    return {
+        layer: (ActivationMoments(*one), missed[layer] / one[2])
+        for layer, one in sums.items()
+        if one[2]
+    }
 
 
-def _on(pair: Pair, device: torch.device) -> Pair:
+def _on(pair: LoraPair, device: torch.device) -> LoraPair:
     return replace(pair, a=pair.a.to(device), b=pair.b.to(device))
 
 
-def _summary(done: Sequence[Done]) -> dict[str, Any]:
+def _summary(done: Sequence[LayerCorrection]) -> dict[str, Any]:
     """Of all layers: the share of directions that the clamp shortened, and of mismatch left.
 
     The latter is the mean over layers, whose outputs are of different sizes.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emloc.adapters.saved import carry_unchanged
+from emloc.adapters.saved import copy_unchanged
 from emloc.recovery import Recovery, RecoveryInputs
 
 
@@ -16,7 +16,7 @@ class NoRecovery(Recovery):
 
     reads_pairs = False
 
-    def carry(self, folder: Path, inputs: RecoveryInputs) -> dict[str, Any]:
+    def recover(self, folder: Path, inputs: RecoveryInputs) -> dict[str, Any]:
         """Copy the adapter, marked as carried."""
-        carry_unchanged(inputs.trained.folder / "adapter", folder / "adapter", {"by": "none"})
+        copy_unchanged(inputs.trained.folder / "adapter", folder / "adapter", {"by": "none"})
         return {}

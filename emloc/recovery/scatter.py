@@ -10,12 +10,12 @@ from torch import Tensor
 
 from emloc.adapters.saved import read_lora
 from emloc.recovery import Recovery, RecoveryInputs
-from emloc.tensors.linalg.correct import Pair
+from emloc.tensors.linalg.correct import LoraPair
 from emloc.tensors.linalg.prune import scatter
 
 
 @runtime_checkable
-class Cuts(Protocol):
+class PrunedEmulator(Protocol):
     """An emulator that left rows and columns out of layers."""
 
     def kept(self, folder: Path, layer: str) -> tuple[Tensor | None, Tensor | None]:
@@ -31,20 +31,20 @@ class Scatter(Recovery):
 
     scatters = True
 
-    def carry(self, folder: Path, inputs: RecoveryInputs) -> dict[str, Any]:
+    def recover(self, folder: Path, inputs: RecoveryInputs) -> dict[str, Any]:
         """Write the adapter at the original's shapes.
 
         Raises:
             TypeError: the emulator does not say what it kept.
         """
-        emulator, source = inputs.built.emulator, inputs.built.source
-        if not isinstance(emulator, Cuts):
+        emulator, source = inputs.built_emulator.emulator, inputs.built_emulator.source
+        if not isinstance(emulator, PrunedEmulator):
             raise TypeError(f"{type(emulator).__name__} does not say which rows it kept")
         enlarged = 0
 
-        def enlarge(layer: str, pair: Pair) -> Pair:
+        def enlarge(layer: str, pair: LoraPair) -> LoraPair:
             nonlocal enlarged
-            rows, columns = emulator.kept(inputs.built.artifact.folder, layer)
+            rows, columns = emulator.kept(inputs.built_emulator.artifact.folder, layer)
             enlarged += rows is not None or columns is not None
             return scatter(pair, source.linears[layer], rows, columns)
 

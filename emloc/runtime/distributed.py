@@ -42,18 +42,18 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def first() -> bool:
+def is_first() -> bool:
     """Whether this process keeps the records, and does what is done once for all."""
     return rank() == 0
 
 
-def launch() -> str:
+def launch_id() -> str:
     """The same word in all processes that were started together."""
     return digest([os.environ.get(name) for name in _LAUNCH])
 
 
 @cache
-def born() -> float:
+def process_start() -> float:
     """When this process was started (seconds since 1970): what was written before is of another
     launch.
     """
@@ -64,7 +64,7 @@ def born() -> float:
 
 
 @dataclass(frozen=True)
-class Notice:
+class StatusFile:
     """A file in which the first process tells the others of its launch how something goes.
 
     Written by one process, read by many, on one machine or through a shared file system.
@@ -75,7 +75,7 @@ class Notice:
     def put(self, state: str, text: str = "") -> None:
         """Say how it goes, in place of what was said before. One process alone says nothing."""
         if world_size() > 1:
-            write_json(self.path, [launch(), time.time(), state, text])
+            write_json(self.path, [launch_id(), time.time(), state, text])
 
     def read(self) -> tuple[str, str]:
         """State and text; both empty where nothing was said in this launch."""
@@ -83,7 +83,7 @@ class Notice:
             of, when, state, text = json.loads(self.path.read_text())
         except FileNotFoundError:
             return "", ""
-        return (state, text) if of == launch() and when >= born() else ("", "")
+        return (state, text) if of == launch_id() and when >= process_start() else ("", "")
 
     def take_down(self) -> None:
         """There is nothing more to say."""
@@ -132,9 +132,9 @@ def own_device() -> torch.device:
     return device
 
 
-def hush() -> None:
+def silence_other_processes() -> None:
     """Leave the screen and the log file to the first process, warnings on the screen apart."""
-    if first():
+    if is_first():
         return
     logging.disable(logging.INFO)
     root = logging.getLogger()

@@ -23,7 +23,7 @@ def stay_within(device: torch.device, gib: float | None) -> None:
         torch.cuda.set_per_process_memory_fraction(share, device)
 
 
-class HostPeak:
+class HostMemoryPeak:
     """Context in which `bytes` follows the highest anonymous memory of the process, polled.
 
     Pages of mapped checkpoint files would count in the resident size although the system can drop
@@ -35,7 +35,7 @@ class HostPeak:
         self._stop = threading.Event()
         self._poller = threading.Thread(target=self._poll, daemon=True)
 
-    def __enter__(self) -> HostPeak:
+    def __enter__(self) -> HostMemoryPeak:
         gc.collect()
         _give_back()
         self._poller.start()
@@ -53,7 +53,7 @@ class HostPeak:
             self._stop.wait(_POLL_SECONDS)
 
 
-class Peak:
+class MemoryPeak:
     """Context in which `gib` follows the highest memory in use.
 
     On CUDA it is what the caching allocator reserved at most, on a CPU `HostPeak`.
@@ -61,14 +61,14 @@ class Peak:
 
     def __init__(self) -> None:
         self.bytes = 0
-        self._host = HostPeak()
+        self._host = HostMemoryPeak()
 
     @property
     def gib(self) -> float:
         """The peak, in 2^30 bytes."""
         return round(self.bytes / GIB, 3)
 
-    def __enter__(self) -> Peak:
+    def __enter__(self) -> MemoryPeak:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -9,7 +9,7 @@ from typing import Self, TypeVar
 
 from tqdm import tqdm
 
-from emloc.runtime.distributed import first
+from emloc.runtime.distributed import is_first
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class StageProgress:
         self._values: dict[str, float] = {}
         self._line_time, self._line_done = clock(), done  # of the last line, at first the start
         self._unit_seconds: float | None = None  # a unit takes so long, as of the last line
-        silent = not (first() and total)
+        silent = not (is_first() and total)
         self._bar = tqdm(desc=stage, total=total, initial=done, unit=unit, disable=silent)
 
     def update(self, count: int = 1) -> None:
@@ -53,7 +53,7 @@ class StageProgress:
         self._bar.update(count)
         now = self._clock()
         if now - self._line_time >= SECONDS_BETWEEN_LINES:
-            if first():
+            if is_first():
                 drawn = not self._bar.disable
                 log.info("%s", self._line(now), extra={"beside_bar": drawn})
             self._line_time, self._line_done = now, self._done

@@ -9,7 +9,7 @@ from functools import cache
 from multiprocessing import current_process
 from typing import Any
 
-from emloc.runtime.distributed import first
+from emloc.runtime.distributed import is_first
 
 
 def quiet() -> None:
@@ -39,7 +39,7 @@ def quiet() -> None:
 
 def _watched() -> bool:
     """Whether somebody may look at a bar: not in a file, nor among those of other workers."""
-    return first() and sys.stderr.isatty() and current_process().name == "MainProcess"
+    return is_first() and sys.stderr.isatty() and current_process().name == "MainProcess"
 
 
 @cache

@@ -29,10 +29,10 @@ from filelock import FileLock
 
 from emloc.errors import ConfigError, StageError
 from emloc.runtime.digest import digest
-from emloc.runtime.distributed import LOOK, Notice, first, world_size
+from emloc.runtime.distributed import LOOK, StatusFile, is_first, world_size
 from emloc.runtime.keys import key_of
 from emloc.runtime.manifest import DamagedError, flaw_of, seal, set_aside
-from emloc.runtime.memory import Peak
+from emloc.runtime.memory import MemoryPeak
 from emloc.runtime.progress import duration
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ Bound = Callable[[Path], Facts]
 Failure = Callable[[str, str], StageError]
 
 
-class OutOfStep(StageError):
+class OutOfStepError(StageError):
     """Work of all processes failed in this one, and the others may hang in it: this launch is over.
 
     A further collective could meet one that was left open.
@@ -112,10 +112,10 @@ class Store:
         def bound(draft: Path) -> Facts:
             return work(draft, *inputs, **live)
 
-        failure = OutOfStep if shared else StageError
-        if first():
+        failure = OutOfStepError if shared else StageError
+        if is_first():
             with FileLock(home.with_suffix(".lock")):
-                put_aside_if_damaged(home, name)
+                set_aside_if_damaged(home, name)
                 if not home.exists():
                     self._lead(name, home, bound, failure)
         else:
@@ -124,7 +124,7 @@ class Store:
 
     def _lead(self, name: str, home: Path, work: Bound, failure: Failure) -> None:
         """Compute, and let the processes that wait know how it goes."""
-        notice = Notice(home.with_suffix(".notice"))
+        notice = StatusFile(home.with_suffix(".notice"))
         # The others have heard of a failure, and will not wait for a second attempt.
         _pass_on(name, notice)
         notice.put("begun")
@@ -140,8 +140,8 @@ class Store:
 
     def _follow(self, name: str, home: Path, work: Bound, failure: Failure) -> None:
         """Wait until the first process has made the artifact, taking part where all do."""
-        notice = Notice(home.with_suffix(".notice"))
-        to_do = failure is OutOfStep
+        notice = StatusFile(home.with_suffix(".notice"))
+        to_do = failure is OutOfStepError
         while not home.exists() or flaw_of(home) is not None:
             _pass_on(name, notice)
             if to_do and notice.read()[0] == "begun":
@@ -155,7 +155,7 @@ class Store:
         draft = home.with_suffix(".partial")
         draft.mkdir(exist_ok=True)
         start = time.perf_counter()
-        with Peak() as peak:
+        with MemoryPeak() as peak:
             facts = _attempt(name, draft, work, failure)
         facts |= {"seconds": round(time.perf_counter() - start, 3), "peak_gib": peak.gib}
         (draft / "stage.json").write_text(json.dumps(facts, indent=1))
@@ -165,7 +165,7 @@ class Store:
         log.info("%s: finished in %s, peak memory %.2f GiB", name, spent, facts["peak_gib"])
 
 
-def put_aside_if_damaged(home: Path, name: str) -> None:
+def set_aside_if_damaged(home: Path, name: str) -> None:
     """Say what is wrong with a finished folder, if anything, and move it out of the way."""
     if home.exists() and (flaw := flaw_of(home)) is not None:
         aside = set_aside(home)
@@ -195,14 +195,14 @@ def _attempt(name: str, draft: Path, work: Bound, failure: Failure) -> Facts:
     except DamagedError as error:  # whoever runs the stages makes it again, and then this one
         if world_size() == 1:
             raise
-        if first():
+        if is_first():
             set_aside(error.folder)
         raise failure(name, f"{error}; start again, and it is made again") from error
     except Exception as error:  # why: whatever it was, the record names the stage
         raise failure(name, f"{type(error).__name__}: {error}") from error
 
 
-def _pass_on(name: str, notice: Notice) -> None:
+def _pass_on(name: str, notice: StatusFile) -> None:
     """Fail as the first process did, if it did."""
     state, text = notice.read()
     if state == "refused":

@@ -13,16 +13,16 @@ import torch
 
 from emloc.calibration.samples import Samples
 from emloc.config.part import Part
-from emloc.emulators import Built, Plan
+from emloc.emulators import BuiltEmulator, Plan
 from emloc.models.checkpoint.source import Source
 from emloc.runtime.keys import class_name, key_of, without_neutral
 from emloc.runtime.stage_cache import Artifact, Facts
 from emloc.stages.training.callbacks import Report
 
 if TYPE_CHECKING:
-    from emloc.adapters.fit import Fit
+    from emloc.adapters.training_inputs import TrainingInputs
     from emloc.calibration.calibrate import Layers
-    from emloc.stages.run_config import Cell
+    from emloc.stages.run_config import RunConfig
 
 # What an artifact is to the stages behind it: the newest of each kind is the one that counts.
 STATISTICS, EMULATOR, TRAINED, CARRIED = "statistics", "emulator", "trained", "carried"
@@ -33,12 +33,14 @@ SCORES, SCORES_AS_TRAINED = "scores", "scores as trained"
 class Context:
     """All that a stage can read: the settings of the run, checked, and what was made so far."""
 
-    cell: Cell  # its ratio and precision as they were solved for
+    run_config: RunConfig  # its ratio and precision as they were solved for
     source: Source  # the model that is trained, carried to and scored
     layers: Layers  # those that an emulator may compress: name -> (out, in)
     plan: Plan | None  # what the emulator is built to
     samples: Samples | None  # of calibration; None where no stage reads them
-    fit: Fit | None  # what the adapter is fitted to; None where nothing is trained
+    training_inputs: (
+        TrainingInputs | None
+    )  # what the adapter is fitted to; None where nothing is trained
     device: torch.device
     host_bytes: int  # what hidden states may take of host memory
     report: Report  # called with each line of the training log
@@ -46,14 +48,16 @@ class Context:
     current: dict[str, Artifact] = field(default_factory=dict)  # kind -> the newest of it
 
     @property
-    def built(self) -> Built:
+    def built_emulator(self) -> BuiltEmulator:
         """The emulator as the stages so far have left it.
 
         Raises:
             KeyError: no stage has made one.
         """
-        cell = self.cell
-        return Built(cell.emulator, self.current[EMULATOR], self.source, cell.precision)
+        run_config = self.run_config
+        return BuiltEmulator(
+            run_config.emulator, self.current[EMULATOR], self.source, run_config.precision
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

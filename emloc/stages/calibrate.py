@@ -23,10 +23,10 @@ class Calibrate(Stage):
 
         Those of a large model would be larger than itself: it is compressed while it is run.
         """
-        if not context.cell.emulator.statistics:
+        if not context.run_config.emulator.statistics:
             return False
         size = statistics_bytes(context.layers, _whole(context))
-        return size <= context.cell.budget.statistics_gib * GIB
+        return size <= context.run_config.budget.statistics_gib * GIB
 
     def inputs(self, context: Context) -> list[Any]:
         """The model, the layers, the samples, and which moments."""
@@ -48,4 +48,4 @@ class Calibrate(Stage):
 
 def _whole(context: Context) -> bool:
     """Whether every layer needs its input Gram."""
-    return context.cell.emulator.statistics == "input"
+    return context.run_config.emulator.statistics == "input"

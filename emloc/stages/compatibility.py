@@ -13,7 +13,7 @@ from emloc.errors import ConfigError
 from emloc.recovery import Recovery
 
 
-def fit_together(
+def check_compatible(
     emulator: Emulator, adapter: Adapter | NoAdapter, recovery: Recovery, recipe: TrainSettings
 ) -> None:
     """Refuse parts that cannot work together. Where nothing is trained, all of them can.

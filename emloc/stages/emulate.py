@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from emloc.emulators import Given
+from emloc.emulators import BuildInputs
 from emloc.runtime.stage_cache import Facts
 from emloc.stages import EMULATOR, STATISTICS, Context, Stage
 
@@ -25,19 +25,21 @@ class Emulate(Stage):
 
     def inputs(self, context: Context) -> list[Any]:
         """The emulator's settings, the model, and what it is built from."""
-        return [context.cell.emulator, context.source, _given(context)]
+        return [context.run_config.emulator, context.source, _build_inputs(context)]
 
     def work(self, folder: Path, context: Context) -> Facts:
         """Have the emulator write them."""
-        return context.cell.emulator.build(
+        return context.run_config.emulator.build(
             folder,
             context.source,
-            _given(context),
+            _build_inputs(context),
             device=context.device,
             host_bytes=context.host_bytes,
         )
 
 
-def _given(context: Context) -> Given:
-    samples = context.samples if context.cell.emulator.samples else None
-    return Given(context.plan, context.current.get(STATISTICS), samples, context.cell.precision)
+def _build_inputs(context: Context) -> BuildInputs:
+    samples = context.samples if context.run_config.emulator.samples else None
+    return BuildInputs(
+        context.plan, context.current.get(STATISTICS), samples, context.run_config.precision
+    )

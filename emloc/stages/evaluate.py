@@ -27,9 +27,16 @@ class Evaluate(Stage):
 
     def inputs(self, context: Context) -> list[Any]:
         """The model, what was carried to it, the data, and how much of it."""
-        cell = context.cell
-        carried = context.current.get(CARRIED)
-        return [context.source, cell.adapter, carried, cell.task, cell.model.longest, cell.eval]
+        run_config = context.run_config
+        recovered = context.current.get(CARRIED)
+        return [
+            context.source,
+            run_config.adapter,
+            recovered,
+            run_config.task,
+            run_config.model.longest,
+            run_config.eval,
+        ]
 
     def work(self, folder: Path, context: Context) -> Facts:
         """See `emloc.stages.evaluation.evaluate`."""

@@ -20,12 +20,19 @@ class EvaluateAsTrained(Stage):
 
     def needed(self, context: Context) -> bool:
         """Where something was trained that is held in a packed format."""
-        return TRAINED in context.current and context.cell.precision is not None
+        return TRAINED in context.current and context.run_config.precision is not None
 
     def inputs(self, context: Context) -> list[Any]:
         """The emulator, the adapter, the data, and how much of it."""
-        cell, trained = context.cell, context.current[TRAINED]
-        return [context.built, cell.adapter, trained, cell.task, cell.model.longest, cell.eval]
+        run_config, trained = context.run_config, context.current[TRAINED]
+        return [
+            context.built_emulator,
+            run_config.adapter,
+            trained,
+            run_config.task,
+            run_config.model.longest,
+            run_config.eval,
+        ]
 
     def work(self, folder: Path, context: Context) -> Facts:
         """See `emloc.stages.evaluation.evaluate`."""

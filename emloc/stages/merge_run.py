@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from emloc.config.settings import Compression
 from emloc.errors import ConfigError
-from emloc.stages.run_config import part
+from emloc.stages.run_config import instantiate
 
 
 def merge_run(run: Path, target: Path) -> Path:
@@ -23,6 +23,8 @@ def merge_run(run: Path, target: Path) -> Path:
     if not (run / "adapter").exists():
         raise ConfigError(f"{run} has no adapter: its method trains none, or it is not done")
     cfg = OmegaConf.load(run / "config.yaml")
-    made_for = part(cfg.emulator).model(part(cfg.model), Compression(**cfg.compression))
-    merged: Path = part(cfg.adapter).merge(made_for.open(), run / "adapter", target)
+    made_for = instantiate(cfg.emulator).model(
+        instantiate(cfg.model), Compression(**cfg.compression)
+    )
+    merged: Path = instantiate(cfg.adapter).merge(made_for.open(), run / "adapter", target)
     return merged

@@ -26,25 +26,31 @@ class Recover(Stage):
     def inputs(self, context: Context) -> list[Any]:
         """The recovery's settings, the adapter, the emulator, and what else it reads."""
         known = _inputs(context)
-        rows = [known.fit] if known.fit is not None else []
-        return [context.cell.recovery, known.trained, known.built, known.samples, *rows]
+        rows = [known.training_inputs] if known.training_inputs is not None else []
+        return [
+            context.run_config.recovery,
+            known.trained,
+            known.built_emulator,
+            known.samples,
+            *rows,
+        ]
 
     def together(self, context: Context) -> bool:
         """Where the recovery trains."""
-        return context.cell.recovery.trains
+        return context.run_config.recovery.trains
 
     def work(self, folder: Path, context: Context) -> Facts:
         """Have the recovery write it."""
-        return context.cell.recovery.carry(folder, _inputs(context))
+        return context.run_config.recovery.recover(folder, _inputs(context))
 
 
 def _inputs(context: Context) -> RecoveryInputs:
-    recovery = context.cell.recovery
+    recovery = context.run_config.recovery
     return RecoveryInputs(
         trained=context.current[TRAINED],
-        built=context.built,
+        built_emulator=context.built_emulator,
         samples=context.samples if recovery.statistics else None,
-        fit=context.fit if recovery.trains else None,
+        training_inputs=context.training_inputs if recovery.trains else None,
         device=context.device,
         host_bytes=context.host_bytes,
         report=context.report,

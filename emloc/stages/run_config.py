@@ -26,7 +26,7 @@ from emloc.config.settings import (
 from emloc.config.stage_order import in_order
 from emloc.emulators import Emulator
 from emloc.errors import ConfigError
-from emloc.models.checkpointed import Checkpointed
+from emloc.models.family import ModelFamily
 from emloc.precision import Precision
 from emloc.recovery import Recovery
 from emloc.report.tracking.trackers import Tracker
@@ -35,13 +35,13 @@ from emloc.tasks import Task
 
 
 @dataclass(frozen=True)
-class Cell:
+class RunConfig:
     """One run: the frozen settings of every part. Hydra's types end here."""
 
     name: str
     method: str
     seed: int
-    model: Checkpointed
+    model: ModelFamily
     task: Task
     calibration: Calibration
     compression: Compression
@@ -57,20 +57,22 @@ class Cell:
     tracker: Tracker
 
 
-def build(cfg: DictConfig) -> Cell:
+def build(cfg: DictConfig) -> RunConfig:
     """The frozen objects a configuration means.
 
     Raises:
         ConfigError: a key, a type or a value cannot be right.
     """
-    names = [field.name for field in fields(Cell)]
+    names = [field.name for field in fields(RunConfig)]
     unknown = [str(key) for key in cfg if key not in names]
     if unknown:
         raise ConfigError(f"{unknown[0]}: there is no such setting")
     values = {name: _value(cfg, name) for name in names}
     order = in_order({name: one.after for name, one in values["stage"].items()})
-    cell = Cell(**values | {"stage": {name: values["stage"][name] for name in order}})
-    return replace(cell, precision=precision_of(cell.compression.bits, cell.precision))
+    run_config = RunConfig(**values | {"stage": {name: values["stage"][name] for name in order}})
+    return replace(
+        run_config, precision=precision_of(run_config.compression.bits, run_config.precision)
+    )
 
 
 def precision_of(bits: int | None, named: Precision | None = None) -> Precision | None:
@@ -119,8 +121,8 @@ def _value(cfg: DictConfig, name: str) -> Any:
     try:
         node = cfg[name]
         if name == "stage":
-            return {str(one): part(below) for one, below in node.items()}
-        return part(node) if isinstance(node, DictConfig) else node
+            return {str(one): instantiate(below) for one, below in node.items()}
+        return instantiate(node) if isinstance(node, DictConfig) else node
     except OmegaConfBaseException as error:
         key = str(error.full_key or error.key)
         key = key if key.split(".")[0] == name else f"{name}.{key}"
@@ -130,17 +132,19 @@ def _value(cfg: DictConfig, name: str) -> Any:
         raise ConfigError(f"{name}._target_={cfg[name]._target_}: {why}") from error
 
 
-def part(node: DictConfig) -> Any:
+def instantiate(node: DictConfig) -> Any:
     """The object of the class a part's `_target_` names, its keys checked against the fields.
 
     A section without `_target_` is of the class its schema says. A mapping of parts becomes one of
     objects. Classes of plug-ins are found in the folders of `EMLOC_PLUGINS`.
     """
     plugin_folders()
-    cls = get_class(present_name(node._target_)) if "_target_" in node else OmegaConf.get_type(node)
+    cls = (
+        get_class(current_target(node._target_)) if "_target_" in node else OmegaConf.get_type(node)
+    )
     values = {key: value for key, value in node.items() if key != "_target_"}
     parts = {
-        str(key): {name: part(one) for name, one in value.items()}
+        str(key): {name: instantiate(one) for name, one in value.items()}
         for key, value in values.items()
         if isinstance(value, DictConfig) and any(_is_part(one) for one in value.values())
     }
@@ -154,7 +158,7 @@ def part(node: DictConfig) -> Any:
 _MOVED = {"emloc.tracking.track.": "emloc.report.tracking.trackers."}
 
 
-def present_name(target: str) -> str:
+def current_target(target: str) -> str:
     """The dotted name of a class today, of a name that may be from before it was moved."""
     for before, now in _MOVED.items():
         if target.startswith(before):

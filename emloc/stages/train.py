@@ -22,7 +22,7 @@ class Train(Stage):
 
     def needed(self, context: Context) -> bool:
         """Unless the method trains nothing."""
-        return context.fit is not None
+        return context.training_inputs is not None
 
     def together(self, context: Context) -> bool:
         """Always: each process trains on its own device."""
@@ -30,14 +30,18 @@ class Train(Stage):
 
     def inputs(self, context: Context) -> list[Any]:
         """The emulator, and what is fitted to what."""
-        return [context.built, context.fit]
+        return [context.built_emulator, context.training_inputs]
 
     def work(self, folder: Path, context: Context) -> Facts:
         """See `emloc.stages.training.train`."""
-        assert context.fit is not None
+        assert context.training_inputs is not None
         _refuse_nothing_adapted(context)
         return train(
-            folder, context.built, context.fit, device=context.device, report=context.report
+            folder,
+            context.built_emulator,
+            context.training_inputs,
+            device=context.device,
+            report=context.report,
         )
 
 
@@ -47,10 +51,10 @@ def _refuse_nothing_adapted(context: Context) -> None:
     Raises:
         ConfigError: that is so.
     """
-    assert context.fit is not None
-    if not context.built.targets(context.fit.layers):
+    assert context.training_inputs is not None
+    if not context.built_emulator.targets(context.training_inputs.layers):
         raise ConfigError(
-            f"model.lora_targets={context.cell.model.lora_targets!r} matches none of the layers "
-            "that the emulator leaves to adapt; set model.lora_targets, or emulator.first and "
-            "emulator.last higher"
+            f"model.lora_targets={context.run_config.model.lora_targets!r} matches none of the "
+            "layers that the emulator leaves to adapt; set model.lora_targets, or emulator.first "
+            "and emulator.last higher"
         )

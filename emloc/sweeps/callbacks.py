@@ -18,7 +18,7 @@ from emloc.config.run_folder import DONE, RUNNING, Run, find_runs
 from emloc.console.next_steps import next_steps
 from emloc.report.markdown import table
 from emloc.report.tracking.trackers import compare
-from emloc.runtime.distributed import born, first, hush
+from emloc.runtime.distributed import is_first, process_start, silence_other_processes
 from emloc.sweeps.planned_jobs import PlannedJobs
 from emloc.sweeps.progress import JobKind, SweepProgress, sweep_line
 
@@ -37,7 +37,7 @@ class ResultsTable(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Silence all processes but the first."""
-        hush()
+        silence_other_processes()
 
     def on_run_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Close a single run."""
@@ -46,7 +46,7 @@ class ResultsTable(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Close a sweep."""
-        if first():
+        if is_first():
             compare(Path(config.hydra.sweep.dir))
         self._close(Path(config.hydra.sweep.dir))
 
@@ -54,7 +54,7 @@ class ResultsTable(Callback):
         bad = [run for run in find_runs(folder) if _ended_badly(run)]
         if (folder / "status.json").exists() and bad:
             sys.exit(_code(bad))  # the one line of a single run is printed already
-        if first():
+        if is_first():
             print(f"\n{table(folder)}\n")
             for run in bad:
                 error = run.status.get("error", run.status["state"])
@@ -68,7 +68,7 @@ class ResultsTable(Callback):
 def _ended_badly(run: Run) -> bool:
     """Whether the run failed in this launch. A run that is older or still running is not ours."""
     status = run.status
-    return status["state"] not in (DONE, RUNNING) and status["time"] >= born()
+    return status["state"] not in (DONE, RUNNING) and status["time"] >= process_start()
 
 
 def _code(bad: list[Run]) -> int:
@@ -91,7 +91,7 @@ class ProgressLines(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Begin to watch the jobs."""
-        if first():
+        if is_first():
             sweep = Path(config.hydra.sweep.dir)
             sweep.mkdir(parents=True, exist_ok=True)
             self._watcher = ProgressWatcher(sweep, PlannedJobs(config))

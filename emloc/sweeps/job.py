@@ -19,13 +19,13 @@ from omegaconf import DictConfig
 from emloc.config.run_folder import Run
 from emloc.errors import ConfigError, StageError
 from emloc.report.tracking.metrics_log import Record, stage_line, training_line
-from emloc.runtime.distributed import first, hush, rank, sharded, world_size
+from emloc.runtime.distributed import is_first, rank, sharded, silence_other_processes, world_size
 from emloc.runtime.quiet_libraries import quiet
 
 if TYPE_CHECKING:
     from emloc.pipeline import Result
     from emloc.runtime.stage_cache import Artifact
-    from emloc.stages.run_config import Cell
+    from emloc.stages.run_config import RunConfig
     from emloc.stages.training.callbacks import Report
 
 log = logging.getLogger("emloc")
@@ -47,13 +47,13 @@ def run_job(cfg: DictConfig) -> float | None:
         SystemExit: a training of several processes failed in this one. The failure is recorded.
             The other processes may hang in the training, so this launch has to end.
     """
-    hush()
+    silence_other_processes()
     hydra = HydraConfig.get()
     run = Run(Path(hydra.runtime.output_dir))
     if run.done and _still_holds(cfg, run):
         log.info("%s: done before, skipped", run.folder.name)
         return float(run.metrics["score"])
-    if not first():
+    if not is_first():
         return _follow(cfg, run)
     start = time.time()
     with run.alone():
@@ -86,7 +86,7 @@ def _still_holds(cfg: DictConfig, run: Run) -> bool:
     return not changed
 
 
-def identities(cell: Cell) -> dict[str, Any]:
+def identities(cell: RunConfig) -> dict[str, Any]:
     """Keys of the data and of the model, which the run's results record.
 
     Raises:
@@ -151,7 +151,7 @@ def _failed(run: Run, error: ConfigError | StageError) -> None:
         log.error("%s", _process() + " ".join(message.split()))
     if _out_of_step(error):
         message = "emloc: ended, since the other processes may hang in the failed training"
-        raise SystemExit(message if first() else 1) from error
+        raise SystemExit(message if is_first() else 1) from error
 
 
 def _crashed(run: Run, error: Exception) -> None:
@@ -163,17 +163,17 @@ def _recorded(run: Run) -> bool:
     """Whether the end of the run is recorded. An error of one process also occurs in the first
     one, which records it, or makes that process wait: then the other process records the error.
     """
-    return run.ended(within=0 if first() else RECORD_SECONDS)
+    return run.ended(within=0 if is_first() else RECORD_SECONDS)
 
 
 def _process() -> str:
-    return "" if first() else f"process {rank()}: "
+    return "" if is_first() else f"process {rank()}: "
 
 
 def _out_of_step(error: Exception) -> bool:
-    from emloc.runtime.stage_cache import OutOfStep
+    from emloc.runtime.stage_cache import OutOfStepError
 
-    return isinstance(error, OutOfStep)
+    return isinstance(error, OutOfStepError)
 
 
 def _out_of_memory(error: StageError) -> bool:
@@ -182,7 +182,7 @@ def _out_of_memory(error: StageError) -> bool:
     return any(word in str(error) for word in words)
 
 
-def _build(cfg: DictConfig) -> Cell:
+def _build(cfg: DictConfig) -> RunConfig:
     quiet()
     from emloc.stages.run_config import build  # imports torch, so it comes after all quick checks
 
@@ -201,7 +201,7 @@ def _work(cfg: DictConfig, run: Run, record: Record) -> dict[str, Any]:
     return metrics
 
 
-def _lines(cell: Cell, result: Result, last: int, begun: float) -> Iterator[dict[str, float]]:
+def _lines(cell: RunConfig, result: Result, last: int, begun: float) -> Iterator[dict[str, float]]:
     """Lines to record: of the training those after step `last`, then one of each stage.
 
     A stage that finished before this run began (`begun`, in seconds since 1970) is `cached`.
@@ -217,7 +217,7 @@ def _lines(cell: Cell, result: Result, last: int, begun: float) -> Iterator[dict
         yield stage_line(called, {**artifact.facts, "cached": written < begun})
 
 
-def _pipeline(cell: Cell, report: Report) -> Result:
+def _pipeline(cell: RunConfig, report: Report) -> Result:
     from emloc.pipeline import run
     from emloc.runtime.gpu_lock import own_slot
     from emloc.runtime.stage_cache import open_store
@@ -228,7 +228,7 @@ def _pipeline(cell: Cell, report: Report) -> Result:
         return run(cell, store, report)
 
 
-def _metrics(cell: Cell, result: Result) -> dict[str, Any]:
+def _metrics(cell: RunConfig, result: Result) -> dict[str, Any]:
     from emloc.runtime.provenance import provenance
 
     scores = result.evaluated.facts["scores"]
@@ -268,13 +268,13 @@ def _as_trained(result: Result) -> dict[str, Any]:
     return {"scores_as_trained": result.as_trained.facts["scores"]} if result.as_trained else {}
 
 
-def _collect(cell: Cell, result: Result, folder: Path) -> None:
+def _collect(cell: RunConfig, result: Result, folder: Path) -> None:
     """Copy adapters, and the files that each stage names, from the store to the run's folder."""
     from emloc.adapters.saved import copy_adapter
 
-    if result.trained and result.carried:
+    if result.trained and result.recovered:
         copy_adapter(result.trained.folder / "adapter", folder / "adapter_trained")
-        copy_adapter(result.carried.folder / "adapter", folder / "adapter")
+        copy_adapter(result.recovered.folder / "adapter", folder / "adapter")
     for name, artifact in result.stages.items():
         for file, target in cell.stage[name].collected.items():
             if (artifact.folder / file).exists():

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from emloc.config.experiments import split_sweep
 from emloc.config.run_folder import Run, find_runs
 from emloc.errors import ConfigError
-from emloc.runtime.distributed import born
+from emloc.runtime.distributed import process_start
 from emloc.sweeps.progress import JobKind
 
 
@@ -44,7 +44,7 @@ class PlannedJobs:
         # Jobs that start again because their worker was killed have numbers above all others.
         waiting = waiting[: max(len(self._overrides) - len(started), 0)]
         folder = Path(self.config.hydra.sweep.dir)
-        if not any(run.done and run.status["time"] < born() for run in find_runs(folder)):
+        if not any(run.done and run.status["time"] < process_start() for run in find_runs(folder)):
             return [_kind(job) for job in waiting]
         return [_kind(job) for job in waiting if not _is_done(job)]
 

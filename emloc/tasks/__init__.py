@@ -35,7 +35,7 @@ class Task(Protocol):
 
 
 @runtime_checkable
-class Answered(Protocol):
+class GenerativeTask(Protocol):
     """What a task has besides, whose answers are written freely and scored one by one."""
 
     @property

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from emloc.data.examples import Example, Examples
-from emloc.data.image import Picture
+from emloc.data.image import LazyImage
 from emloc.errors import ConfigError
 from emloc.runtime.digest import digest
 from emloc.tasks.checks import refuse_answer_tokens, refuse_limit
@@ -118,14 +118,14 @@ class EasyVqa:
                 group=kind(answer),
             )
 
-    def _picture(self, folder: Path, split: str, image: int) -> Picture:
+    def _picture(self, folder: Path, split: str, image: int) -> LazyImage:
         file = folder / split / "images" / f"{image}.png"
         where = f"task {self.name}: {split} image {image}"
         seed = [self.seed, SPLITS.index(split), image]
         identity = digest([_fingerprint(folder), self.part, NOISE, seed])
         if self.part == "plain":
-            return Picture(where, identity, file.read_bytes)
-        return Picture(where, identity, partial(recoloured, file, seed))
+            return LazyImage(where, identity, file.read_bytes)
+        return LazyImage(where, identity, partial(recoloured, file, seed))
 
 
 def recoloured(file: Path, seed: list[int]) -> bytes:

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from emloc.data.image import Picture
+from emloc.data.image import LazyImage
 from emloc.errors import ConfigError
 from emloc.runtime.digest import digest
 
@@ -21,7 +21,7 @@ _LONGEST_PATH = 4096
 
 
 @dataclass(frozen=True)
-class View:
+class BufferRef:
     """An encoded image in the memory-mapped table: a few bytes that say where, until it is read."""
 
     buffer: Any
@@ -39,7 +39,7 @@ class View:
         return _decoded(stored) if self.base64 else stored
 
 
-class Row(Mapping[str, Any]):
+class LazyRow(Mapping[str, Any]):
     """One row of a data set, of which a column is read when it is asked for and never before.
 
     Binary values, and with `views` long texts too, stay where they are: a `View` stands for them.
@@ -78,7 +78,7 @@ def _value(array: Any, views: bool) -> Any:
     place, text = _place(array), "string" in kind
     if place is None or (text and place.size <= _LONGEST_PATH):
         return array[0].as_py()
-    return View(place, base64=text)
+    return BufferRef(place, base64=text)
 
 
 def _place(array: Any) -> Any:
@@ -92,7 +92,7 @@ def _place(array: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class StoredPicture(Picture):
+class StoredImage(LazyImage):
     """A picture, and the size of what is stored of it in bytes."""
 
     stored: int
@@ -109,7 +109,7 @@ class StoredPicture(Picture):
         except (OSError, ValueError) as error:
             raise self._unreadable(error) from error
 
-    def same(self, other: StoredPicture) -> bool:
+    def same(self, other: StoredImage) -> bool:
         """Whether the same file is stored; both are read only where their sizes are equal."""
         return self.stored == other.stored and self.content == other.content
 
@@ -123,7 +123,7 @@ class NoImageError(Exception):
 
 
 @dataclass(frozen=True)
-class Album:
+class ImageSource:
     """Turns what `task.image` gives for a row into pictures.
 
     Bytes, `{bytes, path}`, base64, a file name below `root`, a URL whose last part is one, or a
@@ -135,7 +135,7 @@ class Album:
     _files: dict[str, tuple[Path, int, str] | None] = field(default_factory=dict, repr=False)
     _flaws: dict[str, str | None] = field(default_factory=dict, repr=False)  # by a picture's key
 
-    def pictures(self, values: Sequence[Any], row: str, origin: Any) -> tuple[StoredPicture, ...]:
+    def pictures(self, values: Sequence[Any], row: str, origin: Any) -> tuple[StoredImage, ...]:
         """The pictures of a row, of which nothing is read; `origin` is what tells the row apart.
 
         Raises:
@@ -152,7 +152,7 @@ class Album:
             for place, one in enumerate(values)
         )
 
-    def try_all(self, pictures: Sequence[StoredPicture]) -> None:
+    def try_all(self, pictures: Sequence[StoredImage]) -> None:
         """Decode every picture, of a file only once.
 
         Raises:
@@ -164,7 +164,7 @@ class Album:
             if reason := self._flaws[one.key]:
                 raise NoImageError(reason)
 
-    def _picture(self, value: Any, name: str, origin: Any) -> StoredPicture:
+    def _picture(self, value: Any, name: str, origin: Any) -> StoredImage:
         if isinstance(value, Mapping):
             stored, path = value.get("bytes"), value.get("path")
             if stored is None and path is None:
@@ -175,10 +175,10 @@ class Album:
             if file is not None:
                 return self._in_file(file, name)
             encoded = value.encode()
-            return StoredPicture(name, digest(origin), partial(_decoded, encoded), len(encoded))
-        if not isinstance(value, View):
+            return StoredImage(name, digest(origin), partial(_decoded, encoded), len(encoded))
+        if not isinstance(value, BufferRef):
             raise NoImageError(f"task.image gives a value of type {type(value).__name__}")
-        return StoredPicture(name, digest(origin), value.read, value.size)
+        return StoredImage(name, digest(origin), value.read, value.size)
 
     def _file_name(self, value: str) -> str | None:
         """The name of the file that a text means; None where it is base64, which has no dot."""
@@ -188,7 +188,7 @@ class Album:
             return value
         return value if self.root and os.path.isfile(self.root / value) else None
 
-    def _in_file(self, file: str, name: str) -> StoredPicture:
+    def _in_file(self, file: str, name: str) -> StoredImage:
         if self.root is None and not Path(file).is_absolute():
             raise ConfigError(
                 f"task {self.task}: task.image names files ({file} for one), and not the folder "
@@ -198,7 +198,7 @@ class Album:
         if found is None:
             raise NoImageError(f"there is no file {file}", file)
         path, size, key = found
-        return StoredPicture(f"{name} ({file})", key, path.read_bytes, size)
+        return StoredImage(f"{name} ({file})", key, path.read_bytes, size)
 
     def _found(self, file: str) -> tuple[Path, int, str] | None:
         """Path, size and key of a file, or None; asked once, since many rows name the same one."""
@@ -216,7 +216,7 @@ class Album:
         return path, seen.st_size, digest([name, seen.st_size, seen.st_mtime_ns])
 
 
-def _flaw(picture: Picture) -> str | None:
+def _flaw(picture: LazyImage) -> str | None:
     """Why a picture cannot be used."""
     try:
         _ = picture.size

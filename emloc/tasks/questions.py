@@ -8,19 +8,19 @@ from typing import NamedTuple
 
 from emloc.data.examples import Example
 from emloc.errors import ConfigError
-from emloc.tasks.images import Album, NoImageError, Row, StoredPicture
+from emloc.tasks.images import ImageSource, LazyRow, NoImageError, StoredImage
 from emloc.tasks.metrics import Scorer
 from emloc.tasks.rows import Rows
-from emloc.tasks.templates import Formula
+from emloc.tasks.templates import RowExpression
 
 
-class Found(NamedTuple):
+class StoredQuestion(NamedTuple):
     """A row, and its pictures as they are stored; none where their files are missing."""
 
     example: Example
-    pictures: tuple[StoredPicture, ...]
+    pictures: tuple[StoredImage, ...]
 
-    def same(self, other: Found) -> bool:
+    def same(self, other: StoredQuestion) -> bool:
         """Whether both have the same prompt and the same images, byte for byte."""
         alike = self.example.prompt == other.example.prompt
         if not alike or not self.pictures or len(self.pictures) != len(other.pictures):
@@ -29,7 +29,7 @@ class Found(NamedTuple):
 
 
 @dataclass
-class Account:
+class ReadStats:
     """What a pass over a split came across, while it goes on."""
 
     seen: int = 0
@@ -43,12 +43,12 @@ class Questions:
     """How rows are read."""
 
     task: str
-    formulas: Mapping[str, Formula]
-    album: Album
+    formulas: Mapping[str, RowExpression]
+    album: ImageSource
     skip: bool  # leave out rows whose image cannot be read, which is then tried for every row
     score: Scorer
 
-    def read(self, rows: Rows, split: str, account: Account) -> Iterator[Found]:
+    def read(self, rows: Rows, split: str, account: ReadStats) -> Iterator[StoredQuestion]:
         """The rows of `split` that have an answer and an image, as far as they are asked for.
 
         Raises:
@@ -63,8 +63,8 @@ class Questions:
             account.seen += 1
             name = f"{split}/{index}"
             try:
-                example = self._question(name, Row(table, columns, index))
-                shown = Row(table, columns, index, views=True)
+                example = self._question(name, LazyRow(table, columns, index))
+                shown = LazyRow(table, columns, index, views=True)
                 values = self.formulas["image"].values(shown) if example is not None else []
             except ConfigError as error:
                 raise ConfigError(f"task {self.task}: {name}: {error}") from error
@@ -80,16 +80,16 @@ class Questions:
                     account.unreadable.append(f"{name}: {problem}")
                 elif problem.file is not None:
                     account.missing[problem.file] = None
-                    yield Found(example, ())
+                    yield StoredQuestion(example, ())
                 else:
                     raise ConfigError(
                         f"task {self.task}: {name}: {problem}; correct task.image, or set "
                         "task.unreadable=skip to leave such rows out"
                     ) from problem
             else:
-                yield Found(replace(example, images=pictures), pictures)
+                yield StoredQuestion(replace(example, images=pictures), pictures)
 
-    def _question(self, name: str, row: Row) -> Example | None:
+    def _question(self, name: str, row: LazyRow) -> Example | None:
         """A row without its images; None where there is no answer that can be scored."""
         formulas = self.formulas
         references = _texts(formulas["references"], row)
@@ -110,12 +110,14 @@ class Questions:
         )
 
 
-def _texts(formula: Formula, row: Row) -> tuple[str, ...]:
+def _texts(formula: RowExpression, row: LazyRow) -> tuple[str, ...]:
     """What a formula gives as texts; there is nothing in an empty one."""
     return tuple(str(one) for one in formula.values(row) if one not in (None, ""))
 
 
-def by_image(found: Sequence[Found]) -> tuple[list[Found], list[Found], int]:
+def by_image(
+    found: Sequence[StoredQuestion],
+) -> tuple[list[StoredQuestion], list[StoredQuestion], int]:
     """Rows on the first half of the images, those on the rest, and how many images there are.
 
     Images are in order of first appearance; what is shown together in one row counts as one. Reads
@@ -131,7 +133,7 @@ def by_image(found: Sequence[Found]) -> tuple[list[Found], list[Found], int]:
         group |= dict.fromkeys(shown, first)
     order = list(dict.fromkeys(group[one.pictures[0].content] for one in found))
     training = set(order[: len(order) // 2])
-    sides: tuple[list[Found], list[Found]] = ([], [])
+    sides: tuple[list[StoredQuestion], list[StoredQuestion]] = ([], [])
     for one in found:
         sides[group[one.pictures[0].content] not in training].append(one)
     return (*sides, len(order))

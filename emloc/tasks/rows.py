@@ -15,7 +15,7 @@ from filelock import FileLock
 from emloc.errors import ConfigError
 from emloc.runtime.digest import digest
 from emloc.runtime.manifest import lists_all, seal
-from emloc.runtime.stage_cache import put_aside_if_damaged
+from emloc.runtime.stage_cache import set_aside_if_damaged
 
 # File name extension -> loader of `datasets`. The order decides when a split has several files.
 LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -195,7 +195,7 @@ def _prepared(source: Mapping[str, Any]) -> Iterator[None]:
     home = Path(source["cache_dir"])
     home.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(home.with_suffix(".lock")):
-        put_aside_if_damaged(home, "task")
+        set_aside_if_damaged(home, "task")
         yield
         if not lists_all(home):  # each configuration and choice of splits adds files
             seal(home)

@@ -7,7 +7,7 @@ from importlib import import_module
 
 from emloc.data.examples import Example
 from emloc.errors import ConfigError
-from emloc.tasks import Answered
+from emloc.tasks import GenerativeTask
 from emloc.tasks.metrics import Scorer
 
 _HOME = "emloc.tasks.metrics."
@@ -44,7 +44,7 @@ def called(scorer: str) -> str:
     return path.removeprefix(_HOME).removesuffix(".score") if path.startswith(_HOME) else path
 
 
-def score_names(task: Answered, rows: Sequence[Example]) -> list[str]:
+def score_names(task: GenerativeTask, rows: Sequence[Example]) -> list[str]:
     """What the scores of these rows, one at least, are called: of all, and `<score>/<group>`."""
     first = rows[0]
     names = list(task.score(first.target, first.references, first.choices))

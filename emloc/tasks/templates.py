@@ -40,7 +40,7 @@ def render_template(field: str, template: Template, row: Mapping[str, Any]) -> s
 
 
 @dataclass(frozen=True)
-class Formula:
+class RowExpression:
     """A template or an expression of a task, and the names of all that it reads.
 
     Only the columns it names are taken from a row: others may be large. `row` is the whole row, for
@@ -75,16 +75,18 @@ class Formula:
         return list(value)
 
 
-def template(field: str, source: str) -> Formula:
+def template(field: str, source: str) -> RowExpression:
     """The text that a row gives.
 
     Raises:
         ConfigError: a syntax error.
     """
-    return Formula(field, source, _names(field, source), compile_template(field, source).render)
+    return RowExpression(
+        field, source, _names(field, source), compile_template(field, source).render
+    )
 
 
-def expression(field: str, source: str) -> Formula:
+def expression(field: str, source: str) -> RowExpression:
     """The value that a row gives, of any type.
 
     Raises:
@@ -94,7 +96,7 @@ def expression(field: str, source: str) -> Formula:
         work = _JINJA.compile_expression(source, undefined_to_none=False)
     except TemplateSyntaxError as err:
         raise _misspelt(field, source, err) from err
-    return Formula(field, source, _names(field, f"{{{{ {source} }}}}"), work)
+    return RowExpression(field, source, _names(field, f"{{{{ {source} }}}}"), work)
 
 
 def _names(field: str, source: str) -> frozenset[str]:

@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 from emloc.data.examples import Examples
 from emloc.errors import ConfigError
 from emloc.tasks.checks import refuse_answer_tokens, refuse_limit
-from emloc.tasks.images import Album
+from emloc.tasks.images import ImageSource
 from emloc.tasks.metrics import Scorer
-from emloc.tasks.questions import Account, Found, Questions, by_image
+from emloc.tasks.questions import Questions, ReadStats, StoredQuestion, by_image
 from emloc.tasks.rows import Rows
 from emloc.tasks.scorers import called, named_scorer
-from emloc.tasks.templates import Formula, expression, template
+from emloc.tasks.templates import RowExpression, expression, template
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class VqaTask:
         return Examples(self.name, tuple(one.example for one in held_out[:limit]))
 
     @cached_property
-    def _formulas(self) -> dict[str, Formula]:
+    def _formulas(self) -> dict[str, RowExpression]:
         texts = {"prompt": self.prompt, "target": self.target}
         values = {"image": self.image, "references": self.references}
         further = {"choices": self.choices, "group": self.group}
@@ -147,16 +147,16 @@ class VqaTask:
         return {"train_split": train if self._elsewhere else own, "eval_split": own}
 
     @cached_property
-    def _album(self) -> Album:
+    def _album(self) -> ImageSource:
         if self.image_root is not None:
             root = Path(self.image_root).expanduser().resolve()
             if not root.is_dir():
                 raise ConfigError(
                     f"task.image_root: no folder {root}; set task.image_root=/path/to/images"
                 )
-            return Album(self.name, root)
+            return ImageSource(self.name, root)
         beside = Path(self.path).expanduser().resolve() / "images" if self.path else None
-        return Album(self.name, beside if beside and beside.is_dir() else None)
+        return ImageSource(self.name, beside if beside and beside.is_dir() else None)
 
     @cached_property
     def _questions(self) -> Questions:
@@ -164,24 +164,24 @@ class VqaTask:
         return Questions(self.name, self._formulas, self._album, skip, self.score)
 
     @cached_property
-    def _asked(self) -> tuple[tuple[Found, ...], Account]:
-        account = Account()
+    def _asked(self) -> tuple[tuple[StoredQuestion, ...], ReadStats]:
+        account = ReadStats()
         rows = self._stored["eval_split"]
         return tuple(self._questions.read(rows, self.eval_split, account)), account
 
     @cached_property
-    def _evaluated(self) -> tuple[Found, ...]:
+    def _evaluated(self) -> tuple[StoredQuestion, ...]:
         found, account = self._asked
         self._refuse_missing(account.missing)
         self._settle("eval_split", account, found)
         return found
 
     @cached_property
-    def _trained(self) -> tuple[Found, ...]:
+    def _trained(self) -> tuple[StoredQuestion, ...]:
         asked = defaultdict(list)
         for one in self._asked[0]:
             asked[one.example.prompt].append(one)
-        found, dropped, account = [], 0, Account()
+        found, dropped, account = [], 0, ReadStats()
         for one in self._questions.read(self._stored["train_split"], self.train_split, account):
             if any(one.same(other) for other in asked.get(one.example.prompt, ())):
                 dropped += 1
@@ -208,7 +208,7 @@ class VqaTask:
         return tuple(found)
 
     @cached_property
-    def _halves(self) -> tuple[tuple[Found, ...], tuple[Found, ...]]:
+    def _halves(self) -> tuple[tuple[StoredQuestion, ...], tuple[StoredQuestion, ...]]:
         """What is trained on and what is held out of one split."""
         first, rest, images = by_image(self._evaluated)
         if images < 2:
@@ -242,7 +242,7 @@ class VqaTask:
                 "task.unreadable=skip to leave their rows out"
             )
 
-    def _settle(self, field: str, account: Account, found: Sequence[Found]) -> None:
+    def _settle(self, field: str, account: ReadStats, found: Sequence[StoredQuestion]) -> None:
         """Say what of a split is not used.
 
         Raises:

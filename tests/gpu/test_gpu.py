@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from emloc.adapters.fit import Fit
+from emloc.adapters.training_inputs import TrainingInputs
 from emloc.calibration.moments import Statistics
 from emloc.config.compose import compose
 from emloc.data.collate import collate
 from emloc.data.examples import Examples
-from emloc.data.prompts import Encoded
+from emloc.data.prompts import EncodedExample
 from emloc.models.checkpoint.source import Source
 from emloc.pipeline import run
 from emloc.runtime.stage_cache import Store
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.gpu
 
 
 def result_of(tiny, root, *overrides):
-    cell = build(compose([*tiny, *overrides]))
-    return run(cell, Store(root), lambda step, values: None)
+    run_config = build(compose([*tiny, *overrides]))
+    return run(run_config, Store(root), lambda step, values: None)
 
 
 @pytest.mark.parametrize(
@@ -65,14 +65,16 @@ def test_padding_makes_no_nan_of_a_gradient_at_any_length(tmp_path):
     }
     device = torch.device("cuda", 0)
     source = Source(None, "x", "0", torch.bfloat16, AutoModelForCausalLM, shape, seed=0)
-    cell = build(compose(["train.steps=4", "train.batch=8", "train.log_every=1"]))
+    run_config = build(compose(["train.steps=4", "train.batch=8", "train.log_every=1"]))
     layers = tuple(name for name in source.linears if name.endswith("_proj"))
-    fit = Fit(cell.adapter, cell.lora, layers, Examples("x", ()), 512, cell.train, 0)
+    training_inputs = TrainingInputs(
+        run_config.adapter, run_config.lora, layers, Examples("x", ()), 512, run_config.train, 0
+    )
     draw = torch.Generator().manual_seed(0)
 
-    def row(index: int) -> Encoded:
+    def row(index: int) -> EncodedExample:
         ids = torch.randint(9, 300, (192 - index % 8,), generator=draw).tolist()
-        return Encoded(str(index), ids, len(ids) // 2)
+        return EncodedExample(str(index), ids, len(ids) // 2)
 
     class Whole:
         def open(self, device):
@@ -90,7 +92,7 @@ def test_padding_makes_no_nan_of_a_gradient_at_any_length(tmp_path):
     fit_rows(
         tmp_path,
         whole,
-        fit,
+        training_inputs,
         rows,
         lambda some: collate(some, 0),
         device=device,

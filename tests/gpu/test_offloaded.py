@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from emloc.adapters.lora import Lora
 from emloc.config.compose import compose
 from emloc.config.settings import LoraSettings
-from emloc.emulators import Given
+from emloc.emulators import BuildInputs
 from emloc.emulators.full import Full
 from emloc.emulators.offload import Offload
 from emloc.models.checkpoint.source import Source
@@ -56,7 +56,7 @@ def trained(emulator, source, folder, bits, lean, recipe):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    emulator.build(folder, source, Given(None, None, None, held_at(bits)), device=CUDA)
+    emulator.build(folder, source, BuildInputs(None, None, None, held_at(bits)), device=CUDA)
     model = emulator.open(folder, source, CUDA, precision=held_at(bits))
     torch.manual_seed(0)
     adapter = Lora()
@@ -107,8 +107,12 @@ def test_a_run_has_the_curve_of_lora(tiny, tmp_path, overrides):
     curves = []
     for method in ("lora", "offload"):
         losses = []
-        cell = build(compose([*tiny, f"method={method}", "train.checkpointing=true", *overrides]))
-        run(cell, Store(tmp_path / method), lambda _, said, to=losses: to.append(said["loss"]))
+        run_config = build(
+            compose([*tiny, f"method={method}", "train.checkpointing=true", *overrides])
+        )
+        run(
+            run_config, Store(tmp_path / method), lambda _, said, to=losses: to.append(said["loss"])
+        )
         curves.append(losses)
     assert len(curves[0]) == 5
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)

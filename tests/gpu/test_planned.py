@@ -6,14 +6,14 @@ import pytest
 import torch
 from packed import held_at
 
-from emloc.adapters.fit import Fit
-from emloc.cost.bench.setting import Setting, fresh
-from emloc.cost.bench.training import Opened, factorized, packed, quantized, whole
+from emloc.adapters.training_inputs import TrainingInputs
+from emloc.cost.bench.setting import BenchSetup, fresh
+from emloc.cost.bench.training import PreparedModel, factorized, packed, quantized, whole
 from emloc.cost.plan.fit import need_of, scheme_of
-from emloc.cost.plan.scheme import Work
+from emloc.cost.plan.layout import StepShape
 from emloc.data.collate import collate
 from emloc.data.examples import Examples
-from emloc.data.prompts import Encoded
+from emloc.data.prompts import EncodedExample
 from emloc.stages.training.train import fit_rows
 
 pytestmark = pytest.mark.gpu
@@ -28,19 +28,25 @@ SHAPE = (
 
 def peak_of(setting, opener, folder, device):
     """Bytes allocated at most from the opening of the model to the last of three steps."""
-    cell, source = setting.cell, setting.source
+    run_config, source = setting.run_config, setting.source
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(10, 32000, (STEPS * 2 * BATCH, LENGTH), generator=draw).tolist()
-    rows = [Encoded("random", one, LENGTH - ANSWER) for one in ids]
-    made = Opened(source, partial(opener, setting))
-    adapter, recipe, layers = cell.adapter, cell.train, tuple(cell.model.adapted(source))
-    fit = Fit(adapter, cell.lora, layers, Examples("random", ()), LENGTH, recipe, cell.seed)
+    rows = [EncodedExample("random", one, LENGTH - ANSWER) for one in ids]
+    made = PreparedModel(source, partial(opener, setting))
+    adapter, recipe, layers = (
+        run_config.adapter,
+        run_config.train,
+        tuple(run_config.model.adapted(source)),
+    )
+    training_inputs = TrainingInputs(
+        adapter, run_config.lora, layers, Examples("random", ()), LENGTH, recipe, run_config.seed
+    )
     fresh(device)
     before = torch.cuda.memory_allocated(device)
     facts = fit_rows(
         folder,
         made,
-        fit,
+        training_inputs,
         rows,
         lambda some: collate(some, pad=0),
         device=device,
@@ -67,7 +73,7 @@ def test_a_training_takes_what_was_planned(
     tmp_path, opener, ratio, bits, recipe, accumulate, capsys
 ):
     checkpointing, host = recipe != "kept", recipe == "on_host"
-    setting = Setting(
+    setting = BenchSetup(
         "llama3_8b",
         (
             *(f"model.shape.{one}" for one in SHAPE),
@@ -76,10 +82,12 @@ def test_a_training_takes_what_was_planned(
             f"train.host_activations={str(host).lower()}",
         ),
     )
-    train, shape = setting.cell.train, setting.source.config
+    train, shape = setting.run_config.train, setting.source.config
     assert (train.batch, train.accumulate, shape.num_hidden_layers) == (BATCH, accumulate, 8)
-    work = Work(LENGTH, BATCH, ANSWER, checkpointing, host, accumulate)
-    planned = need_of(scheme_of(setting.cell, setting.source, ratio, held_at(bits)), work).peak
+    work = StepShape(LENGTH, BATCH, ANSWER, checkpointing, host, accumulate)
+    planned = need_of(
+        scheme_of(setting.run_config, setting.source, ratio, held_at(bits)), work
+    ).peak
     measured = peak_of(setting, opener, tmp_path, setting.device)
     with capsys.disabled():
         print(f"\n{planned / 2**20:.0f} MiB planned, {measured / 2**20:.0f} MiB allocated")

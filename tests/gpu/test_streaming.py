@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from walked import MODELS, batches_of, made, watch
 
-from emloc.calibration.blockwise import walk
+from emloc.calibration.blockwise import iterate_blocks
 from emloc.tensors.linalg.gram import FLOAT64_CHIPS, cross, gram, product
 
 pytestmark = pytest.mark.gpu
@@ -32,7 +32,9 @@ def test_blocks_take_and_give_the_very_bits_of_a_whole_pass(kind, host_bytes, tm
             model(**moved, use_cache=False)
     twin, _ = on_device(kind)
     found = watch(twin, names)
-    run = walk(twin, batches_of(kind), names, CUDA, host_bytes=host_bytes, folder=tmp_path)
+    run = iterate_blocks(
+        twin, batches_of(kind), names, CUDA, host_bytes=host_bytes, folder=tmp_path
+    )
     for block in run:
         masks = []
         block.run(masks.append)
@@ -51,7 +53,7 @@ def test_stopped_passes_hold_nothing_of_the_device(kind):
     """Beside the model: the masks, which are a few bytes, and no states."""
     model, names = on_device(kind)
     batches = batches_of(kind) * 20
-    run = walk(model, batches, names, CUDA)
+    run = iterate_blocks(model, batches, names, CUDA)
     before = torch.cuda.memory_allocated()
     for block in run:
         masks = 512 * len(batches)  # the allocator's smallest piece

@@ -17,15 +17,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, set_seed
 
 from emloc.adapters.dora import Dora
-from emloc.adapters.fit import Fit
 from emloc.adapters.fold import merge
 from emloc.adapters.lora import Lora
 from emloc.adapters.rslora import RsLora
 from emloc.adapters.saved import read_adapter, read_lora
+from emloc.adapters.training_inputs import TrainingInputs
 from emloc.config.compose import compose
 from emloc.config.settings import LoraSettings
 from emloc.data.reader import encode_all
-from emloc.emulators import Built
+from emloc.emulators import BuiltEmulator
 from emloc.emulators.full import load_quantized
 from emloc.errors import ConfigError, StageError
 from emloc.models.checkpoint.source import Source
@@ -109,7 +109,7 @@ def test_rslora_goes_from_settings_to_scores(go, through):
     result, losses = go(*through, "train.learning_rate=0.02")
     assert 0 < result.evaluated.facts["scores"]["loss"] < 10
     assert losses[-1] < losses[0]
-    pairs = read_lora(result.carried.folder / "adapter").pairs
+    pairs = read_lora(result.recovered.folder / "adapter").pairs
     assert {pair.scale for pair in pairs.values()} == {2.0}  # 4 / sqrt(4)
 
 
@@ -118,14 +118,14 @@ def test_the_correction_is_exact_at_the_scale_of_rslora(go, tiny, bits):
     """W x + s B'A' x = W_e x + s B A x for x in the rows of A."""
     said = ["method=emloc", "adapter=rslora", f"compression.bits={bits}"]
     result, _ = go(*said, "recovery.clamp=null", "lora.alpha=6")
-    cell = build(compose([*tiny, *said]))
-    source = cell.model.open()
+    run_config = build(compose([*tiny, *said]))
+    source = run_config.model.open()
     trained = read_lora(result.trained.folder / "adapter").pairs
-    for layer, new in read_lora(result.carried.folder / "adapter").pairs.items():
+    for layer, new in read_lora(result.recovered.folder / "adapter").pairs.items():
         old = trained[layer]
         assert new.scale == 3.0  # 6 / sqrt(4)
-        gap = cell.emulator.residual(
-            result.emulated.folder, source, layer, precision=cell.precision
+        gap = run_config.emulator.residual(
+            result.emulated.folder, source, layer, precision=run_config.precision
         )
         left = (gap + new.delta.double()) @ old.a.double().T
         torch.testing.assert_close(left, old.delta.double() @ old.a.double().T, atol=1e-6, rtol=0)
@@ -146,14 +146,14 @@ def test_dora_goes_from_settings_to_scores(go, wide, through, layers):
     result, losses = go(*through, f"model.source={wide}", "train.learning_rate=0.02")
     assert 0 < result.evaluated.facts["scores"]["loss"] < 10
     assert losses[-1] < losses[0]
-    trained, carried = (
+    trained, recovered = (
         load_file(one.folder / "adapter" / "adapter_model.safetensors")
-        for one in (result.trained, result.carried)
+        for one in (result.trained, result.recovered)
     )
     assert len(trained) == 3 * layers
-    assert trained.keys() == carried.keys()
-    assert all(torch.equal(trained[name], carried[name]) for name in trained)
-    adapter = read_adapter(result.carried.folder / "adapter")
+    assert trained.keys() == recovered.keys()
+    assert all(torch.equal(trained[name], recovered[name]) for name in trained)
+    adapter = read_adapter(result.recovered.folder / "adapter")
     assert len(adapter.magnitudes) == layers
     assert {tensor.dtype for tensor in adapter.magnitudes.values()} == {torch.float32}
 
@@ -165,12 +165,12 @@ def test_offsite_tuning_puts_its_ends_on_the_whole_model(go, wide, bits):
     result, losses = go(*said, "train.learning_rate=0.02")
     assert losses[-1] < losses[0]
     assert result.emulated.facts["share_of_linears"] == pytest.approx(4 / 6, abs=1e-4)
-    config = json.loads((result.carried.folder / "adapter" / "adapter_config.json").read_text())
+    config = json.loads((result.recovered.folder / "adapter" / "adapter_config.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32)
-    loaded = PeftModel.from_pretrained(model, result.carried.folder / "adapter")
+    loaded = PeftModel.from_pretrained(model, result.recovered.folder / "adapter")
     adapted = {n.split(".layers.")[1][0] for n, _ in loaded.named_parameters() if ".lora_" in n}
     assert (adapted, config["r"]) == ({"0", "5"}, 4)
-    assert len(read_lora(result.carried.folder / "adapter").pairs) == 14
+    assert len(read_lora(result.recovered.folder / "adapter").pairs) == 14
     assert 0 < result.evaluated.facts["scores"]["loss"] < 10
 
 
@@ -264,19 +264,24 @@ def test_a_lean_dora_differs_by_rounding_only(go, dtype, close):
 def test_a_training_can_start_from_a_saved_adapter(go, tiny, tmp_path):
     said = ["method=lora", "train.learning_rate=0.02"]
     first, losses = go(*said)
-    cell = build(compose([*tiny, *said, "train.steps=6", "train.warmup=0"]))
-    source = cell.model.open()
-    fit = Fit(
-        *(cell.adapter, cell.lora, tuple(cell.model.adapted(source)), cell.task.train()),
-        *(cell.model.max_length, cell.train, cell.seed),
+    run_config = build(compose([*tiny, *said, "train.steps=6", "train.warmup=0"]))
+    source = run_config.model.open()
+    training_inputs = TrainingInputs(
+        *(
+            run_config.adapter,
+            run_config.lora,
+            tuple(run_config.model.adapted(source)),
+            run_config.task.train(),
+        ),
+        *(run_config.model.max_length, run_config.train, run_config.seed),
     )
     reader = source.reader()
-    rows = encode_all(reader, fit.examples, fit.max_length)
+    rows = encode_all(reader, training_inputs.examples, training_inputs.max_length)
     lines = []
     facts = fit_rows(
         tmp_path,
-        Built(cell.emulator, first.emulated, source),
-        fit,
+        BuiltEmulator(run_config.emulator, first.emulated, source),
+        training_inputs,
         rows,
         reader.collate,
         device=CPU,
@@ -299,7 +304,7 @@ def test_a_dora_run_is_merged_into_the_very_model_that_was_scored(go, tiny, chec
     folder = tmp_path / "run"
     folder.mkdir()
     OmegaConf.save(compose([*tiny, "method=dora"]), folder / "config.yaml", resolve=True)
-    (folder / "adapter").symlink_to(result.carried.folder / "adapter")
+    (folder / "adapter").symlink_to(result.recovered.folder / "adapter")
     target = merge_run(folder, tmp_path / "merged")
     merged, plain = (
         AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from emloc.cost.bench.rows import Row, read
+from emloc.cost.bench.rows import BenchRow, read
 from emloc.cost.bench.run import WORKS, one
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "bench.csv"
@@ -60,8 +60,8 @@ def test_a_work_runs_on_small_shapes_where_there_is_no_gpu(tmp_path, work):
 def test_every_target_of_the_committed_results_holds():
     with RESULTS.open(newline="") as file:
         lines = list(csv.reader(file))
-    assert lines[0] == [field.name for field in fields(Row)]
-    assert {len(line) for line in lines} == {len(fields(Row))}
+    assert lines[0] == [field.name for field in fields(BenchRow)]
+    assert {len(line) for line in lines} == {len(fields(BenchRow))}
     rows = read(RESULTS)
     assert {found.holds for found in rows} == {"yes", ""}
     assert all((found.holds == "yes") == bool(found.target) for found in rows)

@@ -33,13 +33,13 @@ def test_a_lost_factor_file_never_means_that_a_layer_is_as_it_was(afresh, store,
     """Its layers would go uncorrected, and the wrong adapter be kept under the right key."""
     caplog.set_level("WARNING")
     right = afresh("method=emloc")
-    expected = adapter_of(right.carried)
+    expected = adapter_of(right.recovered)
     damage(right.emulated.folder / "model.layers.1.safetensors")
-    shutil.rmtree(right.carried.folder)
+    shutil.rmtree(right.recovered.folder)
     again = afresh("method=emloc")
     assert again == right
     for name, tensor in expected.items():
-        assert torch.equal(adapter_of(again.carried)[name], tensor), name
+        assert torch.equal(adapter_of(again.recovered)[name], tensor), name
     (line,) = [one for one in caplog.messages if "damaged" in one or "moved to" in one]
     assert "model.layers.1.safetensors" in line
     assert len(list((store.root / "emulate").glob("*.damaged-*"))) == 1

@@ -13,7 +13,7 @@ from transformers import ViTModel
 from emloc.calibration.samples import Samples
 from emloc.config.compose import compose
 from emloc.cost.plan.gpus import gpu_called
-from emloc.cost.plan.scheme import Work
+from emloc.cost.plan.layout import StepShape
 from emloc.cost.plan.table import plan
 from emloc.emulators.prune.unit_scores import importance
 from emloc.emulators.prune.units import Units
@@ -37,7 +37,7 @@ def go(store, monkeypatch, roberta, vit, texts, images):
         [file] = EXTENSIONS.glob(f"*/conf/{group}/{name}.yaml")
         return OmegaConf.load(file)
 
-    def cell(model: str, *overrides: str, **changed):
+    def run_config(model: str, *overrides: str, **changed):
         tiny = [
             *("calibration.samples=8", "lora=r4", "train.batch=8", "train.log_every=1"),
             *("train.steps=30", "train.learning_rate=0.01", "train.schedule=constant"),
@@ -55,9 +55,9 @@ def go(store, monkeypatch, roberta, vit, texts, images):
         return build(cfg)
 
     def go_with(model: str, *overrides: str, **changed):
-        return run(cell(model, *overrides, **changed), store, lambda step, values: None)
+        return run(run_config(model, *overrides, **changed), store, lambda step, values: None)
 
-    go_with.cell = cell
+    go_with.run_config = run_config
     return go_with
 
 
@@ -101,12 +101,12 @@ def test_units_are_pruned_by_what_the_family_learns(go):
 
 def test_what_an_objective_draws_for_scores_is_the_same_at_every_call(go):
     """The weights of units are in the cache: noise must not make others of the same inputs."""
-    source = go.cell("tiny_flow").model.open()
+    source = go.run_config("tiny_flow").model.open()
     layer = "roberta.encoder.layer.0"
     rows, columns = {f"{layer}.intermediate.dense": 1}, {f"{layer}.output.dense": 1}
     units = {layer: Units(MLP, 48, 64, rows, columns)}
-    cell = go.cell("tiny_flow")
-    batches = Samples(cell.task.train(), cell.model.longest).learnt(source)
+    run_config = go.run_config("tiny_flow")
+    batches = Samples(run_config.task.train(), run_config.model.longest).learnt(source)
     scores = [
         importance(source.load(CPU), batches, units, "upop", source.objective)[layer]
         for _ in range(2)
@@ -116,9 +116,9 @@ def test_what_an_objective_draws_for_scores_is_the_same_at_every_call(go):
 
 def test_a_fresh_head_is_saved_with_the_adapter_and_carried_as_it_is(go):
     result = go("tiny_roberta", "method=emloc")
-    trained, carried = (
+    trained, recovered = (
         load_file(one.folder / "adapter" / "adapter_model.safetensors")
-        for one in (result.trained, result.carried)
+        for one in (result.trained, result.recovered)
     )
     heads = {name for name in trained if ".classifier." in name}
     assert heads == {
@@ -126,15 +126,15 @@ def test_a_fresh_head_is_saved_with_the_adapter_and_carried_as_it_is(go):
         for part in ("dense", "out_proj")
         for kind in ("weight", "bias")
     }
-    assert all(torch.equal(trained[name], carried[name]) for name in heads)
-    source = go.cell("tiny_roberta").model.open()
+    assert all(torch.equal(trained[name], recovered[name]) for name in heads)
+    source = go.run_config("tiny_roberta").model.open()
     start = dict(source.load(CPU).named_parameters())
     for name in heads:
         assert not torch.equal(trained[name], start[name.removeprefix("base_model.model.")])
 
 
 def test_a_fresh_head_is_the_same_at_every_reading_and_another_for_another_seed(go):
-    source = go.cell("tiny_roberta").model.open()
+    source = go.run_config("tiny_roberta").model.open()
     first, second = source.load(CPU), source.load(CPU)
     name = "classifier.out_proj.weight"
     assert torch.equal(first.get_parameter(name), second.get_parameter(name))
@@ -145,7 +145,7 @@ def test_a_fresh_head_is_the_same_at_every_reading_and_another_for_another_seed(
 
 
 def test_a_fresh_head_is_computed_in_float32_in_a_model_of_16_bits(go):
-    source = go.cell("tiny_roberta", dtype="bfloat16").model.open()
+    source = go.run_config("tiny_roberta", dtype="bfloat16").model.open()
     model = source.load(CPU)
     assert model.get_parameter("classifier.dense.weight").dtype == torch.float32
     assert (
@@ -169,7 +169,7 @@ def test_the_loss_of_a_step_does_not_depend_on_how_it_is_cut_into_passes(go):
 
 
 def test_an_encoder_saved_without_a_head_is_read_by_names_of_its_own(go, vit):
-    source = go.cell("tiny_vit").model.open()
+    source = go.run_config("tiny_vit").model.open()
     stored = ViTModel.from_pretrained(vit).state_dict()
     model = source.load(CPU)
     own = model.vit.state_dict()
@@ -179,14 +179,14 @@ def test_an_encoder_saved_without_a_head_is_read_by_names_of_its_own(go, vit):
 
 def test_the_classes_are_in_the_keys_of_all_stages(go):
     keys = {
-        str(go.cell("tiny_roberta", classes=classes).model.open().key)
+        str(go.run_config("tiny_roberta", classes=classes).model.open().key)
         for classes in (["even", "odd"], ["odd", "even"], ["even", "odd", "none"])
     }
     assert len(keys) == 3
 
 
 def test_a_reader_is_opened_once(go):
-    source = go.cell("tiny_roberta").model.open()
+    source = go.run_config("tiny_roberta").model.open()
     assert source.reader() is source.reader()
 
 
@@ -207,20 +207,22 @@ NOT = {
 @pytest.mark.parametrize("what", NOT)
 def test_what_a_family_cannot_do_is_refused_with_its_own_reason(go, what):
     overrides, message = NOT[what]
-    cell = go.cell("tiny_roberta", *(one for one in overrides if not one.startswith("task.")))
+    run_config = go.run_config(
+        "tiny_roberta", *(one for one in overrides if not one.startswith("task."))
+    )
     if overrides[0].startswith("task."):
-        cell = replace(cell, task=replace(cell.task, metric="exact_match"))
+        run_config = replace(run_config, task=replace(run_config.task, metric="exact_match"))
     with pytest.raises(ConfigError) as caught:
-        run(cell, None, lambda step, values: None)
+        run(run_config, None, lambda step, values: None)
     assert str(caught.value) == message
 
 
 def test_no_table_of_needs_is_made_for_a_family_that_writes_no_text(go):
-    cell = go.cell("tiny_roberta")
-    work = Work.of(cell.train, 64, 8)
+    run_config = go.run_config("tiny_roberta")
+    work = StepShape.of(run_config.train, 64, 8)
     message = "model=tiny_roberta sorts into classes; set model=smollm2_135m"
     with pytest.raises(ConfigError, match=message):
-        plan(cell, work, gpu_called("rtx4090"))
+        plan(run_config, work, gpu_called("rtx4090"))
 
 
 def test_a_target_that_is_no_class_is_refused_by_its_row(go):

@@ -18,7 +18,7 @@ from emloc.errors import ConfigError
 from emloc.pipeline import run
 from emloc.runtime.stage_cache import Store
 from emloc.stages.merge_run import merge_run
-from emloc.stages.run_config import build, part
+from emloc.stages.run_config import build, instantiate
 
 PLUGIN = Path(__file__).parents[1] / "extensions" / "gated"
 sys.path.append(str(PLUGIN))
@@ -37,9 +37,9 @@ def go(tiny, store):
 
     def run_with(*overrides: str, balance=0.1, report=None):
         lines = []
-        cell = build(compose([*tiny, "method=lora", *overrides]))
-        cell = replace(cell, adapter=Gated(experts=3, balance=balance))
-        result = run(cell, store, report or (lambda step, values: lines.append(values)))
+        run_config = build(compose([*tiny, "method=lora", *overrides]))
+        run_config = replace(run_config, adapter=Gated(experts=3, balance=balance))
+        result = run(run_config, store, report or (lambda step, values: lines.append(values)))
         return result, lines
 
     return run_with
@@ -51,7 +51,7 @@ def tensors(artifact) -> dict[str, torch.Tensor]:
 
 def test_its_yaml_makes_it():
     cfg = OmegaConf.load(PLUGIN / "conf" / "adapter" / "gated.yaml")
-    assert part(cfg) == Gated(experts=3, balance=0.1)
+    assert instantiate(cfg) == Gated(experts=3, balance=0.1)
 
 
 @pytest.mark.parametrize(
@@ -71,10 +71,10 @@ def test_it_goes_from_settings_to_scores(go, tiny, store, through):
     scores = result.evaluated.facts["scores"]
     bare = run(build(compose([*tiny, *through, "method=zero_shot"])), store, lambda *_: None)
     assert scores["loss"] < bare.evaluated.facts["scores"]["loss"] - 0.01
-    trained, carried = tensors(result.trained), tensors(result.carried)
+    trained, recovered = tensors(result.trained), tensors(result.recovered)
     assert len(trained) == 3 * 14
-    assert trained.keys() == carried.keys()
-    assert all(torch.equal(trained[name], carried[name]) for name in trained)
+    assert trained.keys() == recovered.keys()
+    assert all(torch.equal(trained[name], recovered[name]) for name in trained)
 
 
 # The auxiliary loss ------------------------------------------------------------------------------
@@ -178,10 +178,10 @@ def test_a_checkpoint_holds_what_trains_and_nothing_frozen(go, store):
 
 def test_resumed_it_ends_where_an_uninterrupted_training_does(go, tiny, tmp_path, store):
     said = [*LEARNING, "train.save_every=2"]
-    cell = replace(
+    run_config = replace(
         build(compose([*tiny, "method=lora", *said])), adapter=Gated(experts=3, balance=0.1)
     )
-    whole = tensors(run(cell, Store(tmp_path / "whole"), lambda *_: None).trained)
+    whole = tensors(run(run_config, Store(tmp_path / "whole"), lambda *_: None).trained)
     kill(go, 5, *said)
     resumed, lines = go(*said)
     assert len(lines) == 2  # of six, two were left
@@ -201,7 +201,7 @@ def test_it_is_refused_by_its_own_reason(go, tiny, tmp_path):
     folder.mkdir()
     cfg = compose([*tiny, "method=lora", *CHOSEN])
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    (folder / "adapter").symlink_to(result.carried.folder / "adapter")
+    (folder / "adapter").symlink_to(result.recovered.folder / "adapter")
     with pytest.raises(ConfigError) as caught:
         merge_run(folder, tmp_path / "merged")
     assert str(caught.value) == (
@@ -212,9 +212,11 @@ def test_it_is_refused_by_its_own_reason(go, tiny, tmp_path):
 
 
 def test_its_layers_are_wrapped_and_put_back_by_name(tiny):
-    cell = build(compose([*tiny, "method=lora"]))
-    source = cell.model.open()
-    layers = tuple(cell.model.adapted(source))
-    model = Gated(experts=2, balance=0).attach(source.load(torch.device("cpu")), cell.lora, layers)
+    run_config = build(compose([*tiny, "method=lora"]))
+    source = run_config.model.open()
+    layers = tuple(run_config.model.adapted(source))
+    model = Gated(experts=2, balance=0).attach(
+        source.load(torch.device("cpu")), run_config.lora, layers
+    )
     found = {name for name, module in model.named_modules() if isinstance(module, Experts)}
     assert found == set(layers)

@@ -71,10 +71,12 @@ def go(stages, internvl, gemma):
                 *overrides,
             ]
         )
-        cell = replace(build(cfg), task=task or Seen())
-        if cell.method == "small_model":
-            cell = replace(cell, model=replace(cell.model, siblings={"r75": cell.model}))
-        return run(cell, stages, lambda step, values: None)
+        run_config = replace(build(cfg), task=task or Seen())
+        if run_config.method == "small_model":
+            run_config = replace(
+                run_config, model=replace(run_config.model, siblings={"r75": run_config.model})
+            )
+        return run(run_config, stages, lambda step, values: None)
 
     return run_with
 
@@ -87,8 +89,8 @@ def test_every_method_runs_on_images(go, method):
     assert {"accuracy", "accuracy/square", "accuracy/wide", "exact_match/wide"} <= set(scores)
     lines = (result.evaluated.folder / ANSWERS_FILE).read_text().splitlines()
     assert {json.loads(line)["id"] for line in lines} == {f"test/{i}" for i in range(6)}
-    if result.carried is not None:
-        pairs = read_adapter(result.carried.folder / "adapter").pairs
+    if result.recovered is not None:
+        pairs = read_adapter(result.recovered.folder / "adapter").pairs
         assert all("language_model" in name for name in pairs)
 
 

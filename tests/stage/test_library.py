@@ -208,9 +208,9 @@ def test_a_module_trained_whole_is_carried_with_the_lora(model, batches, tmp_pat
     tuned = get_peft_model(emulator, lora(["q_proj"], modules_to_save=["lm_head"]))
     train(tuned)
     head = tuned.base_model.model.lm_head.modules_to_save["default"].weight
-    carried = emloc.correct(tuned, model, emulator)
-    assert carried.extras.keys() == {"lm_head.weight"}
-    assert torch.equal(carried.extras["lm_head.weight"], head)
-    carried.save(tmp_path)
+    recovered = emloc.correct(tuned, model, emulator)
+    assert recovered.extras.keys() == {"lm_head.weight"}
+    assert torch.equal(recovered.extras["lm_head.weight"], head)
+    recovered.save(tmp_path)
     loaded = PeftModel.from_pretrained(model, tmp_path)
     assert torch.equal(loaded.base_model.model.lm_head.modules_to_save["default"].weight, head)

@@ -74,8 +74,8 @@ def test_every_method_runs_from_settings_to_scores(go, method):
     assert facts["bytes"] > 0
     assert 0 < facts["share_of_model"] <= 1
     assert result.trained.facts["step_seconds"] > 0
-    adapter = read_adapter(result.carried.folder / "adapter")
-    assert adapter.carried is not None
+    adapter = read_adapter(result.recovered.folder / "adapter")
+    assert adapter.recovered is not None
     depth = 4 if method == "small_model" else 8
     shapes = {name: tuple(pair.delta.shape) for name, pair in adapter.pairs.items()}
     assert len(shapes) == 7 * (4 if method == "offsite" else depth)

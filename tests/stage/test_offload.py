@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from tiny import image_batch, linears, save_checkpoint, tiny_internvl
 from transformers import AutoModelForImageTextToText, LlamaForCausalLM
 
-from emloc.adapters.fit import Fit
 from emloc.adapters.lora import Lora
+from emloc.adapters.training_inputs import TrainingInputs
 from emloc.config.compose import compose
 from emloc.config.settings import Compression, LoraSettings
 from emloc.cost.bench.offload import apart_at_most
-from emloc.cost.bench.training import FULL, STEPS, Measured
-from emloc.emulators import Built, Given
+from emloc.cost.bench.training import FULL, STEPS, TrainingFigures
+from emloc.emulators import BuildInputs, BuiltEmulator
 from emloc.emulators.full import Full
 from emloc.emulators.offload import Offload
 from emloc.errors import ConfigError
@@ -52,7 +52,7 @@ def bits(request):
 
 
 def opened(emulator, folder, source, bits):
-    emulator.build(folder, source, Given(None, None, None, held_at(bits)), device=CPU)
+    emulator.build(folder, source, BuildInputs(None, None, None, held_at(bits)), device=CPU)
     return emulator.open(folder, source, CPU, precision=held_at(bits))
 
 
@@ -74,24 +74,26 @@ def both(tmp_path, source, bits):
 )
 def test_the_curve_and_the_adapter_are_those_of_lora(deep, tiny, tmp_path, bits, overrides):
     recipe = ("train.steps=6", "train.learning_rate=0.02", "train.checkpointing=true")
-    cell = build(compose([*tiny, f"model.source={deep}", *recipe, *overrides]))
-    source, model = cell.model.open(), cell.model
-    examples = cell.task.train()
-    fit = Fit(
-        *(cell.adapter, cell.lora, tuple(model.adapted(source))),
-        *(examples, model.max_length, cell.train, cell.seed),
+    run_config = build(compose([*tiny, f"model.source={deep}", *recipe, *overrides]))
+    source, model = run_config.model.open(), run_config.model
+    examples = run_config.task.train()
+    training_inputs = TrainingInputs(
+        *(run_config.adapter, run_config.lora, tuple(model.adapted(source))),
+        *(examples, model.max_length, run_config.train, run_config.seed),
     )
     curves, adapters = [], []
     for emulator in (Full(), Offload()):
         folder, losses = tmp_path / type(emulator).__name__, []
         folder.mkdir()
-        emulator.build(folder, source, Given(None, None, None, held_at(bits)), device=CPU)
-        built = Built(emulator, Artifact("emulate", "0", folder), source, held_at(bits))
+        emulator.build(folder, source, BuildInputs(None, None, None, held_at(bits)), device=CPU)
+        built_emulator = BuiltEmulator(
+            emulator, Artifact("emulate", "0", folder), source, held_at(bits)
+        )
 
         def follow(_, said, losses=losses):
             losses.append(said["loss"])
 
-        train(folder, built, fit, device=CPU, report=follow)
+        train(folder, built_emulator, training_inputs, device=CPU, report=follow)
         curves.append(losses)
         adapters.append(load_file(folder / "adapter" / "adapter_model.safetensors"))
     assert len(curves[0]) == 6
@@ -105,26 +107,26 @@ def test_the_curve_and_the_adapter_are_those_of_lora(deep, tiny, tmp_path, bits,
 def test_a_run_of_the_method_scores_as_lora_does(tiny, tmp_path):
     scores = []
     for method in ("lora", "offload"):
-        cell = build(compose([*tiny, f"method={method}"]))
-        result = run(cell, Store(tmp_path / method), lambda *_: None)
+        run_config = build(compose([*tiny, f"method={method}"]))
+        result = run(run_config, Store(tmp_path / method), lambda *_: None)
         scores.append(result.evaluated.facts["scores"])
-    assert cell.train.checkpointing
-    assert cell.emulator == Offload()
+    assert run_config.train.checkpointing
+    assert run_config.emulator == Offload()
     assert scores[1] == pytest.approx(scores[0], rel=1e-5)
 
 
 def test_without_recomputation_it_is_refused_in_one_line(tiny, tmp_path):
-    cell = build(compose([*tiny, "method=offload", "train.checkpointing=false"]))
+    run_config = build(compose([*tiny, "method=offload", "train.checkpointing=false"]))
     with pytest.raises(ConfigError, match=r"set train.checkpointing=true$"):
-        run(cell, Store(tmp_path), lambda *_: None)
+        run(run_config, Store(tmp_path), lambda *_: None)
 
 
 def test_an_adapter_that_reads_weights_before_a_block_is_computed_is_refused(tiny, tmp_path):
-    cell = build(compose([*tiny, "method=offload", "adapter=dora"]))
+    run_config = build(compose([*tiny, "method=offload", "adapter=dora"]))
     with pytest.raises(
         ConfigError, match=r"adapter=dora .* emulator=offload .* emulator=full recovery=none$"
     ):
-        run(cell, Store(tmp_path), lambda *_: None)
+        run(run_config, Store(tmp_path), lambda *_: None)
 
 
 @pytest.mark.parametrize("lean", [False, True])
@@ -265,7 +267,7 @@ def test_a_checkpoint_without_one_tensor_of_a_block_is_refused(tmp_path):
 
 
 def test_loss_curves_are_as_far_apart_as_at_their_worst_step():
-    one, other = (Measured(1.0, 1.0, 1.0, tuple(range(s, s + STEPS))) for s in (0, 2))
+    one, other = (TrainingFigures(1.0, 1.0, 1.0, tuple(range(s, s + STEPS))) for s in (0, 2))
     assert apart_at_most(one, other) == 2
     assert apart_at_most(one, one) == 0
     assert math.isnan(apart_at_most(one, FULL))

@@ -13,7 +13,7 @@ from tiny import save_checkpoint
 from emloc.calibration.calibrate import calibrate
 from emloc.config.compose import compose
 from emloc.config.settings import Compression
-from emloc.emulators import Given
+from emloc.emulators import BuildInputs
 from emloc.emulators.svd import Svd
 from emloc.models.checkpoint.source import Source
 from emloc.pipeline import run
@@ -61,7 +61,7 @@ def build_in(folder: Path, source, emulator: Svd, bits: int, statistics=None) ->
     ranks = emulator.plan(source, layers_of(source), Compression(RATIO, "linears", bits))
     folder.mkdir(exist_ok=True)
     return emulator.build(
-        folder, source, Given(ranks, statistics, Rows(), held_at(bits)), device=CPU
+        folder, source, BuildInputs(ranks, statistics, Rows(), held_at(bits)), device=CPU
     )
 
 
@@ -174,7 +174,7 @@ def watch_looks(monkeypatch) -> list[str]:
     """The blocks whose second moments are taken, as they are."""
     import emloc.emulators.svd as home
 
-    looked, observe = [], home.observe
+    looked, observe = [], home.record_moments
 
     def noted(block, *rest, **named):
         looked.append(block.name)
@@ -190,8 +190,8 @@ def watch_looks(monkeypatch) -> list[str]:
 @pytest.mark.parametrize("method", ["emloc", "emloc_nf4"])
 def test_with_no_room_for_statistics_a_run_has_no_stage_for_them(tiny, tmp_path, method):
     def go(home, *overrides):
-        cell = build(compose([*tiny, f"method={method}", *overrides]))
-        return run(cell, Store(tmp_path / home), lambda step, values: None)
+        run_config = build(compose([*tiny, f"method={method}", *overrides]))
+        return run(run_config, Store(tmp_path / home), lambda step, values: None)
 
     once, twice = go("one", "budget.statistics_gib=0"), go("two")
     assert once.statistics is None

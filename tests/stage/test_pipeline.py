@@ -20,7 +20,7 @@ from emloc.calibration.moments import Statistics
 from emloc.calibration.samples import Samples, choose
 from emloc.config.compose import compose
 from emloc.data.reader import encode_all
-from emloc.emulators import Built
+from emloc.emulators import BuiltEmulator
 from emloc.errors import ConfigError, StageError
 from emloc.stages.run_config import build
 
@@ -51,7 +51,7 @@ def test_a_clamp_redoes_recovery_and_evaluation_only(go):
         first.emulated,
         first.trained,
     )
-    assert second.carried != first.carried
+    assert second.recovered != first.recovered
     assert second.evaluated != first.evaluated
 
 
@@ -75,29 +75,29 @@ def test_seeds_share_the_emulator_and_not_the_training(go):
 
 
 def test_clamp_zero_is_the_uncorrected_adapter(go):
-    plain = product_of(go("method=emloc_uncorrected").carried)
-    clamped = product_of(go("method=emloc", "recovery.clamp=0").carried)
+    plain = product_of(go("method=emloc_uncorrected").recovered)
+    clamped = product_of(go("method=emloc", "recovery.clamp=0").recovered)
     for name, delta in plain.items():
         torch.testing.assert_close(clamped[name], delta, atol=1e-7, rtol=1e-5)
 
 
 def test_recovery_none_carries_the_very_matrices(go):
     result = go("method=emloc_uncorrected")
-    trained, carried = adapter_of(result.trained), adapter_of(result.carried)
-    assert trained.keys() == carried.keys()
-    assert all(torch.equal(trained[name], carried[name]) for name in trained)
+    trained, recovered = adapter_of(result.trained), adapter_of(result.recovered)
+    assert trained.keys() == recovered.keys()
+    assert all(torch.equal(trained[name], recovered[name]) for name in trained)
 
 
 @pytest.mark.parametrize("alpha", [2, 4, 8, 16])
 def test_the_unclamped_correction_is_exact_on_the_row_space_for_any_scale(go, tiny, alpha):
     """W x + s B'A' x = W_e x + s B A x for x in the rows of A, with the weights as stored."""
     result = go("method=emloc", "recovery.clamp=null", f"lora.alpha={alpha}")
-    cell = build(compose([*tiny, "method=emloc"]))
-    source = cell.model.open()
+    run_config = build(compose([*tiny, "method=emloc"]))
+    source = run_config.model.open()
     trained = read_lora(result.trained.folder / "adapter").pairs
-    for layer, new in read_lora(result.carried.folder / "adapter").pairs.items():
+    for layer, new in read_lora(result.recovered.folder / "adapter").pairs.items():
         old = trained[layer]
-        gap = cell.emulator.residual(result.emulated.folder, source, layer)
+        gap = run_config.emulator.residual(result.emulated.folder, source, layer)
         left = (gap + new.delta.double()) @ old.a.double().T
         assert new.scale == alpha / 4
         torch.testing.assert_close(left, old.delta.double() @ old.a.double().T, atol=1e-6, rtol=0)
@@ -105,8 +105,8 @@ def test_the_unclamped_correction_is_exact_on_the_row_space_for_any_scale(go, ti
 
 def test_covariance_takes_mismatch_away_from_every_layer(go):
     """On the calibration activations, which is what the metric promises."""
-    carried = go("method=emloc_covariance").carried
-    changes = json.loads((carried.folder / "layers.json").read_text())
+    recovered = go("method=emloc_covariance").recovered
+    changes = json.loads((recovered.folder / "layers.json").read_text())
     assert len(changes) == 14
     assert all(change["removed"] > 0 for change in changes.values())
     assert all(change["clamped"] == 0 for change in changes.values())
@@ -115,13 +115,13 @@ def test_covariance_takes_mismatch_away_from_every_layer(go):
 def test_the_adapter_is_plain_peft_on_the_original(go, tiny, checkpoint, tmp_path):
     """A user loads it without this package and gets the losses that were reported."""
     result = go("method=emloc")
-    folder = shutil.copytree(result.carried.folder / "adapter", tmp_path / "elsewhere")
+    folder = shutil.copytree(result.recovered.folder / "adapter", tmp_path / "elsewhere")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, folder).eval()
-    cell = build(compose(tiny))
-    reader = cell.model.open().reader()
+    run_config = build(compose(tiny))
+    reader = run_config.model.open().reader()
     lines = (result.evaluated.folder / "predictions.jsonl").read_text().splitlines()
-    rows = encode_all(reader, cell.task.held_out(None), 2048)
+    rows = encode_all(reader, run_config.task.held_out(None), 2048)
     for row, line in zip(rows, map(json.loads, lines), strict=True):
         ids = torch.tensor([row.input_ids])
         with torch.no_grad():
@@ -139,15 +139,15 @@ def test_lora_equals_peft_trained_by_hand(afresh, tiny, checkpoint):
     losses = []
     recipe = ["train.schedule=constant", "train.learning_rate=0.05", "train.warmup=0"]
     afresh("method=lora", *recipe, report=lambda step, values: losses.append(values["loss"]))
-    cell = build(compose([*tiny, "method=lora", *recipe]))
-    reader = cell.model.open().reader()
-    rows = encode_all(reader, cell.task.train(), 2048)
-    order = _order_of_the_trainer(cell, rows, reader)
+    run_config = build(compose([*tiny, "method=lora", *recipe]))
+    reader = run_config.model.open().reader()
+    rows = encode_all(reader, run_config.task.train(), 2048)
+    order = _order_of_the_trainer(run_config, rows, reader)
 
     set_seed(0)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     set_seed(0)
-    config = LoraConfig(r=4, lora_alpha=4, target_modules=cell.model.lora_targets)
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=run_config.model.lora_targets)
     model = get_peft_model(model, config).train()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=0.05, weight_decay=0.01)
@@ -163,7 +163,7 @@ def test_lora_equals_peft_trained_by_hand(afresh, tiny, checkpoint):
     assert by_hand[-1] < by_hand[0] - 0.2
 
 
-def _order_of_the_trainer(cell, rows, reader):
+def _order_of_the_trainer(run_config, rows, reader):
     """The first five batches as the Trainer's sampler picks them."""
     from dataclasses import asdict
 
@@ -174,10 +174,16 @@ def _order_of_the_trainer(cell, rows, reader):
     data = [asdict(row) for row in rows]
     device = torch.device("cpu")
     args = arguments(
-        cell.train, cell.seed, Path("unused"), torch.float32, device, lean=False, fused=False
+        run_config.train,
+        run_config.seed,
+        Path("unused"),
+        torch.float32,
+        device,
+        lean=False,
+        fused=False,
     )
     trainer = Trainer(model=torch.nn.Linear(1, 1), args=args, train_dataset=data)
-    set_seed(cell.seed)
+    set_seed(run_config.seed)
     loader = DataLoader(
         rows,
         batch_size=4,
@@ -291,25 +297,29 @@ def test_four_bits_are_trained_through_and_carried_to_the_original(go, tiny, met
     assert result.statistics == wide.statistics
     assert result.trained != wide.trained
     assert losses[-1] < losses[0] - 0.2
-    adapter = read_lora(result.carried.folder / "adapter").pairs
+    adapter = read_lora(result.recovered.folder / "adapter").pairs
     assert len(adapter) == 14
-    cell = build(compose([*tiny, f"method={method}"]))
-    source = cell.model.open()
-    built = Built(cell.emulator, result.emulated, source, cell.precision)
+    run_config = build(compose([*tiny, f"method={method}"]))
+    source = run_config.model.open()
+    built_emulator = BuiltEmulator(
+        run_config.emulator, result.emulated, source, run_config.precision
+    )
     for layer in adapter:
-        gap = built.residual(layer)
+        gap = built_emulator.residual(layer)
         assert float(gap.norm()) > 0.05 * float(source.weight(layer).norm())
 
 
 def test_the_correction_knows_what_four_bits_lost(go, tiny):
     """W x + s B'A' x = W_e x + s B A x for x in the rows of A, with the four bits as stored."""
     result = go("method=emloc_nf4", "recovery.clamp=null", "lora.alpha=8")
-    cell = build(compose([*tiny, "method=emloc_nf4"]))
-    source = cell.model.open()
-    built = Built(cell.emulator, result.emulated, source, cell.precision)
-    model = built.open(torch.device("cpu"))
+    run_config = build(compose([*tiny, "method=emloc_nf4"]))
+    source = run_config.model.open()
+    built_emulator = BuiltEmulator(
+        run_config.emulator, result.emulated, source, run_config.precision
+    )
+    model = built_emulator.open(torch.device("cpu"))
     trained = read_lora(result.trained.folder / "adapter").pairs
-    for layer, new in read_lora(result.carried.folder / "adapter").pairs.items():
+    for layer, new in read_lora(result.recovered.folder / "adapter").pairs.items():
         old, held = trained[layer], model.get_submodule(layer).product()
         rows = old.a.double().T
         left = (source.weight(layer).double() + new.delta.double()) @ rows
@@ -330,13 +340,15 @@ def test_the_other_ways_to_factorise_run(go, settings):
 def test_aware_factors_keep_more_of_the_outputs_than_plain_ones(go, tiny):
     """Energy of the outputs on the calibration tokens, with the very factors that were stored."""
     aware, plain = go("method=emloc"), go("method=emloc", "emulator.aware=false")
-    cell = build(compose(tiny))
-    source = cell.model.open()
+    run_config = build(compose(tiny))
+    source = run_config.model.open()
     for block, layer in ((0, "self_attn.q_proj"), (1, "mlp.up_proj")):
         name = f"model.layers.{block}.{layer}"
         statistics = Statistics.load(aware.statistics.folder / f"model.layers.{block}.safetensors")
         gram = statistics.of(name)["input_gram"]
-        gaps = [cell.emulator.residual(r.emulated.folder, source, name) for r in (aware, plain)]
+        gaps = [
+            run_config.emulator.residual(r.emulated.folder, source, name) for r in (aware, plain)
+        ]
         lost = [float((gap @ gram * gap).sum()) for gap in gaps]
         assert lost[0] < 0.9 * lost[1]
 
@@ -406,34 +418,34 @@ def test_the_mismatch_said_of_a_layer_is_that_of_the_calibration_tokens(go, tiny
     """
     deep = f"model.source={save_checkpoint(tmp_path / 'deep', num_hidden_layers=12)}"
     result = go("method=emloc_covariance", deep)
-    cell = build(compose([*tiny, "method=emloc_covariance", deep]))
+    run_config = build(compose([*tiny, "method=emloc_covariance", deep]))
     source, layers = (
-        cell.model.open(),
-        json.loads((result.carried.folder / "layers.json").read_text()),
+        run_config.model.open(),
+        json.loads((result.recovered.folder / "layers.json").read_text()),
     )
-    samples = Samples(choose(cell.task.train(), 6, 0), cell.model.max_length)
+    samples = Samples(choose(run_config.task.train(), 6, 0), run_config.model.max_length)
     (tmp_path / "sums").mkdir()
-    compressed = cell.model.compressed(source)
+    compressed = run_config.model.compressed(source)
     calibrate(tmp_path / "sums", source, compressed, samples, True, device=CPU)
     trained = read_lora(result.trained.folder / "adapter").pairs
-    for layer, new in read_lora(result.carried.folder / "adapter").pairs.items():
+    for layer, new in read_lora(result.recovered.folder / "adapter").pairs.items():
         known = Statistics.load(tmp_path / "sums" / f"{block_of(layer)}.safetensors")
         second = known.of(layer)["input_gram"] / known.tokens
-        gap = cell.emulator.residual(result.emulated.folder, source, layer)
+        gap = run_config.emulator.residual(result.emulated.folder, source, layer)
         left = gap + new.delta.double() - trained[layer].delta.double()
         for name, miss in (("mismatch_before", gap), ("mismatch_after", left)):
             energy = float(torch.einsum("ij,jk,ik->", miss, second, miss))
             assert layers[layer][name] == pytest.approx(energy, rel=2e-3)
-    assert len(layers) == result.carried.facts["corrected_layers"] == 84
-    assert 0 < result.carried.facts["mismatch_left"] < 1
+    assert len(layers) == result.recovered.facts["corrected_layers"] == 84
+    assert 0 < result.recovered.facts["mismatch_left"] < 1
 
 
 def test_under_the_identity_metric_the_mismatch_is_that_of_white_inputs(go, tiny):
     result = go("method=emloc")
-    cell = build(compose([*tiny, "method=emloc"]))
-    changes = json.loads((result.carried.folder / "layers.json").read_text())
+    run_config = build(compose([*tiny, "method=emloc"]))
+    changes = json.loads((result.recovered.folder / "layers.json").read_text())
     for layer, change in changes.items():
-        gap = cell.emulator.residual(result.emulated.folder, cell.model.open(), layer)
+        gap = run_config.emulator.residual(result.emulated.folder, run_config.model.open(), layer)
         assert change["mismatch_before"] == pytest.approx(float(gap.square().sum()))
         assert change["mismatch_after"] == pytest.approx(
             change["mismatch_before"] - change["removed"]
@@ -446,13 +458,15 @@ def test_what_is_trained_in_four_bits_is_scored_as_trained_too(go, tiny):
     assert plain.as_trained is None
     scores = result.as_trained.facts["scores"]
     assert scores["loss"] != result.evaluated.facts["scores"]["loss"]
-    cell = build(compose([*tiny, "method=qlora"]))
-    source = cell.model.open()
-    model = Built(cell.emulator, result.emulated, source, cell.precision).open(CPU)
+    run_config = build(compose([*tiny, "method=qlora"]))
+    source = run_config.model.open()
+    model = BuiltEmulator(run_config.emulator, result.emulated, source, run_config.precision).open(
+        CPU
+    )
     model = PeftModel.from_pretrained(model, result.trained.folder / "adapter").eval()
-    encoded = encode_all(source.reader(), cell.task.held_out(64), cell.model.max_length)
+    encoded = encode_all(source.reader(), run_config.task.held_out(64), run_config.model.max_length)
     answers = source.objective.score(model, encoded, source.reader(), 4)
-    summary = source.objective.summary(answers, cell.task.held_out(64))
+    summary = source.objective.summary(answers, run_config.task.held_out(64))
     assert summary["loss"] == pytest.approx(scores["loss"], rel=1e-5)
 
 
@@ -461,8 +475,8 @@ def test_quantising_is_a_gap_that_a_correction_closes(go):
     plain = go("method=qlora")
     result = go("method=qlora", "recovery=correction_covariance")
     assert result.trained == plain.trained
-    assert result.carried.facts["corrected_layers"] == 14
-    assert 0 < result.carried.facts["mismatch_left"] < 1
+    assert result.recovered.facts["corrected_layers"] == 14
+    assert 0 < result.recovered.facts["mismatch_left"] < 1
     assert result.evaluated.facts["scores"] != plain.evaluated.facts["scores"]
 
 

@@ -16,10 +16,10 @@ from emloc.config.run_folder import folder_name
 from emloc.cost.plan.cost import cost_of
 from emloc.cost.plan.fit import RESERVE, WORKSPACE, fitting, need_of, scheme_of
 from emloc.cost.plan.gpus import GPUS, gpu_called
-from emloc.cost.plan.scheme import Work
+from emloc.cost.plan.layout import StepShape
 from emloc.cost.plan.table import HEADER, plan
 from emloc.cost.plan.trace import trace
-from emloc.emulators import Given
+from emloc.emulators import BuildInputs
 from emloc.emulators.full import Full
 from emloc.emulators.svd import Svd
 from emloc.errors import ConfigError
@@ -29,7 +29,7 @@ from emloc.runtime.memory import GIB
 from emloc.runtime.stage_cache import Store
 from emloc.stages.run_config import build
 from emloc.tensors.lean.embedding import HostEmbedding
-from emloc.tensors.lean.model import keep_embedding_on_host
+from emloc.tensors.lean.model import offload_embedding
 from emloc.tensors.nn.factorized import PackedFactorized
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ MIDDLE = (
     *("hidden_size=2048", "intermediate_size=5632", "num_hidden_layers=6", "vocab_size=32000"),
     *("num_attention_heads=16", "num_key_value_heads=4", "bos_token_id=1", "eos_token_id=2"),
 )
-WORK = Work(length=512, batch=2, answer=64, checkpointing=True, host_activations=False)
+WORK = StepShape(length=512, batch=2, answer=64, checkpointing=True, host_activations=False)
 # A checkpoint of which a part more or less can be told in a budget, most of which is WORKSPACE.
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
 BUDGETS_MIB = (71.2, 78)
@@ -57,17 +57,17 @@ def cell_of(shape, *overrides, model="llama3_8b"):
     return build(compose([f"model={model}", "tracker=none", "lora=r4", *shape, *overrides]))
 
 
-def shaped(cell):
-    return cell.model.shape_source()
+def shaped(run_config):
+    return run_config.model.shape_source()
 
 
-def opened(cell, ratio, bits, folder):
+def opened(run_config, ratio, bits, folder):
     """The model of a scheme as the pipeline opens it, on a CPU; factors by a plain SVD."""
-    source = cell.model.open()
-    chosen = replace(cell.compression, ratio=ratio or 0.5, bits=bits)
+    source = run_config.model.open()
+    chosen = replace(run_config.compression, ratio=ratio or 0.5, bits=bits)
     emulator = Full() if ratio is None else PLAIN_SVD
-    ranks = emulator.plan(source, cell.model.compressed(source), chosen)
-    emulator.build(folder, source, Given(ranks, None, None, held_at(bits)), device=CPU)
+    ranks = emulator.plan(source, run_config.model.compressed(source), chosen)
+    emulator.build(folder, source, BuildInputs(ranks, None, None, held_at(bits)), device=CPU)
     return emulator.open(folder, source, CPU, precision=held_at(bits))
 
 
@@ -90,11 +90,11 @@ def held_bytes(model):
 @pytest.mark.parametrize("model", ["llama3_8b", "qwen2_5_7b"])
 def test_weights_are_the_bytes_that_an_opened_model_holds(tmp_path, model, tied, ratio, bits):
     said = ("model.weights=random", f"model.shape.tie_word_embeddings={str(tied).lower()}")
-    cell = cell_of(SMALL, *said, model=model)
-    scheme = scheme_of(cell, shaped(cell), ratio, held_at(bits))
-    found = opened(cell, ratio, bits, tmp_path)
+    run_config = cell_of(SMALL, *said, model=model)
+    scheme = scheme_of(run_config, shaped(run_config), ratio, held_at(bits))
+    found = opened(run_config, ratio, bits, tmp_path)
     before = held_bytes(found)
-    freed = keep_embedding_on_host(found)
+    freed = offload_embedding(found)
     assert scheme.embedding == freed == (0 if tied else 300 * 64 * 2)
     assert isinstance(found.get_input_embeddings(), HostEmbedding) != tied
     assert scheme.weights == held_bytes(found) == before - freed
@@ -103,8 +103,8 @@ def test_weights_are_the_bytes_that_an_opened_model_holds(tmp_path, model, tied,
 
 @pytest.mark.parametrize(("ratio", "bits"), HELD, ids=NAMES)
 def test_the_adapter_is_its_parameters_moments_and_copies(tmp_path, ratio, bits):
-    cell = cell_of(SMALL, "model.weights=random")
-    scheme = scheme_of(cell, shaped(cell), ratio, held_at(bits))
+    run_config = cell_of(SMALL, "model.weights=random")
+    scheme = scheme_of(run_config, shaped(run_config), ratio, held_at(bits))
 
     def storages(model, lows=()):
         tensors = [*model.parameters(), *lows]
@@ -112,9 +112,9 @@ def test_the_adapter_is_its_parameters_moments_and_copies(tmp_path, ratio, bits)
             {(s := one.untyped_storage()).data_ptr(): s.nbytes() for one in tensors}.values()
         )
 
-    model = opened(cell, ratio, bits, tmp_path)
+    model = opened(run_config, ratio, bits, tmp_path)
     before = storages(model)
-    tuned = Lora().attach(model, cell.lora, linears(model, cell.model.lora_targets))
+    tuned = Lora().attach(model, run_config.lora, linears(model, run_config.model.lora_targets))
     assert fuse(tuned) == 14
     layers = [m for m in tuned.modules() if hasattr(m, "lora_A") and len(m.lora_A)]
     # What a forward pass is given beside its input: base and adapter.
@@ -137,11 +137,14 @@ def test_the_adapter_is_its_parameters_moments_and_copies(tmp_path, ratio, bits)
 
 
 def test_room_for_four_bit_matrices_is_that_of_the_largest_of_both_kinds():
-    cell = cell_of(SMALL)
-    assert scheme_of(cell, shaped(cell), 0.5, None).scratch == 0
-    assert scheme_of(cell, shaped(cell), None, held_at(4)).scratch == 64 * 96 * 2
+    run_config = cell_of(SMALL)
+    assert scheme_of(run_config, shaped(run_config), 0.5, None).scratch == 0
+    assert scheme_of(run_config, shaped(run_config), None, held_at(4)).scratch == 64 * 96 * 2
     # Ranks 16 (64 x 64), 10 (32 x 64) and 19 (64 x 96) with 4 of the adapter, in eights.
-    assert scheme_of(cell, shaped(cell), 0.5, held_at(4)).scratch == (24 * 96 + 24 * 96) * 2
+    assert (
+        scheme_of(run_config, shaped(run_config), 0.5, held_at(4)).scratch
+        == (24 * 96 + 24 * 96) * 2
+    )
     few = cell_of(SMALL, r"model.lora_targets='model\.layers\.\d+\.self_attn\.k_proj'")
     # The adapted one (32, 64), and beside it the largest without an adapter.
     assert scheme_of(few, shaped(few), None, held_at(4)).scratch == (32 * 64 + 64 * 96) * 2
@@ -150,25 +153,25 @@ def test_room_for_four_bit_matrices_is_that_of_the_largest_of_both_kinds():
 
 @pytest.mark.parametrize("model", sorted(path.stem for path in CONF.glob("model/[!_]*.yaml")))
 def test_every_model_can_be_planned_without_its_weights(model):
-    cell = build(compose([f"model={model}", "model.dtype=bfloat16", "tracker=none"]))
-    source = shaped(cell)
-    whole = scheme_of(cell, source, None, None)
+    run_config = build(compose([f"model={model}", "model.dtype=bfloat16", "tracker=none"]))
+    source = shaped(run_config)
+    whole = scheme_of(run_config, source, None, None)
     parameters = sum(source.sizes.values())
     assert whole.weights + whole.embedding == 2 * parameters
     four, half = (
-        scheme_of(cell, source, *one).weights for one in ((None, held_at(4)), (0.5, None))
+        scheme_of(run_config, source, *one).weights for one in ((None, held_at(4)), (0.5, None))
     )
     linears = sum(rows * columns for rows, columns in whole.compressed.values())
     # Half of 2 bytes each; the ranks of a layer 88 wide are rounded down by up to a 44th.
     assert half - whole.uncompressed == pytest.approx(linears, rel=0.015)
     assert 0.5 * linears < four < whole.weights
-    packed = scheme_of(cell, source, 0.5, held_at(4)).weights - whole.uncompressed
+    packed = scheme_of(run_config, source, 0.5, held_at(4)).weights - whole.uncompressed
     assert packed == pytest.approx((0.5 + 1 / 64) * linears / 2, rel=0.015)
 
 
 def test_a_ratio_of_the_model_is_one_of_the_model():
-    cell = cell_of(MIDDLE, "compression.of=model")
-    scheme = scheme_of(cell, shaped(cell), 0.6, None)
+    run_config = cell_of(MIDDLE, "compression.of=model")
+    scheme = scheme_of(run_config, shaped(run_config), 0.6, None)
     total = 2 * sum(scheme.source.sizes.values())
     assert scheme.weights + scheme.embedding == pytest.approx(0.6 * total, rel=0.002)
 
@@ -218,9 +221,9 @@ def test_a_recomputed_block_keeps_one_hidden_state_and_on_the_host_none(ratio):
 @pytest.mark.parametrize(("checkpointing", "host"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_a_few_blocks_tell_what_all_of_them_hold(checkpointing, host, accumulate):
-    cell = cell_of(MIDDLE)
-    scheme = scheme_of(cell, shaped(cell), 0.5, None)
-    work = Work(512, 2, 64, checkpointing, host, accumulate)
+    run_config = cell_of(MIDDLE)
+    scheme = scheme_of(run_config, shaped(run_config), 0.5, None)
+    work = StepShape(512, 2, 64, checkpointing, host, accumulate)
     assert scheme.blocks.count == 6
     all_of_them, told = scheme.run(work, 6), scheme.traced(work)
     assert told.peak == pytest.approx(all_of_them.peak, rel=0.01)
@@ -228,8 +231,8 @@ def test_a_few_blocks_tell_what_all_of_them_hold(checkpointing, host, accumulate
 
 
 def test_the_loss_is_the_peak_where_the_vocabulary_is_most_of_the_model():
-    cell = cell_of((*SMALL, "vocab_size=65536"))
-    scheme = scheme_of(cell, shaped(cell), None, None)
+    run_config = cell_of((*SMALL, "vocab_size=65536"))
+    scheme = scheme_of(run_config, shaped(run_config), None, None)
     work = replace(WORK, length=256, batch=1, answer=256)
     assert scheme.logits(work) == 256 * 65536 * (4 + 2)
     # In float32 with the exponentials beside them, and next to nothing else.
@@ -238,11 +241,15 @@ def test_the_loss_is_the_peak_where_the_vocabulary_is_most_of_the_model():
 
 
 def test_before_the_first_step_the_embedding_is_on_the_device():
-    cell = cell_of((*SMALL, "vocab_size=2000000"))
-    need = need_of(scheme_of(cell, shaped(cell), None, None), replace(WORK, length=8, answer=1))
+    run_config = cell_of((*SMALL, "vocab_size=2000000"))
+    need = need_of(
+        scheme_of(run_config, shaped(run_config), None, None), replace(WORK, length=8, answer=1)
+    )
     assert need.opening > 2000000 * 64 * 2 > need.adapter + need.activations + need.scratch
     assert need.peak == need.weights + need.opening
-    longer = need_of(scheme_of(cell, shaped(cell), None, None), replace(WORK, length=100000))
+    longer = need_of(
+        scheme_of(run_config, shaped(run_config), None, None), replace(WORK, length=100000)
+    )
     assert longer.peak == (longer.weights + longer.adapter + longer.activations + longer.scratch)
     assert longer.scratch == WORKSPACE
 
@@ -256,9 +263,9 @@ def test_before_the_first_step_the_embedding_is_on_the_device():
     ],
 )
 def test_what_is_not_the_lean_training_is_not_planned_with(override, said):
-    cell = cell_of(SMALL, override)
+    run_config = cell_of(SMALL, override)
     with pytest.raises(ConfigError, match=f"^only the lean training is planned with; set {said}$"):
-        scheme_of(cell, shaped(cell), None, None)
+        scheme_of(run_config, shaped(run_config), None, None)
 
 
 # A budget -----------------------------------------------------------------------------------------
@@ -268,22 +275,22 @@ def auto(*overrides):
     return cell_of(MIDDLE, "compression=auto", *overrides)
 
 
-def peak(cell, ratio, bits):
-    return need_of(scheme_of(cell, shaped(cell), ratio, held_at(bits)), WORK).peak
+def peak(run_config, ratio, bits):
+    return need_of(scheme_of(run_config, shaped(run_config), ratio, held_at(bits)), WORK).peak
 
 
 @pytest.mark.parametrize("bits", [16, 4])
 def test_a_budget_gets_the_largest_ratio_that_fits(bits, caplog):
-    cell = auto("budget.gpu_gib=0.55" if bits == 16 else "budget.gpu_gib=0.42")
-    compression = replace(cell.compression, bits=bits)
-    cell = replace(cell, compression=compression, precision=held_at(bits))
+    run_config = auto("budget.gpu_gib=0.55" if bits == 16 else "budget.gpu_gib=0.42")
+    compression = replace(run_config.compression, bits=bits)
+    run_config = replace(run_config, compression=compression, precision=held_at(bits))
     with caplog.at_level(logging.INFO):
-        chosen = fitting(cell, shaped(cell), WORK)
+        chosen = fitting(run_config, shaped(run_config), WORK)
     assert (chosen.bits, chosen.of) == (bits, "linears")
     assert 0.1 < chosen.ratio < 0.9
-    room = cell.budget.gpu_gib * GIB * (1 - RESERVE)
-    assert peak(cell, chosen.ratio, bits) <= room
-    assert peak(cell, round(chosen.ratio + 0.01, 2), bits) > room
+    room = run_config.budget.gpu_gib * GIB * (1 - RESERVE)
+    assert peak(run_config, chosen.ratio, bits) <= room
+    assert peak(run_config, round(chosen.ratio + 0.01, 2), bits) > room
     said = f"compression=auto: ratio {chosen.ratio:.2f} at {bits} bits within"
     assert said in caplog.text
 
@@ -291,8 +298,8 @@ def test_a_budget_gets_the_largest_ratio_that_fits(bits, caplog):
 def test_left_open_bits_are_16_where_nearly_all_can_be_kept_so_and_else_4():
     found = {}
     for gib in (0.36, 0.45, 1):
-        cell = auto(f"budget.gpu_gib={gib}")
-        found[gib] = fitting(cell, shaped(cell), WORK)
+        run_config = auto(f"budget.gpu_gib={gib}")
+        found[gib] = fitting(run_config, shaped(run_config), WORK)
     assert [one.bits for one in found.values()] == [4, 4, 16]
     assert 0.1 < found[0.36].ratio < 0.5 < found[0.45].ratio < 0.99
     assert found[1].ratio == 0.99
@@ -300,12 +307,16 @@ def test_left_open_bits_are_16_where_nearly_all_can_be_kept_so_and_else_4():
 
 def test_a_format_of_a_plug_in_is_solved_for_and_has_rows_of_its_own(monkeypatch):
     monkeypatch.setattr("emloc.config.paths.conf_folders", lambda: [CONF, THREE_BITS / "conf"])
-    cell = auto("budget.gpu_gib=0.36")
-    chosen = fitting(cell, shaped(cell), WORK)
+    run_config = auto("budget.gpu_gib=0.36")
+    chosen = fitting(run_config, shaped(run_config), WORK)
     assert chosen.bits == 3  # of four bits not nearly all can be kept either
-    room = cell.budget.gpu_gib * GIB * (1 - RESERVE)
-    assert peak(cell, chosen.ratio, 3) <= room < peak(cell, round(chosen.ratio + 0.01, 2), 3)
-    named = replace(cell, precision=held_at(4))
+    room = run_config.budget.gpu_gib * GIB * (1 - RESERVE)
+    assert (
+        peak(run_config, chosen.ratio, 3)
+        <= room
+        < peak(run_config, round(chosen.ratio + 0.01, 2), 3)
+    )
+    named = replace(run_config, precision=held_at(4))
     assert fitting(named, shaped(named), WORK).bits == 4
     rows = rows_of(plan(cell_of(MIDDLE), WORK, gpu_called("rtx4090")))[2:]
     assert [(row[0], row[2]) for row in rows] == [
@@ -318,8 +329,8 @@ def test_a_format_of_a_plug_in_is_solved_for_and_has_rows_of_its_own(monkeypatch
 
 def test_a_model_trained_through_whole_gets_the_larger_bits_that_fit():
     for gib, bits in ((0.9, 16), (0.6, 4)):
-        cell = auto(f"budget.gpu_gib={gib}", "method=lora")
-        chosen = fitting(cell, shaped(cell), WORK)
+        run_config = auto(f"budget.gpu_gib={gib}", "method=lora")
+        chosen = fitting(run_config, shaped(run_config), WORK)
         assert (chosen.ratio, chosen.bits) == (None, bits)
 
 
@@ -350,9 +361,9 @@ REST += "budget.gpu_gib higher, or train.batch or lora.rank lower"
     ],
 )
 def test_what_no_budget_holds_is_said_in_one_line(overrides, said):
-    cell = auto(*overrides)
+    run_config = auto(*overrides)
     with pytest.raises(ConfigError) as raised:
-        fitting(cell, shaped(cell), WORK)
+        fitting(run_config, shaped(run_config), WORK)
     assert str(raised.value) == said
 
 
@@ -365,9 +376,9 @@ def rows_of(table):
 
 
 def test_the_table_has_a_row_for_each_method_and_says_what_fits():
-    cell = cell_of(MIDDLE, "budget.gpu_gib=0.6")
+    run_config = cell_of(MIDDLE, "budget.gpu_gib=0.6")
     work = replace(WORK, accumulate=4)
-    table = plan(cell, work, gpu_called("rtx4090"))
+    table = plan(run_config, work, gpu_called("rtx4090"))
     header, dashes, *rows = rows_of(table)
     assert tuple(header) == HEADER
     assert set("".join(dashes)) == {"-"}
@@ -378,7 +389,7 @@ def test_the_table_has_a_row_for_each_method_and_says_what_fits():
         ["emloc_nf4", "0.5", "4"],
     ]
     for row, (ratio, bits) in zip(rows, HELD, strict=True):
-        need = need_of(scheme_of(cell, shaped(cell), ratio, held_at(bits)), work)
+        need = need_of(scheme_of(run_config, shaped(run_config), ratio, held_at(bits)), work)
         found = dict(zip(HEADER, row, strict=True))
         assert found["peak GiB"] == f"{need.peak / GIB:.2f}"
         parts = sum(float(found[part]) for part in ("weights", "adapter", "activations"))
@@ -390,12 +401,12 @@ def test_the_table_has_a_row_for_each_method_and_says_what_fits():
 
 @pytest.mark.parametrize("method", ["emloc", "lora"])
 def test_the_last_line_is_of_an_emulator_with_nothing_given_but_the_budget(method):
-    cell = cell_of(MIDDLE, "budget.gpu_gib=0.45", f"method={method}", "compression=r25")
+    run_config = cell_of(MIDDLE, "budget.gpu_gib=0.45", f"method={method}", "compression=r25")
     free = auto("budget.gpu_gib=0.45")
     chosen = fitting(free, shaped(free), WORK)
     assert chosen.bits == 4  # the configuration says 16
     expected = f"compression.ratio={chosen.ratio:g} compression.bits=4"
-    last = plan(cell, WORK, gpu_called("rtx4090")).splitlines()[-1]
+    last = plan(run_config, WORK, gpu_called("rtx4090")).splitlines()[-1]
     assert last == f"compression=auto: {expected}"
     none = plan(cell_of(SMALL), WORK, gpu_called("rtx4090")).splitlines()[-1]
     assert none == "compression=auto: set budget.gpu_gib to see what it would choose"
@@ -404,10 +415,10 @@ def test_the_last_line_is_of_an_emulator_with_nothing_given_but_the_budget(metho
 
 
 def test_a_step_of_more_passes_takes_so_many_times_as_long():
-    cell = cell_of(MIDDLE)
-    scheme = scheme_of(cell, shaped(cell), 0.5, None)
+    run_config = cell_of(MIDDLE)
+    scheme = scheme_of(run_config, shaped(run_config), 0.5, None)
     one, four = (
-        cost_of(scheme, replace(WORK, accumulate=n), 5000, GPUS["h200"], 64, cell.budget)
+        cost_of(scheme, replace(WORK, accumulate=n), 5000, GPUS["h200"], 64, run_config.budget)
         for n in (1, 4)
     )
     assert four.step_seconds == pytest.approx(4 * one.step_seconds)
@@ -443,10 +454,10 @@ def test_a_run_finds_its_numbers_and_is_of_them(tiny, tmp_path, caplog):
     said = [*tiny, f"model.source={wide}", "compression=auto", "train.batch=1", "train.steps=1"]
     found = {}
     for mib in BUDGETS_MIB:
-        cell = build(compose([*said, "method=emloc", f"budget.gpu_gib={mib / 1024}"]))
+        run_config = build(compose([*said, "method=emloc", f"budget.gpu_gib={mib / 1024}"]))
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            result = run(cell, Store(tmp_path / "cache"), lambda step, values: None)
+            result = run(run_config, Store(tmp_path / "cache"), lambda step, values: None)
         facts = result.emulated.facts
         [line] = [one for one in caplog.messages if one.startswith("compression=auto")]
         ratio = float(line.split("ratio ")[1].split()[0])

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from emloc.adapters.lora import Lora
 from emloc.adapters.saved import read_lora
 from emloc.config.compose import compose
-from emloc.emulators import Built
+from emloc.emulators import BuiltEmulator
 from emloc.errors import ConfigError
 from emloc.precision.nf4 import Nf4Linear
 from emloc.stages.run_config import build
@@ -35,10 +35,10 @@ WHOLE = ["emulator.first=0", "emulator.last=0"]
 LEARNING = ["train.learning_rate=0.05", "train.schedule=constant"]
 
 
-def built_of(result, tiny, method) -> Built:
-    cell = build(compose([*tiny, f"method={method}", *WHOLE]))
+def built_of(result, tiny, method) -> BuiltEmulator:
+    run_config = build(compose([*tiny, f"method={method}", *WHOLE]))
     held = held_at(result.emulated.facts["bits"])
-    return Built(cell.emulator, result.emulated, cell.model.open(), held)
+    return BuiltEmulator(run_config.emulator, result.emulated, run_config.model.open(), held)
 
 
 def tables(result) -> dict[str, dict]:
@@ -57,18 +57,18 @@ def test_every_method_is_pruned_trained_scattered_and_scored(go, method):
     assert facts["whole"] == {}
     assert ("samples" in facts) == (method != "loram_rand")
     assert result.statistics is None
-    assert result.carried.facts["enlarged_layers"] == 14
+    assert result.recovered.facts["enlarged_layers"] == 14
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_carried_adapter_is_plain_peft_on_the_original(go, tiny, checkpoint, tmp_path, method):
     """The same logits as the original's weights with the trained product on kept rows, columns."""
     result = go(f"method={method}", *LEARNING, "lora.alpha=8")
-    folder = shutil.copytree(result.carried.folder / "adapter", tmp_path / "elsewhere")
-    built = built_of(result, tiny, method)
+    folder = shutil.copytree(result.recovered.folder / "adapter", tmp_path / "elsewhere")
+    built_emulator = built_of(result, tiny, method)
     ours = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     for layer, pair in read_lora(result.trained.folder / "adapter").pairs.items():
-        rows, columns = built.emulator.kept(result.emulated.folder, layer)
+        rows, columns = built_emulator.emulator.kept(result.emulated.folder, layer)
         weight = ours.get_submodule(layer).weight.data
         rows = torch.arange(weight.shape[0]) if rows is None else rows
         columns = torch.arange(weight.shape[1]) if columns is None else columns
@@ -84,8 +84,8 @@ def test_the_carried_adapter_is_plain_peft_on_the_original(go, tiny, checkpoint,
 
 def test_what_is_trained_is_the_smaller_model(go, tiny):
     result = go("method=upop", *LEARNING)
-    built = built_of(result, tiny, "upop")
-    model = built.open(CPU)
+    built_emulator = built_of(result, tiny, "upop")
+    model = built_emulator.open(CPU)
     for layer, line in tables(result).items():
         module = model.get_submodule(layer)
         assert [module.out_features, module.in_features] == line["shape"]
@@ -114,8 +114,8 @@ def test_four_bits_are_trained_through_and_scattered(go):
     four, sixteen = result.emulated.facts, wide.emulated.facts
     assert four["parameters"] == sixteen["parameters"]
     assert four["bytes"] < sixteen["bytes"]
-    carried = read_lora(result.carried.folder / "adapter").pairs
-    assert {pair.a.shape[1] for pair in carried.values()} == {32, 64}
+    recovered = read_lora(result.recovered.folder / "adapter").pairs
+    assert {pair.a.shape[1] for pair in recovered.values()} == {32, 64}
 
 
 def test_four_bits_reach_the_blocks_that_are_left_whole(go, tiny):

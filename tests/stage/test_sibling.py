@@ -58,12 +58,12 @@ def test_it_is_lora_on_the_sibling(go, pair, tiny, small):
     alone = go(*tiny, "method=lora", f"model.source={small}", "model.id=somebody/small")
     assert result.evaluated.facts["scores"] == alone.evaluated.facts["scores"]
     assert result.trained.facts["trainable"] == alone.trained.facts["trainable"]
-    tensors = load_file(result.carried.folder / "adapter" / "adapter_model.safetensors")
+    tensors = load_file(result.recovered.folder / "adapter" / "adapter_model.safetensors")
     assert len(tensors) == 2 * 7
     q = "base_model.model.model.layers.0.self_attn.q_proj.lora"
     assert tensors[f"{q}_A.weight"].shape == (4, 16)
     assert tensors[f"{q}_B.weight"].shape == (16, 4)
-    config = json.loads((result.carried.folder / "adapter" / "adapter_config.json").read_text())
+    config = json.loads((result.recovered.folder / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "somebody/small"
     facts = result.emulated.facts
     held = load_file(small / "model.safetensors")
@@ -89,7 +89,7 @@ def test_a_run_is_merged_into_the_sibling(go, pair, small, tmp_path):
     cfg = compose([*pair, "method=small_model"])
     folder.mkdir()
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    (folder / "adapter").symlink_to(result.carried.folder / "adapter")
+    (folder / "adapter").symlink_to(result.recovered.folder / "adapter")
     merged = load_file(merge_run(folder, tmp_path / "merged") / "model.safetensors")
     own = load_file(small / "model.safetensors")
     assert {n: t.shape for n, t in merged.items()} == {n: t.shape for n, t in own.items()}
@@ -98,12 +98,12 @@ def test_a_run_is_merged_into_the_sibling(go, pair, small, tmp_path):
 
 
 def test_a_model_of_the_package_names_its_siblings():
-    cell = build(compose(["model=internvl2_5_8b", "method=small_model"]))
-    names = {choice: one.name for choice, one in cell.model.siblings.items()}
+    run_config = build(compose(["model=internvl2_5_8b", "method=small_model"]))
+    names = {choice: one.name for choice, one in run_config.model.siblings.items()}
     assert names == {"r50": "internvl2_5_4b", "r25": "internvl2_5_2b"}
     for choice, name in names.items():
         alone = build(compose([f"model={name}", "method=lora"])).model
-        assert cell.model.siblings[choice] == alone
+        assert run_config.model.siblings[choice] == alone
         ratio = int(choice[1:]) / 100
         chosen = build(
             compose(["model=internvl2_5_8b", "method=small_model", f"compression.ratio={ratio}"])
@@ -135,7 +135,7 @@ def test_a_model_of_the_package_names_its_siblings():
     ids=["none", "none of this share", "auto"],
 )
 def test_a_sibling_that_is_not_there_is_refused(overrides, message):
-    cell = build(compose(["method=small_model", *overrides]))
+    run_config = build(compose(["method=small_model", *overrides]))
     with pytest.raises(ConfigError) as refused:
-        cell.emulator.model(cell.model, cell.compression)
+        run_config.emulator.model(run_config.model, run_config.compression)
     assert str(refused.value) == message

@@ -9,7 +9,7 @@ from tiny import save_checkpoint
 from emloc.adapters.saved import read_lora
 from emloc.config.compose import compose
 from emloc.config.paths import CONF
-from emloc.emulators import Built
+from emloc.emulators import BuiltEmulator
 from emloc.emulators.size import bytes_of
 from emloc.errors import ConfigError, StageError
 from emloc.models.checkpoint.source import CPU
@@ -45,8 +45,8 @@ def cell_of(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("emulator", METHODS)
 def test_it_is_quantised_saved_trained_through_and_carried(cell_of, store, emulator):
-    cell, losses = cell_of(*METHODS[emulator]), []
-    result = run(cell, store, lambda step, values: losses.append(values["loss"]))
+    run_config, losses = cell_of(*METHODS[emulator]), []
+    result = run(run_config, store, lambda step, values: losses.append(values["loss"]))
     assert len(losses) == 5
     assert all(4 < loss < 7 for loss in losses)
     trained = read_lora(result.trained.folder / "adapter").pairs
@@ -57,9 +57,11 @@ def test_it_is_quantised_saved_trained_through_and_carried(cell_of, store, emula
     assert result.as_trained is not None
     assert result.evaluated.facts["scores"] != result.as_trained.facts["scores"]
 
-    source = cell.model.open()
-    built = Built(cell.emulator, result.emulated, source, cell.precision)
-    model = built.open(CPU)
+    source = run_config.model.open()
+    built_emulator = BuiltEmulator(
+        run_config.emulator, result.emulated, source, run_config.precision
+    )
+    model = built_emulator.open(CPU)
     packed = {
         name: [layer.v, layer.ut] if isinstance(layer, PackedFactorized) else [layer.matrix]
         for name, layer in model.named_modules()
@@ -79,7 +81,7 @@ def test_it_is_quantised_saved_trained_through_and_carried(cell_of, store, emula
     # Cut layers are of another shape, and streamed ones are there when they are computed.
     if emulator not in ("prune", "offload"):
         for layer in [name for name in packed if name.endswith("layers.0.mlp.up_proj")]:
-            gap, weight = built.residual(layer), source.weight(layer).double()
+            gap, weight = built_emulator.residual(layer), source.weight(layer).double()
             left = weight - gap
             matrices = [matrix.dequantize().double() for matrix in packed[layer]]
             formed = matrices[1].T @ matrices[0] if len(matrices) == 2 else matrices[0]
@@ -87,9 +89,11 @@ def test_it_is_quantised_saved_trained_through_and_carried(cell_of, store, emula
 
 
 def test_the_same_is_found_again_and_other_settings_of_the_format_are_not(cell_of, store):
-    cell = cell_of("method=lora")
-    other = replace(cell, precision=replace(TOY, group=32))
-    keys = [run(one, store, lambda *_: None).emulated.key for one in (cell, cell, other)]
+    run_config = cell_of("method=lora")
+    other = replace(run_config, precision=replace(TOY, group=32))
+    keys = [
+        run(one, store, lambda *_: None).emulated.key for one in (run_config, run_config, other)
+    ]
     assert keys[0] == keys[1] != keys[2]
 
 

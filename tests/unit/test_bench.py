@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from emloc.cost.bench import run
-from emloc.cost.bench.rows import Row, merge, note, read, row, table
+from emloc.cost.bench.rows import BenchRow, merge, note, read, row, table
 from emloc.cost.bench.run import WORKS, bench, one
-from emloc.cost.bench.setting import Setting, out_of_memory
-from emloc.cost.bench.training import FULL, Measured, Target, beside, fitted, tried
+from emloc.cost.bench.setting import BenchSetup, out_of_memory
+from emloc.cost.bench.training import FULL, Target, TrainingFigures, beside, fitted, tried
 from emloc.errors import ConfigError, StageError
 
 COLUMNS = ["work", "what", "unit", "ours", "peer", "ratio", "target", "holds"]
@@ -30,7 +30,7 @@ NAMES = [
 
 
 def test_the_columns_are_these():
-    assert [field.name for field in fields(Row)] == COLUMNS
+    assert [field.name for field in fields(BenchRow)] == COLUMNS
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_work_that_fails_is_named_behind_the_others(tmp_path, monkeypatch):
 
 
 def test_a_work_that_fails_leaves_the_table_as_it_was(tmp_path, monkeypatch):
-    def breaks() -> Iterator[Row]:
+    def breaks() -> Iterator[BenchRow]:
         yield row("cap24_38b", "what", "s", 1.0)
         raise ArithmeticError("half way")
 
@@ -144,7 +144,7 @@ def test_a_work_that_fails_leaves_the_table_as_it_was(tmp_path, monkeypatch):
 
 
 def test_a_sample_is_tiles_and_a_text_whose_second_half_is_learnt():
-    setting = Setting("internvl2_5_8b")
+    setting = BenchSetup("internvl2_5_8b")
     sample, learnt = setting.batch(3), setting.learnt(3)
     config = setting.source.config
     places = int((sample["input_ids"] == config.image_token_id).sum())
@@ -163,8 +163,8 @@ def test_a_training_that_does_not_fit_its_target_is_a_row_that_does_not_hold():
     def opener(setting, device):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    assert tried(lambda: fitted(Setting("internvl2_5_8b", ("train.steps=8",)), opener)) is FULL
-    lora, qlora = Measured(70.0, 77.4, 1.0), Measured(22.0, 23.4, 1.2)
+    assert tried(lambda: fitted(BenchSetup("internvl2_5_8b", ("train.steps=8",)), opener)) is FULL
+    lora, qlora = TrainingFigures(70.0, 77.4, 1.0), TrainingFigures(22.0, 23.4, 1.2)
     rows = list(beside("train_38b", FULL, lora, qlora, Target(20, 0.55)))
     assert [(found.ours, found.peer, found.ratio) for found in rows] == [
         ("OOM", "77.4", ""),
@@ -181,8 +181,8 @@ def test_a_training_that_does_not_fit_its_target_is_a_row_that_does_not_hold():
 
 
 def test_a_peer_that_does_not_fit_is_no_reason_to_fail():
-    ours = Measured(18.5, 19.1, 0.48)
-    rows = list(beside("train_38b", ours, FULL, Measured(22.0, 23.4, 1.2), Target(20, 0.55)))
+    ours = TrainingFigures(18.5, 19.1, 0.48)
+    rows = list(beside("train_38b", ours, FULL, TrainingFigures(22.0, 23.4, 1.2), Target(20, 0.55)))
     assert [(found.peer, found.ratio, found.holds) for found in rows] == [
         ("OOM", "", "yes"),
         ("23.4", "1.225", ""),

@@ -9,7 +9,7 @@ from torch import nn
 from emloc.adapters.lora import Lora
 from emloc.adapters.saved import read_lora
 from emloc.config.settings import Compression, LoraSettings
-from emloc.emulators import Built, Given
+from emloc.emulators import BuildInputs, BuiltEmulator
 from emloc.emulators.full import Full
 from emloc.emulators.prune import Prune
 from emloc.emulators.svd import Svd
@@ -39,9 +39,11 @@ def test_a_head_that_was_trained_is_carried_as_it_is(tmp_path, way):
     layers = {n: shape for n, shape in source.linears.items() if n.endswith("_proj")}
     (tmp_path / "emulated").mkdir()
     plan = emulator.plan(source, layers, Compression(0.5, "linears", 16))
-    emulator.build(tmp_path / "emulated", source, Given(plan, None, None, None), device=CPU)
-    built = Built(emulator, Artifact("emulate", "0", tmp_path / "emulated"), source)
-    model = built.open(CPU)
+    emulator.build(tmp_path / "emulated", source, BuildInputs(plan, None, None, None), device=CPU)
+    built_emulator = BuiltEmulator(
+        emulator, Artifact("emulate", "0", tmp_path / "emulated"), source
+    )
+    model = built_emulator.open(CPU)
     size = LoraSettings(2, 2.0, 0.0)
     tuned = Lora().attach(model, size, linears(model, TARGETS), whole=["lm_head"])
     torch.manual_seed(0)
@@ -51,8 +53,14 @@ def test_a_head_that_was_trained_is_carried_as_it_is(tmp_path, way):
     Lora().save(tuned, tmp_path / "trained" / "adapter", source.name)
     trained = Artifact("train", "0", tmp_path / "trained")
     (tmp_path / "carried").mkdir()
-    inputs = RecoveryInputs(trained=trained, built=built, samples=None, fit=None, device=CPU)
-    recovery.carry(tmp_path / "carried", inputs)
+    inputs = RecoveryInputs(
+        trained=trained,
+        built_emulator=built_emulator,
+        samples=None,
+        training_inputs=None,
+        device=CPU,
+    )
+    recovery.recover(tmp_path / "carried", inputs)
     before, after = (read_lora(tmp_path / one / "adapter") for one in ("trained", "carried"))
     assert after.extras.keys() == before.extras.keys() == {"lm_head.weight"}
     assert torch.equal(after.extras["lm_head.weight"], before.extras["lm_head.weight"])

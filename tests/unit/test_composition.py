@@ -11,8 +11,8 @@ from emloc.config.compose import compose
 from emloc.config.paths import CONF
 from emloc.config.settings import TrainSettings
 from emloc.errors import ConfigError
-from emloc.stages.compatibility import fit_together
-from emloc.stages.run_config import build, part
+from emloc.stages.compatibility import check_compatible
+from emloc.stages.run_config import build, instantiate
 
 CHOICES = {
     group: sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
@@ -25,7 +25,7 @@ TRIPLES = list(product(*CHOICES.values()))
 def parts():
     """Group and choice -> the part."""
     return {
-        (group, choice): part(compose([f"{group}={choice}"])[group])
+        (group, choice): instantiate(compose([f"{group}={choice}"])[group])
         for group, choices in CHOICES.items()
         for choice in choices
     }
@@ -41,7 +41,7 @@ def refusal(parts, recipe, *triple: str) -> str | None:
     """Why these parts do not go together; None if they do."""
     chosen = [parts[key] for key in zip(CHOICES, triple, strict=True)]
     try:
-        fit_together(*chosen, recipe)
+        check_compatible(*chosen, recipe)
     except ConfigError as error:
         return str(error)
     return None
@@ -137,13 +137,13 @@ def test_a_refusal_speaks_of_the_part_that_is_refused(parts, recipe):
     full, svd = (parts["emulator", one] for one in ("full", "svd"))
     none, correction = (parts["recovery", one] for one in ("none", "correction"))
     with pytest.raises(ConfigError) as caught:
-        fit_together(svd, Scaled(), none, recipe)
+        check_compatible(svd, Scaled(), none, recipe)
     assert str(caught.value) == (
         f"adapter={own} starts from the singular values of the weight, and emulator=svd does not "
         "have it at hand; set adapter=lora, or emulator=full recovery=none"
     )
     with pytest.raises(ConfigError) as caught:
-        fit_together(full, Scaled(), correction, recipe)
+        check_compatible(full, Scaled(), correction, recipe)
     assert str(caught.value) == (
         "recovery=correction changes the matrices of an update s B A, while "
         f"adapter={own} multiplies outputs by a learnt number; set recovery=none, or adapter=lora"

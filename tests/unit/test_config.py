@@ -21,7 +21,7 @@ from emloc.config.paths import CONF
 from emloc.config.run_folder import folder_name
 from emloc.config.settings import DECISIVE, SCHEDULES, Config
 from emloc.errors import ConfigError
-from emloc.stages.run_config import Cell, build
+from emloc.stages.run_config import RunConfig, build
 
 CHOICES = {
     folder.name: sorted(path.stem for path in folder.glob("[!_]*.yaml"))
@@ -113,7 +113,7 @@ def refusal(cfg: DictConfig) -> str:
 def test_the_groups_are_the_sections_and_the_presets():
     sections = {name for name, kind in SECTIONS.items() if kind not in (str, int)}
     assert set(CHOICES) == (sections - {"budget"}) | {"method"}
-    assert [field.name for field in dataclasses.fields(Cell)] == list(SECTIONS)
+    assert [field.name for field in dataclasses.fields(RunConfig)] == list(SECTIONS)
     assert set(SECTIONS) - set(DECISIVE) == {"name", "method", "tracker", "budget"}
 
 

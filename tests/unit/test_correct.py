@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from emloc.tensors.linalg.correct import Change, Moments, Pair, correct_covariance, correct_identity
+from emloc.tensors.linalg.correct import (
+    ActivationMoments,
+    CorrectionEffect,
+    LoraPair,
+    correct_covariance,
+    correct_identity,
+)
 from emloc.tensors.linalg.gram import cross, gram
 
 F64 = torch.float64
@@ -26,21 +32,21 @@ def normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
-def problem(seed: int, scale: float = 1.0) -> tuple[Pair, Tensor, Tensor]:
+def problem(seed: int, scale: float = 1.0) -> tuple[LoraPair, Tensor, Tensor]:
     """A trained pair, a residual (M, N) and 60 tokens with one massive direction."""
-    pair = Pair(normal(seed, R, N), 0.3 * normal(seed + 1, M, R), scale)
+    pair = LoraPair(normal(seed, R, N), 0.3 * normal(seed + 1, M, R), scale)
     x = normal(seed + 2, 60, N)
     x[:, 0] *= 30
     return pair, normal(seed + 3, M, N), x @ torch.linalg.qr(normal(seed + 4, N, N)).Q
 
 
-def moments(pair: Pair, x: Tensor) -> Moments:
+def moments(pair: LoraPair, x: Tensor) -> ActivationMoments:
     """As a streaming pass takes them: no n x n matrix."""
     features = x @ pair.a.double().T
-    return Moments(gram(features), cross(x.double(), features), len(x))
+    return ActivationMoments(gram(features), cross(x.double(), features), len(x))
 
 
-def energy(pair: Pair, new: Pair, residual: Tensor, x: Tensor) -> float:
+def energy(pair: LoraPair, new: LoraPair, residual: Tensor, x: Tensor) -> float:
     """Mean squared mismatch of original with `new` against emulator with `pair`."""
     return float((x @ (residual + new.delta - pair.delta).T).square().sum()) / len(x)
 
@@ -109,7 +115,7 @@ def test_identity_removes_what_it_says(
 def test_metrics_agree_on_white_data(seed: int, scale: float) -> None:
     """C = I: both metrics give the same product."""
     pair, residual, _ = problem(seed, scale)
-    white = Moments(pair.a @ pair.a.T, pair.a.T, 1)
+    white = ActivationMoments(pair.a @ pair.a.T, pair.a.T, 1)
     one, change = correct_identity(pair, residual, clamp=None)
     two, other = correct_covariance(pair, residual, white, clamp=None)
     close(one.delta, two.delta)
@@ -137,7 +143,7 @@ def test_no_residual_no_change(seed: int, clamp: float | None) -> None:
     two, other = correct_covariance(pair, 0 * residual, moments(pair, x), clamp=clamp)
     close(one.delta, pair.delta)
     assert torch.equal(two.b, pair.b)
-    assert change == other == Change(R, ratio=0.0, clamped=0.0, removed=0.0)
+    assert change == other == CorrectionEffect(R, ratio=0.0, clamped=0.0, removed=0.0)
 
 
 @pytest.mark.parametrize("option", [{"clamp": 0.0}, {"clamp": 0.0, "strength": 0.5}])
@@ -180,7 +186,7 @@ def test_gauge(seed: int, clamp: float | None) -> None:
     pair, residual, x = problem(seed, 2.0)
     turn = torch.linalg.qr(normal(seed + 7, R, R)).Q * torch.tensor([0.5, 1, 2, 3], dtype=F64)
     turn = turn @ torch.linalg.qr(normal(seed + 8, R, R)).Q
-    other = Pair(turn @ pair.a, pair.b @ torch.linalg.inv(turn), pair.scale)
+    other = LoraPair(turn @ pair.a, pair.b @ torch.linalg.inv(turn), pair.scale)
     close(other.delta, pair.delta)
     one, _ = correct_identity(pair, residual, clamp=None)
     two, _ = correct_identity(other, residual, clamp=None)
@@ -227,7 +233,7 @@ def test_covariance_clamp_bounds_each_direction(seed: int, scale: float, clamp: 
 def test_untrained_lora() -> None:
     """B = 0 compensated nothing: clamped it stays 0; unclamped the ratio has no number."""
     pair, residual, x = problem(8)
-    pair = Pair(pair.a, 0 * pair.b, 2.0)
+    pair = LoraPair(pair.a, 0 * pair.b, 2.0)
     for clamp in (3.0, None):
         one, change = correct_identity(pair, residual, clamp=clamp)
         two, other = correct_covariance(pair, residual, moments(pair, x), clamp=clamp)
@@ -243,7 +249,7 @@ def test_dependent_rows(clamp: float | None) -> None:
     pair, residual, x = problem(9, 2.0)
     a = pair.a.clone()
     a[2], a[3] = a[0] - a[1], 0
-    pair = Pair(a, pair.b, 2.0)
+    pair = LoraPair(a, pair.b, 2.0)
     outside = torch.linalg.svd(a).Vh[2:].T
     one, change = correct_identity(pair, residual, clamp=clamp)
     two, other = correct_covariance(pair, residual, moments(pair, x), clamp=clamp)
@@ -258,11 +264,11 @@ def test_dependent_rows(clamp: float | None) -> None:
 def test_zero_a() -> None:
     """A LoRA that reads nothing cannot correct anything."""
     pair, residual, x = problem(10)
-    pair = Pair(0 * pair.a, pair.b, 1.0)
+    pair = LoraPair(0 * pair.a, pair.b, 1.0)
     one, change = correct_identity(pair, residual, clamp=None)
     two, other = correct_covariance(pair, residual, moments(pair, x), clamp=None)
     assert one.delta.norm() == two.delta.norm() == 0
-    assert change == other == Change(0, ratio=None, clamped=0.0, removed=0.0)
+    assert change == other == CorrectionEffect(0, ratio=None, clamped=0.0, removed=0.0)
 
 
 def test_fewer_tokens_than_rank() -> None:
@@ -281,7 +287,7 @@ def test_rank_above_a_side(shape: tuple[int, int]) -> None:
     """More directions than outputs or inputs: shapes stay, the promises hold."""
     m, n = shape
     pair, residual, x = (
-        Pair(normal(0, R, n), normal(1, m, R), 2.0),
+        LoraPair(normal(0, R, n), normal(1, m, R), 2.0),
         normal(2, m, n),
         normal(3, 9, n),
     )
@@ -301,7 +307,7 @@ def test_median_ratio() -> None:
     a = a * torch.tensor([[3.0], [2.0], [1.0]], dtype=F64)
     residual = torch.zeros(2, 5, dtype=F64)
     residual[:, 0], residual[:, 1], residual[:, 2] = 12, 40, 2
-    _, change = correct_identity(Pair(a, b, 2.0), residual, clamp=3.0)
+    _, change = correct_identity(LoraPair(a, b, 2.0), residual, clamp=3.0)
     # D A'^T / s is 6, 20, 1 against B' of 3, 2, 1.
     assert change.ratio == pytest.approx(2)
     assert change.clamped == pytest.approx(1 / 3)
@@ -311,8 +317,8 @@ def test_median_ratio() -> None:
 def test_narrow_pairs(dtype: torch.dtype) -> None:
     """Narrow inputs are exact numbers; only the result is rounded, to float32."""
     pair, residual, x = problem(12, 2.0)
-    pair = Pair(pair.a.to(dtype).requires_grad_(), pair.b.to(dtype).requires_grad_(), 2.0)
-    wide = Pair(pair.a.detach().double(), pair.b.detach().double(), 2.0)
+    pair = LoraPair(pair.a.to(dtype).requires_grad_(), pair.b.to(dtype).requires_grad_(), 2.0)
+    wide = LoraPair(pair.a.detach().double(), pair.b.detach().double(), 2.0)
     seen = moments(wide, x)
     for new, expected in (
         (correct_identity(pair, residual, clamp=3.0), correct_identity(wide, residual, clamp=3.0)),
@@ -332,12 +338,12 @@ def test_bad_input_is_refused() -> None:
     pair, residual, x = problem(13)
     seen = moments(pair, x)
     with pytest.raises(ValueError, match=r"a \(4, 11\), b \(4, 7\)"):
-        Pair(pair.a, pair.b.T, 1.0)
+        LoraPair(pair.a, pair.b.T, 1.0)
     for scale in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="scale"):
-            Pair(pair.a, pair.b, scale)
+            LoraPair(pair.a, pair.b, scale)
     with pytest.raises(ValueError, match="at least one token"):
-        Moments(seen.aca, seen.ca, 0)
+        ActivationMoments(seen.aca, seen.ca, 0)
     with pytest.raises(ValueError, match=r"residual must be \(7, 11\)"):
         correct_identity(pair, residual.T, clamp=3.0)
     for clamp in (-1.0, math.inf, math.nan):
@@ -346,4 +352,4 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="strength"):
         correct_covariance(pair, residual, seen, clamp=None, strength=1.5)
     with pytest.raises(ValueError, match="moments must be"):
-        correct_covariance(pair, residual, Moments(seen.ca, seen.aca, 5), clamp=None)
+        correct_covariance(pair, residual, ActivationMoments(seen.ca, seen.aca, 5), clamp=None)

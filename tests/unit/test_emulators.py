@@ -16,7 +16,7 @@ from emloc.calibration.blockwise import block_of
 from emloc.calibration.calibrate import calibrate
 from emloc.calibration.moments import Statistics
 from emloc.config.settings import Compression
-from emloc.emulators import Built, Given
+from emloc.emulators import BuildInputs, BuiltEmulator
 from emloc.emulators.full import Full
 from emloc.emulators.size import factors_of, size_facts, uniform_ranks
 from emloc.emulators.svd import Svd
@@ -26,7 +26,7 @@ from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.precision.nf4 import Nf4Linear
 from emloc.runtime.stage_cache import Artifact
-from emloc.tensors.linalg.correct import Pair, correct_identity
+from emloc.tensors.linalg.correct import LoraPair, correct_identity
 from emloc.tensors.linalg.factorize import eigen, lost
 from emloc.tensors.nn.factorized import Factorized, PackedFactorized
 
@@ -75,12 +75,12 @@ def svd(**settings) -> Svd:
     return Svd(**(DEFAULTS | settings))
 
 
-def built(folder, source, emulator, bits, statistics=None) -> Built:
+def built_emulator(folder, source, emulator, bits, statistics=None) -> BuiltEmulator:
     ranks = emulator.plan(source, layers_of(source), budget(bits))
-    given = Given(ranks, statistics, Rows() if statistics else None, held_at(bits))
-    facts = emulator.build(folder, source, given, device=CPU)
+    build_inputs = BuildInputs(ranks, statistics, Rows() if statistics else None, held_at(bits))
+    facts = emulator.build(folder, source, build_inputs, device=CPU)
     (folder / "stage.json").write_text(json.dumps(facts))
-    return Built(emulator, Artifact("emulate", "0", folder), source, held_at(bits))
+    return BuiltEmulator(emulator, Artifact("emulate", "0", folder), source, held_at(bits))
 
 
 # What it multiplies by ---------------------------------------------------------------------------
@@ -116,14 +116,14 @@ def test_both_passes_solve_u_for_the_v_that_is_stored(tmp_path, source, statisti
     exact = tmp_path / "exact"
     exact.mkdir()
     calibrate(exact, source, layers_of(source), Rows(), True, device=CPU)
-    four = built(tmp_path, source, svd(aware=aware), 4, statistics if aware else None)
+    four = built_emulator(tmp_path, source, svd(aware=aware), 4, statistics if aware else None)
     kinds = set()
     for layer, rank in uniform_ranks(source, layers_of(source), budget(), 1).items():
         file = f"{block_of(layer)}.safetensors"
-        given = Statistics.load(statistics.folder / file).of(layer) if aware else {}
-        kinds |= set(given)
+        build_inputs = Statistics.load(statistics.folder / file).of(layer) if aware else {}
+        kinds |= set(build_inputs)
         weight = source.weight(layer)
-        plain = eigen(weight, rank, **given, dtype=source.dtype)
+        plain = eigen(weight, rank, **build_inputs, dtype=source.dtype)
         u, v = (NF4.quantize(one).dequantize().double() for one in (plain.u.T, plain.v))
         gaps = [four.residual(layer), weight.double() - u.T @ v]
         gram = (
@@ -142,7 +142,7 @@ def test_the_residual_is_the_weight_less_what_the_model_multiplies_by(
     tmp_path, source, statistics, emulator, bits, kind
 ):
     known = statistics if isinstance(emulator, Svd) else None
-    one = built(tmp_path, source, emulator, bits, known)
+    one = built_emulator(tmp_path, source, emulator, bits, known)
     model = one.open(CPU)
     for layer, shape in layers_of(source).items():
         module = model.get_submodule(layer)
@@ -167,12 +167,12 @@ def test_the_correction_is_exact_on_the_row_space_in_four_bits_too(
     tmp_path, source, emulator, scale
 ):
     """W x + s B'A' x = W_e x + s B A x for x in the rows of A, W_e from its four bits."""
-    one = built(tmp_path, source, emulator, 4)
+    one = built_emulator(tmp_path, source, emulator, 4)
     model = one.open(CPU)
     for layer, (rows, columns) in layers_of(source).items():
         torch.manual_seed(0)
         a, b = torch.randn(4, columns).double(), torch.randn(rows, 4).double()
-        old = Pair(a, b, scale)
+        old = LoraPair(a, b, scale)
         new, change = correct_identity(old, one.residual(layer), clamp=None)
         module = model.get_submodule(layer)
         whole = isinstance(module, Nf4Linear)
@@ -187,7 +187,7 @@ def test_the_correction_is_exact_on_the_row_space_in_four_bits_too(
 
 @pytest.mark.parametrize("bits", [16, 4])
 def test_the_bytes_are_those_of_the_stored_tensors(tmp_path, source, bits):
-    one = built(tmp_path, source, svd(aware=False), bits)
+    one = built_emulator(tmp_path, source, svd(aware=False), bits)
     facts = one.artifact.facts
     stored = 0
     for path in tmp_path.glob("*.safetensors"):
@@ -207,7 +207,7 @@ def test_the_bytes_are_those_of_the_stored_tensors(tmp_path, source, bits):
 
 
 def test_the_bytes_of_a_whole_model_in_nf4(tmp_path, source):
-    one = built(tmp_path, source, Full(), 4)
+    one = built_emulator(tmp_path, source, Full(), 4)
     model = one.open(CPU)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["layers.json", "stage.json"]
     quantised = [m.matrix.nbytes for m in model.modules() if isinstance(m, Nf4Linear)]
@@ -219,7 +219,7 @@ def test_the_bytes_of_a_whole_model_in_nf4(tmp_path, source):
 
 
 def test_at_sixteen_bits_the_original_is_the_original(tmp_path, source):
-    one = built(tmp_path, source, Full(), 16)
+    one = built_emulator(tmp_path, source, Full(), 16)
     assert {path.name for path in tmp_path.iterdir()} == {"stage.json", "layers.json"}
     assert json.loads((tmp_path / "layers.json").read_text()) == {}
     assert not any(isinstance(module, Nf4Linear) for module in one.open(CPU).modules())
@@ -249,7 +249,7 @@ def lines_of(folder) -> list[dict]:
 
 
 def test_the_journal_has_one_line_for_each_block(tmp_path, source, statistics):
-    built(tmp_path, source, svd(), 4, statistics)
+    built_emulator(tmp_path, source, svd(), 4, statistics)
     lines = lines_of(tmp_path)
     assert [line["block"] for line in lines] == ["model.layers.0", "model.layers.1"]
     table = json.loads((tmp_path / "layers.json").read_text())
@@ -265,7 +265,7 @@ def test_the_journal_has_one_line_for_each_block(tmp_path, source, statistics):
 
 
 def test_of_each_layer_the_spectrum_is_recorded(tmp_path, source, statistics):
-    built(tmp_path, source, svd(), 16, statistics)
+    built_emulator(tmp_path, source, svd(), 16, statistics)
     table = json.loads((tmp_path / "layers.json").read_text())
     assert len((tmp_path / "layers.json").read_text().splitlines()) == len(table) + 2
     for layer, one in table.items():
@@ -303,7 +303,7 @@ def test_a_killed_build_goes_on_and_ends_as_one_that_was_not(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
-    built(whole, source, svd(), bits, statistics)
+    built_emulator(whole, source, svd(), bits, statistics)
     save, saved = home.save_factors, []
 
     def once(found, path):
@@ -314,14 +314,14 @@ def test_a_killed_build_goes_on_and_ends_as_one_that_was_not(
 
     monkeypatch.setattr(home, "save_factors", once)
     with pytest.raises(KeyboardInterrupt):
-        built(killed, source, svd(), bits, statistics)
+        built_emulator(killed, source, svd(), bits, statistics)
     assert [line["block"] for line in lines_of(killed)] == ["model.layers.0"]
     first = killed / "model.layers.0.safetensors"
     stamp = first.stat().st_mtime_ns
     with (killed / "journal.jsonl").open("a") as file:
         file.write('{"block": "model.la')  # the kill came in the middle of a line
     monkeypatch.setattr(home, "save_factors", save)
-    built(killed, source, svd(), bits, statistics)
+    built_emulator(killed, source, svd(), bits, statistics)
     assert first.stat().st_mtime_ns == stamp
     assert [line["block"] for line in lines_of(killed)] == ["model.layers.0", "model.layers.1"]
     for path in whole.glob("*.safetensors"):
@@ -331,13 +331,13 @@ def test_a_killed_build_goes_on_and_ends_as_one_that_was_not(
 
 
 def test_a_block_whose_line_was_never_written_gets_the_line_it_would_have_had(tmp_path, source):
-    built(tmp_path, source, svd(aware=False), 4)
+    built_emulator(tmp_path, source, svd(aware=False), 4)
     journal, before = tmp_path / "journal.jsonl", lines_of(tmp_path)
     journal.write_text(json.dumps(before[0]) + "\n")
     path = tmp_path / "model.layers.1.safetensors"
     stamp = path.stat().st_mtime_ns
-    built(tmp_path, source, svd(aware=False), 4)
-    built(tmp_path, source, svd(aware=False), 4)
+    built_emulator(tmp_path, source, svd(aware=False), 4)
+    built_emulator(tmp_path, source, svd(aware=False), 4)
     assert lines_of(tmp_path) == before
     assert path.stat().st_mtime_ns == stamp
     assert list(facts_of(path)) == before[1]["layers"]
@@ -359,6 +359,6 @@ def test_no_more_weights_are_held_at_once_than_one_block_or_one_layer(
         return weight
 
     monkeypatch.setattr(Source, "weight", watched)
-    built(tmp_path, source, emulator, 4).open(CPU)
+    built_emulator(tmp_path, source, emulator, 4).open(CPU)
     assert len(counts) == 14
     assert max(counts) == most

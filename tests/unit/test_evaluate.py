@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_llama, tiny_tokenizer
 
 from emloc.data.examples import Examples
-from emloc.data.prompts import Encoded
+from emloc.data.prompts import EncodedExample
 from emloc.data.reader import TextReader
 from emloc.models.objectives.tokens import TokenAnswer, Tokens
 
@@ -38,7 +38,7 @@ def test_exact_is_what_greedy_decoding_writes(model):
     """In one padded batch of unequal prompts and answers."""
     answers = [greedy(model, prompt, 2 + index) for index, prompt in enumerate(PROMPTS)]
     same = [
-        Encoded(str(i), [*prompt, *answer], len(prompt))
+        EncodedExample(str(i), [*prompt, *answer], len(prompt))
         for i, (prompt, answer) in enumerate(zip(PROMPTS, answers, strict=True))
     ]
     found = Tokens().score(model, same, READER, 3)
@@ -47,7 +47,7 @@ def test_exact_is_what_greedy_decoding_writes(model):
     assert all(answer.exact for answer in found)
 
     other = [
-        Encoded(one.id, [*one.input_ids[:-1], one.input_ids[-1] ^ 1], one.answer_start)
+        EncodedExample(one.id, [*one.input_ids[:-1], one.input_ids[-1] ^ 1], one.answer_start)
         for one in same
     ]
     found = Tokens().score(model, other, READER, 3)
@@ -56,7 +56,10 @@ def test_exact_is_what_greedy_decoding_writes(model):
 
 
 def test_likelihoods_do_not_depend_on_the_batch(model):
-    rows = [Encoded(str(i), [*prompt, 70, 71, 72], len(prompt)) for i, prompt in enumerate(PROMPTS)]
+    rows = [
+        EncodedExample(str(i), [*prompt, 70, 71, 72], len(prompt))
+        for i, prompt in enumerate(PROMPTS)
+    ]
     alone, together = (Tokens().score(model, rows, READER, size) for size in (1, 3))
     for one, other in zip(alone, together, strict=True):
         assert one.nll == pytest.approx(other.nll, abs=1e-4)

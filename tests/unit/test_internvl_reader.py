@@ -13,12 +13,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from emloc.data.collate import IGNORE
 from emloc.data.examples import Example
-from emloc.data.image import Picture
+from emloc.data.image import LazyImage
 from emloc.data.prompts import render
-from emloc.data.reader import Opened
+from emloc.data.reader import OpenCheckpoint
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
-from emloc.models.internvl import InternVLReader, InternVLReading
+from emloc.models.internvl import InternVLReader, InternVLReaderSettings
 
 PLACES = 4  # tokens a tile takes
 
@@ -28,13 +28,13 @@ def folder(tmp_path_factory) -> Path:
     return save_internvl(tmp_path_factory.mktemp("internvl"))
 
 
-def opened(folder: Path) -> Opened:
+def opened(folder: Path) -> OpenCheckpoint:
     tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
-    return Opened(folder, lambda: tokenizer, config, torch.float32)
+    return OpenCheckpoint(folder, lambda: tokenizer, config, torch.float32)
 
 
 def read_by(folder: Path, system: str | None = None) -> InternVLReader:
-    return InternVLReading(system, 6).reader(opened(folder))
+    return InternVLReaderSettings(system, 6).reader(opened(folder))
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +42,11 @@ def reader(folder) -> InternVLReader:
     return read_by(folder)
 
 
-def noise(width: int, height: int, seed: int = 0) -> Picture:
+def noise(width: int, height: int, seed: int = 0) -> LazyImage:
     return picture(f"{width} x {height}", encoded(width, height, seed))
 
 
-def asked(*images: Picture, answer: str = "yes", name: str = "row/3") -> Example:
+def asked(*images: LazyImage, answer: str = "yes", name: str = "row/3") -> Example:
     return Example(name, "Is it?", answer, images=images)
 
 
@@ -73,7 +73,7 @@ def test_a_prompt_shows_its_images_first_in_the_users_turn(folder, begins, syste
     if not begins:
         found.tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     found.tokenizer.eos_token = "</s>"  # a base model's; a turn ends otherwise
-    reader = InternVLReading(system, 6).reader(found)
+    reader = InternVLReaderSettings(system, 6).reader(found)
     one = reader.encode(asked(*(noise(*size) for size in sizes)))
     said = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
     prompt = f"{said}<|im_start|>user\n{images}Is it?<|im_end|>\n<|im_start|>assistant\n"
@@ -104,7 +104,7 @@ def test_a_tokenizer_without_an_internvls_tokens_is_refused(folder, token):
     other = type(found.tokenizer.backend_tokenizer).from_str(core.replace(token, "<other>"))
     tokenizer = type(found.tokenizer)(tokenizer_object=other, bos_token="<s>", pad_token="<pad>")
     with pytest.raises(ConfigError) as caught:
-        InternVLReading(None, 6).reader(replace(found, open_tokenizer=lambda: tokenizer))
+        InternVLReaderSettings(None, 6).reader(replace(found, open_tokenizer=lambda: tokenizer))
     assert f"its tokenizer has no {token}, so" in str(caught.value)
 
 
@@ -112,14 +112,14 @@ def test_a_model_that_means_another_token_is_refused(folder):
     found = opened(folder)
     found.config.image_token_id += 1
     with pytest.raises(ConfigError, match=r"<IMG_CONTEXT> is token (\d+) to the tokenizer and \d+"):
-        InternVLReading(None, 6).reader(found)
+        InternVLReaderSettings(None, 6).reader(found)
 
 
 def test_what_is_said_first_and_how_finely_is_cut_are_in_the_key(folder):
-    def key(*reading) -> tuple:
+    def key(*reader_settings) -> tuple:
         auto = AutoModelForImageTextToText
-        how = InternVLReading(*reading)
-        return tuple(Source(folder, "x", "x", torch.float32, auto, reading=how).key)
+        how = InternVLReaderSettings(*reader_settings)
+        return tuple(Source(folder, "x", "x", torch.float32, auto, reader_settings=how).key)
 
     settings = [(None, 6), ("", 6), ("Be brief.", 6), (None, 12)]
     assert len({key(*one) for one in settings}) == len(settings)

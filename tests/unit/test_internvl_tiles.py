@@ -12,9 +12,9 @@ from PIL import Image
 from transformers import AutoConfig, AutoTokenizer
 
 from emloc.data.examples import Example
-from emloc.data.image import Picture
-from emloc.data.reader import Opened
-from emloc.models.internvl import InternVLReader, InternVLReading
+from emloc.data.image import LazyImage
+from emloc.data.reader import OpenCheckpoint
+from emloc.models.internvl import InternVLReader, InternVLReaderSettings
 
 TILE, PLACES = 28, 4  # pixels along a tile's side, tokens it takes
 MEAN = torch.tensor([0.485, 0.456, 0.406])
@@ -32,8 +32,8 @@ def read_by(tmp_path_factory):
 
     def made(tiles: int, dtype: torch.dtype = torch.float32) -> InternVLReader:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        opened = Opened(folder, lambda: tokenizer, config, dtype)
-        return InternVLReading(None, tiles).reader(opened)
+        opened = OpenCheckpoint(folder, lambda: tokenizer, config, dtype)
+        return InternVLReaderSettings(None, tiles).reader(opened)
 
     return made
 
@@ -43,17 +43,17 @@ def readers(read_by) -> dict[int, InternVLReader]:
     return {tiles: read_by(tiles) for tiles in (1, 6, 12)}
 
 
-def noise(width: int, height: int, seed: int = 0) -> Picture:
+def noise(width: int, height: int, seed: int = 0) -> LazyImage:
     return picture(f"{width} x {height}", encoded(width, height, seed))
 
 
-def plain(width: int, height: int, colour: tuple[int, int, int] = (0, 128, 255)) -> Picture:
+def plain(width: int, height: int, colour: tuple[int, int, int] = (0, 128, 255)) -> LazyImage:
     file = io.BytesIO()
     Image.new("RGB", (width, height), colour).save(file, "PPM")
     return picture("plain", file.getvalue())
 
 
-def asked(*images: Picture, name: str = "row/3") -> Example:
+def asked(*images: LazyImage, name: str = "row/3") -> Example:
     return Example(name, "Is it?", "yes", images=images)
 
 

@@ -13,14 +13,14 @@ from transformers import AutoModelForImageTextToText, LlamaForCausalLM
 
 from emloc.config.compose import compose
 from emloc.config.settings import Compression
-from emloc.emulators import Given
-from emloc.emulators.layer_drop import LayerDrop, Skipped, stack_of, thinned
+from emloc.emulators import BuildInputs
+from emloc.emulators.layer_drop import IdentityBlock, LayerDrop, stack_of, thinned
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.precision.nf4 import Nf4Linear
 from emloc.stages.run_config import build
 from emloc.tensors.lean.model import recompute_layers
-from emloc.tensors.lean.modules import fewer_operations
+from emloc.tensors.lean.modules import fuse_modules
 
 CPU = torch.device("cpu")
 DEPTH = 7
@@ -38,19 +38,19 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def eight():
     """InternVL2.5-8B, of which the shape alone is known."""
-    cell = build(compose(["model=internvl2_5_8b", "method=offsite"]))
-    source = cell.model.shape_source()
-    return source, cell.model.compressed(source)
+    run_config = build(compose(["model=internvl2_5_8b", "method=offsite"]))
+    source = run_config.model.shape_source()
+    return source, run_config.model.compressed(source)
 
 
 def linears(source):
     return {name: shape for name, shape in source.linears.items() if name.endswith("_proj")}
 
 
-def built(folder, source, bits=16, ratio=0.75, of="linears", drop=DROP):
+def built_emulator(folder, source, bits=16, ratio=0.75, of="linears", drop=DROP):
     """The facts of an emulator in `folder`."""
     plan = drop.plan(source, linears(source), Compression(ratio, of, bits))
-    return drop.build(folder, source, Given(plan, None, None, held_at(bits)), device=CPU)
+    return drop.build(folder, source, BuildInputs(plan, None, None, held_at(bits)), device=CPU)
 
 
 def adapted(folder, source, pattern):
@@ -159,12 +159,12 @@ def shallow(source, kept) -> LlamaForCausalLM:
 
 def test_it_is_the_model_that_never_had_those_blocks(source, tmp_path):
     """In its logits and in what it generates with a cache."""
-    built(tmp_path, source)
+    built_emulator(tmp_path, source)
     table = json.loads((tmp_path / "layers.json").read_text())
     kept = sorted(numbers(table["adapted"] + table["kept"]))
     assert (kept, numbers(table["dropped"])) == ([0, 1, 4, 5, 6], [2, 3])
     model, plain = DROP.open(tmp_path, source, CPU), shallow(source, kept)
-    assert [type(model.model.layers[i]) is Skipped for i in range(DEPTH)] == [
+    assert [type(model.model.layers[i]) is IdentityBlock for i in range(DEPTH)] == [
         i in (2, 3) for i in range(DEPTH)
     ]
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -179,7 +179,7 @@ def test_it_is_the_model_that_never_had_those_blocks(source, tmp_path):
 
 @pytest.mark.parametrize("lean", [False, True])
 def test_layers_computed_again_give_the_same_gradients(source, tmp_path, lean):
-    built(tmp_path, source)
+    built_emulator(tmp_path, source)
 
     def gradients(again: bool):
         model = DROP.open(tmp_path, source, CPU)
@@ -188,7 +188,7 @@ def test_layers_computed_again_give_the_same_gradients(source, tmp_path, lean):
             model, LoraConfig(r=2, target_modules=adapted(tmp_path, source, TARGETS))
         )
         if again and lean:
-            assert "LlamaMLP" in fewer_operations(model, torch.float32)
+            assert "LlamaMLP" in fuse_modules(model, torch.float32)
             recompute_layers(model)
         elif again:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -204,7 +204,7 @@ def test_layers_computed_again_give_the_same_gradients(source, tmp_path, lean):
 
 
 def test_only_the_ends_are_adapted_and_plain_peft_loads_it_on_the_original(source, tmp_path):
-    built(tmp_path, source)
+    built_emulator(tmp_path, source)
     targets = adapted(tmp_path, source, r"model\.layers\.\d+\.mlp\.up_proj|.*q_proj")
     tuned = get_peft_model(
         DROP.open(tmp_path, source, CPU), LoraConfig(r=2, target_modules=targets)
@@ -251,11 +251,11 @@ def test_of_a_vision_language_model_the_vision_tower_stays(tmp_path):
     ratio = (tower + 4.01 * (total - tower) / 5) / total
     plan = drop.plan(source, layers, Compression(ratio, "linears", 16))
     assert numbers(plan["dropped"]) == [2]
-    drop.build(tmp_path, source, Given(plan, None, None, None), device=CPU)
+    drop.build(tmp_path, source, BuildInputs(plan, None, None, None), device=CPU)
     opened = drop.open(tmp_path, source, CPU)
     with torch.no_grad():
         before, after = whole(**image_batch()).logits, opened(**image_batch()).logits
-        whole.model.language_model.layers[2] = Skipped(None)
+        whole.model.language_model.layers[2] = IdentityBlock(None)
         torch.testing.assert_close(after, whole(**image_batch()).logits)
     assert (before - after).abs().max() > 1e-3
 
@@ -265,7 +265,7 @@ def test_of_a_vision_language_model_the_vision_tower_stays(tmp_path):
 
 @pytest.mark.parametrize("bits", [16, 4])
 def test_the_size_is_that_of_the_tensors(source, tmp_path, bits):
-    facts = built(tmp_path, source, bits)
+    facts = built_emulator(tmp_path, source, bits)
     model = DROP.open(tmp_path, source, CPU, precision=held_at(bits))
     packed = [one.matrix for one in model.modules() if isinstance(one, Nf4Linear)]
     apart = {id(one.weight) for one in model.modules() if isinstance(one, Nf4Linear)}
@@ -280,9 +280,9 @@ def test_the_size_is_that_of_the_tensors(source, tmp_path, bits):
 
 def test_the_gap_is_what_four_bits_take_and_nothing_at_sixteen(source, tmp_path):
     layer = "model.layers.0.mlp.up_proj"
-    built(tmp_path, source, 16)
+    built_emulator(tmp_path, source, 16)
     assert DROP.residual(tmp_path, source, layer) is None
-    built(tmp_path, source, 4)
+    built_emulator(tmp_path, source, 4)
     weight = source.weight(layer)
     gap = DROP.residual(tmp_path, source, layer, precision=NF4)
     assert 0.05 < float(gap.norm() / weight.norm()) < 0.15

@@ -16,8 +16,8 @@ from emloc.models.objectives.tokens import Tokens
 from emloc.precision.nf4 import Nf4Linear
 from emloc.tensors.lean.embedding import HostEmbedding
 from emloc.tensors.lean.loss import AnswerLoss
-from emloc.tensors.lean.model import keep_embedding_on_host, recompute_layers
-from emloc.tensors.lean.modules import GatedUnit, fewer_operations
+from emloc.tensors.lean.model import offload_embedding, recompute_layers
+from emloc.tensors.lean.modules import GatedUnit, fuse_modules
 from emloc.tensors.nn.factorized import Factorized, PackedFactorized
 
 BLOCKS = r".*layers.*proj"
@@ -94,8 +94,8 @@ def test_the_lean_path_gives_the_loss_and_the_gradients_of_the_plain_one(kind, a
     expected.backward()
     inner = lean.get_base_model()
     assert fuse(lean) == 14
-    assert keep_embedding_on_host(inner) > 0
-    assert fewer_operations(inner, torch.float32) == ["LlamaMLP", "LlamaRMSNorm"]
+    assert offload_embedding(inner) > 0
+    assert fuse_modules(inner, torch.float32) == ["LlamaMLP", "LlamaRMSNorm"]
     loss = answer_loss(inner)
     rows = {"input_ids": ids, "labels": labels}
     found = loss(lean, rows, Tokens().items(rows))
@@ -115,7 +115,7 @@ def test_in_16_bits_both_paths_are_as_far_from_32_bits_as_rounding_goes(kind):
         plain(input_ids=ids, labels=labels).loss.backward()
     inner = lean.get_base_model()
     assert fuse(lean) == 14
-    fewer_operations(inner, torch.bfloat16)
+    fuse_modules(inner, torch.bfloat16)
     rows = {"input_ids": ids, "labels": labels}
     answer_loss(inner)(lean, rows, Tokens().items(rows)).backward()
     true = gradients(exact)
@@ -203,7 +203,7 @@ def test_packed_layers_without_an_adapter_have_their_device_in_buffers():
     nf4_factorised(model)
     tuned = get_peft_model(model, LoraConfig(r=4, target_modules=r".*self_attn.*proj"))
     assert fuse(tuned) == 8
-    assert fewer_operations(model, torch.float32) == ["LlamaMLP", "LlamaRMSNorm"]
+    assert fuse_modules(model, torch.float32) == ["LlamaMLP", "LlamaRMSNorm"]
 
 
 def test_factors_are_held_once():
@@ -220,7 +220,7 @@ def test_factors_are_held_once():
 
 def test_an_embedding_that_is_also_the_head_stays():
     model = tiny_llama(tiny_tokenizer(True), tie_word_embeddings=True).requires_grad_(False)
-    assert keep_embedding_on_host(model) == 0
+    assert offload_embedding(model) == 0
     assert type(model.get_input_embeddings()) is nn.Embedding
 
 
@@ -278,5 +278,5 @@ class OddRMSNorm(nn.Module):
 
 def test_a_norm_that_computes_something_else_stays():
     model = nn.Sequential(OddRMSNorm())
-    assert fewer_operations(model, torch.float32) == []
+    assert fuse_modules(model, torch.float32) == []
     assert "forward" not in vars(model[0])

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from emloc.adapters.fused import fuse
 from emloc.models.objectives.answer_loss import answer_loss
 from emloc.models.objectives.tokens import Tokens
-from emloc.tensors.lean.model import keep_embedding_on_host, recompute_layers
-from emloc.tensors.lean.modules import fewer_operations
+from emloc.tensors.lean.model import offload_embedding, recompute_layers
+from emloc.tensors.lean.modules import fuse_modules
 
 SHAPE = {
     **{"vocab_size": 261, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
@@ -80,8 +80,8 @@ def test_loss_and_gradients_are_those_of_the_plain_path(kind):
     lean = adapted(kind)
     inner = lean.get_base_model()
     assert fuse(lean) > 0
-    keep_embedding_on_host(inner)
-    fewer_operations(inner, torch.float32)
+    offload_embedding(inner)
+    fuse_modules(inner, torch.float32)
     loss = answer_loss(inner)
     assert (loss is None) == MODELS[kind][1]
     recompute_layers(inner)

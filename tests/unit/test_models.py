@@ -14,11 +14,11 @@ from emloc.config.compose import compose
 from emloc.config.paths import CONF
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
-from emloc.models.checkpointed import Checkpointed
+from emloc.models.family import ModelFamily
 from emloc.models.internvl import InternVL
 from emloc.models.text import TextModel
 from emloc.models.vision_language import VisionLanguageModel
-from emloc.stages.run_config import part
+from emloc.stages.run_config import instantiate
 
 CPU = torch.device("cpu")
 # Parameters as published, LoRA targets, compressed layers.
@@ -43,14 +43,14 @@ MODELS = {
 CARDS = {"2b": 2.21, "4b": 3.71, "8b": 8.08, "26b": 25.51, "38b": 38.39, "78b": 78.41}
 
 
-def settings(name: str, **changed) -> Checkpointed:
+def settings(name: str, **changed) -> ModelFamily:
     written = compose([f"model={name}"]).model
     written.siblings = {}  # models of their own
-    return part(OmegaConf.merge(written, changed))
+    return instantiate(OmegaConf.merge(written, changed))
 
 
 @cache
-def planned(name: str) -> tuple[Checkpointed, Source]:
+def planned(name: str) -> tuple[ModelFamily, Source]:
     model = settings(name)
     return model, model.shape_source()
 

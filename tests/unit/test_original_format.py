@@ -25,14 +25,14 @@ import emloc
 from emloc.adapters.fold import merge
 from emloc.adapters.saved import SavedLora
 from emloc.config.compose import compose
-from emloc.cost.plan.blocks import Blocks
+from emloc.cost.plan.blocks import DecoderBlocks
 from emloc.errors import ConfigError
-from emloc.models.checkpoint.fused_tensors import Part
+from emloc.models.checkpoint.fused_tensors import TensorSlice
 from emloc.models.checkpoint.internvl_chat import ChatLayout, read_internvl_chat
 from emloc.models.checkpoint.source import Source
 from emloc.models.checkpoint.tokenizer import added_tokens, tokenizer_of
-from emloc.models.checkpoint.weights import Safetensors
-from emloc.tensors.linalg.correct import Pair
+from emloc.models.checkpoint.weights import SafetensorsWeights
+from emloc.tensors.linalg.correct import LoraPair
 
 CPU = torch.device("cpu")
 MODELS = Path(emloc.__file__).parent.parent / "conf" / "model"
@@ -227,7 +227,7 @@ def pair(request, tmp_path):
 
 def test_every_tensor_of_the_authors_files_is_read_as_the_models_own(pair):
     model, folder = pair
-    weights = Safetensors(folder, read_internvl_chat(folder).layout())
+    weights = SafetensorsWeights(folder, read_internvl_chat(folder).layout())
     own = dict(model.named_parameters())
     assert set(weights.names) == set(own)
     stored = {name for file in folder.glob("*.safetensors") for name in load_file(file)}
@@ -242,7 +242,7 @@ def test_the_model_its_settings_build_gives_the_same_logits(pair):
     model, folder = pair
     chat = read_internvl_chat(folder)
     built = InternVLForConditionalGeneration(AutoConfig.for_model(**chat.shape())).eval()
-    weights = Safetensors(folder, chat.layout())
+    weights = SafetensorsWeights(folder, chat.layout())
     built.load_state_dict(dict(weights.read(list(weights.names), CPU)))
     with torch.no_grad():
         found, wanted = built(**image_batch()).logits, model(**image_batch()).logits
@@ -270,15 +270,15 @@ def test_the_targets_of_the_configuration_match_the_modules_of_split_projections
 
 
 def test_the_runs_of_a_part_are_where_its_shares_lie():
-    assert Part(1, 3, 1, 2).rows(12) == [slice(4, 8)]
-    assert Part(2, 4, 0, 2).rows(16) == [slice(0, 4), slice(8, 12)]
-    assert Part(2, 4, 3, 4).rows(16) == [slice(6, 8), slice(14, 16)]
+    assert TensorSlice(1, 3, 1, 2).rows(12) == [slice(4, 8)]
+    assert TensorSlice(2, 4, 0, 2).rows(16) == [slice(0, 4), slice(8, 12)]
+    assert TensorSlice(2, 4, 3, 4).rows(16) == [slice(6, 8), slice(14, 16)]
 
 
 def test_a_part_is_written_where_it_is_read():
     stored = torch.zeros(16, 3)
     tensor = torch.arange(24.0).reshape(8, 3) + 1
-    part = Part(2, 4, 0, 2)
+    part = TensorSlice(2, 4, 0, 2)
     part.put(stored, tensor)
     assert torch.equal(part.of(stored, 16), tensor)
     assert int((stored == 0).all(dim=1).sum()) == 8
@@ -289,15 +289,15 @@ def test_the_shares_of_a_fused_projection_are_those_of_its_heads(leaf):
     layout = ChatLayout(groups=4, key_value_heads=8)
     here = "model.language_model.layers.3.self_attn"
     assert layout(f"language_model.model.layers.3.attention.wqkv.{leaf}") == {
-        f"{here}.q_proj.{leaf}": Part(8, 6, 0, 4),
-        f"{here}.k_proj.{leaf}": Part(8, 6, 4, 5),
-        f"{here}.v_proj.{leaf}": Part(8, 6, 5, 6),
+        f"{here}.q_proj.{leaf}": TensorSlice(8, 6, 0, 4),
+        f"{here}.k_proj.{leaf}": TensorSlice(8, 6, 4, 5),
+        f"{here}.v_proj.{leaf}": TensorSlice(8, 6, 5, 6),
     }
     here = "model.vision_tower.encoder.layer.3.attention"
     assert layout(f"vision_model.encoder.layers.3.attn.qkv.{leaf}") == {
-        f"{here}.q_proj.{leaf}": Part(1, 3, 0, 1),
-        f"{here}.k_proj.{leaf}": Part(1, 3, 1, 2),
-        f"{here}.v_proj.{leaf}": Part(1, 3, 2, 3),
+        f"{here}.q_proj.{leaf}": TensorSlice(1, 3, 0, 1),
+        f"{here}.k_proj.{leaf}": TensorSlice(1, 3, 1, 2),
+        f"{here}.v_proj.{leaf}": TensorSlice(1, 3, 2, 3),
     }
 
 
@@ -332,7 +332,7 @@ class Counted:
 def test_queries_keys_and_values_read_each_row_once(tmp_path, monkeypatch):
     tensors = as_authors_write(dict(native_model("internlm2").named_parameters()), "internlm2")
     folder = written(tmp_path, settings("internlm2"), tensors)
-    weights = Safetensors(folder, read_internvl_chat(folder).layout())
+    weights = SafetensorsWeights(folder, read_internvl_chat(folder).layout())
     Counted.taken.clear()
     monkeypatch.setattr("emloc.models.checkpoint.weights.safe_open", Counted)
     list(
@@ -347,7 +347,7 @@ def test_queries_keys_and_values_read_each_row_once(tmp_path, monkeypatch):
 def test_rows_that_cannot_be_shared_are_refused(tmp_path):
     name = "vision_model.encoder.layers.0.attn.qkv.weight"
     folder = written(tmp_path, settings("qwen2"), {name: torch.zeros(47, 16)})
-    weights = Safetensors(folder, read_internvl_chat(folder).layout())
+    weights = SafetensorsWeights(folder, read_internvl_chat(folder).layout())
     with pytest.raises(ConfigError) as caught:
         list(weights.read(["model.vision_tower.encoder.layer.0.attention.q_proj.weight"], CPU))
     [file] = [one for one in folder.glob("*.safetensors") if load_file(one)]
@@ -771,7 +771,7 @@ def test_an_adapter_is_merged_into_the_rows_of_fused_tensors(pair, tmp_path):
     ]
     shapes = source_of(folder).linears
     pairs = {
-        name: Pair(torch.randn(3, shapes[name][1]), torch.randn(shapes[name][0], 3), 0.5)
+        name: LoraPair(torch.randn(3, shapes[name][1]), torch.randn(shapes[name][0], 3), 0.5)
         for name in layers
     }
     before = {one.name: one.read_bytes() for one in folder.glob("*.safetensors")}
@@ -785,7 +785,7 @@ def test_an_adapter_is_merged_into_the_rows_of_fused_tensors(pair, tmp_path):
 
 
 def test_a_checkpoint_with_dynamic_positions_is_planned_with(tmp_path):
-    blocks = Blocks(source_of(written(tmp_path, settings("internlm2"))))
+    blocks = DecoderBlocks(source_of(written(tmp_path, settings("internlm2"))))
     model = blocks.first(2)
     found = model.model.language_model(input_ids=torch.zeros(1, 8, dtype=torch.long, device="meta"))
     assert found.last_hidden_state.shape == (1, 8, 32)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from walked import MODELS, batches_of, made, watch
 
-from emloc.calibration.blockwise import walk
-from emloc.calibration.spill import Lot, Parked, tensors_in
+from emloc.calibration.blockwise import iterate_blocks
+from emloc.calibration.offload import OffloadedTensors, OffloadPool, tensors_in
 from emloc.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -22,8 +22,8 @@ def mapped(folder: Path) -> int:
     return sum(str(folder) in line and line.endswith("(deleted)") for line in lines)
 
 
-def lot_of(folder: Path, limit: int | None, model: nn.Module | None = None) -> Lot:
-    return Lot(model or nn.Identity(), CPU, limit, folder)
+def lot_of(folder: Path, limit: int | None, model: nn.Module | None = None) -> OffloadPool:
+    return OffloadPool(model or nn.Identity(), CPU, limit, folder)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def test_what_fits_stays_and_the_rest_goes_to_files_without_names(tmp_path):
     lot = lot_of(tmp_path, 500)
     small, large = torch.arange(100.0), torch.arange(300.0)
     where = small.data_ptr()
-    Parked(lot).park([small, large])
+    OffloadedTensors(lot).park([small, large])
     assert (lot.memory, lot.disk) == (400, 1200)
     assert small.data_ptr() == where
     assert mapped(tmp_path) == 1
@@ -57,7 +57,7 @@ def test_what_shares_memory_shares_it_on_disk_too_and_takes_it_once(tmp_path):
     whole = torch.randn(4, 6)
     row, turned, wide = whole[1], whole.T, whole[:, :1].expand(4, 100)
     before = [one.clone() for one in (whole, row, turned, wide)]
-    Parked(lot).park([row, wide, turned])  # `whole` is found as their base
+    OffloadedTensors(lot).park([row, wide, turned])  # `whole` is found as their base
     assert lot.disk == 96
     assert all(map(torch.equal, (whole, row, turned, wide), before))
     assert wide.stride() == (6, 0)
@@ -70,10 +70,10 @@ def test_what_somebody_else_holds_too_stays(tmp_path):
     lot = lot_of(tmp_path, 0)
     whole = torch.arange(24.0)
     other = whole.detach()
-    Parked(lot).park([whole])
+    OffloadedTensors(lot).park([whole])
     assert (lot.memory, lot.disk) == (0, 0)
     del other
-    Parked(lot).park([whole])
+    OffloadedTensors(lot).park([whole])
     assert lot.disk == 96
 
 
@@ -82,7 +82,7 @@ def test_nothing_of_the_model_moves(tmp_path):
     model.table = torch.ones(64)
     lot = lot_of(tmp_path, 0, model)
     views = [model.weight[:1], model.running_mean[None], model.table.expand(3, 64)]
-    Parked(lot).park([*views, model.weight, model.bias, model.running_mean, model.table])
+    OffloadedTensors(lot).park([*views, model.weight, model.bias, model.running_mean, model.table])
     assert (lot.memory, lot.disk) == (0, 0)
     assert mapped(tmp_path) == 0
 
@@ -90,7 +90,7 @@ def test_nothing_of_the_model_moves(tmp_path):
 def test_what_is_still_there_at_the_next_stop_is_not_moved_again(tmp_path):
     lot = lot_of(tmp_path, 0)
     table, states = torch.arange(100.0), torch.arange(50.0)
-    pass_ = Parked(lot)
+    pass_ = OffloadedTensors(lot)
     pass_.park([table, states])
     assert (lot.disk, mapped(tmp_path)) == (600, 2)
     where = table.data_ptr()
@@ -111,7 +111,7 @@ def test_what_is_still_there_at_the_next_stop_is_not_moved_again(tmp_path):
 
 def test_room_that_one_pass_leaves_is_the_others(tmp_path):
     lot = lot_of(tmp_path, 400)
-    first, second = Parked(lot), Parked(lot)
+    first, second = OffloadedTensors(lot), OffloadedTensors(lot)
     one, two, three = (torch.full((100,), float(i)) for i in range(3))
     first.park([one])
     second.park([two])
@@ -126,7 +126,7 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 1, 99))
     with pytest.raises(ConfigError) as caught:
-        Parked(lot_of(tmp_path, 0)).park([torch.zeros(2**18)])
+        OffloadedTensors(lot_of(tmp_path, 0)).park([torch.zeros(2**18)])
     assert str(caught.value) == (
         f"{tmp_path}: no room for 0.00098 GiB of hidden states, 0 are there; "
         "set budget.host_gib higher"
@@ -153,7 +153,7 @@ def test_blocks_take_and_give_the_very_bits_of_a_whole_pass(kind, host_bytes, tm
         model(**one, use_cache=False)
     twin, _ = made(kind)
     given, files = batches_of(kind), []
-    run = walk(twin, given, names, CPU, host_bytes=host_bytes, folder=tmp_path)
+    run = iterate_blocks(twin, given, names, CPU, host_bytes=host_bytes, folder=tmp_path)
     found = {}
     for block in run:
         files.append(mapped(tmp_path))
@@ -179,7 +179,9 @@ def test_a_limit_on_host_memory_leaves_part_of_it_there(tmp_path):
     counts = []
     for host_bytes in (0, 9000, 10**9):
         model, names = made("llama")
-        run = walk(model, batches_of("llama"), names, CPU, host_bytes=host_bytes, folder=tmp_path)
+        run = iterate_blocks(
+            model, batches_of("llama"), names, CPU, host_bytes=host_bytes, folder=tmp_path
+        )
         next(run)
         counts.append(mapped(tmp_path))
         run.close()
@@ -195,6 +197,6 @@ def test_no_keys_and_values_are_kept_where_another_model_would_keep_them():
         model.get_submodule(name).register_forward_pre_hook(
             lambda _, args, kwargs: caches.append(kwargs.get("past_key_values")), with_kwargs=True
         )
-    for _ in walk(model, batches_of("internvl"), names, CPU):
+    for _ in iterate_blocks(model, batches_of("internvl"), names, CPU):
         pass
     assert caches == [None] * 6

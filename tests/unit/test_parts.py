@@ -14,7 +14,7 @@ from emloc.emulators.full import Full
 from emloc.errors import ConfigError
 from emloc.recovery import Recovery
 from emloc.recovery.none import NoRecovery
-from emloc.stages.run_config import part
+from emloc.stages.run_config import instantiate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class BareRecovery(Recovery):
     [
         (HalfEmulator, "open, residual", "emloc.emulators.Emulator"),
         (BareAdapter, "attach, load, merge, save", "emloc.adapters.Adapter"),
-        (BareRecovery, "carry", "emloc.recovery.Recovery"),
+        (BareRecovery, "recover", "emloc.recovery.Recovery"),
     ],
 )
 def test_a_part_that_forgets_a_method_is_refused_by_its_name(cls, missing, group):
@@ -63,7 +63,7 @@ def test_a_part_that_forgets_a_method_is_refused_by_its_name(cls, missing, group
 def test_so_is_one_that_a_configuration_names():
     node = OmegaConf.create({"_target_": f"{__name__}.HalfEmulator", "width": 4})
     with pytest.raises(ConfigError, match=r"HalfEmulator does not define open, residual, which"):
-        part(node)
+        instantiate(node)
 
 
 @pytest.mark.parametrize("cls", [Full, Lora, Dora, HalfAdapter, NoAdapter, NoRecovery])

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from emloc.data.image import Picture
+from emloc.data.image import LazyImage
 from emloc.errors import ConfigError
 
 ORIENTATION = 0x0112
 KINDS = ["PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP"]
 
 
-def of(content: bytes) -> Picture:
-    return Picture("task vqa: train/7", "key", lambda: content)
+def of(content: bytes) -> LazyImage:
+    return LazyImage("task vqa: train/7", "key", lambda: content)
 
 
 def noise(width: int = 30, height: int = 20) -> Image.Image:
@@ -165,7 +165,7 @@ def test_whatever_pil_ends_on_is_one_line(content, reason):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    picture = Picture("task vqa: train/7", "key", (tmp_path / "7.png").read_bytes)
+    picture = LazyImage("task vqa: train/7", "key", (tmp_path / "7.png").read_bytes)
     assert "No such file" in refusal(lambda: picture.size)
     assert "No such file" in refusal(picture.open)
 

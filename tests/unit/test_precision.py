@@ -16,7 +16,7 @@ from emloc.adapters.fused import fuse
 from emloc.config.compose import compose
 from emloc.config.formats import width_name, widths
 from emloc.config.paths import CONF
-from emloc.emulators import Given
+from emloc.emulators import BuildInputs
 from emloc.emulators.full import load_quantized
 from emloc.errors import ConfigError
 from emloc.precision import PackedLinear, Precision
@@ -118,10 +118,12 @@ def test_a_format_without_one_of_its_methods_cannot_be_made():
 
 def test_the_key_holds_name_bits_and_settings_and_no_place_of_the_class():
     assert TOY.key == {"name": "three_bits", "bits": 3, "group": 64}
-    keys = [Given(None, None, None, held).key for held in (None, NF4, TOY, replace(TOY, group=32))]
+    keys = [
+        BuildInputs(None, None, None, held).key for held in (None, NF4, TOY, replace(TOY, group=32))
+    ]
     assert keys[0][-1] == 16
     assert len({str(key) for key in keys}) == 4
-    assert [Given(None, None, None, held).bits for held in (None, NF4, TOY)] == [16, 4, 3]
+    assert [BuildInputs(None, None, None, held).bits for held in (None, NF4, TOY)] == [16, 4, 3]
 
 
 # The layers --------------------------------------------------------------------------------------

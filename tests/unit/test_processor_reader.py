@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from emloc.data.collate import IGNORE
 from emloc.data.examples import Example
-from emloc.data.reader import Opened
+from emloc.data.reader import OpenCheckpoint
 from emloc.errors import ConfigError
-from emloc.models.vision_language import ProcessorReader, ProcessorReading
+from emloc.models.vision_language import ProcessorReader, ProcessorReaderSettings
 
 END = "<|im_end|>"
 
@@ -25,7 +25,9 @@ def folder(tmp_path_factory) -> Path:
 
 def read_by(folder: Path, dtype: torch.dtype = torch.float32) -> ProcessorReader:
     tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
-    return ProcessorReading().reader(Opened(folder, lambda: tokenizer, config, dtype))
+    return ProcessorReaderSettings().reader(
+        OpenCheckpoint(folder, lambda: tokenizer, config, dtype)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -31,15 +31,15 @@ from emloc.calibration.samples import Samples
 from emloc.config.settings import Compression
 from emloc.data.collate import IGNORE
 from emloc.data.examples import Example, Examples
-from emloc.emulators import Given
+from emloc.emulators import BuildInputs
 from emloc.emulators.prune import Prune
-from emloc.emulators.prune.unit_scores import Masked, importance, recompute_blocks
+from emloc.emulators.prune.unit_scores import UnitMask, importance, recompute_blocks
 from emloc.emulators.prune.units import units_of
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.models.objectives.answer_loss import answer_loss
 from emloc.models.objectives.tokens import Tokens
-from emloc.tensors.linalg.prune import ATTENTION, MLP, Group, keep_best, keep_evenly, least
+from emloc.tensors.linalg.prune import ATTENTION, MLP, UnitGroup, keep_best, keep_evenly, least
 
 CPU = torch.device("cpu")
 IDS = torch.arange(120).reshape(4, 30) + 5
@@ -89,10 +89,10 @@ def samples(count=5) -> Samples:
     return Samples(Examples("sums", rows), 512)
 
 
-def built(folder, source, emulator, ratio=0.5, bits=16, of="linears"):
+def built_emulator(folder, source, emulator, ratio=0.5, bits=16, of="linears"):
     """The facts of an emulator that was built into `folder`, and its model."""
     plan = emulator.plan(source, layers_of(source), Compression(ratio, of, bits))
-    given = Given(plan, None, samples() if emulator.samples else None, held_at(bits))
+    given = BuildInputs(plan, None, samples() if emulator.samples else None, held_at(bits))
     facts = emulator.build(folder, source, given, device=CPU)
     return facts, emulator.open(folder, source, CPU, precision=held_at(bits))
 
@@ -106,7 +106,7 @@ def grouped(draw):
     groups, scores = {}, {}
     for index in range(draw(st.integers(1, 5))):
         kind = draw(st.sampled_from([ATTENTION, MLP]))
-        group = Group(kind, draw(st.integers(1, 12)), draw(st.integers(1, 30)))
+        group = UnitGroup(kind, draw(st.integers(1, 12)), draw(st.integers(1, 30)))
         # A few values only, so that some are equal.
         values = draw(st.lists(st.integers(-5, 5), min_size=group.count, max_size=group.count))
         groups[str(index)] = group
@@ -177,7 +177,7 @@ def test_even_shares_are_loram_s_counts_and_the_largest_the_budget_holds(given):
 
 def test_attention_and_mlp_are_ranked_together_in_their_own_deviations():
     """Scores of one kind a thousand times those of the other change nothing."""
-    groups = {"a": Group(ATTENTION, 3, 10), "m": Group(MLP, 3, 10)}
+    groups = {"a": UnitGroup(ATTENTION, 3, 10), "m": UnitGroup(MLP, 3, 10)}
     scores = {"a": torch.tensor([1.0, 2.0, 3.0]), "m": torch.tensor([4e3, 1e3, 2e3])}
     kept = keep_best(groups, scores, 30)
     assert {name: units.tolist() for name, units in kept.items()} == {"a": [2], "m": [0, 2]} or {
@@ -189,7 +189,7 @@ def test_attention_and_mlp_are_ranked_together_in_their_own_deviations():
 
 
 def test_a_budget_below_one_unit_of_each_group_is_refused():
-    groups = {"a": Group(ATTENTION, 3, 10), "m": Group(MLP, 3, 7)}
+    groups = {"a": UnitGroup(ATTENTION, 3, 10), "m": UnitGroup(MLP, 3, 7)}
     scores = {name: torch.zeros(3) for name in groups}
     for keep in (keep_best, keep_evenly):
         assert [len(units) for units in keep(groups, scores, 17).values()] == [1, 1]
@@ -257,7 +257,9 @@ def test_a_vision_tower_has_neurons_and_its_attention_stays_whole(vision, caplog
 
 def test_both_halves_are_pruned_and_run(tmp_path, vision):
     emulator, layers = prune(), in_both_halves(vision)
-    given = Given(emulator.plan(vision, layers, Compression(0.6, "linears", 16)), None, None, None)
+    given = BuildInputs(
+        emulator.plan(vision, layers, Compression(0.6, "linears", 16)), None, None, None
+    )
     facts = emulator.build(tmp_path, vision, given, device=CPU)
     model = emulator.open(tmp_path, vision, CPU)
     assert facts["parameters"] == sum(one.numel() for one in model.parameters())
@@ -292,7 +294,7 @@ def test_the_smaller_model_is_the_original_with_pruned_units_emptied(
 ):
     """Biases included: those of rows that are gone go with them, those of outputs stay."""
     emulator = prune(importance=importance, spread=spread)
-    facts, model = built(tmp_path, source, emulator)
+    facts, model = built_emulator(tmp_path, source, emulator)
     twin = emptied(emulator, tmp_path, source)
     with torch.no_grad():
         found, expected = (one(input_ids=IDS).logits for one in (model, twin))
@@ -306,7 +308,7 @@ def test_the_smaller_model_is_the_original_with_pruned_units_emptied(
 
 def test_what_is_stored_are_indices_scores_and_a_line_for_each_layer(tmp_path, source):
     emulator = prune(importance="upop")
-    built(tmp_path, source, emulator)
+    built_emulator(tmp_path, source, emulator)
     table = json.loads((tmp_path / "layers.json").read_text())
     scores = load_file(tmp_path / "scores.safetensors")
     for layer, (out, into) in layers_of(source).items():
@@ -324,7 +326,7 @@ def test_what_is_stored_are_indices_scores_and_a_line_for_each_layer(tmp_path, s
 
 
 def test_a_share_of_the_model_counts_what_is_never_compressed(tmp_path, source):
-    facts, _ = built(tmp_path, source, prune(), 0.7, of="model")
+    facts, _ = built_emulator(tmp_path, source, prune(), 0.7, of="model")
     assert 0.69 < facts["share_of_model"] <= 0.7
 
 
@@ -333,7 +335,7 @@ def test_a_share_of_one_thing_after_another_prunes_no_less(tmp_path, source):
     for ratio in (0.3, 0.5, 0.7):
         folder = tmp_path / str(ratio)
         folder.mkdir()
-        facts, _ = built(folder, source, prune(spread="layer"), ratio)
+        facts, _ = built_emulator(folder, source, prune(spread="layer"), ratio)
         shares.append(facts["parameters"])
     assert shares == sorted(set(shares))
 
@@ -401,7 +403,7 @@ def test_the_score_of_upop_is_minus_the_slope_of_the_loss_in_the_mask(llama):
 
 def test_upop_prunes_what_the_loss_would_most_like_smaller(tmp_path, source):
     emulator = prune(importance="upop", spread="layer")
-    built(tmp_path, source, emulator)
+    built_emulator(tmp_path, source, emulator)
     batches = samples().learnt(source)
     units = units_of(source, layers_of(source), 0, 0)
     model = source.load(CPU)
@@ -523,7 +525,7 @@ def test_a_mask_of_ones_passes_on_what_comes():
     x = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
     mask = torch.ones(2, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(3, 5, 6, dtype=torch.float64)
-    y = Masked.apply(x, mask)
+    y = UnitMask.apply(x, mask)
     assert torch.equal(y, x)
     y.backward(upstream)
     assert torch.equal(x.grad, upstream)
@@ -536,7 +538,7 @@ def test_random_scores_depend_on_the_seed_alone(tmp_path, source):
     for index, seed in enumerate((3, 3, 4)):
         folder = tmp_path / str(index)
         folder.mkdir()
-        built(folder, source, prune(seed=seed), bits=16 if index else 4)
+        built_emulator(folder, source, prune(seed=seed), bits=16 if index else 4)
         scores.append(load_file(folder / "scores.safetensors")["model.layers.1.mlp"])
     assert torch.equal(scores[0], scores[1])
     assert not torch.equal(scores[0], scores[2])
@@ -619,7 +621,7 @@ def test_a_ratio_that_is_too_small_is_refused_with_the_smallest_that_is_not(
     ratio = float(said.partition("set compression.ratio=")[2].split()[0].rstrip(","))
     with pytest.raises(ConfigError, match=f"set compression.ratio={ratio:g} or more"):
         plan(round(ratio - 2e-4, 4))
-    facts = emulator.build(tmp_path, source, Given(plan(ratio), None, None, None), device=CPU)
+    facts = emulator.build(tmp_path, source, BuildInputs(plan(ratio), None, None, None), device=CPU)
     table = json.loads((tmp_path / "layers.json").read_text())
     attention = {line["kept"] for name, line in table.items() if line.get("unit") == ATTENTION}
     assert attention == {1}

@@ -11,14 +11,14 @@ from emloc.config.compose import compose
 from emloc.config.run_folder import DONE, RUNNING, Run, folder_name
 from emloc.errors import ConfigError
 from emloc.runtime.distributed import (
-    Notice,
-    born,
-    first,
-    hush,
-    launch,
+    StatusFile,
+    is_first,
+    launch_id,
     own_device,
+    process_start,
     rank,
     sharded,
+    silence_other_processes,
     world_size,
 )
 
@@ -31,27 +31,27 @@ def of_two(monkeypatch):
         for name, value in {"RANK": str(rank), "WORLD_SIZE": "2", **more}.items():
             monkeypatch.setenv(name, value)
 
-    born.cache_clear()
+    process_start.cache_clear()
     yield be
-    born.cache_clear()
+    process_start.cache_clear()
 
 
 def test_a_process_alone_is_the_first_of_one():
-    assert (rank(), world_size(), first()) == (0, 1, True)
+    assert (rank(), world_size(), is_first()) == (0, 1, True)
 
 
 def test_a_launch_is_known_by_what_its_processes_share(of_two):
     of_two(0, MASTER_PORT="1")
-    one = launch()
+    one = launch_id()
     of_two(1, MASTER_PORT="1", LOCAL_RANK="1")
-    assert launch() == one
-    assert (rank(), world_size(), first()) == (1, 2, False)
+    assert launch_id() == one
+    assert (rank(), world_size(), is_first()) == (1, 2, False)
     of_two(1, MASTER_PORT="2")
-    assert launch() != one
+    assert launch_id() != one
 
 
 def test_a_notice_is_of_this_launch_only(of_two, tmp_path):
-    notice = Notice(tmp_path / "notice")
+    notice = StatusFile(tmp_path / "notice")
     of_two(0, MASTER_PORT="1")
     assert notice.read() == ("", "")
     notice.put("failed", "why")
@@ -63,7 +63,7 @@ def test_a_notice_is_of_this_launch_only(of_two, tmp_path):
 
 
 def test_a_process_alone_leaves_no_notice(tmp_path):
-    Notice(tmp_path / "notice").put("begun")
+    StatusFile(tmp_path / "notice").put("begun")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -80,7 +80,7 @@ def test_a_run_has_ended_when_it_was_recorded_in_this_launch(of_two, tmp_path, m
     assert 0.3 <= sum(naps) < 5
     run.mark("failed", stage="train", error="why")
     assert run.ended(within=0)
-    (tmp_path / "status.json").write_text(json.dumps({"state": DONE, "time": born() - 1}))
+    (tmp_path / "status.json").write_text(json.dumps({"state": DONE, "time": process_start() - 1}))
     assert not run.ended(within=0)
 
 
@@ -123,7 +123,7 @@ def test_another_process_than_the_first_warns_and_writes_no_log(of_two, tmp_path
     file = logging.FileHandler(tmp_path / "run.log")
     root.addHandler(file)
     try:
-        hush()
+        silence_other_processes()
         assert file not in root.handlers
         assert not logging.getLogger("emloc").isEnabledFor(logging.INFO)
         assert logging.getLogger("emloc").isEnabledFor(logging.WARNING)

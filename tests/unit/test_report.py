@@ -16,7 +16,7 @@ from emloc.report.markdown import table
 from emloc.report.rows import rows_of, write_rows
 from emloc.report.run_table import table_of
 from emloc.runtime import provenance as provenance_module
-from emloc.runtime.memory import GIB, Peak, process_bytes
+from emloc.runtime.memory import GIB, MemoryPeak, process_bytes
 from emloc.runtime.provenance import PACKAGES, provenance
 from emloc.sweeps.callbacks import FAILED, ResultsTable
 
@@ -436,7 +436,7 @@ def test_results_are_complete_before_a_run_is_done(tmp_path, monkeypatch):
 # Memory and provenance ---------------------------------------------------------------------------
 
 
-def _await_a_look(peak: Peak, held: int) -> None:
+def _await_a_look(peak: MemoryPeak, held: int) -> None:
     """Until so much was seen, or would have been: a busy machine takes its time."""
     for _ in range(200):
         if peak._host.bytes >= held - 5e6:
@@ -445,7 +445,7 @@ def _await_a_look(peak: Peak, held: int) -> None:
 
 
 def test_the_peak_sees_what_is_gone_again():
-    with Peak() as peak:
+    with MemoryPeak() as peak:
         before = process_bytes()
         # Of the system itself: an allocator may keep what it is given back.
         block = mmap.mmap(-1, 200_000_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -461,7 +461,7 @@ def test_the_peak_sees_what_is_gone_again():
 
 
 def test_work_too_short_to_be_looked_at_has_a_peak_too():
-    peak = Peak()
+    peak = MemoryPeak()
     peak._host._stop.set()  # over before the first look
     with peak:
         pass
@@ -469,7 +469,7 @@ def test_work_too_short_to_be_looked_at_has_a_peak_too():
 
 
 def test_the_peak_survives_a_failure():
-    peak = Peak()
+    peak = MemoryPeak()
 
     def fail():
         with peak:

@@ -17,7 +17,7 @@ from emloc.adapters.lora import Lora
 from emloc.adapters.saved import copy_adapter, lora_of, read_lora
 from emloc.config.settings import LoraSettings
 from emloc.errors import ConfigError
-from emloc.tensors.linalg.correct import Pair
+from emloc.tensors.linalg.correct import LoraPair
 
 IDS = torch.arange(24).reshape(2, 12) + 5
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -185,20 +185,20 @@ def test_a_folder_that_holds_none_is_refused(tmp_path):
 
 def test_what_was_carried_is_marked_and_not_carried_again(saved, tmp_path):
     read = read_lora(saved(tuned()))
-    assert read.carried is None
+    assert read.recovered is None
 
-    def double(layer: str, pair: Pair) -> Pair:
-        return Pair(pair.a, 2 * pair.b, pair.scale)
+    def double(layer: str, pair: LoraPair) -> LoraPair:
+        return LoraPair(pair.a, 2 * pair.b, pair.scale)
 
-    carried = read.map(double, {"by": "test"})
-    assert read.carried is None
-    carried.save(tmp_path / "carried")
+    recovered = read.map(double, {"by": "test"})
+    assert read.recovered is None
+    recovered.save(tmp_path / "carried")
     again = read_lora(tmp_path / "carried")
-    assert again.carried == {"by": "test"}
+    assert again.recovered == {"by": "test"}
     for layer, pair in read.pairs.items():
         assert torch.equal(again.pairs[layer].b, 2 * pair.b)
         assert torch.equal(again.pairs[layer].a, pair.a)
-    for one in (carried, again):
+    for one in (recovered, again):
         with pytest.raises(ConfigError, match=r"already carried .* by \{'by': 'test'\}; give the"):
             one.map(double, {"by": "test"})
     # PEFT does not mind the mark.
@@ -208,7 +208,7 @@ def test_what_was_carried_is_marked_and_not_carried_again(saved, tmp_path):
 def test_a_changed_pair_may_have_another_shape_in_memory(saved, tmp_path):
     """Slices of larger matrices are written as matrices of their own."""
     read = read_lora(saved(tuned()))
-    wide = {k: Pair(torch.cat([p.a, p.a])[::2], p.b, p.scale) for k, p in read.pairs.items()}
+    wide = {k: LoraPair(torch.cat([p.a, p.a])[::2], p.b, p.scale) for k, p in read.pairs.items()}
     read.map(lambda layer, _: wide[layer], {"by": "test"}).save(tmp_path / "out")
     found = read_lora(tmp_path / "out")
     assert all(torch.equal(found.pairs[layer].a, pair.a) for layer, pair in wide.items())
@@ -363,7 +363,7 @@ def test_a_module_trained_whole_is_saved_and_read_by_its_name(tmp_path):
 def test_a_change_of_the_pairs_leaves_modules_trained_whole(tmp_path):
     Lora().save(with_head(), tmp_path / "one", "somebody/model")
     read = read_lora(tmp_path / "one")
-    changed = read.map(lambda _, pair: Pair(2 * pair.a, pair.b, pair.scale), {"by": "test"})
+    changed = read.map(lambda _, pair: LoraPair(2 * pair.a, pair.b, pair.scale), {"by": "test"})
     changed.save(tmp_path / "two")
     again = read_lora(tmp_path / "two").extras
     assert again.keys() == read.extras.keys() == {"lm_head.weight"}

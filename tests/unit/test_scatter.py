@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emloc.tensors.linalg.correct import Pair
+from emloc.tensors.linalg.correct import LoraPair
 from emloc.tensors.linalg.prune import scatter, spans
 
 
@@ -26,7 +26,7 @@ def test_the_update_is_what_was_trained_on_kept_places_and_zero_on_all_others(da
     n = into if columns is None else len(columns)
     a = torch.randn(rank, n, generator=generator, dtype=torch.float64)
     b = torch.randn(m, rank, generator=generator, dtype=torch.float64)
-    small = Pair(a, b, data.draw(st.sampled_from([0.5, 1.0, 2.0])))
+    small = LoraPair(a, b, data.draw(st.sampled_from([0.5, 1.0, 2.0])))
     large = scatter(small, (out, into), rows, columns)
     assert large.scale == small.scale
     assert (large.a.shape, large.b.shape) == ((rank, into), (out, rank))
@@ -41,7 +41,7 @@ def test_the_update_is_what_was_trained_on_kept_places_and_zero_on_all_others(da
 
 
 def test_a_scattered_pair_keeps_its_dtype_and_its_numbers():
-    pair = Pair(torch.tensor([[1.5, 2.5]]).half(), torch.tensor([[3.0]]).half(), 1.0)
+    pair = LoraPair(torch.tensor([[1.5, 2.5]]).half(), torch.tensor([[3.0]]).half(), 1.0)
     large = scatter(pair, (3, 4), torch.tensor([2]), torch.tensor([0, 3]))
     assert large.a.tolist() == [[1.5, 0, 0, 2.5]]
     assert large.b.tolist() == [[0], [0], [3]]
@@ -49,7 +49,7 @@ def test_a_scattered_pair_keeps_its_dtype_and_its_numbers():
 
 
 def test_a_pair_that_does_not_fit_the_indices_is_no_adapter_of_that_layer():
-    pair = Pair(torch.ones(1, 2), torch.ones(3, 1), 1.0)
+    pair = LoraPair(torch.ones(1, 2), torch.ones(3, 1), 1.0)
     with pytest.raises((IndexError, RuntimeError)):
         scatter(pair, (3, 4), None, torch.tensor([0, 1, 2]))
 

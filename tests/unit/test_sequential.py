@@ -13,10 +13,10 @@ from tiny import image_batch, tiny_internvl, tiny_llama, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from emloc.calibration.blockwise import by_block, open_walk
+from emloc.calibration.blockwise import by_block, iterate_checkpoint
 from emloc.calibration.calibrate import calibrate
 from emloc.config.settings import Compression
-from emloc.emulators import Given
+from emloc.emulators import BuildInputs
 from emloc.emulators.svd import Svd
 from emloc.emulators.svd.sequential import lock_step
 from emloc.errors import ConfigError
@@ -82,9 +82,9 @@ def svd(**settings) -> Svd:
     return Svd(**(plain | {"sequential": True, "allocation": "uniform"} | settings))
 
 
-def given_to(emulator: Svd, source, bits: int = 16, statistics=None, rows=None) -> Given:
+def given_to(emulator: Svd, source, bits: int = 16, statistics=None, rows=None) -> BuildInputs:
     ranks = emulator.plan(source, layers_of(source), Compression(0.4, "linears", bits))
-    return Given(ranks, statistics, rows or Rows(), held_at(bits))
+    return BuildInputs(ranks, statistics, rows or Rows(), held_at(bits))
 
 
 def build_in(folder, source, emulator: Svd, bits: int = 16, **given_settings) -> dict:
@@ -388,7 +388,7 @@ def test_both_halves_of_a_model_of_images_and_text(tmp_path):
         emulator, folder = svd(sequential=way), tmp_path / str(way)
         folder.mkdir()
         ranks = emulator.plan(source, layers, Compression(0.4, "linears", 16))
-        emulator.build(folder, source, Given(ranks, None, Images(), None), device=CPU)
+        emulator.build(folder, source, BuildInputs(ranks, None, Images(), None), device=CPU)
     blocks = list(by_block(layers))
     assert len(blocks) == 4
     assert ["vision_tower" in block for block in blocks] == [True, True, False, False]
@@ -409,7 +409,7 @@ def test_a_layer_that_no_sample_runs_is_refused(tmp_path):
     emulator = svd()
     ranks = emulator.plan(source, layers, Compression(0.4, "linears", 16))
     with pytest.raises(ConfigError) as refused:
-        emulator.build(tmp_path, source, Given(ranks, None, Rows(), None), device=CPU)
+        emulator.build(tmp_path, source, BuildInputs(ranks, None, Rows(), None), device=CPU)
     assert str(refused.value).startswith(
         f"{next(iter(layers))}: no calibration sample runs it, so there is nothing to fit it to; "
         "set "
@@ -535,7 +535,7 @@ def test_what_cannot_be_is_refused(settings, message):
 
 def test_two_looks_at_a_batch_come_before_one_at_the_next(source):
     blocks = list(by_block(layers_of(source)))
-    walks = [open_walk(source, Rows().batches(source), blocks, CPU) for _ in range(2)]
+    walks = [iterate_checkpoint(source, Rows().batches(source), blocks, CPU) for _ in range(2)]
     order = []
     for pair in zip(*walks, strict=True):
         for index, block in enumerate(pair):

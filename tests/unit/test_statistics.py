@@ -6,9 +6,9 @@ from tiny import save_checkpoint
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from emloc.calibration.blockwise import open_walk
-from emloc.calibration.calibrate import linears_of, observe
-from emloc.calibration.moments import PIECE, Statistics, Taken
+from emloc.calibration.blockwise import iterate_checkpoint
+from emloc.calibration.calibrate import linears_of, record_moments
+from emloc.calibration.moments import PIECE, InputRecorder, Statistics
 from emloc.models.checkpoint.source import Source
 
 CPU = torch.device("cpu")
@@ -44,8 +44,10 @@ def batches(size: int) -> list[dict[str, Tensor]]:
 
 
 def observed(source: Source, size: int = 2, whole: bool = False, leaves=LEAVES) -> list[Statistics]:
-    run = open_walk(source, batches(size), BLOCKS, CPU)
-    return [observe(block, [f"{block.name}.{leaf}" for leaf in leaves], whole) for block in run]
+    run = iterate_checkpoint(source, batches(size), BLOCKS, CPU)
+    return [
+        record_moments(block, [f"{block.name}.{leaf}" for leaf in leaves], whole) for block in run
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +160,7 @@ def test_what_was_taken_is_given_once_and_padding_is_left_out():
     layers = {"a": nn.Linear(3, 2), "b": nn.Linear(3, 2), "c": nn.Linear(2, 2)}
     x = torch.arange(18.0).reshape(2, 3, 3)
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]]).bool()
-    with Taken(layers) as taken:
+    with InputRecorder(layers) as taken:
         layers["c"](layers["a"](x) + layers["b"](x))
         got = taken.rows(mask)
         assert taken.rows(mask) == {}
@@ -173,13 +175,13 @@ def test_what_was_taken_is_given_once_and_padding_is_left_out():
 
 
 def test_hooks_are_gone_after_a_failure(source):
-    run = open_walk(source, batches(2), BLOCKS, CPU)
+    run = iterate_checkpoint(source, batches(2), BLOCKS, CPU)
     block = next(run)
     linears = linears_of(block, [f"{block.name}.{leaf}" for leaf in LEAVES])
     assert len(linears) == 7
 
     def fail():
-        with Taken(linears):
+        with InputRecorder(linears):
             assert all(len(linear._forward_pre_hooks) == 1 for linear in linears.values())
             raise RuntimeError("stop")
 

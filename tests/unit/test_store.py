@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from emloc.adapters.training_inputs import TrainingInputs
 from emloc.data.examples import Example, Examples
 from emloc.errors import ConfigError, StageError
 from emloc.runtime.keys import class_name, key_of, neutral
@@ -219,6 +220,10 @@ def test_a_class_can_be_moved_to_another_folder(key):
     assert key(renamed()) != key(before())
     renamed.key_name = class_name(before)
     assert key(renamed()) == key(before())
+
+
+def test_what_a_training_depends_on_is_called_in_keys_as_in_the_first_caches():
+    assert class_name(TrainingInputs) == "fit.Fit"
 
 
 @dataclass(frozen=True)
@@ -484,7 +489,7 @@ def test_what_the_user_set_wrong_reaches_all_processes_as_it_is(store, in_three)
 
 def test_who_fails_among_others_says_that_they_are_no_longer_in_step(store, in_three):
     first, *others = in_three(together(store), "train", fall)
-    assert first == "OutOfStep: train: MemoryError: no more"
+    assert first == "OutOfStepError: train: MemoryError: no more"
     # They failed as well, or had heard of it before they began.
     assert {one.partition(": ")[2] for one in others} == {"train: MemoryError: no more"}
 

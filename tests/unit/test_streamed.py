@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from emloc.tensors.nn.streamed import ALIGN, SMALLEST, Streamed, pieces
+from emloc.tensors.nn.streamed import ALIGN, SMALLEST, StreamedBlocks, pieces
 
 CPU = torch.device("cpu")
 BLOCKS = 5
@@ -31,9 +31,9 @@ def stack(width: int = 7) -> nn.ModuleList:
     return blocks
 
 
-def moved(blocks: nn.ModuleList) -> Streamed:
+def moved(blocks: nn.ModuleList) -> StreamedBlocks:
     """Let the blocks be streamed, with the weights they have."""
-    streamed = Streamed([dict(block.named_parameters()) for block in blocks], CPU)
+    streamed = StreamedBlocks([dict(block.named_parameters()) for block in blocks], CPU)
     for index, block in enumerate(blocks):
         for name, view in streamed.views(index).items():
             view.copy_(block.get_parameter(name))
@@ -71,7 +71,7 @@ def test_tensors_of_several_types_and_sizes_come_back_as_they_were_put_in():
         }
         for size in (5, 300, 1, 77)
     ]
-    streamed = Streamed(blocks, CPU)
+    streamed = StreamedBlocks(blocks, CPU)
     for index, block in enumerate(blocks):
         for name, view in streamed.views(index).items():
             view.copy_(block[name])
@@ -141,9 +141,9 @@ def test_each_block_is_copied_once_on_its_way_up_and_once_on_its_way_down(monkey
     streamed = moved(blocks)
     through(blocks, torch.randn(4, 7))
     copied = []
-    own = Streamed._copy
+    own = StreamedBlocks._copy
     monkeypatch.setattr(
-        Streamed, "_copy", lambda self, index: (copied.append(index), own(self, index))
+        StreamedBlocks, "_copy", lambda self, index: (copied.append(index), own(self, index))
     )
     x = torch.randn(4, 7, requires_grad=True)
     for index in reversed(range(BLOCKS)):

@@ -10,7 +10,7 @@ from torch.nn import functional
 from emloc.calibration.samples import BATCH, Samples, choose
 from emloc.data.collate import IGNORE, collate
 from emloc.data.examples import Example, Examples
-from emloc.data.prompts import Encoded, encode, render
+from emloc.data.prompts import EncodedExample, encode, render
 from emloc.data.reader import TextReader, batches, encode_all
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
@@ -36,7 +36,7 @@ def padded(request, tokenizer):
     return tokenizer
 
 
-def all_of(tokenizer) -> list[Encoded]:
+def all_of(tokenizer) -> list[EncodedExample]:
     return encode_all(TextReader(tokenizer), Examples("rows", ROWS), 4096)
 
 
@@ -74,7 +74,7 @@ def test_the_answer_begins_where_the_prompt_as_it_will_be_asked_ends(tokenizer):
 
 def test_running_text_is_nobodys_turn(tokenizer):
     one = encode(tokenizer, Example("7", "", "just text"))
-    assert one == Encoded("7", tokenizer("just text").input_ids, 0)
+    assert one == EncodedExample("7", tokenizer("just text").input_ids, 0)
     assert words(tokenizer, one.input_ids) == "<s>just text"
 
 
@@ -131,7 +131,7 @@ def test_answers_end_together_and_their_logits_are_asked_for(padded):
         assert places.tolist() == [0] * (length - real) + list(range(real))
 
 
-def plain_loss(model, encoded: list[Encoded]) -> float:
+def plain_loss(model, encoded: list[EncodedExample]) -> float:
     """Mean over all answer tokens, from all logits of batches padded on the right."""
     length = max(len(one.input_ids) for one in encoded)
     ids = torch.zeros(len(encoded), length, dtype=torch.long)

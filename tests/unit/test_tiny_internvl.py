@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, InternVLForConditionalGeneration
 
 from emloc.config.compose import compose
 from emloc.data.examples import Example
-from emloc.data.image import Picture
+from emloc.data.image import LazyImage
 from emloc.stages.run_config import build
 
 MODELS = Path(__file__).parents[2] / "experiments" / "models"
@@ -48,7 +48,7 @@ def examples(tmp_path_factory) -> list[Example]:
     for index, (question, answer) in enumerate(QUESTIONS.items()):
         file = home / f"{index}.png"
         Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file)
-        picture = Picture(f"image {index}", f"{index}", file.read_bytes)
+        picture = LazyImage(f"image {index}", f"{index}", file.read_bytes)
         group = GROUPS.get(answer, "yes/no")
         row = Example(f"{index}", question, answer, (picture,), (answer,), group=group)
         rows.append(row)

@@ -438,7 +438,7 @@ def test_a_sweep_of_which_nothing_has_been_done_now_has_no_report(begun, tmp_pat
     begun("failed").mark("failed", stage="config", error="x")
     compare(folder)
     begun("before").finish(results())
-    monkeypatch.setattr("emloc.report.tracking.trackers.born", lambda: time.time() + 1)
+    monkeypatch.setattr("emloc.report.tracking.trackers.process_start", lambda: time.time() + 1)
     compare(folder)
     assert not (folder / "wandb").exists()
 

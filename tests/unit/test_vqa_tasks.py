@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from emloc.errors import ConfigError
-from emloc.tasks.images import Album, NoImageError
-from emloc.tasks.questions import Account
+from emloc.tasks.images import ImageSource, NoImageError
+from emloc.tasks.questions import ReadStats
 from emloc.tasks.rows import Rows
 from emloc.tasks.scorers import named_scorer
 from emloc.tasks.vqa import VqaTask
@@ -159,7 +159,7 @@ def test_infovqa_reads_the_other_names_of_its_training_rows(tmp_path):
     for split, prompt, answer in (("train", "q?", "blue"), ("validation", "v?", "red")):
         # Two data sets on the hub: files of one folder have to agree in their columns.
         rows = Rows(name="infovqa", id=None, path=str(tmp_path), splits={"train_split": split})
-        ((example, _),) = questions.read(rows, split, Account())
+        ((example, _),) = questions.read(rows, split, ReadStats())
         assert (example.prompt, example.references) == (prompt + SHORT, (answer,))
 
 
@@ -401,7 +401,7 @@ def test_a_column_of_lists_of_images(tmp_path):
 def test_what_an_image_may_be(tmp_path):
     (tmp_path / "a.png").write_bytes(png(1))
     (tmp_path / "bare").write_bytes(png(2))
-    album = Album("t", tmp_path)
+    album = ImageSource("t", tmp_path)
     text = base64.b64encode(png(3)).decode()
     ways = {
         "a.png": 1,

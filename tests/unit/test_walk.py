@@ -19,9 +19,9 @@ from transformers import (
 )
 from walked import batches_of, made
 
-from emloc.calibration.blockwise import block_of, by_block, open_walk, walk
-from emloc.calibration.calibrate import observe
-from emloc.calibration.spill import Lot
+from emloc.calibration.blockwise import block_of, by_block, iterate_blocks, iterate_checkpoint
+from emloc.calibration.calibrate import record_moments
+from emloc.calibration.offload import OffloadPool
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 
@@ -158,7 +158,11 @@ def test_each_block_takes_and_gives_what_it_does_in_a_whole_pass(sources, kind, 
     source, names = sources[kind], names_of(kind)
     model = model_of(source)
     expected = whole(model, names)
-    run = open_walk(source, BATCHES, names, CPU) if streamed else walk(model, BATCHES, names, CPU)
+    run = (
+        iterate_checkpoint(source, BATCHES, names, CPU)
+        if streamed
+        else iterate_blocks(model, BATCHES, names, CPU)
+    )
     found = walked(run)
     assert list(found) == names
     for name in names:
@@ -192,7 +196,7 @@ def test_one_block_is_in_memory_at_a_time(sources, kind):
             ]
         )
 
-    for block in open_walk(source, BATCHES, names, CPU):
+    for block in iterate_checkpoint(source, BATCHES, names, CPU):
         look()
         block.run(look)
         look()
@@ -208,7 +212,7 @@ def test_one_block_is_in_memory_at_a_time(sources, kind):
 def test_only_the_blocks_asked_for_are_streamed_the_others_are_there(sources):
     source, names = watched(sources["gemma3"]), names_of("gemma3")
     expected = whole(model_of(source), names)
-    found = walked(open_walk(source, BATCHES, names[2:3], CPU))
+    found = walked(iterate_checkpoint(source, BATCHES, names[2:3], CPU))
     assert list(found) == names[2:3]
     for ours, theirs in zip(found[names[2]], expected[names[2]], strict=True):
         assert all(map(torch.equal, ours, theirs))
@@ -223,7 +227,7 @@ def test_no_keys_and_values_are_kept(sources):
         layer.self_attn.register_forward_pre_hook(
             lambda _, args, kwargs: caches.append(kwargs.get("past_key_values")), with_kwargs=True
         )
-    for _ in walk(model, BATCHES, names_of("llama"), CPU):
+    for _ in iterate_blocks(model, BATCHES, names_of("llama"), CPU):
         pass
     assert caches == [None] * 2 * len(BATCHES)
 
@@ -233,7 +237,7 @@ def test_what_follows_the_last_block_never_runs(sources):
     ran = []
     for module in (model.lm_head, model.model.norm, model.model.layers[1]):
         module.register_forward_hook(lambda module, *_: ran.append(type(module).__name__))
-    for _ in walk(model, BATCHES, names_of("llama")[:1], CPU):
+    for _ in iterate_blocks(model, BATCHES, names_of("llama")[:1], CPU):
         pass
     assert ran == []
 
@@ -246,7 +250,7 @@ def test_a_block_nobody_runs_is_run_and_none_is_run_twice(sources):
             lambda *_, name=name: counts[name].append(1)
         )
     masks = []
-    for block in walk(model, BATCHES, names, CPU):
+    for block in iterate_blocks(model, BATCHES, names, CPU):
         if block.name == names[1]:
             block.run(masks.append)
             block.run(lambda _: pytest.fail("run again"))
@@ -259,7 +263,9 @@ def test_a_block_nobody_runs_is_run_and_none_is_run_twice(sources):
 def test_without_a_mask_there_is_none(sources):
     model = model_of(sources["llama"])
     masks = []
-    for block in walk(model, [{"input_ids": BATCHES[1]["input_ids"]}], names_of("llama"), CPU):
+    for block in iterate_blocks(
+        model, [{"input_ids": BATCHES[1]["input_ids"]}], names_of("llama"), CPU
+    ):
         block.run(masks.append)
     assert masks == [None, None]
 
@@ -285,23 +291,23 @@ def untouched(sources):
     assert model.config.use_cache
     with torch.no_grad():
         assert torch.equal(model(**BATCHES[0]).logits, before)
-    found = walked(walk(model, BATCHES, names_of("llama"), CPU))
+    found = walked(iterate_blocks(model, BATCHES, names_of("llama"), CPU))
     assert [len(found[name]) for name in names_of("llama")] == [3, 3]
 
 
 def test_after_a_whole_walk(untouched):
-    walked(walk(untouched, BATCHES, names_of("llama"), CPU))
+    walked(iterate_blocks(untouched, BATCHES, names_of("llama"), CPU))
 
 
 def test_after_a_consumer_that_stops_early(untouched):
-    for block in walk(untouched, BATCHES, names_of("llama"), CPU):
+    for block in iterate_blocks(untouched, BATCHES, names_of("llama"), CPU):
         block.run(lambda _: None)
         assert hooks(untouched) > 0
         break
 
 
 def test_after_a_generator_closed_before_its_first_block_is_run(untouched):
-    run = walk(untouched, BATCHES, names_of("llama"), CPU)
+    run = iterate_blocks(untouched, BATCHES, names_of("llama"), CPU)
     assert next(run).name == "model.layers.0"
     run.close()
     assert next(run, None) is None
@@ -309,7 +315,7 @@ def test_after_a_generator_closed_before_its_first_block_is_run(untouched):
 
 def test_after_a_consumer_that_fails(untouched):
     def consume():
-        for _ in walk(untouched, BATCHES, names_of("llama"), CPU):
+        for _ in iterate_blocks(untouched, BATCHES, names_of("llama"), CPU):
             raise RuntimeError("consumer")
 
     with pytest.raises(RuntimeError, match="consumer"):
@@ -321,7 +327,7 @@ def test_after_a_failure_between_two_batches(untouched):
         raise RuntimeError("between")
 
     def go():
-        for block in walk(untouched, BATCHES, names_of("llama"), CPU):
+        for block in iterate_blocks(untouched, BATCHES, names_of("llama"), CPU):
             block.run(fail)
 
     with pytest.raises(RuntimeError, match="between"):
@@ -331,7 +337,7 @@ def test_after_a_failure_between_two_batches(untouched):
 def test_after_a_batch_the_model_refuses(untouched):
     bad = [*BATCHES, {"input_ids": torch.tensor([[999]])}]
     with pytest.raises(IndexError):
-        next(walk(untouched, bad, names_of("llama"), CPU))
+        next(iterate_blocks(untouched, bad, names_of("llama"), CPU))
 
 
 def test_after_a_block_that_fails(untouched):
@@ -340,7 +346,7 @@ def test_after_a_block_that_fails(untouched):
 
     handle = untouched.model.layers[1].mlp.register_forward_hook(fail)
     with pytest.raises(ArithmeticError, match="in block 1"):
-        list(walk(untouched, BATCHES, names_of("llama"), CPU))
+        list(iterate_blocks(untouched, BATCHES, names_of("llama"), CPU))
     handle.remove()
 
 
@@ -351,7 +357,7 @@ def test_the_callers_gradient_mode_is_the_callers(sources, enabled):
     for name in names_of("llama")[:1]:
         model.get_submodule(name).mlp.register_forward_hook(lambda _, __, out: outputs.append(out))
     with torch.set_grad_enabled(enabled):
-        for block in walk(model, BATCHES, names_of("llama"), CPU):
+        for block in iterate_blocks(model, BATCHES, names_of("llama"), CPU):
             modes.append(torch.is_grad_enabled())
             block.run(lambda _: modes.append(torch.is_grad_enabled()))
         modes.append(torch.is_grad_enabled())
@@ -369,14 +375,14 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_before_anything_runs(source
     (tmp_path / "config.json").write_text((sources["llama"].folder / "config.json").read_text())
     source = Source(tmp_path, "x", "x", torch.float32)
     with pytest.raises(ConfigError) as caught:
-        open_walk(source, BATCHES, names_of("llama"), CPU)
+        iterate_checkpoint(source, BATCHES, names_of("llama"), CPU)
     assert str(caught.value) == f"{tmp_path}: holds no tensor {name}; set model.source"
 
 
 # A look ------------------------------------------------------------------------------------------
 
 
-class Recorded(Lot):
+class Recorded(OffloadPool):
     """Room that can be asked about while passes are stopped in it."""
 
     made: ClassVar[list] = []
@@ -400,7 +406,9 @@ def rounds_of(kind: str, looks: int, host_bytes: int | None, folder: Path) -> di
     """Block -> for each look, and then the run: all masks, and what goes in and comes out."""
     model, names = made(kind)
     found = {}
-    for block in walk(model, batches_of(kind), names, CPU, host_bytes=host_bytes, folder=folder):
+    for block in iterate_blocks(
+        model, batches_of(kind), names, CPU, host_bytes=host_bytes, folder=folder
+    ):
         rounds = found.setdefault(block.name, [])
         for go in (*[block.look] * looks, block.run):
             seen, masks = [], []
@@ -437,10 +445,10 @@ def test_what_was_looked_at_twice_is_run_as_if_it_had_not_been(kind, host_bytes,
 @pytest.mark.parametrize("host_bytes", [None, 0])
 @pytest.mark.parametrize("kind", ["llama", "internvl"])
 def test_nothing_is_kept_of_a_look(kind, host_bytes, tmp_path, monkeypatch):
-    monkeypatch.setattr("emloc.calibration.blockwise.Lot", Recorded)
+    monkeypatch.setattr("emloc.calibration.blockwise.OffloadPool", Recorded)
     model, names = made(kind)
     given = batches_of(kind)
-    for block in walk(model, given, names, CPU, host_bytes=host_bytes, folder=tmp_path):
+    for block in iterate_blocks(model, given, names, CPU, host_bytes=host_bytes, folder=tmp_path):
         before = in_use()
         assert before[2] > 0
         assert (before[1] > 0) == (host_bytes == 0)
@@ -455,7 +463,7 @@ def test_after_a_look_that_fails(untouched):
         raise RuntimeError("looking")
 
     def go():
-        for block in walk(untouched, BATCHES, names_of("llama"), CPU):
+        for block in iterate_blocks(untouched, BATCHES, names_of("llama"), CPU):
             block.look(fail)
 
     with pytest.raises(RuntimeError, match="looking"):
@@ -467,7 +475,7 @@ def test_a_walk_within_a_coroutine_looks_at_its_last_block_too(sources):
 
     def go():
         counts = []
-        for block in walk(model, BATCHES, names, CPU):
+        for block in iterate_blocks(model, BATCHES, names, CPU):
             block.look(lambda _: counts.append("look"))
             block.run(lambda _: counts.append("run"))
         return counts
@@ -506,7 +514,7 @@ def test_blocks_are_walked_in_the_order_of_the_model_however_they_are_named(sour
     """As a file sorts them: none may be passed by."""
     model, names = model_of(sources["llama"]), names_of("llama")
     reached = []
-    for block in walk(model, BATCHES, sorted(names, reverse=True), CPU):
+    for block in iterate_blocks(model, BATCHES, sorted(names, reverse=True), CPU):
         masks = []
         block.run(masks.append)
         reached.append((block.name, len(masks)))
@@ -516,7 +524,7 @@ def test_blocks_are_walked_in_the_order_of_the_model_however_they_are_named(sour
 def test_a_block_the_model_has_not_is_refused(sources):
     model = model_of(sources["llama"])
     with pytest.raises(ValueError, match=r"the model has no block model\.layers\.99"):
-        next(walk(model, BATCHES, [*names_of("llama"), "model.layers.99"], CPU))
+        next(iterate_blocks(model, BATCHES, [*names_of("llama"), "model.layers.99"], CPU))
 
 
 # Images ------------------------------------------------------------------------------------------
@@ -555,8 +563,8 @@ def test_padding_is_left_out_of_text_and_no_patch_is_though_they_are_as_many():
     taken = inputs_of(model, batch, [name for group in layers.values() for name in group])
     mask = batch["attention_mask"].bool()
     seen = []
-    for block in walk(model, [batch], list(layers), CPU):
-        found = observe(block, layers[block.name], whole=True)
+    for block in iterate_blocks(model, [batch], list(layers), CPU):
+        found = record_moments(block, layers[block.name], whole=True)
         seen.append(block.name)
         for name in layers[block.name]:
             assert taken[name].shape[:2] == mask.shape  # the coincidence
@@ -572,7 +580,7 @@ def test_a_block_of_patches_is_run_and_looked_at_without_a_mask():
     names = [f"model.vision_tower.encoder.layer.{i}" for i in range(2)]
     names += [f"model.language_model.layers.{i}" for i in range(2)]
     masks = {name: [] for name in names}
-    for block in walk(model, batches, names, CPU):
+    for block in iterate_blocks(model, batches, names, CPU):
         block.look(masks[block.name].append)
         block.run(masks[block.name].append)
     assert all(masks[name] == [None] * 4 for name in names[:2])

@@ -17,8 +17,13 @@ from emloc.adapters.fold import merge
 from emloc.adapters.saved import SavedLora
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
-from emloc.models.checkpoint.weights import Random, Safetensors, draws_of, parameter_name
-from emloc.tensors.linalg.correct import Pair
+from emloc.models.checkpoint.weights import (
+    RandomWeights,
+    SafetensorsWeights,
+    draws_of,
+    parameter_name,
+)
+from emloc.tensors.linalg.correct import LoraPair
 from emloc.tensors.nn.factorized import Factorized
 
 CPU = torch.device("cpu")
@@ -134,8 +139,8 @@ def test_numbers_are_drawn_at_home_and_moved_to_where_they_are_read():
     """Where reads are from two devices, both have to see one model."""
     draws = draws_of(tiny_internvl())
     name = f"{PROJECTION}.weight"
-    [(_, here)] = Random(0, draws, torch.float32, "cpu").read([name], CPU)
-    [(_, away)] = Random(0, draws, torch.float32, "cpu").read([name], torch.device("meta"))
+    [(_, here)] = RandomWeights(0, draws, torch.float32, "cpu").read([name], CPU)
+    [(_, away)] = RandomWeights(0, draws, torch.float32, "cpu").read([name], torch.device("meta"))
     assert here.device == CPU
     assert away.is_meta
     assert away.shape == here.shape
@@ -263,7 +268,7 @@ def test_what_is_replaced_is_left_out_of_a_vision_language_model(stored, random)
 
 def test_an_adapter_is_merged_into_files_with_other_names(stored, tmp_path):
     torch.manual_seed(0)
-    pair = Pair(torch.randn(3, 48), torch.randn(32, 3), 0.5)
+    pair = LoraPair(torch.randn(3, 48), torch.randn(32, 3), 0.5)
     target = merge(stored, SavedLora({PROJECTION: pair}, {}), tmp_path / "merged")
     merged = AutoModelForImageTextToText.from_pretrained(target, dtype=torch.float32)
     before = tiny_internvl()
@@ -314,5 +319,5 @@ def test_a_shape_gives_everything_but_weights(read):
 
 def test_a_folder_is_the_default(checkpoint):
     source = Source(checkpoint, "tiny", "folder", torch.float32)
-    assert source.weights.files == Safetensors(checkpoint).files
+    assert source.weights.files == SafetensorsWeights(checkpoint).files
     assert source.auto is AutoModelForCausalLM

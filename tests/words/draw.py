@@ -63,7 +63,7 @@ def draw(tree: Path, seed: int, count: int) -> list[Line]:
 
 
 def lines_of(tree: Path) -> Iterator[Line]:
-    """All prose of at least `LEAST_WORDS` words in the package, settings, experiments and READMEs."""
+    """All prose of at least `LEAST_WORDS` words in package, settings, experiments and READMEs."""
     for path in sorted(tree.rglob("*")):
         place = path.relative_to(tree)
         if LEFT_OUT & set(place.parts) or not path.is_file():

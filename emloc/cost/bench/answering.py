@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from emloc.cost.bench.capped import stages_of
-from emloc.cost.bench.rows import Row, row
-from emloc.cost.bench.setting import Setting, fresh, peak_gb, seconds
+from emloc.cost.bench.rows import BenchRow, row
+from emloc.cost.bench.setting import BenchSetup, fresh, peak_gb, seconds
 from emloc.runtime.memory import GIB
 from emloc.runtime.stage_cache import Artifact, Store
 
@@ -19,13 +19,13 @@ STEPS = 10
 WRITTEN = 16  # tokens of an answer
 
 
-def answering(work: str, model: str, ratio: float) -> Iterator[Row]:
+def answering(work: str, model: str, ratio: float) -> Iterator[BenchRow]:
     """Peak memory and time of each stage, and of the original's answer with what was carried to it.
 
     The answer is to one sample as those of training: an image in tiles, and text.
     """
     overrides = (f"train.steps={STEPS}", f"compression.ratio={ratio}", "method=emloc")
-    setting = Setting(model, overrides)
+    setting = BenchSetup(model, overrides)
     fresh(setting.device)
     with tempfile.TemporaryDirectory() as folder:
         stages = stages_of(setting, Store(Path(folder)))
@@ -37,11 +37,11 @@ def answering(work: str, model: str, ratio: float) -> Iterator[Row]:
         yield from _answer(work, setting, stages[-1])
 
 
-def _answer(work: str, setting: Setting, carried: Artifact) -> Iterator[Row]:
+def _answer(work: str, setting: BenchSetup, recovered: Artifact) -> Iterator[BenchRow]:
     device = setting.device
     fresh(device)
-    adapter, model = setting.fit.adapter, setting.source.load(device)
-    tuned = adapter.load(model, carried.folder / "adapter").to(device).eval()
+    adapter, model = setting.training_inputs.adapter, setting.source.load(device)
+    tuned = adapter.load(model, recovered.folder / "adapter").to(device).eval()
     batch = {name: value.to(device) for name, value in setting.batch(0).items()}
 
     def write(tokens: int) -> torch.Tensor:

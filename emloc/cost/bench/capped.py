@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from emloc.adapters.fit import Fit
-from emloc.cost.bench.rows import Row, row
-from emloc.cost.bench.setting import RandomSamples, Setting, fresh, out_of_memory
-from emloc.emulators import Built, Given
+from emloc.adapters.training_inputs import TrainingInputs
+from emloc.cost.bench.rows import BenchRow, row
+from emloc.cost.bench.setting import BenchSetup, RandomSamples, fresh, out_of_memory
+from emloc.emulators import BuildInputs, BuiltEmulator
 from emloc.errors import StageError
 from emloc.recovery import Recovery, RecoveryInputs
-from emloc.runtime.memory import GIB, HostPeak, stay_within
+from emloc.runtime.memory import GIB, HostMemoryPeak, stay_within
 from emloc.runtime.stage_cache import Artifact, Store
 from emloc.stages.training.callbacks import Report
 from emloc.stages.training.train import fit_rows
@@ -25,12 +25,12 @@ STEPS = 20
 SAMPLES = 8
 
 
-def capped(work: str, model: str, ratio: float, method: str, gb: float) -> Iterator[Row]:
+def capped(work: str, model: str, ratio: float, method: str, gb: float) -> Iterator[BenchRow]:
     """Run the stages as `emloc` runs them, the process refused all device memory above `gb`.
 
     One that is refused memory ends the work with one row: the stage it was in.
     """
-    setting = Setting(
+    setting = BenchSetup(
         model,
         (
             f"train.steps={STEPS}",
@@ -41,7 +41,7 @@ def capped(work: str, model: str, ratio: float, method: str, gb: float) -> Itera
     fresh(setting.device)
     stay_within(setting.device, gb * 1e9 / GIB)
     what = f"build, {STEPS} steps, correct, save in {gb:g} GB: peak reserved"
-    with tempfile.TemporaryDirectory() as folder, HostPeak() as host:
+    with tempfile.TemporaryDirectory() as folder, HostMemoryPeak() as host:
         try:
             stages = stages_of(setting, Store(Path(folder)))
         except StageError as error:
@@ -63,38 +63,65 @@ def capped(work: str, model: str, ratio: float, method: str, gb: float) -> Itera
     yield row(work, "adapter for the original, saved", "MB", saved / 1e6)
 
 
-def stages_of(setting: Setting, store: Store) -> list[Artifact]:
+def stages_of(setting: BenchSetup, store: Store) -> list[Artifact]:
     """Build, train and correct, each as `emloc` does it."""
-    cell, source, device = setting.cell, setting.source, setting.device
-    ranks = cell.emulator.plan(source, cell.model.compressed(source), cell.compression)
-    samples = RandomSamples(setting, SAMPLES if setting.full else 2)
-    given = Given(ranks, None, samples, cell.precision)  # type: ignore[arg-type]
-    host = int(cell.budget.host_gib * GIB)
-    emulated = store.stage(
-        "emulate", cell.emulator.build, source, given, device=device, host_bytes=host
+    run_config, source, device = setting.run_config, setting.source, setting.device
+    ranks = run_config.emulator.plan(
+        source, run_config.model.compressed(source), run_config.compression
     )
-    built = Built(cell.emulator, emulated, source, cell.precision)
-    trained = store.stage("train", fit_random, built, setting.fit, setting=setting, report=_unheard)
-    carried = store.stage("recover", recover, cell.recovery, trained, built, device=device)
-    return [emulated, trained, carried]
+    samples = RandomSamples(setting, SAMPLES if setting.full else 2)
+    build_inputs = BuildInputs(ranks, None, samples, run_config.precision)  # type: ignore[arg-type]
+    host = int(run_config.budget.host_gib * GIB)
+    emulated = store.stage(
+        "emulate", run_config.emulator.build, source, build_inputs, device=device, host_bytes=host
+    )
+    built_emulator = BuiltEmulator(run_config.emulator, emulated, source, run_config.precision)
+    trained = store.stage(
+        "train",
+        fit_random,
+        built_emulator,
+        setting.training_inputs,
+        setting=setting,
+        report=_unheard,
+    )
+    recovered = store.stage(
+        "recover", recover, run_config.recovery, trained, built_emulator, device=device
+    )
+    return [emulated, trained, recovered]
 
 
 def recover(
-    folder: Path, recovery: Recovery, trained: Artifact, built: Built, *, device: torch.device
+    folder: Path,
+    recovery: Recovery,
+    trained: Artifact,
+    built_emulator: BuiltEmulator,
+    *,
+    device: torch.device,
 ) -> dict[str, object]:
     """The recovery stage, without calibration samples."""
-    inputs = RecoveryInputs(trained=trained, built=built, samples=None, fit=None, device=device)
-    return recovery.carry(folder, inputs)
+    inputs = RecoveryInputs(
+        trained=trained,
+        built_emulator=built_emulator,
+        samples=None,
+        training_inputs=None,
+        device=device,
+    )
+    return recovery.recover(folder, inputs)
 
 
 def fit_random(
-    folder: Path, built: Built, fit: Fit, *, setting: Setting, report: Report
+    folder: Path,
+    built_emulator: BuiltEmulator,
+    training_inputs: TrainingInputs,
+    *,
+    setting: BenchSetup,
+    report: Report,
 ) -> dict[str, object]:
     """The training stage, on samples made for the occasion."""
     return fit_rows(
         folder,
-        built,
-        fit,
+        built_emulator,
+        training_inputs,
         setting.rows(),
         lambda some: setting.learnt(some[0].seed),
         device=setting.device,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from emloc.calibration.moments import Statistics
-from emloc.cost.bench.rows import Row, row
-from emloc.cost.bench.setting import Setting, fresh, seconds
+from emloc.cost.bench.rows import BenchRow, row
+from emloc.cost.bench.setting import BenchSetup, fresh, seconds
 from emloc.emulators.size import ranks_at
 from emloc.emulators.svd.factors import factorize
 from emloc.tensors.linalg.factorize import lost
@@ -24,16 +24,16 @@ TOKENS, STRONG = 8192, 100.0
 Shape = tuple[int, int]
 
 
-def factorise(work: str, model: str, ratio: float, most: float | None) -> Iterator[Row]:
+def factorise(work: str, model: str, ratio: float, most: float | None) -> Iterator[BenchRow]:
     """Time all layers by `subspace`; by `eigen` and the paper's chain one layer of each shape.
 
     The other two are that layer's seconds times the number of such layers. The chain and the error
     are left out where a layer is wider than 2:1, which is known by its outputs alone. `most`: what
     all layers may take, in seconds; then the chain has a target too.
     """
-    setting = Setting(model)
+    setting = BenchSetup(model)
     device, source = setting.device, setting.source
-    layers = setting.cell.model.compressed(source)
+    layers = setting.run_config.model.compressed(source)
     ranks = ranks_at(ratio, layers, 1)
     counts = Counter(layers.values())
     first = {shape: next(n for n, s in layers.items() if s == shape) for shape in counts}
@@ -68,8 +68,8 @@ def factorise(work: str, model: str, ratio: float, most: float | None) -> Iterat
 
 def _time(algorithm: str, weight: Tensor, rank: int, known: Statistics) -> float:
     """Seconds for the factors of one layer."""
-    given = {"layer": weight}, {"layer": rank}
-    return seconds(lambda: factorize(*given, known, algorithm), weight.device)
+    build_inputs = {"layer": weight}, {"layer": rank}
+    return seconds(lambda: factorize(*build_inputs, known, algorithm), weight.device)
 
 
 def _narrow(shape: Shape) -> bool:

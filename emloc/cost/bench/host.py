@@ -12,19 +12,19 @@ import torch
 from safetensors.torch import save_file
 
 from emloc.calibration.blockwise import Batch
-from emloc.cost.bench.rows import Row, row
-from emloc.cost.bench.setting import Setting, fresh
-from emloc.emulators import Given
+from emloc.cost.bench.rows import BenchRow, row
+from emloc.cost.bench.setting import BenchSetup, fresh
+from emloc.emulators import BuildInputs
 from emloc.models.checkpoint.source import Source
 from emloc.models.decoder import Decoder
-from emloc.runtime.memory import GIB, HostPeak
+from emloc.runtime.memory import GIB, HostMemoryPeak
 
 MOST_GIB, MOST_RATIO = 8, 1.1
 SAMPLES, LENGTH = 8, 512
 SHARD = 2 * GIB  # bytes of one file of the checkpoint
 
 
-class Texts:
+class RandomTexts:
     """Calibration samples of random tokens."""
 
     ids: tuple[str, ...] = ()
@@ -39,14 +39,14 @@ class Texts:
         ]
 
 
-def host_memory(work: str, model: str) -> Iterator[Row]:
+def host_memory(work: str, model: str) -> Iterator[BenchRow]:
     """Build from a checkpoint of the model's depth, and from one twice as deep."""
-    usual = Setting(model)
-    depth = usual.cell.model.shape["num_hidden_layers"]
+    usual = BenchSetup(model)
+    depth = usual.run_config.model.shape["num_hidden_layers"]
     most, most_ratio = (MOST_GIB, MOST_RATIO) if usual.full else (None, None)
     peaks = []
     for deep in (depth, 2 * depth):
-        one = Setting(model, (f"model.shape.num_hidden_layers={deep}", "compression=r25"))
+        one = BenchSetup(model, (f"model.shape.num_hidden_layers={deep}", "compression=r25"))
         with tempfile.TemporaryDirectory() as folder:
             size = _write(one.source, Path(folder) / "checkpoint", one.device)
             peak = _build(one, Path(folder))
@@ -78,17 +78,17 @@ def _write(source: Source, folder: Path, device: torch.device) -> int:
     return total
 
 
-def _build(setting: Setting, folder: Path) -> float:
+def _build(setting: BenchSetup, folder: Path) -> float:
     """GiB of host memory at most, while an emulator of `folder/checkpoint` is built."""
-    cell, device = setting.cell, setting.device
-    found = replace(cell.model, source=str(folder / "checkpoint"), weights="checkpoint")
+    run_config, device = setting.run_config, setting.device
+    found = replace(run_config.model, source=str(folder / "checkpoint"), weights="checkpoint")
     source = found.open()
     layers = found.compressed(source)
-    ranks = cell.emulator.plan(source, layers, cell.compression)
-    given = Given(ranks, None, Texts(), None)  # type: ignore[arg-type]
+    ranks = run_config.emulator.plan(source, layers, run_config.compression)
+    build_inputs = BuildInputs(ranks, None, RandomTexts(), None)  # type: ignore[arg-type]
     home = folder / "emulator"
     home.mkdir()
     fresh(device)
-    with HostPeak() as peak:
-        cell.emulator.build(home, source, given, device=device, host_bytes=GIB)
+    with HostMemoryPeak() as peak:
+        run_config.emulator.build(home, source, build_inputs, device=device, host_bytes=GIB)
     return peak.bytes / GIB

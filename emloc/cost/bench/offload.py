@@ -25,23 +25,23 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from emloc.calibration.blockwise import by_block
-from emloc.cost.bench.rows import Figure, Row, row
-from emloc.cost.bench.setting import Setting, fresh, now, out_of_memory
+from emloc.cost.bench.rows import BenchRow, Figure, row
+from emloc.cost.bench.setting import BenchSetup, fresh, now, out_of_memory
 from emloc.cost.bench.training import (
     FOUR_BITS,
     STEPS,
-    Measured,
+    TrainingFigures,
     fitted,
     of_steps,
     scripted,
     tried,
     whole,
 )
-from emloc.emulators import Given
+from emloc.emulators import BuildInputs
 from emloc.emulators.full import in_blocks
 from emloc.emulators.offload import Offload
 from emloc.precision import Precision
-from emloc.runtime.memory import GIB, HostPeak
+from emloc.runtime.memory import GIB, HostMemoryPeak
 from emloc.stages.run_config import precision_of
 from emloc.tensors.lean.model import checkpoint_layers
 
@@ -51,16 +51,16 @@ RECIPE = (f"train.steps={STEPS}", "train.checkpointing=true")
 
 
 @dataclass(frozen=True)
-class Hosted:
+class HostFigures:
     """One way of training, and the host memory it took."""
 
-    found: Measured
+    found: TrainingFigures
     host: Figure  # GiB at most
 
 
-def offload(work: str, model: str) -> Iterator[Row]:
+def offload(work: str, model: str) -> Iterator[BenchRow]:
     """Measure our engine at 16 and 4 bits beside the peers."""
-    setting = Setting(model, RECIPE)
+    setting = BenchSetup(model, RECIPE)
     other = _in_its_own_process(model)
     # First: what others have pinned stays with the process.
     ours = hosted(partial(tried, partial(fitted, setting, partial(streamed, precision=None))))
@@ -83,7 +83,7 @@ def offload(work: str, model: str) -> Iterator[Row]:
     yield row(work, "loss, largest distance from LoRA's; of LoRA's own", "nats", apart, peer=noise)
 
 
-def apart_at_most(one: Measured, other: Measured) -> Figure:
+def apart_at_most(one: TrainingFigures, other: TrainingFigures) -> Figure:
     """Nats between two loss curves; nan where there is not a whole one of each."""
     if len(one.losses) != STEPS or len(other.losses) != STEPS:
         return nan
@@ -91,31 +91,31 @@ def apart_at_most(one: Measured, other: Measured) -> Figure:
 
 
 def streamed(
-    setting: Setting, device: torch.device, *, precision: Precision | None
+    setting: BenchSetup, device: torch.device, *, precision: Precision | None
 ) -> PreTrainedModel:
     """The original model with its blocks in host memory."""
-    given, emulator = Given(None, None, None, precision), Offload()
+    build_inputs, emulator = BuildInputs(None, None, None, precision), Offload()
     with tempfile.TemporaryDirectory() as folder:
-        emulator.build(Path(folder), setting.source, given, device=device)
+        emulator.build(Path(folder), setting.source, build_inputs, device=device)
         return emulator.open(Path(folder), setting.source, device, precision=precision)
 
 
-def hosted(measure: Callable[[], Measured]) -> Hosted:
+def hosted(measure: Callable[[], TrainingFigures]) -> HostFigures:
     """What was measured, with the host memory at most: anonymous, or pinned if that is more.
 
     Whether the system counts pinned memory as the process's own depends on the driver.
     """
-    with HostPeak() as host:
+    with HostMemoryPeak() as host:
         found = measure()
     pinned = 0
     if torch.cuda.is_available():
         pinned = torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0)
-    return Hosted(found, max(host.bytes, pinned) / GIB)
+    return HostFigures(found, max(host.bytes, pinned) / GIB)
 
 
-def by_fsdp(setting: Setting) -> Measured:
+def by_fsdp(setting: BenchSetup) -> TrainingFigures:
     """The same training by FSDP2, every block a group of its own in host memory."""
-    device, cell = setting.device, setting.cell
+    device, run_config = setting.device, setting.run_config
     backend = "cpu:gloo,cuda:nccl" if setting.full else "gloo"
     store = distributed.HashStore()  # type: ignore[attr-defined]
     distributed.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -123,7 +123,9 @@ def by_fsdp(setting: Setting) -> Measured:
     names = by_block(in_blocks(setting.source))
     blocks = [model.get_submodule(name) for name in names]
     checkpoint_layers(model)
-    tuned: Any = setting.fit.adapter.attach(model, cell.lora, setting.fit.layers)
+    tuned: Any = setting.training_inputs.adapter.attach(
+        model, run_config.lora, setting.training_inputs.layers
+    )
     learnt = [one for one in tuned.parameters() if one.requires_grad]
     for one in learnt:
         one.data = one.data.to(setting.source.dtype)  # a group has one type
@@ -134,7 +136,7 @@ def by_fsdp(setting: Setting) -> Measured:
     tuned.train()
     fresh(device)  # the whole model was there to be cut
     learnt = [one for one in tuned.parameters() if one.requires_grad]
-    optimizer = torch.optim.AdamW(learnt, lr=cell.train.learning_rate)
+    optimizer = torch.optim.AdamW(learnt, lr=run_config.train.learning_rate)
     ends: list[float] = []
     losses: list[float] = []
     for batch in [setting.learnt(seed) for seed in range(STEPS)]:
@@ -149,27 +151,27 @@ def by_fsdp(setting: Setting) -> Measured:
     return found
 
 
-def _in_its_own_process(model: str) -> Hosted:
+def _in_its_own_process(model: str) -> HostFigures:
     """FSDP2's figures, or the word of why there are none: how it fails is not ours to decide."""
     command = [sys.executable, "-m", "emloc.cost.bench.offload", model]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         word = f"exit {done.returncode}"
-        return Hosted(Measured(word, word, word), word)
+        return HostFigures(TrainingFigures(word, word, word), word)
     found = json.loads(lines[-1])
-    return Hosted(Measured(**found["found"]), found["host"])
+    return HostFigures(TrainingFigures(**found["found"]), found["host"])
 
 
 def _say(model: str) -> None:
     """Print what FSDP2 needs as one line of JSON."""
     try:
-        found = hosted(partial(by_fsdp, Setting(model, RECIPE)))
+        found = hosted(partial(by_fsdp, BenchSetup(model, RECIPE)))
     except Exception as error:  # why: how a library fails is the figure, and goes to stderr too
         if not out_of_memory(error):
             print(error, file=sys.stderr)
         word = "OOM" if out_of_memory(error) else type(error).__name__
-        found = Hosted(Measured(word, word, word), word)
+        found = HostFigures(TrainingFigures(word, word, word), word)
     print(json.dumps(asdict(found)), flush=True)
 
 

@@ -16,7 +16,7 @@ Figure = float | str
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One figure, beside the peer's where there is one."""
 
     work: str  # what was run
@@ -39,7 +39,7 @@ def row(
     most: float | None = None,
     least_ratio: float | None = None,
     near: float | None = None,
-) -> Row:
+) -> BenchRow:
     """A row with its target, if it has one. Without a number to compare a target does not hold.
 
     `most`: ours is at most this; `least_ratio`: the peer is at least so many times ours; `near`:
@@ -54,7 +54,7 @@ def row(
     elif near is not None:
         target, met = f"ratio within {near:.0%} of 1", abs(ratio - 1) <= near
     holds = ("yes" if met else "no") if target else ""
-    return Row(work, what, unit, _short(ours), _short(peer), _short(ratio), target, holds)
+    return BenchRow(work, what, unit, _short(ours), _short(peer), _short(ratio), target, holds)
 
 
 def _ratio(ours: Figure, peer: Figure) -> float:
@@ -69,30 +69,32 @@ def _short(figure: Figure) -> str:
     return "" if math.isnan(figure) else f"{figure:.4g}"
 
 
-def merge(path: Path, new: Sequence[Row]) -> list[Row]:
+def merge(path: Path, new: Sequence[BenchRow]) -> list[BenchRow]:
     """Write the new rows in place of those of the same works, and return all."""
     works = {one.work for one in new}
     rows = [one for one in read(path) if one.work not in works] + list(new)
     rows.sort(key=lambda one: one.work)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(
+            file, [field.name for field in fields(BenchRow)], lineterminator="\n"
+        )
         writer.writeheader()
         writer.writerows(asdict(one) for one in rows)
     return rows
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path) -> list[BenchRow]:
     """The rows of a table; none where there is no table."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [Row(**line) for line in csv.DictReader(file)]
+        return [BenchRow(**line) for line in csv.DictReader(file)]
 
 
-def table(rows: Iterable[Row]) -> str:
+def table(rows: Iterable[BenchRow]) -> str:
     """The rows in Markdown."""
-    header = [field.name for field in fields(Row)]
+    header = [field.name for field in fields(BenchRow)]
     return markdown_table(header, [list(asdict(one).values()) for one in rows])
 
 

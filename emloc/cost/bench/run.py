@@ -16,7 +16,7 @@ from emloc.cost.bench.capped import capped
 from emloc.cost.bench.factorise import factorise
 from emloc.cost.bench.host import host_memory
 from emloc.cost.bench.offload import offload
-from emloc.cost.bench.rows import Row, merge, note, read, table
+from emloc.cost.bench.rows import BenchRow, merge, note, read, table
 from emloc.cost.bench.training import Target, training
 from emloc.errors import ConfigError
 from emloc.runtime.distributed import own_device
@@ -24,7 +24,7 @@ from emloc.runtime.provenance import provenance
 
 M8, M38, M78 = "internvl2_5_8b", "internvl2_5_38b", "internvl2_5_78b"
 
-WORKS: dict[str, Callable[[], Iterator[Row]]] = {
+WORKS: dict[str, Callable[[], Iterator[BenchRow]]] = {
     "factorise_8b": partial(factorise, "factorise_8b", M8, 0.25, None),
     "factorise_38b": partial(factorise, "factorise_38b", M38, 0.2, 40),
     "train_8b": partial(

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emloc.adapters.fit import Fit
+from emloc.adapters.training_inputs import TrainingInputs
 from emloc.calibration.blockwise import Batch
 from emloc.config.compose import compose
 from emloc.data.examples import Examples
 from emloc.models.checkpoint.source import Source
 from emloc.runtime.distributed import own_device
-from emloc.stages.run_config import Cell, build
+from emloc.stages.run_config import RunConfig, build
 
 # What is left of a language model where there is no GPU, and of a vision tower.
 SMALL_TEXT = (
@@ -57,7 +57,7 @@ class RandomRow:
 
 
 @dataclass(frozen=True)
-class Setting:
+class BenchSetup:
     """A model, of its true shape where there is a GPU, and samples to go with it."""
 
     model: str
@@ -74,7 +74,7 @@ class Setting:
         return self.device.type == "cuda"
 
     @cached_property
-    def cell(self) -> Cell:
+    def run_config(self) -> RunConfig:
         """The configuration, as the command line would give it."""
         fixed = ("model.weights=random", "train=steps500", "train.batch=1", "train.accumulate=1")
         small = () if self.full else _small(self.model)
@@ -84,20 +84,22 @@ class Setting:
     @cached_property
     def source(self) -> Source:
         """The model."""
-        return self.cell.model.open()
+        return self.run_config.model.open()
 
     @property
-    def fit(self) -> Fit:
+    def training_inputs(self) -> TrainingInputs:
         """How an adapter is trained; its samples are those of `rows`."""
-        cell, adapter = self.cell, self.cell.adapter
+        run_config, adapter = self.run_config, self.run_config.adapter
         assert adapter.trains  # the method of a benchmark is one that trains
         none = Examples("random", ())
-        layers, length = tuple(cell.model.adapted(self.source)), self.length
-        return Fit(adapter, cell.lora, layers, none, length, cell.train, cell.seed)
+        layers, length = tuple(run_config.model.adapted(self.source)), self.length
+        return TrainingInputs(
+            adapter, run_config.lora, layers, none, length, run_config.train, run_config.seed
+        )
 
     def rows(self) -> list[RandomRow]:
         """One sample a step."""
-        return [RandomRow(self.length, seed) for seed in range(self.cell.train.steps)]
+        return [RandomRow(self.length, seed) for seed in range(self.run_config.train.steps)]
 
     @property
     def tiles(self) -> int:
@@ -165,7 +167,7 @@ def _small(model: str) -> tuple[str, ...]:
 class RandomSamples:
     """Calibration samples of a setting."""
 
-    setting: Setting
+    setting: BenchSetup
     count: int
 
     @property

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from emloc.cost.bench.rows import Figure, Row, row
-from emloc.cost.bench.setting import Setting, fresh, now, out_of_memory, peak_gb, reserved_gb
+from emloc.cost.bench.rows import BenchRow, Figure, row
+from emloc.cost.bench.setting import BenchSetup, fresh, now, out_of_memory, peak_gb, reserved_gb
 from emloc.cost.plan.fit import need_of, scheme_of
-from emloc.cost.plan.scheme import Work
+from emloc.cost.plan.layout import StepShape
 from emloc.emulators.full import in_blocks, load_quantized
 from emloc.emulators.size import ranks_at
 from emloc.models.checkpoint.source import Source
@@ -39,7 +39,7 @@ NEAR = 0.05  # the share by which a planned peak may be off the measured one
 
 
 @dataclass(frozen=True)
-class Measured:
+class TrainingFigures:
     """One way of training."""
 
     peak: Figure  # 10^9 bytes allocated at most
@@ -49,7 +49,7 @@ class Measured:
 
 
 # What is measured of a training that the device, or what it may use of it, is too small for.
-FULL = Measured("OOM", "OOM", "OOM")
+FULL = TrainingFigures("OOM", "OOM", "OOM")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Opened:
+class PreparedModel:
     """A model to train, in the place of a built emulator."""
 
     source: Source
@@ -76,18 +76,18 @@ class Opened:
         return list(layers)
 
 
-Opener = Callable[[Setting, torch.device], PreTrainedModel]
+Opener = Callable[[BenchSetup, torch.device], PreTrainedModel]
 
 
 def training(
     model: str, ratio: float, names: tuple[str, str, str], targets: tuple[Target, Target]
-) -> Iterator[Row]:
+) -> Iterator[BenchRow]:
     """Measure lora, qlora, emloc and emloc_nf4 of one model, and the two peers.
 
     `names`: what the rows of the emulator, of its four-bit form and of the plan are called;
     `targets`: of the first two.
     """
-    setting = Setting(model, (f"train.steps={STEPS}",))
+    setting = BenchSetup(model, (f"train.steps={STEPS}",))
     thin: Opener = partial(factorized, ratio=ratio)
     thin_nf4: Opener = partial(packed, ratio=ratio)
     lora, qlora = (tried(partial(scripted, setting, peer)) for peer in (whole, quantized))
@@ -97,7 +97,7 @@ def training(
         ours = tried(partial(fitted, setting, opener))
         stay_within(setting.device, None)
         yield from beside(name, ours, lora, qlora, target if setting.full else None)
-    work = Work.of(setting.cell.train, setting.length, setting.answer)
+    work = StepShape.of(setting.run_config.train, setting.length, setting.answer)
     four = precision_of(FOUR_BITS)
     for method, opener, share, precision in (
         ("lora", whole, None, None),
@@ -106,7 +106,7 @@ def training(
         ("emloc_nf4", thin_nf4, ratio, four),
     ):
         measured = tried(partial(fitted, setting, opener))
-        scheme = scheme_of(setting.cell, setting.source, share, precision)
+        scheme = scheme_of(setting.run_config, setting.source, share, precision)
         planned = need_of(scheme, work).peak / 1e9
         near = NEAR if setting.full and measured is not FULL else None
         what = f"peak of {method}: planned, measured"
@@ -116,8 +116,12 @@ def training(
 
 
 def beside(
-    name: str, ours: Measured, lora: Measured, qlora: Measured, target: Target | None
-) -> Iterator[Row]:
+    name: str,
+    ours: TrainingFigures,
+    lora: TrainingFigures,
+    qlora: TrainingFigures,
+    target: Target | None,
+) -> Iterator[BenchRow]:
     """The rows of an emulator and its target beside the peers."""
     gb, step = (target.gb, target.step) if target else (None, None)
     peak = "peak reserved, on a device of the target's size"
@@ -127,7 +131,7 @@ def beside(
     yield row(name, "step; bitsandbytes QLoRA", "s", ours.step, peer=qlora.step)
 
 
-def tried(measure: Callable[[], Measured]) -> Measured:
+def tried(measure: Callable[[], TrainingFigures]) -> TrainingFigures:
     """What was measured, or that there was no room for it."""
     try:
         return measure()
@@ -137,7 +141,7 @@ def tried(measure: Callable[[], Measured]) -> Measured:
         return FULL
 
 
-def fitted(setting: Setting, opener: Opener) -> Measured:
+def fitted(setting: BenchSetup, opener: Opener) -> TrainingFigures:
     """Our own training of the model that `opener` gives."""
     device = setting.device
     fresh(device)
@@ -152,8 +156,8 @@ def fitted(setting: Setting, opener: Opener) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
         fit_rows(
             Path(folder),
-            Opened(setting.source, partial(opener, setting)),  # type: ignore[arg-type]
-            setting.fit,
+            PreparedModel(setting.source, partial(opener, setting)),  # type: ignore[arg-type]
+            setting.training_inputs,
             setting.rows(),
             lambda some: dict(made[some[0].seed]),
             device=device,
@@ -162,15 +166,17 @@ def fitted(setting: Setting, opener: Opener) -> Measured:
     return of_steps(ends, device, tuple(losses))
 
 
-def scripted(setting: Setting, opener: Opener) -> Measured:
+def scripted(setting: BenchSetup, opener: Opener) -> TrainingFigures:
     """The same training by an ordinary script."""
-    cell, device = setting.cell, setting.device
+    run_config, device = setting.run_config, setting.device
     fresh(device)
     model = opener(setting, device)
     for layer in model.modules():
         if isinstance(layer, Nf4Linear):  # bitsandbytes' own product
             layer.forward = super(Nf4Linear, layer).forward  # type: ignore[method-assign]
-    tuned = setting.fit.adapter.attach(model, cell.lora, setting.fit.layers)
+    tuned = setting.training_inputs.adapter.attach(
+        model, run_config.lora, setting.training_inputs.layers
+    )
     ends: list[float] = []
     made = [setting.batch(seed) for seed in range(STEPS)]  # not on the clock
 
@@ -210,31 +216,31 @@ def scripted(setting: Setting, opener: Opener) -> Measured:
 
 def of_steps(
     ends: Sequence[float], device: torch.device, losses: tuple[float, ...] = ()
-) -> Measured:
+) -> TrainingFigures:
     """What was measured since `fresh`, of a training that is over; `ends`: of each step."""
     steps = [after - before for before, after in pairwise(ends[WARM - 1 :])]
-    found = Measured(peak_gb(device), reserved_gb(device), statistics.median(steps), losses)
+    found = TrainingFigures(peak_gb(device), reserved_gb(device), statistics.median(steps), losses)
     fresh(device)
     return found
 
 
-def whole(setting: Setting, device: torch.device) -> PreTrainedModel:
+def whole(setting: BenchSetup, device: torch.device) -> PreTrainedModel:
     """The original model."""
     return setting.source.load(device)
 
 
-def quantized(setting: Setting, device: torch.device) -> PreTrainedModel:
+def quantized(setting: BenchSetup, device: torch.device) -> PreTrainedModel:
     """The original with the linears of its blocks in four bits."""
     layers = in_blocks(setting.source)
     return load_quantized(setting.source, layers, device, precision_of(FOUR_BITS))
 
 
-def factorized(setting: Setting, device: torch.device, *, ratio: float) -> PreTrainedModel:
+def factorized(setting: BenchSetup, device: torch.device, *, ratio: float) -> PreTrainedModel:
     """An emulator of random factors, which are as large as any."""
     return _emulator(setting, device, ratio, Factorized)
 
 
-def packed(setting: Setting, device: torch.device, *, ratio: float) -> PreTrainedModel:
+def packed(setting: BenchSetup, device: torch.device, *, ratio: float) -> PreTrainedModel:
     """The same in four bits."""
     quantize = require_format(precision_of(FOUR_BITS)).quantize
 
@@ -245,10 +251,10 @@ def packed(setting: Setting, device: torch.device, *, ratio: float) -> PreTraine
 
 
 def _emulator(
-    setting: Setting, device: torch.device, ratio: float, module: Callable[..., nn.Module]
+    setting: BenchSetup, device: torch.device, ratio: float, module: Callable[..., nn.Module]
 ) -> PreTrainedModel:
     source = setting.source
-    layers = setting.cell.model.compressed(source)
+    layers = setting.run_config.model.compressed(source)
     replace = {}
     for layer, rank in ranks_at(ratio, layers, 1).items():
         rows, columns = layers[layer]

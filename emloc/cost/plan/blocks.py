@@ -15,7 +15,7 @@ from emloc.models.decoder import Decoder, decoder_of
 
 
 @dataclass(frozen=True, eq=False)
-class Blocks:
+class DecoderBlocks:
     """A model whose decoder blocks can be had one by one.
 
     A skeleton of a large model takes seconds to build: it is built once, and parts of it copied.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from emloc.calibration.calibrate import statistics_bytes
 from emloc.config.settings import Budget
 from emloc.cost.plan.gpus import Gpu
-from emloc.cost.plan.scheme import Scheme, Work
+from emloc.cost.plan.layout import StepShape, TrainingLayout
 from emloc.runtime.memory import GIB
 
 # Of the makers' rates, what long products and streams of a transformer reach.
@@ -21,7 +21,7 @@ PROCESS = 3 * GIB
 
 
 @dataclass(frozen=True)
-class Cost:
+class TrainingCost:
     """What a training takes beside device memory."""
 
     host: int  # bytes, anonymous
@@ -31,8 +31,8 @@ class Cost:
 
 
 def cost_of(
-    scheme: Scheme, work: Work, operations: int, gpu: Gpu, samples: int, budget: Budget
-) -> Cost:
+    scheme: TrainingLayout, work: StepShape, operations: int, gpu: Gpu, samples: int, budget: Budget
+) -> TrainingCost:
     """Estimates for `samples` calibration samples as long as those trained on.
 
     `operations` of one forward and backward pass.
@@ -47,10 +47,10 @@ def cost_of(
         waiting = tokens * widest * scheme.source.dtype.itemsize
         host += min(waiting, int(budget.host_gib * GIB))
         build = _build_seconds(scheme, tokens, gpu)
-    return Cost(host, disk, build, _step_seconds(scheme, work, operations, gpu))
+    return TrainingCost(host, disk, build, _step_seconds(scheme, work, operations, gpu))
 
 
-def _build_seconds(scheme: Scheme, tokens: int, gpu: Gpu) -> float:
+def _build_seconds(scheme: TrainingLayout, tokens: int, gpu: Gpu) -> float:
     """Two passes through the model, the sums of second moments, and the factors."""
     sizes = sum(rows * columns for rows, columns in scheme.compressed.values())
     passes = 2 * 2 * sizes * tokens / (USED * gpu.bf16 * 1e12)
@@ -66,7 +66,7 @@ def _build_seconds(scheme: Scheme, tokens: int, gpu: Gpu) -> float:
     return passes + sums / (USED * wide * 1e12) + work / (USED * gpu.fp64 * 1e12)
 
 
-def _step_seconds(scheme: Scheme, work: Work, operations: int, gpu: Gpu) -> float:
+def _step_seconds(scheme: TrainingLayout, work: StepShape, operations: int, gpu: Gpu) -> float:
     """The longer of what the device has to multiply and what the host has to launch."""
     tokens = work.batch * work.length  # of each pass
     passes = 3 if work.checkpointing else 2

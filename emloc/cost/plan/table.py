@@ -9,24 +9,24 @@ import yaml
 
 from emloc.config.paths import choices
 from emloc.config.settings import MODEL_BITS, Compression
-from emloc.cost.plan.cost import Cost, cost_of
+from emloc.cost.plan.cost import TrainingCost, cost_of
 from emloc.cost.plan.fit import (
     RESERVE,
-    Need,
+    MemoryNeed,
     factored,
     fitting_emulator,
-    need,
+    need_from_trace,
     refuse_unplanned,
     scheme_of,
     usable,
 )
 from emloc.cost.plan.gpus import Gpu
-from emloc.cost.plan.scheme import Scheme, Work
+from emloc.cost.plan.layout import StepShape, TrainingLayout
 from emloc.errors import ConfigError
 from emloc.precision import Precision, bits_of
 from emloc.report.markdown_table import markdown_table
 from emloc.runtime.memory import GIB
-from emloc.stages.run_config import Cell, formats
+from emloc.stages.run_config import RunConfig, formats
 
 HEADER = (
     *("method", "ratio", "bits", "weights", "adapter", "activations", "logits", "peak GiB"),
@@ -39,54 +39,58 @@ PACKED = {"lora": "qlora", "emloc": "emloc_nf4"}
 
 
 @dataclass(frozen=True)
-class Line:
+class PlanRow:
     """One method's row."""
 
     method: str
     ratio: float | None
     bits: int
-    need: Need
-    cost: Cost
+    need: MemoryNeed
+    cost: TrainingCost
     logits: int
     fits: bool
 
 
-def plan(cell: Cell, work: Work, gpu: Gpu) -> str:
+def plan(run_config: RunConfig, work: StepShape, gpu: Gpu) -> str:
     """The table, and in a last line what `compression=auto` would choose.
 
     Raises:
         ConfigError: the model's shape is not known, a pattern matches nothing, or the training is
             not the lean one.
     """
-    refuse_unplanned(cell.model, "model=smollm2_135m")
-    limit = cell.budget.gpu_gib or gpu.memory_gib
-    whole = scheme_of(cell, cell.model.shape_source(), None, None)
-    lines = list(_lines(cell, whole, work, gpu, limit))
+    refuse_unplanned(run_config.model, "model=smollm2_135m")
+    limit = run_config.budget.gpu_gib or gpu.memory_gib
+    whole = scheme_of(run_config, run_config.model.shape_source(), None, None)
+    lines = list(_lines(run_config, whole, work, gpu, limit))
     table = markdown_table(HEADER, [_cells(line) for line in lines])
     passes = f"{work.accumulate} x " if work.accumulate > 1 else ""
     notes = (
-        f"{cell.model.name}: {passes}{work.batch} x {work.length} tokens a step, LoRA rank "
-        f"{cell.lora.rank}; all in GiB, logits within activations; fits: within {limit:g} GiB with "
-        f"{RESERVE:.0%} to spare"
+        f"{run_config.model.name}: {passes}{work.batch} x {work.length} tokens a step, LoRA rank "
+        f"{run_config.lora.rank}; all in GiB, logits within activations; fits: within {limit:g} "
+        f"GiB with {RESERVE:.0%} to spare"
     )
-    return "\n".join([table, "", notes, _auto(cell, whole, work)])
+    return "\n".join([table, "", notes, _auto(run_config, whole, work)])
 
 
-def _lines(cell: Cell, whole: Scheme, work: Work, gpu: Gpu, limit: float) -> Iterator[Line]:
-    budget = Compression(cell.compression.ratio or USUAL_RATIO, cell.compression.of, MODEL_BITS)
+def _lines(
+    run_config: RunConfig, whole: TrainingLayout, work: StepShape, gpu: Gpu, limit: float
+) -> Iterator[PlanRow]:
+    budget = Compression(
+        run_config.compression.ratio or USUAL_RATIO, run_config.compression.of, MODEL_BITS
+    )
     for method, ratio, scheme in (
         ("lora", None, whole),
-        ("emloc", budget.ratio, factored(whole, cell, budget)),
+        ("emloc", budget.ratio, factored(whole, run_config, budget)),
     ):
         traced = scheme.traced(work)
-        for precision in (None, *formats(cell.precision)):
+        for precision in (None, *formats(run_config.precision)):
             held = replace(scheme, precision=precision)
-            found = need(held, work, traced)
-            samples = cell.calibration.samples
-            cost = cost_of(held, work, found.operations, gpu, samples, cell.budget)
+            found = need_from_trace(held, work, traced)
+            samples = run_config.calibration.samples
+            cost = cost_of(held, work, found.operations, gpu, samples, run_config.budget)
             fits = found.peak <= usable(limit)
             name = method if precision is None else _called(method, precision)
-            yield Line(name, ratio, bits_of(precision), found, cost, held.logits(work), fits)
+            yield PlanRow(name, ratio, bits_of(precision), found, cost, held.logits(work), fits)
 
 
 def _called(method: str, precision: Precision) -> str:
@@ -96,7 +100,7 @@ def _called(method: str, precision: Precision) -> str:
     return PACKED[method] if same else f"{method} {precision.name}"
 
 
-def _cells(line: Line) -> list[str]:
+def _cells(line: PlanRow) -> list[str]:
     needed, cost = line.need, line.cost
     adapter = needed.adapter + needed.scratch
     sizes = (needed.weights, adapter, needed.activations, line.logits, needed.peak)
@@ -113,11 +117,13 @@ def _cells(line: Line) -> list[str]:
     ]
 
 
-def _auto(cell: Cell, whole: Scheme, work: Work) -> str:
+def _auto(run_config: RunConfig, whole: TrainingLayout, work: StepShape) -> str:
     """Of an emulator whatever the method, with nothing given but the budget."""
-    if cell.budget.gpu_gib is None:
+    if run_config.budget.gpu_gib is None:
         return "compression=auto: set budget.gpu_gib to see what it would choose"
-    left_open = replace(cell, compression=replace(cell.compression, ratio=None, bits=None))
+    left_open = replace(
+        run_config, compression=replace(run_config.compression, ratio=None, bits=None)
+    )
     try:
         chosen = fitting_emulator(left_open, whole, work)
     except ConfigError as error:

@@ -27,18 +27,18 @@ BESIDE = {torch.ops.aten.logsumexp.default}
 
 
 @dataclass(frozen=True)
-class Traced:
+class TraceResult:
     """Bytes held at most beyond what was there before, and the operations dispatched."""
 
     peak: int
     operations: int
 
 
-def trace(step: Callable[[], Any]) -> Traced:
+def trace(step: Callable[[], Any]) -> TraceResult:
     """Run `step` on meta tensors and count what it holds."""
     with _fused_norm(), _Counter() as counter:
         step()
-    return Traced(counter.peak, counter.operations)
+    return TraceResult(counter.peak, counter.operations)
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]

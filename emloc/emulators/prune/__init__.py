@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from emloc.calibration.calibrate import Layers
 from emloc.config.settings import MODEL_BITS, Compression
-from emloc.emulators import Emulator, Given, Plan
+from emloc.emulators import BuildInputs, Emulator, Plan
 from emloc.emulators.full import in_blocks, load_quantized
 from emloc.emulators.offload import load_streamed
 from emloc.emulators.prune.unit_scores import KINDS, importance, recompute_blocks
@@ -127,7 +127,7 @@ class Prune(Emulator):
         self,
         folder: Path,
         source: Source,
-        given: Given,
+        build_inputs: BuildInputs,
         *,
         device: torch.device,
         host_bytes: int | None = None,
@@ -137,19 +137,19 @@ class Prune(Emulator):
         For gradients two blocks are on the device, with the activations of one: the original is
         streamed from host memory as under emulator=offload.
         """
-        assert given.plan is not None
-        layers = {layer: source.linears[layer] for layer in given.plan["layers"]}
+        assert build_inputs.plan is not None
+        layers = {layer: source.linears[layer] for layer in build_inputs.plan["layers"]}
         units = self._units(source, layers)
         inside = sum(one.count * one.size for one in units.values())
-        scores = self._scores(source, given, units, device)
-        budget = given.plan["parameters"] - (_numbers(layers) - inside)
+        scores = self._scores(source, build_inputs, units, device)
+        budget = build_inputs.plan["parameters"] - (_numbers(layers) - inside)
         kept = SPREADS[self.spread](units, scores, budget)
         write_shard(folder / KEPT, _indices(units, kept), {})
         write_shard(folder / "scores.safetensors", scores, {})
 
         table: dict[str, dict[str, Any]] = {
-            layer: {"shape": list(source.linears[layer]), "bits": given.bits}
-            for layer in (in_blocks(source) if given.precision else layers)
+            layer: {"shape": list(source.linears[layer]), "bits": build_inputs.bits}
+            for layer in (in_blocks(source) if build_inputs.precision else layers)
         }
         for name, one in units.items():
             left = len(kept[name])
@@ -159,24 +159,28 @@ class Prune(Emulator):
                     table[layer] |= {"unit": one.kind, "kept": left, "of": one.count}
         (folder / "layers.json").write_text(json.dumps(table, indent=1))
         held = {layer: [line["shape"]] for layer, line in table.items()}
-        facts = size_facts(source, held, given.precision, gone=_biases(source, units, kept))
+        facts = size_facts(source, held, build_inputs.precision, gone=_biases(source, units, kept))
         left = sum(len(kept[name]) * one.size for name, one in units.items())
         facts |= {
             "share_of_linears": round(1 - (inside - left) / _numbers(layers), 4),
             "whole": _left_whole(units, layers),
         }
-        return facts | ({"samples": given.samples.ids} if given.samples else {})
+        return facts | ({"samples": build_inputs.samples.ids} if build_inputs.samples else {})
 
     def _scores(
-        self, source: Source, given: Given, units: Mapping[str, Units], device: torch.device
+        self,
+        source: Source,
+        build_inputs: BuildInputs,
+        units: Mapping[str, Units],
+        device: torch.device,
     ) -> dict[str, Tensor]:
-        if given.samples is None:
+        if build_inputs.samples is None:
             generator = torch.Generator().manual_seed(self.seed)
             return {n: torch.rand(one.count, generator=generator) for n, one in units.items()}
         model = load_streamed(source, (), device)
         loss = source.objective.lean_loss(model)
         recompute_blocks(model)
-        batches = given.samples.learnt(source)
+        batches = build_inputs.samples.learnt(source)
         return importance(model, batches, units, self.importance, source.objective, loss)
 
     def kept(self, folder: Path, layer: str) -> tuple[Tensor | None, Tensor | None]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from emloc.calibration.blockwise import Batch, takes_use_cache
+from emloc.calibration.blockwise import Batch, accepts_use_cache
 from emloc.emulators.prune.units import Units
 from emloc.errors import ConfigError
 from emloc.models.objectives import Loss, Objective
@@ -71,7 +71,7 @@ def importance(
         handles += _mask(model, one, leaf) if kind == "upop" else _weigh(model, one, leaf)
         leaves[name] = leaf
     items = sum(int(objective.items(dict(batch))) for batch in batches)
-    still = {"use_cache": False} if takes_use_cache(model) else {}
+    still = {"use_cache": False} if accepts_use_cache(model) else {}
     loss = loss or objective.plain_loss
     # By all items, gradients in float16 would underflow.
     one_item = torch.ones((), device=model.device)
@@ -114,7 +114,7 @@ def _gradient(name: str, leaf: Tensor) -> Tensor:
 
 def _mask(model: nn.Module, units: Units, leaf: Tensor) -> Iterator[RemovableHandle]:
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
-        return Masked.apply(args[0], leaf)  # type: ignore[no-untyped-call]
+        return UnitMask.apply(args[0], leaf)  # type: ignore[no-untyped-call]
 
     for layer in units.columns:
         yield model.get_submodule(layer).register_forward_pre_hook(hook)
@@ -124,7 +124,7 @@ def _weigh(model: nn.Module, units: Units, leaf: Tensor) -> Iterator[RemovableHa
     def hook(dim: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def weighed(linear: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
             x, weight = args[0].detach(), linear.get_parameter("weight").detach()
-            return Weighed.apply(y, leaf, x, weight, dim)  # type: ignore[no-untyped-call]
+            return UnitImportance.apply(y, leaf, x, weight, dim)  # type: ignore[no-untyped-call]
 
         return weighed
 
@@ -133,7 +133,7 @@ def _weigh(model: nn.Module, units: Units, leaf: Tensor) -> Iterator[RemovableHa
             yield model.get_submodule(layer).register_forward_hook(hook(dim))
 
 
-class Masked(torch.autograd.Function):
+class UnitMask(torch.autograd.Function):
     """x (..., units * size) times a mask of ones (units,), which has a gradient."""
 
     @staticmethod
@@ -153,7 +153,7 @@ class Masked(torch.autograd.Function):
         return dy, total.view(len(ctx.mask), -1).sum(1)
 
 
-class Weighed(torch.autograd.Function):
+class UnitImportance(torch.autograd.Function):
     """y (..., m) = x W^T with a vector (units,) whose gradient is the importance of W's units.
 
     `dim`: 0 if they are rows of W (m, n), 1 if they are columns.

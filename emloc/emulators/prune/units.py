@@ -11,14 +11,14 @@ from emloc.calibration.blockwise import block_of, by_block
 from emloc.emulators.full import in_blocks
 from emloc.models.checkpoint.source import Source
 from emloc.models.decoder import Decoder
-from emloc.tensors.linalg.prune import ATTENTION, MLP, Group
+from emloc.tensors.linalg.prune import ATTENTION, MLP, UnitGroup
 
 # What makes the neurons, and what takes them.
 _MLPS = ((("gate_proj", "up_proj"), "down_proj"), (("fc1",), "fc2"))
 
 
 @dataclass(frozen=True)
-class Units(Group):
+class Units(UnitGroup):
     """The units of one module: unit i has the rows or columns i * n to (i + 1) * n of a layer.
 
     Of an MLP a unit is a neuron; of attention a key and value head with the g query heads that read

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from emloc.calibration.blockwise import Block, block_of, by_block
-from emloc.calibration.calibrate import Layers, observe
+from emloc.calibration.calibrate import Layers, record_moments
 from emloc.calibration.moments import Statistics
-from emloc.calibration.visits import visits, weights_of
+from emloc.calibration.named_blocks import named_blocks, weights_of
 from emloc.config.settings import Compression
-from emloc.emulators import Emulator, Given, Ranks
+from emloc.emulators import BuildInputs, Emulator, Ranks
 from emloc.emulators.size import factors_of, size_facts, uniform_ranks
 from emloc.emulators.svd.factor_file import facts_of, load_factors, save_factors
-from emloc.emulators.svd.factors import Factored, factorize, refine, spectra
-from emloc.emulators.svd.sequential import Both, fit, lock_step
+from emloc.emulators.svd.factors import LayerFactors, factorize, refine, spectra
+from emloc.emulators.svd.sequential import BlockPair, fit, lock_step
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import CPU, Source
 from emloc.precision import Precision
@@ -104,7 +104,7 @@ class Svd(Emulator):
         self,
         folder: Path,
         source: Source,
-        given: Given,
+        build_inputs: BuildInputs,
         *,
         device: torch.device,
         host_bytes: int | None = None,
@@ -118,36 +118,40 @@ class Svd(Emulator):
         `spectra.safetensors`, what greedy ranks are chosen by.
         """
         if self.allocation == "greedy":
-            given = replace(given, plan=self._greedy(folder, source, given, device, host_bytes))
-        ranks, statistics = given.plan, given.statistics
+            build_inputs = replace(
+                build_inputs, plan=self._greedy(folder, source, build_inputs, device, host_bytes)
+            )
+        ranks, statistics = build_inputs.plan, build_inputs.statistics
         assert ranks is not None
         blocks = by_block(ranks)
         # Where only outputs were summed, u is solved again in one more pass over the samples.
         again = bool(statistics and statistics.facts["outputs"]) and self.algorithm != "whiten"
         journal = Journal(folder)
         table: dict[str, Any] = {}
-        run: Iterable[tuple[str, Block | Both | None]]
+        run: Iterable[tuple[str, Block | BlockPair | None]]
         if self.sequential:
-            assert given.samples is not None
-            batches = given.samples.batches(source)
+            assert build_inputs.samples is not None
+            batches = build_inputs.samples.batches(source)
             run = lock_step(
                 source,
                 batches,
                 blocks,
                 journal.file,
-                given.precision,
+                build_inputs.precision,
                 device,
                 host_bytes,
                 folder,
             )
         else:
-            samples = given.samples if again or statistics is None else None
-            run = visits(source, samples, list(blocks), device, host_bytes, folder)
+            samples = build_inputs.samples if again or statistics is None else None
+            run = named_blocks(source, samples, list(blocks), device, host_bytes, folder)
         for name, block in tracked(run, "emulate", len(blocks), "block"):
             path = journal.file(name)
             if not path.exists():
                 # Nothing of it is held but the file, when the next block is read.
-                save_factors(self._factors(source, name, block, blocks[name], given, device), path)
+                save_factors(
+                    self._factors(source, name, block, blocks[name], build_inputs, device), path
+                )
             found = facts_of(path)
             if name not in journal.lines:
                 seconds = round(sum(layer["seconds"] for layer in found.values()), 4)
@@ -155,60 +159,60 @@ class Svd(Emulator):
             table |= found
         lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(one)}" for name, one in table.items())
         (folder / "layers.json").write_text(f"{{\n{lines}\n}}\n")
-        facts = size_facts(source, factors_of(source, ranks), given.precision)
-        return facts | ({"samples": given.samples.ids} if given.samples else {})
+        facts = size_facts(source, factors_of(source, ranks), build_inputs.precision)
+        return facts | ({"samples": build_inputs.samples.ids} if build_inputs.samples else {})
 
     def _factors(
         self,
         source: Source,
         name: str,
-        block: Block | Both | None,
+        block: Block | BlockPair | None,
         layers: list[str],
-        given: Given,
+        build_inputs: BuildInputs,
         device: torch.device,
-    ) -> dict[str, Factored]:
-        assert given.plan is not None
-        if isinstance(block, Both):
-            return fit(block, layers, given.plan, self.algorithm, given.precision)
-        known = self._known(name, block, layers, given)
+    ) -> dict[str, LayerFactors]:
+        assert build_inputs.plan is not None
+        if isinstance(block, BlockPair):
+            return fit(block, layers, build_inputs.plan, self.algorithm, build_inputs.precision)
+        known = self._known(name, block, layers, build_inputs)
         weights = weights_of(source, block, layers, device)
-        found = factorize(weights, given.plan, known, self.algorithm, given.precision)
+        found = factorize(weights, build_inputs.plan, known, self.algorithm, build_inputs.precision)
         if block is None or known is None:
             return found
         again = [layer for layer in layers if layer in known.outputs]
         return refine(block, found, again) if self.algorithm != "whiten" else found
 
     def _known(
-        self, name: str, block: Block | None, layers: list[str], given: Given
+        self, name: str, block: Block | None, layers: list[str], build_inputs: BuildInputs
     ) -> Statistics | None:
         """Second moments of the block: written ones, or those it gives when it is looked at."""
-        if given.statistics is not None:
-            return Statistics.load(given.statistics.folder / f"{name}.safetensors")
+        if build_inputs.statistics is not None:
+            return Statistics.load(build_inputs.statistics.folder / f"{name}.safetensors")
         if block is None:
             return None
-        return observe(block, layers, self.statistics == "input", stay=True)
+        return record_moments(block, layers, self.statistics == "input", stay=True)
 
     def _greedy(
         self,
         folder: Path,
         source: Source,
-        given: Given,
+        build_inputs: BuildInputs,
         device: torch.device,
         host_bytes: int | None,
     ) -> Ranks:
         """The ranks that lose the least for the parameters planned, by the original's spectra."""
-        assert given.plan is not None
-        blocks, path = by_block(given.plan), folder / "spectra.safetensors"
+        assert build_inputs.plan is not None
+        blocks, path = by_block(build_inputs.plan), folder / "spectra.safetensors"
         if not path.exists():
-            samples = given.samples if given.statistics is None else None
-            run = visits(source, samples, list(blocks), device, host_bytes, folder)
+            samples = build_inputs.samples if build_inputs.statistics is None else None
+            run = named_blocks(source, samples, list(blocks), device, host_bytes, folder)
             found: dict[str, Tensor] = {}
             for name, block in tracked(run, "spectra", len(blocks), "block"):
-                known = self._known(name, block, blocks[name], given)
+                known = self._known(name, block, blocks[name], build_inputs)
                 found |= spectra(weights_of(source, block, blocks[name], device), known)
             write_shard(path, found, {})
-        shapes = {layer: source.linears[layer] for layer in given.plan}
-        return greedy(load_file(whole(path)), shapes, given.plan, self.multiple)
+        shapes = {layer: source.linears[layer] for layer in build_inputs.plan}
+        return greedy(load_file(whole(path)), shapes, build_inputs.plan, self.multiple)
 
     def open(
         self,

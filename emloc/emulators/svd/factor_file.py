@@ -15,14 +15,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from emloc.emulators.svd.factors import Factored
+from emloc.emulators.svd.factors import LayerFactors
 from emloc.precision import Precision, require_format
 from emloc.runtime.manifest import whole
 from emloc.runtime.safetensors_file import write_shard
 from emloc.tensors.nn.factorized import Factorized, PackedFactorized
 
 
-def save_factors(found: Mapping[str, Factored], path: Path) -> None:
+def save_factors(found: Mapping[str, LayerFactors], path: Path) -> None:
     """Write one block's layers, whole or not at all."""
     tensors: dict[str, Tensor] = {}
     for layer, one in found.items():

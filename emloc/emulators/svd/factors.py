@@ -12,7 +12,7 @@ from torch import Tensor
 
 from emloc.calibration.blockwise import Block
 from emloc.calibration.calibrate import linears_of
-from emloc.calibration.moments import PIECE, Statistics, Taken
+from emloc.calibration.moments import PIECE, InputRecorder, Statistics
 from emloc.emulators import Ranks
 from emloc.precision import Packed, Precision
 from emloc.tensors.linalg.allocate import spectrum
@@ -25,7 +25,7 @@ POINTS = 64
 
 
 @dataclass(frozen=True)
-class Factored:
+class LayerFactors:
     """One layer's factors and the seconds they took."""
 
     factors: Factors  # where packed: v as it is multiplied by, u not yet quantised
@@ -72,14 +72,14 @@ def factorize(
     statistics: Statistics | None,
     algorithm: str,
     precision: Precision | None = None,
-) -> dict[str, Factored]:
+) -> dict[str, LayerFactors]:
     """Layer -> factors in the dtype of its weight (out, in); plain SVD without statistics."""
     found = {}
     for layer, weight in weights.items():
         start = time.perf_counter()
         grams = _grams(layer, weight, statistics)
         factors, v = reduced(weight, ranks[layer], grams, algorithm, precision, weight.dtype)
-        found[layer] = Factored(factors, time.perf_counter() - start, v)
+        found[layer] = LayerFactors(factors, time.perf_counter() - start, v)
     return found
 
 
@@ -141,7 +141,9 @@ def _quantized(
     return replace(factors, u=u, v=v), quantized
 
 
-def refine(block: Block, found: dict[str, Factored], layers: Sequence[str]) -> dict[str, Factored]:
+def refine(
+    block: Block, found: dict[str, LayerFactors], layers: Sequence[str]
+) -> dict[str, LayerFactors]:
     """Run the block and solve u again, against the rounded v, where only outputs were known.
 
     For those layers the first pass kept the Gram of the outputs alone, which says nothing about
@@ -158,12 +160,12 @@ def refine(block: Block, found: dict[str, Factored], layers: Sequence[str]) -> d
                 yz, zz = sums.get(layer, (None, None))
                 sums[layer] = cross(y, z, total=yz), gram(z, total=zz)
 
-    with Taken(linears) as taken:
+    with InputRecorder(linears) as taken:
         block.run(add)
     return found | {layer: _refitted(found[layer], *sums[layer]) for layer in layers}
 
 
-def _refitted(one: Factored, yz: Tensor, zz: Tensor) -> Factored:
+def _refitted(one: LayerFactors, yz: Tensor, zz: Tensor) -> LayerFactors:
     start = time.perf_counter()
     u = refit(yz, zz, one.factors.u).to(one.factors.u.dtype)
     seconds = one.seconds + time.perf_counter() - start

@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from emloc.calibration.blockwise import Batch, Block, open_walk
+from emloc.calibration.blockwise import Batch, Block, iterate_checkpoint
 from emloc.calibration.calibrate import linears_of
-from emloc.calibration.moments import PIECE, Taken
+from emloc.calibration.moments import PIECE, InputRecorder
 from emloc.emulators import Ranks
 from emloc.emulators.svd.factor_file import load_factors
-from emloc.emulators.svd.factors import Factored, reduced
+from emloc.emulators.svd.factors import LayerFactors, reduced
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.precision import Precision
@@ -34,7 +34,7 @@ from emloc.tensors.nn.factorized import Factorized, PackedFactorized
 
 
 @dataclass(frozen=True)
-class Both:
+class BlockPair:
     """One block in front of which both models stand, with its original weights in each."""
 
     original: Block
@@ -42,7 +42,7 @@ class Both:
 
 
 @dataclass(frozen=True)
-class Site:
+class SharedInput:
     """The layers that take one tensor, and the second moments of its rows in both models."""
 
     layers: Sequence[str]
@@ -59,7 +59,7 @@ def lock_step(
     device: torch.device,
     host_bytes: int | None,
     folder: Path,
-) -> Iterator[tuple[str, Both]]:
+) -> Iterator[tuple[str, BlockPair]]:
     """Yield block after block, by name; before going on, put its factors in place.
 
     Args:
@@ -77,12 +77,12 @@ def lock_step(
     """
     room = None if host_bytes is None else host_bytes // 2
     walks = [
-        open_walk(source, batches, list(blocks), device, host_bytes=room, folder=folder)
+        iterate_checkpoint(source, batches, list(blocks), device, host_bytes=room, folder=folder)
         for _ in range(2)
     ]
     # Strict, so that both come to their end.
     for original, compressed in zip(*walks, strict=True):
-        yield original.name, Both(original, compressed)
+        yield original.name, BlockPair(original, compressed)
         linears = linears_of(compressed, blocks[compressed.name])
         biases = {layer: linear.bias for layer, linear in linears.items()}
         made = load_factors(file(compressed.name), biases, device, precision)
@@ -91,12 +91,12 @@ def lock_step(
 
 
 def fit(
-    both: Both,
+    both: BlockPair,
     layers: Sequence[str],
     ranks: Ranks,
     algorithm: str,
     precision: Precision | None,
-) -> dict[str, Factored]:
+) -> dict[str, LayerFactors]:
     """Layer -> factors that make of the compressed model's rows what the original makes of its own.
 
     Their product is the regression of the original outputs on the new inputs, its rank reduced by
@@ -106,7 +106,7 @@ def fit(
         ConfigError: one of the layers is never run.
     """
     linears = linears_of(both.compressed, layers)
-    found: dict[str, Factored] = {}
+    found: dict[str, LayerFactors] = {}
     while waiting := [layer for layer in layers if layer not in found]:
         site = _first(both, waiting)
         start = time.perf_counter()
@@ -118,23 +118,23 @@ def fit(
             grams = {"input_gram": site.input_gram}
             factors, v = reduced(target, ranks[layer], grams, algorithm, precision, weight.dtype)
             now = time.perf_counter()
-            found[layer] = Factored(factors, now - start, v)
+            found[layer] = LayerFactors(factors, now - start, v)
             start = now
             _put(both.compressed, layer, _module(found[layer], linears[layer].bias))
     return found
 
 
-def _first(both: Both, layers: Sequence[str]) -> Site:
+def _first(both: BlockPair, layers: Sequence[str]) -> SharedInput:
     """Look at the block in both models and sum what the first of the layers to be run takes."""
-    site: Site | None = None
+    site: SharedInput | None = None
     originals, others = (linears_of(block, layers) for block in (both.original, both.compressed))
-    with Taken(originals) as in_original, Taken(others) as in_compressed:
+    with InputRecorder(originals) as in_original, InputRecorder(others) as in_compressed:
         for masks in zip(both.original.looks(), both.compressed.looks(), strict=True):
             before, after = in_original.rows(masks[0]), in_compressed.rows(masks[1])
             if site is None and after:
                 rows = next(iter(after.values()))  # they come as they were taken
                 zeros = (rows.new_zeros((rows.shape[1],) * 2, dtype=torch.float64) for _ in "CD")
-                site = Site([layer for layer in after if after[layer] is rows], *zeros)
+                site = SharedInput([layer for layer in after if after[layer] is rows], *zeros)
             if site is not None:
                 _add(site, before[site.layers[0]], after[site.layers[0]])
     if site is None:
@@ -145,7 +145,7 @@ def _first(both: Both, layers: Sequence[str]) -> Site:
     return site
 
 
-def _add(site: Site, original: Tensor, compressed: Tensor) -> None:
+def _add(site: SharedInput, original: Tensor, compressed: Tensor) -> None:
     """Count one batch (N, n), as the layers take it in both models."""
     for x, rows in zip(torch.split(original, PIECE), torch.split(compressed, PIECE), strict=True):
         gram(rows, total=site.input_gram)
@@ -154,7 +154,7 @@ def _add(site: Site, original: Tensor, compressed: Tensor) -> None:
         cross(x.to(wide) - rows.to(wide), rows, total=site.drift)
 
 
-def _module(one: Factored, bias: Tensor | None) -> nn.Module:
+def _module(one: LayerFactors, bias: Tensor | None) -> nn.Module:
     """The layer as it will be read from its file."""
     if one.v is None:
         return Factorized(one.factors.u, one.factors.v, bias)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorSlice:
     """The rows of a stored tensor that belong to one parameter.
 
     The rows are `blocks` equal blocks of `shares` equal shares each; shares `start` to `stop` of
@@ -54,4 +54,4 @@ class Part:
 
 
 # The name of a tensor in the files -> the parameters it holds; None where it is the whole of one.
-Layout = Callable[[str], Mapping[str, Part | None]]
+Layout = Callable[[str], Mapping[str, TensorSlice | None]]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc.errors import ConfigError
-from emloc.models.checkpoint.fused_tensors import Part
+from emloc.models.checkpoint.fused_tensors import TensorSlice
 from emloc.models.checkpoint.tokenizer import added_tokens
 
 FORMAT = "internvl_chat"
@@ -118,7 +118,7 @@ class ChatLayout:
     groups: int  # query heads to a key/value head
     key_value_heads: int
 
-    def __call__(self, stored: str) -> dict[str, Part | None]:
+    def __call__(self, stored: str) -> dict[str, TensorSlice | None]:
         """Parameter -> its part of the tensor `stored`, None where that is all of it."""
         name = stored
         for pattern, replacement in _RENAMED:
@@ -130,7 +130,7 @@ class ChatLayout:
         blocks, groups = (1, 1) if kind == "qkv" else (self.key_value_heads, self.groups)
         shares = {"q": (0, groups), "k": (groups, groups + 1), "v": (groups + 1, groups + 2)}
         return {
-            f"{module}.{which}_proj.{leaf}": Part(blocks, groups + 2, start, stop)
+            f"{module}.{which}_proj.{leaf}": TensorSlice(blocks, groups + 2, start, stop)
             for which, (start, stop) in shares.items()
         }
 

@@ -19,7 +19,7 @@ from emloc.errors import ConfigError
 from emloc.runtime.atomic import whole_folder
 from emloc.runtime.digest import digest
 from emloc.runtime.manifest import seal
-from emloc.runtime.stage_cache import open_store, put_aside_if_damaged
+from emloc.runtime.stage_cache import open_store, set_aside_if_damaged
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def _from_package(package: str | None) -> tuple[Path, str]:
     home = open_store().root / "checkpoints" / f"{package}-{content[:16]}"
     home.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(home.with_name(home.name + ".lock")):
-        put_aside_if_damaged(home, "model")
+        set_aside_if_damaged(home, "model")
         if not home.exists():
             with whole_folder(home) as draft:
                 _convert(found[0], draft)

@@ -22,14 +22,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from emloc.data.reader import Opened, Reader, Reading, TextReading
+from emloc.data.reader import OpenCheckpoint, Reader, ReaderSettings, TextReaderSettings
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.internvl_chat import InternVLChat, read_internvl_chat
 from emloc.models.checkpoint.tokenizer import tokenizer_of
 from emloc.models.checkpoint.weights import (
-    Absent,
-    Random,
-    Safetensors,
+    AbsentWeights,
+    RandomWeights,
+    SafetensorsWeights,
     Weights,
     draws_of,
     layout_of,
@@ -61,7 +61,9 @@ class Source:
     auto: Any = AutoModelForCausalLM  # the transformers class that knows which model to build
     shape: Mapping[str, Any] = field(default_factory=dict)  # the configuration without a folder
     seed: int | None = None  # of random weights; None: those in the folder
-    reading: Reading = field(default_factory=TextReading)  # how it reads examples
+    reader_settings: ReaderSettings = field(
+        default_factory=TextReaderSettings
+    )  # how it reads examples
     objective: Objective = field(default_factory=Tokens)  # what it learns, and how it is scored
     # Names of modules that are made new, whatever the checkpoint holds, and trained whole.
     fresh: tuple[str, ...] = ()
@@ -71,7 +73,7 @@ class Source:
     @property
     def key(self) -> list[str]:
         """What a stage that reads this model depends on."""
-        family = [*self.reading.key, *self.objective.key]
+        family = [*self.reader_settings.key, *self.objective.key]
         own = [*self.fresh, digest(dict(self.changes))] if self.fresh or self.changes else []
         return [self.identity, str(self.dtype), self.auto.__name__, *family, *own]
 
@@ -79,11 +81,11 @@ class Source:
     def weights(self) -> Weights:
         """Where the tensors come from."""
         if self.seed is not None:
-            return Random(self.seed, draws_of(self.bare), self.dtype, random_home())
+            return RandomWeights(self.seed, draws_of(self.bare), self.dtype, random_home())
         if self.folder is None:
-            return Absent(self.name)
+            return AbsentWeights(self.name)
         chat = self._chat
-        return Safetensors(self.folder, chat.layout() if chat else layout_of(self.bare))
+        return SafetensorsWeights(self.folder, chat.layout() if chat else layout_of(self.bare))
 
     @cached_property
     def _chat(self) -> InternVLChat | None:
@@ -140,7 +142,9 @@ class Source:
     def _reader(self) -> Reader:
         if self.folder is None:
             raise _unread(self.name)
-        return self.reading.reader(Opened(self.folder, self.tokenizer, self.config, self.dtype))
+        return self.reader_settings.reader(
+            OpenCheckpoint(self.folder, self.tokenizer, self.config, self.dtype)
+        )
 
     def skeleton(self) -> PreTrainedModel:
         """The model with every parameter on the meta device: shapes and names, no weights.
@@ -274,7 +278,7 @@ class Source:
         """Parameters of fresh modules, in float32; the same numbers on every kind of device."""
         if names:
             draws = draws_of(self.bare)
-            yield from Random(seed, draws, torch.float32, "cpu").read(list(names), device)
+            yield from RandomWeights(seed, draws, torch.float32, "cpu").read(list(names), device)
 
 
 def _unread(name: str) -> ConfigError:

@@ -19,7 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from emloc.errors import ConfigError
-from emloc.models.checkpoint.fused_tensors import Layout, Part
+from emloc.models.checkpoint.fused_tensors import Layout, TensorSlice
 
 # The start of a name in the files of vision-language models -> what the module is called. The
 # files keep the layout from before language model and vision tower were put below `model`.
@@ -56,7 +56,7 @@ def parameter_name(stored: str) -> str:
     return stored
 
 
-def native(stored: str) -> dict[str, Part | None]:
+def native(stored: str) -> dict[str, TensorSlice | None]:
     """The layout of transformers' own checkpoints: a tensor is a parameter, if by another name.
 
     Some releases have the parts of a vision tower below `vision_model`, and others not, whatever
@@ -76,7 +76,7 @@ def layout_of(model: PreTrainedModel) -> Layout:
     conversions = get_model_conversion_mapping(model)
     renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
 
-    def layout(stored: str) -> dict[str, Part | None]:
+    def layout(stored: str) -> dict[str, TensorSlice | None]:
         names = native(stored)
         if own.keys().isdisjoint(names):
             name, _ = rename_source_key(stored, renamings, [], model.base_model_prefix, own)
@@ -87,16 +87,16 @@ def layout_of(model: PreTrainedModel) -> Layout:
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """Where a parameter lies: in which file, in which tensor, and in which rows of it."""
 
     file: Path
     stored: str
-    part: Part | None  # None: all of it
+    part: TensorSlice | None  # None: all of it
 
 
 @dataclass(frozen=True)
-class Safetensors:
+class SafetensorsWeights:
     """The tensors of a checkpoint folder, one file or several with an index."""
 
     folder: Path
@@ -118,7 +118,7 @@ class Safetensors:
         return {name: place.file for name, place in self._places.items()}
 
     @cached_property
-    def _places(self) -> dict[str, Place]:
+    def _places(self) -> dict[str, TensorLocation]:
         """Parameter name -> where it lies.
 
         Raises:
@@ -137,7 +137,7 @@ class Safetensors:
         else:
             raise ConfigError(f"{self.folder}: no model.safetensors; set model.source to one")
         return {
-            name: Place(self.folder / file, tensor, part)
+            name: TensorLocation(self.folder / file, tensor, part)
             for tensor, file in stored.items()
             for name, part in self.layout(tensor).items()
         }
@@ -159,7 +159,7 @@ class Safetensors:
                     yield name, _tensor(file, self._places[name])
 
 
-def _tensor(file: Any, place: Place) -> Tensor:
+def _tensor(file: Any, place: TensorLocation) -> Tensor:
     """One parameter out of an open file."""
     if place.part is None:
         whole: Tensor = file.get_tensor(place.stored)
@@ -174,7 +174,7 @@ def _tensor(file: Any, place: Place) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Draw:
+class TensorInit:
     """How one random tensor is made: `mean` everywhere, plus normal noise of `std`."""
 
     shape: tuple[int, ...]
@@ -183,7 +183,7 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Random:
+class RandomWeights:
     """Tensors made from a seed and their name whenever they are asked for, and never stored.
 
     They are drawn on `home` and moved from there, so that a tensor is the same wherever it is
@@ -191,7 +191,7 @@ class Random:
     """
 
     seed: int
-    draws: Mapping[str, Draw]
+    draws: Mapping[str, TensorInit]
     dtype: torch.dtype
     home: str  # cpu | cuda
 
@@ -223,7 +223,7 @@ class Random:
 
 
 @dataclass(frozen=True)
-class Absent:
+class AbsentWeights:
     """The weights of a model that is only planned with: none can be read."""
 
     where: str
@@ -254,7 +254,7 @@ def random_home() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def draws_of(model: PreTrainedModel) -> dict[str, Draw]:
+def draws_of(model: PreTrainedModel) -> dict[str, TensorInit]:
     """Parameter name -> how it starts in a fresh model of that kind.
 
     Matrices, embeddings and convolutions are normal with the configuration's `initializer_range`
@@ -277,13 +277,13 @@ def _innermost(name: str, parts: Collection[str]) -> str:
     return max((part for part in parts if not part or name.startswith(f"{part}.")), key=len)
 
 
-def _draw(name: str, parameter: nn.Parameter, config: object) -> Draw:
+def _draw(name: str, parameter: nn.Parameter, config: object) -> TensorInit:
     shape = tuple(parameter.shape)
     leaf = name.rpartition(".")[2]
     if "lambda" in leaf:
-        return Draw(shape, float(getattr(config, "layer_scale_init_value", 0.1)), 0.0)
+        return TensorInit(shape, float(getattr(config, "layer_scale_init_value", 0.1)), 0.0)
     if leaf == "bias":
-        return Draw(shape, 0.0, 0.0)
+        return TensorInit(shape, 0.0, 0.0)
     if parameter.ndim == 1:
-        return Draw(shape, 1.0, 0.0)
-    return Draw(shape, 0.0, float(getattr(config, "initializer_range", 0.02)))
+        return TensorInit(shape, 1.0, 0.0)
+    return TensorInit(shape, 0.0, float(getattr(config, "initializer_range", 0.02)))

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from emloc.data.collate import Row, by_length
+from emloc.data.collate import EncodedRow, by_length
 from emloc.data.examples import Examples
 from emloc.data.reader import Reader
 from emloc.runtime.progress import StageProgress
@@ -93,7 +93,7 @@ class Objective(ABC):
         """The scores of all answers: those in `score_names`, and others of kinds of rows."""
 
     @torch.inference_mode()
-    def score(self, model: Any, rows: Sequence[Row], reader: Reader, size: int) -> list[Any]:
+    def score(self, model: Any, rows: Sequence[EncodedRow], reader: Reader, size: int) -> list[Any]:
         """The answer to every row, in the given order, `size` rows a forward pass."""
         scored: dict[int, Answer] = {}
         with StageProgress("evaluate", len(rows), "row") as progress:

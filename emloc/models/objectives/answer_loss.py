@@ -19,7 +19,7 @@ ROUNDING = 0.01
 LARGE = 1e3
 
 
-class Passing(nn.Module):
+class IdentityHead(nn.Module):
     """In the place of the output matrix: hands the hidden states on.
 
     While the model is probed, it answers with `given` instead.
@@ -47,7 +47,7 @@ def answer_loss(model: PreTrainedModel) -> Loss | None:
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         return None
     weight = head.weight
-    passing = Passing(weight)
+    passing = IdentityHead(weight)
     name = next(name for name, module in model.named_modules() if module is head)
     model.set_submodule(name, passing)
     if not _only_scales(model, passing):
@@ -56,7 +56,7 @@ def answer_loss(model: PreTrainedModel) -> Loss | None:
     return partial(_answer_loss, weight)
 
 
-def _only_scales(model: PreTrainedModel, passing: Passing) -> bool:
+def _only_scales(model: PreTrainedModel, passing: IdentityHead) -> bool:
     """Whether what stands behind the head is a scale, which hidden states go through as well.
 
     Logits far larger than any that weights may give, so that no cap stays unseen.

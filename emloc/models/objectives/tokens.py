@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from emloc.data.collate import IGNORE
 from emloc.data.examples import Examples
-from emloc.data.prompts import Encoded
+from emloc.data.prompts import EncodedExample
 from emloc.models.objectives import Batch, Loss, Objective
 from emloc.models.objectives.answer_loss import answer_loss
 
@@ -80,7 +80,9 @@ class Tokens(Objective):
         """Of hidden states, a piece of the vocabulary's logits at a time; see `answer_loss`."""
         return answer_loss(model)
 
-    def answers(self, model: Any, rows: Sequence[Encoded], batch: Batch) -> list[TokenAnswer]:
+    def answers(
+        self, model: Any, rows: Sequence[EncodedExample], batch: Batch
+    ) -> list[TokenAnswer]:
         """See Objective."""
         logits, labels = _shifted(model, batch)
         logits = logits.float()

@@ -14,7 +14,7 @@ from emloc.config.run_folder import DONE, Run, find_runs
 from emloc.errors import ConfigError
 from emloc.report.tracking.artifacts import pictures_of, table_of_runs, tables_of_run
 from emloc.report.tracking.wandb_run import WandbRun
-from emloc.runtime.distributed import born
+from emloc.runtime.distributed import process_start
 
 log = logging.getLogger("emloc")
 
@@ -133,7 +133,7 @@ def compare(folder: Path) -> None:
 
     Not if none has been done in this launch: nothing would be new.
     """
-    new = [run for run in find_runs(folder) if run.done and run.status["time"] >= born()]
+    new = [run for run in find_runs(folder) if run.done and run.status["time"] >= process_start()]
     if new:
         config = max(new, key=lambda run: run.status["time"]).config
         settings = dict(config["tracker"])

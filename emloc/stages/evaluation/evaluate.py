@@ -15,14 +15,14 @@ from emloc.adapters import Adapter
 from emloc.adapters.none import NoAdapter
 from emloc.config.settings import EvalSettings
 from emloc.data.examples import Examples
-from emloc.data.prompts import Encoded
+from emloc.data.prompts import EncodedExample
 from emloc.data.reader import TokenReader, encode_all
-from emloc.emulators import Built
+from emloc.emulators import BuiltEmulator
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.models.objectives import Objective
 from emloc.runtime.stage_cache import Artifact
-from emloc.tasks import Answered, Task
+from emloc.tasks import GenerativeTask, Task
 from emloc.tasks.scorers import score_names
 from emloc.tasks.text import TextTask
 
@@ -33,7 +33,7 @@ def evaluate(
     folder: Path,
     source: Source,
     adapter: Adapter | NoAdapter,
-    carried: Artifact | None,
+    recovered: Artifact | None,
     task: Task,
     max_length: int | None,
     settings: EvalSettings,
@@ -42,14 +42,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score the original with what was carried to it, if anything was."""
     model = source.load(device)
-    if adapter.trains and carried is not None:
-        model = adapter.load(model, carried.folder / "adapter").to(device)
+    if adapter.trains and recovered is not None:
+        model = adapter.load(model, recovered.folder / "adapter").to(device)
     return _scores(folder, model, source, task, max_length, settings)
 
 
 def evaluate_as_trained(
     folder: Path,
-    built: Built,
+    built_emulator: BuiltEmulator,
     adapter: Adapter,
     trained: Artifact,
     task: Task,
@@ -59,8 +59,8 @@ def evaluate_as_trained(
     device: torch.device,
 ) -> dict[str, Any]:
     """Score the very model that was trained, adapter and all, before anything is carried."""
-    model = adapter.load(built.open(device), trained.folder / "adapter").to(device)
-    return _scores(folder, model, built.source, task, max_length, settings)
+    model = adapter.load(built_emulator.open(device), trained.folder / "adapter").to(device)
+    return _scores(folder, model, built_emulator.source, task, max_length, settings)
 
 
 def _scores(
@@ -92,13 +92,13 @@ def _harness(
     reader: TokenReader,
     task: Task,
     examples: Examples,
-    encoded: Sequence[Encoded],
+    encoded: Sequence[EncodedExample],
     settings: EvalSettings,
 ) -> dict[str, float]:
     """What lm-eval scores of it: its own task, or our scorer of the answers it asks for."""
     limit, size = settings.limit, settings.batch
     # lm-eval takes seconds to import.
-    if isinstance(task, Answered):
+    if isinstance(task, GenerativeTask):
         from emloc.stages.evaluation.harness import generated_answers as answers
 
         of = {example.id: example for example in examples}
@@ -125,7 +125,7 @@ def headline(task: Task, settings: EvalSettings, objective: Objective) -> str:
             f"task.metric={task.metric}: the scores of this kind of model are {', '.join(own)}; "
             f"set task.metric={own[0]}"
         )
-    if task.metric in own or not (task.lm_eval or isinstance(task, Answered)):
+    if task.metric in own or not (task.lm_eval or isinstance(task, GenerativeTask)):
         return task.metric
     if not settings.harness:
         log.info(
@@ -137,7 +137,7 @@ def headline(task: Task, settings: EvalSettings, objective: Objective) -> str:
         from emloc.stages.evaluation.harness.lm_eval_tasks import own_yaml
 
         own_yaml(task.lm_eval)
-    if isinstance(task, Answered):
+    if isinstance(task, GenerativeTask):
         names = score_names(task, task.held_out(settings.limit).rows)
         if task.metric not in names:
             raise ConfigError(

@@ -12,9 +12,9 @@ from emloc.adapters import Adapter
 from emloc.config.settings import LoraSettings, TrainSettings
 from emloc.models.objectives import Loss, Objective
 from emloc.runtime.distributed import sharded
-from emloc.tensors.lean.activations import keep_on_host
-from emloc.tensors.lean.model import keep_embedding_on_host, recompute_layers
-from emloc.tensors.lean.modules import fewer_operations
+from emloc.tensors.lean.activations import offload_layer_inputs
+from emloc.tensors.lean.model import offload_embedding, recompute_layers
+from emloc.tensors.lean.modules import fuse_modules
 
 log = logging.getLogger(__name__)
 
@@ -48,15 +48,15 @@ def prepare(
     fused = adapter.fuse(model)
     inner = adapter.base(model)
     dtype = inner.dtype  # asked now: packed layers have none, and then only the LoRA would
-    saved = keep_embedding_on_host(inner)
+    saved = offload_embedding(inner)
     # A gated MLP is computed in place of what comes out of its layers. A fused layer keeps none of
     # it for its backward pass; of others that is not known.
-    shorter = fewer_operations(inner, dtype) if fused else []
+    shorter = fuse_modules(inner, dtype) if fused else []
     loss = objective.lean_loss(inner)
     if recipe.checkpointing:
         recompute_layers(inner)
     if recipe.host_activations:
-        keep_on_host(inner)
+        offload_layer_inputs(inner)
     saved = saved if inner.device.type == "cuda" else 0
     log.info("%s", savings(fused, shorter, saved, loss is not None))
     return fused, loss

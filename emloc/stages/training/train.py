@@ -22,15 +22,15 @@ from transformers import (
     set_seed,
 )
 
-from emloc.adapters.fit import Fit
+from emloc.adapters.training_inputs import TrainingInputs
 from emloc.config.settings import MODEL_BITS, TrainSettings
-from emloc.data.collate import Row
+from emloc.data.collate import EncodedRow
 from emloc.data.reader import encode_all
-from emloc.emulators import Built
+from emloc.emulators import BuiltEmulator
 from emloc.errors import ConfigError
 from emloc.models.objectives import Batch
 from emloc.precision import PackedLayer
-from emloc.runtime.distributed import first, sharded
+from emloc.runtime.distributed import is_first, sharded
 from emloc.stages.training.callbacks import Report, StepTimer, TrainingProgress
 from emloc.stages.training.lean_setup import obstacle, prepare
 from emloc.stages.training.trainer import FiniteTrainer, make_whole, newest_whole_checkpoint
@@ -48,23 +48,31 @@ _CHECKPOINTING = next(
 
 def train(
     folder: Path,
-    built: Built,
-    fit: Fit,
+    built_emulator: BuiltEmulator,
+    training_inputs: TrainingInputs,
     *,
     device: torch.device,
     report: Report,
 ) -> dict[str, Any]:
     """Write the trained adapter and its curve; go on from the last checkpoint in `folder`."""
-    reader = built.source.reader()
-    encoded = encode_all(reader, fit.examples, fit.max_length)
-    return fit_rows(folder, built, fit, encoded, reader.collate, device=device, report=report)
+    reader = built_emulator.source.reader()
+    encoded = encode_all(reader, training_inputs.examples, training_inputs.max_length)
+    return fit_rows(
+        folder,
+        built_emulator,
+        training_inputs,
+        encoded,
+        reader.collate,
+        device=device,
+        report=report,
+    )
 
 
 def fit_rows(
     folder: Path,
-    built: Built,
-    fit: Fit,
-    rows: Sequence[Row],
+    built_emulator: BuiltEmulator,
+    training_inputs: TrainingInputs,
+    rows: Sequence[EncodedRow],
     collate_rows: Callable[[list[Any]], Batch],
     *,
     device: torch.device,
@@ -75,34 +83,49 @@ def fit_rows(
 
     The adapter is a fresh one, or goes on from the one saved in the folder `start`.
     """
-    source = built.source
+    source = built_emulator.source
     # What is to be split waits in host memory, mapped from its files, and goes over block by block.
-    model = built.open(torch.device("cpu") if sharded() else device)
+    model = built_emulator.open(torch.device("cpu") if sharded() else device)
     if sharded() and (packed := [m for m in model.modules() if isinstance(m, PackedLayer)]):
         raise ConfigError(
             f"FSDP cannot split weights of {packed[0].matrix.precision.bits} bits; "
             f"set compression.bits={MODEL_BITS}, or launch without FSDP"
         )
-    set_seed(fit.seed)
-    source.renew(model, fit.seed)
+    set_seed(training_inputs.seed)
+    source.renew(model, training_inputs.seed)
     if start is None:
-        model = fit.adapter.attach(model, fit.lora, built.targets(fit.layers), source.fresh)
+        model = training_inputs.adapter.attach(
+            model,
+            training_inputs.lora,
+            built_emulator.targets(training_inputs.layers),
+            source.fresh,
+        )
     else:
-        model = fit.adapter.load(model, start, trainable=True)
-    lean, fused, loss = fit.recipe.lean, False, None
-    if fit.recipe.lean and (other := obstacle(fit.lora, source.dtype)):
+        model = training_inputs.adapter.load(model, start, trainable=True)
+    lean, fused, loss = training_inputs.recipe.lean, False, None
+    if training_inputs.recipe.lean and (other := obstacle(training_inputs.lora, source.dtype)):
         log.info("train: PEFT's own layers, which take more memory and time; %s avoids them", other)
         lean = False
-    elif fit.recipe.lean:
-        fused, loss = prepare(model, fit.adapter, fit.recipe, source.objective)
+    elif training_inputs.recipe.lean:
+        fused, loss = prepare(
+            model, training_inputs.adapter, training_inputs.recipe, source.objective
+        )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info("train: %s trainable parameters, %d training rows", f"{trainable:,}", len(rows))
     checkpoints = folder / "checkpoints"
-    dtype = built.source.dtype
+    dtype = built_emulator.source.dtype
     trainer = FiniteTrainer(
-        adapter=fit.adapter,
+        adapter=training_inputs.adapter,
         model=model,
-        args=arguments(fit.recipe, fit.seed, checkpoints, dtype, device, lean=lean, fused=fused),
+        args=arguments(
+            training_inputs.recipe,
+            training_inputs.seed,
+            checkpoints,
+            dtype,
+            device,
+            lean=lean,
+            fused=fused,
+        ),
         train_dataset=rows,
         data_collator=collate_rows,
         callbacks=[TrainingProgress(report)],
@@ -113,13 +136,13 @@ def fit_rows(
     timer = StepTimer()
     trainer.add_callback(timer)
     mixed = trainer.args.bf16 or trainer.args.fp16
-    with without_cudnn(), fit.adapter.training(model, mixed=mixed):
+    with without_cudnn(), training_inputs.adapter.training(model, mixed=mixed):
         whole = newest_whole_checkpoint(checkpoints)
         trainer.train(resume_from_checkpoint=str(whole) if whole else None)
     make_whole(model)
     trainer.accelerator.wait_for_everyone()  # the last checkpoint has parts of every process
-    if first():
-        fit.adapter.save(model, folder / "adapter", source.name)
+    if is_first():
+        training_inputs.adapter.save(model, folder / "adapter", source.name)
         curve = [line for line in trainer.state.log_history if "loss" in line]
         (folder / "curve.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve))
         shutil.rmtree(checkpoints, ignore_errors=True)

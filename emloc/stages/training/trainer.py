@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from emloc.adapters import Adapter
 from emloc.errors import ConfigError
 from emloc.models.objectives import Batch, Loss, Objective
-from emloc.runtime.distributed import first, sharded
+from emloc.runtime.distributed import is_first, sharded
 from emloc.runtime.manifest import flaw_of, seal, set_aside
 from emloc.tensors.nn.surgery import put
 
@@ -108,7 +108,7 @@ class FiniteTrainer(Trainer):
         """Called by the Trainer every `save_steps`; the list of files is written last."""
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process may have written a part
-        if first():
+        if is_first():
             seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> WholeSteps:
@@ -203,7 +203,7 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
     for step in sorted(found, reverse=True):
         if (flaw := flaw_of(found[step])) is None:
             return found[step]
-        if first():
+        if is_first():
             aside = set_aside(found[step])
             log.warning(
                 "train: checkpoint %s is not whole: %s; moved to %s", found[step], flaw, aside.name

@@ -17,7 +17,7 @@ SMALLEST = 2**20
 Waiting = tuple[Tensor, torch.device, torch.cuda.Event]
 
 
-def keep_on_host(model: nn.Module) -> None:
+def offload_layer_inputs(model: nn.Module) -> None:
     """Let the input of every layer that is computed again wait in host memory.
 
     The copies run beside the computation; on the way back the layer waits for its own.

@@ -25,7 +25,7 @@ ALIGN = 8
 
 
 @dataclass(frozen=True)
-class Low:
+class LoraOperands:
     """The LoRA of one layer: PEFT's parameters, and their copies in the dtype of the layer."""
 
     a: nn.Parameter  # (r, n)
@@ -35,70 +35,78 @@ class Low:
     up: Tensor  # (r, m), b^T
 
 
-class Base(Protocol):
+class FrozenBase(Protocol):
     """The frozen half of an adapted layer."""
 
     bias: Tensor | None
 
-    def forward(self, x: Tensor, low: Low) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, low: LoraOperands) -> tuple[Tensor, Tensor]:
         """y (N, m) with the LoRA in it, and the LoRA's hidden features s a x (N, r)."""
 
-    def backward(self, dy: Tensor, low: Low, wants_dx: bool) -> tuple[Tensor | None, Tensor]:
+    def backward(
+        self, dy: Tensor, low: LoraOperands, wants_dx: bool
+    ) -> tuple[Tensor | None, Tensor]:
         """dx (N, n) if wanted, and the gradient of the hidden features (N, r)."""
 
 
-class Whole:
+class DenseBase:
     """A weight (m, n)."""
 
     def __init__(self, weight: Callable[[], Tensor], bias: Tensor | None) -> None:
         self._weight = weight  # formed for the moment where it is packed
         self.bias = bias
 
-    def forward(self, x: Tensor, low: Low) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, low: LoraOperands) -> tuple[Tensor, Tensor]:
         """As `Base` says."""
         hidden = x.mm(low.down.t())
         y = functional.linear(x, self._weight(), self.bias)
         return y.addmm_(hidden, low.up), hidden
 
-    def backward(self, dy: Tensor, low: Low, wants_dx: bool) -> tuple[Tensor | None, Tensor]:
+    def backward(
+        self, dy: Tensor, low: LoraOperands, wants_dx: bool
+    ) -> tuple[Tensor | None, Tensor]:
         """As `Base` says."""
         hidden = dy.mm(low.up.t())
         return dy.mm(self._weight()).addmm_(hidden, low.down) if wants_dx else None, hidden
 
 
 # [v; s a] (p, n) and [u, b]^T (p, m), p = k + r and some rows of zeros.
-Stack = Callable[[Low], tuple[Tensor, Tensor]]
+Stack = Callable[[LoraOperands], tuple[Tensor, Tensor]]
 
 
-class Stacked:
+class FactorizedBase:
     """Factors v (k, n) and u^T (k, m) with the LoRA's two matrices below them."""
 
     def __init__(self, rank: int, matrices: Stack, bias: Tensor | None) -> None:
         self._rank, self._matrices = rank, matrices
         self.bias = bias
 
-    def forward(self, x: Tensor, low: Low) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, low: LoraOperands) -> tuple[Tensor, Tensor]:
         """As `Base` says."""
         down, up = self._matrices(low)
         hidden = x.mm(down.t())
         y = hidden.mm(up) if self.bias is None else torch.addmm(self.bias, hidden, up)
         return y, self._own(hidden, low)
 
-    def backward(self, dy: Tensor, low: Low, wants_dx: bool) -> tuple[Tensor | None, Tensor]:
+    def backward(
+        self, dy: Tensor, low: LoraOperands, wants_dx: bool
+    ) -> tuple[Tensor | None, Tensor]:
         """As `Base` says."""
         down, up = self._matrices(low)
         hidden = dy.mm(up.t())
         return hidden.mm(down) if wants_dx else None, self._own(hidden, low)
 
-    def _own(self, hidden: Tensor, low: Low) -> Tensor:
+    def _own(self, hidden: Tensor, low: LoraOperands) -> Tensor:
         return hidden[:, self._rank : self._rank + low.down.shape[0]]
 
 
-class Adapted(torch.autograd.Function):
+class FusedLora(torch.autograd.Function):
     """A frozen layer and its LoRA; nothing is kept for the backward pass but x and (N, r)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: Base, low: Low) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: FrozenBase, low: LoraOperands
+    ) -> Tensor:
         """Map (..., n) to (..., m)."""
         flat = x.reshape(-1, x.shape[-1])
         y, hidden = base.forward(flat, low)
@@ -141,7 +149,7 @@ def aligned(height: int) -> int:
     return -(-height // ALIGN) * ALIGN
 
 
-class Scratch:
+class ScratchBuffer:
     """Room for one matrix at a time that is formed to be multiplied, as large as the largest."""
 
     def __init__(self) -> None:
@@ -160,7 +168,7 @@ class Scratch:
 
 
 @torch.no_grad()
-def refresh(lows: Sequence[Low]) -> None:
+def refresh(lows: Sequence[LoraOperands]) -> None:
     """Copy what the optimizer has changed into the matrices that are multiplied."""
     downs, ups = [low.down for low in lows], [low.up for low in lows]
     torch._foreach_copy_(downs, [low.a.detach() for low in lows])

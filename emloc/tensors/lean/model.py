@@ -14,7 +14,7 @@ from emloc.tensors.lean.embedding import HostEmbedding
 log = logging.getLogger(__name__)
 
 
-def keep_embedding_on_host(model: PreTrainedModel) -> int:
+def offload_embedding(model: PreTrainedModel) -> int:
     """Leave the token embedding in host memory; bytes that came free on the device.
 
     Not one that is trained, or that also is the output matrix, or that does more than look up.

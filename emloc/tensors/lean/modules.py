@@ -43,7 +43,7 @@ class GatedUnit(torch.autograd.Function):
         return d_gate, d_up
 
 
-def fewer_operations(model: nn.Module, dtype: torch.dtype) -> list[str]:
+def fuse_modules(model: nn.Module, dtype: torch.dtype) -> list[str]:
     """Give norms and gated MLPs a shorter forward; the names of the classes that have one now.
 
     `dtype` is what the model computes in.

@@ -18,7 +18,7 @@ from emloc.tensors.linalg.gram import supported
 
 
 @dataclass(frozen=True)
-class Pair:
+class LoraPair:
     """One LoRA module with its scale alpha / r, which travels with it so that none forgets it."""
 
     a: Tensor  # (r, n)
@@ -40,7 +40,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Moments:
+class ActivationMoments:
     """What the covariance metric needs of the activations: float64 sums, no n x n matrix.
 
     With X the inputs and G = X A^T, A as in the pair to correct: `aca` is G^T G, `ca` is X^T G.
@@ -57,7 +57,7 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class Change:
+class CorrectionEffect:
     """What a correction did to one module. Directions are those the clamp works in."""
 
     directions: int  # of r; the others are not in the row space of A or never saw data: untouched
@@ -69,8 +69,8 @@ class Change:
 
 
 def correct_identity(
-    pair: Pair, residual: Tensor, *, clamp: float | None, strength: float = 1.0
-) -> tuple[Pair, Change]:
+    pair: LoraPair, residual: Tensor, *, clamp: float | None, strength: float = 1.0
+) -> tuple[LoraPair, CorrectionEffect]:
     """The paper's correction: every input direction counts the same (EMLoC, stage 3).
 
     A is replaced by an orthonormal basis of its rows, which leaves B A as it is; then D A^T / s is
@@ -108,13 +108,13 @@ def correct_identity(
 
 
 def correct_covariance(
-    pair: Pair,
+    pair: LoraPair,
     residual: Tensor,
-    moments: Moments,
+    moments: ActivationMoments,
     *,
     clamp: float | None,
     strength: float = 1.0,
-) -> tuple[Pair, Change]:
+) -> tuple[LoraPair, CorrectionEffect]:
     """The correction that counts every input direction as the calibration tokens do.
 
     B' = B - D C A^T (A C A^T)^-1 / s minimises the mean of ||(W + s B' A) x - (W_e + s B A) x||^2
@@ -174,14 +174,16 @@ def _damping(step: Tensor, outputs: Tensor, clamp: float | None) -> Tensor:
     return torch.where(step > limit, limit / step, 1.0)
 
 
-def _change(sizes: tuple[Tensor, Tensor], tau: Tensor, energy: Tensor, strength: float) -> Change:
+def _change(
+    sizes: tuple[Tensor, Tensor], tau: Tensor, energy: Tensor, strength: float
+) -> CorrectionEffect:
     step, outputs = sizes
     count = tau.numel()
     # A step along a direction the LoRA never used is infinitely large; no step is no change.
     ratios = torch.where(step > 0, step / outputs, 0.0)
     middle = float(ratios.median()) if count else math.inf
     share = strength * tau
-    return Change(
+    return CorrectionEffect(
         directions=count,
         ratio=middle if math.isfinite(middle) else None,
         clamped=float((tau < 1).sum()) / max(count, 1),
@@ -189,13 +191,13 @@ def _change(sizes: tuple[Tensor, Tensor], tau: Tensor, energy: Tensor, strength:
     )
 
 
-def _like(pair: Pair, a: Tensor, b: Tensor) -> Pair:
+def _like(pair: LoraPair, a: Tensor, b: Tensor) -> LoraPair:
     wide = pair.a.dtype == pair.b.dtype == torch.float64
     dtype = torch.float64 if wide else torch.float32
-    return Pair(a.to(dtype), b.to(dtype), pair.scale)
+    return LoraPair(a.to(dtype), b.to(dtype), pair.scale)
 
 
-def _check(pair: Pair, residual: Tensor, clamp: float | None, strength: float) -> None:
+def _check(pair: LoraPair, residual: Tensor, clamp: float | None, strength: float) -> None:
     expected = (pair.b.shape[0], pair.a.shape[1])
     if residual.shape != expected:
         raise ValueError(f"residual must be {expected}, got {tuple(residual.shape)}")

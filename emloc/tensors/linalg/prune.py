@@ -14,13 +14,13 @@ from math import lcm
 import torch
 from torch import Tensor
 
-from emloc.tensors.linalg.correct import Pair
+from emloc.tensors.linalg.correct import LoraPair
 
 ATTENTION, MLP = "attention", "mlp"
 
 
 @dataclass(frozen=True)
-class Group:
+class UnitGroup:
     """The units of one module, any of which can be left out of it."""
 
     kind: str  # attention | mlp: scores are compared with those of the same kind
@@ -28,13 +28,13 @@ class Group:
     size: int  # parameters of one unit
 
 
-def least(groups: Mapping[str, Group]) -> int:
+def least(groups: Mapping[str, UnitGroup]) -> int:
     """Parameters of one unit of each group, which is what has to be kept."""
     return sum(group.size for group in groups.values())
 
 
 def keep_best(
-    groups: Mapping[str, Group], scores: Mapping[str, Tensor], budget: int
+    groups: Mapping[str, UnitGroup], scores: Mapping[str, Tensor], budget: int
 ) -> dict[str, Tensor]:
     """The best units of all groups together (UPop): no further unit would fit the budget.
 
@@ -73,7 +73,7 @@ def keep_best(
 
 
 def keep_evenly(
-    groups: Mapping[str, Group], scores: Mapping[str, Tensor], budget: int
+    groups: Mapping[str, UnitGroup], scores: Mapping[str, Tensor], budget: int
 ) -> dict[str, Tensor]:
     """The same share of every group (LoRAM), the largest that the budget holds, by score within it.
 
@@ -103,8 +103,8 @@ def spans(units: Tensor, size: int) -> Tensor:
 
 
 def scatter(
-    pair: Pair, shape: tuple[int, int], rows: Tensor | None, columns: Tensor | None
-) -> Pair:
+    pair: LoraPair, shape: tuple[int, int], rows: Tensor | None, columns: Tensor | None
+) -> LoraPair:
     """The LoRA of a pruned layer as one of the layer of `shape`, with zeros where it was cut.
 
     delta W is what was trained on kept rows and columns, and zero on all others (LoRAM's recovery).
@@ -120,21 +120,23 @@ def scatter(
         a = a.new_zeros(a.shape[0], shape[1]).index_copy_(1, columns.to(a.device), a)
     if rows is not None:
         b = b.new_zeros(shape[0], b.shape[1]).index_copy_(0, rows.to(b.device), b)
-    return Pair(a, b, pair.scale)
+    return LoraPair(a, b, pair.scale)
 
 
-def _refuse_below(groups: Mapping[str, Group], budget: int) -> None:
+def _refuse_below(groups: Mapping[str, UnitGroup], budget: int) -> None:
     if budget < least(groups):
         raise ValueError(f"one unit of each group has {least(groups)} parameters, not {budget}")
 
 
-def _share(group: Group, step: int, steps: int) -> int:
+def _share(group: UnitGroup, step: int, steps: int) -> int:
     """Units that are left of a group at the share step / steps."""
     down, rest = divmod(group.count * step, steps)
     return max(1, down + (group.kind == ATTENTION and rest > 0))
 
 
-def _standardised(groups: Mapping[str, Group], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _standardised(
+    groups: Mapping[str, UnitGroup], scores: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The scores with mean 0 and deviation 1 among the units of one kind; all equal: zeros."""
     found: dict[str, Tensor] = {}
     for kind in {group.kind for group in groups.values()}:

@@ -27,7 +27,7 @@ SMALLEST = 2**20
 Layout = dict[str, tuple[int, Tensor]]
 
 
-class Streamed:
+class StreamedBlocks:
     """Blocks in host memory, two rooms on the device.
 
     `blocks`: for each, in the order they are computed in, name -> a tensor of the shape and dtype

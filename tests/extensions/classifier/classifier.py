@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from emloc.data.examples import Example, Examples
-from emloc.data.image import Picture
-from emloc.data.reader import Opened
+from emloc.data.image import LazyImage
+from emloc.data.reader import OpenCheckpoint
 from emloc.errors import ConfigError
-from emloc.models.checkpointed import Checkpointed
+from emloc.models.family import ModelFamily
 from emloc.models.objectives import Batch, Objective
 
 
@@ -31,7 +31,7 @@ class ClassRow:
     id: str
     label: int
     input_ids: tuple[int, ...] = ()
-    image: Picture | None = None
+    image: LazyImage | None = None
 
     @property
     def length(self) -> int:
@@ -108,7 +108,7 @@ class ClassReading:
         """See emloc.data.reader.Reading."""
         return ["image" if self.sees else "text", *self.classes]
 
-    def reader(self, opened: Opened) -> TextClassReader | ImageClassReader:
+    def reader(self, opened: OpenCheckpoint) -> TextClassReader | ImageClassReader:
         """See emloc.data.reader.Reading."""
         if self.sees:
             return ImageClassReader(self.classes, opened.config.image_size, opened.dtype)
@@ -156,7 +156,7 @@ class ImageClassReader:
         pixels = torch.stack([self._pixels(row.image) for row in batch if row.image is not None])
         return {"pixel_values": pixels} | (_labels(batch) if answers_only else {})
 
-    def _pixels(self, image: Picture) -> Tensor:
+    def _pixels(self, image: LazyImage) -> Tensor:
         resized = image.open().convert("RGB").resize((self.side, self.side))
         values = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
         return (values / 127.5 - 1).to(self.dtype)
@@ -176,7 +176,7 @@ def _labels(batch: Sequence[ClassRow]) -> Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classifier(Checkpointed):
+class Classifier(ModelFamily):
     """What both families share: the classes, and a head made new for them."""
 
     unplanned = "sorts into classes"
@@ -210,7 +210,7 @@ class EncoderClassifier(Classifier):
     max_length: int  # tokens; a longer example is left out and counted
 
     @property
-    def reading(self) -> ClassReading:
+    def reader_settings(self) -> ClassReading:
         """Texts."""
         return ClassReading(tuple(self.classes), sees=False)
 
@@ -227,6 +227,6 @@ class ImageClassifier(Classifier):
     auto = AutoModelForImageClassification
 
     @property
-    def reading(self) -> ClassReading:
+    def reader_settings(self) -> ClassReading:
         """Images."""
         return ClassReading(tuple(self.classes), sees=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from emloc.adapters.saved import CARRIED
 from emloc.data.reader import encode_all
-from emloc.emulators import Built, Given
+from emloc.emulators import BuildInputs, BuiltEmulator
 from emloc.emulators.full import Full
 from emloc.errors import ConfigError
 from emloc.recovery import Recovery, RecoveryInputs
@@ -34,25 +34,25 @@ class ExactSteps(Recovery):
                 "recovery=none"
             )
 
-    def carry(self, folder: Path, inputs: RecoveryInputs) -> dict[str, Any]:
+    def recover(self, folder: Path, inputs: RecoveryInputs) -> dict[str, Any]:
         """Write the adapter as these steps leave it."""
-        fit, source = inputs.fit, inputs.built.source
-        assert fit is not None
+        training_inputs, source = inputs.training_inputs, inputs.built_emulator.source
+        assert training_inputs is not None
         recipe = replace(
-            fit.recipe,
+            training_inputs.recipe,
             steps=self.steps,
-            learning_rate=self.rate * fit.recipe.learning_rate,
+            learning_rate=self.rate * training_inputs.recipe.learning_rate,
             save_every=1,
         )
         original = folder / "original"
         original.mkdir(exist_ok=True)
-        Full().build(original, source, Given(None, None, None, None), device=inputs.device)
+        Full().build(original, source, BuildInputs(None, None, None, None), device=inputs.device)
         reader = source.reader()
         facts = fit_rows(
             folder,
-            Built(Full(), Artifact("emulate", "", original), source),
-            replace(fit, recipe=recipe),
-            encode_all(reader, fit.examples, fit.max_length),
+            BuiltEmulator(Full(), Artifact("emulate", "", original), source),
+            replace(training_inputs, recipe=recipe),
+            encode_all(reader, training_inputs.examples, training_inputs.max_length),
             reader.collate,
             device=inputs.device,
             report=inputs.report,

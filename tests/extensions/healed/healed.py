@@ -35,7 +35,10 @@ class Heal(Stage):
 
     def check(self, context: Context) -> None:
         """Factors in the model's own dtype are healed, and nothing else."""
-        if not isinstance(context.cell.emulator, Svd) or context.cell.precision is not None:
+        if (
+            not isinstance(context.run_config.emulator, Svd)
+            or context.run_config.precision is not None
+        ):
             raise ConfigError(
                 "stage=heal steps on the factors of an SVD emulator in the model's dtype; "
                 "set emulator=svd compression.bits=16, or stage=standard"
@@ -47,19 +50,19 @@ class Heal(Stage):
 
     def inputs(self, context: Context) -> list[Any]:
         """The emulator as it was built."""
-        return [context.built]
+        return [context.built_emulator]
 
     def work(self, folder: Path, context: Context) -> Facts:
         """One file of factors per block, in the emulator's own format; goes on where it stopped."""
-        built = context.current[EMULATOR].folder
+        built_emulator = context.current[EMULATOR].folder
         journal = Journal(folder)
         errors = []
-        for path in sorted(built.glob("model.*.safetensors")):
+        for path in sorted(built_emulator.glob("model.*.safetensors")):
             if path.stem not in journal.lines:
                 error = self._heal(path, journal.file(path.stem), context)
                 journal.add(path.stem, error=error)
             errors.append(journal.lines[path.stem]["error"])
-        shutil.copy(built / "layers.json", folder)
+        shutil.copy(built_emulator / "layers.json", folder)
         return {"error_left": sum(errors) / len(errors)}
 
     def _heal(self, path: Path, to: Path, context: Context) -> float:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, RobertaModel, RobertaPreTrainedModel
 
 from emloc.data.examples import Example, Examples
-from emloc.data.reader import Opened
+from emloc.data.reader import OpenCheckpoint
 from emloc.errors import ConfigError
-from emloc.models.checkpointed import Checkpointed
+from emloc.models.family import ModelFamily
 from emloc.models.objectives import Batch, Objective
 
 
@@ -147,7 +147,7 @@ class VectorReading:
         """See emloc.data.reader.Reading."""
         return ["vector", self.size]
 
-    def reader(self, opened: Opened) -> VectorReader:
+    def reader(self, opened: OpenCheckpoint) -> VectorReader:
         """See emloc.data.reader.Reading."""
         return VectorReader(self.size, opened.tokenizer)
 
@@ -186,7 +186,7 @@ class VectorReader:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VectorModel(Checkpointed):
+class VectorModel(ModelFamily):
     """Texts to vectors, by flow matching."""
 
     auto = FlowModel
@@ -197,7 +197,7 @@ class VectorModel(Checkpointed):
     max_length: int  # tokens; a longer example is left out and counted
 
     @property
-    def reading(self) -> VectorReading:
+    def reader_settings(self) -> VectorReading:
         """Texts and numbers."""
         return VectorReading(self.size)
 

@@ -20,25 +20,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from emloc.data.examples import Example
-from emloc.data.prompts import Encoded
+from emloc.data.prompts import EncodedExample
 from emloc.data.reader import TokenReader
 from emloc.stages.evaluation.harness.answer_progress import LoggedAnswers
 from emloc.stages.evaluation.harness.lm_eval_tasks import quiet
-from emloc.tasks import Answered
+from emloc.tasks import GenerativeTask
 from emloc.tasks.scorers import score_names
 
 ANSWERS_FILE = "answers.jsonl"
 
 
 @dataclass(frozen=True)
-class Shown:
+class PromptAsImage:
     """A prompt in the place of its images."""
 
-    prompt: Encoded
+    prompt: EncodedExample
     size: tuple[int, int] = (0, 0)  # lm-eval looks before it resizes, which it is not told to
 
 
-class Answering(LoggedAnswers, HFMultimodalLM):
+class HarnessModel(LoggedAnswers, HFMultimodalLM):
     """A model in lm-eval's hands that reads prompts as it did in training."""
 
     def __init__(self, model: PreTrainedModel, reader: TokenReader, batch_size: int) -> None:
@@ -49,7 +49,7 @@ class Answering(LoggedAnswers, HFMultimodalLM):
         self.tokenizer = self.processor = self._reader.tokenizer
 
     def tok_batch_multimodal_encode(
-        self, strings: list[str], images: list[list[Shown]], **_: Any
+        self, strings: list[str], images: list[list[PromptAsImage]], **_: Any
     ) -> dict[str, Tensor]:
         """Tokens and pixels of a batch of prompts."""
         prompts = [one.prompt for [one] in images]
@@ -61,8 +61,8 @@ class Answering(LoggedAnswers, HFMultimodalLM):
 def score(
     model: PreTrainedModel,
     reader: TokenReader,
-    task: Answered,
-    rows: Sequence[tuple[Example, Encoded]],
+    task: GenerativeTask,
+    rows: Sequence[tuple[Example, EncodedExample]],
     *,
     batch_size: int,
     folder: Path,
@@ -85,7 +85,9 @@ def score(
     with quiet():
         asked = _task(task, rows, judge, reader.tokenizer.eos_token_id)
         results = evaluate(
-            lm=Answering(model, reader, batch_size), task_dict={task.name: asked}, log_samples=False
+            lm=HarnessModel(model, reader, batch_size),
+            task_dict={task.name: asked},
+            log_samples=False,
         )
     lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in written)
     (folder / ANSWERS_FILE).write_text("".join(lines), encoding="utf-8")
@@ -97,17 +99,17 @@ def score(
 
 
 def _task(
-    task: Answered,
-    rows: Sequence[tuple[Example, Encoded]],
+    task: GenerativeTask,
+    rows: Sequence[tuple[Example, EncodedExample]],
     judge: Callable[[dict[str, int], list[str]], dict[str, float]],
     end: int,
 ) -> ConfigurableTask:
     """lm-eval's definition of the task: every row by its number, answered greedily."""
 
-    def shown(doc: dict[str, int]) -> list[Shown]:
+    def shown(doc: dict[str, int]) -> list[PromptAsImage]:
         _, encoded = rows[doc["row"]]
         prompt = encoded.input_ids[: encoded.answer_start]
-        return [Shown(replace(encoded, input_ids=prompt))]
+        return [PromptAsImage(replace(encoded, input_ids=prompt))]
 
     return ConfigurableTask(
         config={

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from emloc.errors import ConfigError
-from emloc.models.checkpointed import Checkpointed
+from emloc.models.family import ModelFamily
 from emloc.models.objectives import Objective
 from emloc.models.objectives.tokens import Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class Writer(Checkpointed):
+class GenerativeModel(ModelFamily):
     """A model that reads tokens and writes the answer, token by token."""
 
     unplanned = None

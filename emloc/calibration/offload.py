@@ -23,7 +23,7 @@ from emloc.errors import ConfigError
 from emloc.runtime.memory import GIB
 
 
-class Lot:
+class OffloadPool:
     """The room that the passes of one walk share; `memory` and `disk` are the bytes in use."""
 
     def __init__(
@@ -82,7 +82,7 @@ class Lot:
         return file.copy_(raw), True
 
 
-class _Copy(NamedTuple):
+class _StoredBytes(NamedTuple):
     """The bytes of one storage as they wait."""
 
     stored: Tensor  # (bytes,) uint8
@@ -90,14 +90,14 @@ class _Copy(NamedTuple):
     versions: frozenset[int] | None  # of the storage's tensors when they were copied
 
 
-class Parked:
+class OffloadedTensors:
     """What one suspended pass has in the lot."""
 
-    def __init__(self, lot: Lot) -> None:
+    def __init__(self, lot: OffloadPool) -> None:
         self._lot = lot
         # By the address of the storage that the tensors have while the pass runs; they are kept
         # with it, so that no other storage can be given the address.
-        self._waiting: dict[int, tuple[_Copy, list[Tensor]]] = {}
+        self._waiting: dict[int, tuple[_StoredBytes, list[Tensor]]] = {}
 
     def park(self, tensors: Iterable[Tensor]) -> None:
         """Let the tensors wait; one that has not changed since it last did is not copied again.
@@ -114,7 +114,7 @@ class Parked:
                 self._enter(key, copy, alone.pop(key))
         before.clear()
         for key, aliases in alone.items():
-            copy = _Copy(*self._lot.store(_raw(aliases[0])), _versions(aliases))
+            copy = _StoredBytes(*self._lot.store(_raw(aliases[0])), _versions(aliases))
             self._enter(_address(copy.stored) if self._lot.mapped else key, copy, aliases)
 
     def resume(self) -> None:
@@ -131,18 +131,18 @@ class Parked:
         """Nothing of this pass is needed any more."""
         self._leave()
 
-    def _enter(self, key: int, copy: _Copy, aliases: list[Tensor]) -> None:
+    def _enter(self, key: int, copy: _StoredBytes, aliases: list[Tensor]) -> None:
         _point(aliases, copy.stored)
         self._waiting[key] = copy, aliases
         self._count(copy, 1)
 
-    def _leave(self) -> dict[int, tuple[_Copy, list[Tensor]]]:
+    def _leave(self) -> dict[int, tuple[_StoredBytes, list[Tensor]]]:
         waiting, self._waiting = self._waiting, {}
         for copy, _ in waiting.values():
             self._count(copy, -1)
         return waiting
 
-    def _count(self, copy: _Copy, sign: int) -> None:
+    def _count(self, copy: _StoredBytes, sign: int) -> None:
         if copy.on_disk:
             self._lot.disk += sign * copy.stored.numel()
         else:

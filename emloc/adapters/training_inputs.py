@@ -1,8 +1,9 @@
-"""What an adapter is fitted to."""
+"""The inputs of a training."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from emloc.adapters import Adapter
 from emloc.config.settings import LoraSettings, TrainSettings
@@ -10,8 +11,11 @@ from emloc.data.examples import Examples
 
 
 @dataclass(frozen=True)
-class Fit:
-    """What is fitted to what: everything a trained adapter depends on but the emulator."""
+class TrainingInputs:
+    """Everything that a trained adapter depends on, except the emulator."""
+
+    # The class was called this when the first cache keys were made.
+    key_name: ClassVar[str] = "fit.Fit"
 
     adapter: Adapter
     lora: LoraSettings

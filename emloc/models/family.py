@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from emloc.data.reader import Reading
+from emloc.data.reader import ReaderSettings
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.locate import locate
 from emloc.models.checkpoint.source import Source
@@ -27,7 +27,7 @@ SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpointed(ABC):
+class ModelFamily(ABC):
     """A family of transformers models whose blocks are made of `nn.Linear` (`model` group).
 
     A family says how its models read examples and what they learn. What else it says has a value
@@ -50,7 +50,7 @@ class Checkpointed(ABC):
     emulator_targets: str  # likewise: what the emulator compresses
     excluded: dict[str, str] = field(default_factory=dict)  # exceptions to it: pattern -> reason
     # Smaller checkpoints of the family, by the share of this one they are: r50, r25.
-    siblings: dict[str, Checkpointed] = field(default_factory=dict)
+    siblings: dict[str, ModelFamily] = field(default_factory=dict)
     # The transformers configuration, model_type included, where there is no checkpoint to ask.
     shape: dict[str, Any] = field(default_factory=dict)
 
@@ -75,7 +75,7 @@ class Checkpointed(ABC):
 
     @property
     @abstractmethod
-    def reading(self) -> Reading:
+    def reader_settings(self) -> ReaderSettings:
         """How the model reads examples."""
 
     @property
@@ -151,7 +151,7 @@ class Checkpointed(ABC):
             self.auto,
             shape or {},
             seed,
-            reading=self.reading,
+            reader_settings=self.reader_settings,
             objective=self.objective,
             fresh=self.fresh,
             changes=self.changes,

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from emloc.calibration.blockwise import Block, open_walk
+from emloc.calibration.blockwise import Block, iterate_checkpoint
 from emloc.calibration.calibrate import linears_of
 from emloc.calibration.samples import Samples
 from emloc.models.checkpoint.source import Source
 
 
-def visits(
+def named_blocks(
     source: Source,
     samples: Samples | None,
     blocks: list[str],
@@ -27,7 +27,9 @@ def visits(
         yield from ((name, None) for name in blocks)
         return
     batches = samples.batches(source)
-    for one in open_walk(source, batches, blocks, device, host_bytes=host_bytes, folder=folder):
+    for one in iterate_checkpoint(
+        source, batches, blocks, device, host_bytes=host_bytes, folder=folder
+    ):
         yield one.name, one
 
 

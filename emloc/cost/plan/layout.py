@@ -14,19 +14,19 @@ from emloc.adapters.fused import fuse
 from emloc.adapters.lora import Lora
 from emloc.calibration.calibrate import Layers
 from emloc.config.settings import LoraSettings, TrainSettings
-from emloc.cost.plan.blocks import Blocks
-from emloc.cost.plan.trace import Traced, trace
+from emloc.cost.plan.blocks import DecoderBlocks
+from emloc.cost.plan.trace import TraceResult, trace
 from emloc.emulators import Ranks
 from emloc.emulators.full import IN_A_BLOCK
 from emloc.emulators.size import bytes_of, thin
 from emloc.models.checkpoint.source import Source
 from emloc.models.decoder import decoder_of
 from emloc.precision import Precision
-from emloc.tensors.lean.activations import keep_on_host
+from emloc.tensors.lean.activations import offload_layer_inputs
 from emloc.tensors.lean.layers import aligned
 from emloc.tensors.lean.loss import CHUNK_BYTES, AnswerLoss
 from emloc.tensors.lean.model import recompute_layers
-from emloc.tensors.lean.modules import fewer_operations
+from emloc.tensors.lean.modules import fuse_modules
 from emloc.tensors.nn.factorized import Factorized
 
 # Blocks that are run to see what the others will hold: the step from one to the next is the same.
@@ -34,7 +34,7 @@ SEEN = 2
 
 
 @dataclass(frozen=True)
-class Work:
+class StepShape:
     """One optimizer step of training on one device."""
 
     length: int  # tokens of one sample
@@ -45,7 +45,7 @@ class Work:
     accumulate: int = 1  # forward passes
 
     @classmethod
-    def of(cls, recipe: TrainSettings, length: int, answer: int) -> Work:
+    def of(cls, recipe: TrainSettings, length: int, answer: int) -> StepShape:
         """A step of the recipe, on samples of this length of which so much is learnt."""
         return cls(
             length,
@@ -58,10 +58,10 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Scheme:
+class TrainingLayout:
     """How the layers of a model are held while an adapter is trained."""
 
-    blocks: Blocks
+    blocks: DecoderBlocks
     adapted: Layers
     compressed: Layers
     lora: LoraSettings
@@ -117,7 +117,7 @@ class Scheme:
         packed = [layer for layer in self.adapted if self._packed(layer)]
         return sum(self.multiplied(layer) for layer in packed) * self.source.dtype.itemsize
 
-    def logits(self, work: Work) -> int:
+    def logits(self, work: StepShape) -> int:
         """Bytes of the logits that exist at one time, in float32 and in the model's dtype."""
         vocabulary, size = self.blocks.decoder.vocabulary, self.source.dtype.itemsize
         rows = min(work.batch * work.answer, max(1, CHUNK_BYTES // (4 * vocabulary)))
@@ -171,19 +171,19 @@ class Scheme:
             rooms = max(rooms[0], height * columns), max(rooms[1], second)
         return (sum(rooms) + aside) * self.source.dtype.itemsize
 
-    def traced(self, work: Work) -> Traced:
+    def traced(self, work: StepShape) -> TraceResult:
         """What one pass holds beside what is there all the time, and its operations.
 
         A few blocks are run; each further one adds as much as the last of them did.
         """
         one, two = (self.run(work, depth) for depth in (SEEN, SEEN + 1))
         more = self.blocks.count - SEEN
-        return Traced(
+        return TraceResult(
             one.peak + more * (two.peak - one.peak),
             one.operations + more * (two.operations - one.operations),
         )
 
-    def run(self, work: Work, depth: int) -> Traced:
+    def run(self, work: StepShape, depth: int) -> TraceResult:
         """The same of a model with the first `depth` decoder blocks alone."""
         model = self._model(depth)
         decoder, head = decoder_of(model), model.get_output_embeddings().weight
@@ -203,12 +203,12 @@ class Scheme:
         there = {name for name, _ in model.named_modules()}
         tuned = Lora().attach(model, self.lora, [one for one in self.adapted if one in there])
         fuse(tuned)
-        fewer_operations(model, self.source.dtype)
+        fuse_modules(model, self.source.dtype)
         model.train()
         if work.checkpointing:
             recompute_layers(model)
         if work.host_activations:
-            keep_on_host(model)
+            offload_layer_inputs(model)
         if work.accumulate > 1:  # the sum of the passes before
             for one in tuned.parameters():
                 one.grad = torch.empty_like(one) if one.requires_grad else None
