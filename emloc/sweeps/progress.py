@@ -132,7 +132,7 @@ def sweep_line(
     """
     ended = [job for job in jobs if job.end is not None]
     failed = sum(job.state != DONE for job in ended)
-    words = [f"{len(ended) - failed} of {total} jobs done" if total else f"{len(ended)} jobs ended"]
+    words = [f"{len(ended) - failed} of {total} jobs done" if total else f"{len(ended)} ended"]
     if failed:
         words.append(f"{failed} failed")
     rest = estimate(jobs, waiting, now) if total else None

@@ -104,7 +104,7 @@ def test_nothing_is_said_of_a_job_that_takes_longer_than_those_before_it():
         ),
         ([done(0, 5), done(5, 8)], 2, [], "2 of 2 jobs done"),
         ([JobProgress(1, "b", KIND, 0, False, 1, "failed")], 1, [], "0 of 1 jobs done, 1 failed"),
-        ([done(0, 5)], None, [], "1 jobs ended"),
+        ([done(0, 5)], None, [], "1 ended"),
     ],
 )
 def test_the_line_is_one_of_numbers(jobs, total, waiting, words):

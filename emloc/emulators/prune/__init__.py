@@ -48,7 +48,7 @@ class Prune(Emulator):
     importance: str  # upop: signed gradient of a mask; taylor: |w dL/dw|; random
     spread: str  # global: the best units of the whole model; layer: the same share of each module
     first: int  # blocks at the start of the decoder that are left whole
-    last: int  # likewise, at its end
+    last: int  # blocks at the end of the decoder that are left whole
     seed: int  # of importance=random
 
     same_shapes = False

@@ -78,7 +78,7 @@ class Wandb:
     All that it writes is in `wandb/` of the folder it follows.
     """
 
-    project: str
+    project: str  # project of W&B
     entity: str | None  # user or team; null: WANDB_ENTITY, else the account's own
     mode: str  # offline: files in the run folder, no account, no network; online
     adapter: bool  # also keep the carried adapter, as an artifact
