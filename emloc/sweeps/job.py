@@ -21,6 +21,7 @@ from emloc.errors import ConfigError, StageError
 from emloc.report.tracking.metrics_log import Record, stage_line, training_line
 from emloc.runtime.distributed import is_first, rank, sharded, silence_other_processes, world_size
 from emloc.runtime.quiet_libraries import quiet
+from emloc.sweeps.named_lines import name_console_lines
 
 if TYPE_CHECKING:
     from emloc.pipeline import Result
@@ -50,6 +51,7 @@ def run_job(cfg: DictConfig) -> float | None:
     silence_other_processes()
     hydra = HydraConfig.get()
     run = Run(Path(hydra.runtime.output_dir))
+    name_console_lines(run.folder.name)
     if run.done and _still_holds(cfg, run):
         log.info("%s: done before, skipped", run.folder.name)
         return float(run.metrics["score"])
@@ -86,14 +88,14 @@ def _still_holds(cfg: DictConfig, run: Run) -> bool:
     return not changed
 
 
-def identities(cell: RunConfig) -> dict[str, Any]:
+def identities(run_config: RunConfig) -> dict[str, Any]:
     """Keys of the data and of the model, which the run's results record.
 
     Raises:
         ConfigError: data or model cannot be found.
     """
-    model = cell.emulator.model(cell.model, cell.compression)
-    return {"data": cell.task.key, "model": model.open().key}
+    model = run_config.emulator.model(run_config.model, run_config.compression)
+    return {"data": run_config.task.key, "model": model.open().key}
 
 
 def begin(run: Run, cfg: DictConfig, choices: Mapping[str, str | None]) -> None:
@@ -191,17 +193,21 @@ def _build(cfg: DictConfig) -> RunConfig:
 
 def _work(cfg: DictConfig, run: Run, record: Record) -> dict[str, Any]:
     """Run the stages; return the results and collect the files of the run's folder."""
-    cell = _build(cfg)
-    record.follow(cell.tracker)
-    result = _pipeline(cell, lambda step, values: record.add(training_line(step, values)))
-    metrics = _metrics(cell, result)
-    _collect(cell, result, run.folder)
-    for line in _lines(cell, result, record.last, (run.folder / "config.yaml").stat().st_mtime):
+    run_config = _build(cfg)
+    record.follow(run_config.tracker)
+    result = _pipeline(run_config, lambda step, values: record.add(training_line(step, values)))
+    metrics = _metrics(run_config, result)
+    _collect(run_config, result, run.folder)
+    for line in _lines(
+        run_config, result, record.last, (run.folder / "config.yaml").stat().st_mtime
+    ):
         record.add(line)
     return metrics
 
 
-def _lines(cell: RunConfig, result: Result, last: int, begun: float) -> Iterator[dict[str, float]]:
+def _lines(
+    run_config: RunConfig, result: Result, last: int, begun: float
+) -> Iterator[dict[str, float]]:
     """Lines to record: of the training those after step `last`, then one of each stage.
 
     A stage that finished before this run began (`begun`, in seconds since 1970) is `cached`.
@@ -213,22 +219,22 @@ def _lines(cell: RunConfig, result: Result, last: int, begun: float) -> Iterator
                 yield training_line(values["step"], values)
     for name, artifact in result.stages.items():
         written = (artifact.folder / "stage.json").stat().st_mtime
-        called = cell.stage[name].logged_as or name
+        called = run_config.stage[name].logged_as or name
         yield stage_line(called, {**artifact.facts, "cached": written < begun})
 
 
-def _pipeline(cell: RunConfig, report: Report) -> Result:
+def _pipeline(run_config: RunConfig, report: Report) -> Result:
     from emloc.pipeline import run
     from emloc.runtime.gpu_lock import own_slot
     from emloc.runtime.stage_cache import open_store
 
     sharded()  # refuses wrong settings now, before the emulator is built
     store = open_store()
-    with own_slot(cell.budget.jobs_per_gpu, store.root / "devices"):
-        return run(cell, store, report)
+    with own_slot(run_config.budget.jobs_per_gpu, store.root / "devices"):
+        return run(run_config, store, report)
 
 
-def _metrics(cell: RunConfig, result: Result) -> dict[str, Any]:
+def _metrics(run_config: RunConfig, result: Result) -> dict[str, Any]:
     from emloc.runtime.provenance import provenance
 
     scores = result.evaluated.facts["scores"]
@@ -237,13 +243,13 @@ def _metrics(cell: RunConfig, result: Result) -> dict[str, Any]:
         raise ConfigError(f"task.metric={result.metric} is no score of this run; there is {known}")
     stages, trained = result.stages, result.trained
     return {
-        "method": cell.method,
+        "method": run_config.method,
         "metric": result.metric,
         "score": scores[result.metric],
         "scores": scores,
         **_as_trained(result),
         "emulator": _own(stages["emulate"]),
-        **identities(cell),
+        **identities(run_config),
         "processes": world_size(),
         "trainable": trained.facts["trainable"] if trained else 0,
         "step_seconds": trained.facts["step_seconds"] if trained else None,
@@ -268,7 +274,7 @@ def _as_trained(result: Result) -> dict[str, Any]:
     return {"scores_as_trained": result.as_trained.facts["scores"]} if result.as_trained else {}
 
 
-def _collect(cell: RunConfig, result: Result, folder: Path) -> None:
+def _collect(run_config: RunConfig, result: Result, folder: Path) -> None:
     """Copy adapters, and the files that each stage names, from the store to the run's folder."""
     from emloc.adapters.saved import copy_adapter
 
@@ -276,6 +282,6 @@ def _collect(cell: RunConfig, result: Result, folder: Path) -> None:
         copy_adapter(result.trained.folder / "adapter", folder / "adapter_trained")
         copy_adapter(result.recovered.folder / "adapter", folder / "adapter")
     for name, artifact in result.stages.items():
-        for file, target in cell.stage[name].collected.items():
+        for file, target in run_config.stage[name].collected.items():
             if (artifact.folder / file).exists():
                 shutil.copy(artifact.folder / file, folder / target)

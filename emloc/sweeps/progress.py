@@ -26,6 +26,7 @@ class JobKind:
 
     method: str
     emulator: str
+    adapter: str  # of zero_shot it is none, and nothing is trained
     model: str
     task: str
     size: str  # of the emulator: ratio and bits
@@ -38,6 +39,7 @@ class JobKind:
         return cls(
             method=config.method,
             emulator=config.emulator._target_,
+            adapter=config.adapter._target_,
             model=config.model.name,
             task=config.task.name,
             size=f"{compression.ratio} of {compression.of} at {compression.bits} bits",
@@ -52,7 +54,7 @@ LIKENESSES: Sequence[Callable[[JobKind], Hashable]] = (
     lambda kind: (kind.method, kind.model, kind.task),
     lambda kind: (kind.method, kind.model),
     lambda kind: kind.method,
-    lambda kind: (kind.emulator, kind.model, kind.size),
+    lambda kind: (kind.emulator, kind.adapter, kind.model, kind.size),
 )
 
 

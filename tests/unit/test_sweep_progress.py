@@ -11,13 +11,13 @@ from emloc.sweeps.progress import (
     sweep_line,
 )
 
-KIND = JobKind("lora", "Full", "small", "gsm8k", "0.5 of linears at 16 bits", 800)
+KIND = JobKind("lora", "Full", "Lora", "small", "gsm8k", "0.5 of linears at 16 bits", 800)
 
 
 def kind(method: str, **changes: object) -> JobKind:
     """A kind whose emulator goes with its method."""
-    values = {"emulator": f"of {method}", "model": "small", "task": "gsm8k", "size": "half"}
-    return JobKind(method=method, samples=800, **values | changes)
+    values = {"emulator": f"of {method}", "adapter": "Lora", "model": "small", "task": "gsm8k"}
+    return JobKind(method=method, size="half", samples=800, **values | changes)
 
 
 def done(start: float, end: float, of: JobKind = KIND, name: str = "x") -> JobProgress:
@@ -55,6 +55,12 @@ def test_an_unknown_method_takes_what_its_emulator_took():
     corrected = kind("emloc", emulator="Svd")
     jobs = [done(0, 10, kind("zero_shot")), done(10, 110, plain)]
     assert estimate(jobs, [corrected], now=110) == Estimate(100, 0)
+
+
+def test_a_method_that_trains_nothing_does_not_predict_one_that_trains():
+    zero_shot = kind("zero_shot", emulator="Full", adapter="None")
+    lora = kind("lora", emulator="Full")
+    assert estimate([done(0, 10, zero_shot)], [lora], now=10) == Estimate(10, 1)
 
 
 def test_unknown_methods_take_the_mean_over_kinds_and_the_line_says_so():
