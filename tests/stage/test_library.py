@@ -1,11 +1,10 @@
-"""EMLoC inside somebody else's script: the README's example, and what it promises."""
+"""EMLoC inside somebody else's script: the READMEs' examples, and what they promise."""
 
 import copy
-import re
-from pathlib import Path
 
 import pytest
 import torch
+from documents import ROOT, python_blocks
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -13,8 +12,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import emloc
 from emloc import ConfigError, Factorized
 from emloc.tensors.nn.factorized import Factorized as Home
-
-README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.fixture
@@ -50,14 +47,25 @@ def lora(target_modules="all-linear", **settings):
 
 
 def test_the_example_of_the_readme_runs(model, batches, tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
-    (example,) = [block for block in blocks if "build_emulator" in block]
+    (example,) = python_blocks(ROOT / "README.md")
     assert len(example.strip().splitlines()) <= 12
     monkeypatch.chdir(tmp_path)
     names = {"model": model, "batches": batches, "train": train}
     exec(compile(example, "README.md", "exec"), names)
     assert isinstance(names["model"], PeftModel)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_the_example_of_the_packages_readme_runs(tiny, tmp_path, monkeypatch):
+    """On the tiny model, with a cache below the home of this test."""
+    (example,) = python_blocks(ROOT / "emloc" / "README.md")
+    settings = [word for word in tiny if word != "tracker=none"]
+    composed = emloc.compose
+    monkeypatch.setattr(emloc, "compose", lambda words: composed([*words, *settings]))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = {}
+    exec(compile(example, "emloc/README.md", "exec"), names)
+    assert names["result"].recovered.folder.is_relative_to(tmp_path / ".cache" / "emloc")
 
 
 def test_the_original_is_left_as_it_is(model, batches):
