@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from emloc.config.compose import compose
 from emloc.errors import ConfigError
+from emloc.runtime.progress import BesideBarFilter
 from emloc.runtime.quiet_libraries import quiet
 
 
@@ -88,9 +90,22 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _merge(options: argparse.Namespace) -> None:
     quiet()
+    _log_to_stderr()
     from emloc.stages.merge_run import merge_run
 
     print(merge_run(options.run, options.to or options.run / "merged"))
+
+
+def _log_to_stderr() -> None:
+    """Log the progress of a verb that takes minutes; its result alone is on stdout."""
+    handler = logging.StreamHandler()
+    handler.addFilter(BesideBarFilter())
+    logging.basicConfig(
+        level=logging.INFO,
+        format="[%(asctime)s] %(message)s",
+        datefmt="%H:%M:%S",
+        handlers=[handler],
+    )
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:

@@ -61,6 +61,7 @@ def test_a_run_then_the_same_again_then_a_merge(emloc, tiny, one_run, checkpoint
 
     merged = emloc("merge", str(run))
     assert merged.code == 0, merged.said
+    assert merged.out == f"{run / 'merged'}\n"
     ids = torch.arange(20, 40)[None]
     with torch.no_grad():
         base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
