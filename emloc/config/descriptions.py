@@ -33,18 +33,18 @@ def field_comments(cls: str) -> dict[str, str]:
     if node is None:  # the package of a class may only import it
         home = _imports(tree).get(name)
         return field_comments(home) if home else {}
-    found: dict[str, str] = {}
+    explanations: dict[str, str] = {}
     imports = _imports(tree)
     for base in node.bases:
         word = ast.unparse(base)
-        found |= field_comments(imports.get(word, f"{module}.{word}"))
+        explanations |= field_comments(imports.get(word, f"{module}.{word}"))
     comments = _comments(text)
     for field in node.body:
         if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
             continue
         if not ast.unparse(field.annotation).startswith("ClassVar"):
-            found[field.target.id] = _comment_of(field, comments)
-    return found
+            explanations[field.target.id] = _comment_of(field, comments)
+    return explanations
 
 
 def _source_file(module: str) -> Path | None:
@@ -72,12 +72,12 @@ def _imports(tree: ast.Module) -> dict[str, str]:
 
 def _comments(text: str) -> dict[int, tuple[str, bool]]:
     """Line -> the comment in it, and whether the line holds nothing else."""
-    found = {}
+    by_line = {}
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
             is_alone = token.line.lstrip().startswith("#")
-            found[token.start[0]] = (token.string.lstrip("# ").strip(), is_alone)
-    return found
+            by_line[token.start[0]] = (token.string.lstrip("# ").strip(), is_alone)
+    return by_line
 
 
 def _comment_of(field: ast.AnnAssign, comments: dict[int, tuple[str, bool]]) -> str:

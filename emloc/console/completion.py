@@ -41,10 +41,10 @@ def complete(line: str, point: str, shell: str) -> str:
     silence = StringIO()
     try:
         with redirect_stdout(silence), redirect_stderr(silence):
-            found = sorted({*_candidates(words, word)})
+            candidates = sorted({*_candidates(words, word)})
     except (Exception, SystemExit):  # why: no error may reach the command line, see above
-        found = []
-    return ("\n" if shell == "fish" else " ").join(one for one in found if _is_plain(one))
+        candidates = []
+    return ("\n" if shell == "fish" else " ").join(one for one in candidates if _is_plain(one))
 
 
 def _candidates(words: list[str], word: str) -> Iterable[str]:
@@ -88,8 +88,8 @@ def _overrides(words: list[str], word: str) -> list[str]:
     prefix = word[0] if word[:1] in ("+", "~") else ""
     key, equals, value = word.removeprefix(prefix).partition("=")
     if not equals:
-        found = [f"{group}=" for group in _group_names() if group.startswith(key)]
-        return [f"{prefix}{one}" for one in {*found, *_settings(words, key)}]
+        candidates = [f"{group}=" for group in _group_names() if group.startswith(key)]
+        return [f"{prefix}{one}" for one in {*candidates, *_settings(words, key)}]
     if options := _choices(key):
         before, comma, last = value.rpartition(",")
         start = f"{prefix}{key}={before}{comma}"
@@ -120,8 +120,8 @@ def _settings(words: list[str], word: str) -> list[str]:
         config = compose(overrides, with_hydra=True)
     except (ConfigError, HydraException, OmegaConfBaseException):  # one of them is not finished
         config = compose(with_hydra=True)
-    found: list[str] = CompletionPlugin._get_matches(config, word)
-    return found
+    candidates: list[str] = CompletionPlugin._get_matches(config, word)
+    return candidates
 
 
 def _is_plain(candidate: str) -> bool:

@@ -239,8 +239,8 @@ def _metrics(run_config: RunConfig, result: Result) -> dict[str, Any]:
 
     scores = result.evaluated.facts["scores"]
     if result.metric not in scores:
-        known = ", ".join(scores)
-        raise ConfigError(f"task.metric={result.metric} is no score of this run; there is {known}")
+        names = ", ".join(scores)
+        raise ConfigError(f"task.metric={result.metric} is no score of this run; there is {names}")
     stages, trained = result.stages, result.trained
     return {
         "method": run_config.method,

@@ -74,7 +74,7 @@ def test_a_run_then_the_same_again_then_a_merge(emloc, tiny, one_run, checkpoint
 def test_a_sweep_goes_on_past_a_failing_job(emloc, tiny, tmp_path):
     grid = ["-m", "method=zero_shot,lora", "lora.rank=4,99", "name=grid"]
     ran = emloc(*grid, *tiny)
-    assert ran.code == 2, ran.said  # the one bad cell was refused, not broken
+    assert ran.code == 2, ran.said  # the one bad job was refused, not broken
     found = (tmp_path / "runs/grid").glob("*/status.json")
     states = sorted(json.loads(path.read_text())["state"] for path in found)
     assert states == ["done", "done", "done", "failed"]

@@ -81,7 +81,7 @@ def test_a_sweep_says_how_far_it_is_and_draws_no_bar_where_nobody_looks(tiny, tm
     assert {path.name for path in (tmp_path / "runs/plain").glob("[!lz]*")} == {"multirun.yaml"}
 
 
-def test_a_process_for_each_cell_and_the_done_ones_are_skipped(emloc, tiny, tmp_path, states):
+def test_a_process_for_each_job_and_the_done_ones_are_skipped(emloc, tiny, tmp_path, states):
     sweep = ["-m", "name=each", "hydra/launcher=local", "method=lora", "eval.harness=false", *tiny]
     ran = emloc.process(*sweep, "train.learning_rate=1e-4,1e30")
     assert ran.code == 1, ran.said
@@ -101,7 +101,7 @@ def test_a_process_for_each_cell_and_the_done_ones_are_skipped(emloc, tiny, tmp_
     assert sum(": done before" in path.read_text() for path in logs) == 1
 
 
-def test_a_worker_that_is_killed_ends_one_cell_alone(tiny, tmp_path, states):
+def test_a_worker_that_is_killed_ends_one_job_alone(tiny, tmp_path, states):
     sweep = ["-m", "method=lora", "train.steps=5,100000,6", "name=killed", "hydra/launcher=joblib"]
     settings = [one for one in tiny if not one.startswith("train.steps")]
     command = [sys.executable, "-m", "emloc", *sweep, "hydra.launcher.n_jobs=2", *settings]
@@ -117,7 +117,7 @@ def test_a_worker_that_is_killed_ends_one_cell_alone(tiny, tmp_path, states):
     assert "] 2 of 3 jobs done, 1 failed\n" in said
 
 
-def test_slurm_is_asked_for_a_gpu_for_each_cell_and_its_word_is_recorded(emloc, tiny, tmp_path):
+def test_slurm_is_asked_for_a_gpu_for_each_job_and_its_word_is_recorded(emloc, tiny, tmp_path):
     for name, script in SLURM.items():
         path = tmp_path / name
         path.write_text(f"#!/bin/sh\n{script}\n")
