@@ -22,7 +22,7 @@ from emloc.calibration.calibrate import record_moments
 from emloc.emulators.size import ranks_at
 from emloc.emulators.svd.factors import factorize, refine
 from emloc.errors import ConfigError
-from emloc.recovery.correction import Correction, moments_along
+from emloc.recovery.correction import Correction, moments_by_layer
 from emloc.tensors.linalg.correct import ActivationMoments, LoraPair
 from emloc.tensors.nn.factorized import Factorized
 from emloc.tensors.nn.surgery import with_modules
@@ -113,7 +113,7 @@ def correct(
     moments: dict[str, ActivationMoments] = {}
     if batches is not None:
         run = _walk(model, batches, by_block(trained.pairs))
-        moments = moments_along(run, trained.pairs)
+        moments = moments_by_layer(run, trained.pairs)
     factors = _factorized(emulator)
 
     def change(layer: str, pair: LoraPair) -> LoraPair:

@@ -1,4 +1,4 @@
-"""What is trained: one file for each kind. PEFT is imported in this folder and nowhere else."""
+"""Adapters, the trainable parameters of a run: one file per kind. Only this folder imports PEFT."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from emloc.models.checkpoint.source import Source
 
 
 class Adapter(Part):
-    """One kind of adapter, from the model it is put on to the checkpoint it is merged into.
+    """One kind of adapter: how it is attached to a model, saved, loaded and merged.
 
-    A trait is None or a reason: the rest of a sentence that begins with "adapter=<name>". Refusals
-    quote it.
+    The traits `nonlinear` and `needs_weight` are None, or the reason why the adapter has the
+    trait. Error messages quote the reason behind "adapter=<name>".
     """
 
     trains: ClassVar[Literal[True]] = True
-    # Why what it adds to a weight is not s B A and nothing else.
+    # Why the adapter changes a weight by anything else than s B A.
     nonlinear: ClassVar[str | None] = None
-    # Why it reads the weight of the layer it is put on.
+    # Why the adapter has to read the weight of the layer under it.
     needs_weight: ClassVar[str | None] = None
 
     @abstractmethod
@@ -36,72 +36,76 @@ class Adapter(Part):
         model: PreTrainedModel,
         lora: LoraSettings,
         layers: Sequence[str],
-        whole: Sequence[str] = (),
+        modules_to_save: Sequence[str] = (),
     ) -> Any:
-        """A model whose only trainable parameters are the adapter's.
+        """Return the model with a new adapter, whose parameters are the only trainable ones.
 
         Args:
             model: frozen.
-            lora: the size of the adapter.
-            layers: full names of the linears that are adapted, each of which the model has.
-            whole: names of modules whose own parameters are trained and saved with the adapter,
-                such as a fresh head; linears inside them are not adapted.
+            lora: rank, alpha and dropout of the adapter.
+            layers: full names of the linear layers to adapt; the model has all of them.
+            modules_to_save: names of modules that are trained in full and saved with the adapter,
+                such as a new classifier head; linear layers inside them are not adapted.
         """
 
     @abstractmethod
     def load(self, model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> Any:
-        """The model with the adapter that `save` wrote into `folder`; frozen unless `trainable`."""
+        """Return the model with the adapter saved in `folder`, frozen unless `trainable`."""
 
     @abstractmethod
     def save(self, model: Any, folder: Path, base: str) -> None:
-        """Write the adapter for the original model, called `base`, into `folder`."""
+        """Write the adapter into `folder`; `base` is the name of the original model it is for."""
 
     @abstractmethod
     def merge(self, source: Source, folder: Path, target: Path) -> Path:
-        """Write a checkpoint of `source` that computes what the saved adapter in `folder` does.
+        """Merge the adapter saved in `folder` into the weights of `source`; write a checkpoint.
 
         Returns:
-            `target`.
+            `target`, the checkpoint's folder.
 
         Raises:
-            ConfigError: no change of the weights does so, or the files do not go together.
+            ConfigError: the adapter cannot be expressed as weights, or it is for another model.
         """
 
     def base(self, model: Any) -> PreTrainedModel:
-        """The transformers model that `attach` or `load` put the adapter on."""
+        """Return the transformers model inside `model`, as it was passed to `attach` or `load`."""
         inner: PreTrainedModel = model
         return inner
 
     def state(self, model: Any) -> dict[str, Tensor]:
-        """What a checkpoint of the training holds: all that is trained and nothing frozen."""
-        return {name: one.detach() for name, one in model.named_parameters() if one.requires_grad}
+        """Trainable parameters by name: the part of the model that a training checkpoint holds."""
+        return {
+            name: parameter.detach()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
 
     @torch.no_grad()
     def restore(self, model: Any, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` gave.
+        """Copy the parameters in `state`, as returned by `Adapter.state`, into the model.
 
         Raises:
-            ValueError: it is the state of another adapter or model.
+            ValueError: the names differ, so that the state is of another adapter or model.
         """
-        own = self.state(model)
-        if other := sorted(own.keys() ^ state.keys()):
+        current = self.state(model)
+        if other := sorted(current.keys() ^ state.keys()):
             raise ValueError(f"the checkpoint and the model differ in {other[0]}")
-        for name, tensor in own.items():
+        for name, tensor in current.items():
             tensor.copy_(state[name])
 
     def auxiliary_loss(self, model: Any) -> Tensor | None:
-        """What the last forward pass adds to the loss, a scalar; None for nothing.
+        """Return the auxiliary loss of the last forward pass, a scalar; None if there is none.
 
-        It is read once behind each forward pass of the training, before the backward pass, and is
-        a mean over the rows of that pass. The trainer divides it by the passes of a step.
-        `AuxiliaryLosses` collects it from layers.
+        The trainer reads it once after each forward pass in training, before the backward pass.
+        It is a mean over the rows of that pass; the trainer divides it by the number of forward
+        passes in a step. `AuxiliaryLosses` helps to collect it from layers.
         """
         return None
 
     def fuse(self, model: Any) -> bool:
-        """Compute layer and adapter as one operation, if they can be; else change nothing."""
+        """Fuse each adapted layer with its adapter into one operation; return whether it did."""
         return False
 
     def training(self, model: Any, mixed: bool) -> AbstractContextManager[None]:
-        """What holds while the model trains, under autocast (`mixed`) or not."""
+        """Return the context that the model is trained in; `mixed` says whether autocast is on."""
         return nullcontext()

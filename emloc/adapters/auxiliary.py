@@ -1,4 +1,4 @@
-"""Terms of the loss that adapted layers compute for themselves in a forward pass."""
+"""Auxiliary losses that adapted layers compute in their forward pass."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ from torch import Tensor, nn
 
 
 class AuxiliaryLosses:
-    """Collects one forward pass's terms, each layer's once.
+    """Collects the auxiliary losses of a model's layers during each forward pass, once per layer.
 
-    A layer whose activations are computed again is called a second time in the backward pass. That
-    is behind `take`, which ends the collecting until the model is called again; the terms of the
-    first call keep their graph. Of a forward pass that nobody takes from, the next one drops them.
+    With activation checkpointing, the backward pass calls a layer a second time. By then `take`
+    has stopped the collection until the next forward pass of the model, so the second loss is
+    ignored; the first keeps its graph. Losses that nobody takes are dropped by the next forward
+    pass.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._terms: list[Tensor] | None = None
-        model.register_forward_pre_hook(lambda *_: self._begin())
+        self._losses: list[Tensor] | None = None
+        model.register_forward_pre_hook(lambda *_: self._start())
 
-    def _begin(self) -> None:
-        self._terms = []
+    def _start(self) -> None:
+        self._losses = []
 
-    def add(self, term: Tensor) -> None:
-        """Count a scalar in, where terms are being collected."""
-        if self._terms is not None:
-            self._terms.append(term)
+    def add(self, loss: Tensor) -> None:
+        """Add one layer's loss, a scalar; ignored outside a forward pass of the model."""
+        if self._losses is not None:
+            self._losses.append(loss)
 
     def take(self) -> Tensor | None:
-        """The mean of the terms; None where there are none. A second call gives None."""
-        terms, self._terms = self._terms, None
-        return sum(terms[1:], terms[0]) / len(terms) if terms else None
+        """Return the mean of the collected losses and stop collecting; None if there are none."""
+        losses, self._losses = self._losses, None
+        return sum(losses[1:], losses[0]) / len(losses) if losses else None

@@ -1,4 +1,4 @@
-"""Weight-decomposed LoRA, by PEFT."""
+"""Weight-decomposed LoRA (DoRA), as implemented by PEFT."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from emloc.precision import Packed, PackedLayer
 
 @dataclass(frozen=True, kw_only=True)
 class Dora(Lora):
-    """`m (W + s B A) x / |W + s B A|`, norms by row; A and B as LoRA's, m the norms at the start.
+    """DoRA: `m (W + s B A) x / |W + s B A|`, with one norm and one trained magnitude m per row.
 
-    As in the paper, the norm is taken as a constant by the gradient. Trained by PEFT's own modules:
-    it is more than two products.
+    A and B start as in LoRA; m starts as the row norms of W. As in the paper, the gradient treats
+    the norm as a constant. The layers are never fused, since DoRA is more than two matrix products.
     """
 
     nonlinear = "sets the norm of each row of the weight it is added to"
-    needs_weight = "is made of the norms of a layer's weight"
+    needs_weight = "computes the row norms of each layer's weight"
     variant = MappingProxyType({"use_dora": True})
 
     def attach(
@@ -36,41 +36,44 @@ class Dora(Lora):
         model: PreTrainedModel,
         lora: LoraSettings,
         layers: Sequence[str],
-        whole: Sequence[str] = (),
+        modules_to_save: Sequence[str] = (),
     ) -> PeftModel:
-        """PEFT's own DoRA model, its magnitudes in float32.
+        """Return PEFT's DoRA model, with its magnitudes in float32.
 
         Raises:
-            ConfigError: a layer is packed in a way that PEFT cannot read on this device.
+            ConfigError: PEFT cannot read the packed weight of a layer on this device.
         """
-        chosen = set(layers)
+        adapted = set(layers)
         for name, layer in model.named_modules():
-            if isinstance(layer, PackedLayer) and name in chosen:
-                _refuse_unreadable(name, layer.matrix)
-        tuned = super().attach(model, lora, layers, whole)
+            if isinstance(layer, PackedLayer) and name in adapted:
+                _require_readable(name, layer.matrix)
+        tuned = super().attach(model, lora, layers, modules_to_save)
         for layer in tuned.modules():
             if isinstance(layer, LoraLayer):
                 weight = _weight(layer.get_base_layer())
-                # PEFT rounds them to the model's dtype: the start would not be the model itself.
+                # PEFT rounds the magnitudes to the model's dtype; the untrained DoRA would then
+                # change the model's outputs.
                 norms = torch.linalg.vector_norm(weight.float(), dim=1)
                 layer.lora_magnitude_vector["default"].weight = nn.Parameter(norms)
         return tuned
 
     def training(self, model: PeftModel, mixed: bool) -> AbstractContextManager[None]:
-        """Inputs are float32, as in evaluation: what they are decides what norms are rounded to."""
+        """Return an empty context: norms need PEFT's float32 inputs, as in evaluation."""
         return nullcontext()
 
 
 def _weight(layer: nn.Module) -> Tensor:
+    """Weight (out, in) of a linear layer, dequantised if it is packed."""
     if isinstance(layer, PackedLayer):
         return layer.matrix.dequantize()
     return layer.get_parameter("weight")
 
 
-def _refuse_unreadable(name: str, matrix: Packed) -> None:
-    """Refuse a layer before PEFT reads its weight, or fails to."""
+def _require_readable(name: str, matrix: Packed) -> None:
+    """Raise ConfigError if PEFT cannot read the packed weight of the layer `name`."""
     device = next(iter(matrix.parts.values())).device
-    if why := matrix.precision.unreadable(*matrix.shape, device):
+    if reason := matrix.precision.unreadable_reason(*matrix.shape, device):
         raise ConfigError(
-            f"adapter=dora needs the weight of {name}, and {why}; set compression.bits={MODEL_BITS}"
+            f"adapter=dora needs the weight of {name}, and {reason}; "
+            f"set compression.bits={MODEL_BITS}"
         )

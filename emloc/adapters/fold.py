@@ -1,4 +1,4 @@
-"""Fold an adapter into the original weights, tensor by tensor, and write a checkpoint."""
+"""Merge an adapter into the original weights, file by file, and write the merged checkpoint."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ from emloc.runtime.progress import tracked
 
 
 def merge(source: Source, adapter: SavedLora, target: Path) -> Path:
-    """Write `source` with `W + s B A` in place of each adapted weight, in the source's own files.
+    """Write a copy of the checkpoint of `source` with `W + s B A` instead of each adapted weight W.
 
-    Where the adapter has a magnitude (DoRA), each row is scaled to have it as its norm.
-    Sums are float32 and rounded once to the dtype of the weight. Modules that were trained whole
-    take the place of the source's own; what it does not hold is added to its last file.
+    The copy has the file names of the source. For a DoRA, each row of the sum is scaled to the
+    trained magnitude. Sums are computed in float32 and rounded once, to the dtype of the weight.
+    Modules that were trained in full replace those of the source; parameters that the source's
+    files lack are added to its last file.
+
+    Returns:
+        `target`.
 
     Raises:
-        ConfigError: `target` is already there, the source is no checkpoint, or the adapter names a
-            layer or a parameter the model has not.
+        ConfigError: `target` exists, the source has no checkpoint, or the adapter names a layer or
+            parameter that the model does not have.
     """
     if target.exists():
         raise ConfigError(f"{target} is already there; give another folder with --to")
@@ -39,20 +43,20 @@ def merge(source: Source, adapter: SavedLora, target: Path) -> Path:
         )
     missing = [name for name in adapter.pairs if f"{name}.weight" not in weights.names]
     if missing:
-        raise ConfigError(f"the model holds no layer {missing[0]}; the adapter is for another one")
-    fresh = _fresh(source, weights, adapter)
+        raise ConfigError(f"the model has no layer {missing[0]}; the adapter is for another model")
+    added = _added_parameters(source, weights, adapter)
     with whole_folder(target) as draft:
-        _fill(draft, weights, adapter, fresh)
+        _write_checkpoint(draft, weights, adapter, added)
     return target
 
 
-def _fill(
-    draft: Path, weights: SafetensorsWeights, adapter: SavedLora, fresh: dict[str, Tensor]
+def _write_checkpoint(
+    folder: Path, weights: SafetensorsWeights, adapter: SavedLora, added: dict[str, Tensor]
 ) -> None:
-    """Write all files of the merged checkpoint."""
+    """Write all files of the merged checkpoint; `added` are parameters the source's files lack."""
     for path in weights.folder.iterdir():
         if path.is_file() and path.suffix != ".safetensors":
-            shutil.copy(path, draft)
+            shutil.copy(path, folder)
     shards = sorted(set(weights.files.values()))
     for shard in tracked(shards, "merge", len(shards), "file"):
         with safe_open(shard, framework="pt") as file:
@@ -63,52 +67,55 @@ def _fill(
                 if not adapter.changes(parameter):
                     continue
                 if rows is None:
-                    tensors[name] = _merged(weight, adapter, parameter)
+                    tensors[name] = _merged_weight(weight, adapter, parameter)
                 else:
-                    own = rows.of(weight, len(weight))
-                    rows.put(weight, _merged(own, adapter, parameter))
+                    part = rows.of(weight, len(weight))
+                    rows.put(weight, _merged_weight(part, adapter, parameter))
         if shard == shards[-1]:
-            tensors |= fresh
-        save_file(tensors, draft / shard.name, metadata=metadata)
-    if fresh:
-        _index(draft, fresh, shards[-1].name)
+            tensors |= added
+        save_file(tensors, folder / shard.name, metadata=metadata)
+    if added:
+        _extend_index(folder, added, shards[-1].name)
 
 
-def _fresh(source: Source, weights: SafetensorsWeights, adapter: SavedLora) -> dict[str, Tensor]:
-    """The extras that the checkpoint does not hold, in the source's dtype.
+def _added_parameters(
+    source: Source, weights: SafetensorsWeights, adapter: SavedLora
+) -> dict[str, Tensor]:
+    """Parameters trained in full that the checkpoint's files lack, in the source's dtype.
 
     Raises:
-        ConfigError: one is of no parameter of the model, or the checkpoint's format could not name
-            it.
+        ConfigError: the model has no parameter of this name, or the checkpoint's format has no
+            tensor for it.
     """
     names = [name for name in adapter.extras if name not in weights.names]
     for name in names:
         if name not in source.sizes:
             raise ConfigError(
-                f"the model holds no parameter {name}; the adapter is for another one"
+                f"the model has no parameter {name}; the adapter is for another model"
             )
         if weights.layout(name).get(name, ...) is not None:
             raise ConfigError(
-                f"{weights.where}: a checkpoint of this format has no place for {name}, which was "
-                "trained whole; set model.source to one in the format of transformers"
+                f"{weights.where}: a checkpoint of this format has no tensor for {name}, which was "
+                "trained in full; set model.source to one in the format of transformers"
             )
     return {name: adapter.extras[name].to(source.dtype).contiguous() for name in names}
 
 
-def _index(folder: Path, fresh: dict[str, Tensor], shard: str) -> None:
-    """Add tensors to the index of a checkpoint of several files; one file has none."""
+def _extend_index(folder: Path, added: dict[str, Tensor], shard: str) -> None:
+    """List the added tensors in the checkpoint's index file; a single-file checkpoint has none."""
     path = folder / "model.safetensors.index.json"
     if not path.exists():
         return
     index = json.loads(path.read_text())
-    index["weight_map"] |= dict.fromkeys(fresh, shard)
-    size = sum(tensor.nbytes for tensor in fresh.values())
+    index["weight_map"] |= dict.fromkeys(added, shard)
+    size = sum(tensor.nbytes for tensor in added.values())
     metadata = index.setdefault("metadata", {})
     metadata["total_size"] = metadata.get("total_size", 0) + size
     path.write_text(json.dumps(index, indent=2))
 
 
-def _merged(weight: Tensor, adapter: SavedLora, parameter: str) -> Tensor:
+def _merged_weight(weight: Tensor, adapter: SavedLora, parameter: str) -> Tensor:
+    """The parameter with the adapter merged in, in its own dtype; the original is `weight`."""
     if parameter in adapter.extras:
         return adapter.extras[parameter].to(weight.dtype).contiguous()
     layer = parameter.removesuffix(".weight")

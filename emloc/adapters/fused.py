@@ -1,5 +1,6 @@
-"""PEFT's LoRA layers with one operation in place of base layer and adapter (see
-`emloc.tensors.lean`).
+"""Replace PEFT's LoRA layers by fused ones: base layer and LoRA in one autograd function.
+
+See `emloc.tensors.lean`.
 """
 
 from __future__ import annotations
@@ -19,45 +20,47 @@ from emloc.tensors.lean.layers import (
     FusedLora,
     LoraOperands,
     ScratchBuffer,
-    aligned,
-    refresh,
-    stack,
+    aligned_height,
+    update_operands,
+    with_spare_rows,
 )
 from emloc.tensors.nn.factorized import Factorized, PackedFactorized
 
-# Two, since both factors of a layer are needed at once.
-Rooms = tuple[ScratchBuffer, ScratchBuffer]
+# Two buffers, since a packed factorised layer needs both dequantised factors at once.
+ScratchPair = tuple[ScratchBuffer, ScratchBuffer]
 
 
 def fuse(model: nn.Module) -> int:
-    """Give every LoRA layer a forward of one operation, as long as all of them can have it.
+    """Replace the forward of every LoRA layer by a fused one, if all of them can be fused.
 
-    The adapter's parameters stay PEFT's, so that what is trained and saved is the same. What PEFT
-    itself does in a forward pass (disabling, switching or merging adapters) is gone.
+    PEFT keeps owning the adapter's parameters, so training and saving are unchanged. PEFT's own
+    features in the forward pass (disabling, switching or merging adapters) are lost.
 
     Returns:
-        Number of layers changed: all, or none where one of them computes something else (dropout,
-        DoRA, several adapters) or has a base layer of another kind.
+        Number of fused layers: all LoRA layers, or 0 if any of them uses dropout, DoRA or several
+        adapters, or has an unsupported base layer.
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    if not layers or not all(_plain(layer) for layer in layers):
+    if not layers or not all(_can_fuse(layer) for layer in layers):
         return 0
-    lows = []
-    rooms = ScratchBuffer(), ScratchBuffer()
+    operands = []
+    scratch = ScratchBuffer(), ScratchBuffer()
     for layer in layers:
-        base, low = _halves(layer, rooms)
-        layer.forward = partial(_forward, base, low)
-        lows.append(low)
-    refresh(lows)
-    # Once per pass, before its first layer; the recomputation of a checkpoint finds them fresh.
-    model.register_forward_pre_hook(lambda *_: refresh(lows))
+        base, lora = _split(layer, scratch)
+        layer.forward = partial(_forward, base, lora)
+        operands.append(lora)
+    update_operands(operands)
+    # Once per forward pass of the model: a checkpointed layer that is recomputed reads the same
+    # values.
+    model.register_forward_pre_hook(lambda *_: update_operands(operands))
     return len(layers)
 
 
-def _plain(layer: Any) -> bool:
+def _can_fuse(layer: Any) -> bool:
+    """Whether a LoRA layer has one plain adapter, and a base layer that can be fused."""
     name = layer.active_adapters[0]
     return (
-        _base_of(layer.base_layer) is not None
+        _fusion_for(layer.base_layer) is not None
         and list(layer.lora_A) == [name]
         and name not in layer.lora_variant
         and isinstance(layer.lora_dropout[name], nn.Identity)
@@ -66,77 +69,90 @@ def _plain(layer: Any) -> bool:
     )
 
 
-def _forward(base: FrozenBase, low: LoraOperands, x: Tensor, *_: Any) -> Tensor:
-    y: Tensor = FusedLora.apply(x, low.a, low.b, base, low)  # type: ignore[no-untyped-call]
+def _forward(base: FrozenBase, lora: LoraOperands, x: Tensor, *_: Any) -> Tensor:
+    """Output (..., m) of a fused layer for the input x (..., n)."""
+    y: Tensor = FusedLora.apply(x, lora.a, lora.b, base, lora)  # type: ignore[no-untyped-call]
     return y
 
 
-def _halves(layer: Any, rooms: Rooms) -> tuple[FrozenBase, LoraOperands]:
+def _split(layer: Any, scratch: ScratchPair) -> tuple[FrozenBase, LoraOperands]:
+    """Split one of PEFT's LoRA layers into its frozen base and its LoRA operands."""
     name = layer.active_adapters[0]
     lora = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
-    base = _base_of(layer.base_layer)
-    assert base is not None  # or the layer were not plain
-    return base(layer.base_layer, rooms, *lora)
+    fusion = _fusion_for(layer.base_layer)
+    assert fusion is not None  # `_can_fuse` was true for this layer
+    return fusion(layer.base_layer, scratch, *lora)
 
 
-def _low(like: Tensor, a: nn.Parameter, b: nn.Parameter, scale: float) -> LoraOperands:
+def _operands(like: Tensor, a: nn.Parameter, b: nn.Parameter, scale: float) -> LoraOperands:
+    """LoRA operands with empty copies of a and b^T in the dtype and on the device of `like`."""
     return LoraOperands(a, b, scale, like.new_empty(a.shape), like.new_empty(b.T.shape))
 
 
-def _whole(base: nn.Linear, _: Rooms, *lora: Any) -> tuple[FrozenBase, LoraOperands]:
-    return DenseBase(lambda: base.weight, base.bias), _low(base.weight, *lora)
+def _fuse_dense(base: nn.Linear, _: ScratchPair, *lora: Any) -> tuple[FrozenBase, LoraOperands]:
+    """Frozen base and LoRA operands of a plain linear layer."""
+    return DenseBase(lambda: base.weight, base.bias), _operands(base.weight, *lora)
 
 
-def _whole_packed(base: PackedLayer, rooms: Rooms, *lora: Any) -> tuple[FrozenBase, LoraOperands]:
+def _fuse_packed(
+    base: PackedLayer, scratch: ScratchPair, *lora: Any
+) -> tuple[FrozenBase, LoraOperands]:
+    """Frozen base and LoRA operands of a packed linear; its weight is dequantised per product."""
     matrix = base.matrix
     part = next(iter(matrix.parts.values()))
-    low = _low(part.new_empty(0, dtype=matrix.dtype), *lora)
+    operands = _operands(part.new_empty(0, dtype=matrix.dtype), *lora)
 
     def weight() -> Tensor:
-        return matrix.dequantize(rooms[0].of(*matrix.shape, low.down))
+        return matrix.dequantize(scratch[0].view(*matrix.shape, operands.down))
 
-    return DenseBase(weight, base.bias), low
+    return DenseBase(weight, base.bias), operands
 
 
-def _stacked(
-    base: Factorized, _: Rooms, a: nn.Parameter, b: nn.Parameter, scale: float
+def _fuse_factorized(
+    base: Factorized, _: ScratchPair, a: nn.Parameter, b: nn.Parameter, scale: float
 ) -> tuple[FrozenBase, LoraOperands]:
+    """Frozen base and LoRA operands of a factorised layer, all views of two stacked matrices."""
     k, r = base.rank, a.shape[0]
-    down, up = stack(base.v.data, r), stack(base.u.data.T, r)
-    base.v.data, base.u.data = down[:k], up[:k].T  # the layer looks into the stack: nothing twice
-    low = LoraOperands(a, b, scale, down[k : k + r], up[k : k + r])
-    return FactorizedBase(k, lambda _: (down, up), base.bias), low
+    down, up = with_spare_rows(base.v.data, r), with_spare_rows(base.u.data.T, r)
+    # The layer's factors become views of the stacked matrices, so memory holds them once.
+    base.v.data, base.u.data = down[:k], up[:k].T
+    operands = LoraOperands(a, b, scale, down[k : k + r], up[k : k + r])
+    return FactorizedBase(k, lambda _: (down, up), base.bias), operands
 
 
-def _stacked_packed(
-    base: PackedFactorized, rooms: Rooms, *lora: Any
+def _fuse_packed_factorized(
+    base: PackedFactorized, scratch: ScratchPair, *lora: Any
 ) -> tuple[FrozenBase, LoraOperands]:
+    """Frozen base and LoRA operands of a packed factorised layer, stacked anew per product."""
     v, ut, k = base.v, base.ut, base.rank
-    low = _low(base.weight, *lora)
-    height = aligned(k + len(low.down))
+    operands = _operands(base.weight, *lora)
+    height = aligned_height(k + len(operands.down))
 
-    def formed(room: ScratchBuffer, matrix: Packed, below: Tensor) -> Tensor:
-        full = room.of(height, matrix.shape[1], below)
-        matrix.dequantize(full[:k])
-        full[k : k + len(below)] = below
-        if height > k + len(below):
-            full[k + len(below) :] = 0
+    def stacked(buffer: ScratchBuffer, factor: Packed, lora_rows: Tensor) -> Tensor:
+        full = buffer.view(height, factor.shape[1], lora_rows)
+        factor.dequantize(full[:k])
+        full[k : k + len(lora_rows)] = lora_rows
+        if height > k + len(lora_rows):
+            full[k + len(lora_rows) :] = 0
         return full
 
-    def matrices(low: LoraOperands) -> tuple[Tensor, Tensor]:
-        return formed(rooms[0], v, low.down), formed(rooms[1], ut, low.up)
+    def matrices(lora: LoraOperands) -> tuple[Tensor, Tensor]:
+        return stacked(scratch[0], v, lora.down), stacked(scratch[1], ut, lora.up)
 
-    return FactorizedBase(k, matrices, base.bias), low
+    return FactorizedBase(k, matrices, base.bias), operands
 
 
-# Of exactly these classes: another one's forward may do more than its weight says.
-_BASES: dict[type, Callable[..., tuple[FrozenBase, LoraOperands]]] = {
-    nn.Linear: _whole,
-    Factorized: _stacked,
-    PackedFactorized: _stacked_packed,
+# Exactly these classes: the forward of a subclass may do more than multiply by its weight.
+_FUSIONS: dict[type, Callable[..., tuple[FrozenBase, LoraOperands]]] = {
+    nn.Linear: _fuse_dense,
+    Factorized: _fuse_factorized,
+    PackedFactorized: _fuse_packed_factorized,
 }
 
 
-def _base_of(layer: nn.Module) -> Callable[..., tuple[FrozenBase, LoraOperands]] | None:
-    """How the layer is fused; None if it cannot be. A packed one of any format is its matrix."""
-    return _whole_packed if isinstance(layer, PackedLayer) else _BASES.get(type(layer))
+def _fusion_for(layer: nn.Module) -> Callable[..., tuple[FrozenBase, LoraOperands]] | None:
+    """The function that fuses this kind of base layer with a LoRA; None if none can.
+
+    All packed linear layers share one function, whatever their format.
+    """
+    return _fuse_packed if isinstance(layer, PackedLayer) else _FUSIONS.get(type(layer))

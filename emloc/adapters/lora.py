@@ -1,4 +1,4 @@
-"""Plain LoRA, by PEFT."""
+"""Plain LoRA, as implemented by PEFT."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ from emloc.models.checkpoint.source import Source
 
 @dataclass(frozen=True, kw_only=True)
 class Lora(Adapter):
-    """`W x + (alpha / rank) B A x` on every targeted linear; A random, B zero at the start."""
+    """LoRA: `W x + (alpha / rank) B A x` for each adapted linear; A starts random, B as zero."""
 
-    variant: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # what PEFT is told beside the size
+    variant: ClassVar[Mapping[str, Any]] = MappingProxyType({})  # extra arguments of LoraConfig
 
     def attach(
         self,
         model: PreTrainedModel,
         lora: LoraSettings,
         layers: Sequence[str],
-        whole: Sequence[str] = (),
+        modules_to_save: Sequence[str] = (),
     ) -> PeftModel:
-        """PEFT's own LoRA model; factorised layers are linears to it like any other.
+        """Return PEFT's LoRA model; PEFT sees factorised layers as ordinary linear layers.
 
         Raises:
-            ConfigError: PEFT would adapt other layers than these.
+            ConfigError: PEFT would adapt other layers than `layers`.
         """
-        wanted = [layer for layer in layers if not _inside(layer, whole)]
+        targets = [layer for layer in layers if not _is_inside(layer, modules_to_save)]
         config = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
-            target_modules=wanted,
-            exclude_modules=_namesakes(model, wanted) or None,
-            modules_to_save=list(whole) or None,
+            target_modules=targets,
+            exclude_modules=_namesakes(model, targets) or None,
+            modules_to_save=list(modules_to_save) or None,
             bias="none",
             task_type="CAUSAL_LM" if model.can_generate() else None,
             **self.variant,
         )
         tuned = get_peft_model(model, config)
-        if other := sorted(set(wanted).symmetric_difference(_adapted(tuned))):
+        if other := sorted(set(targets).symmetric_difference(_adapted_layers(tuned))):
             raise ConfigError(
                 f"PEFT cannot adapt exactly the chosen layers: {other[0]} differs; "
                 "set model.lora_targets"
@@ -63,44 +63,44 @@ class Lora(Adapter):
         return tuned
 
     def load(self, model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
-        """The adapter on top of the model, unmerged, exactly as any user of PEFT loads it."""
+        """Return the model with the saved adapter, unmerged; see `PeftModel.from_pretrained`."""
         return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
 
     def base(self, model: PeftModel) -> PreTrainedModel:
-        """The model inside PEFT's."""
+        """Return the transformers model inside a PEFT model."""
         inner: PreTrainedModel = model.get_base_model()
         return inner
 
     def fuse(self, model: PeftModel) -> bool:
-        """Not with dropout, which is between the two."""
+        """Fuse every layer with its LoRA, unless there is dropout; return whether it was done."""
         return fuse(model) > 0
 
     def training(self, model: PeftModel, mixed: bool) -> AbstractContextManager[None]:
-        """Leave the casting of inputs to autocast, where it is on.
+        """Return a context in which PEFT does not cast inputs to float32, if autocast is on.
 
-        PEFT would first make a float32 copy of each input and keep it for the backward pass, only
-        for autocast to round it back to what it was.
+        The cast would keep a float32 copy of each input for the backward pass, and autocast would
+        only round this copy back to 16 bits.
         """
         context: AbstractContextManager[None] = disable_input_dtype_casting(model, active=mixed)
         return context
 
     def save(self, model: PeftModel, folder: Path, base: str) -> None:
-        """Write adapter_model.safetensors and adapter_config.json."""
+        """Write adapter_model.safetensors and adapter_config.json for the model called `base`."""
         config = model.peft_config["default"]
-        # PEFT knows the path the model was loaded from, which is a cache folder of this machine.
+        # PEFT would write the path the model was loaded from, a cache folder of this machine.
         config.base_model_name_or_path = base
-        # Of a long list PEFT keeps the suffixes that tell its layers from all others of this model.
-        # The original may have more of them, so that the file names every layer.
-        config.target_modules = sorted(_adapted(model))
+        # PEFT shortens a long list of layers to suffixes that are unique within this model. In the
+        # original a suffix may match more layers, so the file lists every full name.
+        config.target_modules = sorted(_adapted_layers(model))
         model.save_pretrained(folder, save_embedding_layers=False)
 
     def merge(self, source: Source, folder: Path, target: Path) -> Path:
-        """Fold the saved matrices into the weights."""
+        """Merge the saved LoRA into the weights of `source`; see `emloc.adapters.fold.merge`."""
         return merge(source, read_adapter(folder), target)
 
 
-def _adapted(model: nn.Module) -> list[str]:
-    """Names of the adapted layers, as the model without the adapter has them."""
+def _adapted_layers(model: nn.Module) -> list[str]:
+    """Names of the adapted layers, as they are in the model without the adapter."""
     return [
         name.removeprefix(PREFIX)
         for name, module in model.named_modules()
@@ -109,11 +109,12 @@ def _adapted(model: nn.Module) -> list[str]:
 
 
 def _namesakes(model: nn.Module, layers: Sequence[str]) -> list[str]:
-    """Modules that PEFT would take for one of `layers`, because their names end with its name."""
-    ends, chosen = tuple(f".{layer}" for layer in layers), set(layers)
+    """Modules that PEFT would mistake for one of `layers`: their names end with a layer's name."""
+    suffixes, targets = tuple(f".{layer}" for layer in layers), set(layers)
     names = (name for name, _ in model.named_modules())
-    return [name for name in names if name.endswith(ends) and name not in chosen]
+    return [name for name in names if name.endswith(suffixes) and name not in targets]
 
 
-def _inside(layer: str, modules: Sequence[str]) -> bool:
+def _is_inside(layer: str, modules: Sequence[str]) -> bool:
+    """Whether a layer is one of `modules` or a part of one."""
     return any(layer == name or layer.startswith(f"{name}.") for name in modules)

@@ -1,4 +1,4 @@
-"""No adapter: the model as it is."""
+"""No adapter: the run trains nothing and scores the model as it is."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from emloc.config.part import Part
 
 @dataclass(frozen=True, kw_only=True)
 class NoAdapter(Part):
-    """Stands where a run trains nothing: no `Adapter`, since nothing can be asked of it."""
+    """The choice `adapter=none`. It is no `Adapter`, because it can neither be saved nor loaded."""
 
     trains: ClassVar[Literal[False]] = False

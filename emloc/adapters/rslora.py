@@ -1,4 +1,4 @@
-"""Rank-stabilised LoRA, by PEFT."""
+"""Rank-stabilised LoRA, as implemented by PEFT."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from emloc.adapters.lora import Lora
 
 @dataclass(frozen=True, kw_only=True)
 class RsLora(Lora):
-    """`W x + (alpha / sqrt(rank)) B A x`: the scale that keeps its size as the rank grows."""
+    """rsLoRA: `W x + (alpha / sqrt(rank)) B A x`, whose update keeps its size as the rank grows."""
 
     variant = MappingProxyType({"use_rslora": True})

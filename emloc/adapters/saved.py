@@ -1,4 +1,4 @@
-"""A LoRA in a PEFT folder: pairs of matrices with their scale, and modules trained whole."""
+"""Read and write PEFT adapter folders: LoRA matrices with their scale, and full modules."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from emloc.tensors.linalg.correct import LoraPair
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-# Beside the two PEFT files: how the adapter was carried to the original model. PEFT ignores it.
-CARRIED = "carried.json"
+# How the adapter was recovered for the original model; PEFT ignores this extra file.
+RECOVERY_FILE = "carried.json"
 
-# Ways to start a LoRA (PEFT's init_lora_weights) that take its first product out of the weights.
+# Initialisations of a LoRA (PEFT's init_lora_weights) that subtract the initial B A from the
+# model's weights.
 _CHANGES_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-# What PEFT puts before the names of the model's own modules.
+# PEFT's prefix of the names of the model's own modules.
 PREFIX = "base_model.model."
 _KEY = re.compile(rf"{re.escape(PREFIX)}(?P<layer>.+)\.lora_(?P<part>[AB])\.weight")
 _MAGNITUDE = ".lora_magnitude_vector"
@@ -35,11 +36,15 @@ _MAGNITUDE = ".lora_magnitude_vector"
 
 @dataclass(frozen=True)
 class SavedLora:
-    """Layer name -> pair, with PEFT's configuration and how it was carried (None: as trained).
+    """A LoRA or DoRA in memory, as read from a PEFT adapter folder.
 
-    A DoRA has a magnitude (out,) for each layer as well: the norms of the rows of `W + s B A` are
-    set to it. `extras` are the parameters of modules that were trained whole (PEFT's
-    modules_to_save), by their names in the model; every way of carrying the adapter keeps them.
+    Attributes:
+        pairs: layer name -> the LoRA matrices with their scale.
+        config: PEFT's adapter_config.json.
+        recovered: how the adapter was recovered for the original model; None: as trained.
+        magnitudes: layer name -> row norms (out,) of a DoRA's `W + s B A`; empty for a LoRA.
+        extras: parameter name -> tensor of modules that were trained in full (PEFT's
+            modules_to_save). Every recovery keeps these tensors.
     """
 
     pairs: dict[str, LoraPair]
@@ -49,27 +54,27 @@ class SavedLora:
     extras: dict[str, Tensor] = field(default_factory=dict)
 
     def changes(self, parameter: str) -> bool:
-        """Whether a parameter of the model is another one with the adapter merged in."""
+        """Whether merging the adapter changes or adds this parameter of the model."""
         return parameter in self.extras or parameter.removesuffix(".weight") in self.pairs
 
     def map(
         self, change: Callable[[str, LoraPair], LoraPair], recovered: dict[str, Any]
     ) -> SavedLora:
-        """The adapter with every pair changed, marked as carried.
+        """Return the adapter with `change` applied to every pair, marked as `recovered`.
 
         Raises:
-            ConfigError: it has been carried before.
+            ConfigError: the adapter was recovered before.
         """
         if self.recovered is not None:
             raise ConfigError(
-                f"this adapter was already carried to the original model by {self.recovered}; "
-                "give the one that was trained (adapter_trained)"
+                f"this adapter was already recovered for the original model by {self.recovered}; "
+                "pass the adapter as it was trained (folder adapter_trained)"
             )
         pairs = {layer: change(layer, pair) for layer, pair in self.pairs.items()}
         return replace(self, pairs=pairs, recovered=recovered)
 
     def save(self, folder: str | Path) -> None:
-        """Write a folder that `PeftModel.from_pretrained` loads on the original model."""
+        """Write an adapter folder that `PeftModel.from_pretrained` loads on the original model."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {}
@@ -82,37 +87,37 @@ class SavedLora:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(self.config, indent=2))
         if self.recovered is not None:
-            (folder / CARRIED).write_text(json.dumps(self.recovered, indent=2))
+            (folder / RECOVERY_FILE).write_text(json.dumps(self.recovered, indent=2))
 
 
 def read_lora(folder: Path) -> SavedLora:
-    """Read a PEFT LoRA folder.
+    """Read a PEFT folder of a plain LoRA.
 
     Raises:
-        ConfigError: it is none, or holds more than plain LoRA matrices.
+        ConfigError: the folder holds no adapter, or tensors that a plain LoRA does not have.
     """
-    found = read_adapter(folder)
-    for layer in found.magnitudes:
+    adapter = read_adapter(folder)
+    for layer in adapter.magnitudes:
         raise ConfigError(
-            f"{folder}: {layer}{_MAGNITUDE} is no LoRA matrix; only plain LoRA can be carried"
+            f"{folder}: {layer}{_MAGNITUDE} is no LoRA matrix; only plain LoRA can be recovered"
         )
-    return found
+    return adapter
 
 
 def read_adapter(folder: Path) -> SavedLora:
     """Read a PEFT folder of a LoRA or a DoRA.
 
     Raises:
-        ConfigError: it is none, or holds more than their tensors.
+        ConfigError: the folder holds no adapter, or tensors that neither of them has.
     """
     if not (folder / WEIGHTS).exists():
-        raise ConfigError(f"{folder}: no {WEIGHTS} there; it is no adapter folder")
+        raise ConfigError(f"{folder}: the file {WEIGHTS} is missing; this is no adapter folder")
     config = json.loads((folder / CONFIG).read_text())
     start = str(config.get("init_lora_weights")).split("_niter")[0].lower()
     if start in _CHANGES_THE_MODEL:
         raise ConfigError(
-            f"{folder}: was started by {start}, which changes the model's own weights; "
-            "only plain LoRA can be carried"
+            f"{folder}: the adapter was initialised by {start}, which changes the model's own "
+            "weights; only plain LoRA can be recovered"
         )
     parts: dict[str, dict[str, Tensor]] = {}
     magnitudes, extras = {}, {}
@@ -125,24 +130,26 @@ def read_adapter(folder: Path) -> SavedLora:
         elif _is_extra(config, name):
             extras[name] = tensor
         else:
-            raise ConfigError(f"{folder}: {key} is no LoRA matrix; only plain LoRA can be carried")
+            raise ConfigError(
+                f"{folder}: {key} is no LoRA matrix; only plain LoRA can be recovered"
+            )
     pairs = {
-        layer: LoraPair(found["A"], found["B"], _scale(config, layer))
-        for layer, found in parts.items()
+        layer: LoraPair(matrices["A"], matrices["B"], _scale(config, layer))
+        for layer, matrices in parts.items()
     }
-    recovered = folder / CARRIED
-    how = json.loads(recovered.read_text()) if recovered.exists() else None
-    return SavedLora(pairs, config, how, magnitudes, extras)
+    path = folder / RECOVERY_FILE
+    recovered = json.loads(path.read_text()) if path.exists() else None
+    return SavedLora(pairs, config, recovered, magnitudes, extras)
 
 
 def _is_extra(config: dict[str, Any], parameter: str) -> bool:
-    """Whether a parameter is of a module that was trained whole; PEFT knows them by suffix."""
+    """Whether a parameter belongs to a module in PEFT's modules_to_save (suffixes of names)."""
     modules = config.get("modules_to_save") or []
     return any(f".{module}." in f".{parameter}" for module in modules)
 
 
 def lora_of(model: nn.Module) -> SavedLora:
-    """The adapter of a PEFT model in memory, as if it had been saved and read."""
+    """Return the LoRA of a PEFT model in memory, as `read_lora` would read it from a folder."""
     with tempfile.TemporaryDirectory() as folder:
         if not isinstance(model, PeftModel):
             raise ConfigError("adapter must be a PEFT model or the folder of one")
@@ -151,24 +158,25 @@ def lora_of(model: nn.Module) -> SavedLora:
 
 
 def copy_unchanged(folder: Path, target: Path, recovered: dict[str, Any]) -> None:
-    """Copy an adapter of whatever kind, marked as carried."""
+    """Copy an adapter folder of any kind, and mark the copy as `recovered`."""
     copy_adapter(folder, target)
-    (target / CARRIED).write_text(json.dumps(recovered, indent=2))
+    (target / RECOVERY_FILE).write_text(json.dumps(recovered, indent=2))
 
 
 def copy_adapter(folder: Path, target: Path) -> None:
-    """Copy an adapter folder, replacing what is there."""
+    """Copy an adapter folder to `target`, replacing a folder of that name."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(folder, target)
 
 
 def _scale(config: dict[str, Any], layer: str) -> float:
-    """alpha / r of one layer, by PEFT's rules."""
+    """Scale of one layer's LoRA by PEFT's rules: alpha / r, or alpha / sqrt(r) for rsLoRA."""
 
-    def of(pattern: str, default: str) -> float:
-        special = config.get(pattern) or {}
-        found = next((v for k, v in special.items() if re.fullmatch(rf"(.*\.)?({k})", layer)), None)
-        return config[default] if found is None else found
+    def setting(pattern: str, default: str) -> float:
+        overrides = config.get(pattern) or {}
+        matches = (v for k, v in overrides.items() if re.fullmatch(rf"(.*\.)?({k})", layer))
+        override = next(matches, None)
+        return config[default] if override is None else override
 
-    rank, alpha = of("rank_pattern", "r"), of("alpha_pattern", "lora_alpha")
+    rank, alpha = setting("rank_pattern", "r"), setting("alpha_pattern", "lora_alpha")
     return alpha / (sqrt(rank) if config.get("use_rslora") else rank)

@@ -1,4 +1,4 @@
-"""What a model is trained *through*: one file for each way of making it small."""
+"""Emulators: small stand-ins for the original model, on which adapters are trained."""
 
 from __future__ import annotations
 
@@ -22,81 +22,89 @@ from emloc.precision import Precision, bits_of
 from emloc.runtime.keys import key_of
 from emloc.runtime.stage_cache import Artifact
 
-# Layer name -> rank: the explicit table a factorised emulator is built to.
+# Layer name -> rank of its factors in a factorised emulator.
 Ranks = dict[str, int]
 
-# What an emulator is built to, as plain values: ranks, blocks left out, parameters to keep.
+# A build plan in plain values, which enters the cache key: ranks, dropped blocks, or the number of
+# parameters to keep.
 Plan = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class BuildInputs:
-    """What an emulator is built from; None where it does not read it.
+    """The inputs of `Emulator.build`; an input is None if the emulator does not read it.
 
-    Samples without statistics: they are taken while it is built, and not kept.
+    Given samples but no statistics, the build computes the statistics block by block and discards
+    them.
     """
 
     plan: Plan | None
     statistics: Artifact | None
     samples: Samples | None
-    precision: Precision | None  # of a kept number; None: the model's dtype
+    precision: Precision | None  # packed format of the kept weights; None: the model's dtype
 
     @property
     def key(self) -> list[Any]:
-        """The same whether statistics were kept: they are of these samples, by these settings."""
-        seen = self.statistics.key if self.samples is None and self.statistics else None
-        held = self.bits if self.precision is None else self.precision.key
-        return [key_of(self.plan), key_of(self.samples), seen, held]
+        """Cache key of the inputs; statistics are in it only if there are no samples.
+
+        Samples and settings determine the statistics, so it does not matter whether these were
+        cached.
+        """
+        statistics = self.statistics.key if self.samples is None and self.statistics else None
+        precision = self.bits if self.precision is None else self.precision.key
+        return [key_of(self.plan), key_of(self.samples), statistics, precision]
 
     @property
     def bits(self) -> int:
-        """Of a kept number, for the record."""
+        """Bits of each kept weight, without the scales of a packed format."""
         return bits_of(self.precision)
 
 
 class Emulator(Part):
-    """One way of making a small stand-in for the original model.
+    """One method of building a small stand-in for the original model.
 
-    A class says so where it differs from the values and methods that are given here.
+    The defaults below describe an emulator that keeps every layer; a subclass overrides whatever
+    differs.
     """
 
-    # An adapted layer has one weight (out, in), there at any time.
+    # Whether each adapted layer always has its weight (out, in) in memory.
     keeps_weights: ClassVar[bool] = True
-    # Adapted layers take and give what they do in the original.
+    # Whether adapted layers have the same input and output widths as in the original.
     same_shapes: ClassVar[bool] = True
-    # Its weights are gone in the backward pass, unless they are computed again.
+    # Whether training must recompute activations, because a block's weights leave the device after
+    # its forward pass.
     recomputes: ClassVar[bool] = False
 
     @property
     def samples(self) -> bool:
-        """Whether it is built from calibration samples."""
+        """Whether the build reads calibration samples."""
         return False
 
     @property
     def statistics(self) -> str | None:
-        """Second moments it wants of them: `smaller` of input and output, `input`, or None."""
+        """Grams that the build reads: `input`, `smaller` (of input and output), or None."""
         return None
 
     def model(self, original: ModelFamily, budget: Compression) -> ModelFamily:
-        """The model that is trained, carried to and scored: the original, but for a sibling.
+        """Return the model that is trained, recovered for and scored: usually the original.
 
         Raises:
-            ConfigError: there is none for this budget.
+            ConfigError: there is no such model for this budget.
         """
         return original
 
     def targets(self, folder: Path, layers: Sequence[str]) -> list[str]:
-        """Of the layers that are adapted in the original, those that are here."""
+        """Those of the original's adapted `layers` that the emulator in `folder` also adapts."""
         return list(layers)
 
     @abstractmethod
     def plan(self, source: Source, layers: Layers, budget: Compression) -> Plan | None:
-        """What it is built to; None if there is nothing to decide.
+        """Return the build plan that meets the budget; None if there is nothing to plan.
 
         Args:
-            source: the original.
-            layers: those that may be compressed, name -> (out, in).
-            budget: what may be kept of them.
+            source: the original model.
+            layers: the layers that may be compressed, name -> (out, in).
+            budget: share of the parameters to keep, and the bits of each.
 
         Raises:
             ConfigError: the budget cannot be met.
@@ -112,9 +120,17 @@ class Emulator(Part):
         device: torch.device,
         host_bytes: int | None = None,
     ) -> dict[str, Any]:
-        """Write what the original does not hold into `folder`.
+        """Write the emulator's files into `folder`; weights of the original are not copied.
 
-        `host_bytes` is what hidden states may take of host memory, where samples are run again.
+        Args:
+            folder: of the emulator's artifact.
+            source: the original model.
+            build_inputs: plan, statistics, samples and format.
+            device: where the build computes.
+            host_bytes: limit of host memory for hidden states, if samples are run; None: no limit.
+
+        Returns:
+            Facts about the emulator, such as its size, which the run keeps with its results.
         """
 
     @abstractmethod
@@ -126,10 +142,16 @@ class Emulator(Part):
         *,
         precision: Precision | None = None,
     ) -> PreTrainedModel:
-        """The model to train through, frozen; `precision` is the one it was built with.
+        """Load the emulator from `folder` as a frozen model on `device`.
+
+        Args:
+            folder: of the emulator's artifact.
+            source: the original model.
+            device: where the model is loaded.
+            precision: packed format that the emulator was built in.
 
         Raises:
-            ValueError: it was built with one, and none is given.
+            ValueError: the emulator was built in a packed format, and `precision` is None.
         """
 
     @abstractmethod
@@ -142,36 +164,36 @@ class Emulator(Part):
         *,
         precision: Precision | None = None,
     ) -> Tensor | None:
-        """Original minus emulator weight (out, in) in float64; None where they are the same."""
+        """Original minus emulator weight (out, in) in float64; None if both are equal."""
 
 
 @dataclass(frozen=True)
 class BuiltEmulator:
-    """An emulator as it stands: the way it was made, what was written, the original beneath."""
+    """A finished emulator: its method and settings, its files, and the original model."""
 
     emulator: Emulator
     artifact: Artifact
     source: Source
-    precision: Precision | None = None  # as it was built
+    precision: Precision | None = None  # packed format of the files; None: the model's dtype
 
     def targets(self, layers: Sequence[str]) -> list[str]:
-        """Of the layers that are adapted in the original, those that are in the emulator."""
+        """Those of the original's adapted `layers` that the emulator also adapts."""
         return self.emulator.targets(self.artifact.folder, layers)
 
     @property
     def key(self) -> list[Any]:
-        """What a stage that reads this emulator depends on."""
+        """Cache key of the emulator, for the stages that read it."""
         return [key_of(self.emulator), self.artifact.key, self.source.key]
 
     def open(self, device: torch.device) -> PreTrainedModel:
-        """The model to train through, frozen."""
+        """Load the emulator as a frozen model on `device`."""
         folder = self.artifact.folder
         return self.emulator.open(folder, self.source, device, precision=self.precision)
 
     def residual(self, layer: str, device: torch.device = CPU) -> Tensor | None:
-        """Original minus emulator weight (out, in) in float64; None where they are the same.
+        """Original minus emulator weight (out, in) in float64; None if both are equal.
 
-        It is formed on `device`.
+        The difference is computed on `device`.
         """
         folder = self.artifact.folder
         return self.emulator.residual(folder, self.source, layer, device, precision=self.precision)

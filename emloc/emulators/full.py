@@ -1,4 +1,4 @@
-"""The original model itself: LoRA as everybody knows it, and the upper bound; packed: QLoRA."""
+"""The original model as its own emulator: plain LoRA, or QLoRA if its linears are packed."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from transformers import PreTrainedModel
 from emloc.calibration.calibrate import Layers
 from emloc.config.settings import Compression
 from emloc.emulators import BuildInputs, Emulator
-from emloc.emulators.size import size_facts, solved
+from emloc.emulators.size import require_solved, size_facts
 from emloc.models.checkpoint.source import CPU, Source
 from emloc.precision import PackedLayer, Precision, require_format
 from emloc.runtime.progress import tracked
 
-# What is quantised: not embeddings, head or projector, as in QLoRA.
+# Only linears of numbered blocks are quantised, not embeddings, head and projector, as in QLoRA.
 IN_A_BLOCK = r".*\.\d+\..*"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Full(Emulator):
-    """Every layer whole. The artifact is a reference: no weight is copied.
+    """The original model; its artifact holds no weights, only the list of quantised layers.
 
-    In a packed format every linear of the numbered blocks is quantised while it is read.
+    In a packed format, every linear of the numbered blocks is quantised while it is read.
     """
 
     def plan(self, source: Source, layers: Layers, budget: Compression) -> None:
-        """No ranks.
+        """Return None: every layer is kept.
 
         Raises:
-            ConfigError: the bits are not solved for.
+            ConfigError: the bits are still `auto`.
         """
-        solved(budget.bits)
+        require_solved(budget.bits)
 
     def build(
         self,
@@ -49,12 +49,12 @@ class Full(Emulator):
         device: torch.device,
         host_bytes: int | None = None,
     ) -> dict[str, Any]:
-        """Write in `layers.json` which layers are quantised; the size for the record."""
-        packed = in_blocks(source) if build_inputs.precision else []
-        held = {layer: [source.linears[layer]] for layer in packed}
-        table = {layer: {"bits": build_inputs.bits} for layer in held}
+        """Write the list of quantised layers to `layers.json`; return the size of the model."""
+        packed = block_linears(source) if build_inputs.precision else []
+        stored = {layer: [source.linears[layer]] for layer in packed}
+        table = {layer: {"bits": build_inputs.bits} for layer in stored}
         (folder / "layers.json").write_text(json.dumps(table, indent=1))
-        return size_facts(source, held, build_inputs.precision)
+        return size_facts(source, stored, build_inputs.precision)
 
     def open(
         self,
@@ -64,7 +64,7 @@ class Full(Emulator):
         *,
         precision: Precision | None = None,
     ) -> PreTrainedModel:
-        """The original model, frozen; what is quantised, one weight at a time."""
+        """Load the original model, frozen; packed layers are read and quantised one by one."""
         return load_quantized(source, quantized_layers(folder), device, precision)
 
     def residual(
@@ -76,23 +76,27 @@ class Full(Emulator):
         *,
         precision: Precision | None = None,
     ) -> Tensor | None:
-        """What quantising, done again here, takes from the weight; None for a layer left whole."""
+        """Original minus dequantised weight, quantised anew here; None if it is not quantised."""
         if layer not in quantized_layers(folder):
             return None
-        return rounding(source, layer, device, precision)
+        return quantization_residual(source, layer, device, precision)
 
 
-def rounding(
+def quantization_residual(
     source: Source, layer: str, device: torch.device, precision: Precision | None
 ) -> Tensor:
-    """What a packed format takes from a weight (out, in), in float64."""
+    """Original minus dequantised weight (out, in) of a layer, in float64.
+
+    Raises:
+        ValueError: `precision` is None.
+    """
     weight = source.weight(layer, device)
     packed = require_format(precision).quantize(weight)
     return weight.double().sub_(packed.dequantize().double())
 
 
-def in_blocks(source: Source) -> list[str]:
-    """The linears of the numbered blocks."""
+def block_linears(source: Source) -> list[str]:
+    """Names of the linears inside numbered blocks, such as `model.layers.3.mlp.up_proj`."""
     return [layer for layer in source.linears if re.fullmatch(IN_A_BLOCK, layer)]
 
 
@@ -101,26 +105,31 @@ def load_quantized(
     layers: Sequence[str],
     device: torch.device,
     precision: Precision | None,
-    others: Mapping[str, nn.Module] | None = None,
+    replacements: Mapping[str, nn.Module] | None = None,
 ) -> PreTrainedModel:
-    """The original, frozen, with these layers packed; one of their weights at a time is whole.
+    """Load the original model, frozen, with `layers` packed; one unpacked weight at a time.
 
-    `others`: modules to put in the place of the model's own beside them, by name.
+    Args:
+        source: the original model.
+        layers: names of the linears to quantise.
+        device: where the model is loaded.
+        precision: the packed format.
+        replacements: name -> module that replaces a module of the model.
 
     Raises:
-        ValueError: there are such layers, and no format.
+        ValueError: `precision` is None, and there are layers to quantise.
     """
-    replace = dict(others or {})
+    modules = dict(replacements or {})
     for layer in tracked(layers, "quantize", len(layers), "layer"):
-        held = require_format(precision)
-        weight = held.quantize(source.weight(layer, device))
-        replace[layer] = held.linear(weight, source.bias(layer, device))
-    model = source.load(device, replace)
-    if precision and any(isinstance(module, PackedLayer) for module in replace.values()):
-        precision.announce(model)
+        packed_format = require_format(precision)
+        weight = packed_format.quantize(source.weight(layer, device))
+        modules[layer] = packed_format.linear(weight, source.bias(layer, device))
+    model = source.load(device, modules)
+    if precision and any(isinstance(module, PackedLayer) for module in modules.values()):
+        precision.mark_model(model)
     return model
 
 
 def quantized_layers(folder: Path) -> list[str]:
-    """The layers that are quantised. The file is always there: a lost one does not mean none."""
+    """Names of the quantised layers, from `layers.json`; a missing file is an error."""
     return list(json.loads((folder / "layers.json").read_text()))

@@ -1,7 +1,7 @@
-"""Offsite-tuning: the middle of a model thinned out, and a LoRA on the layers at both ends.
+"""Offsite-tuning: drop blocks in the middle of a model, adapt the blocks at both ends.
 
 After Xiao et al., "Offsite-Tuning: Transfer Learning without Full Model" (2023), without its
-distillation. A model has one stack of blocks; of a decoder and a vision tower, the decoder's.
+distillation. Only one stack of blocks is thinned: in a model with a vision tower, the decoder's.
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ from emloc.calibration.blockwise import block_of, by_block
 from emloc.calibration.calibrate import Layers
 from emloc.config.settings import MODEL_BITS, Compression
 from emloc.emulators import BuildInputs, Emulator, Plan
-from emloc.emulators.full import in_blocks, load_quantized, rounding
-from emloc.emulators.size import size_facts, solved
+from emloc.emulators.full import block_linears, load_quantized, quantization_residual
+from emloc.emulators.size import require_solved, size_facts
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import CPU, Source
 from emloc.models.decoder import Decoder
 from emloc.precision import Precision
 
-# Of the middle, its first and its last block are always kept.
-FEWEST = 2
+# The first and the last block of the middle are always kept.
+MIN_MIDDLE = 2
 
 
 class IdentityBlock(nn.Module):
-    """In the place of a block: hands the hidden states on.
+    """Replaces a dropped block and returns the hidden states unchanged.
 
-    Of a model whose blocks give a tensor, as those of transformers do but for a few hybrids.
+    It fits models whose blocks return a tensor: all of transformers, except for a few hybrids.
     """
 
     def __init__(self, attention_type: str | None) -> None:
         super().__init__()
-        self.attention_type = attention_type  # some models ask a block which mask it takes
+        self.attention_type = attention_type  # read by models that choose a mask per block
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        """(batch, length, width) as it comes."""
+        """Return the hidden states (batch, length, width) unchanged."""
         return hidden_states
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDrop(Emulator):
-    """Whole blocks left out, evenly. All others keep their names and weights."""
+    """Drops evenly spaced blocks in the middle; all other blocks keep their names and weights."""
 
-    first: int  # blocks at the beginning that are kept and adapted
-    last: int  # blocks at the end that are kept and adapted
+    first: int  # number of blocks at the beginning that are kept and adapted
+    last: int  # number of blocks at the end that are kept and adapted
 
     def __post_init__(self) -> None:
         for name in ("first", "last"):
@@ -62,40 +62,45 @@ class LayerDrop(Emulator):
                 )
 
     def plan(self, source: Source, layers: Layers, budget: Compression) -> Plan:
-        """Names of the blocks that are adapted, of those kept beside them, and of those dropped.
+        """Return the names of all blocks in three lists: adapted, kept unadapted, and dropped.
 
-        As many are kept as the ratio allows: of all parameters, or of those in `layers`.
+        As many blocks are kept as the budget's ratio allows. The ratio counts all parameters of
+        the model, or those in `layers`.
 
         Raises:
-            ConfigError: the ratio leaves less than two blocks in the middle, or there are none to
-                drop.
+            ConfigError: the ratio leaves fewer than two blocks in the middle, or the model has no
+                blocks to drop.
         """
-        ratio = solved(budget.ratio)
+        ratio = require_solved(budget.ratio)
         counted = {f"{layer}.weight": rows * columns for layer, (rows, columns) in layers.items()}
         if budget.of == "model":
             counted = source.sizes
-        blocks = stack_of(source)
+        blocks = block_stack(source)
         sizes = [_size(counted, block) for block in blocks]
         total = sum(counted.values())
         fixed = total - sum(sizes)
         shares = self._shares(sizes, fixed, total)
         if len(shares) < 2:
             raise ConfigError(
-                f"emulator.first={self.first} and emulator.last={self.last} leave nothing to drop "
-                f"of {len(blocks)} blocks, {FEWEST} between them being kept; set model to "
-                "a deeper one, or emulator=svd"
+                f"emulator.first={self.first} and emulator.last={self.last} leave nothing to drop: "
+                f"the model has {len(blocks)} blocks, and {MIN_MIDDLE} between the ends are always "
+                "kept; set model to a deeper one, or emulator=svd"
             )
         middle = max((count for count, share in shares.items() if share <= ratio), default=None)
         if middle is None:
-            least = ceil(1000 * shares[FEWEST]) / 1000
-            thin = LayerDrop(first=1, last=1)._shares(sizes, fixed, total)[FEWEST] <= ratio
+            smallest = ceil(1000 * shares[MIN_MIDDLE]) / 1000
+            short_ends = LayerDrop(first=1, last=1)._shares(sizes, fixed, total)
+            ends_help = short_ends[MIN_MIDDLE] <= ratio
             raise ConfigError(
-                f"compression.ratio={ratio:g} of the {budget.of} leaves less than {FEWEST} "
+                f"compression.ratio={ratio:g} of the {budget.of} leaves less than {MIN_MIDDLE} "
                 f"blocks between emulator.first={self.first} and emulator.last={self.last}; set "
-                f"compression.ratio={least:g} or higher"
-                + (", or emulator.first=1 emulator.last=1" if thin else "")
+                f"compression.ratio={smallest:g} or higher"
+                + (", or emulator.first=1 emulator.last=1" if ends_help else "")
             )
-        kept = {blocks[index] for index in thinned(len(blocks), self.first, self.last, middle)}
+        kept = {
+            blocks[index]
+            for index in kept_block_indices(len(blocks), self.first, self.last, middle)
+        }
         ends = [*blocks[: self.first], *blocks[-self.last :]]
         return {
             "adapted": ends,
@@ -104,11 +109,18 @@ class LayerDrop(Emulator):
         }
 
     def _shares(self, sizes: Sequence[int], fixed: int, total: int) -> dict[int, float]:
-        """Blocks kept in the middle -> share of all that is counted."""
+        """Number of blocks kept in the middle -> share of the parameters that remains.
+
+        Args:
+            sizes: parameters of each block.
+            fixed: parameters outside the blocks.
+            total: all parameters.
+        """
         depth, ends = len(sizes), (self.first, self.last)
         return {
-            count: (fixed + sum(sizes[index] for index in thinned(depth, *ends, count))) / total
-            for count in range(FEWEST, depth - sum(ends) + 1)
+            count: (fixed + sum(sizes[index] for index in kept_block_indices(depth, *ends, count)))
+            / total
+            for count in range(MIN_MIDDLE, depth - sum(ends) + 1)
         }
 
     def build(
@@ -120,23 +132,24 @@ class LayerDrop(Emulator):
         device: torch.device,
         host_bytes: int | None = None,
     ) -> dict[str, Any]:
-        """Write which blocks are adapted, kept and dropped; only kept ones are ever packed."""
+        """Write the lists of adapted, kept and dropped blocks; only kept blocks are quantised."""
         plan = build_inputs.plan
         assert plan is not None
         (folder / "layers.json").write_text(
             json.dumps({**plan, "bits": build_inputs.bits}, indent=1)
         )
         dropped = set(plan["dropped"])
-        held = {
+        stored = {
             layer: [] if block_of(layer) in dropped else [source.linears[layer]]
-            for layer in in_blocks(source)
+            for layer in block_linears(source)
         }
-        whole = {n: c for n, c in source.sizes.items() if n.removesuffix(".weight") not in held}
-        gone = sum(_size(whole, block) for block in dropped)
-        return size_facts(source, held, build_inputs.precision, gone) | {"dropped": len(dropped)}
+        others = {n: c for n, c in source.sizes.items() if n.removesuffix(".weight") not in stored}
+        removed = sum(_size(others, block) for block in dropped)
+        facts = size_facts(source, stored, build_inputs.precision, removed)
+        return facts | {"dropped": len(dropped)}
 
     def targets(self, folder: Path, layers: Sequence[str]) -> list[str]:
-        """Those in the blocks at both ends."""
+        """Those of `layers` that are in the blocks at both ends."""
         ends = tuple(f"{block}." for block in _table(folder)["adapted"])
         return [layer for layer in layers if layer.startswith(ends)]
 
@@ -148,15 +161,15 @@ class LayerDrop(Emulator):
         *,
         precision: Precision | None = None,
     ) -> PreTrainedModel:
-        """The original, frozen, with nothing where its dropped blocks were."""
+        """Load the original model, frozen, with identities in place of the dropped blocks."""
         dropped = set(_table(folder)["dropped"])
-        kinds = getattr(source.config.get_text_config(), "layer_types", None)
-        skipped = {
-            block: IdentityBlock(kinds[index] if kinds else None)
-            for index, block in enumerate(stack_of(source))
+        attention_types = getattr(source.config.get_text_config(), "layer_types", None)
+        identities = {
+            block: IdentityBlock(attention_types[index] if attention_types else None)
+            for index, block in enumerate(block_stack(source))
             if block in dropped
         }
-        return load_quantized(source, _quantized(folder, source), device, precision, skipped)
+        return load_quantized(source, _quantized(folder, source), device, precision, identities)
 
     def residual(
         self,
@@ -167,49 +180,59 @@ class LayerDrop(Emulator):
         *,
         precision: Precision | None = None,
     ) -> Tensor | None:
-        """What quantising, done again here, takes from the weight; None for a layer left whole.
+        """Original minus dequantised weight, quantised anew here; None if it is not quantised.
 
-        Of a dropped block nothing is adapted, and so nothing is asked.
+        Layers of dropped blocks are never adapted, so nobody needs their residual.
         """
         if layer not in _quantized(folder, source):
             return None
-        return rounding(source, layer, device, precision)
+        return quantization_residual(source, layer, device, precision)
 
 
-def thinned(count: int, first: int, last: int, middle: int) -> list[int]:
-    """Indices of the blocks that are kept: the ends, and `middle` >= 2 evenly between them.
+def kept_block_indices(count: int, first: int, last: int, middle: int) -> list[int]:
+    """Indices of the kept blocks: `first` and `last` at the ends, `middle` >= 2 evenly between.
 
-    The j-th of S among M is round(j (M - 1) / (S - 1)), halves to even, as in the authors' code.
+    Of M blocks in the middle, S are kept; the j-th of these is round(j (M - 1) / (S - 1)), with
+    halves rounded to even, as in the authors' code.
+
+    Args:
+        count: number of all blocks.
+        first: blocks kept at the beginning.
+        last: blocks kept at the end.
+        middle: blocks kept between these, S.
     """
     between = count - first - last
     steps = (round(j * (between - 1) / (middle - 1)) for j in range(middle))
     return [*range(first), *(first + step for step in steps), *range(count - last, count)]
 
 
-def stack_of(source: Source) -> list[str]:
-    """Names of the blocks of the model's one numbered stack, in order.
+def block_stack(source: Source) -> list[str]:
+    """Names of the model's numbered blocks, in order.
 
-    Where a vision tower has another, of the language decoder's.
+    If the model has several stacks, such as that of a vision tower, the blocks are the decoder's.
     """
-    blocks = list(by_block(in_blocks(source)))
+    blocks = list(by_block(block_linears(source)))
     if len({block.rpartition(".")[0] for block in blocks}) > 1:
-        inside = Decoder(source).prefix
-        blocks = [block for block in blocks if block.startswith(inside)]
+        prefix = Decoder(source).prefix
+        blocks = [block for block in blocks if block.startswith(prefix)]
     return blocks
 
 
 def _size(counted: dict[str, int], block: str) -> int:
+    """Number of parameters of a block, of those in `counted` (name -> number)."""
     return sum(count for name, count in counted.items() if name.startswith(f"{block}."))
 
 
 def _quantized(folder: Path, source: Source) -> list[str]:
+    """Names of the layers that the emulator in `folder` quantises."""
     table = _table(folder)
     if table["bits"] == MODEL_BITS:
         return []
     dropped = set(table["dropped"])
-    return [layer for layer in in_blocks(source) if block_of(layer) not in dropped]
+    return [layer for layer in block_linears(source) if block_of(layer) not in dropped]
 
 
 def _table(folder: Path) -> dict[str, Any]:
+    """The blocks and bits in the emulator's `layers.json`."""
     table: dict[str, Any] = json.loads((folder / "layers.json").read_text())
     return table

@@ -1,8 +1,8 @@
-"""The original model with its blocks in host memory: what LoRA gives, in less of the device.
+"""The original model with its blocks offloaded to host memory: LoRA in less device memory.
 
-Why not a well-kept engine: accelerate's `cpu_offload` leaves the adapter without gradients, and
-FSDP2's `CPUOffloadPolicy` takes no packed weights. The latter is the peer of
-`emloc bench offload_8b`.
+Two libraries were tried and do not fit: with accelerate's `cpu_offload` the adapter gets no
+gradients, and FSDP2's `CPUOffloadPolicy` rejects packed weights. `emloc bench offload_8b` compares
+this emulator with FSDP2.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from transformers import PreTrainedModel
 from emloc.calibration.blockwise import by_block
 from emloc.calibration.calibrate import Layers
 from emloc.config.settings import Compression
-from emloc.emulators.full import Full, in_blocks, quantized_layers
+from emloc.emulators.full import Full, block_linears, quantized_layers
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.precision import Precision, require_format
 from emloc.runtime.distributed import sharded
 from emloc.runtime.progress import tracked
 from emloc.tensors.nn.streamed import StreamedBlocks
-from emloc.tensors.nn.surgery import put
+from emloc.tensors.nn.surgery import replace_parameter
 
 
 @dataclass(frozen=True, kw_only=True)
 class Offload(Full):
-    """Every layer whole, two blocks on the device at a time; packed ones travel packed."""
+    """The original model with at most two blocks on the device; packed blocks are copied packed."""
 
-    keeps_weights = False  # not where an adapter could read them before a block is computed
+    keeps_weights = False  # a block's weights reach the device only when the block runs
     recomputes = True
 
     def plan(self, source: Source, layers: Layers, budget: Compression) -> None:
-        """No ranks.
+        """Return None: every layer is kept.
 
         Raises:
-            ConfigError: the bits are not solved for, or FSDP is to split the weights.
+            ConfigError: the bits are still `auto`, or the launch uses FSDP.
         """
         super().plan(source, layers, budget)
-        _refuse_shards()
+        _require_unsharded()
 
     def open(
         self,
@@ -52,13 +52,13 @@ class Offload(Full):
         *,
         precision: Precision | None = None,
     ) -> PreTrainedModel:
-        """The original model, frozen; its numbered blocks are in host memory.
+        """Load the original model, frozen, with its numbered blocks in host memory.
 
         Raises:
-            ConfigError: FSDP is to split the weights, the checkpoint leaves a parameter without
-                weights, or blocks share one.
+            ConfigError: the launch uses FSDP, the checkpoint lacks a parameter, or blocks share
+                one.
         """
-        _refuse_shards()
+        _require_unsharded()
         return load_streamed(source, set(quantized_layers(folder)), device, precision)
 
 
@@ -68,38 +68,49 @@ def load_streamed(
     device: torch.device,
     precision: Precision | None = None,
 ) -> PreTrainedModel:
-    """The original, frozen, its blocks streamed to `device`; these layers packed.
+    """Load the original model, frozen, with its blocks in host memory, streamed to `device`.
+
+    Args:
+        source: the original model.
+        quantized: names of the linears to quantise.
+        device: where the model computes.
+        precision: packed format of these linears.
 
     Raises:
-        ValueError: there are such layers, and no format.
-        ConfigError: the checkpoint leaves a parameter without weights, or blocks share one.
+        ValueError: `precision` is None, and there are layers to quantise.
+        ConfigError: the checkpoint lacks a parameter, or blocks share one.
     """
     model = source.skeleton()
-    names = by_block(in_blocks(source))
-    packed = dict.fromkeys(quantized, require_format(precision)) if quantized else {}
-    streamed = StreamedBlocks([_held(source, model, name, packed) for name in names], device)
-    for index, layers in enumerate(tracked(names.values(), "offload", len(names), "block")):
+    layers_by_block = by_block(block_linears(source))
+    formats = dict.fromkeys(quantized, require_format(precision)) if quantized else {}
+    streamed = StreamedBlocks(
+        [_streamed_tensors(source, model, name, formats) for name in layers_by_block], device
+    )
+    for index, layers in enumerate(
+        tracked(layers_by_block.values(), "offload", len(layers_by_block), "block")
+    ):
         views = streamed.views(index)
-        some = {layer: packed[layer] for layer in layers if layer in packed}
-        _fill(source, model, views, some, device)
-        streamed.keep(index)
-    placed = {name: one for name, one in model.named_parameters() if not one.is_meta}
-    source.fill(model, [n for n, one in model.named_parameters() if one.is_meta], device)
+        block_formats = {layer: formats[layer] for layer in layers if layer in formats}
+        _read_block(source, model, views, block_formats, device)
+        streamed.store(index)
+    block_parameters = {name: p for name, p in model.named_parameters() if not p.is_meta}
+    source.fill(model, [name for name, p in model.named_parameters() if p.is_meta], device)
     model.tie_weights()
-    source.require([name for name, one in model.named_parameters() if one.is_meta])
-    for name, one in placed.items():
-        if model.get_parameter(name) is not one:
+    source.require([name for name, p in model.named_parameters() if p.is_meta])
+    for name, parameter in block_parameters.items():
+        if model.get_parameter(name) is not parameter:
             raise ConfigError(
-                f"{name} is shared with another layer and cannot travel with its block; "
+                f"{name} is shared with another layer, so it cannot be offloaded with its block; "
                 "set emulator=full"
             )
-    streamed.attach([model.get_submodule(name) for name in names])
+    streamed.attach([model.get_submodule(name) for name in layers_by_block])
     if quantized:
-        require_format(precision).announce(model)
+        require_format(precision).mark_model(model)
     return model.to(device).requires_grad_(False)
 
 
-def _refuse_shards() -> None:
+def _require_unsharded() -> None:
+    """Raise ConfigError if this launch shards weights by FSDP."""
     if sharded():
         raise ConfigError(
             "emulator=offload keeps whole blocks in host memory, and FSDP would split them; "
@@ -107,44 +118,47 @@ def _refuse_shards() -> None:
         )
 
 
-def _held(
-    source: Source, model: PreTrainedModel, block: str, packed: Mapping[str, Precision]
+def _streamed_tensors(
+    source: Source, model: PreTrainedModel, block: str, formats: Mapping[str, Precision]
 ) -> dict[str, Tensor]:
-    """What of a block is streamed: name -> a tensor of its shape and dtype.
+    """Tensors of a block that are streamed: name -> meta tensor of the right shape and dtype.
 
-    A parameter of the block itself, such as the scale of a layer, stays on the device: it could be
-    read before any module inside the block is called.
+    `formats` is layer -> packed format. Parameters of the block module itself, such as a layer
+    scale, stay on the device, since the block may read them before it calls a submodule.
     """
-    held: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for leaf, parameter in model.get_submodule(block).named_parameters():
         name = f"{block}.{leaf}"
         layer = name.removesuffix(".weight")
-        if layer in packed:
-            matrix = packed[layer].nowhere(*source.linears[layer], source.dtype)
-            held |= {f"{layer}.{part}": tensor for part, tensor in matrix.parts.items()}
+        if layer in formats:
+            matrix = formats[layer].meta_matrix(*source.linears[layer], source.dtype)
+            tensors |= {f"{layer}.{part}": tensor for part, tensor in matrix.parts.items()}
         elif "." in leaf:
-            held[name] = torch.empty(parameter.shape, dtype=source.dtype, device="meta")
-    return held
+            tensors[name] = torch.empty(parameter.shape, dtype=source.dtype, device="meta")
+    return tensors
 
 
-def _fill(
+def _read_block(
     source: Source,
     model: PreTrainedModel,
     views: dict[str, Tensor],
-    packed: Mapping[str, Precision],
+    formats: Mapping[str, Precision],
     device: torch.device,
 ) -> None:
-    """Read a block into its room and make its parameters look there; these layers packed."""
-    own = {
+    """Read a block into its device buffer and make the parameters of `model` views of the buffer.
+
+    `views` is name -> view of the buffer; layers in `formats` are quantised on the way.
+    """
+    packed_names = {
         f"{layer}.{part}"
-        for layer, precision in packed.items()
+        for layer, precision in formats.items()
         for part in precision.layout(*source.linears[layer])
     }
-    for name, tensor in source.read([name for name in views if name not in own], device):
-        put(model, name, tensor)  # refuses another shape, which a copy would spread out
-        put(model, name, views[name].copy_(tensor))
-    for layer, precision in packed.items():
+    for name, tensor in source.read([name for name in views if name not in packed_names], device):
+        replace_parameter(model, name, tensor)  # checks the shape; `copy_` alone would broadcast
+        replace_parameter(model, name, views[name].copy_(tensor))
+    for layer, precision in formats.items():
         matrix = precision.quantize(source.weight(layer, device))
         parts = {p: views[f"{layer}.{p}"].copy_(tensor) for p, tensor in matrix.parts.items()}
-        there = replace(matrix, parts=parts)
-        model.set_submodule(layer, precision.linear(there, views.get(f"{layer}.bias")))
+        in_buffer = replace(matrix, parts=parts)
+        model.set_submodule(layer, precision.linear(in_buffer, views.get(f"{layer}.bias")))

@@ -1,4 +1,4 @@
-"""A smaller checkpoint of the family in the model's place: what all of this has to beat."""
+"""A smaller checkpoint of the model's family, trained and scored instead: the main baseline."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from emloc.models.family import ModelFamily
 
 @dataclass(frozen=True, kw_only=True)
 class Sibling(Full):
-    """The sibling whole. It is trained, carried to and scored itself; the original takes no part.
+    """Replaces the original by a smaller checkpoint, which is trained and scored itself.
 
-    Nothing is compressed: the budget's ratio says which sibling, the one called r50 at 0.5.
+    Nothing is compressed; the budget's ratio selects the sibling, for instance r50 at ratio 0.5.
     """
 
     def model(self, original: ModelFamily, budget: Compression) -> ModelFamily:
-        """The sibling of this share.
+        """Return the sibling that the budget's ratio selects.
 
         Raises:
-            ConfigError: the model names none, or none of this share.
+            ConfigError: the original has no siblings, or none for this ratio.
         """
         choices = ", ".join(original.siblings)
         if not choices:
@@ -41,13 +41,13 @@ class Sibling(Full):
                 "emulator=sibling: compression=auto has no ratio to choose a smaller checkpoint "
                 f"by; {original.name} has {choices}; set compression={first}"
             )
-        wanted = f"r{round(100 * budget.ratio)}"
-        if wanted not in original.siblings:
+        name = f"r{round(100 * budget.ratio)}"
+        if name not in original.siblings:
             raise ConfigError(
-                f"emulator=sibling: compression.ratio={budget.ratio:g} asks for {wanted}, and "
-                f"{original.name} has {choices}; set compression={first}"
+                f"emulator=sibling: compression.ratio={budget.ratio:g} selects {name}, but "
+                f"{original.name} has only {choices}; set compression={first}"
             )
-        return original.siblings[wanted]
+        return original.siblings[name]
 
     def build(
         self,
@@ -58,6 +58,6 @@ class Sibling(Full):
         device: torch.device,
         host_bytes: int | None = None,
     ) -> dict[str, Any]:
-        """As of a model trained whole, with the sibling's name for the record."""
+        """Write the files of `Full.build`; add the sibling's name to the returned facts."""
         facts = super().build(folder, source, build_inputs, device=device, host_bytes=host_bytes)
         return {"model": source.name, **facts}

@@ -1,4 +1,4 @@
-"""How large an emulator is, and the rank each layer may have under a budget."""
+"""Sizes of emulators, and the layer ranks that meet a budget."""
 
 from __future__ import annotations
 
@@ -15,19 +15,25 @@ from emloc.models.checkpoint.source import Source
 from emloc.precision import Precision, bits_of
 from emloc.tensors.linalg.factorize import rank_of
 
-# Layer -> (rows, columns) of the matrices it is held as.
-Held = Mapping[str, Sequence[tuple[int, int]]]
+# Layer name -> (rows, columns) of each matrix that the emulator stores for this layer.
+StoredShapes = Mapping[str, Sequence[tuple[int, int]]]
 
 Number = TypeVar("Number", int, float)
 
 
 def uniform_ranks(source: Source, layers: Layers, budget: Compression, multiple: int) -> Ranks:
-    """The same share of every layer, such that the budget's ratio is kept.
+    """Ranks that keep the same share of parameters in every layer and meet the budget's ratio.
+
+    Args:
+        source: the original model.
+        layers: the layers to factorise, name -> (out, in).
+        budget: its ratio counts all parameters of the model, or those of `layers`.
+        multiple: ranks are rounded down to a multiple of this.
 
     Raises:
-        ConfigError: the budget is not solved for, cannot be met, or leaves a layer without rank.
+        ConfigError: the ratio is still `auto`, cannot be met, or leaves a layer with rank 0.
     """
-    share = solved(budget.ratio)
+    share = require_solved(budget.ratio)
     if budget.of == "model":
         share = share_of_linears(source, layers, share)
     try:
@@ -36,11 +42,11 @@ def uniform_ranks(source: Source, layers: Layers, budget: Compression, multiple:
         raise ConfigError(f"{error}; set compression.ratio higher") from error
 
 
-def solved(number: Number | None) -> Number:
-    """A number of the budget.
+def require_solved(number: Number | None) -> Number:
+    """Return a number of the budget, which is None until `compression=auto` has been solved.
 
     Raises:
-        ConfigError: it was to be solved for, and nobody did.
+        ConfigError: the number is None.
     """
     if number is None:
         raise ConfigError("compression=auto needs budget.gpu_gib; set budget.gpu_gib=24")
@@ -48,10 +54,10 @@ def solved(number: Number | None) -> Number:
 
 
 def ranks_at(share: float, layers: Layers, multiple: int) -> Ranks:
-    """The rank at which each layer keeps at most `share` of its parameters.
+    """Largest rank of each layer whose two factors keep at most `share` of its parameters.
 
     Raises:
-        ConfigError: the share is no share, or leaves a layer without rank.
+        ConfigError: the share is not between 0 and 1, or leaves a layer with rank 0.
     """
     ranks = {}
     for name, (rows, columns) in layers.items():
@@ -63,10 +69,10 @@ def ranks_at(share: float, layers: Layers, multiple: int) -> Ranks:
 
 
 def share_of_linears(source: Source, layers: Layers, ratio: float) -> float:
-    """The share of `layers` that leaves `ratio` of the whole model.
+    """Share of the parameters in `layers` to keep, so that the model keeps `ratio` of its own.
 
     Raises:
-        ConfigError: the rest alone is more, or nothing would be left out.
+        ConfigError: the parameters outside `layers` exceed the ratio, or nothing is compressed.
     """
     total = sum(source.sizes.values())
     linears = sum(rows * columns for rows, columns in layers.values())
@@ -74,19 +80,20 @@ def share_of_linears(source: Source, layers: Layers, ratio: float) -> float:
     share = (ratio * total - rest) / linears
     if not 0 < share < 1:
         raise ConfigError(
-            f"compression.ratio={ratio} of a model that is {rest / total:.2f} uncompressed; "
+            f"compression.ratio={ratio} counts all parameters of the model, and "
+            f"{rest / total:.2f} of them cannot be compressed; "
             f"set compression.ratio between {rest / total:.2f} and 1, or compression.of=linears"
         )
     return share
 
 
-def factors_of(source: Source, ranks: Ranks) -> Held:
-    """Both factors of every layer of rank k: u^T (k, m) and v (k, n)."""
-    return {layer: thin(source.linears[layer], rank) for layer, rank in ranks.items()}
+def stored_shapes(source: Source, ranks: Ranks) -> StoredShapes:
+    """Layer name -> shapes of both factors of rank k: u^T (k, m) and v (k, n)."""
+    return {layer: factor_shapes(source.linears[layer], rank) for layer, rank in ranks.items()}
 
 
-def thin(shape: tuple[int, int], rank: int) -> list[tuple[int, int]]:
-    """The matrices that stand for one of `shape` (m, n): u^T (k, m) and v (k, n)."""
+def factor_shapes(shape: tuple[int, int], rank: int) -> list[tuple[int, int]]:
+    """Shapes of the factors u^T (k, m) and v (k, n) of a weight of `shape` (m, n)."""
     rows, columns = shape
     return [(rank, rows), (rank, columns)]
 
@@ -94,34 +101,34 @@ def thin(shape: tuple[int, int], rank: int) -> list[tuple[int, int]]:
 def bytes_of(
     matrices: Iterable[tuple[int, int]], precision: Precision | None, dtype: torch.dtype
 ) -> int:
-    """Bytes of matrices (rows, columns) in a packed format, or in `dtype` without one."""
+    """Bytes of matrices (rows, columns) in the packed format, or in `dtype` if it is None."""
     if precision is not None:
         return sum(precision.nbytes(rows, columns) for rows, columns in matrices)
     return sum(rows * columns for rows, columns in matrices) * dtype.itemsize
 
 
 def size_facts(
-    source: Source, held: Held, precision: Precision | None, gone: int = 0
+    source: Source, stored: StoredShapes, precision: Precision | None, removed: int = 0
 ) -> dict[str, Any]:
-    """Parameters and bytes of the model that is trained through, and both shares kept.
+    """Parameters and bytes of the emulator, and its shares of the linears and of the model.
 
     Args:
-        source: the original.
-        held: what stands in for the layers that are not as they were.
-        precision: of these; None for the model's dtype.
-        gone: parameters beside these layers' weights that the model trained through has not.
+        source: the original model.
+        stored: shapes of the matrices of all compressed layers; others are as in the original.
+        precision: packed format of these matrices; None: the model's dtype.
+        removed: parameters that the emulator lacks beside weights of compressed layers.
     """
     size = source.dtype.itemsize
     total = sum(source.sizes.values())
-    before = sum(rows * columns for rows, columns in (source.linears[layer] for layer in held))
-    matrices = [shape for shapes in held.values() for shape in shapes]
+    before = sum(rows * columns for rows, columns in (source.linears[layer] for layer in stored))
+    matrices = [shape for shapes in stored.values() for shape in shapes]
     after = sum(rows * columns for rows, columns in matrices)
-    kept = total - before + after - gone
+    parameters = total - before + after - removed
     return {
-        "parameters": kept,
-        "bytes": (total - before - gone) * size + bytes_of(matrices, precision, source.dtype),
+        "parameters": parameters,
+        "bytes": (total - before - removed) * size + bytes_of(matrices, precision, source.dtype),
         "bits": bits_of(precision),
         "share_of_linears": round(after / before, 4) if before else 1.0,
-        "share_of_model": round(kept / total, 4),
+        "share_of_model": round(parameters / total, 4),
         **({"precision": precision.name} if precision else {}),
     }

@@ -1,7 +1,8 @@
-"""In which format numbers are held: a file for each packed format, and layers that hold one.
+"""Packed formats for weights, such as nf4, and linear layers with a packed weight.
 
-A format says how a matrix becomes a few tensors and back (`Precision`). All else, such as its size,
-its file, its place on a device and the products with it, follows from that.
+A format defines how a matrix is packed into a few tensors and unpacked again (`Precision`). Its
+size, its safetensors entries, moves between devices and matrix products follow from that. Each
+format is one file.
 """
 
 from __future__ import annotations
@@ -24,68 +25,69 @@ from emloc.config.settings import MODEL_BITS
 from emloc.errors import ConfigError
 from emloc.runtime.keys import without_neutral
 
-# Part -> shape and dtype of a tensor, which has at least one dimension.
+# Name of a part -> shape (at least one dimension) and dtype of the tensor.
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A matrix (rows, columns) in a packed format. The tensors are never written to."""
+    """A matrix (rows, columns) in a packed format; its tensors are read-only."""
 
     precision: Precision
-    parts: Mapping[str, Tensor]  # as the layout of the format says
+    parts: Mapping[str, Tensor]  # the tensors that `Precision.layout` lists
     shape: tuple[int, int]
-    dtype: torch.dtype  # of the matrix: what it was quantised from, and is multiplied in
+    dtype: torch.dtype  # of the matrix before it was quantised and after it is dequantised
 
     def dequantize(self, out: Tensor | None = None) -> Tensor:
-        """The matrix (rows, columns), in `out` if given: contiguous, of this shape and dtype.
+        """Return the dequantised matrix (rows, columns), written to `out` if given.
 
         Raises:
-            ValueError: `out` is none of these.
+            ValueError: `out` has another shape or dtype, or is not contiguous.
         """
         if out is not None and not (
             out.shape == self.shape and out.dtype == self.dtype and out.is_contiguous()
         ):
             raise ValueError(
-                f"need {self.shape} {self.dtype} contiguous, got {tuple(out.shape)} {out.dtype}"
+                f"out must be {self.shape}, {self.dtype} and contiguous, "
+                f"got {tuple(out.shape)}, {out.dtype}"
             )
         matrix = self.precision.unpack(self, out)
         return matrix if out is None or matrix is out else out.copy_(matrix)
 
     @cached_property
     def prepared(self) -> Any:
-        """What `Precision.prepare` made of it, once for all the times the matrix is formed."""
+        """The result of `Precision.prepare`, computed once and reused by every `dequantize`."""
         return self.precision.prepare(self)
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """What a safetensors file has to hold, by name; shape and dtype as a tensor of no bytes."""
+        """The tensors to save, as name -> tensor; an empty one stores the shape and dtype."""
         like = torch.empty((*self.shape, 0), dtype=self.dtype)
         return {f"{prefix}.{name}": tensor for name, tensor in {**self.parts, "like": like}.items()}
 
     def to(self, device: torch.device) -> Packed:
-        """The same on `device`."""
+        """Return the packed matrix on `device`."""
         moved = {name: tensor.to(device) for name, tensor in self.parts.items()}
         return dataclasses.replace(self, parts=moved)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all it holds."""
+        """Bytes of all parts."""
         return sum(tensor.nbytes for tensor in self.parts.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Precision(Part):
-    """One packed format. A new one says `layout`, `pack` and `unpack`.
+    """One packed format. A new format defines `layout`, `pack` and `unpack`.
 
-    Its other fields are settings of the format, and keys of its YAML.
+    Further fields of a subclass are settings of the format, and keys of its YAML file.
     """
 
-    name: str  # of the choice, as its YAML file is called
-    bits: int  # of one number, without what a group of numbers shares
+    name: str  # of the choice in the config group, which is also the name of its YAML file
+    bits: int  # per number, without scales that a group of numbers shares
 
-    # Operations it takes to form a matrix, which an estimate of a step's time counts.
-    forming: ClassVar[int] = 10
-    # What other libraries ask a model for that has such layers.
+    # Operations per number to dequantise a matrix; the estimate of a step's time uses it.
+    dequantize_operations: ClassVar[int] = 10
+    # Attributes that other libraries expect of a model with layers in this format.
     attributes: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __post_init__(self) -> None:
@@ -97,44 +99,44 @@ class Precision(Part):
 
     @abstractmethod
     def layout(self, rows: int, columns: int) -> Layout:
-        """The tensors that hold a matrix (rows, columns), whatever its dtype."""
+        """Shapes and dtypes of the parts of a packed matrix (rows, columns), whatever its dtype."""
 
     @abstractmethod
     def pack(self, matrix: Tensor) -> dict[str, Tensor]:
-        """The tensors of a matrix in float32 or 16 bits, on its device."""
+        """Quantise a matrix in float32 or 16 bits; return its parts, on the matrix's device."""
 
     @abstractmethod
     def unpack(self, packed: Packed, out: Tensor | None) -> Tensor:
-        """The matrix, of `packed.shape` and `packed.dtype`.
+        """Dequantise a matrix; return it with `packed.shape` and `packed.dtype`.
 
-        `out` is room for it, which may be filled and returned, or ignored.
+        `out` is a tensor of this shape and dtype that may be filled and returned, or ignored.
         """
 
     def prepare(self, packed: Packed) -> Any:
-        """What `unpack` finds as `packed.prepared`, if that takes long to make."""
+        """Compute what `unpack` needs every time; it is cached as `packed.prepared`."""
         return None
 
     def linear(self, matrix: Packed, bias: Tensor | None = None) -> nn.Module:
         """A frozen `PackedLayer` with `matrix` as its weight (out, in)."""
         return PackedLinear(matrix, bias)
 
-    def unreadable(self, rows: int, columns: int, device: torch.device) -> str | None:
-        """Why an adapter that reads a layer's weight (rows, columns) cannot read it on `device`.
+    def unreadable_reason(self, rows: int, columns: int, device: torch.device) -> str | None:
+        """Reason why PEFT cannot read a packed weight (rows, columns) on `device`; None if it can.
 
-        None where it can. By itself no library reads a format that is not its own.
+        By default it cannot, since PEFT only knows formats of certain libraries.
         """
         return f"no library reads a weight in {self.name}"
 
-    def announce(self, model: nn.Module) -> None:
-        """Tell other libraries that `model` has layers of this format."""
+    def mark_model(self, model: nn.Module) -> None:
+        """Set the attributes by which other libraries recognise a model with this format."""
         for name, value in self.attributes.items():
             setattr(model, name, value)
 
     def quantize(self, matrix: Tensor) -> Packed:
-        """A matrix in float32 or 16 bits in this format, on its device.
+        """Quantise a matrix in float32 or 16 bits to this format, on the matrix's device.
 
         Raises:
-            ValueError: it is no matrix, or the format contradicts its own layout.
+            ValueError: the tensor is no matrix, or `pack` contradicts `layout`.
         """
         if matrix.dim() != 2:
             raise ValueError(f"need a matrix, got a tensor of shape {tuple(matrix.shape)}")
@@ -142,19 +144,19 @@ class Precision(Part):
         return self._checked(self.pack(matrix.detach()), (rows, columns), matrix.dtype)
 
     def from_tensors(self, prefix: str, mapping: Mapping[str, Tensor]) -> Packed:
-        """What `Packed.tensors` took apart.
+        """Rebuild the matrix that `Packed.tensors` split into named tensors with this prefix.
 
         Raises:
             KeyError: a part is missing.
-            ValueError: a part is not as this format's are.
+            ValueError: a part has another shape or dtype than `layout` says.
         """
         like = mapping[f"{prefix}.like"]
         rows, columns = like.shape[:2]
         parts = {name: mapping[f"{prefix}.{name}"] for name in self.layout(rows, columns)}
         return self._checked(parts, (rows, columns), like.dtype)
 
-    def nowhere(self, rows: int, columns: int, dtype: torch.dtype) -> Packed:
-        """A matrix of that shape on the meta device, without numbers."""
+    def meta_matrix(self, rows: int, columns: int, dtype: torch.dtype) -> Packed:
+        """A packed matrix (rows, columns) on the meta device: shapes and dtypes without data."""
         parts = {
             name: torch.empty(shape, dtype=kind, device="meta")
             for name, (shape, kind) in self.layout(rows, columns).items()
@@ -162,85 +164,91 @@ class Precision(Part):
         return Packed(self, parts, (rows, columns), dtype)
 
     def nbytes(self, rows: int, columns: int) -> int:
-        """`Packed.nbytes` of a matrix, without having one."""
+        """Bytes of a packed matrix (rows, columns)."""
         layout = self.layout(rows, columns).values()
         return sum(prod(shape) * kind.itemsize for shape, kind in layout)
 
     @property
     def key(self) -> dict[str, Any]:
-        """Name, bits and settings: what a stage that packs matrices depends on."""
+        """Cache key of the format: its name, bits and settings."""
         return without_neutral(dataclasses.asdict(self), type(self))
 
     def _checked(
         self, parts: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
     ) -> Packed:
+        """The packed matrix of these parts; ValueError if they differ from the layout."""
         expected = dict(self.layout(*shape))
-        got = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in parts.items()}
-        if got != expected:
+        actual = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in parts.items()}
+        if actual != expected:
             raise ValueError(
-                f"precision={self.name}: a matrix {shape} is held as {got}, and its layout says "
-                f"{expected}"
+                f"precision={self.name}: a matrix {shape} is packed as {actual}, but the layout of "
+                f"the format says {expected}"
             )
         return Packed(self, parts, shape, dtype)
 
 
 def bits_of(precision: Precision | None) -> int:
-    """Bits of a number; `MODEL_BITS` for the model's own dtype, which is no packed format."""
+    """Bits per number of a packed format; `MODEL_BITS` if it is None, for the model's own dtype."""
     return MODEL_BITS if precision is None else precision.bits
 
 
 def require_format(precision: Precision | None) -> Precision:
-    """The format of what is known to be packed.
+    """Return the packed format of an emulator that has packed weights.
 
     Raises:
-        ValueError: there is none, and the model's dtype would not be what was trained through.
+        ValueError: `precision` is None; the model's dtype would give another emulator.
     """
     if precision is None:
-        raise ValueError("the emulator was built in a packed format, and is opened without one")
+        raise ValueError("the emulator was built in a packed format, but precision is None")
     return precision
 
 
 class _Multiply(torch.autograd.Function):
-    """x (..., n) by a frozen matrix that is formed for the moment, forwards and backwards.
+    """Multiplies x (..., n) by a frozen packed matrix M, dequantised once in each direction.
 
-    The map is linear, so that nothing at all is kept for the backward pass.
+    The product is linear in x, so nothing is saved for the backward pass.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: Packed, turned: bool) -> Tensor:
-        """`x M^T`, as a linear layer multiplies; `turned`, with M held as its transpose: `x M`."""
-        ctx.matrix, ctx.turned = matrix, turned
-        return _product(x, matrix, turned)
+    def forward(ctx: Any, x: Tensor, matrix: Packed, transposed: bool) -> Tensor:
+        """Return `x M^T`, as a linear layer computes it, or `x M` if `transposed`."""
+        ctx.matrix, ctx.transposed = matrix, transposed
+        return _product(x, matrix, transposed)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        """The gradient of x."""
-        return _product(grads[0], ctx.matrix, not ctx.turned), None, None
+        """Gradient of x; None for the frozen matrix and the flag."""
+        return _product(grads[0], ctx.matrix, not ctx.transposed), None, None
 
 
-def _product(x: Tensor, matrix: Packed, turned: bool) -> Tensor:
+def _product(x: Tensor, matrix: Packed, transposed: bool) -> Tensor:
+    """`x M^T`, or `x M` if `transposed`, without a gradient."""
     full = matrix.dequantize()
-    return x @ full if turned else functional.linear(x, full)
+    return x @ full if transposed else functional.linear(x, full)
 
 
-def multiply(x: Tensor, matrix: Packed, *, turned: bool = False) -> Tensor:
-    """`x M^T` (`turned`: `x M`) in the dtype of the matrix, differentiable in x."""
-    result: Tensor = _Multiply.apply(x.to(matrix.dtype), matrix, turned)  # type: ignore[no-untyped-call]
+def multiply(x: Tensor, matrix: Packed, *, transposed: bool = False) -> Tensor:
+    """Multiply x by a packed matrix M in M's dtype: `x M^T`, or `x M` if `transposed`.
+
+    The product is differentiable in x; M is frozen.
+    """
+    result: Tensor = _Multiply.apply(x.to(matrix.dtype), matrix, transposed)  # type: ignore[no-untyped-call]
     return result
 
 
-def put_parts(module: nn.Module, name: str, matrix: Packed) -> None:
-    """Make the parts of `matrix` buffers of `module`, which move with it and are not saved.
+def register_parts(module: nn.Module, name: str, matrix: Packed) -> None:
+    """Register the parts of a packed matrix as buffers `<name>_<part>` of `module`.
 
-    Floating point as bytes: a model cast to another dtype would round the scales.
+    The buffers move with the module and are not saved. Floating-point parts are registered as
+    bytes, since casting the model to another dtype would otherwise round the scales.
     """
     for part, tensor in matrix.parts.items():
-        held = tensor.view(torch.uint8) if tensor.is_floating_point() else tensor
-        module.register_buffer(f"{name}_{part}", held, persistent=False)
+        buffer = tensor.view(torch.uint8) if tensor.is_floating_point() else tensor
+        module.register_buffer(f"{name}_{part}", buffer, persistent=False)
 
 
-def parts_in(module: nn.Module, name: str, layout: Layout) -> dict[str, Tensor]:
-    """What `put_parts` put there: part -> tensor."""
+def registered_parts(module: nn.Module, name: str, layout: Layout) -> dict[str, Tensor]:
+    """Part -> tensor of a matrix that `register_parts` registered under `name`."""
     return {
         part: module.get_buffer(f"{name}_{part}").view(kind)
         if kind.is_floating_point
@@ -250,20 +258,20 @@ def parts_in(module: nn.Module, name: str, layout: Layout) -> dict[str, Tensor]:
 
 
 class PackedLayer(ABC):
-    """Beside a module: a frozen linear layer `y = x M^T + bias` with M in a packed format."""
+    """A frozen linear layer `y = x M^T + bias` with a packed M; a base class beside `nn.Module`."""
 
     bias: Any  # a tensor (out,), or None
 
     @property
     @abstractmethod
     def matrix(self) -> Packed:
-        """The weight (out, in), in the tensors that the layer holds."""
+        """The packed weight (out, in), as a view of the layer's tensors."""
 
 
 class PackedLinear(PackedLayer, nn.Linear):
-    """A linear layer whose weight (out, in) is packed; an `nn.Linear` to whoever asks.
+    """A frozen linear layer with a packed weight (out, in), also an instance of `nn.Linear`.
 
-    The weight is formed when it is multiplied and dropped again, in the backward pass too.
+    Each forward and backward pass dequantises the weight, multiplies by it and drops it.
     """
 
     weight: Tensor
@@ -272,30 +280,30 @@ class PackedLinear(PackedLayer, nn.Linear):
         nn.Module.__init__(self)  # nn.Linear would allocate the full weight
         self.out_features, self.in_features = matrix.shape
         self.precision = matrix.precision
-        put_parts(self, "weight", matrix)
-        # Asked for device and dtype, as PEFT does, and holds nothing: an adapter (out, in) folded
-        # into it fails on the shape, where adding it to a weight formed for the occasion would be
-        # lost without a word.
+        register_parts(self, "weight", matrix)
+        # PEFT reads the weight's device and dtype, so the layer has an empty tensor of both. If
+        # somebody merges an adapter (out, in) into it, the shapes mismatch and raise an error; a
+        # merge into a temporary dequantised weight would be lost silently.
         like = next(iter(matrix.parts.values()))
-        nothing = like.new_empty((*matrix.shape, 0), dtype=matrix.dtype)
-        self.register_buffer("weight", nothing, persistent=False)
+        empty = like.new_empty((*matrix.shape, 0), dtype=matrix.dtype)
+        self.register_buffer("weight", empty, persistent=False)
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", bias)
 
     @property
     def matrix(self) -> Packed:
-        """The weight (out, in), in the tensors that the layer holds."""
+        """The packed weight (out, in), as a view of the layer's buffers."""
         shape = (self.out_features, self.in_features)
-        parts = parts_in(self, "weight", self.precision.layout(*shape))
+        parts = registered_parts(self, "weight", self.precision.layout(*shape))
         return Packed(self.precision, parts, shape, self.weight.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map (..., in) to (..., out), in the dtype the weight was quantised from."""
+        """Map x (..., in) to y (..., out), in the dtype that the weight was quantised from."""
         y = multiply(input, self.matrix)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        """Shapes, as `nn.Linear` prints them, and the format."""
+        """The layer's sizes, as `nn.Linear` prints them, and its packed format."""
         shapes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{shapes}, precision={self.precision.name}"

@@ -1,9 +1,9 @@
-"""Four bits: nf4 with double quantisation (QLoRA). Home of bitsandbytes.
+"""The format nf4: four bits with double quantisation (QLoRA, section 3), by bitsandbytes.
 
-64 numbers in row-major order are a block: four bits each, as a step of the quantiles of a normal
-distribution scaled by the block's largest magnitude. These magnitudes are held in 8 bits: the mean
-of all, and 256 at a time what is left of them, scaled by the largest of it (QLoRA, section 3). Half
-a byte and 1/64 byte a number, and a little.
+64 numbers in row-major order form a block. Each number is a 4-bit code for a quantile of the normal
+distribution, times the block's largest magnitude. These magnitudes are quantised to 8 bits: their
+overall mean is subtracted, and groups of 256 differences share a scale, their largest magnitude. A
+number takes 1/2 + 1/64 byte and a little more. Only this module imports bitsandbytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn import functional
 from emloc.errors import ConfigError
 from emloc.precision import Layout, Packed, PackedLayer, Precision, multiply
 
-# It asks for one more package, at every import, for inference on some CPUs.
+# At every import bitsandbytes would suggest another package, for inference on some CPUs.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 import bitsandbytes  # noqa: E402
@@ -35,32 +35,33 @@ from bitsandbytes.functional import (  # noqa: E402
 )
 
 BITS = 4
-BLOCK = 64  # numbers that share a scale
-GROUP = 256  # scales that share a scale
+BLOCK = 64  # number of weights that share a scale
+GROUP = 256  # number of blocks whose scales share a second scale
 
 
 @dataclass(frozen=True, kw_only=True)
 class Nf4(Precision):
-    """A matrix is `codes`, `absmax` and `scales`.
+    """The nf4 format, which packs a matrix into the parts `codes`, `absmax` and `scales`.
 
-    codes: uint8, two numbers a byte, the first one in the high bits; whole blocks.
-    absmax: uint8, (blocks,).
-    scales: float32, (1 + groups,): the mean of the magnitudes, then the groups' scales.
+    codes: uint8, two numbers per byte, the first in the high bits; padded to full blocks.
+    absmax: uint8 (blocks,), the quantised magnitude of each block.
+    scales: float32 (1 + groups,): the mean of all magnitudes, then the scale of each group.
     """
 
-    forming = 6
-    attributes = MappingProxyType({"is_loaded_in_4bit": True})  # or PEFT takes no bitsandbytes
+    dequantize_operations = 6
+    # PEFT uses its bitsandbytes layers only for models with this attribute.
+    attributes = MappingProxyType({"is_loaded_in_4bit": True})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.bits != BITS:
             raise ConfigError(
-                f"precision.bits={self.bits}: precision={self.name} has {BITS}; "
+                f"precision.bits={self.bits}: precision={self.name} has {BITS} bits; "
                 f"set precision.bits={BITS}"
             )
 
     def layout(self, rows: int, columns: int) -> Layout:
-        """Half a byte a number, a byte a block, four bytes a group and for the mean."""
+        """The parts of a matrix: half a byte per number, a byte per block, four bytes per group."""
         blocks = -(-rows * columns // BLOCK)
         return {
             "codes": ((blocks * BLOCK // 2, 1), torch.uint8),
@@ -69,9 +70,9 @@ class Nf4(Precision):
         }
 
     def pack(self, matrix: Tensor) -> dict[str, Tensor]:
-        """The nearest codes."""
-        # Whole blocks, one a row: bitsandbytes' CPU kernel takes the scales of other widths from
-        # the wrong blocks (multiples of 16 that are none of 64, in 0.50).
+        """Quantise a matrix to the nearest codes."""
+        # One full block per row: for widths that are multiples of 16 but not of 64, the CPU kernel
+        # of bitsandbytes 0.50 reads the scales of wrong blocks.
         flat = matrix.reshape(-1)
         flat = functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
         codes, state = quantize_4bit(
@@ -81,37 +82,37 @@ class Nf4(Precision):
         return {"codes": codes, "absmax": state.absmax, "scales": scales}
 
     def prepare(self, packed: Packed) -> QuantState:
-        """To describe a matrix takes the host longer than the device to form it."""
+        """Build bitsandbytes' `QuantState`, which takes longer than to dequantise the matrix."""
         blocks = packed.parts["absmax"].numel()
         return _state(packed.parts, torch.Size((blocks, BLOCK)), packed.dtype)
 
     def unpack(self, packed: Packed, out: Tensor | None) -> Tensor:
-        """The matrix, written where it is to lie if a kernel can do so."""
+        """Dequantise a matrix, directly into `out` if the kernel supports this."""
         rows, columns = packed.shape
         size = rows * columns
         codes, state = packed.parts["codes"], packed.prepared
-        if out is not None and out.is_cuda and size % BLOCK == 0:  # what no other kernel takes
+        if out is not None and out.is_cuda and size % BLOCK == 0:  # other kernels ignore `out`
             dequantize_4bit(codes, state, out=out.view(-1, BLOCK))
             return out
         matrix: Tensor = dequantize_4bit(codes, state)
         return matrix.view(-1)[:size].view(rows, columns)
 
     def linear(self, matrix: Packed, bias: Tensor | None = None) -> nn.Module:
-        """A layer of bitsandbytes' class, which PEFT knows."""
+        """Return a layer of bitsandbytes' class `Linear4bit`, which PEFT recognises."""
         return Nf4Linear(matrix, bias)
 
-    def unreadable(self, rows: int, columns: int, device: torch.device) -> str | None:
-        """PEFT has bitsandbytes form the weight, which reads some widths wrongly (see `pack`)."""
+    def unreadable_reason(self, rows: int, columns: int, device: torch.device) -> str | None:
+        """Reason why PEFT reads the weight wrongly: a bug in bitsandbytes on CPUs (see `pack`)."""
         if device.type != "cpu" or columns % BLOCK == 0:
             return None
         return (
-            f"on a CPU bitsandbytes reads one of {self.bits} bits wrongly unless its width, "
+            f"on a CPU bitsandbytes reads a {self.bits}-bit weight wrongly unless its width, "
             f"{columns}, is a multiple of {BLOCK}"
         )
 
 
 def _state(parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> QuantState:
-    """What bitsandbytes has to know beside the codes of a matrix."""
+    """The `QuantState` by which bitsandbytes interprets the codes of a matrix."""
     scales = parts["scales"]
     steps, scale_steps = _steps(scales.device)
     nested = QuantState(absmax=scales[1:], code=scale_steps, blocksize=GROUP, dtype=torch.float32)
@@ -129,15 +130,15 @@ def _state(parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -
 
 @cache
 def _steps(device: torch.device) -> tuple[Tensor, Tensor]:
-    """What the codes of numbers (16) and of magnitudes (256) stand for, which never differs."""
+    """The values of the 16 codes for numbers and of the 256 codes for magnitudes, all constants."""
     return get_4bit_type("nf4", device=device), create_dynamic_map().to(device)
 
 
 class Nf4Linear(PackedLayer, bitsandbytes.nn.Linear4bit):
-    """A linear layer whose weight (out, in) is in nf4; one of bitsandbytes', to PEFT.
+    """A frozen linear layer with an nf4 weight (out, in), which PEFT treats as a `Linear4bit`.
 
-    Only the products are its own: bitsandbytes' read some widths wrongly on a CPU (see `Nf4.pack`),
-    and in eval mode repack the weight into something that has no gradient.
+    It computes the matrix products itself. Those of bitsandbytes read some widths wrongly on the
+    CPU (see `Nf4.pack`), and in eval mode they repack the weight and lose the gradient of x.
     """
 
     def __init__(self, weight: Packed, bias: Tensor | None = None) -> None:
@@ -160,14 +161,14 @@ class Nf4Linear(PackedLayer, bitsandbytes.nn.Linear4bit):
             bnb_quantized=True,
         )
         self.quant_state = self.weight.quant_state
-        # As bytes: a model cast to another dtype would round the scales.
+        # Registered as bytes, since casting the model to another dtype would round the scales.
         self.register_buffer("scales", weight.parts["scales"].view(torch.uint8), False)
         if bias is not None:
             self.bias = nn.Parameter(bias, requires_grad=False)
 
     @property
     def matrix(self) -> Packed:
-        """The weight as a value, in the tensors that the layer holds."""
+        """The packed weight (out, in), as a view of the layer's tensors."""
         state: Any = self.weight.quant_state
         scales = self.get_buffer("scales").view(torch.float32)
         parts = {"codes": self.weight.data, "absmax": state.absmax, "scales": scales}
@@ -175,6 +176,6 @@ class Nf4Linear(PackedLayer, bitsandbytes.nn.Linear4bit):
         return Packed(self.precision, parts, shape, state.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., in) to (..., out), in the dtype the weight was quantised from."""
+        """Map x (..., in) to y (..., out), in the dtype that the weight was quantised from."""
         y = multiply(x, self.matrix)
         return y if self.bias is None else y + self.bias

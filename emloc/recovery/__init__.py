@@ -1,4 +1,4 @@
-"""How a trained adapter is carried back to the original model: one file for each way."""
+"""Recoveries: they adapt a trained adapter to the original model. One file per method."""
 
 from __future__ import annotations
 
@@ -17,37 +17,39 @@ from emloc.emulators import BuiltEmulator
 from emloc.runtime.stage_cache import Artifact
 
 
-def silent(step: int, values: dict[str, float]) -> None:
-    """A report that nobody reads."""
+def ignore_log(step: int, values: dict[str, float]) -> None:
+    """Ignore a line of the training log: the default of `RecoveryInputs.report`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveryInputs:
-    """What a recovery works on, and where."""
+    """The inputs of `Recovery.recover`: adapter, emulator, original model, samples and device."""
 
-    trained: Artifact  # the adapter, in the folder `adapter` of its artifact
-    built_emulator: BuiltEmulator  # the emulator it was trained through, and the original beneath
-    samples: Samples | None  # of calibration, for a recovery with `statistics`
-    training_inputs: (
-        TrainingInputs | None
-    )  # what the adapter was fitted to, for a recovery that `trains`
+    trained: Artifact  # of the training stage; the adapter is in its folder `adapter`
+    built_emulator: BuiltEmulator  # the adapter was trained on it; it knows the original model
+    samples: Samples | None  # calibration samples, if `Recovery.statistics` is true
+    training_inputs: TrainingInputs | None  # of the adapter's training, if `Recovery.trains`
     device: torch.device
-    host_bytes: int | None = None  # what hidden states may take of host memory
-    report: Callable[[int, dict[str, float]], None] = silent  # takes each line of a training log
+    host_bytes: int | None = None  # limit of host memory for hidden states; None: no limit
+    report: Callable[[int, dict[str, float]], None] = ignore_log  # called with (step, log values)
 
 
 class Recovery(Part):
-    """One way of carrying an adapter."""
+    """One method of adapting a trained adapter to the original model."""
 
-    reads_pairs: ClassVar[bool] = True  # it works on A and B themselves
-    scatters: ClassVar[bool] = False  # it enlarges what was trained on smaller layers
-    trains: ClassVar[bool] = False  # it takes training steps, with all processes of a launch
+    reads_pairs: ClassVar[bool] = True  # whether it reads the LoRA matrices A and B
+    scatters: ClassVar[bool] = False  # whether it enlarges an adapter of pruned layers
+    trains: ClassVar[bool] = False  # whether it runs training steps, on all processes of a launch
 
     @property
     def statistics(self) -> bool:
-        """Whether it runs the original model over the calibration samples."""
+        """Whether the recovery runs the original model over the calibration samples."""
         return False
 
     @abstractmethod
     def recover(self, folder: Path, inputs: RecoveryInputs) -> dict[str, Any]:
-        """Write the carried adapter into `folder`/adapter, modules trained whole included."""
+        """Write the recovered adapter, with modules trained in full, into `folder`/adapter.
+
+        Returns:
+            Facts about the recovery, which the run keeps with its results.
+        """

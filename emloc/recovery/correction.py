@@ -1,4 +1,4 @@
-"""EMLoC's correction: make up for the gap between emulator and original (stage 3)."""
+"""EMLoC's LoRA correction: subtract what the LoRA learnt only to undo the emulator's error."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ METRICS = ("identity", "covariance")
 
 @dataclass(frozen=True, kw_only=True)
 class Correction(Recovery):
-    """Take out of the LoRA what it learnt only to make up for the emulator's error."""
+    """Corrects B of each LoRA for the residual between original and emulator (EMLoC, stage 3)."""
 
-    metric: str  # identity: the paper; covariance: directions weigh as the calibration tokens do
+    metric: str  # identity: the paper; covariance: weights directions by the calibration tokens
     clamp: float | None  # the paper's lambda, per rank direction; 0: uncorrected, null: no clamp
     strength: float  # multiplies the clamped correction, in [0, 1]
 
@@ -61,24 +61,25 @@ class Correction(Recovery):
 
     @property
     def statistics(self) -> bool:
-        """The covariance metric runs the original over the calibration samples once more."""
+        """Whether the original runs over the calibration samples (covariance metric)."""
         return self.metric == "covariance"
 
     def recover(self, folder: Path, inputs: RecoveryInputs) -> dict[str, Any]:
-        """Write the corrected adapter, and `layers.json`: what was done to each layer.
+        """Write the corrected adapter, and the effect on each layer as `layers.json`.
 
-        Layer by layer on the device, for the covariance metric along a walk through the original:
-        its moments go with their block. `host_bytes` is what hidden states may take of host memory.
+        The layers are corrected one by one on the device. The covariance metric needs a blockwise
+        forward of the original; the moments of one block are in memory at a time.
 
-        A layer's mismatch is the mean energy by which the original with the adapter misses the
-        emulator with it, as the metric weighs inputs: those of the calibration tokens, or white
-        ones of unit variance. `after` is what is predicted of the corrected adapter.
+        A layer's mismatch is the mean squared difference between the outputs of the original with
+        its adapter and the emulator with its adapter. The inputs are those of the calibration
+        tokens (covariance metric), or white with unit variance (identity metric). The mismatch
+        after the correction is a prediction.
         """
         built_emulator, samples, device = inputs.built_emulator, inputs.samples, inputs.device
         adapter = read_lora(inputs.trained.folder / "adapter")
-        run = None
+        blocks = None
         if samples is not None:
-            run = iterate_checkpoint(
+            blocks = iterate_checkpoint(
                 built_emulator.source,
                 samples.batches(built_emulator.source),
                 list(by_block(adapter.pairs)),
@@ -87,27 +88,29 @@ class Correction(Recovery):
                 folder=folder,
             )
         corrected: dict[str, LoraPair] = {}
-        done: dict[str, LayerCorrection] = {}
-        known = _known(run, adapter.pairs, lambda layer: built_emulator.residual(layer, device))
-        for one in tracked(known, "recover", len(adapter.pairs), "layer"):
-            if one.gap is not None:
-                pair = _on(adapter.pairs[one.layer], device)
-                pair, change = self.correct(pair, one.gap, one.moments)
-                corrected[one.layer] = _on(pair, CPU)
-                done[one.layer] = LayerCorrection(change, _before(one))
+        corrections: dict[str, LayerCorrection] = {}
+        layers = _adapted_layers(
+            blocks, adapter.pairs, lambda layer: built_emulator.residual(layer, device)
+        )
+        for layer in tracked(layers, "recover", len(adapter.pairs), "layer"):
+            if layer.residual is not None:
+                pair = _on_device(adapter.pairs[layer.name], device)
+                pair, effect = self.correct(pair, layer.residual, layer.moments)
+                corrected[layer.name] = _on_device(pair, CPU)
+                corrections[layer.name] = LayerCorrection(effect, _mismatch_as_trained(layer))
         recovered = adapter.map(
-            lambda layer, pair: corrected.get(layer, pair), {"by": "correction", **asdict(self)}
+            lambda name, pair: corrected.get(name, pair), {"by": "correction", **asdict(self)}
         )
         recovered.save(folder / "adapter")
-        table = {layer: done[layer].facts for layer in adapter.pairs if layer in done}
+        table = {name: corrections[name].facts for name in adapter.pairs if name in corrections}
         (folder / "layers.json").write_text(json.dumps(table, indent=1))
-        facts = {"corrected_layers": len(done), **_summary(list(done.values()))}
+        facts = {"corrected_layers": len(corrections), **_summary(list(corrections.values()))}
         return facts | ({"samples": samples.ids} if samples is not None else {})
 
     def correct(
         self, pair: LoraPair, residual: Tensor, moments: ActivationMoments | None
     ) -> tuple[LoraPair, CorrectionEffect]:
-        """Correct one layer's pair; `moments` only for the covariance metric."""
+        """Correct one layer's LoRA, by the covariance metric if `moments` is given."""
         if moments is None:
             return correct_identity(pair, residual, clamp=self.clamp, strength=self.strength)
         return correct_covariance(pair, residual, moments, clamp=self.clamp, strength=self.strength)
@@ -115,89 +118,97 @@ class Correction(Recovery):
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """An adapted layer: the gap to close, and what calibration tokens say of it."""
+    """An adapted layer with its residual and the activation moments of the calibration tokens."""
 
-    layer: str
-    gap: Tensor | None  # original minus emulator weight (m, n); None: the same
-    moments: ActivationMoments | None = None
-    missed: float | None = None  # mean of ||gap x||^2 over the tokens
+    name: str
+    residual: Tensor | None  # original minus emulator weight (m, n); None: the weights are equal
+    moments: ActivationMoments | None = None  # None: the metric does not need them
+    error: float | None = None  # mean of ||residual x||^2 over the tokens; None without moments
 
 
 @dataclass(frozen=True)
 class LayerCorrection:
-    """What was done to a layer."""
+    """The effect of the correction on one layer."""
 
-    change: CorrectionEffect
+    effect: CorrectionEffect
     before: float  # mismatch of the adapter as it was trained
 
     @property
     def after(self) -> float:
-        """Mismatch of the corrected one, which no rounding makes negative."""
-        return max(0.0, self.before - self.change.removed)
+        """Predicted mismatch of the corrected adapter, at least 0 despite rounding."""
+        return max(0.0, self.before - self.effect.removed)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is kept of it."""
-        return asdict(self.change) | {"mismatch_before": self.before, "mismatch_after": self.after}
+        """The layer's entry in `layers.json`: effect, and mismatch before and after."""
+        return asdict(self.effect) | {"mismatch_before": self.before, "mismatch_after": self.after}
 
 
-def _before(one: AdaptedLayer) -> float:
-    assert one.gap is not None
-    return float(one.gap.square().sum()) if one.missed is None else one.missed
+def _mismatch_as_trained(layer: AdaptedLayer) -> float:
+    """Mismatch before the correction: over the calibration tokens, or over white inputs."""
+    assert layer.residual is not None
+    return float(layer.residual.square().sum()) if layer.error is None else layer.error
 
 
-def _known(
-    run: Iterable[Block] | None,
+def _adapted_layers(
+    blocks: Iterable[Block] | None,
     pairs: Mapping[str, LoraPair],
-    gap_of: Callable[[str], Tensor | None],
+    residual_of: Callable[[str], Tensor | None],
 ) -> Iterator[AdaptedLayer]:
-    """Every adapted layer, with what the metric needs of its activations."""
-    if run is None:
-        yield from (AdaptedLayer(layer, gap_of(layer)) for layer in pairs)
+    """Yield every adapted layer; with `blocks`, together with its activation moments."""
+    if blocks is None:
+        yield from (AdaptedLayer(name, residual_of(name)) for name in pairs)
         return
-    members = by_block(pairs)
-    for block in run:
-        layers = members[block.name]
-        gaps = {layer: gap_of(layer) for layer in layers}
-        found = _seen(block, {layer: pairs[layer] for layer in layers}, gaps)
-        for layer in layers:
-            if layer not in found:
+    names_by_block = by_block(pairs)
+    for block in blocks:
+        names = names_by_block[block.name]
+        residuals = {name: residual_of(name) for name in names}
+        moments = _block_moments(block, {name: pairs[name] for name in names}, residuals)
+        for name in names:
+            if name not in moments:
                 raise ConfigError(
-                    f"recovery=correction: no calibration token reaches {layer}, so that its "
+                    f"recovery=correction: no calibration token reaches {name}, so its "
                     "inputs have no covariance; set recovery.metric=identity recovery.clamp=3"
                 )
-            yield AdaptedLayer(layer, gaps.pop(layer), *found.pop(layer))
+            yield AdaptedLayer(name, residuals.pop(name), *moments.pop(name))
 
 
-def moments_along(
-    run: Iterable[Block], pairs: Mapping[str, LoraPair]
+def moments_by_layer(
+    blocks: Iterable[Block], pairs: Mapping[str, LoraPair]
 ) -> dict[str, ActivationMoments]:
-    """What the covariance metric needs of each adapted layer, over the blocks of a walk.
+    """Activation moments of every adapted layer for the covariance metric, in host memory.
 
-    In host memory, as they are kept for all layers.
+    Args:
+        blocks: of a blockwise forward of the original model.
+        pairs: layer name -> LoRA.
     """
     return {
-        one.layer: replace(one.moments, aca=one.moments.aca.cpu(), ca=one.moments.ca.cpu())
-        for one in _known(run, pairs, lambda _: None)
-        if one.moments is not None
+        layer.name: replace(layer.moments, aca=layer.moments.aca.cpu(), ca=layer.moments.ca.cpu())
+        for layer in _adapted_layers(blocks, pairs, lambda _: None)
+        if layer.moments is not None
     }
 
 
-def _seen(
-    block: Block, pairs: Mapping[str, LoraPair], gaps: Mapping[str, Tensor | None]
+def _block_moments(
+    block: Block, pairs: Mapping[str, LoraPair], residuals: Mapping[str, Tensor | None]
 ) -> dict[str, tuple[ActivationMoments, float]]:
-    """Run the block: layer -> moments and mean of ||gap x||^2, of the layers that take tokens."""
+    """Run a block: layer name -> its moments and the mean of ||residual x||^2 over the tokens.
+
+    Layers that no token reaches are left out.
+    """
     linears = linears_of(block, pairs)
     a = {layer: pairs[layer].a.to(linear.weight.device) for layer, linear in linears.items()}
-    # For the record alone, so that a product in the dtype of the model is exact enough.
+    # The error is only reported, so products in the model's dtype are exact enough.
     narrow = {
-        layer: gap.to(linears[layer].weight.dtype) for layer, gap in gaps.items() if gap is not None
+        layer: residual.to(linears[layer].weight.dtype)
+        for layer, residual in residuals.items()
+        if residual is not None
     }
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}
-    missed = dict.fromkeys(pairs, 0.0)
+    errors = dict.fromkeys(pairs, 0.0)
 
     def add(mask: Tensor | None) -> None:
-        for layer, rows in taken.rows(mask).items():
+        for layer, rows in recorder.rows(mask).items():
             features = product(rows, a[layer].T)
             aca, ca, tokens = sums.get(layer, (None, None, 0))
             sums[layer] = (
@@ -206,31 +217,35 @@ def _seen(
                 tokens + len(rows),
             )
             if layer in narrow:
-                gone = functional.linear(rows, narrow[layer])
-                missed[layer] += float(gone.float().square().sum(dtype=torch.float64))
+                lost_output = functional.linear(rows, narrow[layer])
+                errors[layer] += float(lost_output.float().square().sum(dtype=torch.float64))
 
-    with InputRecorder(linears) as taken:
+    with InputRecorder(linears) as recorder:
         block.run(add)
     return {
-        layer: (ActivationMoments(*one), missed[layer] / one[2])
-        for layer, one in sums.items()
-        if one[2]
+        layer: (ActivationMoments(aca, ca, tokens), errors[layer] / tokens)
+        for layer, (aca, ca, tokens) in sums.items()
+        if tokens
     }
 
 
-def _on(pair: LoraPair, device: torch.device) -> LoraPair:
+def _on_device(pair: LoraPair, device: torch.device) -> LoraPair:
+    """Copy of a LoRA on `device`."""
     return replace(pair, a=pair.a.to(device), b=pair.b.to(device))
 
 
-def _summary(done: Sequence[LayerCorrection]) -> dict[str, Any]:
-    """Of all layers: the share of directions that the clamp shortened, and of mismatch left.
+def _summary(corrections: Sequence[LayerCorrection]) -> dict[str, Any]:
+    """Summary over all layers, for the results of the run.
 
-    The latter is the mean over layers, whose outputs are of different sizes.
+    Returns:
+        `clamped`: share of all directions that the clamp shortened; `ratio`: median over layers of
+        |correction| / |LoRA|; `mismatch_left`: mean over layers of the remaining share of
+        mismatch, since the layers' outputs differ in size.
     """
-    directions = sum(one.change.directions for one in done)
-    clamped = sum(one.change.clamped * one.change.directions for one in done)
-    left = [one.after / one.before for one in done if one.before > 0]
-    ratios = [one.change.ratio for one in done if one.change.ratio is not None]
+    directions = sum(one.effect.directions for one in corrections)
+    clamped = sum(one.effect.clamped * one.effect.directions for one in corrections)
+    left = [one.after / one.before for one in corrections if one.before > 0]
+    ratios = [one.effect.ratio for one in corrections if one.effect.ratio is not None]
     return {
         "clamped": round(clamped / directions, 4) if directions else 0.0,
         "ratio": round(statistics.median(ratios), 4) if ratios else None,

@@ -1,4 +1,4 @@
-"""Carry the adapter over as it is."""
+"""No recovery: the original model gets the adapter as it was trained."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from emloc.recovery import Recovery, RecoveryInputs
 
 @dataclass(frozen=True, kw_only=True)
 class NoRecovery(Recovery):
-    """The adapter's tensors, unchanged, on the layers of the same names in the original."""
+    """Leaves the adapter unchanged; the original model loads its matrices by layer name."""
 
     reads_pairs = False
 
     def recover(self, folder: Path, inputs: RecoveryInputs) -> dict[str, Any]:
-        """Copy the adapter, marked as carried."""
+        """Copy the trained adapter into `folder`/adapter and mark the copy as recovered."""
         copy_unchanged(inputs.trained.folder / "adapter", folder / "adapter", {"by": "none"})
         return {}

@@ -1,4 +1,4 @@
-"""Carry a LoRA of a pruned model over: zeros where the original has more (LoRAM's recovery)."""
+"""Enlarge a LoRA of a pruned model to the original's shapes, with zeros (LoRAM's recovery)."""
 
 from __future__ import annotations
 
@@ -16,35 +16,37 @@ from emloc.tensors.linalg.prune import scatter
 
 @runtime_checkable
 class PrunedEmulator(Protocol):
-    """An emulator that left rows and columns out of layers."""
+    """An emulator whose layers lack some rows or columns of the original weights."""
 
-    def kept(self, folder: Path, layer: str) -> tuple[Tensor | None, Tensor | None]:
-        """The rows and the columns that are left of a layer, ascending; None where all are."""
+    def kept_indices(self, folder: Path, layer: str) -> tuple[Tensor | None, Tensor | None]:
+        """Ascending indices of a layer's kept rows and of its kept columns; None: all are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scatter(Recovery):
-    """The LoRA's rows and columns at their places in the original; it adds nothing elsewhere.
+    """Puts the rows of B and columns of A at their indices in the original; all others are zero.
 
-    Kept weights are the original's, so that there is no error of the emulator to correct.
+    The kept weights equal those of the original, so there is no emulator error to correct.
     """
 
     scatters = True
 
     def recover(self, folder: Path, inputs: RecoveryInputs) -> dict[str, Any]:
-        """Write the adapter at the original's shapes.
+        """Write the adapter with matrices of the original model's shapes.
 
         Raises:
-            TypeError: the emulator does not say what it kept.
+            TypeError: the emulator has no method `kept_indices`.
         """
         emulator, source = inputs.built_emulator.emulator, inputs.built_emulator.source
         if not isinstance(emulator, PrunedEmulator):
-            raise TypeError(f"{type(emulator).__name__} does not say which rows it kept")
+            raise TypeError(
+                f"recovery=scatter: {type(emulator).__name__} has no method kept_indices"
+            )
         enlarged = 0
 
         def enlarge(layer: str, pair: LoraPair) -> LoraPair:
             nonlocal enlarged
-            rows, columns = emulator.kept(inputs.built_emulator.artifact.folder, layer)
+            rows, columns = emulator.kept_indices(inputs.built_emulator.artifact.folder, layer)
             enlarged += rows is not None or columns is not None
             return scatter(pair, source.linears[layer], rows, columns)
 

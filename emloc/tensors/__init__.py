@@ -1,1 +1,1 @@
-"""Mathematics and layers. Knows no file, no setting and no device."""
+"""Mathematics on tensors, and layers; independent of files, settings and devices."""

@@ -212,7 +212,7 @@ def test_four_bits_that_bitsandbytes_reads_wrongly_are_refused(go):
         go("method=dora", "compression.bits=4")
     assert str(refused.value).endswith(
         "adapter=dora needs the weight of model.layers.0.self_attn.q_proj, and on a CPU "
-        "bitsandbytes reads one of 4 bits wrongly unless its width, 32, is a multiple of 64; set "
+        "bitsandbytes reads a 4-bit weight wrongly unless its width, 32, is a multiple of 64; set "
         "compression.bits=16"
     )
 
@@ -237,7 +237,7 @@ def test_every_adapter_gets_what_is_not_of_the_adapter(tiny, adapter):
     assert type(inner.get_output_embeddings()) is not nn.Linear  # it hands hidden states on
     waiting = [one for one in inner.modules() if getattr(one, "gradient_checkpointing", False)]
     assert len(waiting) == 2 + 1  # the blocks and the decoder around them
-    assert all("_offloaded" in repr(one._gradient_checkpointing_func) for one in waiting)
+    assert all("_with_offloading" in repr(one._gradient_checkpointing_func) for one in waiting)
     plain = attached(adapter).train()
     expected = plain(input_ids=IDS, labels=IDS).loss
     batch = {"input_ids": IDS, "labels": IDS}

@@ -156,7 +156,7 @@ def test_correcting_twice_is_refused(model, batches, tmp_path):
     train(tuned)
     tuned.save_pretrained(tmp_path / "trained")
     emloc.correct(tmp_path / "trained", model, emulator).save(tmp_path / "once")
-    with pytest.raises(ConfigError, match="already carried"):
+    with pytest.raises(ConfigError, match="already recovered"):
         emloc.correct(tmp_path / "once", model, emulator)
 
 

@@ -87,7 +87,7 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("bits", [16, 4])
 def test_one_pass_and_two_stages_give_the_same_factors(tmp_path, source, both, bits, monkeypatch):
     monkeypatch.setattr(
-        "emloc.tensors.linalg.subspace.SMALL", 16
+        "emloc.tensors.linalg.subspace.MIN_SIZE", 16
     )  # or no layer here would be iterated on
     emulator, statistics = both
     once, twice = tmp_path / "once", tmp_path / "twice"
@@ -180,7 +180,7 @@ def watch_looks(monkeypatch) -> list[str]:
         looked.append(block.name)
         return observe(block, *rest, **named)
 
-    monkeypatch.setattr(home, "observe", noted)
+    monkeypatch.setattr(home, "record_moments", noted)
     return looked
 
 

@@ -68,7 +68,7 @@ def test_the_carried_adapter_is_plain_peft_on_the_original(go, tiny, checkpoint,
     built_emulator = built_of(result, tiny, method)
     ours = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     for layer, pair in read_lora(result.trained.folder / "adapter").pairs.items():
-        rows, columns = built_emulator.emulator.kept(result.emulated.folder, layer)
+        rows, columns = built_emulator.emulator.kept_indices(result.emulated.folder, layer)
         weight = ours.get_submodule(layer).weight.data
         rows = torch.arange(weight.shape[0]) if rows is None else rows
         columns = torch.arange(weight.shape[1]) if columns is None else columns

@@ -123,8 +123,8 @@ def test_a_model_of_the_package_names_its_siblings():
         ),
         (
             ["model=internvl2_5_8b", "compression=r75"],
-            "emulator=sibling: compression.ratio=0.75 asks for r75, and internvl2_5_8b has r50, "
-            "r25; set compression=r50",
+            "emulator=sibling: compression.ratio=0.75 selects r75, but internvl2_5_8b has only "
+            "r50, r25; set compression=r50",
         ),
         (
             ["model=internvl2_5_8b", "compression=auto", "budget.gpu_gib=24"],

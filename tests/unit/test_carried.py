@@ -45,7 +45,7 @@ def test_a_head_that_was_trained_is_carried_as_it_is(tmp_path, way):
     )
     model = built_emulator.open(CPU)
     size = LoraSettings(2, 2.0, 0.0)
-    tuned = Lora().attach(model, size, linears(model, TARGETS), whole=["lm_head"])
+    tuned = Lora().attach(model, size, linears(model, TARGETS), modules_to_save=["lm_head"])
     torch.manual_seed(0)
     for parameter in tuned.parameters():
         if parameter.requires_grad:

@@ -76,7 +76,7 @@ GO = [
     ("full", "rslora", "correction"),
 ]
 NOT = {
-    ("svd", "dora", "none"): "adapter=dora is made of the norms of a layer's weight, and "
+    ("svd", "dora", "none"): "adapter=dora computes the row norms of each layer's weight, and "
     "emulator=svd does not have it at hand; set adapter=lora, or emulator=full recovery=none",
     ("prune", "dora", "scatter"): "emulator=prune trains layers smaller than the original's, and "
     "only an update s B A can be enlarged, while adapter=dora sets the norm of each row of the "

@@ -18,16 +18,16 @@ from emloc.calibration.moments import Statistics
 from emloc.config.settings import Compression
 from emloc.emulators import BuildInputs, BuiltEmulator
 from emloc.emulators.full import Full
-from emloc.emulators.size import factors_of, size_facts, uniform_ranks
+from emloc.emulators.size import size_facts, stored_shapes, uniform_ranks
 from emloc.emulators.svd import Svd
-from emloc.emulators.svd.factor_file import facts_of
-from emloc.emulators.svd.factors import factorize, recorded
+from emloc.emulators.svd.factor_file import read_facts
+from emloc.emulators.svd.factors import factorize, spectrum_record
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.precision.nf4 import Nf4Linear
 from emloc.runtime.stage_cache import Artifact
 from emloc.tensors.linalg.correct import LoraPair, correct_identity
-from emloc.tensors.linalg.factorize import eigen, lost
+from emloc.tensors.linalg.factorize import eigen, lost_energy
 from emloc.tensors.nn.factorized import Factorized, PackedFactorized
 
 CPU = torch.device("cpu")
@@ -102,9 +102,9 @@ def test_u_solved_again_for_v_in_nf4_loses_less_than_both_factors_quantised():
             replace(one, u=NF4.quantize(one.u.T).dequantize().T, v=solved.v)
             for one in (plain, solved)
         ]
-        naive, again = (lost(weight, one, gram) for one in quantised)
+        naive, again = (lost_energy(weight, one, gram) for one in quantised)
         # Of u alone next to nothing is lost to the error of v.
-        assert lost(weight, solved, gram) < 1.02 * lost(weight, plain, gram)
+        assert lost_energy(weight, solved, gram) < 1.02 * lost_energy(weight, plain, gram)
         gains.append(again / naive)
     assert max(gains) < 1
     assert sum(gains) / len(gains) < 0.95
@@ -231,7 +231,7 @@ def test_at_sixteen_bits_the_original_is_the_original(tmp_path, source):
 
 def test_factors_are_counted_turned_as_they_are_stored(source):
     layer = "model.layers.0.mlp.up_proj"
-    assert factors_of(source, {layer: 3}) == {layer: [(3, 64), (3, 32)]}
+    assert stored_shapes(source, {layer: 3}) == {layer: [(3, 64), (3, 32)]}
 
 
 @pytest.mark.parametrize("emulator", [svd(), Full()], ids=["svd", "full"])
@@ -282,14 +282,14 @@ def test_of_each_layer_the_spectrum_is_recorded(tmp_path, source, statistics):
 def test_a_spectrum_is_recorded_in_few_numbers_that_hold_its_shares():
     layer = torch.diag(torch.arange(1000, 0, -1.0).sqrt())
     one = eigen(layer, 100, dtype=torch.float32)
-    found = recorded(one)
+    found = spectrum_record(one)
     assert len(found["index"]) == len(found["energy"]) <= 64
     assert found["index"][:9] == list(range(1, 10))
     assert found["index"][-1] == found["directions"] == 1000
     assert found["energy"] == [pytest.approx(1001 - index, rel=1e-4) for index in found["index"]]
     assert found["total"] == 500_500
     # What is known of the directions taken alone says as much of the whole.
-    taken = recorded(replace(one, spectrum=one.spectrum[:100]))
+    taken = spectrum_record(replace(one, spectrum=one.spectrum[:100]))
     assert taken["index"][-1] == 100
     assert (taken["total"], taken["directions"]) == (500_500, 1000)
 
@@ -340,7 +340,7 @@ def test_a_block_whose_line_was_never_written_gets_the_line_it_would_have_had(tm
     built_emulator(tmp_path, source, svd(aware=False), 4)
     assert lines_of(tmp_path) == before
     assert path.stat().st_mtime_ns == stamp
-    assert list(facts_of(path)) == before[1]["layers"]
+    assert list(read_facts(path)) == before[1]["layers"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from emloc.tensors.linalg.factorize import Factors, eigen, lost, rank_of, refit, whiten
+from emloc.tensors.linalg.factorize import Factors, eigen, lost_energy, rank_of, refit, whiten
 from emloc.tensors.linalg.gram import cross, gram
 
 F64 = torch.float64
@@ -85,8 +85,8 @@ def test_eckart_young(seed: int, m: int, n: int, share: float) -> None:
         assert spectrum.shape == (min(m, n),)
         assert (spectrum.diff() <= 0).all()
         tail = float(spectrum[rank:].sum() / spectrum.sum())
-        assert lost(w, factors, c) == pytest.approx(tail, abs=1e-12)
-        assert factors.kept == pytest.approx(1 - tail, abs=1e-12)
+        assert lost_energy(w, factors, c) == pytest.approx(tail, abs=1e-12)
+        assert factors.kept_share == pytest.approx(1 - tail, abs=1e-12)
         assert (factors.u.shape, factors.v.shape) == ((m, rank), (rank, n))
 
 
@@ -98,7 +98,7 @@ def test_equals_whitening(shape: tuple[int, int]) -> None:
     theirs = whiten(w, 6, gram(x), dtype=F64)
     torch.testing.assert_close(product(ours), product(theirs), rtol=0, atol=2e-5)
     torch.testing.assert_close(ours.spectrum, theirs.spectrum, rtol=1e-4, atol=1e-4)
-    assert ours.kept == pytest.approx(theirs.kept, abs=1e-6)
+    assert ours.kept_share == pytest.approx(theirs.kept_share, abs=1e-6)
     balance = theirs.u.square().sum(0)
     torch.testing.assert_close(balance, theirs.spectrum[:6].sqrt(), rtol=1e-4, atol=0)
 
@@ -129,7 +129,7 @@ def test_full_rank_reproduces_weight(shape: tuple[int, int], count: int) -> None
     w, x = layer(8, *shape, count)
     factors = eigen(w, min(shape), input_gram=gram(x), dtype=F64)
     torch.testing.assert_close(product(factors), w, rtol=0, atol=1e-9)
-    assert factors.kept == 1.0
+    assert factors.kept_share == 1.0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -138,14 +138,14 @@ def test_fewer_tokens_than_rank(shape: tuple[int, int]) -> None:
     w, x = layer(9, *shape, 4)
     factors = eigen(w, 8, input_gram=gram(x), dtype=F64)
     bare = eigen(w, 4, input_gram=gram(x), dtype=F64)
-    assert factors.seen == 4
-    assert bare.kept == pytest.approx(1, abs=1e-12)
-    assert lost(w, factors, gram(x)) < 1e-12
+    assert factors.data_rank == 4
+    assert bare.kept_share == pytest.approx(1, abs=1e-12)
+    assert lost_energy(w, factors, gram(x)) < 1e-12
     rest = torch.linalg.svdvals(w - product(bare))
     gap = torch.linalg.svdvals(w - product(factors))
     # Eckart-Young on what the data left over.
     torch.testing.assert_close(gap.square().sum(), rest[4:].square().sum(), rtol=1e-9, atol=0)
-    assert lost(w, factors) < 0.7 * lost(w, bare)
+    assert lost_energy(w, factors) < 0.7 * lost_energy(w, bare)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -156,8 +156,8 @@ def test_unseen_directions_survive_the_solve(shape: tuple[int, int], dtype: torc
     factors = eigen(w, 8, input_gram=gram(x), dtype=dtype)
     exact = eigen(w, 8, input_gram=gram(x), dtype=F64)
     assert factors.u.dtype == factors.v.dtype == dtype
-    assert lost(w, factors) == pytest.approx(lost(w, exact), rel=0.02)
-    assert lost(w, factors, gram(x)) < (1e-4 if dtype == torch.bfloat16 else 1e-12)
+    assert lost_energy(w, factors) == pytest.approx(lost_energy(w, exact), rel=0.02)
+    assert lost_energy(w, factors, gram(x)) < (1e-4 if dtype == torch.bfloat16 else 1e-12)
     torch.testing.assert_close(factors.u[:, 4:].double(), exact.u[:, 4:], rtol=0, atol=4e-3)
 
 
@@ -167,9 +167,9 @@ def test_float32_noise_is_not_data() -> None:
     c = gram(x.float())
     factors = eigen(w, 20, input_gram=c, dtype=torch.bfloat16)
     exact = eigen(w, 20, input_gram=gram(x), dtype=F64)
-    assert factors.seen == exact.seen == 10
+    assert factors.data_rank == exact.data_rank == 10
     assert factors.u.double().norm(dim=0).max() < 1.1
-    assert lost(w, factors) == pytest.approx(lost(w, exact), rel=0.02)
+    assert lost_energy(w, factors) == pytest.approx(lost_energy(w, exact), rel=0.02)
 
 
 @pytest.mark.parametrize("strength", [1.0, 100.0, 1000.0])
@@ -177,8 +177,8 @@ def test_precision_rule(strength: float) -> None:
     """Float32 products summed in float64 stay near the optimum beside massive directions."""
     w, x = normal(13, 48, 64), massive(14, 2048, 64, strength)
     c = gram(x)
-    best = lost(w, eigen(w, 16, input_gram=c, dtype=F64), c)
-    ours = lost(w, eigen(w, 16, input_gram=gram(x.float()), dtype=F64), c)
+    best = lost_energy(w, eigen(w, 16, input_gram=c, dtype=F64), c)
+    ours = lost_energy(w, eigen(w, 16, input_gram=gram(x.float()), dtype=F64), c)
     assert ours / best - 1 < {1.0: 1e-9, 100.0: 1e-4, 1000.0: 0.05}[strength]
     assert ours / best - 1 > -1e-9
 
@@ -193,7 +193,7 @@ def test_solving_again_beats_rounding(shape: tuple[int, int], strength: float, s
     rounded = eigen(w, 6, output_gram=gram(x @ w.T), dtype=torch.bfloat16)
     assert torch.equal(solved.v, rounded.v)
     best = float(rounded.spectrum[6:].sum() / rounded.spectrum.sum())
-    excess, plain = (lost(w, item, gram(x)) - best for item in (solved, rounded))
+    excess, plain = (lost_energy(w, item, gram(x)) - best for item in (solved, rounded))
     assert excess >= 0
     assert excess < 0.96 * plain
     if strength == 100.0:
@@ -232,7 +232,9 @@ def test_second_pass_equals_known_gram() -> None:
     u = refit(cross(x @ w.T, z), gram(z), first.u)
     second = replace(first, u=u.bfloat16())
     direct = eigen(w, 6, input_gram=gram(x), dtype=torch.bfloat16)
-    assert lost(w, second, gram(x)) == pytest.approx(lost(w, direct, gram(x)), rel=1e-3)
+    assert lost_energy(w, second, gram(x)) == pytest.approx(
+        lost_energy(w, direct, gram(x)), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -244,7 +246,7 @@ def test_degenerate_layers(shape: tuple[int, int]) -> None:
     nothing = torch.zeros(m, n, dtype=F64)
     factors = eigen(nothing, 5, dtype=F64)
     assert product(factors).abs().max() == 0
-    assert (factors.kept, factors.seen, lost(nothing, factors)) == (1.0, 0, 0.0)
+    assert (factors.kept_share, factors.data_rank, lost_energy(nothing, factors)) == (1.0, 0, 0.0)
     w = normal(62, m, n)
     blind = eigen(w, 5, input_gram=torch.zeros(n, n, dtype=F64), dtype=F64)
     torch.testing.assert_close(product(blind), product(eigen(w, 5, dtype=F64)), rtol=0, atol=1e-8)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from emloc.tensors.linalg.gram import cross, exact_float32, gram, product, supported
+from emloc.tensors.linalg.gram import cross, exact_float32, gram, has_data, product
 
 
 def tokens(seed: int, count: int, features: int) -> Tensor:
@@ -116,11 +116,11 @@ def test_bad_input_is_refused() -> None:
 def test_supported_reads_noise_from_negative_values() -> None:
     """Below 1e-10 of the largest, or not above twice the most negative, is no data."""
     values = torch.tensor([1.0, 1e-6, 1e-9, 1e-12], dtype=torch.float64)
-    assert supported(values).tolist() == [True, True, True, False]
+    assert has_data(values).tolist() == [True, True, True, False]
     noisy = torch.cat([values, values.new_tensor([-1e-8])])
-    assert supported(noisy).tolist() == [True, True, False, False, False]
-    assert not supported(torch.zeros(3)).any()
-    assert supported(torch.zeros(0)).shape == (0,)
+    assert has_data(noisy).tolist() == [True, True, False, False, False]
+    assert not has_data(torch.zeros(3)).any()
+    assert has_data(torch.zeros(0)).shape == (0,)
 
 
 def test_a_total_is_added_to_in_place() -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, LlamaForCausalLM
 from emloc.config.compose import compose
 from emloc.config.settings import Compression
 from emloc.emulators import BuildInputs
-from emloc.emulators.layer_drop import IdentityBlock, LayerDrop, stack_of, thinned
+from emloc.emulators.layer_drop import IdentityBlock, LayerDrop, block_stack, kept_block_indices
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.precision.nf4 import Nf4Linear
@@ -76,7 +76,7 @@ def numbers(blocks):
     ],
 )
 def test_the_ends_stay_and_the_middle_is_thinned_evenly(depth, ends, middle, kept):
-    assert thinned(depth, *ends, middle) == kept
+    assert kept_block_indices(depth, *ends, middle) == kept
 
 
 def test_of_the_8b_half_is_thirteen_blocks(eight):
@@ -131,8 +131,9 @@ def test_a_decoder_with_nothing_to_drop_is_refused(checkpoint):
     with pytest.raises(ConfigError) as refused:
         DROP.plan(source, linears(source), Compression(0.5, "linears", 16))
     assert str(refused.value) == (
-        "emulator.first=1 and emulator.last=2 leave nothing to drop of 2 blocks, 2 between "
-        "them being kept; set model to a deeper one, or emulator=svd"
+        "emulator.first=1 and emulator.last=2 leave nothing to drop: the model has 2 "
+        "blocks, and 2 between the ends are always kept; set model to a deeper one, or "
+        "emulator=svd"
     )
 
 
@@ -242,7 +243,7 @@ def test_of_a_vision_language_model_the_vision_tower_stays(tmp_path):
     whole = AutoModelForImageTextToText.from_config(model.config)
     whole.save_pretrained(tmp_path / "model")
     source = Source(tmp_path / "model", "vl", "0", torch.float32, AutoModelForImageTextToText)
-    blocks = stack_of(source)
+    blocks = block_stack(source)
     assert blocks == [f"model.language_model.layers.{i}" for i in range(5)]
     drop = LayerDrop(first=1, last=1)
     layers = {n: shape for n, shape in source.linears.items() if ".layer" in n}

@@ -137,7 +137,7 @@ def test_an_adapter_for_layers_the_checkpoint_has_not_is_refused(tmp_path, base,
     made_for = checkpoint(tmp_path / "large")
     read = read_lora(adapter(made_for, tmp_path / "adapter", **settings))
     source = checkpoint(tmp_path / "base", **base)
-    with pytest.raises(ConfigError, match=r"^the model holds no layer (lm_head|model\.layers\.1)"):
+    with pytest.raises(ConfigError, match=r"^the model has no layer (lm_head|model\.layers\.1)"):
         merge(source, read, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     assert not (tmp_path / "merged.partial").exists()
@@ -235,7 +235,7 @@ def test_a_head_that_was_trained_is_merged_whether_the_checkpoint_has_one_or_not
     torch.manual_seed(1)
     plain = RobertaForSequenceClassification.from_pretrained(source.folder).eval()
     layers = linears(plain, r"roberta\..*(query|dense)")
-    tuned = Lora().attach(plain, LoraSettings(2, 4.0, 0.0), layers, whole=["classifier"])
+    tuned = Lora().attach(plain, LoraSettings(2, 4.0, 0.0), layers, modules_to_save=["classifier"])
     for parameter in tuned.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.3)
@@ -279,6 +279,6 @@ def test_a_parameter_that_the_model_has_not_is_refused(tmp_path):
     with pytest.raises(ConfigError) as caught:
         merge(source, other, tmp_path / "merged")
     assert str(caught.value) == (
-        "the model holds no parameter score.weight; the adapter is for another one"
+        "the model has no parameter score.weight; the adapter is for another model"
     )
     assert not (tmp_path / "merged.partial").exists()

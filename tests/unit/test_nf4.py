@@ -118,7 +118,7 @@ def test_a_buffer_that_does_not_fit_is_refused():
         torch.empty(8, 4, dtype=torch.bfloat16).T,
     )
     for out in wrong:
-        with pytest.raises(ValueError, match=r"need \(4, 8\) torch.bfloat16 contiguous"):
+        with pytest.raises(ValueError, match=r"out must be \(4, 8\), torch.bfloat16 and"):
             held.dequantize(out)
     with pytest.raises(ValueError, match="need a matrix"):
         NF4.quantize(torch.zeros(3))
@@ -231,7 +231,7 @@ def test_a_cast_changes_the_type_it_computes_in_and_no_scale():
 def test_the_product_with_a_turned_matrix_is_the_other_one():
     held = NF4.quantize(torch.randn(5, 7))
     x, full = torch.randn(2, 5), held.dequantize()
-    torch.testing.assert_close(multiply(x, held, turned=True), x @ full)
+    torch.testing.assert_close(multiply(x, held, transposed=True), x @ full)
     torch.testing.assert_close(multiply(torch.eye(7), held), full.T)
 
 

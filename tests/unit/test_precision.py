@@ -69,7 +69,7 @@ def test_a_number_is_at_most_half_a_step_from_what_it_was(shape):
 def test_bytes_file_and_place_follow_from_the_layout(tmp_path, shape, precision):
     held = precision.quantize(matrix(*shape))
     assert held.nbytes == precision.nbytes(*shape)
-    nowhere = precision.nowhere(*shape, torch.bfloat16)
+    nowhere = precision.meta_matrix(*shape, torch.bfloat16)
     assert nowhere.nbytes == held.nbytes
     assert {one.device.type for one in nowhere.parts.values()} == {"meta"}
     assert {one.device.type for one in held.to(torch.device("meta")).parts.values()} == {"meta"}
@@ -92,7 +92,7 @@ def test_three_bits_are_packed_tightly():
 def test_a_matrix_of_other_settings_is_refused():
     held = TOY.quantize(matrix(16, 32)).tensors("v")
     other = replace(TOY, group=32)
-    with pytest.raises(ValueError, match=r"precision=three_bits: a matrix \(16, 32\) is held as"):
+    with pytest.raises(ValueError, match=r"precision=three_bits: a matrix \(16, 32\) is packed as"):
         other.from_tensors("v", held)
     with pytest.raises(KeyError):
         NF4.from_tensors("v", held)
@@ -103,7 +103,7 @@ def test_a_format_that_contradicts_its_layout_is_found_out():
         def pack(self, matrix):
             return super().pack(matrix) | {"scales": torch.zeros(1)}
 
-    with pytest.raises(ValueError, match="its layout says"):
+    with pytest.raises(ValueError, match="the layout of the format says"):
         Wrong(name="wrong", bits=3, group=64).quantize(matrix(16, 32))
 
 
@@ -201,7 +201,7 @@ def test_folding_an_adapter_into_packed_weights_fails_aloud():
 
 
 def test_packed_layers_are_never_opened_without_their_format():
-    with pytest.raises(ValueError, match="is opened without one"):
+    with pytest.raises(ValueError, match="but precision is None"):
         load_quantized(None, ["model.layers.0.mlp.up_proj"], torch.device("cpu"), None)
 
 
@@ -255,7 +255,7 @@ def test_a_format_of_other_bits_than_the_compression_is_refused():
 
 def test_bits_that_a_format_has_not_are_refused():
     assert refusal("precision=nf4", "precision.bits=5", "compression.bits=5") == (
-        "precision.bits=5: precision=nf4 has 4; set precision.bits=4"
+        "precision.bits=5: precision=nf4 has 4 bits; set precision.bits=4"
     )
     with pytest.raises(ConfigError, match=r"bits must be at least 1 and below 16, got 16"):
         replace(TOY, bits=16)

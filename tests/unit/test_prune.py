@@ -39,7 +39,14 @@ from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.models.objectives.answer_loss import answer_loss
 from emloc.models.objectives.tokens import Tokens
-from emloc.tensors.linalg.prune import ATTENTION, MLP, UnitGroup, keep_best, keep_evenly, least
+from emloc.tensors.linalg.prune import (
+    ATTENTION,
+    MLP,
+    UnitGroup,
+    keep_best,
+    keep_evenly,
+    minimum_parameters,
+)
 
 CPU = torch.device("cpu")
 IDS = torch.arange(120).reshape(4, 30) + 5
@@ -112,7 +119,7 @@ def grouped(draw):
         groups[str(index)] = group
         scores[str(index)] = torch.tensor(values, dtype=torch.float32)
     whole = sum(group.count * group.size for group in groups.values())
-    return groups, scores, draw(st.integers(least(groups), whole))
+    return groups, scores, draw(st.integers(minimum_parameters(groups), whole))
 
 
 def size(groups, kept) -> int:
@@ -278,7 +285,7 @@ def emptied(emulator, folder, source):
     """The original with zeros in the columns that read a pruned unit."""
     model = source.load(CPU)
     for layer in source.linears:
-        _, columns = emulator.kept(folder, layer)
+        _, columns = emulator.kept_indices(folder, layer)
         if columns is not None:
             weight = model.get_submodule(layer).weight
             gone = torch.ones(weight.shape[1], dtype=torch.bool)
@@ -312,7 +319,7 @@ def test_what_is_stored_are_indices_scores_and_a_line_for_each_layer(tmp_path, s
     table = json.loads((tmp_path / "layers.json").read_text())
     scores = load_file(tmp_path / "scores.safetensors")
     for layer, (out, into) in layers_of(source).items():
-        rows, columns = emulator.kept(tmp_path, layer)
+        rows, columns = emulator.kept_indices(tmp_path, layer)
         kept = [out if rows is None else len(rows), into if columns is None else len(columns)]
         line = table[layer]
         assert line["shape"] == kept
@@ -321,7 +328,7 @@ def test_what_is_stored_are_indices_scores_and_a_line_for_each_layer(tmp_path, s
             assert (rows is None, columns is None) == (not cuts_rows, cuts_rows)
         assert line["kept"] / line["of"] == (kept[0] / out if cuts_rows else kept[1] / into)
         assert scores[layer.rpartition(".")[0]].shape == (line["of"],)
-    assert emulator.kept(tmp_path, "lm_head") == (None, None)
+    assert emulator.kept_indices(tmp_path, "lm_head") == (None, None)
     assert emulator.residual(tmp_path, source, "model.layers.0.mlp.up_proj") is None
 
 
@@ -408,7 +415,7 @@ def test_upop_prunes_what_the_loss_would_most_like_smaller(tmp_path, source):
     units = units_of(source, layers_of(source), 0, 0)
     model = source.load(CPU)
     name = "model.layers.0.mlp"
-    rows, _ = emulator.kept(tmp_path, f"{name}.up_proj")
+    rows, _ = emulator.kept_indices(tmp_path, f"{name}.up_proj")
     gradient = -importance(model, batches, units, "upop", Tokens())[name]
     gone = [unit for unit in range(64) if unit not in rows.tolist()]
     assert gradient[gone].min() >= gradient[rows].max()
@@ -506,7 +513,9 @@ def test_attention_that_splits_by_a_number_of_its_own_stays_whole():
 
 
 def test_a_seed_where_nothing_is_drawn_is_refused():
-    with pytest.raises(ConfigError, match=r"emulator\.seed=3 is of emulator\.importance=random"):
+    with pytest.raises(
+        ConfigError, match=r"emulator\.seed=3 has .* emulator\.importance=random only"
+    ):
         prune(importance="taylor", seed=3)
 
 
@@ -567,8 +576,14 @@ def test_running_text_is_learnt_whole(source):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"importance": "act"}, "emulator.importance=act: one of upop, taylor, random; set "),
-        ({"spread": "block"}, "emulator.spread=block: one of global, layer; set emulator.spread="),
+        (
+            {"importance": "act"},
+            "emulator.importance=act: must be one of upop, taylor, random; set ",
+        ),
+        (
+            {"spread": "block"},
+            "emulator.spread=block: must be one of global, layer; set emulator.spread=",
+        ),
         ({"first": -1}, "emulator.first must be at least 0, got -1; set emulator.first=0"),
         ({"last": -2}, "emulator.last must be at least 0, got -2; set emulator.last=0"),
     ],

@@ -163,7 +163,7 @@ def test_more_than_plain_lora_is_refused_by_name(saved, settings, named):
     with pytest.raises(ConfigError) as caught:
         read_lora(folder)
     assert re.fullmatch(
-        rf"{folder}: \S*{re.escape(named)}\S* is no LoRA matrix; only plain LoRA can be carried",
+        rf"{folder}: \S*{re.escape(named)}\S* is no LoRA matrix; only plain LoRA can be recovered",
         str(caught.value),
     )
 
@@ -171,7 +171,7 @@ def test_more_than_plain_lora_is_refused_by_name(saved, settings, named):
 @pytest.mark.parametrize("start", ["pissa_niter_4", "olora"])
 def test_a_lora_whose_start_changed_the_model_is_refused(saved, start):
     folder = saved(tuned(init_lora_weights=start))
-    with pytest.raises(ConfigError, match=f"was started by {start.split('_')[0]}, which changes"):
+    with pytest.raises(ConfigError, match=f"initialised by {start.split('_')[0]}, which changes"):
         read_lora(folder)
 
 
@@ -179,7 +179,7 @@ def test_a_folder_that_holds_none_is_refused(tmp_path):
     with pytest.raises(ConfigError) as caught:
         read_lora(tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path}: no adapter_model.safetensors there; it is no adapter folder"
+        f"{tmp_path}: the file adapter_model.safetensors is missing; this is no adapter folder"
     )
 
 
@@ -199,7 +199,7 @@ def test_what_was_carried_is_marked_and_not_carried_again(saved, tmp_path):
         assert torch.equal(again.pairs[layer].b, 2 * pair.b)
         assert torch.equal(again.pairs[layer].a, pair.a)
     for one in (recovered, again):
-        with pytest.raises(ConfigError, match=r"already carried .* by \{'by': 'test'\}; give the"):
+        with pytest.raises(ConfigError, match=r"already recovered .* by \{'by': 'test'\}; pass th"):
             one.map(double, {"by": "test"})
     # PEFT does not mind the mark.
     assert PeftModel.from_pretrained(base(), tmp_path / "carried").peft_config["default"].r == 4
@@ -319,7 +319,7 @@ def test_a_model_that_writes_no_text_is_adapted_too():
     )  # fmt: skip
     model = RobertaForSequenceClassification(config)
     layers = linears(model, r".*layer\.0\..*")
-    tuned = Lora().attach(model, ONE, layers, whole=["classifier"])
+    tuned = Lora().attach(model, ONE, layers, modules_to_save=["classifier"])
     assert tuned.peft_config["default"].task_type is None
     assert adapted(tuned) == set(layers)
     ids = torch.arange(5, 15).reshape(2, 5)
@@ -337,7 +337,7 @@ def with_head() -> PeftModel:
     """A LoRA far from zero and a head that was trained."""
     plain = base()
     layers = linears(plain, r".*(q_proj|lm_head)")
-    model = Lora().attach(plain, ONE, layers, whole=["lm_head"])
+    model = Lora().attach(plain, ONE, layers, modules_to_save=["lm_head"])
     torch.manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:

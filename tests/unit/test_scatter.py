@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emloc.tensors.linalg.correct import LoraPair
-from emloc.tensors.linalg.prune import scatter, spans
+from emloc.tensors.linalg.prune import scatter, unit_indices
 
 
 def drawn(data, count: int) -> torch.Tensor | None:
@@ -55,5 +55,5 @@ def test_a_pair_that_does_not_fit_the_indices_is_no_adapter_of_that_layer():
 
 
 def test_a_unit_spans_neighbouring_rows():
-    assert spans(torch.tensor([0, 2]), 3).tolist() == [0, 1, 2, 6, 7, 8]
-    assert spans(torch.tensor([1, 4]), 1).tolist() == [1, 4]
+    assert unit_indices(torch.tensor([0, 2]), 3).tolist() == [0, 1, 2, 6, 7, 8]
+    assert unit_indices(torch.tensor([1, 4]), 1).tolist() == [1, 4]

@@ -23,7 +23,7 @@ from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.runtime.stage_cache import Artifact
 from emloc.tensors.linalg.factorize import eigen
-from emloc.tensors.linalg.regression import RIDGE, regressed
+from emloc.tensors.linalg.regression import RIDGE, regress_weight
 
 CPU = torch.device("cpu")
 F64 = torch.float64
@@ -135,7 +135,7 @@ def test_the_target_is_that_of_least_squares_held_to_the_weight(seed, m, n, toke
     x, rows = inputs(seed, tokens, n, drift)
     weight = torch.randn(m, n, generator=torch.Generator().manual_seed(seed + 1), dtype=F64)
     input_gram, change = moments(x, rows)
-    found = regressed(weight, input_gram, change)
+    found = regress_weight(weight, input_gram, change)
     pull = (RIDGE * input_gram.diagonal().mean()).sqrt() * torch.eye(n, dtype=F64)
     if not tokens:
         assert torch.equal(found, weight)
@@ -148,7 +148,7 @@ def test_the_target_is_that_of_least_squares_held_to_the_weight(seed, m, n, toke
 def test_a_direction_without_data_leaves_the_weight_as_it_is():
     x, rows = inputs(0, 6, 20, 0.5)
     weight = torch.randn(8, 20, dtype=F64)
-    change = regressed(weight, *moments(x, rows)) - weight
+    change = regress_weight(weight, *moments(x, rows)) - weight
     spare = torch.linalg.svd(rows, full_matrices=True).Vh[6:]
     assert float((change @ spare.T).abs().max()) < 1e-8
     assert float((change @ rows.T).norm()) > 0.1
@@ -162,16 +162,18 @@ def test_a_sum_that_rounding_made_indefinite_is_no_obstacle():
         tokens[:, 0] *= 1e4
         tokens[:, 19] = 0
     input_gram, change = moments(x, rows)
-    exact = regressed(weight, input_gram, change)
+    exact = regress_weight(weight, input_gram, change)
     input_gram[19, 19] = -3 * RIDGE * float(input_gram.diagonal().mean())
-    torch.testing.assert_close(regressed(weight, input_gram, change), exact, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        regress_weight(weight, input_gram, change), exact, atol=1e-3, rtol=1e-3
+    )
     assert float((exact - weight).norm()) > 0.01
 
 
 def test_without_drift_the_target_is_the_weight():
     x, _ = inputs(0, 30, 20, 0.0)
     weight = torch.randn(8, 20, dtype=torch.bfloat16)
-    assert torch.equal(regressed(weight, *moments(x, x)), weight.double())
+    assert torch.equal(regress_weight(weight, *moments(x, x)), weight.double())
 
 
 def test_the_target_brings_the_new_inputs_nearer_to_the_original_outputs():
@@ -179,7 +181,7 @@ def test_the_target_brings_the_new_inputs_nearer_to_the_original_outputs():
     weight = torch.randn(8, 20, dtype=F64)
     before, after = (
         float((x @ weight.T - rows @ one.T).square().sum())
-        for one in (weight, regressed(weight, *moments(x, rows)))
+        for one in (weight, regress_weight(weight, *moments(x, rows)))
     )
     assert after < 0.9 * before
 
@@ -189,12 +191,12 @@ def test_numbers_that_are_none_are_refused(broken):
     parts = {"weight": torch.ones(3, 4), "input_gram": torch.eye(4), "drift": torch.eye(4)}
     parts[broken] = parts[broken] * torch.nan
     with pytest.raises(ValueError, match="not finite"):
-        regressed(**parts)
+        regress_weight(**parts)
 
 
 def test_sums_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r"\(3, 4\), \(3, 3\), \(4, 4\)"):
-        regressed(torch.ones(3, 4), torch.eye(3), torch.eye(4))
+        regress_weight(torch.ones(3, 4), torch.eye(3), torch.eye(4))
 
 
 # One block ---------------------------------------------------------------------------------------
@@ -230,7 +232,7 @@ def test_each_layer_is_the_regression_of_its_original_outputs(tmp_path, source):
     for layer in ("model.layers.1.self_attn.q_proj", "model.layers.2.mlp.down_proj"):
         x, rows = (taken_by(model, layer) for model in models)
         weight = source.weight(layer)
-        target = regressed(weight, *moments(x, rows))
+        target = regress_weight(weight, *moments(x, rows))
         expected = eigen(target, ranks[layer], input_gram=rows.T @ rows, dtype=F64)
         held = source.weight(layer).double() - emulator.residual(tmp_path, source, layer)
         product = expected.u @ expected.v
@@ -510,17 +512,19 @@ def test_what_is_wanted_of_the_samples(settings, statistics, samples):
     [
         (
             {"algorithm": "whiten"},
-            "emulator.sequential=true is no part of the paper's chain; "
+            "emulator.algorithm=whiten cannot be combined with emulator.sequential=true; "
             "set emulator.algorithm=eigen, or emulator.sequential=false",
         ),
         (
             {"aware": False},
-            "emulator.sequential=true fits to activations, which emulator.aware=false leaves out; "
+            "emulator.sequential=true needs calibration activations, which emulator.aware=false "
+            "does not use; "
             "set emulator.sequential=false",
         ),
         (
             {"allocation": "best"},
-            "emulator.allocation=best: one of uniform, greedy; set emulator.allocation=uniform",
+            "emulator.allocation=best: must be one of uniform, greedy; "
+            "set emulator.allocation=uniform",
         ),
     ],
 )

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from emloc.tensors.nn.streamed import ALIGN, SMALLEST, StreamedBlocks, pieces
+from emloc.tensors.nn.streamed import ALIGN, MIN_PIECE, StreamedBlocks, piece_sizes
 
 CPU = torch.device("cpu")
 BLOCKS = 5
@@ -39,7 +39,7 @@ def moved(blocks: nn.ModuleList) -> StreamedBlocks:
             view.copy_(block.get_parameter(name))
             owner, _, leaf = name.rpartition(".")
             setattr(block.get_submodule(owner), leaf, nn.Parameter(view, requires_grad=False))
-        streamed.keep(index)
+        streamed.store(index)
     streamed.attach(list(blocks))
     return streamed
 
@@ -75,7 +75,7 @@ def test_tensors_of_several_types_and_sizes_come_back_as_they_were_put_in():
     for index, block in enumerate(blocks):
         for name, view in streamed.views(index).items():
             view.copy_(block[name])
-        streamed.keep(index)
+        streamed.store(index)
     for index in (0, 1, 2, 3, 2, 1, 0, 3, 0):
         streamed.enter(index)
         found = streamed.views(index)
@@ -155,9 +155,9 @@ def test_each_block_is_copied_once_on_its_way_up_and_once_on_its_way_down(monkey
         copied.clear()
 
 
-@pytest.mark.parametrize("size", [1, SMALLEST, SMALLEST + 1, 416 * SMALLEST, 436_215_809])
+@pytest.mark.parametrize("size", [1, MIN_PIECE, MIN_PIECE + 1, 416 * MIN_PIECE, 436_215_809])
 def test_pinned_pieces_are_powers_of_two_and_hold_a_block_with_next_to_nothing_over(size):
-    found = list(pieces(size))
-    assert all(piece.bit_count() == 1 and piece >= SMALLEST for piece in found)
-    assert size <= sum(found) < size + SMALLEST
+    found = list(piece_sizes(size))
+    assert all(piece.bit_count() == 1 and piece >= MIN_PIECE for piece in found)
+    assert size <= sum(found) < size + MIN_PIECE
     assert found == sorted(found, reverse=True)

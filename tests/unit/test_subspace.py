@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from emloc.tensors.linalg.factorize import Factors, eigen, lost, refit
+from emloc.tensors.linalg.factorize import Factors, eigen, lost_energy, refit
 from emloc.tensors.linalg.gram import cross, gram
-from emloc.tensors.linalg.subspace import STEPS, subspace
+from emloc.tensors.linalg.subspace import MAX_STEPS, subspace
 
 F64 = torch.float64
 P = 512  # the smallest size that is iterated
@@ -52,7 +52,7 @@ def spread(spectrum: Tensor, seed: int) -> Tensor:
 
 def excess(weight: Tensor, found: Factors, best: Factors, c: Tensor | None) -> float:
     """How much more energy is lost than at the optimum, as a share of that."""
-    return lost(weight, found, c) / lost(weight, best, c) - 1
+    return lost_energy(weight, found, c) / lost_energy(weight, best, c) - 1
 
 
 @pytest.mark.parametrize("rank", [5, 60, 200])
@@ -61,18 +61,18 @@ def test_loses_hardly_more_than_the_optimum(name: str, rank: int) -> None:
     """Over spectra and ranks: relative error within 0.1 %, and no less is kept than `kept` says."""
     w, c = rotation(1, P), spread(SPECTRA[name], 2)
     fast = subspace(w, rank, input_gram=c, dtype=F64)
-    assert (fast.solver, fast.seen) == ("subspace", rank)
+    assert (fast.solver, fast.data_rank) == ("subspace", rank)
     assert (fast.u.shape, fast.v.shape) == ((P, rank), (rank, P))
-    assert 0 < fast.steps <= STEPS
+    assert 0 < fast.steps <= MAX_STEPS
     best = eigen(w, rank, input_gram=c, dtype=F64)
     assert best.solver == "eigen"
     assert -1e-9 < excess(w, fast, best, c) < 0.001
     # Solving u again is half a step more, so a little more is kept than the block captured.
-    left = lost(w, fast, c)
-    assert -1e-12 < 1 - left - fast.kept < 0.001 * left
+    left = lost_energy(w, fast, c)
+    assert -1e-12 < 1 - left - fast.kept_share < 0.001 * left
     assert fast.spectrum.shape == (rank,)
     assert (fast.spectrum.diff() <= 0).all()
-    assert float(fast.spectrum.sum()) == pytest.approx(fast.kept * float(best.spectrum.sum()))
+    assert float(fast.spectrum.sum()) == pytest.approx(fast.kept_share * float(best.spectrum.sum()))
     # Of directions that are all but the leading ones, so that no sum is above theirs.
     ahead = best.spectrum[:rank].cumsum(0) - fast.spectrum.cumsum(0)
     assert float(ahead.min()) > -1e-9 * float(best.spectrum.sum())
@@ -108,8 +108,8 @@ def test_any_power_law(seed: int, power: float, rank: int) -> None:
     c = spread(spectrum, seed + 1)
     fast = subspace(w, rank, input_gram=c, dtype=F64)
     tail = float(spectrum[rank:].sum() / spectrum.sum())
-    assert fast.solver == "subspace" or fast.steps == STEPS
-    assert -1e-9 < (1 - fast.kept) / tail - 1 < 0.002
+    assert fast.solver == "subspace" or fast.steps == MAX_STEPS
+    assert -1e-9 < (1 - fast.kept_share) / tail - 1 < 0.002
 
 
 def test_output_gram_is_enough() -> None:
@@ -146,7 +146,7 @@ def test_fewer_tokens_than_columns_are_left_to_the_exact_solver(
     """Fill included: the very same factors, and the result says who found them."""
     w, x = normal(10, *shape), normal(11, count, shape[1])
     fast, best = (one(w, 60, input_gram=gram(x), dtype=F64) for one in (subspace, eigen))
-    assert (fast.solver, fast.seen) == ("eigen", min(count, 60))
+    assert (fast.solver, fast.data_rank) == ("eigen", min(count, 60))
     assert torch.equal(fast.u, best.u)
     assert torch.equal(fast.v, best.v)
 
@@ -158,8 +158,8 @@ def test_float32_noise_is_not_data() -> None:
     c = gram((x @ rotation(13, P)).float())
     w = normal(14, P, P)
     fast, best = (one(w, 60, input_gram=c, dtype=F64) for one in (subspace, eigen))
-    assert best.seen == 40
-    assert (fast.solver, fast.seen) == ("eigen", 40)
+    assert best.data_rank == 40
+    assert (fast.solver, fast.data_rank) == ("eigen", 40)
 
 
 def test_weights_of_low_rank() -> None:
@@ -167,14 +167,14 @@ def test_weights_of_low_rank() -> None:
     thin = normal(15, 600, 20) @ normal(16, 20, P)
     for w in (thin, thin.T.contiguous()):
         fast = subspace(w, 40, dtype=F64)
-        assert (fast.solver, fast.seen) == ("eigen", 20)
-        assert lost(w, fast) < 1e-20
+        assert (fast.solver, fast.data_rank) == ("eigen", 20)
+        assert lost_energy(w, fast) < 1e-20
     nothing = torch.zeros(P, P, dtype=F64)
     fast = subspace(nothing, 40, dtype=F64)
-    assert (fast.solver, fast.kept, fast.seen) == ("eigen", 1.0, 0)
+    assert (fast.solver, fast.kept_share, fast.data_rank) == ("eigen", 1.0, 0)
     assert not fast.u.isnan().any()
     blind = subspace(normal(17, P, P), 40, input_gram=nothing, dtype=F64)
-    assert (blind.solver, blind.seen) == ("eigen", 0)
+    assert (blind.solver, blind.data_rank) == ("eigen", 0)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_slow_convergence_is_left_to_the_exact_solver() -> None:
     w = rotation(21, P)
     c = spread(torch.where(INDEX <= 100, 1.0, 0.98).double(), 22)
     fast = subspace(w, 100, input_gram=c, dtype=F64)
-    assert (fast.solver, fast.steps) == ("eigen", STEPS)
+    assert (fast.solver, fast.steps) == ("eigen", MAX_STEPS)
     assert fast.spectrum.shape == (P,)
 
 
@@ -204,7 +204,7 @@ def test_slow_convergence_is_left_to_the_exact_solver() -> None:
 def test_small_layers_and_high_ranks_are_decomposed_at_once(size: int, rank: int) -> None:
     """Where iterating cannot be faster, not one step is spent."""
     fast = subspace(normal(23, size, size), rank, dtype=F64)
-    assert (fast.solver, fast.steps, fast.seen) == ("eigen", 0, rank)
+    assert (fast.solver, fast.steps, fast.data_rank) == ("eigen", 0, rank)
 
 
 def test_same_bits_every_time() -> None:
@@ -227,7 +227,7 @@ def test_scale_does_not_matter() -> None:
     for size in (1e-30, 1e30):
         other = subspace(w, 40, input_gram=c * size, dtype=F64)
         assert other.steps == plain.steps
-        assert other.kept == pytest.approx(plain.kept, rel=1e-9)
+        assert other.kept_share == pytest.approx(plain.kept_share, rel=1e-9)
 
 
 def test_bad_input_is_refused() -> None:

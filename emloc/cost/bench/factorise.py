@@ -13,7 +13,7 @@ from emloc.cost.bench.rows import BenchRow, row
 from emloc.cost.bench.setting import BenchSetup, fresh, seconds
 from emloc.emulators.size import ranks_at
 from emloc.emulators.svd.factors import factorize
-from emloc.tensors.linalg.factorize import lost
+from emloc.tensors.linalg.factorize import lost_energy
 from emloc.tensors.linalg.gram import gram
 
 LEAST_RATIO, MOST_EXCESS = 20, 0.1  # the targets beside the time: times the chain; per cent
@@ -93,7 +93,7 @@ def _excess(weight: Tensor, rank: int, inputs: Statistics) -> float:
     """Per cent by which the relative error is above that of the exact decomposition."""
     moments = inputs.of("layer")["input_gram"]
     errors = [
-        lost(
+        lost_energy(
             weight,
             factorize({"layer": weight}, {"layer": rank}, inputs, by)["layer"].factors,
             moments,

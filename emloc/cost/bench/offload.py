@@ -38,7 +38,7 @@ from emloc.cost.bench.training import (
     whole,
 )
 from emloc.emulators import BuildInputs
-from emloc.emulators.full import in_blocks
+from emloc.emulators.full import block_linears
 from emloc.emulators.offload import Offload
 from emloc.precision import Precision
 from emloc.runtime.memory import GIB, HostMemoryPeak
@@ -120,7 +120,7 @@ def by_fsdp(setting: BenchSetup) -> TrainingFigures:
     store = distributed.HashStore()  # type: ignore[attr-defined]
     distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     model = whole(setting, device)
-    names = by_block(in_blocks(setting.source))
+    names = by_block(block_linears(setting.source))
     blocks = [model.get_submodule(name) for name in names]
     checkpoint_layers(model)
     tuned: Any = setting.training_inputs.adapter.attach(

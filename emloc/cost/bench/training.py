@@ -23,7 +23,7 @@ from emloc.cost.bench.rows import BenchRow, Figure, row
 from emloc.cost.bench.setting import BenchSetup, fresh, now, out_of_memory, peak_gb, reserved_gb
 from emloc.cost.plan.fit import need_of, scheme_of
 from emloc.cost.plan.layout import StepShape
-from emloc.emulators.full import in_blocks, load_quantized
+from emloc.emulators.full import block_linears, load_quantized
 from emloc.emulators.size import ranks_at
 from emloc.models.checkpoint.source import Source
 from emloc.precision import require_format
@@ -231,7 +231,7 @@ def whole(setting: BenchSetup, device: torch.device) -> PreTrainedModel:
 
 def quantized(setting: BenchSetup, device: torch.device) -> PreTrainedModel:
     """The original with the linears of its blocks in four bits."""
-    layers = in_blocks(setting.source)
+    layers = block_linears(setting.source)
     return load_quantized(setting.source, layers, device, precision_of(FOUR_BITS))
 
 

@@ -75,5 +75,5 @@ def _step_seconds(scheme: TrainingLayout, work: StepShape, operations: int, gpu:
     device += scheme.formed * passes / (USED * gpu.bandwidth * 1e12)
     if scheme.precision is not None:  # the trace has its matrices whole
         matrices = len(scheme.adapted) * (2 if scheme.ranks else 1)
-        operations += scheme.precision.forming * passes * matrices
+        operations += scheme.precision.dequantize_operations * passes * matrices
     return work.accumulate * max(device, operations * SECONDS_OF_AN_OPERATION)

@@ -18,12 +18,12 @@ from emloc.cost.plan.blocks import DecoderBlocks
 from emloc.cost.plan.trace import TraceResult, trace
 from emloc.emulators import Ranks
 from emloc.emulators.full import IN_A_BLOCK
-from emloc.emulators.size import bytes_of, thin
+from emloc.emulators.size import bytes_of, factor_shapes
 from emloc.models.checkpoint.source import Source
 from emloc.models.decoder import decoder_of
 from emloc.precision import Precision
 from emloc.tensors.lean.activations import offload_layer_inputs
-from emloc.tensors.lean.layers import aligned
+from emloc.tensors.lean.layers import aligned_height
 from emloc.tensors.lean.loss import CHUNK_BYTES, AnswerLoss
 from emloc.tensors.lean.model import recompute_layers
 from emloc.tensors.lean.modules import fuse_modules
@@ -131,7 +131,7 @@ class TrainingLayout:
 
     def _held(self, layer: str) -> int:
         shape, k = self.source.linears[layer], self.ranks.get(layer)
-        matrices = [shape] if k is None else thin(shape, k)
+        matrices = [shape] if k is None else factor_shapes(shape, k)
         precision = self.precision if self._packed(layer) else None
         return bytes_of(matrices, precision, self.source.dtype)
 
@@ -147,7 +147,7 @@ class TrainingLayout:
         for layer, (rows, columns) in self.adapted.items():
             extra = rank
             if layer in self.ranks and self.precision is None:
-                extra = aligned(self.ranks[layer] + rank) - self.ranks[layer]
+                extra = aligned_height(self.ranks[layer] + rank) - self.ranks[layer]
             copies += extra * (rows + columns)
         return copies * self.source.dtype.itemsize
 
@@ -166,7 +166,7 @@ class TrainingLayout:
             if layer not in self.adapted:
                 aside = max(aside, rows * columns if k is None else k * max(rows, columns))
                 continue
-            height = rows if k is None else aligned(k + self.lora.rank)
+            height = rows if k is None else aligned_height(k + self.lora.rank)
             second = 0 if k is None else height * rows
             rooms = max(rooms[0], height * columns), max(rooms[1], second)
         return (sum(rooms) + aside) * self.source.dtype.itemsize

@@ -1,4 +1,4 @@
-"""The original with whole neurons and key/value heads left out (one-shot UPop; LoRAM)."""
+"""Structured pruning: remove neurons and key/value heads (one-shot UPop; LoRAM)."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from transformers import PreTrainedModel
 from emloc.calibration.calibrate import Layers
 from emloc.config.settings import MODEL_BITS, Compression
 from emloc.emulators import BuildInputs, Emulator, Plan
-from emloc.emulators.full import in_blocks, load_quantized
+from emloc.emulators.full import block_linears, load_quantized
 from emloc.emulators.offload import load_streamed
 from emloc.emulators.prune.unit_scores import KINDS, importance, recompute_blocks
 from emloc.emulators.prune.units import Units, units_of
-from emloc.emulators.size import share_of_linears, size_facts, solved
+from emloc.emulators.size import require_solved, share_of_linears, size_facts
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import CPU, Source
 from emloc.precision import Precision, require_format
 from emloc.runtime.manifest import whole
 from emloc.runtime.safetensors_file import write_shard
-from emloc.tensors.linalg.prune import keep_best, keep_evenly, least, spans
+from emloc.tensors.linalg.prune import keep_best, keep_evenly, minimum_parameters, unit_indices
 
 log = logging.getLogger(__name__)
 
@@ -40,32 +40,33 @@ KEPT = "kept.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Prune(Emulator):
-    """Fewer neurons and key/value heads in each block; what is left has its original weights.
+    """Removes neurons and key/value heads; the remaining units keep their original weights.
 
-    LoRAM's pruned models are aligned by training them further on much data; these are not.
+    Unlike LoRAM, it does not align the pruned model by further training on much data.
     """
 
     importance: str  # upop: signed gradient of a mask; taylor: |w dL/dw|; random
     spread: str  # global: the best units of the whole model; layer: the same share of each module
-    first: int  # blocks at the start of the decoder that are left whole
-    last: int  # blocks at the end of the decoder that are left whole
+    first: int  # number of blocks at the start of the decoder that are not pruned
+    last: int  # number of blocks at the end of the decoder that are not pruned
     seed: int  # of importance=random
 
     same_shapes = False
 
     def __post_init__(self) -> None:
-        for key, value, known in (
+        for key, value, choices in (
             ("importance", self.importance, (*KINDS, "random")),
             ("spread", self.spread, tuple(SPREADS)),
         ):
-            if value not in known:
+            if value not in choices:
                 raise ConfigError(
-                    f"emulator.{key}={value}: one of {', '.join(known)}; "
-                    f"set emulator.{key}={known[0]}"
+                    f"emulator.{key}={value}: must be one of {', '.join(choices)}; "
+                    f"set emulator.{key}={choices[0]}"
                 )
         if self.seed and self.importance != "random":
             raise ConfigError(
-                f"emulator.seed={self.seed} is of emulator.importance=random; set emulator.seed=0"
+                f"emulator.seed={self.seed} has an effect with emulator.importance=random only; "
+                "set emulator.seed=0"
             )
         for key, number in (("first", self.first), ("last", self.last)):
             if number < 0:
@@ -75,39 +76,44 @@ class Prune(Emulator):
 
     @property
     def samples(self) -> bool:
-        """Not where chance decides."""
+        """Whether the build reads calibration samples; random pruning does not."""
         return self.importance != "random"
 
     def plan(self, source: Source, layers: Layers, budget: Compression) -> Plan:
-        """The parameters that may be kept of `layers`, those of layers that stay whole included."""
-        share = ratio = solved(budget.ratio)
+        """Number of parameters to keep in `layers`, including layers that cannot be pruned.
+
+        Raises:
+            ConfigError: the budget cannot be met, or nothing can be pruned.
+        """
+        share = ratio = require_solved(budget.ratio)
         if budget.of == "model":
             share = share_of_linears(source, layers, ratio)
         units = self._units(source, layers)
-        total = _numbers(layers)
-        # But for rounding, the share of a number of parameters may be a whole number.
+        total = _parameters(layers)
+        # Rounded first, since the product may be 2.9999999 where it should be 3.
         allowed = int(round(share * total, 3))
-        smallest = total - sum(one.count * one.size for one in units.values()) + least(units)
+        prunable = sum(group.count * group.size for group in units.values())
+        smallest = total - prunable + minimum_parameters(units)
         if smallest > allowed:
-            every = sum(source.sizes.values())
-            before = every if budget.of == "model" else total
+            all_parameters = sum(source.sizes.values())
+            before = all_parameters if budget.of == "model" else total
             possible = ceil((before - total + smallest) / before * 10_000) / 10_000
             ends = ", or emulator.first=0 emulator.last=0" if self.first or self.last else ""
             raise ConfigError(
-                f"compression.ratio={ratio:g} is less than what stays whole and one unit of each "
-                f"pruned module; set compression.ratio={possible:g} or more{ends}"
+                f"compression.ratio={ratio:g} is less than the share of unpruned layers and one "
+                f"unit of each pruned module; set compression.ratio={possible:g} or more{ends}"
             )
-        whole = _left_whole(units, layers)
-        if whole:
-            told = ", ".join(f"{name} ({count})" for name, count in whole.items())
-            log.info("emulate: not pruned, but counted in compression.ratio: %s", told)
+        unpruned = _unpruned_layers(units, layers)
+        if unpruned:
+            counts = ", ".join(f"{name} ({count})" for name, count in unpruned.items())
+            log.info("prune: these layers are not pruned, but count in the ratio: %s", counts)
         return {"layers": list(layers), "parameters": allowed}
 
     def _units(self, source: Source, layers: Collection[str]) -> dict[str, Units]:
-        """Those that may be pruned.
+        """Module name -> units that may be pruned.
 
         Raises:
-            ConfigError: there are none.
+            ConfigError: no module has any.
         """
         units = units_of(source, layers, self.first, self.last)
         if units:
@@ -132,38 +138,39 @@ class Prune(Emulator):
         device: torch.device,
         host_bytes: int | None = None,
     ) -> dict[str, Any]:
-        """Write the indices kept (`kept.safetensors`), the scores, and `layers.json`.
+        """Write the kept indices (`kept.safetensors`), the units' scores, and `layers.json`.
 
-        For gradients two blocks are on the device, with the activations of one: the original is
-        streamed from host memory as under emulator=offload.
+        To compute gradients, the original is streamed from host memory as with emulator=offload:
+        at most two blocks and the activations of one are on the device.
         """
         assert build_inputs.plan is not None
         layers = {layer: source.linears[layer] for layer in build_inputs.plan["layers"]}
         units = self._units(source, layers)
-        inside = sum(one.count * one.size for one in units.values())
+        prunable = sum(group.count * group.size for group in units.values())
         scores = self._scores(source, build_inputs, units, device)
-        budget = build_inputs.plan["parameters"] - (_numbers(layers) - inside)
-        kept = SPREADS[self.spread](units, scores, budget)
-        write_shard(folder / KEPT, _indices(units, kept), {})
+        budget = build_inputs.plan["parameters"] - (_parameters(layers) - prunable)
+        kept_units = SPREADS[self.spread](units, scores, budget)
+        write_shard(folder / KEPT, _kept_indices(units, kept_units), {})
         write_shard(folder / "scores.safetensors", scores, {})
 
         table: dict[str, dict[str, Any]] = {
             layer: {"shape": list(source.linears[layer]), "bits": build_inputs.bits}
-            for layer in (in_blocks(source) if build_inputs.precision else layers)
+            for layer in (block_linears(source) if build_inputs.precision else layers)
         }
-        for name, one in units.items():
-            left = len(kept[name])
-            for dim, sizes in enumerate((one.rows, one.columns)):
+        for name, group in units.items():
+            count = len(kept_units[name])
+            for dim, sizes in enumerate((group.rows, group.columns)):
                 for layer, size in sizes.items():
-                    table[layer]["shape"][dim] = left * size
-                    table[layer] |= {"unit": one.kind, "kept": left, "of": one.count}
+                    table[layer]["shape"][dim] = count * size
+                    table[layer] |= {"unit": group.kind, "kept": count, "of": group.count}
         (folder / "layers.json").write_text(json.dumps(table, indent=1))
-        held = {layer: [line["shape"]] for layer, line in table.items()}
-        facts = size_facts(source, held, build_inputs.precision, gone=_biases(source, units, kept))
-        left = sum(len(kept[name]) * one.size for name, one in units.items())
+        stored = {layer: [row["shape"]] for layer, row in table.items()}
+        removed_biases = _removed_biases(source, units, kept_units)
+        facts = size_facts(source, stored, build_inputs.precision, removed_biases)
+        remaining = sum(len(kept_units[name]) * group.size for name, group in units.items())
         facts |= {
-            "share_of_linears": round(1 - (inside - left) / _numbers(layers), 4),
-            "whole": _left_whole(units, layers),
+            "share_of_linears": round(1 - (prunable - remaining) / _parameters(layers), 4),
+            "whole": _unpruned_layers(units, layers),
         }
         return facts | ({"samples": build_inputs.samples.ids} if build_inputs.samples else {})
 
@@ -174,20 +181,23 @@ class Prune(Emulator):
         units: Mapping[str, Units],
         device: torch.device,
     ) -> dict[str, Tensor]:
+        """Module name -> a score (count,) for each unit, higher for units to keep."""
         if build_inputs.samples is None:
             generator = torch.Generator().manual_seed(self.seed)
-            return {n: torch.rand(one.count, generator=generator) for n, one in units.items()}
+            return {
+                name: torch.rand(group.count, generator=generator) for name, group in units.items()
+            }
         model = load_streamed(source, (), device)
         loss = source.objective.lean_loss(model)
         recompute_blocks(model)
         batches = build_inputs.samples.learnt(source)
         return importance(model, batches, units, self.importance, source.objective, loss)
 
-    def kept(self, folder: Path, layer: str) -> tuple[Tensor | None, Tensor | None]:
-        """The rows and the columns that are left of a layer, ascending; None where all are."""
+    def kept_indices(self, folder: Path, layer: str) -> tuple[Tensor | None, Tensor | None]:
+        """Ascending indices of a layer's kept rows and of its kept columns; None: all are kept."""
         with safe_open(whole(folder / KEPT), framework="pt") as file:
-            names, held = (f"{layer}.rows", f"{layer}.columns"), set(file.keys())
-            rows, columns = (file.get_tensor(n) if n in held else None for n in names)
+            names, keys = (f"{layer}.rows", f"{layer}.columns"), set(file.keys())
+            rows, columns = (file.get_tensor(n) if n in keys else None for n in names)
         return rows, columns
 
     def open(
@@ -198,22 +208,22 @@ class Prune(Emulator):
         *,
         precision: Precision | None = None,
     ) -> PreTrainedModel:
-        """The original with smaller layers; one weight at a time is read whole, and cut."""
+        """Load the pruned model, frozen; the original weights are read and pruned one by one."""
         table = json.loads((folder / "layers.json").read_text())
-        smaller: dict[str, nn.Module] = {}
-        whole: list[str] = []  # of the packed ones, those that are not cut
-        for layer, line in table.items():
-            packed = line["bits"] != MODEL_BITS
-            rows, columns = self.kept(folder, layer)
+        pruned: dict[str, nn.Module] = {}
+        only_packed: list[str] = []  # layers that are packed, but not pruned
+        for layer, row in table.items():
+            packed = row["bits"] != MODEL_BITS
+            rows, columns = self.kept_indices(folder, layer)
             if rows is not None or columns is not None:
-                weight = _cut(_cut(source.weight(layer, device), rows, 0), columns, 1)
+                weight = _select(_select(source.weight(layer, device), rows, 0), columns, 1)
                 bias = source.bias(layer, device)
-                bias = None if bias is None else _cut(bias, rows, 0)
-                held = require_format(precision) if packed else None
-                smaller[layer] = _linear(weight, bias, held)
+                bias = None if bias is None else _select(bias, rows, 0)
+                layer_format = require_format(precision) if packed else None
+                pruned[layer] = _linear(weight, bias, layer_format)
             elif packed:
-                whole.append(layer)
-        return load_quantized(source, whole, device, precision, smaller)
+                only_packed.append(layer)
+        return load_quantized(source, only_packed, device, precision, pruned)
 
     def residual(
         self,
@@ -224,44 +234,54 @@ class Prune(Emulator):
         *,
         precision: Precision | None = None,
     ) -> None:
-        """None: a smaller layer takes and gives something else than the original."""
+        """Return None: a pruned weight has another shape, so there is no difference to compute."""
 
 
-def _numbers(layers: Layers) -> int:
+def _parameters(layers: Layers) -> int:
+    """Number of parameters in the weights of all layers."""
     return sum(rows * columns for rows, columns in layers.values())
 
 
-def _left_whole(units: Mapping[str, Units], layers: Collection[str]) -> dict[str, int]:
-    """How many layers have no units to prune, by name with the numbers taken out."""
-    cut = {layer for one in units.values() for layer in one.layers}
-    return dict(Counter(re.sub(r"\d+", "*", layer) for layer in layers if layer not in cut))
+def _unpruned_layers(units: Mapping[str, Units], layers: Collection[str]) -> dict[str, int]:
+    """Layers without units to prune: name with * instead of numbers -> how many there are."""
+    prunable = {layer for group in units.values() for layer in group.layers}
+    return dict(Counter(re.sub(r"\d+", "*", layer) for layer in layers if layer not in prunable))
 
 
-def _indices(units: Mapping[str, Units], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`<layer>.rows` and `<layer>.columns` of the modules that lose a unit."""
-    found: dict[str, Tensor] = {}
-    for name, one in units.items():
-        if len(kept[name]) < one.count:
-            found |= {f"{n}.rows": spans(kept[name], size) for n, size in one.rows.items()}
-            found |= {f"{n}.columns": spans(kept[name], size) for n, size in one.columns.items()}
-    return found
+def _kept_indices(
+    units: Mapping[str, Units], kept_units: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Kept indices as `<layer>.rows` and `<layer>.columns`, for modules that lose any unit."""
+    indices: dict[str, Tensor] = {}
+    for name, group in units.items():
+        kept = kept_units[name]
+        if len(kept) < group.count:
+            indices |= {f"{n}.rows": unit_indices(kept, size) for n, size in group.rows.items()}
+            indices |= {
+                f"{n}.columns": unit_indices(kept, size) for n, size in group.columns.items()
+            }
+    return indices
 
 
-def _biases(source: Source, units: Mapping[str, Units], kept: Mapping[str, Tensor]) -> int:
-    """Numbers that are cut from biases."""
+def _removed_biases(
+    source: Source, units: Mapping[str, Units], kept_units: Mapping[str, Tensor]
+) -> int:
+    """Number of bias entries that pruning removes."""
     return sum(
-        (one.count - len(kept[name])) * size
-        for name, one in units.items()
-        for layer, size in one.rows.items()
+        (group.count - len(kept_units[name])) * size
+        for name, group in units.items()
+        for layer, size in group.rows.items()
         if f"{layer}.bias" in source.sizes
     )
 
 
-def _cut(tensor: Tensor, kept: Tensor | None, dim: int) -> Tensor:
-    return tensor if kept is None else tensor.index_select(dim, kept.to(tensor.device))
+def _select(tensor: Tensor, indices: Tensor | None, dim: int) -> Tensor:
+    """The entries of a tensor at `indices` along `dim`; all entries if `indices` is None."""
+    return tensor if indices is None else tensor.index_select(dim, indices.to(tensor.device))
 
 
 def _linear(weight: Tensor, bias: Tensor | None, precision: Precision | None) -> nn.Module:
+    """A frozen linear layer with this weight, packed if `precision` is a format."""
     if precision is not None:
         return precision.linear(precision.quantize(weight), bias)
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")

@@ -1,9 +1,8 @@
-"""How much each unit of a model matters to the loss of the calibration answers.
+"""Importance scores of a model's units, from gradients of the loss on the calibration answers.
 
-A vector with one number for each unit stands in the way of the module's layers, and its gradient is
-the score. It changes nothing in the forward pass. No weight needs a gradient of its own: what comes
-in and what goes out of a layer is at hand where the backward pass reaches it, so the gradient of a
-weight exists for the moment, and that of no two.
+Hooks add a vector with one entry per unit to each module. The vector does not change the forward
+pass; its gradient is the score. Weights stay frozen: the backward pass computes the gradient of one
+weight at a time, from the layer's input and output gradient, and drops it at once.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from emloc.tensors.nn.attention import without_cudnn
 
 KINDS = ("upop", "taylor")
 
-# Tokens whose products are formed at one time.
+# Number of tokens that are multiplied at once.
 PIECE = 2048
 
 
@@ -38,49 +37,50 @@ def importance(
     objective: Objective,
     loss: Loss | None = None,
 ) -> dict[str, Tensor]:
-    """Module name -> a score for each unit (count,), the higher the longer it is kept; on the CPU.
+    """Module name -> importance score of each unit (count,), on the CPU; higher scores are kept.
 
-    With L the mean loss of all that is learnt, as answer tokens or rows:
+    With L the mean loss over all items of the objective, such as answer tokens or rows:
 
-    * `upop`: minus dL/d(mask), the mask being 1 on each unit's activations, signed (UPop, which
+    * `upop`: minus dL/d(mask), signed, with a mask of ones on each unit's activations (UPop, which
       prunes the largest gradient first).
-    * `taylor`: |w dL/dw| summed over the unit's weights (LLM-Pruner, first order), biases not
-      counted. Gradients are summed within a batch and their magnitudes over batches; LLM-Pruner has
-      one batch.
+    * `taylor`: |w dL/dw| summed over the unit's weights without biases (LLM-Pruner, first order).
+      Gradients are summed within a batch, and their magnitudes over batches; LLM-Pruner has one
+      batch.
 
-    Sums are in float32, or in the model's dtype where that is wider.
+    Sums are in float32, or in the model's dtype if that is wider.
 
     Args:
-        model: any whose linears have their weight when they are run; in eval mode, or as
+        model: its linears have their weight when they run; in eval mode, or as
             `recompute_blocks` leaves it.
-        batches: keyword arguments of its forward, and the targets.
-        units: of the modules to score.
+        batches: keyword arguments of the model's forward, and the targets.
+        units: module name -> units to score.
         kind: upop | taylor.
-        objective: of the model. What it draws at random is the same at every call.
-        loss: its leaner one, if `model` was made ready for it.
+        objective: the model's objective. Its random numbers are the same at every call.
+        loss: the objective's memory-saving loss, if the model was prepared for it.
 
     Raises:
-        ConfigError: a module is reached by no sample, or a gradient is not finite.
+        ConfigError: no sample reaches a module, or a gradient is not finite.
     """
     leaves: dict[str, Tensor] = {}
     handles: list[RemovableHandle] = []
-    for name, one in units.items():
-        weight = model.get_submodule(one.layers[0]).get_parameter("weight")
+    for name, group in units.items():
+        weight = model.get_submodule(group.layers[0]).get_parameter("weight")
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        leaf = torch.ones(one.count, dtype=dtype, device=weight.device, requires_grad=True)
-        handles += _mask(model, one, leaf) if kind == "upop" else _weigh(model, one, leaf)
+        leaf = torch.ones(group.count, dtype=dtype, device=weight.device, requires_grad=True)
+        hook = _hook_masks if kind == "upop" else _hook_importance
+        handles += hook(model, group, leaf)
         leaves[name] = leaf
     items = sum(int(objective.items(dict(batch))) for batch in batches)
-    still = {"use_cache": False} if accepts_use_cache(model) else {}
+    no_cache = {"use_cache": False} if accepts_use_cache(model) else {}
     loss = loss or objective.plain_loss
-    # By all items, gradients in float16 would underflow.
+    # The loss is summed, not averaged over all items: float16 gradients of a mean would underflow.
     one_item = torch.ones((), device=model.device)
     gpus = [model.device] if model.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=gpus), without_cudnn():
             torch.manual_seed(0)
             for batch in tracked(batches, "emulate", len(batches), "batch"):
-                moved = {key: value.to(model.device) for key, value in batch.items()} | still
+                moved = {key: value.to(model.device) for key, value in batch.items()} | no_cache
                 loss(model, moved, one_item).backward()  # type: ignore[no-untyped-call]
     finally:
         for handle in handles:
@@ -90,18 +90,23 @@ def importance(
 
 
 def recompute_blocks(model: PreTrainedModel) -> None:
-    """Hold the activations of one block at a time while gradients are taken. Dropout stays off."""
+    """Enable activation checkpointing of every block, with dropout off."""
     recompute_layers(model.eval())
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = True  # taken off again, since nothing in it is trained
-            module.training = True  # a block is recomputed in training only; what it holds is not
+            # `recompute_layers` disables checkpointing below the first trained layer; here no
+            # layer is trained.
+            module.gradient_checkpointing = True
+            # A block is recomputed only in training mode. Its submodules stay in eval mode, so
+            # dropout stays off.
+            module.training = True
 
 
 def _gradient(name: str, leaf: Tensor) -> Tensor:
+    """The gradient of a module's vector, on the CPU; ConfigError if it is missing or not finite."""
     if leaf.grad is None:
         raise ConfigError(
-            f"{name}: no calibration sample runs through it, so that its units have no score; "
+            f"{name}: no calibration sample runs through it, so its units have no score; "
             "set emulator.importance=random, or model.emulator_targets without it"
         )
     if not leaf.grad.isfinite().all():
@@ -112,7 +117,9 @@ def _gradient(name: str, leaf: Tensor) -> Tensor:
     return leaf.grad.cpu()
 
 
-def _mask(model: nn.Module, units: Units, leaf: Tensor) -> Iterator[RemovableHandle]:
+def _hook_masks(model: nn.Module, units: Units, leaf: Tensor) -> Iterator[RemovableHandle]:
+    """Multiply the inputs of layers that read the units by `leaf`, a mask of ones (count,)."""
+
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
         return UnitMask.apply(args[0], leaf)  # type: ignore[no-untyped-call]
 
@@ -120,13 +127,15 @@ def _mask(model: nn.Module, units: Units, leaf: Tensor) -> Iterator[RemovableHan
         yield model.get_submodule(layer).register_forward_pre_hook(hook)
 
 
-def _weigh(model: nn.Module, units: Units, leaf: Tensor) -> Iterator[RemovableHandle]:
+def _hook_importance(model: nn.Module, units: Units, leaf: Tensor) -> Iterator[RemovableHandle]:
+    """Make the backward pass add each weight's importance to the gradient of `leaf` (count,)."""
+
     def hook(dim: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def weighed(linear: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        def with_importance(linear: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
             x, weight = args[0].detach(), linear.get_parameter("weight").detach()
             return UnitImportance.apply(y, leaf, x, weight, dim)  # type: ignore[no-untyped-call]
 
-        return weighed
+        return with_importance
 
     for dim, layers in enumerate((units.rows, units.columns)):
         for layer in layers:
@@ -134,18 +143,18 @@ def _weigh(model: nn.Module, units: Units, leaf: Tensor) -> Iterator[RemovableHa
 
 
 class UnitMask(torch.autograd.Function):
-    """x (..., units * size) times a mask of ones (units,), which has a gradient."""
+    """Multiplies x (..., units * size) by a mask of ones (units,) to get the mask's gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
-        """x as it is."""
+        """Return x unchanged, since the mask is all ones."""
         ctx.save_for_backward(x)
         ctx.mask = mask
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient of x, and the sum of x dL/dx over tokens and the features of a unit."""
+        """Gradients of x and of the mask: x dL/dx, summed over tokens and features of a unit."""
         (x,), (dy,) = ctx.saved_tensors, grads
         total = x.new_zeros(x.shape[-1], dtype=ctx.mask.dtype)
         for left, right in _pieces(total.dtype, x, dy):
@@ -154,21 +163,21 @@ class UnitMask(torch.autograd.Function):
 
 
 class UnitImportance(torch.autograd.Function):
-    """y (..., m) = x W^T with a vector (units,) whose gradient is the importance of W's units.
+    """Returns y (..., m) = x W^T; the gradient of `scores` (units,) is the units' importance.
 
-    `dim`: 0 if they are rows of W (m, n), 1 if they are columns.
+    The units are rows of W (m, n) if `dim` is 0, columns if it is 1.
     """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, scores: Tensor, x: Tensor, weight: Tensor, dim: int) -> Tensor:
-        """y as it is."""
+        """Return y unchanged."""
         ctx.save_for_backward(x, weight)
         ctx.scores, ctx.dim = scores, dim
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        """The gradient of y, and the sum of |W dL/dW| over the weights of each unit."""
+        """Gradients of y and of the scores: |W dL/dW|, summed over the weights of each unit."""
         (x, weight), (dy,) = ctx.saved_tensors, grads
         total = torch.zeros_like(weight, dtype=ctx.scores.dtype)
         for left, right in _pieces(total.dtype, dy, x):
@@ -178,7 +187,7 @@ class UnitImportance(torch.autograd.Function):
 
 
 def _pieces(dtype: torch.dtype, left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens of both, (some, features), few at a time and widened."""
-    parts = [torch.split(one.reshape(-1, one.shape[-1]), PIECE) for one in (left, right)]
-    for some, others in zip(*parts, strict=True):
-        yield some.to(dtype), others.to(dtype)
+    """Yield both tensors as matrices (tokens, features) of at most `PIECE` tokens, in `dtype`."""
+    pieces = [torch.split(x.reshape(-1, x.shape[-1]), PIECE) for x in (left, right)]
+    for left_piece, right_piece in zip(*pieces, strict=True):
+        yield left_piece.to(dtype), right_piece.to(dtype)

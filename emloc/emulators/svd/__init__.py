@@ -1,4 +1,4 @@
-"""EMLoC's emulator: every targeted linear as the product of two thin ones."""
+"""EMLoC's emulator: every targeted linear is replaced by two low-rank factors."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from emloc.calibration.moments import Statistics
 from emloc.calibration.named_blocks import named_blocks, weights_of
 from emloc.config.settings import Compression
 from emloc.emulators import BuildInputs, Emulator, Ranks
-from emloc.emulators.size import factors_of, size_facts, uniform_ranks
-from emloc.emulators.svd.factor_file import facts_of, load_factors, save_factors
+from emloc.emulators.size import size_facts, stored_shapes, uniform_ranks
+from emloc.emulators.svd.factor_file import load_factors, read_facts, save_factors
 from emloc.emulators.svd.factors import LayerFactors, factorize, refine, spectra
-from emloc.emulators.svd.sequential import BlockPair, fit, lock_step
+from emloc.emulators.svd.sequential import BlockPair, fit_block, lock_step
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import CPU, Source
 from emloc.precision import Precision
@@ -40,37 +40,38 @@ ALLOCATIONS = ("uniform", "greedy")
 
 @dataclass(frozen=True, kw_only=True)
 class Svd(Emulator):
-    """Rank-k factors that keep the most of each layer's output energy (EMLoC, stage 1)."""
+    """Low-rank factors that keep the most output energy of each layer (EMLoC, stage 1)."""
 
-    algorithm: str  # subspace: products only; eigen: one decomposition; whiten: the paper's chain
-    aware: bool  # weigh by the calibration activations; false: plain truncated SVD of the weight
+    # subspace: fast iteration; eigen: one eigendecomposition; whiten: the authors' whitened SVD
+    algorithm: str
+    aware: bool  # weight by the calibration activations; false: plain truncated SVD of the weight
     multiple: int  # ranks are rounded down to a multiple of this
-    sequential: bool = neutral(False)  # fit each layer to what those compressed before it give
-    allocation: str = neutral("uniform")  # greedy: more of the layers that would lose the most
+    sequential: bool = neutral(False)  # fit each layer to the outputs of compressed earlier layers
+    allocation: str = neutral("uniform")  # greedy: higher ranks for layers that lose more energy
 
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
             raise ConfigError(
-                f"emulator.algorithm={self.algorithm}: one of {', '.join(ALGORITHMS)}; "
+                f"emulator.algorithm={self.algorithm}: must be one of {', '.join(ALGORITHMS)}; "
                 "set emulator.algorithm=subspace"
             )
         if self.algorithm == "whiten" and not self.aware:
             raise ConfigError(
-                "emulator.aware=false leaves nothing to whiten; set emulator.algorithm=eigen"
+                "emulator.aware=false leaves no activations to whiten; set emulator.algorithm=eigen"
             )
         if self.allocation not in ALLOCATIONS:
             raise ConfigError(
-                f"emulator.allocation={self.allocation}: one of {', '.join(ALLOCATIONS)}; "
+                f"emulator.allocation={self.allocation}: must be one of {', '.join(ALLOCATIONS)}; "
                 "set emulator.allocation=uniform"
             )
         if self.sequential and not self.aware:
             raise ConfigError(
-                "emulator.sequential=true fits to activations, which emulator.aware=false leaves "
-                "out; set emulator.sequential=false"
+                "emulator.sequential=true needs calibration activations, which "
+                "emulator.aware=false does not use; set emulator.sequential=false"
             )
         if self.sequential and self.algorithm == "whiten":
             raise ConfigError(
-                "emulator.sequential=true is no part of the paper's chain; "
+                "emulator.algorithm=whiten cannot be combined with emulator.sequential=true; "
                 "set emulator.algorithm=eigen, or emulator.sequential=false"
             )
         if self.multiple < 1:
@@ -80,21 +81,22 @@ class Svd(Emulator):
             )
 
     def plan(self, source: Source, layers: Layers, budget: Compression) -> Ranks:
-        """The same share of every layer: greedy ranks, found in building, take no more in all."""
+        """Return uniform ranks; greedy ranks, chosen in the build, cost no more parameters."""
         return uniform_ranks(source, layers, budget, self.multiple)
 
     keeps_weights = False
 
     @property
     def samples(self) -> bool:
-        """Not for a plain SVD."""
+        """Whether the build reads calibration samples; a plain SVD does not."""
         return self.aware
 
     @property
     def statistics(self) -> str | None:
-        """The paper's chain needs the input Gram of every layer; block after block takes its own.
+        """Second moments of the original that the build reads; see `Emulator.statistics`.
 
-        Greedy ranks are of the original's.
+        Whitening needs the input Gram of every layer. A sequential build computes its own moments;
+        only greedy ranks need those of the original.
         """
         if not self.aware or (self.sequential and self.allocation == "uniform"):
             return None
@@ -109,33 +111,36 @@ class Svd(Emulator):
         device: torch.device,
         host_bytes: int | None = None,
     ) -> dict[str, Any]:
-        """Write one file of factors per block; blocks already there are not computed again.
+        """Write one file of factors per block; an interrupted build skips finished blocks.
 
-        One block's weights are in memory at a time, in both models where it is `sequential`.
-        Without statistics they are taken on the way, block by block, and not kept.
-        `journal.jsonl` gets a line for every block that is done; `layers.json` in the end holds
-        each layer's rank, energy kept, seconds and some of its spectrum, a layer a line;
-        `spectra.safetensors`, what greedy ranks are chosen by.
+        The weights of one block are in memory at a time; a `sequential` build holds them twice,
+        once for each model. Without cached statistics, each block's statistics are computed right
+        before its factors and then discarded.
+
+        Further files: `journal.jsonl` has a line per finished block, `layers.json` a line per
+        layer with rank, kept energy, seconds and a part of the spectrum, and `spectra.safetensors`
+        the full spectra that greedy ranks are chosen by.
         """
         if self.allocation == "greedy":
-            build_inputs = replace(
-                build_inputs, plan=self._greedy(folder, source, build_inputs, device, host_bytes)
-            )
+            ranks = self._greedy_ranks(folder, source, build_inputs, device, host_bytes)
+            build_inputs = replace(build_inputs, plan=ranks)
+        assert build_inputs.plan is not None
         ranks, statistics = build_inputs.plan, build_inputs.statistics
-        assert ranks is not None
-        blocks = by_block(ranks)
-        # Where only outputs were summed, u is solved again in one more pass over the samples.
-        again = bool(statistics and statistics.facts["outputs"]) and self.algorithm != "whiten"
+        layers_by_block = by_block(ranks)
+        # If the statistics are output Grams, u is refitted in one more pass over the samples.
+        needs_refit = (
+            bool(statistics and statistics.facts["outputs"]) and self.algorithm != "whiten"
+        )
         journal = Journal(folder)
         table: dict[str, Any] = {}
-        run: Iterable[tuple[str, Block | BlockPair | None]]
+        blocks: Iterable[tuple[str, Block | BlockPair | None]]
         if self.sequential:
             assert build_inputs.samples is not None
             batches = build_inputs.samples.batches(source)
-            run = lock_step(
+            blocks = lock_step(
                 source,
                 batches,
-                blocks,
+                layers_by_block,
                 journal.file,
                 build_inputs.precision,
                 device,
@@ -143,23 +148,27 @@ class Svd(Emulator):
                 folder,
             )
         else:
-            samples = build_inputs.samples if again or statistics is None else None
-            run = named_blocks(source, samples, list(blocks), device, host_bytes, folder)
-        for name, block in tracked(run, "emulate", len(blocks), "block"):
+            samples = build_inputs.samples if needs_refit or statistics is None else None
+            blocks = named_blocks(
+                source, samples, list(layers_by_block), device, host_bytes, folder
+            )
+        for name, block in tracked(blocks, "emulate", len(layers_by_block), "block"):
             path = journal.file(name)
             if not path.exists():
-                # Nothing of it is held but the file, when the next block is read.
+                # Passed on at once: no variable keeps the factors in memory while the next block
+                # is read.
                 save_factors(
-                    self._factors(source, name, block, blocks[name], build_inputs, device), path
+                    self._factors(source, name, block, layers_by_block[name], build_inputs, device),
+                    path,
                 )
-            found = facts_of(path)
+            layer_facts = read_facts(path)
             if name not in journal.lines:
-                seconds = round(sum(layer["seconds"] for layer in found.values()), 4)
-                journal.add(name, layers=list(found), seconds=seconds)
-            table |= found
-        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(one)}" for name, one in table.items())
+                seconds = round(sum(layer["seconds"] for layer in layer_facts.values()), 4)
+                journal.add(name, layers=list(layer_facts), seconds=seconds)
+            table |= layer_facts
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in table.items())
         (folder / "layers.json").write_text(f"{{\n{lines}\n}}\n")
-        facts = size_facts(source, factors_of(source, ranks), build_inputs.precision)
+        facts = size_facts(source, stored_shapes(source, ranks), build_inputs.precision)
         return facts | ({"samples": build_inputs.samples.ids} if build_inputs.samples else {})
 
     def _factors(
@@ -171,28 +180,32 @@ class Svd(Emulator):
         build_inputs: BuildInputs,
         device: torch.device,
     ) -> dict[str, LayerFactors]:
-        assert build_inputs.plan is not None
+        """Layer name -> factors, for the layers of one block."""
+        ranks, precision = build_inputs.plan, build_inputs.precision
+        assert ranks is not None
         if isinstance(block, BlockPair):
-            return fit(block, layers, build_inputs.plan, self.algorithm, build_inputs.precision)
-        known = self._known(name, block, layers, build_inputs)
+            return fit_block(block, layers, ranks, self.algorithm, precision)
+        statistics = self._block_statistics(name, block, layers, build_inputs)
         weights = weights_of(source, block, layers, device)
-        found = factorize(weights, build_inputs.plan, known, self.algorithm, build_inputs.precision)
-        if block is None or known is None:
-            return found
-        again = [layer for layer in layers if layer in known.outputs]
-        return refine(block, found, again) if self.algorithm != "whiten" else found
+        factors = factorize(weights, ranks, statistics, self.algorithm, precision)
+        if block is None or statistics is None or self.algorithm == "whiten":
+            return factors
+        return refine(block, factors, [layer for layer in layers if layer in statistics.outputs])
 
-    def _known(
+    def _block_statistics(
         self, name: str, block: Block | None, layers: list[str], build_inputs: BuildInputs
     ) -> Statistics | None:
-        """Second moments of the block: written ones, or those it gives when it is looked at."""
+        """Second moments of a block: read from the cache, or recorded by running the block.
+
+        None for a plain SVD, which needs neither.
+        """
         if build_inputs.statistics is not None:
             return Statistics.load(build_inputs.statistics.folder / f"{name}.safetensors")
         if block is None:
             return None
         return record_moments(block, layers, self.statistics == "input", stay=True)
 
-    def _greedy(
+    def _greedy_ranks(
         self,
         folder: Path,
         source: Source,
@@ -200,17 +213,23 @@ class Svd(Emulator):
         device: torch.device,
         host_bytes: int | None,
     ) -> Ranks:
-        """The ranks that lose the least for the parameters planned, by the original's spectra."""
+        """Ranks that lose the least energy for the planned parameters, by the original's spectra.
+
+        The spectra are written to `folder`, so that an interrupted build does not repeat them.
+        """
         assert build_inputs.plan is not None
-        blocks, path = by_block(build_inputs.plan), folder / "spectra.safetensors"
+        layers_by_block, path = by_block(build_inputs.plan), folder / "spectra.safetensors"
         if not path.exists():
             samples = build_inputs.samples if build_inputs.statistics is None else None
-            run = named_blocks(source, samples, list(blocks), device, host_bytes, folder)
-            found: dict[str, Tensor] = {}
-            for name, block in tracked(run, "spectra", len(blocks), "block"):
-                known = self._known(name, block, blocks[name], build_inputs)
-                found |= spectra(weights_of(source, block, blocks[name], device), known)
-            write_shard(path, found, {})
+            blocks = named_blocks(
+                source, samples, list(layers_by_block), device, host_bytes, folder
+            )
+            layer_spectra: dict[str, Tensor] = {}
+            for name, block in tracked(blocks, "spectra", len(layers_by_block), "block"):
+                layers = layers_by_block[name]
+                statistics = self._block_statistics(name, block, layers, build_inputs)
+                layer_spectra |= spectra(weights_of(source, block, layers, device), statistics)
+            write_shard(path, layer_spectra, {})
         shapes = {layer: source.linears[layer] for layer in build_inputs.plan}
         return greedy(load_file(whole(path)), shapes, build_inputs.plan, self.multiple)
 
@@ -222,14 +241,14 @@ class Svd(Emulator):
         *,
         precision: Precision | None = None,
     ) -> PreTrainedModel:
-        """The original with its compressed layers replaced by their factors."""
+        """Load the original model, frozen, with its compressed layers replaced by their factors."""
         layers = json.loads((folder / "layers.json").read_text())
-        replace: dict[str, nn.Module] = {}
-        for block, members in by_block(layers).items():
-            biases = {layer: source.bias(layer, device) for layer in members}
+        factorized: dict[str, nn.Module] = {}
+        for block, names in by_block(layers).items():
+            biases = {name: source.bias(name, device) for name in names}
             path = folder / f"{block}.safetensors"
-            replace |= load_factors(path, biases, device, precision)
-        return source.load(device, replace)
+            factorized |= load_factors(path, biases, device, precision)
+        return source.load(device, factorized)
 
     def residual(
         self,
@@ -240,21 +259,21 @@ class Svd(Emulator):
         *,
         precision: Precision | None = None,
     ) -> Tensor | None:
-        """Original minus the product of the factors, as both are stored."""
+        """Original weight minus the product of its stored factors; None if it is not compressed."""
         if layer not in _ranks(folder):
             return None
-        # The file has to be there: a lost one does not mean that the layer is as it was.
+        # A missing file is an error; it does not mean that the layer was not compressed.
         path = folder / f"{block_of(layer)}.safetensors"
-        found = load_factors(path, {layer: None}, device, precision)
-        return source.weight(layer, device).double().sub_(found[layer].product())
+        factorized = load_factors(path, {layer: None}, device, precision)
+        return source.weight(layer, device).double().sub_(factorized[layer].product())
 
 
 def _ranks(folder: Path) -> Ranks:
-    """The layers that were factorised, whichever files are there."""
-    return _ranks_in(folder / "layers.json", (folder / "layers.json").stat().st_mtime_ns)
+    """Ranks of the factorised layers, from `layers.json`."""
+    return _read_ranks(folder / "layers.json", (folder / "layers.json").stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=8)
-def _ranks_in(path: Path, modified: int) -> Ranks:
-    """Read once: a recovery asks for every layer, and the table holds much more than ranks."""
+def _read_ranks(path: Path, modified: int) -> Ranks:
+    """Ranks in a `layers.json`, read once and then for every layer from the cache."""
     return {layer: line["rank"] for layer, line in json.loads(path.read_text()).items()}

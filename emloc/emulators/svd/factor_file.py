@@ -1,7 +1,7 @@
-"""The factors of one block as a file.
+"""Read and write the safetensors file with the factors of one block.
 
-A layer is `<layer>.u` (m, k) and `<layer>.v` (k, n), or packed the parts of `<layer>.ut` (k, m) and
-`<layer>.v`. What is known of each layer stands in the file's metadata.
+It holds `<layer>.u` (m, k) and `<layer>.v` (k, n) for each layer, or, in a packed format, the
+tensors of `<layer>.ut` (k, m) and `<layer>.v`. The file's metadata holds the facts of each layer.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from emloc.runtime.safetensors_file import write_shard
 from emloc.tensors.nn.factorized import Factorized, PackedFactorized
 
 
-def save_factors(found: Mapping[str, LayerFactors], path: Path) -> None:
-    """Write one block's layers, whole or not at all."""
+def save_factors(factors: Mapping[str, LayerFactors], path: Path) -> None:
+    """Write the factors and facts of one block's layers; the file is complete or absent."""
     tensors: dict[str, Tensor] = {}
-    for layer, one in found.items():
-        factors = one.factors
-        if one.v is None:
-            tensors |= {f"{layer}.u": factors.u, f"{layer}.v": factors.v}
+    for name, layer in factors.items():
+        u, v = layer.factors.u, layer.factors.v
+        if layer.v is None:
+            tensors |= {f"{name}.u": u, f"{name}.v": v}
         else:
-            ut = one.v.precision.quantize(factors.u.T)
-            tensors |= one.v.tensors(f"{layer}.v") | ut.tensors(f"{layer}.ut")
-    write_shard(path, tensors, {layer: json.dumps(one.facts) for layer, one in found.items()})
+            ut = layer.v.precision.quantize(u.T)
+            tensors |= layer.v.tensors(f"{name}.v") | ut.tensors(f"{name}.ut")
+    write_shard(path, tensors, {name: json.dumps(layer.facts) for name, layer in factors.items()})
 
 
 def load_factors(
@@ -41,29 +41,35 @@ def load_factors(
     device: torch.device,
     precision: Precision | None,
 ) -> dict[str, Factorized | PackedFactorized]:
-    """Layer -> module, of the layers that have an entry in `biases`; `precision` as they were made.
+    """Layer name -> factorised module, for the layers in `biases`.
+
+    Args:
+        path: file of one block.
+        biases: layer name -> bias (out,) or None.
+        device: where the modules are.
+        precision: packed format that the factors were written in; None: the model's dtype.
 
     Raises:
-        KeyError: one of them is not in the file.
-        ValueError: they are packed, and in no format or another one.
+        KeyError: a layer is not in the file.
+        ValueError: the factors are packed, and `precision` is None or another format.
     """
-    found: dict[str, Factorized | PackedFactorized] = {}
+    modules: dict[str, Factorized | PackedFactorized] = {}
     with safe_open(whole(path), framework="pt", device=str(device)) as file:
-        held = set(file.keys())
+        keys = set(file.keys())
         for layer, bias in biases.items():
             packed = (f"{layer}.v.", f"{layer}.ut.")
-            names = [n for n in held if n in (f"{layer}.u", f"{layer}.v") or n.startswith(packed)]
+            names = [n for n in keys if n in (f"{layer}.u", f"{layer}.v") or n.startswith(packed)]
             parts = {name: file.get_tensor(name) for name in names}
             if f"{layer}.u" in parts:
-                found[layer] = Factorized(parts[f"{layer}.u"], parts[f"{layer}.v"], bias)
+                modules[layer] = Factorized(parts[f"{layer}.u"], parts[f"{layer}.v"], bias)
             else:
                 read = require_format(precision).from_tensors
                 v, ut = (read(f"{layer}.{name}", parts) for name in ("v", "ut"))
-                found[layer] = PackedFactorized(v, ut, bias)
-    return found
+                modules[layer] = PackedFactorized(v, ut, bias)
+    return modules
 
 
-def facts_of(path: Path) -> dict[str, Any]:
-    """Layer -> what is known of it, by name: the file keeps no order."""
+def read_facts(path: Path) -> dict[str, Any]:
+    """Layer name -> its facts (`LayerFactors.facts`), sorted, since the file has no order."""
     with safe_open(whole(path), framework="pt") as file:
         return {layer: json.loads(facts) for layer, facts in sorted(file.metadata().items())}

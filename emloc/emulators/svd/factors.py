@@ -1,4 +1,4 @@
-"""The factors of one block's linears, from its second moments and, if need be, one more pass."""
+"""Factorise the linears of one block, given their second moments."""
 
 from __future__ import annotations
 
@@ -16,48 +16,49 @@ from emloc.calibration.moments import PIECE, InputRecorder, Statistics
 from emloc.emulators import Ranks
 from emloc.precision import Packed, Precision
 from emloc.tensors.linalg.allocate import spectrum
-from emloc.tensors.linalg.factorize import Factors, eigen, refit, rounded, whiten
+from emloc.tensors.linalg.factorize import Factors, eigen, refit, refit_to_v, whiten
 from emloc.tensors.linalg.gram import cross, gram, product
 from emloc.tensors.linalg.subspace import subspace
 
-# Directions whose energy is kept for the record: more would show nothing new in a figure.
+# Number of directions whose energy is reported; more would not change a figure.
 POINTS = 64
 
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """One layer's factors and the seconds they took."""
+    """The factors of one layer, with the seconds that their computation took."""
 
-    factors: Factors  # where packed: v as it is multiplied by, u not yet quantised
+    factors: Factors  # in a packed format: v is dequantised, u not quantised yet
     seconds: float
-    v: Packed | None  # None in the model's dtype
+    v: Packed | None  # v in the packed format; None: v is in the model's dtype
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is kept with the emulator."""
-        one = self.factors
-        rank = one.v.shape[0]
+        """The layer's entry in `layers.json`: rank, kept energy, solver, seconds and spectrum."""
+        factors = self.factors
         return {
-            "rank": rank,
-            "kept": one.kept,
-            "seen": one.seen,
-            "solver": one.solver,
-            "steps": one.steps,
+            "rank": factors.v.shape[0],
+            "kept": factors.kept_share,
+            "seen": factors.data_rank,
+            "solver": factors.solver,
+            "steps": factors.steps,
             "seconds": round(self.seconds, 4),
-            "spectrum": recorded(one),
+            "spectrum": spectrum_record(factors),
         }
 
 
-def recorded(factors: Factors) -> dict[str, Any]:
-    """Output energy of some directions, as evenly spaced in the logarithm as their numbers allow.
+def spectrum_record(factors: Factors) -> dict[str, Any]:
+    """Output energy of at most `POINTS` directions, evenly spaced on a logarithmic axis.
 
-    `index`: which direction, the strongest is 1; `energy`: of each; `total`: of all there are;
-    `directions`: how many that is, min(m, n).
+    Returns:
+        `index`: numbers of these directions, the strongest is 1; `energy`: energy of each;
+        `total`: energy of all directions; `directions`: the number of all directions, min(m, n).
     """
     spectrum, rank = factors.spectrum.cpu(), factors.v.shape[0]
-    known = len(spectrum)
-    index = sorted({round(known ** (step / (POINTS - 1))) for step in range(POINTS)})
-    total = float(spectrum[:rank].sum()) / factors.kept if factors.kept > 0 else 0.0
+    count = len(spectrum)
+    index = sorted({round(count ** (step / (POINTS - 1))) for step in range(POINTS)})
+    kept = factors.kept_share
+    total = float(spectrum[:rank].sum()) / kept if kept > 0 else 0.0
     return {
         "index": index,
         "energy": [float(f"{spectrum[i - 1]:.5g}") for i in index],
@@ -73,17 +74,27 @@ def factorize(
     algorithm: str,
     precision: Precision | None = None,
 ) -> dict[str, LayerFactors]:
-    """Layer -> factors in the dtype of its weight (out, in); plain SVD without statistics."""
-    found = {}
-    for layer, weight in weights.items():
+    """Layer name -> factors of its weight (out, in); a plain truncated SVD without statistics.
+
+    Args:
+        weights: layer name -> weight (out, in); the factors get its dtype.
+        ranks: layer name -> rank.
+        statistics: second moments of these layers, or None.
+        algorithm: eigen, subspace or whiten.
+        precision: packed format of the factors; None: the weight's dtype.
+    """
+    layers = {}
+    for name, weight in weights.items():
         start = time.perf_counter()
-        grams = _grams(layer, weight, statistics)
-        factors, v = reduced(weight, ranks[layer], grams, algorithm, precision, weight.dtype)
-        found[layer] = LayerFactors(factors, time.perf_counter() - start, v)
-    return found
+        grams = _grams(name, weight, statistics)
+        factors, v = factorize_matrix(
+            weight, ranks[name], grams, algorithm, precision, weight.dtype
+        )
+        layers[name] = LayerFactors(factors, time.perf_counter() - start, v)
+    return layers
 
 
-def reduced(
+def factorize_matrix(
     target: Tensor,
     rank: int,
     grams: Mapping[str, Tensor],
@@ -91,14 +102,14 @@ def reduced(
     precision: Precision | None,
     dtype: torch.dtype,
 ) -> tuple[Factors, Packed | None]:
-    """The factors of one matrix (out, in), as `Factored` has them, and v packed.
+    """Factorise one matrix (out, in); return the factors as in `LayerFactors`, and the packed v.
 
     Args:
-        target: what they stand for, be it the layer's weight or not.
+        target: the matrix to approximate: the layer's weight, or a matrix fitted in its place.
         rank: k.
-        grams: `input_gram`, `output_gram` or none, on the target's device.
+        grams: `input_gram` or `output_gram`, on the target's device, or empty.
         algorithm: eigen, subspace or whiten.
-        precision: of a kept number; None: `dtype`.
+        precision: packed format of the factors; None: `dtype`.
         dtype: of the factors.
     """
     if algorithm == "whiten":
@@ -108,13 +119,13 @@ def reduced(
         factors = solve(target, rank, **grams, dtype=dtype)
     if precision is None:
         return factors, None
-    # The paper's own chain solves nothing again.
-    solves = algorithm != "whiten" and "output_gram" not in grams
-    return _quantized(factors, precision, target, grams.get("input_gram"), solves)
+    # The authors' whitening does not refit u; without an input Gram, `refine` does so later.
+    refits = algorithm != "whiten" and "output_gram" not in grams
+    return _quantize_v(factors, precision, target, grams.get("input_gram"), refits)
 
 
 def spectra(weights: Mapping[str, Tensor], statistics: Statistics | None) -> dict[str, Tensor]:
-    """Layer -> output energy of every direction (min(m, n),), descending, in host memory."""
+    """Layer name -> output energy of every direction (min(m, n),), descending, in host memory."""
     return {
         layer: spectrum(weight, **_grams(layer, weight, statistics)).cpu()
         for layer, weight in weights.items()
@@ -122,51 +133,61 @@ def spectra(weights: Mapping[str, Tensor], statistics: Statistics | None) -> dic
 
 
 def _grams(layer: str, weight: Tensor, statistics: Statistics | None) -> dict[str, Tensor]:
+    """The layer's Gram matrices by keyword (`input_gram` or `output_gram`), on its device."""
     grams = {} if statistics is None else statistics.of(layer)
     return {kind: total.to(weight.device) for kind, total in grams.items()}
 
 
-def _quantized(
+def _quantize_v(
     factors: Factors,
     precision: Precision,
     target: Tensor,
     input_gram: Tensor | None,
-    solves: bool,
+    refits: bool,
 ) -> tuple[Factors, Packed]:
-    """The factors with v as the format leaves it, and u solved again against that."""
+    """Quantise v, and refit u to the quantised v if `refits`; return the factors and packed v."""
     quantized = precision.quantize(factors.v)
     u, v = factors.u, quantized.dequantize()
-    if solves:
-        u = rounded(target.detach().double(), u, v, input_gram).to(u.dtype)
+    if refits:
+        u = refit_to_v(target.detach().double(), u, v, input_gram).to(u.dtype)
     return replace(factors, u=u, v=v), quantized
 
 
 def refine(
-    block: Block, found: dict[str, LayerFactors], layers: Sequence[str]
+    block: Block, factors: dict[str, LayerFactors], layers: Sequence[str]
 ) -> dict[str, LayerFactors]:
-    """Run the block and solve u again, against the rounded v, where only outputs were known.
+    """Run the block once more and refit u to the rounded v, for layers with an output Gram only.
 
-    For those layers the first pass kept the Gram of the outputs alone, which says nothing about
-    what the rounding of v did, be it to 16 bits or to fewer.
+    The output Gram of such a layer does not tell how the rounding of v, to 16 bits or fewer,
+    changed the outputs.
+
+    Args:
+        block: the block that all layers are in.
+        factors: layer name -> factors.
+        layers: names of the layers to refit.
+
+    Returns:
+        `factors`, with those of `layers` replaced.
     """
     linears = linears_of(block, layers)
     sums: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add(mask: Tensor | None) -> None:
-        for layer, rows in taken.rows(mask).items():
-            for some in rows.split(PIECE):  # type: ignore[no-untyped-call]
-                z = product(some, found[layer].factors.v.T)
-                y = product(some, linears[layer].weight.T)
+        for layer, rows in recorder.rows(mask).items():
+            for piece in rows.split(PIECE):  # type: ignore[no-untyped-call]
+                z = product(piece, factors[layer].factors.v.T)
+                y = product(piece, linears[layer].weight.T)
                 yz, zz = sums.get(layer, (None, None))
                 sums[layer] = cross(y, z, total=yz), gram(z, total=zz)
 
-    with InputRecorder(linears) as taken:
+    with InputRecorder(linears) as recorder:
         block.run(add)
-    return found | {layer: _refitted(found[layer], *sums[layer]) for layer in layers}
+    return factors | {layer: _refit_layer(factors[layer], *sums[layer]) for layer in layers}
 
 
-def _refitted(one: LayerFactors, yz: Tensor, zz: Tensor) -> LayerFactors:
+def _refit_layer(layer: LayerFactors, yz: Tensor, zz: Tensor) -> LayerFactors:
+    """The layer's factors with u refitted to the sums yz and zz (see `refit`)."""
     start = time.perf_counter()
-    u = refit(yz, zz, one.factors.u).to(one.factors.u.dtype)
-    seconds = one.seconds + time.perf_counter() - start
-    return replace(one, factors=replace(one.factors, u=u), seconds=seconds)
+    u = refit(yz, zz, layer.factors.u).to(layer.factors.u.dtype)
+    seconds = layer.seconds + time.perf_counter() - start
+    return replace(layer, factors=replace(layer.factors, u=u), seconds=seconds)

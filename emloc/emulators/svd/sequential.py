@@ -1,12 +1,13 @@
-"""Each layer fitted to the inputs it gets from what was compressed before it.
+"""Sequential build: fit each layer to the inputs that earlier compressed layers produce.
 
-Two walks over the same samples in lock step: the original model on its own hidden states, and the
-model whose layers so far are their factors on the hidden states these give. Of every batch, a layer
-is then known by the rows it takes in both, X and X'.
+Two blockwise forwards over the same samples run in lock step: one of the original model, one of
+the model whose earlier layers are already replaced by their factors. For every batch, a layer's
+input rows are recorded in both: X in the original and X' in the compressed model.
 
-Within a block as well, where query, key and value come before the output projection. Fitted to one
-look at the block as it was, each of its layers would make good the same drift once more: on
-SmolLM2-135M such an emulator is far worse than one that is blind to the drift.
+Layers within a block are also fitted one after another: query, key and value before the output
+projection. If all layers of a block were fitted to inputs of the uncompressed block, each of them
+would correct the same drift of X' from X again. On SmolLM2-135M that emulator is far worse than one
+that ignores the drift.
 """
 
 from __future__ import annotations
@@ -24,26 +25,29 @@ from emloc.calibration.calibrate import linears_of
 from emloc.calibration.moments import PIECE, InputRecorder
 from emloc.emulators import Ranks
 from emloc.emulators.svd.factor_file import load_factors
-from emloc.emulators.svd.factors import LayerFactors, reduced
+from emloc.emulators.svd.factors import LayerFactors, factorize_matrix
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.precision import Precision
 from emloc.tensors.linalg.gram import cross, gram
-from emloc.tensors.linalg.regression import regressed
+from emloc.tensors.linalg.regression import regress_weight
 from emloc.tensors.nn.factorized import Factorized, PackedFactorized
 
 
 @dataclass(frozen=True)
 class BlockPair:
-    """One block in front of which both models stand, with its original weights in each."""
+    """The next block to run, in the original and in the compressed model.
+
+    Both copies have the original weights when the pair is created.
+    """
 
     original: Block
-    compressed: Block  # of the model whose layers so far are their factors
+    compressed: Block  # earlier layers of this model are already factorised
 
 
 @dataclass(frozen=True)
 class SharedInput:
-    """The layers that take one tensor, and the second moments of its rows in both models."""
+    """Layers that read the same input tensor, and the second moments of its rows X and X'."""
 
     layers: Sequence[str]
     input_gram: Tensor  # X'^T X' (n, n) float64
@@ -60,106 +64,122 @@ def lock_step(
     host_bytes: int | None,
     folder: Path,
 ) -> Iterator[tuple[str, BlockPair]]:
-    """Yield block after block, by name; before going on, put its factors in place.
+    """Yield every block by name as a pair; then load its factors and run the next blocks on them.
+
+    The caller writes a block's factors to `file(name)` before it asks for the next block.
 
     Args:
-        source: the original.
-        batches: as `walk` takes them.
-        blocks: block -> its layers that are compressed.
-        file: block -> where its factors lie by the time that the next block is asked for.
-        precision: in which these are.
-        device: where both models run; one block of each is there at a time.
-        host_bytes: what the hidden states of both may take of host memory; None for no limit.
-        folder: where they take disk beyond that.
+        source: the original model.
+        batches: of calibration samples, as for `iterate_checkpoint`.
+        blocks: block name -> names of its layers to compress.
+        file: block name -> path of the file of its factors.
+        precision: packed format of these files; None: the model's dtype.
+        device: where both models run, one block of each at a time.
+        host_bytes: limit of host memory for the hidden states of both models; None: no limit.
+        folder: hidden states beyond this limit are written here.
 
     Raises:
         ConfigError: the disk is full.
     """
-    room = None if host_bytes is None else host_bytes // 2
-    walks = [
-        iterate_checkpoint(source, batches, list(blocks), device, host_bytes=room, folder=folder)
+    limit = None if host_bytes is None else host_bytes // 2
+    runs = [
+        iterate_checkpoint(source, batches, list(blocks), device, host_bytes=limit, folder=folder)
         for _ in range(2)
     ]
-    # Strict, so that both come to their end.
-    for original, compressed in zip(*walks, strict=True):
+    # `strict` also exhausts the second run, so that it finishes and cleans up.
+    for original, compressed in zip(*runs, strict=True):
         yield original.name, BlockPair(original, compressed)
         linears = linears_of(compressed, blocks[compressed.name])
         biases = {layer: linear.bias for layer, linear in linears.items()}
-        made = load_factors(file(compressed.name), biases, device, precision)
-        for layer, module in made.items():
-            _put(compressed, layer, module)
+        modules = load_factors(file(compressed.name), biases, device, precision)
+        for layer, module in modules.items():
+            _replace_layer(compressed, layer, module)
 
 
-def fit(
-    both: BlockPair,
+def fit_block(
+    pair: BlockPair,
     layers: Sequence[str],
     ranks: Ranks,
     algorithm: str,
     precision: Precision | None,
 ) -> dict[str, LayerFactors]:
-    """Layer -> factors that make of the compressed model's rows what the original makes of its own.
+    """Layer name -> factors that reproduce the original outputs from the compressed model's inputs.
 
-    Their product is the regression of the original outputs on the new inputs, its rank reduced by
-    the energy of what it gives for these inputs. They are left in the compressed model's block.
+    The product of a layer's factors is the reduced-rank regression of the original outputs on the
+    inputs X'. The compressed block gets the factors at once, so later layers are fitted to them.
+
+    Args:
+        pair: the block in both models.
+        layers: names of the layers to compress.
+        ranks: layer name -> rank.
+        algorithm: eigen or subspace.
+        precision: packed format of the factors; None: the model's dtype.
 
     Raises:
-        ConfigError: one of the layers is never run.
+        ConfigError: no calibration sample reaches one of the layers.
     """
-    linears = linears_of(both.compressed, layers)
-    found: dict[str, LayerFactors] = {}
-    while waiting := [layer for layer in layers if layer not in found]:
-        site = _first(both, waiting)
+    linears = linears_of(pair.compressed, layers)
+    fitted: dict[str, LayerFactors] = {}
+    while remaining := [layer for layer in layers if layer not in fitted]:
+        shared = _next_input(pair, remaining)
         start = time.perf_counter()
-        weights = [linears[layer].weight for layer in site.layers]
-        # Together, as they share the matrix that is inverted.
-        target = regressed(torch.cat(weights), site.input_gram, site.drift)
+        weights = [linears[layer].weight for layer in shared.layers]
+        # One regression for all layers with this input, since they share the matrix to invert.
+        target = regress_weight(torch.cat(weights), shared.input_gram, shared.drift)
         targets = torch.split(target, [len(weight) for weight in weights])
-        for layer, target, weight in zip(site.layers, targets, weights, strict=True):
-            grams = {"input_gram": site.input_gram}
-            factors, v = reduced(target, ranks[layer], grams, algorithm, precision, weight.dtype)
+        for layer, target, weight in zip(shared.layers, targets, weights, strict=True):
+            grams = {"input_gram": shared.input_gram}
+            factors, v = factorize_matrix(
+                target, ranks[layer], grams, algorithm, precision, weight.dtype
+            )
             now = time.perf_counter()
-            found[layer] = LayerFactors(factors, now - start, v)
+            fitted[layer] = LayerFactors(factors, now - start, v)
             start = now
-            _put(both.compressed, layer, _module(found[layer], linears[layer].bias))
-    return found
+            _replace_layer(pair.compressed, layer, _module(fitted[layer], linears[layer].bias))
+    return fitted
 
 
-def _first(both: BlockPair, layers: Sequence[str]) -> SharedInput:
-    """Look at the block in both models and sum what the first of the layers to be run takes."""
-    site: SharedInput | None = None
-    originals, others = (linears_of(block, layers) for block in (both.original, both.compressed))
+def _next_input(pair: BlockPair, layers: Sequence[str]) -> SharedInput:
+    """Run the block in both models; sum the moments of the input of whichever layer runs first.
+
+    The result also names the other `layers` that read the same tensor.
+    """
+    shared: SharedInput | None = None
+    originals, others = (linears_of(block, layers) for block in (pair.original, pair.compressed))
     with InputRecorder(originals) as in_original, InputRecorder(others) as in_compressed:
-        for masks in zip(both.original.looks(), both.compressed.looks(), strict=True):
+        for masks in zip(pair.original.looks(), pair.compressed.looks(), strict=True):
             before, after = in_original.rows(masks[0]), in_compressed.rows(masks[1])
-            if site is None and after:
-                rows = next(iter(after.values()))  # they come as they were taken
+            if shared is None and after:
+                rows = next(iter(after.values()))  # of the layer that ran first
                 zeros = (rows.new_zeros((rows.shape[1],) * 2, dtype=torch.float64) for _ in "CD")
-                site = SharedInput([layer for layer in after if after[layer] is rows], *zeros)
-            if site is not None:
-                _add(site, before[site.layers[0]], after[site.layers[0]])
-    if site is None:
+                shared = SharedInput([layer for layer in after if after[layer] is rows], *zeros)
+            if shared is not None:
+                _add(shared, before[shared.layers[0]], after[shared.layers[0]])
+    if shared is None:
         raise ConfigError(
             f"{layers[0]}: no calibration sample runs it, so there is nothing to fit it to; "
             "set emulator.sequential=false emulator.aware=false, or model.emulator_targets"
         )
-    return site
+    return shared
 
 
-def _add(site: SharedInput, original: Tensor, compressed: Tensor) -> None:
-    """Count one batch (N, n), as the layers take it in both models."""
+def _add(shared: SharedInput, original: Tensor, compressed: Tensor) -> None:
+    """Add one batch of input rows, X (N, n) and X' (N, n), to the moments of a shared input."""
     for x, rows in zip(torch.split(original, PIECE), torch.split(compressed, PIECE), strict=True):
-        gram(rows, total=site.input_gram)
-        # Of 16-bit rows the difference would be rounded once more.
+        gram(rows, total=shared.input_gram)
+        # In float32, because the difference of 16-bit rows would be rounded once more.
         wide = torch.promote_types(rows.dtype, torch.float32)
-        cross(x.to(wide) - rows.to(wide), rows, total=site.drift)
+        cross(x.to(wide) - rows.to(wide), rows, total=shared.drift)
 
 
-def _module(one: LayerFactors, bias: Tensor | None) -> nn.Module:
-    """The layer as it will be read from its file."""
-    if one.v is None:
-        return Factorized(one.factors.u, one.factors.v, bias)
-    return PackedFactorized(one.v, one.v.precision.quantize(one.factors.u.T), bias)
+def _module(layer: LayerFactors, bias: Tensor | None) -> nn.Module:
+    """The factorised layer as a module, equal to the one that is read from its file."""
+    u, v = layer.factors.u, layer.factors.v
+    if layer.v is None:
+        return Factorized(u, v, bias)
+    return PackedFactorized(layer.v, layer.v.precision.quantize(u.T), bias)
 
 
-def _put(block: Block, layer: str, module: nn.Module) -> None:
+def _replace_layer(block: Block, layer: str, module: nn.Module) -> None:
+    """Replace a layer, given by its full name, inside a block's module."""
     block.module.set_submodule(layer[len(block.name) + 1 :], module)

@@ -39,7 +39,7 @@ from emloc.models.objectives import Objective
 from emloc.models.objectives.tokens import Tokens
 from emloc.runtime.digest import digest
 from emloc.tensors.nn.fresh import compute_in_float32
-from emloc.tensors.nn.surgery import put
+from emloc.tensors.nn.surgery import replace_parameter
 
 CPU = torch.device("cpu")
 # What a fresh module starts with until a training draws it anew from its own seed.
@@ -239,7 +239,7 @@ class Source:
         held = self.weights.names
         given = [name for name in names if name in held or self._is_fresh(name)]
         for name, tensor in self.read(given, device):
-            put(model, name, tensor)
+            replace_parameter(model, name, tensor)
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.device != device and not buffer.is_meta:
@@ -267,7 +267,7 @@ class Source:
         """Draw the fresh modules of `model` again, from `seed`, each parameter where it is."""
         names = [name for name in self.sizes if self._is_fresh(name)]
         for name, tensor in self._draw(seed, names, CPU):
-            put(model, name, tensor.to(model.get_parameter(name).device))
+            replace_parameter(model, name, tensor.to(model.get_parameter(name).device))
 
     def _is_fresh(self, parameter: str) -> bool:
         return parameter.startswith(tuple(f"{name}." for name in self.fresh))

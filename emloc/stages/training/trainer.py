@@ -22,7 +22,7 @@ from emloc.errors import ConfigError
 from emloc.models.objectives import Batch, Loss, Objective
 from emloc.runtime.distributed import is_first, sharded
 from emloc.runtime.manifest import flaw_of, seal, set_aside
-from emloc.tensors.nn.surgery import put
+from emloc.tensors.nn.surgery import replace_parameter
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ def make_whole(model: PreTrainedModel) -> None:
     """Give every process all of each trained parameter where they were split."""
     for name, parameter in list(model.named_parameters()):
         if parameter.requires_grad and isinstance(parameter, DTensor):
-            put(model, name, parameter.full_tensor())
+            replace_parameter(model, name, parameter.full_tensor())
 
 
 def newest_whole_checkpoint(folder: Path) -> Path | None:

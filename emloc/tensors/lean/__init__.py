@@ -1,5 +1,5 @@
-"""The same training with less memory and fewer, larger operations (`train.lean`).
+"""The memory-saving training path (setting `train.lean`): less memory and fewer, larger operations.
 
-Every file replaces one thing of the plain path by something that computes the same numbers, to the
-rounding of the model's dtype: the adapted layers, the token embedding, the loss, the activations.
+Each module replaces one part of plain training: adapted layers, norms and MLPs, token embedding,
+loss, saved activations. The results are equal, up to rounding in the model's dtype.
 """

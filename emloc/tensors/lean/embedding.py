@@ -7,9 +7,9 @@ from torch.nn import functional
 
 
 class HostEmbedding(nn.Module):
-    """Looks its rows up in host memory and sends only those to the device.
+    """Looks up rows in host memory and copies only these to the device.
 
-    The weight (V, d) is no parameter, so that moving the model leaves it where it is.
+    The weight (V, d) is not registered as a parameter, so moving the model does not move it.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -19,9 +19,9 @@ class HostEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The rows, for models that ask where they are."""
+        """The rows (V, d) in host memory, for models that read the embedding's device or dtype."""
         return self.rows
 
     def forward(self, input: Tensor) -> Tensor:
-        """Ids (...,) to vectors (..., d) on the device the weight was on."""
+        """Map token ids (...,) to vectors (..., d) on the weight's original device."""
         return functional.embedding(input.cpu(), self.rows).to(self._device)

@@ -1,4 +1,4 @@
-"""Make a model with an adapter lean to train: host embedding, recomputed layers."""
+"""Save memory in a model with an adapter: embedding in host memory, recomputed layers."""
 
 from __future__ import annotations
 
@@ -15,32 +15,34 @@ log = logging.getLogger(__name__)
 
 
 def offload_embedding(model: PreTrainedModel) -> int:
-    """Leave the token embedding in host memory; bytes that came free on the device.
+    """Move the token embedding to host memory; return the freed bytes on the device.
 
-    Not one that is trained, or that also is the output matrix, or that does more than look up.
+    Nothing is moved, and 0 returned, if the embedding is trained, is tied to the output layer, or
+    is not a plain `nn.Embedding`.
     """
     try:
-        own = model.get_input_embeddings()
-    except NotImplementedError:  # it reads no tokens
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # the model reads no tokens
         return 0
     head = model.get_output_embeddings()
-    if type(own) is not nn.Embedding or own.weight.requires_grad:
+    if type(embedding) is not nn.Embedding or embedding.weight.requires_grad:
         return 0
-    if head is not None and head.weight is own.weight:
+    if head is not None and head.weight is embedding.weight:
         return 0
-    size = own.weight.numel() * own.weight.element_size()
-    model.set_input_embeddings(HostEmbedding(own.weight))
+    size = embedding.weight.numel() * embedding.weight.element_size()
+    model.set_input_embeddings(HostEmbedding(embedding.weight))
     return size
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
-    """Keep only what enters a layer; nothing at all below the first one with something to train.
+    """Enable activation checkpointing from the first layer with trainable parameters on.
 
-    transformers asks for gradients of every embedding once layers are recomputed, pixels included:
-    a frozen vision tower would then be recomputed and differentiated for nothing.
+    Checkpointed layers save only their inputs; layers below the first trained one need no backward
+    pass and save nothing. By itself, transformers would request gradients of every embedding, even
+    of pixels, so a frozen vision tower would be recomputed and differentiated in vain.
     """
-    checkpoint_layers(model, preserve_rng_state=_draws(model))
-    reached = False  # the first layer that is trained, which all above it come behind
+    checkpoint_layers(model, preserve_rng_state=_uses_random_numbers(model))
+    reached = False  # whether the first layer with trainable parameters was passed
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             trained = any(parameter.requires_grad for parameter in module.parameters())
@@ -50,24 +52,25 @@ def recompute_layers(model: PreTrainedModel) -> None:
 
 
 def checkpoint_layers(model: PreTrainedModel, **arguments: bool) -> None:
-    """Switch on what transformers computes again, without gradients of embeddings."""
-    # Its name from transformers 5.23 on, which warns at the older one.
+    """Enable the activation checkpointing of transformers, without gradients of embeddings."""
+    # The name since transformers 5.23, which warns if the older name is called.
     name = "activation_checkpointing_enable"
     enable = getattr(model, name, None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False, **arguments})
     model.disable_input_require_grads()
 
 
-def _draws(model: nn.Module) -> bool:
-    """Whether a forward pass in training draws random numbers.
+def _uses_random_numbers(model: nn.Module) -> bool:
+    """Whether a forward pass in training mode draws random numbers, by dropout or jitter.
 
-    Models keep the rates of their functional dropouts under names of their own.
+    Rates of functional dropouts are attributes whose names differ between models, so any positive
+    float with "drop" or "jitter" in its name counts.
     """
     return any(
-        (isinstance(one, _DropoutNd) and one.p > 0)
+        (isinstance(module, _DropoutNd) and module.p > 0)
         or any(
             ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0
-            for name, value in vars(one).items()
+            for name, value in vars(module).items()
         )
-        for one in model.modules()
+        for module in model.modules()
     )

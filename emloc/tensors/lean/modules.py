@@ -1,7 +1,8 @@
-"""Norms and gated MLPs with fewer operations and nothing kept that can be had again.
+"""Fused forwards for RMS norms and gated MLPs, which save fewer tensors for the backward pass.
 
-A replacement is tried out first: one module of each class on random numbers against its own
-forward. What differs by more than rounding stays as it is.
+Each replacement is tested first: for one module per class, its outputs on random inputs are
+compared with those of the original forward. A class with differences beyond rounding is not
+changed.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# Relative difference that rounding to 16 bits explains, with room.
+# Relative difference that rounding to 16 bits can cause, with a margin.
 ROUNDING = 0.01
 
 
 class GatedUnit(torch.autograd.Function):
-    """silu(gate) * up; keeps its two inputs and nothing else, and ends with up's gradient in place.
+    """Computes silu(gate) * up and saves only these two inputs for the backward pass.
 
-    So the inputs must be nobody else's: here they come straight out of two layers. A second
-    backward pass through the same graph fails.
+    The backward pass overwrites the memory of `up`, so no other code may use the inputs; here they
+    are fresh outputs of two linear layers. A second backward pass through the same graph fails.
     """
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        """Elementwise, any shape."""
+        """Return silu(gate) * up, elementwise, for tensors of any equal shape."""
         ctx.save_for_backward(gate, up)
         return functional.silu(gate).mul_(up)
 
@@ -44,31 +45,38 @@ class GatedUnit(torch.autograd.Function):
 
 
 def fuse_modules(model: nn.Module, dtype: torch.dtype) -> list[str]:
-    """Give norms and gated MLPs a shorter forward; the names of the classes that have one now.
+    """Replace the forward of RMS norms and gated MLPs by fused ones, where the results are equal.
 
-    `dtype` is what the model computes in.
+    Args:
+        model: changed in place.
+        dtype: the dtype that the model computes in.
+
+    Returns:
+        Names of the classes whose forward was replaced.
     """
-    chosen: dict[type, Callable[..., Tensor] | None] = {}
+    forwards: dict[type, Callable[..., Tensor] | None] = {}
     for module in model.modules():
         kind = type(module)
-        if kind not in chosen:
-            chosen[kind] = _shorter(module, dtype)
-        if (forward := chosen[kind]) is not None:
+        if kind not in forwards:
+            forwards[kind] = _fused_forward(module, dtype)
+        if (forward := forwards[kind]) is not None:
             module.forward = partial(forward, module)
-    return [kind.__name__ for kind, forward in chosen.items() if forward is not None]
+    return [kind.__name__ for kind, forward in forwards.items() if forward is not None]
 
 
-def _norm(own: Any, hidden_states: Tensor) -> Tensor:
-    return functional.rms_norm(hidden_states, own.weight.shape, own.weight, own.variance_epsilon)
+def _norm(norm: Any, hidden_states: Tensor) -> Tensor:
+    """Fused forward of an RMS norm module."""
+    return functional.rms_norm(hidden_states, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-def _mlp(own: Any, x: Tensor) -> Tensor:
-    gated: Tensor = GatedUnit.apply(own.gate_proj(x), own.up_proj(x))  # type: ignore[no-untyped-call]
-    return own.down_proj(gated)
+def _mlp(mlp: Any, x: Tensor) -> Tensor:
+    """Fused forward of a gated MLP module with SiLU activation."""
+    gated: Tensor = GatedUnit.apply(mlp.gate_proj(x), mlp.up_proj(x))  # type: ignore[no-untyped-call]
+    return mlp.down_proj(gated)
 
 
-def _shorter(module: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor] | None:
-    """The replacement of a module's forward, if there is one that gives the same."""
+def _fused_forward(module: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    """The fused forward for a module, if there is one with equal results; else None."""
     forward: Callable[..., Tensor] = _norm
     if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
         width = module.get_parameter("weight").shape[0]
@@ -77,15 +85,15 @@ def _shorter(module: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor] | N
         forward, width = _mlp, gate.in_features
     else:
         return None
-    # Packed layers hold buffers alone.
+    # Packed layers have buffers, but no parameters.
     device = next(chain(module.parameters(), module.buffers())).device
     if device.type == "meta":
-        return forward  # there are no numbers to compare; the device that is planned for has them
-    source = torch.Generator(device=device).manual_seed(0)
-    trial = torch.randn(4, width, device=device, generator=source).to(dtype)
+        return forward  # a memory plan: the meta device has no numbers to compare
+    generator = torch.Generator(device=device).manual_seed(0)
+    trial = torch.randn(4, width, device=device, generator=generator).to(dtype)
     training = module.training
-    module.train()  # or a dropout would not show
+    module.train()  # so that dropout, which the fused forward lacks, shows as a difference
     with torch.no_grad():
-        expected, found = module(trial).float(), forward(module, trial).float()
+        expected, fused = module(trial).float(), forward(module, trial).float()
     module.train(training)
-    return forward if (found - expected).norm() <= ROUNDING * expected.norm() else None
+    return forward if (fused - expected).norm() <= ROUNDING * expected.norm() else None

@@ -1,4 +1,4 @@
-"""Low-rank factors of a linear layer that keep the most of its output energy.
+"""Low-rank factors of a linear layer's weight that keep most of the layer's output energy.
 
 Shapes: weight W (m, n) as torch stores it (out, in), rank k, factors u (m, k) and v (k, n) with
 W ~ u v, input Gram C = X^T X (n, n), output Gram K = W C W^T (m, m) of outputs without bias.
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emloc.tensors.linalg.gram import NEGLIGIBLE, exact_float32, supported
+from emloc.tensors.linalg.gram import NEGLIGIBLE, exact_float32, has_data
 
-# Of the mean diagonal: far below any direction worth re-solving, far above float64 rounding.
+# Relative to the mean diagonal: far below directions worth refitting, far above float64 rounding.
 RIDGE = 1e-8
 
 # The reference implementation's floor for eigenvalues of the trace-normalised Gram.
@@ -20,21 +20,22 @@ WHITEN_FLOOR = 1e-7
 
 @dataclass(frozen=True)
 class Factors:
-    """u (m, k) and v (k, n) of one layer, and the spectrum they were cut from."""
+    """The factors u (m, k) and v (k, n) of one weight, with the spectrum of output energies."""
 
     u: Tensor
     v: Tensor
-    kept: float  # share of the output energy ||W C^1/2||^2 in the k directions taken, in [0, 1]
-    # (min(m, n),) float64, descending: output energy of every direction. Where none was decomposed
-    # only of the k taken, (k,): they add up, and each is within some per cent of its eigenvalue.
+    kept_share: float  # share of the output energy ||W C^1/2||^2 in the k directions, in [0, 1]
+    # Output energy of every direction, (min(m, n),) float64, descending. The subspace solver has
+    # only the k kept directions, (k,): their sum is exact, each is within some per cent of its
+    # eigenvalue.
     spectrum: Tensor
-    seen: int  # leading columns of u chosen by data; the remaining k - seen only approximate W
-    solver: str  # eigen, subspace or whiten: what found them, whatever was asked for
-    steps: int = 0  # products with K of a subspace iteration; with solver eigen, spent in vain
+    data_rank: int  # number of leading columns of u chosen by data; the others approximate W alone
+    solver: str  # eigen, subspace or whiten: the solver that succeeded, not the requested one
+    steps: int = 0  # subspace steps (products with K); wasted if the solver is eigen
 
 
 def rank_of(ratio: float, rows: int, columns: int, multiple: int = 1) -> int:
-    """The largest rank whose two factors hold at most `ratio` of the weight's parameters.
+    """Largest rank whose two factors have at most `ratio` of the weight's parameters.
 
     Args:
         ratio: share of the parameters to keep, in (0, 1).
@@ -50,7 +51,7 @@ def rank_of(ratio: float, rows: int, columns: int, multiple: int = 1) -> int:
     """
     if not 0 < ratio < 1 or multiple < 1:
         raise ValueError(f"need 0 < ratio < 1 and multiple >= 1, got {ratio} and {multiple}")
-    # Python's float floor division is exact, so rounding cannot exceed the budget.
+    # Python's floor division of floats is exact, so the rank never exceeds the budget.
     rank = int(ratio * rows * columns // (rows + columns))
     rank -= rank % multiple
     if rank == 0:
@@ -68,21 +69,21 @@ def eigen(
     output_gram: Tensor | None = None,
     dtype: torch.dtype,
 ) -> Factors:
-    """The best rank-k replacement of a layer on its calibration tokens (EMLoC, stage 1).
+    """Best rank-k factors of a weight on its calibration tokens (EMLoC, stage 1).
 
     By Eckart-Young no rank-k matrix is closer to W in ||(W - W_k) C^1/2|| than U U^T W, with U the
     leading eigenvectors of W C W^T: the layer followed by a projection on the principal components
-    of its outputs. Where C is invertible this is the whitened SVD (see `whiten`), but it needs
-    neither a root nor an inverse of C. One float64 eigen-decomposition of size min(m, n).
+    of its outputs. If C is invertible, this equals the whitened SVD (see `whiten`), but it needs
+    neither a root nor an inverse of C. It costs one float64 eigendecomposition of size min(m, n).
 
-    Directions without data are filled with those that lose the least of W itself. v is rounded
-    first; u is solved again against the rounded v where C is known. From `output_gram` alone u is
-    only rounded: a second pass over the tokens and `refit` improve it.
+    If fewer than k directions have data, the others are those that lose the least of W itself. v is
+    rounded to `dtype` first; if C is known, u is then refitted to the rounded v. With `output_gram`
+    alone u is only rounded; a second pass over the tokens with `refit` improves it.
 
     Args:
         weight: (m, n).
         rank: k, from 1 to min(m, n).
-        input_gram: (n, n) sum of x x^T; without either Gram C = I, a plain truncated SVD.
+        input_gram: (n, n) sum of x x^T over tokens; without any Gram C = I, a plain truncated SVD.
         output_gram: (m, m) sum of y y^T, y the outputs without bias; instead of `input_gram`.
         dtype: of the factors.
 
@@ -94,27 +95,33 @@ def eigen(
     check(weight, rank, input_gram, output_gram)
     w = weight.detach().double()
     gram = None if input_gram is None else input_gram.double()
-    basis, core, energy = energies(w, gram, output_gram)
+    basis, core, energy = energy_matrix(w, gram, output_gram)
     values, vectors = torch.linalg.eigh(energy)
     values, vectors = values.flip(0), vectors.flip(1)
-    seen = int(supported(values)[:rank].sum())
-    left = _filled(core, vectors, rank, seen)
+    data_rank = int(has_data(values)[:rank].sum())
+    left = _fill_directions(core, vectors, rank, data_rank)
     u = left if basis is None else basis @ left
     v = (u.T @ w).to(dtype)
     if output_gram is None:
-        u = rounded(w, u, v, gram)
+        u = refit_to_v(w, u, v, gram)
     spectrum = values.clamp(min=0)
-    return Factors(u.to(dtype), v, _share(spectrum, rank), spectrum, seen, "eigen")
+    return Factors(u.to(dtype), v, _kept_share(spectrum, rank), spectrum, data_rank, "eigen")
 
 
-def energies(
+def energy_matrix(
     w: Tensor, gram: Tensor | None, output_gram: Tensor | None
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """W = Q R and the energy matrix R C R^T: Q or None for I, R, and that (min(m, n),) * 2.
+    """Energy matrix of a weight, whose eigenvalues are the output energies of the directions.
 
-    Takes what `eigen` does, in float64.
+    Args:
+        w: (m, n) float64.
+        gram: (n, n) float64 input Gram C, or None.
+        output_gram: (m, m), or None; without any Gram C = I.
+
+    Returns:
+        Q, R and R C R^T (p, p) with W = Q R and p = min(m, n); Q is None if m <= n, where R = W.
     """
-    # A tall W acts within its own column space, so work there: the decomposition is n x n.
+    # The outputs of a tall W lie in its column space, so the problem shrinks to n x n.
     basis, core = torch.linalg.qr(w) if w.shape[0] > w.shape[1] else (None, w)
     if output_gram is not None:
         outputs = output_gram.double()
@@ -124,12 +131,12 @@ def energies(
     return basis, core, (energy + energy.T) / 2
 
 
-def rounded(w: Tensor, u0: Tensor, v: Tensor, input_gram: Tensor | None) -> Tensor:
-    """The u that makes the best of a v that was rounded (see `refit`).
+def refit_to_v(w: Tensor, u0: Tensor, v: Tensor, input_gram: Tensor | None) -> Tensor:
+    """Refit u to a rounded v by least squares on the layer's inputs (see `refit`).
 
     Args:
         w: (m, n) float64.
-        u0: (m, k) float64 that belongs to v before rounding.
+        u0: (m, k) float64, optimal for v before it was rounded.
         v: (k, n) rounded.
         input_gram: (n, n) float64; None for C = I.
 
@@ -142,15 +149,15 @@ def rounded(w: Tensor, u0: Tensor, v: Tensor, input_gram: Tensor | None) -> Tens
 
 
 def refit(yz: Tensor, zz: Tensor, u0: Tensor) -> Tensor:
-    """The u that best maps the hidden features z = v x to the outputs y (least squares).
+    """Least-squares u that maps the hidden features z = v x to the layer's outputs y.
 
-    Solved for the step away from u0 with a tiny ridge, so the squared error never exceeds that of
-    u0, and a direction of z without data leaves u0 as it is.
+    The unknown is the step from u0, with a tiny ridge. So the squared error never exceeds that of
+    u0, and u0 is unchanged in directions of z without data.
 
     Args:
         yz: (m, k) sum of y z^T over tokens, y the outputs of the original layer without bias.
         zz: (k, k) sum of z z^T over the same tokens.
-        u0: (m, k) to start from, of any dtype.
+        u0: (m, k) start value, of any dtype.
 
     Returns:
         (m, k) float64.
@@ -162,23 +169,24 @@ def refit(yz: Tensor, zz: Tensor, u0: Tensor) -> Tensor:
         shapes = [tuple(item.shape) for item in (yz, zz, u0)]
         raise ValueError(f"need yz (m, k), zz (k, k), u0 (m, k), got {shapes}")
     start, gram = u0.detach().double(), zz.double()
-    missing = yz.double() - start @ gram
-    step = _solved(missing, (gram + gram.T) / 2)
+    error = yz.double() - start @ gram
+    step = _ridge_step(error, (gram + gram.T) / 2)
     if step is not None:
         return start + step
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
-    solid = supported(values)
-    if not solid.any():
+    with_data = has_data(values)
+    if not with_data.any():
         return start
-    inverse = solid / (values.clamp(min=0) + RIDGE * values.clamp(min=0).mean())
-    return start + (missing @ vectors * inverse) @ vectors.T
+    inverse = with_data / (values.clamp(min=0) + RIDGE * values.clamp(min=0).mean())
+    return start + (error @ vectors * inverse) @ vectors.T
 
 
 def whiten(weight: Tensor, rank: int, input_gram: Tensor, *, dtype: torch.dtype) -> Factors:
-    """The factors as the authors' implementation computes them, to compare with (EMLoC, stage 1).
+    """Factors by whitened SVD, as the authors' implementation computes them (EMLoC, stage 1).
 
-    All in float32: S with S S^T = C from an eigen-decomposition with clamped eigenvalues, an SVD of
-    W S, an inverse of S, and the singular values split evenly between u and v.
+    It serves as a reference. All steps are in float32: S with S S^T = C from an eigendecomposition
+    with clamped eigenvalues, an SVD of W S, and an inverse of S. u and v each get the square root
+    of the singular values.
 
     Args:
         weight: (m, n).
@@ -203,11 +211,12 @@ def whiten(weight: Tensor, rank: int, input_gram: Tensor, *, dtype: torch.dtype)
         v = half[:, None] * (right[:rank] @ torch.linalg.inv(root))
     spectrum = sigma.double().square()
     u = left[:, :rank] * half
-    return Factors(u.to(dtype), v.to(dtype), _share(spectrum, rank), spectrum, rank, "whiten")
+    kept_share = _kept_share(spectrum, rank)
+    return Factors(u.to(dtype), v.to(dtype), kept_share, spectrum, rank, "whiten")
 
 
-def lost(weight: Tensor, factors: Factors, input_gram: Tensor | None = None) -> float:
-    """Share of the output energy the factors lose: ||(W - u v) C^1/2||^2 / ||W C^1/2||^2.
+def lost_energy(weight: Tensor, factors: Factors, input_gram: Tensor | None = None) -> float:
+    """Share of the output energy that the factors lose: ||(W - u v) C^1/2||^2 / ||W C^1/2||^2.
 
     Args:
         weight: (m, n).
@@ -215,52 +224,61 @@ def lost(weight: Tensor, factors: Factors, input_gram: Tensor | None = None) -> 
         input_gram: (n, n); None for C = I.
 
     Returns:
-        At least 0 up to rounding; 0 where the layer has no output energy to lose.
+        At least 0 up to rounding; 0 if the layer has no output energy.
     """
     w = weight.detach().double()
-    gap = w - factors.u.double() @ factors.v.double()
-    total, left = _energy(w, input_gram), _energy(gap, input_gram)
+    residual = w - factors.u.double() @ factors.v.double()
+    total, left = _energy(w, input_gram), _energy(residual, input_gram)
     return left / total if total > 0 else 0.0
 
 
-def _solved(missing: Tensor, gram: Tensor) -> Tensor | None:
-    """missing (gram + ridge)^-1 by Cholesky; None where a direction of gram may have no data."""
-    # Still positive definite below `supported`'s floor (the norm bounds the largest eigenvalue):
-    # every direction is solid, and the decomposition that would sort them out is not needed.
+def _ridge_step(error: Tensor, gram: Tensor) -> Tensor | None:
+    """`error` (gram + ridge)^-1 by Cholesky; None if a direction of `gram` may lack data."""
+    # If the Gram stays positive definite after subtracting the threshold of `has_data` (the norm
+    # bounds the largest eigenvalue), all directions have data and no eigendecomposition is needed.
     lowered, ridged = gram.clone(), gram.clone()
     lowered.diagonal().sub_(NEGLIGIBLE * gram.norm())
     lower, failed = torch.linalg.cholesky_ex(lowered)
-    # A NaN is not greater than zero, so broken numbers take the path that refuses them.
+    # NaN compares as not greater than zero, so it ends in `eigh`, which raises an error.
     if not bool((failed == 0) & (lower[-1, -1] > 0)):
         return None
     ridged.diagonal().add_(RIDGE * gram.diagonal().mean())
     lower = torch.linalg.cholesky_ex(ridged).L
-    return torch.cholesky_solve(missing.T, lower).T
+    return torch.cholesky_solve(error.T, lower).T
 
 
 def _energy(w: Tensor, gram: Tensor | None) -> float:
+    """Output energy ||W C^1/2||^2 of a matrix; C = I if `gram` is None."""
     return float(((w if gram is None else w @ gram.double()) * w).sum())
 
 
-def _share(spectrum: Tensor, rank: int) -> float:
+def _kept_share(spectrum: Tensor, rank: int) -> float:
+    """Share of the total energy in the `rank` strongest directions; 1 if there is no energy."""
     total = float(spectrum.sum())
     return float(spectrum[:rank].sum()) / total if total > 0 else 1.0
 
 
-def _filled(core: Tensor, vectors: Tensor, rank: int, seen: int) -> Tensor:
-    """The `seen` leading vectors, then those of their complement that hold the most of W."""
-    if seen == rank:
+def _fill_directions(core: Tensor, vectors: Tensor, rank: int, data_rank: int) -> Tensor:
+    """The `data_rank` leading vectors, filled up to `rank` with directions that keep most of W.
+
+    Args:
+        core: R of `energy_matrix`.
+        vectors: (p, p) eigenvectors of the energy matrix, strongest first.
+        rank: number of directions to return.
+        data_rank: number of leading vectors that have data.
+    """
+    if data_rank == rank:
         return vectors[:, :rank]
-    # The complement's basis comes for free, so the fill is orthogonal to what is kept even where
-    # W has nothing left to offer.
-    spare = vectors[:, seen:]
+    # Within the complement of the leading vectors, so the filling is orthogonal to them even where
+    # W vanishes.
+    spare = vectors[:, data_rank:]
     rest = spare.T @ core
-    best = torch.linalg.eigh(rest @ rest.T).eigenvectors.flip(1)[:, : rank - seen]
-    return torch.cat([vectors[:, :seen], spare @ best], dim=1)
+    best = torch.linalg.eigh(rest @ rest.T).eigenvectors.flip(1)[:, : rank - data_rank]
+    return torch.cat([vectors[:, :data_rank], spare @ best], dim=1)
 
 
 def check(weight: Tensor, rank: int, inputs: Tensor | None, outputs: Tensor | None) -> None:
-    """Refuse what no solver can factorise.
+    """Raise ValueError for arguments that no solver can factorise.
 
     Args:
         weight: should be (m, n).
@@ -275,7 +293,7 @@ def check(weight: Tensor, rank: int, inputs: Tensor | None, outputs: Tensor | No
     if weight.dim() != 2 or not 1 <= rank <= min(weight.shape):
         raise ValueError(f"rank {rank} does not fit a weight of shape {tuple(weight.shape)}")
     if inputs is not None and outputs is not None:
-        raise ValueError("give input_gram or output_gram, not both")
+        raise ValueError("pass input_gram or output_gram, not both")
     m, n = weight.shape
     for name, item, size in (("input_gram", inputs, n), ("output_gram", outputs, m)):
         if item is not None and item.shape != (size, size):

@@ -1,14 +1,15 @@
-"""Second-moment sums over tokens, precise enough to be decomposed afterwards.
+"""Sums of second moments over tokens, precise enough for an eigendecomposition.
 
 Shapes: N tokens, n and m features; x (N, n), y (N, m), gram (n, n), cross (n, m).
 
-Transformer activations have a few directions hundreds of times stronger than the rest. A float32
-sum over all tokens loses the weak directions beside them, so only the products of one short chunk
-of tokens are float32 and the chunks are added up in float64. Tensor cores are no way to be faster:
-they multiply 16-bit numbers exactly but drop digits where they add them up. On an H200, with four
-directions in 5120 a hundred times stronger, their error is 1e-2 of a weak direction's energy for
-chunks of 1024 tokens, that of float32 1e-4; and float64, which there takes less time than float32,
-has none.
+Transformer activations have a few directions that are hundreds of times stronger than the rest. A
+float32 sum over all tokens would lose the weak directions. So only the products within a short
+chunk of tokens are float32, and the chunks are summed in float64.
+
+Tensor cores are no faster alternative: they multiply 16-bit numbers exactly, but lose digits in the
+sums. Measured on an H200, with four of 5120 directions a hundred times stronger and chunks of 1024
+tokens: the error is 1e-2 of a weak direction's energy with tensor cores, 1e-4 in float32, and none
+in float64, which is faster than float32 on this chip.
 """
 
 from collections.abc import Iterator
@@ -17,29 +18,28 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# Eigenvalues this far below the largest are rounding, not data.
+# Eigenvalues below this fraction of the largest are rounding errors, not data.
 NEGLIGIBLE = 1e-10
 
-
-# Tokens multiplied at once. A GPU multiplies a short chunk faster than it adds an n x n matrix to
-# the total.
+# Number of tokens that are multiplied at once; longer on a GPU, which multiplies a short chunk
+# faster than it adds the n x n result to the total.
 CHUNK = 256
 CHUNK_ON_CUDA = 1024
 
-# Compute capabilities of the chips that are as fast in float64 as in float32, or half as fast.
+# Compute capabilities of chips with at least half the float32 speed in float64.
 FLOAT64_CHIPS = {(7, 0), (8, 0), (9, 0), (10, 0)}
 
 
 def gram(x: Tensor, chunk: int | None = None, total: Tensor | None = None) -> Tensor:
-    """X^T X, summed in float64 over chunks of tokens.
+    """Gram matrix X^T X, summed in float64 over chunks of tokens.
 
     Args:
         x: (N, n) activations, one token a row, any floating dtype.
-        chunk: tokens multiplied at once; None for what suits the device.
-        total: (n, n) float64 on the device of x, added to in place; None to begin with zeros.
+        chunk: number of tokens multiplied at once; None: a value that suits the device.
+        total: (n, n) float64 on the device of x, which is added to in place; None: zeros.
 
     Returns:
-        (n, n) float64 on the device of x: `total` where it is given.
+        (n, n) float64 on the device of x: `total`, if given.
 
     Raises:
         ValueError: x is not a matrix, total is not n x n in float64, or chunk is below 1.
@@ -48,7 +48,7 @@ def gram(x: Tensor, chunk: int | None = None, total: Tensor | None = None) -> Te
 
 
 def cross(x: Tensor, y: Tensor, chunk: int | None = None, total: Tensor | None = None) -> Tensor:
-    """X^T Y by the same precision rule as `gram`.
+    """Cross moment X^T Y, summed as precisely as in `gram`.
 
     Args:
         x: (N, n) activations, one token a row.
@@ -57,14 +57,14 @@ def cross(x: Tensor, y: Tensor, chunk: int | None = None, total: Tensor | None =
         total: (n, m) float64, as in `gram`.
 
     Returns:
-        (n, m) float64 on the device of x: `total` where it is given.
+        (n, m) float64 on the device of x: `total`, if given.
 
     Raises:
         ValueError: x or y is not a matrix, their token counts differ, total is not n x m in
             float64, or chunk is below 1.
     """
     if x.dim() != 2 or y.dim() != 2 or x.shape[0] != y.shape[0]:
-        raise ValueError(f"need (tokens, features) twice, got {tuple(x.shape)}, {tuple(y.shape)}")
+        raise ValueError(f"x and y must be (tokens, ...), got {tuple(x.shape)}, {tuple(y.shape)}")
     size = (x.shape[1], y.shape[1])
     if total is None:
         total = x.new_zeros(size, dtype=torch.float64)
@@ -86,14 +86,14 @@ def cross(x: Tensor, y: Tensor, chunk: int | None = None, total: Tensor | None =
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
-    """X Y by the precision of the sums: neither autocast nor TF32 touches it.
+    """Matrix product X Y in the precision of `gram`, without autocast or TF32.
 
     Args:
         x: (p, q) of any floating dtype.
         y: (q, r).
 
     Returns:
-        (p, r) without a graph; float64 where an input is, or where the chip is fast at it, else
+        (p, r) without gradient; float64 if an input is, or if the chip is fast at it, else
         float32.
     """
     dtype = _precision(x, y)
@@ -102,7 +102,7 @@ def product(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _precision(x: Tensor, y: Tensor) -> torch.dtype:
-    """What products are formed in."""
+    """The dtype in which x and y are multiplied: float64 or float32."""
     wide = torch.float64 in (x.dtype, y.dtype)
     fast = x.is_cuda and torch.cuda.get_device_capability(x.device) in FLOAT64_CHIPS
     return torch.float64 if wide or fast else torch.float32
@@ -110,9 +110,9 @@ def _precision(x: Tensor, y: Tensor) -> torch.dtype:
 
 @contextmanager
 def exact_float32(device: torch.device) -> Iterator[None]:
-    """Float32 products are float32: no autocast, no TF32 (CUDA) and no bf16 (oneDNN) inside.
+    """Compute float32 products in full precision: no autocast, TF32 (CUDA) or bf16 (oneDNN).
 
-    The precision switches are global to the process, so they are put back on leaving.
+    The switches for these are global to the process; the context restores them when it ends.
     """
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
@@ -126,17 +126,17 @@ def exact_float32(device: torch.device) -> Iterator[None]:
             backend.fp32_precision = precision
 
 
-def supported(values: Tensor) -> Tensor:
-    """Which eigenvalues of a Gram matrix the data supports.
+def has_data(values: Tensor) -> Tensor:
+    """Mask of the eigenvalues of a Gram matrix that stem from data, not from rounding errors.
 
-    A Gram matrix has no negative eigenvalue, so a negative one measures the rounding noise of this
-    very matrix: whatever is not clearly above it is noise too.
+    An exact Gram matrix has no negative eigenvalue, so a negative one measures the rounding errors
+    of this matrix. Eigenvalues that are not clearly larger count as errors, too.
 
     Args:
         values: (p,) eigenvalues, or singular values, in any order.
 
     Returns:
-        (p,) bool; all False where no value is positive.
+        (p,) bool; all False if no value is positive.
     """
     if values.numel() == 0:
         return values > 0

@@ -1,7 +1,7 @@
-"""Which units of a model are kept under a budget, and a LoRA on what is left put back at full size.
+"""Choose the units of a model to keep within a budget, and enlarge a LoRA of the pruned model.
 
-A unit is what only goes as a whole: a neuron of an MLP, or a key/value head with its queries. It
-owns `size` neighbouring rows or columns in each layer it lies in.
+A unit can only be removed as a whole: a neuron of an MLP, or a key/value head with its queries. In
+each layer it owns a number of neighbouring rows or columns.
 """
 
 from __future__ import annotations
@@ -21,71 +21,71 @@ ATTENTION, MLP = "attention", "mlp"
 
 @dataclass(frozen=True)
 class UnitGroup:
-    """The units of one module, any of which can be left out of it."""
+    """The prunable units of one module; any of them can be removed."""
 
-    kind: str  # attention | mlp: scores are compared with those of the same kind
-    count: int  # units
-    size: int  # parameters of one unit
+    kind: str  # attention | mlp: scores are only compared within one kind
+    count: int  # number of units
+    size: int  # number of parameters of one unit
 
 
-def least(groups: Mapping[str, UnitGroup]) -> int:
-    """Parameters of one unit of each group, which is what has to be kept."""
+def minimum_parameters(groups: Mapping[str, UnitGroup]) -> int:
+    """Number of parameters if only one unit of each group is kept, the minimum of any pruning."""
     return sum(group.size for group in groups.values())
 
 
 def keep_best(
     groups: Mapping[str, UnitGroup], scores: Mapping[str, Tensor], budget: int
 ) -> dict[str, Tensor]:
-    """The best units of all groups together (UPop): no further unit would fit the budget.
+    """Keep the best units of all groups together, as many as fit the budget (UPop).
 
     Scores are standardised among all units of one kind, which makes attention and MLP comparable.
-    The best unit of each group is kept first; then all others are taken in their order, each that
-    still fits.
+    The best unit of each group is kept first. All others follow by descending score; a unit that
+    does not fit the remaining budget is skipped.
 
     Args:
         groups: name -> its units.
-        scores: name -> (count,), finite; what is higher is kept longer.
-        budget: parameters that all kept units may have together.
+        scores: name -> (count,), finite; units with higher scores are kept.
+        budget: number of parameters that all kept units may have together.
 
     Returns:
-        Name -> the units kept, ascending, int64.
+        Name -> indices of the kept units, ascending, int64.
 
     Raises:
-        ValueError: the budget does not hold one unit of each group.
+        ValueError: the budget does not suffice for one unit of each group.
     """
-    _refuse_below(groups, budget)
-    standard = _standardised(groups, scores)
-    kept = {name: [int(one.argmax())] for name, one in standard.items()}
-    left = budget - least(groups)
+    _check_budget(groups, budget)
+    standard_scores = _standardise(groups, scores)
+    kept = {name: [int(values.argmax())] for name, values in standard_scores.items()}
+    remaining = budget - minimum_parameters(groups)
     smallest = min(group.size for group in groups.values())
-    names = list(groups)
-    owner = [index for index, name in enumerate(names) for _ in range(groups[name].count)]
-    number = [unit for name in names for unit in range(groups[name].count)]
-    every = torch.cat([standard[name] for name in names])
-    for place in torch.argsort(every, descending=True, stable=True).tolist():
-        if left < smallest:
+    units = [(name, unit) for name, group in groups.items() for unit in range(group.count)]
+    all_scores = torch.cat([standard_scores[name] for name in groups])
+    for index in torch.argsort(all_scores, descending=True, stable=True).tolist():
+        if remaining < smallest:
             break
-        name, unit = names[owner[place]], number[place]
-        if unit != kept[name][0] and groups[name].size <= left:
+        name, unit = units[index]
+        if unit != kept[name][0] and groups[name].size <= remaining:
             kept[name].append(unit)
-            left -= groups[name].size
-    return {name: torch.tensor(sorted(units)) for name, units in kept.items()}
+            remaining -= groups[name].size
+    return {name: torch.tensor(sorted(indices)) for name, indices in kept.items()}
 
 
 def keep_evenly(
     groups: Mapping[str, UnitGroup], scores: Mapping[str, Tensor], budget: int
 ) -> dict[str, Tensor]:
-    """The same share of every group (LoRAM), the largest that the budget holds, by score within it.
+    """Keep the same share of every group, the largest that fits the budget (LoRAM).
 
-    Of `count` units a share p leaves floor(p count) neurons, and count - floor((1 - p) count) of
-    attention; at least one. Arguments, result and errors are those of `keep_best`.
+    Within a group, the units with the highest scores are kept. Of `count` units, a share p keeps
+    floor(p count) neurons or count - floor((1 - p) count) heads, but at least one. Arguments,
+    result and errors are those of `keep_best`.
     """
-    _refuse_below(groups, budget)
-    # Counts change at multiples of 1 / counts only: at one of these or right behind it.
+    _check_budget(groups, budget)
+    # The number of kept units changes only at multiples of 1 / count, or right above them, so
+    # these shares include every possible outcome.
     steps = 2 * lcm(*(group.count for group in groups.values()))
 
     def counts(step: int) -> dict[str, int]:
-        return {name: _share(group, step, steps) for name, group in groups.items()}
+        return {name: _kept_count(group, step, steps) for name, group in groups.items()}
 
     def size(step: int) -> int:
         return sum(count * groups[name].size for name, count in counts(step).items())
@@ -97,23 +97,23 @@ def keep_evenly(
     }
 
 
-def spans(units: Tensor, size: int) -> Tensor:
-    """The rows or columns of these units, `size` neighbours each: (units * size,)."""
+def unit_indices(units: Tensor, size: int) -> Tensor:
+    """Indices (units * size,) of the rows or columns of these units, `size` neighbours each."""
     return (units[:, None] * size + torch.arange(size)).flatten()
 
 
 def scatter(
     pair: LoraPair, shape: tuple[int, int], rows: Tensor | None, columns: Tensor | None
 ) -> LoraPair:
-    """The LoRA of a pruned layer as one of the layer of `shape`, with zeros where it was cut.
+    """Enlarge the LoRA of a pruned layer to the original shape, with zeros for removed entries.
 
-    delta W is what was trained on kept rows and columns, and zero on all others (LoRAM's recovery).
+    Its delta W is the trained one on kept rows and columns, and zero elsewhere (LoRAM's recovery).
 
     Args:
-        pair: a (r, columns kept) and b (rows kept, r).
+        pair: a (r, kept columns) and b (kept rows, r).
         shape: (out, in) of the original layer.
-        rows: indices of those that were kept; None for all.
-        columns: likewise.
+        rows: indices of the kept rows; None: all rows are kept.
+        columns: indices of the kept columns; None: all columns are kept.
     """
     a, b = pair.a, pair.b
     if columns is not None:
@@ -123,27 +123,29 @@ def scatter(
     return LoraPair(a, b, pair.scale)
 
 
-def _refuse_below(groups: Mapping[str, UnitGroup], budget: int) -> None:
-    if budget < least(groups):
-        raise ValueError(f"one unit of each group has {least(groups)} parameters, not {budget}")
+def _check_budget(groups: Mapping[str, UnitGroup], budget: int) -> None:
+    """Raise ValueError if the budget does not suffice for one unit of each group."""
+    minimum = minimum_parameters(groups)
+    if budget < minimum:
+        raise ValueError(f"one unit of each group has {minimum} parameters, not {budget}")
 
 
-def _share(group: UnitGroup, step: int, steps: int) -> int:
-    """Units that are left of a group at the share step / steps."""
-    down, rest = divmod(group.count * step, steps)
-    return max(1, down + (group.kind == ATTENTION and rest > 0))
+def _kept_count(group: UnitGroup, step: int, steps: int) -> int:
+    """Number of units of a group that are kept at the share step / steps."""
+    floor, rest = divmod(group.count * step, steps)
+    return max(1, floor + (group.kind == ATTENTION and rest > 0))
 
 
-def _standardised(
+def _standardise(
     groups: Mapping[str, UnitGroup], scores: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The scores with mean 0 and deviation 1 among the units of one kind; all equal: zeros."""
-    found: dict[str, Tensor] = {}
+    """Scores with mean 0 and deviation 1 among the units of one kind; zeros if all are equal."""
+    standard: dict[str, Tensor] = {}
     for kind in {group.kind for group in groups.values()}:
         names = [name for name, group in groups.items() if group.kind == kind]
-        every = torch.cat([scores[name].double() for name in names])
-        mean, deviation = every.mean(), every.std(correction=0)
+        all_scores = torch.cat([scores[name].double() for name in names])
+        mean, deviation = all_scores.mean(), all_scores.std(correction=0)
         for name in names:
             centred = scores[name].double() - mean
-            found[name] = centred / deviation if deviation > 0 else torch.zeros_like(centred)
-    return found
+            standard[name] = centred / deviation if deviation > 0 else torch.zeros_like(centred)
+    return standard

@@ -1,1 +1,1 @@
-"""Modules of an emulator, and putting them into a model."""
+"""Modules that emulators use, and functions that replace modules of a model."""

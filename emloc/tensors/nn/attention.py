@@ -1,4 +1,4 @@
-"""Attention whose gradients can be trusted."""
+"""Avoid an attention kernel that can return NaN gradients."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 
 @contextmanager
 def without_cudnn() -> Iterator[None]:
-    """No attention by cuDNN inside, for the whole process; what was set before comes back.
+    """Disable cuDNN attention inside the context, for the whole process; restore it afterwards.
 
-    Under a mask, at lengths of 64 beyond a multiple of 128, its backward pass on Hopper chips makes
-    NaN of a row whose scores are all very low, padding for one (from torch 2.11 on, pytorch issue
-    196678). The other kernels do not, at the same speed for what masks are used for.
+    On Hopper GPUs, the backward pass of cuDNN attention returns NaN for rows whose scores are all
+    very low, such as padding. It does so with a mask, at lengths of 64 beyond a multiple of 128
+    (torch 2.11 and later, pytorch issue 196678). Other kernels are correct, and as fast with a
+    mask.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     torch.backends.cuda.enable_cudnn_sdp(False)

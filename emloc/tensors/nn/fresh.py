@@ -1,4 +1,4 @@
-"""A module made new beside a checkpoint's, as the head of a classifier."""
+"""Run a newly initialised module, such as a classifier head, in float32."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from torch import Tensor, nn
 
 
 def compute_in_float32(module: nn.Module) -> None:
-    """Hold and compute a module in float32, whatever the dtype of the model around it.
+    """Convert a module to float32 and its inputs too, whatever the dtype of the rest of the model.
 
-    It is trained itself: in 16 bits a usual step is lost in the rounding of its weights.
+    The module is trained in full, and 16-bit weights would round typical optimizer steps away.
     """
     module.float()
-    module.register_forward_pre_hook(_widen, with_kwargs=True)
+    module.register_forward_pre_hook(_inputs_to_float32, with_kwargs=True)
 
 
-def _widen(
+def _inputs_to_float32(
     _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return tuple(map(_wide, args)), {name: _wide(one) for name, one in kwargs.items()}
+    """Forward pre-hook that converts all floating-point inputs of a module to float32."""
+    return tuple(map(_to_float32, args)), {name: _to_float32(x) for name, x in kwargs.items()}
 
 
-def _wide(value: Any) -> Any:
-    widens = isinstance(value, Tensor) and value.is_floating_point()
-    return value.to(torch.float32) if widens else value
+def _to_float32(value: Any) -> Any:
+    """A floating-point tensor in float32; any other value unchanged."""
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(torch.float32) if is_float else value

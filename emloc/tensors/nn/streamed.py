@@ -1,13 +1,14 @@
-"""Frozen blocks that wait in host memory and take turns on the device.
+"""Stream frozen blocks from host memory through two buffers on the device.
 
-The device has two rooms, each as large as the largest block, and block i is only ever in room
-i % 2. Its tensors are views into that room, made once: bytes are copied, no tensor is ever
-exchanged, and whoever holds one (a parameter, a closure) goes on holding it. While one block is
-computed, the next one on the way (up in the forward pass, down in the backward pass) is copied on a
-stream of its own.
+Each buffer is as large as the largest block, and block i always uses buffer i % 2. The tensors of a
+block are views of its buffer, created once: streaming copies bytes and never replaces a tensor, so
+parameters and closures that refer to one stay valid. While one block computes, the next is copied
+on a separate CUDA stream: the following block in the forward pass, the preceding in the backward
+pass.
 
-Whoever goes back through a block has to compute it again first. Where that is forgotten, autograd
-finds that the weights it kept were written over, and fails: a view shares its room's version.
+The backward pass has to recompute a block (activation checkpointing) before it uses the weights.
+Without recomputation, autograd raises an error, since the weights it saved were overwritten: a view
+shares the version counter of its buffer.
 """
 
 from __future__ import annotations
@@ -18,60 +19,64 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Bytes: no tensor begins between two multiples of this, so that kernels read at full speed.
+# In bytes: each tensor of a block starts at a multiple of this, so that kernels read at full speed.
 ALIGN = 256
-# Bytes: the last piece of a block in host memory may be larger than what is left by less than this.
-SMALLEST = 2**20
+# In bytes: the smallest piece of pinned memory; the last piece of a block wastes less than this.
+MIN_PIECE = 2**20
 
-# Name -> where a tensor begins in its block, in bytes, and a tensor of its shape and dtype.
+# Tensor name -> its first byte within the block, and a tensor of the same shape and dtype.
 Layout = dict[str, tuple[int, Tensor]]
 
 
 class StreamedBlocks:
-    """Blocks in host memory, two rooms on the device.
+    """Blocks of tensors in host memory, copied in turn into two buffers on the device.
 
-    `blocks`: for each, in the order they are computed in, name -> a tensor of the shape and dtype
-    of what is held; the meta device will do.
+    Args:
+        blocks: for each block, in the order of computation: name -> a tensor with shape and dtype
+            of the tensor to stream, which may be on the meta device.
+        device: where the blocks are computed.
     """
 
     def __init__(self, blocks: Sequence[Mapping[str, Tensor]], device: torch.device) -> None:
-        laid = [_layout(block) for block in blocks]
-        self._layouts = [layout for layout, _ in laid]
-        largest = max(size for _, size in laid)
-        self._rooms = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(2)]
+        layouts = [_layout(block) for block in blocks]
+        self._layouts = [layout for layout, _ in layouts]
+        largest = max(size for _, size in layouts)
+        self._buffers = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(2)]
         pinned = device.type == "cuda"
-        self._halves = [
-            list(_halves(size, self._rooms[index % 2], pinned))
-            for index, (_, size) in enumerate(laid)
+        self._pieces = [
+            list(_host_pieces(size, self._buffers[index % 2], pinned))
+            for index, (_, size) in enumerate(layouts)
         ]
         self._device = device
-        self._beside = torch.cuda.Stream(device) if pinned else None  # type: ignore[no-untyped-call]
-        self._copied: list[torch.cuda.Event | None] = [None, None]  # when a room was filled
-        self._held: list[int | None] = [None, None]  # the block in each room
-        self._at: int | None = None  # the block that is computed
+        self._stream = torch.cuda.Stream(device) if pinned else None  # type: ignore[no-untyped-call]
+        self._copied: list[torch.cuda.Event | None] = [None, None]  # when each buffer was filled
+        self._loaded: list[int | None] = [None, None]  # index of the block in each buffer
+        self._current: int | None = None  # index of the block that computes
 
     def views(self, index: int) -> dict[str, Tensor]:
-        """Name -> tensor of block `index` in its room: of that block when it is computed.
+        """Name -> tensor of block `index`, as a view of its buffer; valid while the block computes.
 
-        To fill a block, write into all of them and `keep` it, before the next one.
+        To set the weights of a block, write to all its views and call `store`, then go on to the
+        next block.
         """
-        room = self._rooms[index % 2]
+        buffer = self._buffers[index % 2]
         return {
-            name: room[start : start + like.nbytes].view(like.dtype).view(like.shape)
+            name: buffer[start : start + like.nbytes].view(like.dtype).view(like.shape)
             for name, (start, like) in self._layouts[index].items()
         }
 
-    def keep(self, index: int) -> None:
-        """Take what was written into the views of block `index` to host memory."""
-        for host, there in self._halves[index]:
-            host.copy_(there)
-        self._held[index % 2] = index
+    def store(self, index: int) -> None:
+        """Copy the views of block `index` to host memory, after they were written."""
+        for host, part in self._pieces[index]:
+            host.copy_(part)
+        self._loaded[index % 2] = index
 
     def attach(self, modules: Sequence[nn.Module]) -> None:
-        """Let the blocks be in their rooms whenever `modules`, one for each, are computed.
+        """Register hooks that load a block's weights whenever its module runs.
 
-        Every module inside one asks for it: what is computed again may enter a block behind its
-        own hooks, and a part may be called alone.
+        `modules` has one module per block. Each submodule gets the hook, too: a recomputation may
+        start inside a block without calling the block's own hooks, and a submodule may be called
+        alone.
         """
         for index, block in enumerate(modules):
 
@@ -82,66 +87,68 @@ class StreamedBlocks:
                 module.register_forward_pre_hook(enter)
 
     def enter(self, index: int) -> None:
-        """Have block `index` there for all that is computed from now on, and the next on its way.
+        """Make the weights of block `index` available, and start to copy the next block.
 
-        Which one is next is a guess from the last one; a wrong guess costs a copy.
+        The next block is guessed from the direction of the last step; a wrong guess costs one copy.
         """
-        if index == self._at:
+        if index == self._current:
             return
-        self._fetch(index)
+        self._load(index)
         if (copied := self._copied[index % 2]) is not None:
             torch.cuda.current_stream(self._device).wait_event(copied)
-        following = index + (1 if self._at is None or index > self._at else -1)
-        self._at = index
-        if 0 <= following < len(self._halves):
-            self._fetch(following)
+        following = index + (1 if self._current is None or index > self._current else -1)
+        self._current = index
+        if 0 <= following < len(self._pieces):
+            self._load(following)
 
-    def _fetch(self, index: int) -> None:
-        room = index % 2
-        if self._held[room] == index:
+    def _load(self, index: int) -> None:
+        """Copy block `index` into its buffer, on the separate stream, unless it is there."""
+        slot = index % 2
+        if self._loaded[slot] == index:
             return
         with torch.no_grad():
-            if self._beside is None:
+            if self._stream is None:
                 self._copy(index)
             else:
-                # All that reads what is in the room now was started before: the blocks on either
-                # side of this one are done, forwards and backwards, when one of them is entered.
-                self._beside.wait_stream(torch.cuda.current_stream(self._device))
-                with torch.cuda.stream(self._beside):
+                # Everything that reads the buffer's present block was launched before: when a
+                # block is entered, its neighbours are finished in this direction.
+                self._stream.wait_stream(torch.cuda.current_stream(self._device))
+                with torch.cuda.stream(self._stream):
                     self._copy(index)
-                    self._copied[room] = self._beside.record_event()
-        self._held[room] = index
+                    self._copied[slot] = self._stream.record_event()
+        self._loaded[slot] = index
 
     def _copy(self, index: int) -> None:
-        for host, there in self._halves[index]:
-            there.copy_(host, non_blocking=True)
+        """Copy all pieces of block `index` from host memory to its buffer."""
+        for host, part in self._pieces[index]:
+            part.copy_(host, non_blocking=True)
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> tuple[Layout, int]:
-    """Where each tensor begins, and the bytes of all."""
-    found, size = {}, 0
+    """The first byte of each tensor within its block, and the size of the block in bytes."""
+    layout, size = {}, 0
     for name, like in tensors.items():
-        found[name] = size, like
+        layout[name] = size, like
         size += -(-like.nbytes // ALIGN) * ALIGN
-    return found, size
+    return layout, size
 
 
-def pieces(size: int) -> Iterator[int]:
-    """Powers of two, none below `SMALLEST`, that together hold `size` bytes.
+def piece_sizes(size: int) -> Iterator[int]:
+    """Yield powers of two, at least `MIN_PIECE` each, that add up to `size` bytes or slightly more.
 
-    Pinned memory is handed out in powers of two: one piece would waste up to half of it.
+    Pinned memory is allocated in powers of two: a single piece could waste half of it.
     """
     while size > 0:
-        piece = max(1 << (size.bit_length() - 1), SMALLEST)
+        piece = max(1 << (size.bit_length() - 1), MIN_PIECE)
         yield piece
         size -= piece
 
 
-def _halves(size: int, room: Tensor, pinned: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pieces of host memory, `size` bytes together, and the part of the room each belongs to."""
+def _host_pieces(size: int, buffer: Tensor, pinned: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield pieces of host memory, `size` bytes in total, with the part of the buffer of each."""
     start = 0
-    for piece in pieces(size) if pinned else (size,):
+    for piece in piece_sizes(size) if pinned else (size,):
         used = min(piece, size - start)
         host = torch.empty(piece, dtype=torch.uint8, pin_memory=pinned)
-        yield host[:used], room[start : start + used]
+        yield host[:used], buffer[start : start + used]
         start += used

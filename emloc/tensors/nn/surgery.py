@@ -1,4 +1,4 @@
-"""Put tensors and modules into a model by name."""
+"""Replace parameters and modules of a model by name."""
 
 from __future__ import annotations
 
@@ -8,26 +8,29 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 
-def put(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Make `tensor` the frozen parameter called `name`.
+def replace_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace the parameter called `name` by a frozen one that holds `tensor`.
 
     Raises:
-        ValueError: its shape is not the parameter's.
+        ValueError: the shapes of tensor and parameter differ.
     """
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if (shape := module.get_parameter(leaf).shape) != tensor.shape:
-        raise ValueError(f"{name} has shape {tuple(shape)}, the checkpoint {tuple(tensor.shape)}")
+        raise ValueError(
+            f"{name} has shape {tuple(shape)} in the model, but {tuple(tensor.shape)} in the "
+            "checkpoint"
+        )
     setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def with_modules(model: nn.Module, replace: Mapping[str, nn.Module]) -> nn.Module:
-    """A copy of `model` with the named modules replaced.
+    """Return a copy of `model` in which the named modules are replaced.
 
-    All other parameters and buffers are shared with `model`, which stays as it is.
+    The copy shares all other parameters and buffers with `model`, which does not change.
     """
-    kept = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, memo=kept)
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, memo=shared)
     for name, module in replace.items():
         twin.set_submodule(name, module)
     return twin

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from emloc.adapters.saved import CARRIED
+from emloc.adapters.saved import RECOVERY_FILE
 from emloc.data.reader import encode_all
 from emloc.emulators import BuildInputs, BuiltEmulator
 from emloc.emulators.full import Full
@@ -58,5 +58,5 @@ class ExactSteps(Recovery):
             report=inputs.report,
             start=inputs.trained.folder / "adapter",
         )
-        (folder / "adapter" / CARRIED).write_text(json.dumps({"by": "exact_steps"}))
+        (folder / "adapter" / RECOVERY_FILE).write_text(json.dumps({"by": "exact_steps"}))
         return {"exact_steps": facts["steps"]}

@@ -76,11 +76,11 @@ class Gated(Adapter):
         model: PreTrainedModel,
         lora: LoraSettings,
         layers: Sequence[str],
-        whole: Sequence[str] = (),
+        modules_to_save: Sequence[str] = (),
     ) -> PreTrainedModel:
         """The model itself, its layers wrapped."""
-        if whole:
-            raise ConfigError(f"adapter=gated trains no {whole[0]}; set adapter=lora")
+        if modules_to_save:
+            raise ConfigError(f"adapter=gated trains no {modules_to_save[0]}; set adapter=lora")
         model.requires_grad_(False)
         # Not modules, so that nothing of it is in the model's own state.
         model.auxiliary_losses = AuxiliaryLosses(model)
