@@ -1,6 +1,8 @@
 """What a long stage says while it works, by a clock that the tests move."""
 
 import logging
+import threading
+import time
 
 import pytest
 
@@ -78,6 +80,49 @@ def test_rows_are_counted_by_the_batch(clock, lines):
             clock.now += 16
             progress.update(64)
     assert lines()[0] == "evaluate: row 128 of 256, 0.25 s a row, 32 s left"
+
+
+def test_a_unit_that_takes_long_is_logged_before_it_ends(clock, lines):
+    progress = StageProgress("train", 4, "step", clock=clock)
+    for _ in range(2):
+        clock.now += 40
+        progress.log_if_due()
+    assert lines() == [
+        "train: step 0 of 4, step 1 has taken 40 s so far",
+        "train: step 0 of 4, step 1 has taken 80 s so far",
+    ]
+    clock.now += 20
+    progress.update()
+    clock.now += 10
+    progress.log_if_due()  # its speed is that of the step, and not of the 10 seconds since
+    assert lines()[2:] == ["train: step 1 of 4, 100 s a step, 5 min left"]
+    progress.close()
+    clock.now += 60
+    progress.log_if_due()
+    assert len(lines()) == 3
+
+
+def test_a_thread_looks_at_a_unit_that_takes_long_until_the_stage_ends(lines, monkeypatch):
+    monkeypatch.setattr("emloc.runtime.progress.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("emloc.runtime.progress.SECONDS_BETWEEN_LINES", 0.02)
+    before = threading.active_count()
+    with StageProgress("train", 4, "step"):
+        while not lines():
+            time.sleep(0.01)
+        assert threading.active_count() > before
+    assert lines()[0] == "train: step 0 of 4, step 1 has taken 1 s so far"
+    while threading.active_count() > before:  # a hanging thread would hang this test
+        time.sleep(0.01)
+
+
+def test_the_thread_ends_with_a_stage_that_nobody_closed(monkeypatch):
+    monkeypatch.setattr("emloc.runtime.progress.POLL_SECONDS", 0.01)
+    before = threading.active_count()
+    progress = StageProgress("train", 4, "step")
+    assert threading.active_count() > before
+    del progress
+    while threading.active_count() > before:
+        time.sleep(0.01)
 
 
 def test_the_items_pass_through_and_their_loop_is_timed(clock, lines):

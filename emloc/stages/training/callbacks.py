@@ -75,5 +75,9 @@ class TrainingProgress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Take the bar off the terminal."""
+        self.close()
+
+    def close(self) -> None:
+        """End the progress, also of a training that failed."""
         if self._progress is not None:
             self._progress.close()

@@ -12,6 +12,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ def fit_rows(
     log.info("train: %s trainable parameters, %d training rows", f"{trainable:,}", len(rows))
     checkpoints = folder / "checkpoints"
     dtype = built_emulator.source.dtype
+    progress = TrainingProgress(report)
     trainer = FiniteTrainer(
         adapter=training_inputs.adapter,
         model=model,
@@ -128,7 +130,7 @@ def fit_rows(
         ),
         train_dataset=rows,
         data_collator=collate_rows,
-        callbacks=[TrainingProgress(report)],
+        callbacks=[progress],
         objective=source.objective,
         loss=loss,
     )
@@ -136,7 +138,7 @@ def fit_rows(
     timer = StepTimer()
     trainer.add_callback(timer)
     mixed = trainer.args.bf16 or trainer.args.fp16
-    with without_cudnn(), training_inputs.adapter.training(model, mixed=mixed):
+    with without_cudnn(), training_inputs.adapter.training(model, mixed=mixed), closing(progress):
         whole = newest_whole_checkpoint(checkpoints)
         trainer.train(resume_from_checkpoint=str(whole) if whole else None)
     make_whole(model)
