@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
+import difflib
 import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import hydra
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from emloc.config.compose import compose, explain, register
-from emloc.config.paths import CONF
+from emloc.config.compose import explain, register
+from emloc.config.paths import CONF, choices
+from emloc.console.completion import complete
+from emloc.console.help import help_text, version_line
+from emloc.console.verbs import VERBS
 from emloc.errors import ConfigError
-from emloc.runtime.quiet_libraries import quiet
-from emloc.sweeps.job import run_cell
+from emloc.sweeps.job import run_job
 
 USER_ERROR, INTERRUPTED = 2, 130
 
+HELP, VERSION = ("help", "-h", "--help"), ("--version", "-V")
+
 
 def main() -> None:
-    """Run `emloc <overrides>` (Hydra's command line), or one of the verbs below."""
-    # Without it pieces of many sizes leave gaps between them that nothing else fits into.
+    """Run `emloc <overrides>` (Hydra's command line), or a verb, or print help."""
+    # Without this, blocks of many sizes leave gaps in device memory that no other tensor fits into.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    verb = VERBS.get(sys.argv[1]) if len(sys.argv) > 1 else None
     try:
-        if verb is not None:
-            verb(sys.argv[2:])
-        else:
-            _hydra()
+        _run(sys.argv[1:])
     except ConfigError as error:
         _refuse(str(error))
     except (HydraException, OmegaConfBaseException) as error:
@@ -39,22 +37,55 @@ def main() -> None:
         if not _of_hydra(error):
             raise
         _refuse(f"{str(error).strip()}; a group takes one of its choices, as in tracker=none")
-    except BrokenPipeError:  # whoever was reading has read enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        print("emloc: interrupted; the same command goes on from here", file=sys.stderr)
+        print("emloc: interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 
-def _hydra() -> None:
-    # With it Hydra raises its errors instead of printing them, and ours is the one line shown.
+def _run(words: list[str]) -> None:
+    name = words[0] if words else ""
+    if name in VERBS:
+        verb = VERBS[name]
+        verb.run(verb.parser.parse_args(words[1:]))
+    elif any(word in HELP for word in words):
+        print(help_text([word for word in words if "=" in word]))
+    elif name in VERSION:
+        print(version_line())
+    elif shell := _queried_shell(words):
+        print(complete(os.environ.get("COMP_LINE", ""), os.environ.get("COMP_POINT", ""), shell))
+    else:
+        if name and "=" not in name and not name.startswith(("-", "~")):
+            _refuse(_no_verb(name))
+        _hydra(words)
+
+
+def _hydra(words: list[str]) -> None:
+    # With it Hydra raises errors instead of printing them, and ours is the only line.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    register(sys.argv[1:])
-    hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(run_cell)()
+    register(words)
+    hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(run_job)()
+
+
+def _queried_shell(words: list[str]) -> str:
+    """The shell that asks for completions (`-sc query=bash`); empty if none does."""
+    if len(words) == 2 and words[0] in ("-sc", "--shell-completion", "--shell_completion"):
+        return words[1].partition("query=")[2]
+    return ""
+
+
+def _no_verb(word: str) -> str:
+    """The line that refuses a first word which is neither a verb nor an override."""
+    if choices(word):
+        return f"{word} is a group; choose as in {word}={next(iter(sorted(choices(word))))}"
+    close = difflib.get_close_matches(word, VERBS, n=1, cutoff=0.5)
+    mended = f"did you mean {close[0]}?" if close else f"the verbs are {', '.join(VERBS)}"
+    return f"there is no verb {word}; {mended}"
 
 
 def _of_hydra(error: Exception) -> bool:
-    """Whether Hydra raised it, which has no type of its own for some misuse."""
+    """Whether Hydra raised the error, which has no type of its own for some misuse."""
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
@@ -65,115 +96,6 @@ def _refuse(message: str) -> None:
     print(f"emloc: {message}", file=sys.stderr)
     sys.exit(USER_ERROR)
 
-
-def _report(arguments: list[str]) -> None:
-    """Print the table of a folder of runs, and write it with figures and a page to look at."""
-    from emloc.report.markdown import is_run, table, table_with_notes
-    from emloc.report.rows import rows_of, write_rows
-    from emloc.report.summary_file import is_summary, read_summary, write_summary
-
-    parser = argparse.ArgumentParser("emloc report", description=_report.__doc__)
-    parser.add_argument("place", type=Path, help="runs/<name>, one run in it, or a file of --csv")
-    parser.add_argument("--to", type=Path, help="folder to write (of runs/<name>: its report/)")
-    parser.add_argument("--csv", type=Path, help="a file to write the numbers of all runs into")
-    chosen = parser.parse_args(arguments)
-    place: Path = chosen.place
-    if not place.exists():
-        raise ConfigError(f"no folder or file {place}; give one such as runs/demo")
-    if is_summary(place):
-        if chosen.to:
-            raise ConfigError(f"{place} holds means, and no runs to draw; leave out --to")
-        print(table(place))
-        if chosen.csv:
-            write_summary(read_summary(place), chosen.csv)
-        return
-    rows = rows_of(place)
-    if not rows:
-        raise ConfigError(f"no runs in {place}; give one such as runs/demo")
-    several = place.is_dir() and not is_run(place)
-    print(table_with_notes(place, rows, unrun=not is_run(place)))
-    to = chosen.to or (place / "report" if several else None)
-    written = []
-    try:
-        if to:
-            from emloc.report.write import write_report
-
-            written += write_report(place, rows, to)
-        if chosen.csv:
-            write_rows(rows, chosen.csv)
-            written.append(chosen.csv)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write {error.filename}: {error.strerror}; give another folder, --to FOLDER"
-        ) from error
-    print("", *(f"wrote {path}" for path in written), sep="\n")
-
-
-def _tables(arguments: list[str]) -> None:
-    """Print one page over all experiments: what was run, what is missing, the paper's numbers."""
-    argparse.ArgumentParser("emloc tables", description=_tables.__doc__).parse_args(arguments)
-    from emloc.config.paths import EXPERIMENTS
-    from emloc.report.all_experiments import tables
-
-    print(tables(EXPERIMENTS, Path(os.environ.get("EMLOC_RUNS", "runs"))))
-
-
-def _merge(arguments: list[str]) -> None:
-    """Fold a run's adapter into the original weights and write a checkpoint."""
-    parser = argparse.ArgumentParser("emloc merge", description=_merge.__doc__)
-    parser.add_argument("run", type=Path, help="runs/<name>/<run>")
-    parser.add_argument("--to", type=Path, help="folder to write (default: <run>/merged)")
-    chosen = parser.parse_args(arguments)
-
-    quiet()
-    from emloc.stages.merge_run import merge_run
-
-    print(merge_run(chosen.run, chosen.to or chosen.run / "merged"))
-
-
-def _plan(arguments: list[str]) -> None:
-    """Say what each method would need of a model, before any weight is read."""
-    parser = argparse.ArgumentParser("emloc plan", description=_plan.__doc__)
-    parser.add_argument("overrides", nargs="*", help="as for a run: model=internvl2_5_38b lora=r16")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of one sample (2048)")
-    parser.add_argument("--answer", type=int, default=256, help="of these learnt (256)")
-    parser.add_argument("--gpu", default="rtx4090", help="whose memory and speed to plan for")
-    chosen = parser.parse_args(arguments)
-    cfg = compose(chosen.overrides)
-
-    quiet()
-    from emloc.cost.plan.gpus import find_gpu
-    from emloc.cost.plan.layout import StepShape
-    from emloc.cost.plan.table import plan
-    from emloc.stages.run_config import build
-
-    if not 1 <= chosen.answer <= chosen.length:
-        raise ConfigError(f"--answer {chosen.answer} of --length {chosen.length}: give 1 to all")
-    cell = build(cfg)
-    work = StepShape.of(cell.train, chosen.length, chosen.answer)
-    print(plan(cell, work, find_gpu(chosen.gpu)))
-
-
-def _bench(arguments: list[str]) -> None:
-    """Measure speed and memory beside the peers, on whatever GPU is there."""
-    parser = argparse.ArgumentParser("emloc bench", description=_bench.__doc__)
-    parser.add_argument("works", nargs="*", help="factorise_8b, train_38b ... (all)")
-    parser.add_argument("--to", type=Path, help="table to write")
-    chosen = parser.parse_args(arguments)
-
-    quiet()
-    from emloc.cost.bench.run import bench, table_path
-
-    print(bench(chosen.works, chosen.to or table_path()))
-
-
-VERBS: dict[str, Callable[[list[str]], None]] = {
-    "report": _report,
-    "tables": _tables,
-    "merge": _merge,
-    "plan": _plan,
-    "bench": _bench,
-}
 
 if __name__ == "__main__":
     main()

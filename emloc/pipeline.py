@@ -1,4 +1,4 @@
-"""From settings to scores: everything is checked, then stage follows stage, cached by content."""
+"""One run: check all settings, then run the stages in order, each cached by its inputs."""
 
 from __future__ import annotations
 
@@ -39,19 +39,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Result:
-    """The artifacts of one run.
+    """The artifacts of one run."""
 
-    `stages`: by the stage that made it, in order. `current`: by what it is (see `emloc.stages`), of
-    several the newest.
-    """
-
-    metric: str
-    stages: dict[str, Artifact]
-    current: dict[str, Artifact]
+    metric: str  # name of the headline score
+    stages: dict[str, Artifact]  # stage -> its artifact, in the order of the stages
+    current: dict[str, Artifact]  # kind (see `emloc.stages`) -> the newest artifact of it
 
     @property
     def statistics(self) -> Artifact | None:
-        """Second moments; None where they were not kept."""
+        """Second moments; None if none were stored."""
         return self.current.get(STATISTICS)
 
     @property
@@ -61,38 +57,43 @@ class Result:
 
     @property
     def trained(self) -> Artifact | None:
-        """The adapter as it was trained; None where nothing was."""
+        """The adapter as it was trained; None if the method trains none."""
         return self.current.get(TRAINED)
 
     @property
     def recovered(self) -> Artifact | None:
-        """The adapter for the original model."""
+        """The adapter for the original model; None if the method trains none."""
         return self.current.get(RECOVERED)
 
     @property
     def evaluated(self) -> Artifact:
-        """Scores of the original model with it."""
+        """Scores of the original model with the recovered adapter, if there is one."""
         return self.current[SCORES]
 
     @property
     def as_trained(self) -> Artifact | None:
-        """Scores of the model that was trained, where its numbers are packed."""
+        """Scores of the model as it was trained; None if its weights are in no packed format."""
         return self.current.get(SCORES_AS_TRAINED)
 
     @property
     def samples(self) -> list[str]:
-        """Names of the calibration rows, whichever stage read them first."""
-        named = (one.facts.get("samples") for one in self.stages.values())
-        return next((names for names in named if names), [])
+        """Names of the calibration rows, from the first stage that read them."""
+        recorded = (artifact.facts.get("samples") for artifact in self.stages.values())
+        return next((names for names in recorded if names), [])
 
 
 def run(run_config: RunConfig, store: Store, report: Report) -> Result:
-    """One run from settings to scores.
+    """Run all stages, and return their artifacts.
 
-    An artifact that turns out to be damaged when it is opened is moved aside, and made again.
+    An artifact that turns out to be damaged when it is opened is moved aside and computed again.
+
+    Args:
+        run_config: settings of all parts.
+        store: cache of the stages.
+        report: called with each line of the training log.
 
     Raises:
-        ConfigError: something cannot be right; raised before any stage begins.
+        ConfigError: a setting is wrong; raised before any stage begins.
         StageError: a stage failed.
     """
     metric, context = checked(run_config, store, report)
@@ -106,7 +107,7 @@ def run(run_config: RunConfig, store: Store, report: Report) -> Result:
                 raise
             damaged.add(error.folder)
             aside = set_aside(error.folder)
-            log.warning("%s; moved to %s, made again", error, aside.name)
+            log.warning("%s; moved to %s and computed again", error, aside.name)
 
 
 def _through_stages(context: Context, store: Store) -> Context:
@@ -125,10 +126,10 @@ def _through_stages(context: Context, store: Store) -> Context:
 
 
 def checked(run_config: RunConfig, store: Store, report: Report) -> tuple[str, Context]:
-    """The name of the headline score, and what the stages read, once all of it has been checked.
+    """Check all settings; return the name of the headline score and the inputs of the stages.
 
     Raises:
-        ConfigError: something cannot be right.
+        ConfigError: a setting is wrong.
     """
     device, host = own_device(), int(run_config.budget.host_gib * GIB)
     limit_device_memory(device, run_config.budget.gpu_gib)
@@ -144,9 +145,9 @@ def checked(run_config: RunConfig, store: Store, report: Report) -> tuple[str, C
     training_inputs = _fit(run_config, adapter, source) if adapter.trains else None
     metric = headline(run_config.task, run_config.eval, source.objective)
     _refuse_unreadable(store, source, reader, run_config)
-    read = emulator.samples or recovery.statistics
-    read = read or any(stage.reads_samples for stage in run_config.stage.values())
-    samples = _samples(run_config) if read else None
+    needs_samples = emulator.samples or recovery.statistics
+    needs_samples |= any(stage.reads_samples for stage in run_config.stage.values())
+    samples = _samples(run_config) if needs_samples else None
     context = Context(
         run_config, source, layers, planned, samples, training_inputs, device, host, report
     )
@@ -156,23 +157,23 @@ def checked(run_config: RunConfig, store: Store, report: Report) -> tuple[str, C
 
 
 def _refuse_unreadable(store: Store, source: Source, reader: Reader, run_config: RunConfig) -> None:
-    """Read images as they will be read, before there is anything to lose; once for all runs.
+    """Read images before any stage begins, once for all runs.
 
-    All that are held out, as they come last. Of the training rows the first: whether the model
-    reads such rows at all. The others are read when training begins, behind stages that are kept.
+    All held-out images are read, since evaluation comes last. The first training row shows whether
+    the model reads such rows at all. Training itself reads the other rows, after cached stages.
 
     Raises:
-        ConfigError: one of them cannot be read.
+        ConfigError: an image cannot be read.
     """
     first = run_config.task.train().rows[:1] if run_config.adapter.trains else ()
     rows = (*first, *run_config.task.held_out(run_config.eval.limit))
-    pictured = Examples(run_config.task.name, tuple(row for row in rows if row.images))
-    if pictured.rows:
-        store.stage("check", read_all, pictured, source, reader=reader)
+    with_images = Examples(run_config.task.name, tuple(row for row in rows if row.images))
+    if with_images.rows:
+        store.stage("check", read_all, with_images, source, reader=reader)
 
 
 def read_all(folder: Path, rows: Examples, source: Source, *, reader: Reader) -> Facts:
-    """Decode every image of these rows, as the model reads it."""
+    """Decode every image of the rows, as the model reads it, and return the number of rows."""
     for row in rows:
         reader.encode(row)
         for image in row.images:
@@ -181,20 +182,20 @@ def read_all(folder: Path, rows: Examples, source: Source, *, reader: Reader) ->
 
 
 def _fit(run_config: RunConfig, adapter: Adapter, source: Source) -> TrainingInputs:
-    """What the adapter is fitted to.
+    """Inputs of the training.
 
     Raises:
-        ConfigError: the rank is above what the smallest adapted layer can hold, or activations are
-            to wait on the host in a training that is not lean.
+        ConfigError: the rank is above the smallest side of an adapted layer, or
+            `train.host_activations` is set in a training that cannot be lean.
     """
-    wanted = (
+    override = (
         required_override(run_config.lora, source.dtype)
         if run_config.train.host_activations
         else None
     )
-    if wanted:
+    if override:
         raise ConfigError(
-            f"train.host_activations=true is of the lean training, which needs {wanted}; "
+            f"train.host_activations=true needs train.lean=true, and that needs {override}; "
             "set that, or train.host_activations=false"
         )
     layers = run_config.model.adapted_layers(source)
@@ -216,10 +217,11 @@ def _fit(run_config: RunConfig, adapter: Adapter, source: Source) -> TrainingInp
 
 
 def _samples(run_config: RunConfig) -> Samples:
-    """The calibration samples: never an evaluation row."""
-    chosen = run_config.calibration
-    pool = run_config.task.train() if chosen.source == "downstream" else generic_text()
-    log.info("calibration: %d of %d rows of %s", chosen.samples, len(pool), pool.name)
-    return Samples(
-        choose_examples(pool, chosen.samples, chosen.seed), run_config.model.length_limit
+    """The calibration samples, none of which is an evaluation row."""
+    calibration = run_config.calibration
+    pool = run_config.task.train() if calibration.source == "downstream" else generic_text()
+    log.info(
+        "calibration: %d samples of the %d rows of %s", calibration.samples, len(pool), pool.name
     )
+    samples = choose_examples(pool, calibration.samples, calibration.seed)
+    return Samples(samples, run_config.model.length_limit)

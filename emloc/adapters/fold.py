@@ -10,13 +10,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from emloc.adapters.saved import SavedLora
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.models.checkpoint.weights import SafetensorsWeights
 from emloc.runtime.atomic import atomic_folder
+from emloc.runtime.progress import tracked
 
 
 def merge(source: Source, adapter: SavedLora, target: Path) -> Path:
@@ -58,7 +58,7 @@ def _write_checkpoint(
         if path.is_file() and path.suffix != ".safetensors":
             shutil.copy(path, folder)
     shards = sorted(set(weights.files.values()))
-    for shard in tqdm(shards, "merge", unit="file"):
+    for shard in tracked(shards, "merge", len(shards), "file"):
         with safe_open(shard, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata()

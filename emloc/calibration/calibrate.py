@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from emloc.calibration.blockwise import Block, by_block, iterate_checkpoint
 from emloc.calibration.moments import InputRecorder, Statistics
@@ -17,6 +16,7 @@ from emloc.calibration.samples import Samples
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.runtime.journal import Journal
+from emloc.runtime.progress import tracked
 
 # Layer name -> (output features, input features).
 Layers = dict[str, tuple[int, int]]
@@ -69,7 +69,7 @@ def calibrate(
         folder=folder,
     )
     journal = Journal(folder)
-    for block in tqdm(run, "calibrate", total=len(blocks), unit="block"):
+    for block in tracked(run, "calibrate", len(blocks), "block"):
         if block.name not in journal.lines:
             start = time.perf_counter()
             statistics = record_moments(block, blocks[block.name], inputs_only)

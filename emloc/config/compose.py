@@ -1,4 +1,4 @@
-"""Compose a configuration, and say in one line what is wrong with one that cannot be composed."""
+"""Compose a configuration, and explain in one line why one cannot be composed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from emloc.config.paths import CONF, EXPERIMENTS, conf_folders, plugin_folders
 from emloc.config.run_folder import folder_name
 from emloc.config.settings import schema
 
-# Where a plugin's settings would be -> the extra that installs it.
+# Choice of a group of Hydra -> the extra of this package that installs its plugin.
 EXTRAS = {
     "hydra/launcher/joblib": "parallel",
     "hydra/launcher/submitit_local": "slurm",
@@ -34,7 +34,7 @@ EXTRAS = {
 
 
 class PluginGroups(SearchPathPlugin):
-    """Have Hydra look for groups in the folders of plug-ins, too."""
+    """Search path of Hydra that includes the folders of plug-ins."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Called by Hydra when it composes."""
@@ -42,15 +42,17 @@ class PluginGroups(SearchPathPlugin):
             search_path.append("emloc-plugins", f"file://{folder}")
 
 
-# Of an experiment that was not named: who takes it all the same is told that its name is missing.
+# Placeholder for experiments that the command line does not name. Composing one fails with "name is
+# missing".
 _UNNAMED = OmegaConf.create({"name": MISSING})
 
 
 def register(words: Sequence[str] = ()) -> None:
-    """Make schema, experiments and resolvers known to Hydra.
+    """Register schema, experiments and resolvers in Hydra.
 
-    What is in an experiment only if it is named in `words`, the command line: Hydra copies all it
-    knows for each group, which is the most of what `--help` takes.
+    Args:
+        words: the command line. The contents of other experiments than it names are left out, since
+            Hydra copies everything that is registered for each group.
 
     Raises:
         ConfigError: `words` choose a base, which is no choice.
@@ -61,7 +63,7 @@ def register(words: Sequence[str] = ()) -> None:
     refuse_bases(words)
     store = ConfigStore.instance()
     store.store(name="schema", node=schema())
-    store.repo.pop("cell", None)  # of what was named before
+    store.repo.pop("cell", None)  # of experiments that an earlier call registered
     for path in sorted(EXPERIMENTS.glob("*.yaml")):
         node = _UNNAMED
         if any(path.stem in word or "glob(" in word for word in words):
@@ -78,19 +80,19 @@ def register(words: Sequence[str] = ()) -> None:
 
 
 def _replace_joblib(store: ConfigStore) -> None:
-    """Have `hydra/launcher=joblib`, where it is installed, outlive a worker that is killed."""
-    Plugins.instance()  # or the plugin's own settings would come later, and in the place of these
+    """Make `hydra/launcher=joblib` our own launcher, which survives a killed worker."""
+    Plugins.instance()  # registers the plugin's own settings first, which ours replace
     try:
         node = store.load("hydra/launcher/joblib.yaml").node
     except ConfigLoadError:
         return
     node._target_ = "hydra_plugins.emloc_sweeps.Joblib"
-    node.batch_size = "1"  # a cell may take long: none waits in the hands of a busy worker
+    node.batch_size = "1"  # jobs take long, so none may wait for a busy worker
     store.store(group="hydra/launcher", name="joblib", node=node, provider="emloc")
 
 
 def _preset(overrides: Sequence[str]) -> DictConfig:
-    """What these do on the command line, as a node for Hydra's defaults list."""
+    """The overrides of a command line, as a node for Hydra's defaults list."""
     pairs = [override.split("=", 1) for override in overrides]
     groups = {f"override /{key}": value for key, value in pairs if _is_group(key)}
     values = OmegaConf.from_dotlist(
@@ -104,12 +106,15 @@ def _is_group(key: str) -> bool:
     return any((folder / key).is_dir() for folder in conf_folders())
 
 
-def compose(overrides: Sequence[str] = ()) -> DictConfig:
-    """The configuration of one run, as the command line would compose it."""
+def compose(overrides: Sequence[str] = (), *, with_hydra: bool = False) -> DictConfig:
+    """The configuration of one run, as the command line would compose it.
+
+    `with_hydra` adds Hydra's own settings, under `hydra`.
+    """
     register(overrides)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra_compose("config", list(overrides))
+        return hydra_compose("config", list(overrides), return_hydra_config=with_hydra)
 
 
 def explain(error: Exception) -> str:
@@ -121,9 +126,9 @@ def explain(error: Exception) -> str:
         group, choice = match.groups()
         if extra := EXTRAS.get(f"{group}/{choice}"):
             return f"{group}={choice} is not installed; pip install 'emloc[{extra}]'"
-        if group.partition("/")[0] == "cell":  # of which Hydra knows what was named alone
+        if group.partition("/")[0] == "cell":  # Hydra knows those of named experiments alone
             word = f"{group}/{choice}".removeprefix("cell/")
-            return f"cell={word}: there is no such choice{_nearest(word, list(_cells()))}"
+            return f"cell={word}: there is no such choice{_nearest(word, list(cell_names()))}"
         return f"{group}={choice}: there is no such choice{_nearest(choice, error.options or [])}"
     if re.search(r"Could not override 'cell'", text):
         return "cell: there is no such choice; it is experiment/cell, such as demo_vqa/lora"
@@ -142,8 +147,8 @@ def _nearest(word: str, options: Sequence[str]) -> str:
     return f"; there is {', '.join(options)}" if 0 < len(options) < 20 else ""
 
 
-def _cells() -> Iterator[str]:
-    """Every cell of every experiment."""
+def cell_names() -> Iterator[str]:
+    """Name of every cell of every experiment, such as `demo_vqa/lora`."""
     for path in sorted(EXPERIMENTS.glob("*.yaml")):
         yield from (f"{path.stem}/{name}" for name in read_experiment(path).cells)
 

@@ -1,6 +1,7 @@
-"""Settings whose keys are fixed, with checks of their values.
+"""Sections of the configuration with fixed keys, and checks of their values.
 
-This module must not import torch, since `--help` and `--cfg job` have to answer at once.
+The comment at a field is its explanation in `emloc --help`. This module imports no torch, so that
+`--help` and `--cfg job` answer at once.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class Calibration:
     """Calibration samples, from which the emulator is built (`calibration` group)."""
 
     source: str  # downstream: training rows of the task; generic: running text
-    samples: int
-    seed: int
+    samples: int  # number of samples that the emulator is built from
+    seed: int  # draws the samples; it is not the seed of the training
 
     def __post_init__(self) -> None:
         if self.source not in ("downstream", "generic"):
@@ -49,9 +50,9 @@ class Calibration:
 class Compression:
     """Target size of the emulator (`compression` group)."""
 
-    ratio: float | None  # share kept, in (0, 1); null: the largest that budget.gpu_gib holds
-    of: str  # linears: of the compressed layers; model: of all parameters
-    bits: int | None  # 16: the model's dtype; else of group `precision`; null: what gpu_gib allows
+    ratio: float | None  # share of parameters kept, in (0, 1); null: the most that gpu_gib allows
+    of: str  # linears: ratio counts the compressed layers; model: it counts all parameters
+    bits: int | None  # 16: the model's dtype; fewer: packed, 4 is nf4; null: what gpu_gib allows
 
     def __post_init__(self) -> None:
         if self.ratio is not None and not 0 < self.ratio < 1:
@@ -72,10 +73,10 @@ class Compression:
 class Budget:
     """Limits on memory and GPUs (`budget` section), which by themselves change no results."""
 
-    gpu_gib: float | None  # device memory: capped at it, and what compression=auto solves for
-    host_gib: float  # hidden states waiting in host memory; what is above goes to disk
-    statistics_gib: float  # second moments kept to try other ratios; larger ones are never written
-    jobs_per_gpu: int  # runs of a sweep that may share a device; the others wait for it
+    gpu_gib: float | None  # limit of device memory in GiB, which compression=auto solves for
+    host_gib: float  # GiB of host memory for hidden states; the rest of them goes to disk
+    statistics_gib: float  # GiB of second moments kept for other ratios; larger ones are not kept
+    jobs_per_gpu: int  # runs of a sweep that may share a GPU; the others wait
 
     def __post_init__(self) -> None:
         if self.gpu_gib is not None and self.gpu_gib <= 0:
@@ -99,9 +100,9 @@ class Budget:
 class LoraSettings:
     """Size, scale and dropout of an adapter of any kind (`lora` group)."""
 
-    rank: int
+    rank: int  # columns of A and rows of B
     alpha: float  # the update is scaled by alpha / rank; alpha = rank is the paper's scale of 1
-    dropout: float
+    dropout: float  # share of a layer's inputs that the adapter does not see in training
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -123,18 +124,16 @@ class TrainSettings:
     steps: int  # optimizer steps
     batch: int  # samples of one forward pass on one device
     accumulate: int  # forward passes of one optimizer step
-    learning_rate: float
-    schedule: str  # one of SCHEDULES
-    warmup: float  # share of the steps
-    weight_decay: float
-    clip: float  # largest gradient norm
+    learning_rate: float  # of AdamW, at the end of the warmup
+    schedule: str  # course of the learning rate: cosine, linear, constant or another
+    warmup: float  # share of the steps in which the learning rate rises
+    weight_decay: float  # of AdamW
+    clip: float  # largest norm of the gradient
     checkpointing: bool  # compute activations again in the backward pass, to save memory
-    host_activations: (
-        bool  # what layers are computed again from waits in host memory; with checkpointing
-    )
+    host_activations: bool  # with checkpointing: keep layer inputs in host memory
     lean: bool  # the same training with less memory and time; false: PEFT's own modules
-    log_every: int  # steps
-    save_every: int  # steps between checkpoints an interrupted training resumes from
+    log_every: int  # steps between two lines of the loss
+    save_every: int  # steps between two checkpoints, from which a training is resumed
 
     def __post_init__(self) -> None:
         for name, usual in _SUGGESTED_COUNTS.items():
@@ -169,9 +168,9 @@ class TrainSettings:
 class EvalSettings:
     """Number of rows and batch size of the evaluation (`eval` group)."""
 
-    limit: int | None  # held-out rows, null: all
+    limit: int | None  # number of held-out rows; null: all
     batch: int  # rows of one forward pass
-    harness: bool  # also run lm-eval's own task where the task has one
+    harness: bool  # also score with lm-eval: written answers, or lm-eval's own task
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -189,23 +188,23 @@ class Config:
     A field of type `Any` holds a part. Its keys are checked against the class that it names.
     """
 
-    name: str = MISSING
-    method: str = MISSING
-    seed: int = MISSING
-    model: Any = MISSING
-    task: Any = MISSING
-    calibration: Calibration = MISSING
-    compression: Compression = MISSING
-    precision: Any = None  # a packed format; null: the one of compression.bits
-    lora: LoraSettings = MISSING
-    emulator: Any = MISSING
-    adapter: Any = MISSING
-    recovery: Any = MISSING
-    stage: Any = MISSING
-    train: TrainSettings = MISSING
-    eval: EvalSettings = MISSING
-    budget: Budget = MISSING
-    tracker: Any = MISSING
+    name: str = MISSING  # folder of the run below runs/; an experiment names itself
+    method: str = MISSING  # a row of the tables; it chooses emulator, adapter and recovery
+    seed: int = MISSING  # seed of the training
+    model: Any = MISSING  # the original model, which is fine-tuned in the end
+    task: Any = MISSING  # data to train on and to score
+    calibration: Calibration = MISSING  # samples that the emulator is built from
+    compression: Compression = MISSING  # size of the emulator
+    precision: Any = None  # packed format of the weights; null: the one of compression.bits
+    lora: LoraSettings = MISSING  # size of the adapter
+    emulator: Any = MISSING  # smaller stand-in for the model, through which is trained
+    adapter: Any = MISSING  # what is trained
+    recovery: Any = MISSING  # how the adapter is adapted to the original model
+    stage: Any = MISSING  # stages of the run
+    train: TrainSettings = MISSING  # training recipe
+    eval: EvalSettings = MISSING  # how much is evaluated
+    budget: Budget = MISSING  # memory that the run may use
+    tracker: Any = MISSING  # where the numbers are also logged
 
 
 # Sections that determine a run's results and therefore the name of its folder. The tracker, the

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from emloc.calibration.calibrate import Layers
@@ -20,6 +19,7 @@ from emloc.emulators import BuildInputs, Emulator
 from emloc.emulators.size import require_solved, size_facts
 from emloc.models.checkpoint.source import CPU, Source
 from emloc.precision import PackedLayer, Precision, require_format
+from emloc.runtime.progress import tracked
 
 # Only linears of numbered blocks are quantised, not embeddings, head and projector, as in QLoRA.
 IN_A_BLOCK = r".*\.\d+\..*"
@@ -120,7 +120,7 @@ def load_quantized(
         ValueError: `precision` is None, and there are layers to quantise.
     """
     modules = dict(replacements or {})
-    for layer in tqdm(layers, "quantize", unit="layer", disable=not layers):
+    for layer in tracked(layers, "quantize", len(layers), "layer"):
         packed_format = require_format(precision)
         weight = packed_format.quantize(source.weight(layer, device))
         modules[layer] = packed_format.linear(weight, source.bias(layer, device))

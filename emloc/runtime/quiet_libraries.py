@@ -1,4 +1,4 @@
-"""Keep remarks of libraries that no user of this program can act on off the screen."""
+"""Silence messages of libraries that a user of this program cannot act on."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from emloc.runtime.distributed import is_first
 
 
 def quiet() -> None:
-    """Silence them; to be called before anything heavy is imported, which some remark upon.
+    """Silence the libraries; call this before they are imported, as some log while they are.
 
-    Bars are drawn by the first process of a launch alone, and on a terminal alone.
+    Only the first process of a launch draws progress bars, and only on a terminal.
     """
-    if not _watched():
+    if not _may_draw_bars():
         _draw_no_bars()
-    # It asks for one more package, when it is imported, for inference on some CPUs.
+    # Its import logs that another package would help inference on some CPUs.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    logging.getLogger("accelerate").setLevel(logging.WARNING)  # each file of a checkpoint
-    # One library calling another by a name that has just become the older of two.
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # logs each file of a checkpoint
+    # One library calls another one by a name that is deprecated.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 
-    # It asks for bars as widgets, in a notebook, where none are drawn.
+    # tqdm asks for a package that draws bars in notebooks, where none are drawn.
     warnings.filterwarnings("ignore", "IProgress not found")
 
     import datasets
     import huggingface_hub
     import transformers
 
-    huggingface_hub.logging.set_verbosity_error()  # each retry; our own line says what to do
+    huggingface_hub.logging.set_verbosity_error()  # it logs each retry; our error helps
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
 
 
-def _watched() -> bool:
-    """Whether somebody may look at a bar: not in a file, nor among those of other workers."""
+def _may_draw_bars() -> bool:
+    """Whether this process has a terminal to itself: no file, and no other workers beside it."""
     return is_first() and sys.stderr.isatty() and current_process().name == "MainProcess"
 
 
@@ -46,10 +46,10 @@ def _watched() -> bool:
 def _draw_no_bars() -> None:
     from tqdm import tqdm
 
-    # Libraries that ask for a bar outright, as lm-eval does, are deaf to TQDM_DISABLE.
-    begin = tqdm.__init__
+    # Libraries that pass `disable=False`, as lm-eval does, ignore TQDM_DISABLE.
+    initialize = tqdm.__init__
 
-    def undrawn(self: Any, *args: Any, **settings: Any) -> None:
-        begin(self, *args, **settings | {"disable": True})
+    def initialize_disabled(self: Any, *args: Any, **settings: Any) -> None:
+        initialize(self, *args, **settings | {"disable": True})
 
-    tqdm.__init__ = undrawn  # type: ignore[method-assign]
+    tqdm.__init__ = initialize_disabled  # type: ignore[method-assign]

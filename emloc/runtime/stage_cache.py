@@ -34,6 +34,7 @@ from emloc.runtime.distributed import POLL_SECONDS, StatusFile, is_first, world_
 from emloc.runtime.keys import key_of
 from emloc.runtime.manifest import DamagedError, flaw_of, seal, set_aside
 from emloc.runtime.memory import MemoryPeak
+from emloc.runtime.progress import duration
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +165,8 @@ class Store:
         (draft / "stage.json").write_text(json.dumps(facts, indent=1))
         seal(draft)
         os.replace(draft, target)
+        spent = duration(facts["seconds"])
+        log.info("%s: finished in %s, peak memory %.2f GiB", name, spent, facts["peak_gib"])
 
 
 def set_aside_if_damaged(target: Path, name: str) -> None:

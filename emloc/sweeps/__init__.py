@@ -1,1 +1,1 @@
-"""Many runs: how far they are, and what is left of those that were killed."""
+"""Runs and sweeps of runs: one job, the progress of all jobs, and jobs whose process is killed."""

@@ -1,4 +1,4 @@
-"""One cell of a sweep: from a composed configuration to a run folder that says how it went."""
+"""One job: from a composed configuration to a run folder with settings, status and results."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from emloc.runtime.distributed import (
     world_size,
 )
 from emloc.runtime.quiet_libraries import quiet
+from emloc.sweeps.named_lines import name_console_lines
 
 if TYPE_CHECKING:
     from emloc.pipeline import Result
@@ -36,34 +37,35 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("emloc")
 
-# Stages whose facts have places of their own among the results.
-_ELSEWHERE = ("calibrate", "emulate", "train", "recover", "evaluate", "evaluate_as_trained")
+# Stages whose facts the results store under names of their own.
+_NAMED_STAGES = ("calibrate", "emulate", "train", "recover", "evaluate", "evaluate_as_trained")
 
-# Seconds the first process has to fail for the same reason as another one, and to record it.
-GRACE = 10
+# When another process fails, the first one has so many seconds to fail, too, and to record it.
+RECORD_SECONDS = 10
 
 
-def run_cell(cfg: DictConfig) -> float | None:
-    """The headline score of one run; None if it failed, which its status.json then explains.
+def run_job(cfg: DictConfig) -> float | None:
+    """Return the headline score of one run; None if it failed, which its status.json explains.
 
-    A run that is done is never done again, so repeating a sweep is resuming it. Of several
-    processes only the first writes into the run's folder.
+    A run that is done is skipped, so a repeated sweep is a resumed one. Of several processes only
+    the first writes into the run's folder.
 
     Raises:
-        SystemExit: a training of several processes failed in this one. It has been recorded; the
-            others may hang in it, so that they have to be ended and nothing more can be run.
+        SystemExit: a training of several processes failed in this one. The failure is recorded.
+            The other processes may hang in the training, so this launch has to end.
     """
     silence_other_processes()
     hydra = HydraConfig.get()
     run = Run(Path(hydra.runtime.output_dir))
+    name_console_lines(run.folder.name)
     if run.done and _still_holds(cfg, run):
-        log.info("%s: done before", run.folder.name)
+        log.info("%s: done before, skipped", run.folder.name)
         return float(run.metrics["score"])
     if not is_first():
         return _follow(cfg, run)
-    asked = time.time()
+    start = time.time()
     with run.exclusive():
-        if run.done and run.status["time"] >= asked:  # by another process, while this one waited
+        if run.done and run.status["time"] >= start:  # by another process, while this one waited
             return float(run.metrics["score"])
         begin(run, cfg, hydra.runtime.choices)
         log.info("%s: started", run.folder.name)
@@ -72,14 +74,14 @@ def run_cell(cfg: DictConfig) -> float | None:
 
 
 def _still_holds(cfg: DictConfig, run: Run) -> bool:
-    """Whether data and model are those that a finished run recorded; says which are not.
+    """Whether data and model are those that a finished run recorded; log those that differ.
 
-    A run of before they were recorded is believed, and so is one whose data or model cannot be
-    reached any more: its results are what is left of it.
+    A run that recorded neither still holds. So does a run whose data or model cannot be found any
+    more, since it could not be repeated.
     """
     recorded = run.metrics
     try:
-        present = identities(_cell(cfg))
+        present = identities(_build(cfg))
     except ConfigError as error:
         name = run.folder.name
         log.warning("%s: done before; its data and model cannot be compared: %s", name, error)
@@ -92,24 +94,24 @@ def _still_holds(cfg: DictConfig, run: Run) -> bool:
     return not changed
 
 
-def identities(cell: RunConfig) -> dict[str, Any]:
-    """What tells data and model apart from any other, as the run's results record it.
+def identities(run_config: RunConfig) -> dict[str, Any]:
+    """Keys of the data and of the model, which the run's results record.
 
     Raises:
-        ConfigError: one of them cannot be found.
+        ConfigError: data or model cannot be found.
     """
-    model = cell.emulator.model(cell.model, cell.compression)
-    return {"data": cell.task.key, "model": model.open().key}
+    model = run_config.emulator.model(run_config.model, run_config.compression)
+    return {"data": run_config.task.key, "model": model.open().key}
 
 
 def begin(run: Run, cfg: DictConfig, choices: Mapping[str, str | None]) -> None:
-    """Record that the run was begun, with its settings and the choice of each group."""
-    own = {group: choice for group, choice in choices.items() if not group.startswith("hydra")}
-    run.begin(cfg, {group: choice for group, choice in own.items() if choice})
+    """Record the start of the run, its settings and the choice of each group."""
+    ours = {group: choice for group, choice in choices.items() if not group.startswith("hydra")}
+    run.begin(cfg, {group: choice for group, choice in ours.items() if choice})
 
 
 def _lead(cfg: DictConfig, run: Run, record: Record) -> float | None:
-    """Do what there is to do, and record how it ended."""
+    """Run all stages in the first process, and record how the run ended."""
     try:
         metrics = _work(cfg, run, record)
     except (ConfigError, StageError) as error:
@@ -118,11 +120,11 @@ def _lead(cfg: DictConfig, run: Run, record: Record) -> float | None:
     except KeyboardInterrupt:
         run.mark("interrupted")
         raise
-    except Exception as error:  # why: no folder may go on saying "running"
+    except Exception as error:  # why: the status must not stay "running"
         _crashed(run, error)
         if HydraConfig.get().mode != RunMode.MULTIRUN:
             raise
-        log.exception("%s", run.folder.name)  # the other cells of a sweep go on
+        log.exception("%s", run.folder.name)  # the other jobs of a sweep go on
         return None
     run.finish(metrics)
     log.info("%s: done", run.folder.name)
@@ -130,9 +132,9 @@ def _lead(cfg: DictConfig, run: Run, record: Record) -> float | None:
 
 
 def _follow(cfg: DictConfig, run: Run) -> float | None:
-    """Take part in a run that the first process records, and end it as that one does."""
+    """Take part in a run that the first process records, and end as that process does."""
     try:
-        _pipeline(_cell(cfg), lambda step, values: None)
+        _pipeline(_build(cfg), lambda step, values: None)
     except (ConfigError, StageError) as error:
         _failed(run, error)
         return None
@@ -144,7 +146,7 @@ def _follow(cfg: DictConfig, run: Run) -> float | None:
 
 
 def _failed(run: Run, error: ConfigError | StageError) -> None:
-    """Record and say what went wrong, unless another process has."""
+    """Record and log the error, unless another process did."""
     state, stage, message = "failed", "config", str(error)
     if isinstance(error, StageError):
         state, stage = "oom" if _out_of_memory(error) else "failed", error.stage
@@ -153,26 +155,26 @@ def _failed(run: Run, error: ConfigError | StageError) -> None:
         if stage != "config":
             with (run.folder / "run.log").open("a") as file:
                 traceback.print_exception(error, file=file)
-        run.mark(state, stage=stage, error=_by() + message)
-        log.error("%s", _by() + " ".join(message.split()))
+        run.mark(state, stage=stage, error=_process() + message)
+        log.error("%s", _process() + " ".join(message.split()))
     if _out_of_step(error):
-        words = "ended here: a training that one process failed in may hold up the others"
-        raise SystemExit(words if is_first() else 1) from error
+        message = "emloc: ended, since the other processes may hang in the failed training"
+        raise SystemExit(message if is_first() else 1) from error
 
 
 def _crashed(run: Run, error: Exception) -> None:
     if not _recorded(run):
-        run.mark("failed", stage="start", error=f"{_by()}{type(error).__name__}: {error}")
+        run.mark("failed", stage="start", error=f"{_process()}{type(error).__name__}: {error}")
 
 
 def _recorded(run: Run) -> bool:
-    """Whether it is known how the run ended. What fails in one process fails in the first, too,
-    or leaves it waiting: then the other one records it.
+    """Whether the end of the run is recorded. An error of one process also occurs in the first
+    one, which records it, or makes that process wait: then the other process records the error.
     """
-    return run.wait_until_ended(within=0 if is_first() else GRACE)
+    return run.wait_until_ended(within=0 if is_first() else RECORD_SECONDS)
 
 
-def _by() -> str:
+def _process() -> str:
     return "" if is_first() else f"process {rank()}: "
 
 
@@ -183,34 +185,38 @@ def _out_of_step(error: Exception) -> bool:
 
 
 def _out_of_memory(error: StageError) -> bool:
-    """Of the device, of Python, or of torch on a CPU, which has no type of its own for it."""
+    """Whether memory ran out: of the device, of Python, or of torch on a CPU (a RuntimeError)."""
     words = ("OutOfMemory", "MemoryError", "can't allocate memory")
     return any(word in str(error) for word in words)
 
 
-def _cell(cfg: DictConfig) -> RunConfig:
+def _build(cfg: DictConfig) -> RunConfig:
     quiet()
-    from emloc.stages.run_config import build  # torch comes in here, after all that needs none
+    from emloc.stages.run_config import build  # imports torch, so it comes after all quick checks
 
     return build(cfg)
 
 
 def _work(cfg: DictConfig, run: Run, record: Record) -> dict[str, Any]:
-    """The results, which are in the run's folder then, as is every number that led to them."""
-    cell = _cell(cfg)
-    record.follow(cell.tracker)
-    result = _pipeline(cell, lambda step, values: record.add(training_line(step, values)))
-    metrics = _metrics(cell, result)
-    _collect(cell, result, run.folder)
-    for line in _lines(cell, result, record.last, (run.folder / "config.yaml").stat().st_mtime):
+    """Run the stages; return the results and collect the files of the run's folder."""
+    run_config = _build(cfg)
+    record.follow(run_config.tracker)
+    result = _pipeline(run_config, lambda step, values: record.add(training_line(step, values)))
+    metrics = _metrics(run_config, result)
+    _collect(run_config, result, run.folder)
+    for line in _lines(
+        run_config, result, record.last, (run.folder / "config.yaml").stat().st_mtime
+    ):
         record.add(line)
     return metrics
 
 
-def _lines(cell: RunConfig, result: Result, last: int, begun: float) -> Iterator[dict[str, float]]:
-    """What is to be recorded of all stages, and of the training what is not: behind step `last`.
+def _lines(
+    run_config: RunConfig, result: Result, last: int, begun: float
+) -> Iterator[dict[str, float]]:
+    """Lines to record: of the training those after step `last`, then one of each stage.
 
-    A stage that had been finished before this run was begun is `cached`.
+    A stage that finished before this run began (`begun`, in seconds since 1970) is `cached`.
     """
     if result.trained:
         for text in (result.trained.folder / "curve.jsonl").read_text().splitlines():
@@ -219,42 +225,42 @@ def _lines(cell: RunConfig, result: Result, last: int, begun: float) -> Iterator
                 yield training_line(values["step"], values)
     for name, artifact in result.stages.items():
         written = (artifact.folder / "stage.json").stat().st_mtime
-        called = cell.stage[name].logged_as or name
+        called = run_config.stage[name].logged_as or name
         yield stage_line(called, {**artifact.facts, "cached": written < begun})
 
 
-def _pipeline(cell: RunConfig, report: Report) -> Result:
+def _pipeline(run_config: RunConfig, report: Report) -> Result:
     from emloc.pipeline import run
     from emloc.runtime.gpu_lock import own_slot
     from emloc.runtime.stage_cache import open_store
 
-    is_sharded()  # refused now rather than behind the emulator
+    is_sharded()  # refuses wrong settings now, before the emulator is built
     store = open_store()
-    with own_slot(cell.budget.jobs_per_gpu, store.root / "devices"):
-        return run(cell, store, report)
+    with own_slot(run_config.budget.jobs_per_gpu, store.root / "devices"):
+        return run(run_config, store, report)
 
 
-def _metrics(cell: RunConfig, result: Result) -> dict[str, Any]:
+def _metrics(run_config: RunConfig, result: Result) -> dict[str, Any]:
     from emloc.runtime.provenance import provenance
 
     scores = result.evaluated.facts["scores"]
     if result.metric not in scores:
-        known = ", ".join(scores)
-        raise ConfigError(f"task.metric={result.metric} is no score of this run; there is {known}")
+        names = ", ".join(scores)
+        raise ConfigError(f"task.metric={result.metric} is no score of this run; there is {names}")
     stages, trained = result.stages, result.trained
     return {
-        "method": cell.method,
+        "method": run_config.method,
         "metric": result.metric,
         "score": scores[result.metric],
         "scores": scores,
         **_as_trained(result),
         "emulator": _own(stages["emulate"]),
-        **identities(cell),
+        **identities(run_config),
         "processes": world_size(),
         "trainable": trained.facts["trainable"] if trained else 0,
         "step_seconds": trained.facts["step_seconds"] if trained else None,
         "recovery": _own(stages["recover"]) if "recover" in stages else {},
-        "facts": {name: _own(one) for name, one in stages.items() if name not in _ELSEWHERE},
+        "facts": {name: _own(one) for name, one in stages.items() if name not in _NAMED_STAGES},
         "seconds": {name: stage.facts["seconds"] for name, stage in stages.items()},
         "peak_gib": {name: stage.facts["peak_gib"] for name, stage in stages.items()},
         "stages": {name: stage.key for name, stage in stages.items()},
@@ -264,24 +270,24 @@ def _metrics(cell: RunConfig, result: Result) -> dict[str, Any]:
 
 
 def _own(stage: Artifact) -> dict[str, Any]:
-    """What a stage reported of its work; what every stage reports is kept elsewhere."""
+    """Facts that this stage alone reports; the results store common ones elsewhere."""
     common = ("seconds", "peak_gib", "samples")
     return {name: value for name, value in stage.facts.items() if name not in common}
 
 
 def _as_trained(result: Result) -> dict[str, Any]:
-    """What was trained through packed weights scores itself, beside what was carried from it."""
+    """Scores of the model as it was trained, where its weights are in a packed format."""
     return {"scores_as_trained": result.as_trained.facts["scores"]} if result.as_trained else {}
 
 
-def _collect(cell: RunConfig, result: Result, folder: Path) -> None:
-    """Copy what a person wants at hand out of the store: adapters, and what each stage names."""
+def _collect(run_config: RunConfig, result: Result, folder: Path) -> None:
+    """Copy adapters, and the files that each stage names, from the store to the run's folder."""
     from emloc.adapters.saved import copy_adapter
 
     if result.trained and result.recovered:
         copy_adapter(result.trained.folder / "adapter", folder / "adapter_trained")
         copy_adapter(result.recovered.folder / "adapter", folder / "adapter")
     for name, artifact in result.stages.items():
-        for file, target in cell.stage[name].collected.items():
+        for file, target in run_config.stage[name].collected.items():
             if (artifact.folder / file).exists():
                 shutil.copy(artifact.folder / file, folder / target)

@@ -1,7 +1,7 @@
-"""What becomes of a sweep when the process of a cell is killed: by the system for want of memory,
-by a scheduler, or because it crashed in a library.
+"""How a sweep goes on when the process of a job is killed: by the system for want of memory, by a
+scheduler, or because it crashed in a library.
 
-Launchers would end the whole sweep there, and the cell would be called running for ever.
+Launchers of Hydra would end the whole sweep, and the status of the job would stay `running`.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ log = logging.getLogger("emloc")
 
 Overrides = Sequence[str]
 
-# In the place of a stage: which one it was in is in the run's log.
+# Stands in place of the stage, which only the run's log tells.
 KILLED = "killed"
 
 
 class Launcher(Protocol):
-    """A launcher of Hydra's behind its setup."""
+    """A launcher of Hydra that is set up."""
 
     config: DictConfig | None
     hydra_context: HydraContext | None
 
     def launch(self, job_overrides: Sequence[Overrides], initial_job_idx: int) -> Any:
-        """Run these jobs, numbered from there on, and wait for all of them."""
+        """Run the jobs, numbered from `initial_job_idx`, and wait for all of them."""
 
 
 @dataclass
-class Lost(JobReturn):
-    """Stands for the result of a job whose process was killed."""
+class LostJob(JobReturn):
+    """Placeholder for the result of a job whose process was killed."""
 
-    why: str = ""  # of the process
+    reason: str = ""  # a predicate: "was killed (SIGKILL)"
     out_of_memory: bool = False
 
 
 @dataclass(frozen=True)
 class Job:
-    """One cell of a launch, as the process that launches sees it."""
+    """One job of a launch, as the launching process sees it."""
 
     number: int
     config: DictConfig
@@ -57,7 +57,7 @@ class Job:
 
     @classmethod
     def of(cls, launcher: Launcher, overrides: Overrides, number: int) -> Job:
-        """Compose it as its own process does."""
+        """Compose the job as its own process does."""
         assert launcher.config is not None
         assert launcher.hydra_context is not None
         loader = launcher.hydra_context.config_loader
@@ -70,23 +70,24 @@ class Job:
 
     @property
     def run(self) -> Run:
-        """Its folder."""
+        """Folder of the job."""
         return Run(Path(self.config.hydra.runtime.output_dir))
 
-    def state(self, since: float) -> str:
-        """How it went in a launch of that time; empty if it was not begun."""
+    def state(self, launch_start: float) -> str:
+        """State of the job in a launch of that time; empty if the job has not started."""
         status = self.run.status
-        return status["state"] if self.run.done or status.get("time", 0) >= since else ""
+        is_ours = self.run.done or status.get("time", 0) >= launch_start
+        return status["state"] if is_ours else ""
 
-    def found(self) -> JobReturn:
-        """The result that its process did not come to hand over, from its folder."""
+    def stored_result(self) -> JobReturn:
+        """The result in the job's folder, which its process could not return."""
         return self._returned(float(self.run.metrics["score"]) if self.run.done else None)
 
-    def buried(self, lost: Lost, since: float) -> JobReturn:
-        """Its end is recorded as its process would have, unless that has."""
-        if self.state(since) in ("", RUNNING):
-            run, error = self.run, f"its process {lost.why}"
-            if not self.state(since):
+    def record_failure(self, lost: LostJob, launch_start: float) -> JobReturn:
+        """Write status.json for a job whose process was killed, unless that process wrote it."""
+        if self.state(launch_start) in ("", RUNNING):
+            run, error = self.run, f"its process {lost.reason}"
+            if not self.state(launch_start):
                 begin(run, self._settings(), self.config.hydra.runtime.choices)
             run.mark("oom" if lost.out_of_memory else "failed", stage=KILLED, error=error)
             log.error("%s: %s", run.folder.name, error)
@@ -95,7 +96,7 @@ class Job:
         return returned
 
     def _settings(self) -> DictConfig:
-        """What its process is given."""
+        """The configuration that the job's process receives."""
         settings = copy.deepcopy(self.config)
         with read_write(settings), open_dict(settings):
             del settings["hydra"]
@@ -107,28 +108,44 @@ class Job:
         return JobReturn(overrides, status=JobStatus.COMPLETED, _return_value=score)
 
 
-def go_on(
-    launcher: Launcher, jobs: Sequence[Overrides], first: int, since: float, lost: Lost
+def launch_again(
+    launcher: Launcher,
+    overrides: Sequence[Overrides],
+    first: int,
+    launch_start: float,
+    lost: LostJob,
 ) -> list[JobReturn]:
-    """The results of a launch whose worker processes all ended because one of them was killed.
+    """Finish a launch whose worker processes all ended because one of them was killed.
 
-    What was not begun is launched again. Then what they were at, each alone: so it is known whose
-    process it was, or there was no room for them side by side, and it works.
+    Jobs that had not started are launched again. Then each job that was running is launched alone.
+    Thus it is known whose process was killed; or memory sufficed for one job, not for two.
+
+    Args:
+        launcher: the launcher whose workers ended.
+        overrides: of each job of the launch.
+        first: number of the first job.
+        launch_start: when the launch began, in seconds since 1970.
+        lost: why the workers ended.
+
+    Returns:
+        The result of each job.
     """
-    cells = [Job.of(launcher, overrides, first + i) for i, overrides in enumerate(jobs)]
-    if len(cells) == 1:
-        return [cells[0].buried(lost, since)]
-    states = [cell.state(since) for cell in cells]
+    jobs = [Job.of(launcher, one, first + i) for i, one in enumerate(overrides)]
+    if len(jobs) == 1:
+        return [jobs[0].record_failure(lost, launch_start)]
+    states = [job.state(launch_start) for job in jobs]
     waiting = [i for i, state in enumerate(states) if not state]
-    begun = [i for i, state in enumerate(states) if state == RUNNING]
-    returned = {i: cells[i].found() for i, state in enumerate(states) if state not in ("", RUNNING)}
-    alone = begun or waiting
-    names = ", ".join(cells[i].run.folder.name for i in alone)
-    log.warning("a worker %s; to be run again alone: %s", lost.why, names)
-    number = first + len(jobs)
-    for group in [waiting if begun else [], *([i] for i in alone)]:
+    running = [i for i, state in enumerate(states) if state == RUNNING]
+    results = {
+        i: jobs[i].stored_result() for i, state in enumerate(states) if state not in ("", RUNNING)
+    }
+    alone = running or waiting
+    names = ", ".join(jobs[i].run.folder.name for i in alone)
+    log.warning("a worker process %s; these jobs run again, one at a time: %s", lost.reason, names)
+    number = first + len(overrides)
+    for group in [waiting if running else [], *([i] for i in alone)]:
         if group:
-            again = launcher.launch([jobs[i] for i in group], number)
-            returned |= dict(zip(group, again, strict=True))
+            again = launcher.launch([overrides[i] for i in group], number)
+            results |= dict(zip(group, again, strict=True))
             number += len(group)
-    return [returned[i] for i in range(len(jobs))]
+    return [results[i] for i in range(len(overrides))]

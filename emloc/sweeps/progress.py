@@ -1,109 +1,204 @@
-"""How far a sweep is: which of its cells were begun and ended, whichever process runs them.
+"""Progress of a sweep: which jobs were started and ended, and how long the others will take.
 
-Every process writes a file of its own for each cell, so that none waits for another and a shared
-file system will do.
+Each process writes one file for each of its jobs, so that no process waits for another one and a
+shared file system is enough.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean
+
+from omegaconf import DictConfig
 
 from emloc.config.run_folder import DONE
 from emloc.runtime.atomic import write_json
+from emloc.runtime.progress import duration
 
 
 @dataclass(frozen=True)
-class Stint:
-    """One cell in the hands of one process; times in seconds since 1970."""
+class JobKind:
+    """Settings of a job that decide how long it takes."""
 
-    cell: str  # name of the run folder
-    begun: float
-    before: bool  # done by an earlier launch, so that it took no time
-    ended: float | None = None
-    state: str = ""  # as in status.json; empty until it ended
+    method: str
+    emulator: str
+    adapter: str  # of zero_shot it is none, and nothing is trained
+    model: str
+    task: str
+    size: str  # of the emulator: ratio and bits
+    samples: int  # that the training reads
 
-    def lasted(self, now: float) -> float:
-        """Seconds so far."""
-        return (now if self.ended is None else self.ended) - self.begun
+    @classmethod
+    def of(cls, config: DictConfig) -> JobKind:
+        """The kind of the job with this configuration."""
+        compression, train = config.compression, config.train
+        return cls(
+            method=config.method,
+            emulator=config.emulator._target_,
+            adapter=config.adapter._target_,
+            model=config.model.name,
+            task=config.task.name,
+            size=f"{compression.ratio} of {compression.of} at {compression.bits} bits",
+            samples=train.steps * train.batch * train.accumulate,
+        )
+
+
+# From the closest likeness to the most distant one: jobs for which a key is equal take about as
+# long as each other.
+LIKENESSES: Sequence[Callable[[JobKind], Hashable]] = (
+    lambda kind: kind,
+    lambda kind: (kind.method, kind.model, kind.task),
+    lambda kind: (kind.method, kind.model),
+    lambda kind: kind.method,
+    lambda kind: (kind.emulator, kind.adapter, kind.model, kind.size),
+)
 
 
 @dataclass(frozen=True)
-class Tally:
-    """The stints of one launch, a file each in `folder`."""
+class JobProgress:
+    """One job in the hands of one process; times in seconds since 1970."""
+
+    number: int  # of the job in its launch, from 0
+    name: str  # of the run folder
+    kind: JobKind
+    start: float
+    was_done: bool  # by an earlier launch, so that this one skips it
+    end: float | None = None
+    state: str = ""  # as in status.json; empty until the job ends
+
+    def seconds(self, now: float) -> float:
+        """Seconds that the job took, or has taken so far."""
+        return (now if self.end is None else self.end) - self.start
+
+
+@dataclass(frozen=True)
+class SweepProgress:
+    """The jobs of one launch, a file each in `folder`."""
 
     folder: Path
 
-    def begin(self, number: int, cell: str, before: bool) -> None:
-        """Job `number` of the launch is at work."""
-        self._put(number, Stint(cell, time.time(), before))
+    def start(self, number: int, name: str, kind: JobKind, was_done: bool) -> None:
+        """Record that job `number` of the launch has started."""
+        self._write(JobProgress(number, name, kind, time.time(), was_done))
 
-    def end(self, number: int, cell: str, state: str) -> None:
-        """It has ended; one that was killed may never have begun."""
-        path = self._path(number, cell)
-        begun = _read(path) if path.exists() else Stint(cell, time.time(), False)
-        self._put(number, replace(begun, ended=time.time(), state=state))
+    def end(self, number: int, name: str, kind: JobKind, state: str) -> None:
+        """Record that the job has ended. A job that was killed may never have started."""
+        path = self._path(number, name)
+        now = time.time()
+        job = _read(path) if path.exists() else JobProgress(number, name, kind, now, False)
+        self._write(replace(job, end=now, state=state))
 
-    def stints(self) -> list[Stint]:
-        """All of them, but for those of killed processes whose cell was begun anew."""
-        found = sorted((_read(path) for path in self.folder.glob("*.json")), key=lambda s: s.begun)
-        last = {stint.cell: stint for stint in found}
-        return [stint for stint in found if stint.ended or last[stint.cell] is stint]
+    def jobs(self) -> list[JobProgress]:
+        """All jobs that have started, without those of killed processes that started again."""
+        every = sorted((_read(path) for path in self.folder.glob("*.json")), key=lambda j: j.start)
+        newest = {job.name: job for job in every}
+        return [job for job in every if job.end or newest[job.name] is job]
 
-    def _path(self, number: int, cell: str) -> Path:
-        return self.folder / f"{cell}-{number}.json"
+    def _path(self, number: int, name: str) -> Path:
+        return self.folder / f"{name}-{number}.json"
 
-    def _put(self, number: int, stint: Stint) -> None:
-        write_json(self._path(number, stint.cell), asdict(stint))
-
-
-def _read(path: Path) -> Stint:
-    return Stint(**json.loads(path.read_text()))
+    def _write(self, job: JobProgress) -> None:
+        write_json(self._path(job.number, job.name), asdict(job))
 
 
-def line(stints: Sequence[Stint], total: int | None, now: float) -> str:
-    """`3 of 12 cells done, 1 failed, about 14 min left`; `total` None: nobody knows it."""
-    ended = [stint for stint in stints if stint.ended is not None]
-    bad = sum(stint.state != DONE for stint in ended)
-    words = [f"{len(ended) - bad} of {total} cells done" if total else f"{len(ended)} cells done"]
-    if bad:
-        words.append(f"{bad} failed")
-    left = seconds_left(stints, total, now) if total else None
-    if left is not None:
-        words.append(f"about {_duration(left)} left")
+def _read(path: Path) -> JobProgress:
+    values = json.loads(path.read_text())
+    return JobProgress(**values | {"kind": JobKind(**values["kind"])})
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Time that the rest of a sweep will take."""
+
+    seconds: float
+    untimed_methods: int  # methods of which no job is finished yet
+
+
+def sweep_line(
+    jobs: Sequence[JobProgress],
+    total: int | None,
+    now: float,
+    waiting: Sequence[JobKind | None] = (),
+) -> str:
+    """The line `3 of 12 jobs done, 1 failed, about 14 min left`.
+
+    Args:
+        jobs: all that have started.
+        total: jobs of the sweep; None where its sweeper does not say so.
+        now: seconds since 1970.
+        waiting: kinds of the jobs to come, see `estimate`.
+    """
+    ended = [job for job in jobs if job.end is not None]
+    failed = sum(job.state != DONE for job in ended)
+    words = [f"{len(ended) - failed} of {total} jobs done" if total else f"{len(ended)} ended"]
+    if failed:
+        words.append(f"{failed} failed")
+    rest = estimate(jobs, waiting, now) if total else None
+    if rest is not None:
+        count = rest.untimed_methods
+        words.append(f"{'roughly' if count else 'about'} {duration(rest.seconds)} left")
+        if count:
+            words.append(f"{count} method{'s' if count > 1 else ''} not yet timed")
     return ", ".join(words)
 
 
-def seconds_left(stints: Sequence[Stint], total: int, now: float) -> float | None:
-    """What the other cells will take, at the mean of those that were done in this launch.
+def estimate(
+    jobs: Sequence[JobProgress], waiting: Sequence[JobKind | None], now: float
+) -> Estimate | None:
+    """Predict each job that runs or waits by the mean of the finished jobs most like it.
 
-    As many go on side by side as did so far. None where nothing is known: none was done, or all
-    that go on have taken longer.
+    A job that no finished job is like takes the mean over kinds of finished jobs. As many jobs run
+    side by side as did so far, and the longest one sets a lower limit.
+
+    Args:
+        jobs: all that have started.
+        waiting: kinds of the jobs that have not; those that will be skipped are not among them.
+            None is a job of which only its existence is known.
+        now: seconds since 1970.
+
+    Returns:
+        None where nothing can be said: no job is finished, or all jobs that run have taken longer
+        than predicted and none waits.
     """
-    worked = [stint for stint in stints if not stint.before]
-    ended = [stint.lasted(now) for stint in worked if stint.state == DONE]
-    running = [stint.lasted(now) for stint in worked if stint.ended is None]
-    waiting = max(total - len(stints), 0)
-    if not ended:
+    worked = [job for job in jobs if not job.was_done]
+    finished = [job for job in worked if job.state == DONE]
+    running = [job for job in worked if job.end is None]
+    if not finished:
         return None
-    mean = sum(ended) / len(ended)
-    work = waiting * mean + sum(max(mean - so_far, 0) for so_far in running)
-    return work / min(_side_by_side(worked, now), waiting + len(running)) if work else None
+    rest = [max(_predict(job.kind, finished, now) - job.seconds(now), 0.0) for job in running]
+    rest += [_predict(kind, finished, now) for kind in waiting]
+    if not sum(rest):
+        return None
+    kinds = [*(job.kind for job in running), *(kind for kind in waiting if kind is not None)]
+    untimed = {kind.method for kind in kinds if not _alike(kind, finished)}
+    side_by_side = min(_side_by_side(worked, now), len(rest))
+    return Estimate(max(sum(rest) / side_by_side, max(rest)), len(untimed))
 
 
-def _side_by_side(stints: Sequence[Stint], now: float) -> int:
-    """The most that were at work at one time."""
+def _predict(kind: JobKind | None, finished: Sequence[JobProgress], now: float) -> float:
+    """Seconds of a job of this kind."""
+    alike = _alike(kind, finished) if kind is not None else []
+    if alike:
+        return mean(job.seconds(now) for job in alike)
+    kinds = {job.kind for job in finished}
+    return mean(mean(job.seconds(now) for job in finished if job.kind == one) for one in kinds)
+
+
+def _alike(kind: JobKind, finished: Sequence[JobProgress]) -> list[JobProgress]:
+    """The finished jobs with the closest likeness to the kind; empty where there is none."""
+    for likeness in LIKENESSES:
+        if alike := [job for job in finished if likeness(job.kind) == likeness(kind)]:
+            return alike
+    return []
+
+
+def _side_by_side(jobs: Sequence[JobProgress], now: float) -> int:
+    """The largest number of jobs that ran at one time."""
     return max(
-        sum(other.begun <= one.begun < other.begun + other.lasted(now) for other in stints)
-        for one in stints
+        sum(other.start <= job.start < other.start + other.seconds(now) for other in jobs)
+        for job in jobs
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

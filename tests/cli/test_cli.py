@@ -31,6 +31,14 @@ def test_a_run_then_the_same_again_then_a_merge(emloc, tiny, one_run, checkpoint
     run = one_run()
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     assert "| emloc " in first.out
+    page, merge, load = re.search(
+        r"writes (\S+)\n.* (emloc merge .+)\n.* PeftModel.from_pretrained\(model, \"(.+)\"\)\n",
+        first.out,
+    ).groups()
+    assert emloc("report", str(run.parent)).code == 0
+    assert (tmp_path / page).exists()
+    assert merge == f"emloc merge {run.relative_to(tmp_path)}"
+    assert tmp_path / load == run / "adapter"
     for name in ("config.yaml", "metrics.json", "metrics.jsonl", "curve.jsonl", "run.log"):
         assert (run / name).stat().st_size > 0, name
     for name in ("adapter", "adapter_trained"):
@@ -53,6 +61,7 @@ def test_a_run_then_the_same_again_then_a_merge(emloc, tiny, one_run, checkpoint
 
     merged = emloc("merge", str(run))
     assert merged.code == 0, merged.said
+    assert merged.out == f"{run / 'merged'}\n"
     ids = torch.arange(20, 40)[None]
     with torch.no_grad():
         base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
@@ -62,10 +71,10 @@ def test_a_run_then_the_same_again_then_a_merge(emloc, tiny, one_run, checkpoint
     assert "already there" in emloc("merge", str(run)).err
 
 
-def test_a_sweep_goes_on_past_a_failing_cell(emloc, tiny, tmp_path):
+def test_a_sweep_goes_on_past_a_failing_job(emloc, tiny, tmp_path):
     grid = ["-m", "method=zero_shot,lora", "lora.rank=4,99", "name=grid"]
     ran = emloc(*grid, *tiny)
-    assert ran.code == 2, ran.said  # the one bad cell was refused, not broken
+    assert ran.code == 2, ran.said  # the one bad job was refused, not broken
     found = (tmp_path / "runs/grid").glob("*/status.json")
     states = sorted(json.loads(path.read_text())["state"] for path in found)
     assert states == ["done", "done", "done", "failed"]
@@ -149,6 +158,22 @@ def test_each_budget_solved_for_is_a_run_of_its_own(emloc, tiny, tmp_path, monke
         assert bits == held
 
 
+@pytest.mark.parametrize("method", ["emloc_nf4", "upop"])
+def test_every_long_stage_logs_its_progress(emloc, tiny, one_run, monkeypatch, method):
+    """As if 30 seconds had passed behind each unit."""
+    monkeypatch.setattr("emloc.runtime.progress.SECONDS_BETWEEN_LINES", 0)
+    ran = emloc(*tiny, f"method={method}", "eval.limit=2", "eval.harness=true")
+    assert ran.code == 0, ran.said
+    units = {"emloc_nf4": {"calibrate: block", "recover: layer"}, "upop": {"emulate: batch"}}
+    lines = [line[11:] for line in (one_run() / "run.log").read_text().splitlines()]
+    assert [line for line in lines if ": step 5 of 5, loss " in line]
+    found = {" ".join(line.split()[:2]) for line in lines if " of " in line and " s a " in line}
+    assert found >= {"train: step", "evaluate: row", "evaluate: answer", *units[method]}
+    assert {line for line in lines if " s a " in line} <= {
+        line[11:] for line in ran.out.splitlines()
+    }
+
+
 def test_help_and_settings_answer_at_once_without_torch(emloc):
     for arguments in (["--help"], ["--cfg", "job"]):
         times = []
@@ -163,6 +188,43 @@ def test_help_and_settings_answer_at_once_without_torch(emloc):
     assert "compression" in ran.out
     probe = "import sys, emloc.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", probe]).returncode == 0
+
+
+def test_the_version_is_that_of_the_package(emloc):
+    (declared,) = re.findall(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    for flag in ("--version", "-V"):
+        assert emloc(flag).said == f"emloc {declared}\n"
+
+
+@pytest.mark.parametrize("words", [("help",), ("-h",), ("--help",), ("method=lora", "--help")])
+def test_help_is_ours_however_it_is_asked_for(emloc, words):
+    ran = emloc(*words)
+    assert ran.code == 0
+    assert ran.out.startswith("emloc ")
+    assert "  merge      merge the adapter of a run" in ran.out
+    assert ran.err == ""
+
+
+@pytest.mark.parametrize("verb", ["report", "tables", "merge", "plan", "bench"])
+def test_each_verb_says_what_it_does_with_an_example(emloc, verb):
+    ran = emloc(verb, "--help")
+    assert ran.code == 0
+    assert f"usage: emloc {verb} [-h]" in ran.out
+    assert f"Example: emloc {verb}" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("reprot", "x"), "emloc: there is no verb reprot; did you mean report?"),
+        (("xyz",), "emloc: there is no verb xyz; the verbs are report, tables, merge, plan, bench"),
+        (("method", "lora"), "emloc: method is a group; choose as in method=dora"),
+    ],
+)
+def test_a_word_that_is_no_verb_is_answered_in_one_line(emloc, words, line):
+    ran = emloc(*words)
+    assert ran.code == 2
+    assert ran.said == f"{line}\n"
 
 
 @pytest.mark.parametrize(

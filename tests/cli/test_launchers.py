@@ -72,20 +72,21 @@ def test_a_sweep_says_how_far_it_is_and_draws_no_bar_where_nobody_looks(tiny, tm
     command = [sys.executable, "-m", "emloc", "-m", "method=zero_shot,lora", "name=plain", *tiny]
     first = subprocess.run(command, cwd=tmp_path, capture_output=True)
     assert first.returncode == 0, first.stderr.decode()
-    assert b"] 1 of 2 cells done, about " in first.stdout
-    assert b"] 2 of 2 cells done\n" in first.stdout
+    assert b"] 1 of 2 jobs done, roughly " in first.stdout
+    assert b" left, 1 method not yet timed\n" in first.stdout
+    assert b"] 2 of 2 jobs done\n" in first.stdout
     assert not {b"\r", b"\x1b"} & {bytes([c]) for c in first.stdout + first.stderr}
     again = subprocess.run(command, cwd=tmp_path, capture_output=True)
-    assert b"] 1 of 2 cells done\n" in again.stdout
+    assert b"] 1 of 2 jobs done\n" in again.stdout
     assert {path.name for path in (tmp_path / "runs/plain").glob("[!lz]*")} == {"multirun.yaml"}
 
 
-def test_a_process_for_each_cell_and_the_done_ones_are_skipped(emloc, tiny, tmp_path, states):
+def test_a_process_for_each_job_and_the_done_ones_are_skipped(emloc, tiny, tmp_path, states):
     sweep = ["-m", "name=each", "hydra/launcher=local", "method=lora", "eval.harness=false", *tiny]
     ran = emloc.process(*sweep, "train.learning_rate=1e-4,1e30")
     assert ran.code == 1, ran.said
     assert "| failed(train)" in ran.out
-    assert "] 1 of 2 cells done, 1 failed" in ran.out
+    assert "] 1 of 2 jobs done, 1 failed" in ran.out
     assert states("each", "train", "learning_rate") == {"0.0001": "done", "1.0e+30": "failed"}
     assert len(list(tmp_path.rglob("*.pkl"))) == len(
         list((tmp_path / "runs/each/.submitit").rglob("*.pkl"))
@@ -94,13 +95,13 @@ def test_a_process_for_each_cell_and_the_done_ones_are_skipped(emloc, tiny, tmp_
     written = done.stat().st_mtime_ns
     again = emloc.process(*sweep, "train.learning_rate=1e-4")
     assert again.code == 0, again.said
-    assert "] 1 of 1 cells done" in again.out
+    assert "] 1 of 1 jobs done" in again.out
     assert done.stat().st_mtime_ns == written
     logs = (tmp_path / "runs/each/.submitit").rglob("*.out")
     assert sum(": done before" in path.read_text() for path in logs) == 1
 
 
-def test_a_worker_that_is_killed_ends_one_cell_alone(tiny, tmp_path, states):
+def test_a_worker_that_is_killed_ends_one_job_alone(tiny, tmp_path, states):
     sweep = ["-m", "method=lora", "train.steps=5,100000,6", "name=killed", "hydra/launcher=joblib"]
     settings = [one for one in tiny if not one.startswith("train.steps")]
     command = [sys.executable, "-m", "emloc", *sweep, "hydra.launcher.n_jobs=2", *settings]
@@ -110,13 +111,13 @@ def test_a_worker_that_is_killed_ends_one_cell_alone(tiny, tmp_path, states):
     said = (tmp_path / "said").read_text()
     assert launched.returncode == 1, said
     assert states("killed", "train", "steps") == {"5": "done", "6": "done", "100000": "failed"}
-    assert said.count("to be run again alone: lora-") == 1
+    assert said.count("these jobs run again, one at a time: lora-") == 1
     assert "its process was killed (SIGKILL(-9))" in said
     assert "| failed(killed)" in said
-    assert "] 2 of 3 cells done, 1 failed\n" in said
+    assert "] 2 of 3 jobs done, 1 failed\n" in said
 
 
-def test_slurm_is_asked_for_a_gpu_for_each_cell_and_its_word_is_recorded(emloc, tiny, tmp_path):
+def test_slurm_is_asked_for_a_gpu_for_each_job_and_its_word_is_recorded(emloc, tiny, tmp_path):
     for name, script in SLURM.items():
         path = tmp_path / name
         path.write_text(f"#!/bin/sh\n{script}\n")
@@ -141,7 +142,7 @@ def test_a_search_passes_over_a_failed_trial_and_the_same_command_repeats_it(eml
     search += ["eval.harness=false", *settings]
     ran = emloc.process(*search, "hydra.sweeper.n_trials=3")
     assert ran.code == 2, ran.said  # rank 64 is too much for so small a model
-    assert "] 1 of 3 cells done, 2 failed" in ran.out
+    assert "] 1 of 3 jobs done, 2 failed" in ran.out
     assert "\x1b" not in ran.said
     best = (tmp_path / "runs/best/optimization_results.yaml").read_text()
     assert "  lora: r4\n" in best

@@ -165,7 +165,7 @@ def test_choices_are_scored_by_their_likelihood(mathqa, tmp_path):
 
 def test_exact_match_of_what_was_generated(gsm8k, tmp_path, monkeypatch):
     said = ["So it is 20.\n#### 20", "It must be 21.", "#### 99", "nothing"]
-    monkeypatch.setattr(HFLM, "generate_until", lambda self, requests: said)
+    monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, disable_tqdm: said)
     result = ask(gsm8k, tiny_tokenizer(chat=True), tmp_path / "run")
     assert result["exact_match,strict-match"] == 0.25
     assert result["exact_match,flexible-extract"] == 0.5

@@ -10,13 +10,13 @@ import torch
 
 from emloc.config.settings import Budget
 from emloc.errors import ConfigError
-from emloc.runtime.gpu_lock import chosen, held, own_slot
+from emloc.runtime.gpu_lock import best_device, hold_slot, own_slot
 
 HOLD = """
 import sys
 from pathlib import Path
-from emloc.runtime.gpu_lock import held
-with held(["a", "b"], int(sys.argv[2]), Path(sys.argv[1])) as index:
+from emloc.runtime.gpu_lock import hold_slot
+with hold_slot(["a", "b"], int(sys.argv[2]), Path(sys.argv[1])) as index:
     print(index, flush=True)
     sys.stdin.read()
 """
@@ -46,10 +46,10 @@ def device(process: subprocess.Popen) -> int:
 
 
 def test_the_device_with_most_room_is_chosen_then_the_one_used_last_then_the_first():
-    assert chosen([1, 2, 0], last=0) == 1
-    assert chosen([2, 2, 2], last=2) == 2
-    assert chosen([0, 2, 2], last=0) == 1
-    assert chosen([0, 0], last=1) is None
+    assert best_device([1, 2, 0], last=0) == 1
+    assert best_device([2, 2, 2], last=2) == 2
+    assert best_device([0, 2, 2], last=0) == 1
+    assert best_device([0, 0], last=1) is None
 
 
 def test_two_jobs_get_different_devices_and_a_third_waits_until_one_has_ended(job):
@@ -84,11 +84,11 @@ def test_jobs_that_share_devices_are_spread_over_them(job):
 
 def test_a_device_is_free_again_behind_the_work_even_if_it_failed(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    with pytest.raises(RuntimeError, match="why"), held(["a"], 1, tmp_path):
+    with pytest.raises(RuntimeError, match="why"), hold_slot(["a"], 1, tmp_path):
         raise RuntimeError("why")
-    with held(["a", "b"], 1, tmp_path) as one, held(["a", "b"], 1, tmp_path) as other:
+    with hold_slot(["a", "b"], 1, tmp_path) as one, hold_slot(["a", "b"], 1, tmp_path) as other:
         assert (one, other) == (0, 1)
-    with held(["a", "b"], 1, tmp_path, last=1) as again:
+    with hold_slot(["a", "b"], 1, tmp_path, last=1) as again:
         assert again == 1
     assert "waiting for a GPU" not in caplog.text
 

@@ -30,6 +30,7 @@ ORDER = [
     "cost",  # what a run needs, planned and measured
     "library",
     "pipeline",
+    "console",  # help, verbs and completion of the command line
     "sweeps",
     "cli",
 ]

@@ -19,7 +19,7 @@ from emloc.report.summary import summary_of
 from emloc.runtime import provenance as provenance_module
 from emloc.runtime.memory import GIB, MemoryPeak, process_bytes
 from emloc.runtime.provenance import PACKAGES, provenance
-from emloc.sweeps.callbacks import FAILED, Table
+from emloc.sweeps.callbacks import FAILED, ResultsTable
 
 CHOICES = {"method": "emloc", "model": "tiny", "lora": "r8", "emulator": "svd", "tracker": "none"}
 
@@ -191,11 +191,11 @@ def test_a_run_that_another_launch_is_at_is_no_failure_of_this_one(made, folder,
     made("emloc", 1.0)
     going_on = made("lora")
     sweep = OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}})
-    Table().on_multirun_end(sweep)
+    ResultsTable().on_multirun_end(sweep)
     assert "| running" in capsys.readouterr().out
     going_on.mark("interrupted")
     with pytest.raises(SystemExit) as ended:
-        Table().on_multirun_end(sweep)
+        ResultsTable().on_multirun_end(sweep)
     assert ended.value.code == FAILED
     assert capsys.readouterr().err == f"{going_on.folder.name}: interrupted\n"
 

@@ -1,16 +1,19 @@
 """What a sweep knows of itself."""
 
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from emloc.config.compose import register
+from emloc.config.compose import compose, register
 from emloc.config.paths import CONF
-from emloc.sweeps.callbacks import Progress, cells_of
+from emloc.sweeps.callbacks import ProgressLines
+from emloc.sweeps.planned_jobs import PlannedJobs
 
 
 @pytest.mark.parametrize(
@@ -24,22 +27,61 @@ from emloc.sweeps.callbacks import Progress, cells_of
         (["hydra/sweeper=search", "hydra.sweeper.n_trials=7"], 7),
     ],
 )
-def test_the_cells_of_a_sweep_are_counted_before_any_is_composed(words, count):
+def test_the_jobs_of_a_sweep_are_counted_before_any_is_composed(words, count):
+    with composed(words) as config:
+        assert PlannedJobs(config).total == count
+
+
+@contextmanager
+def composed(words: list[str]) -> Iterator[DictConfig]:
     register(words)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
-        config = hydra.compose_config("config", words, run_mode=RunMode.MULTIRUN)
-        assert cells_of(config) == count
+        yield hydra.compose_config("config", words, run_mode=RunMode.MULTIRUN)
 
 
-def test_a_worker_has_the_tally_and_does_not_speak(tmp_path):
-    progress = Progress()
+def test_the_kinds_of_jobs_to_come_are_those_of_their_methods():
+    with composed(["method=zero_shot,emloc", "compression=r75", "train=quick"]) as config:
+        planned = PlannedJobs(config)
+        (kind,) = planned.kinds({0})
+        assert (kind.method, kind.samples) == ("emloc", 800)
+        assert kind.size == "0.75 of linears at 16 bits"
+        assert planned.kinds({0, 2}) == []  # job 2 is job 1 again, whose worker was killed
+
+
+def test_a_cell_of_an_experiment_is_of_its_method():
+    with composed(["experiments=demo_vqa", "cell=demo_vqa/lora,demo_vqa/emloc_r50"]) as config:
+        kinds = PlannedJobs(config).kinds(set())
+    assert [kind.method for kind in kinds] == ["lora", "emloc"]
+    assert {kind.task for kind in kinds} == {"easy_vqa"}
+
+
+def test_jobs_that_an_earlier_launch_finished_are_not_waited_for(tmp_path):
+    words = ["seed=0,1", "method=zero_shot"]
+    with composed(words) as config:
+        folder = tmp_path / "runs/adhoc"
+        name = next(job for job in PlannedJobs(config)._composed).hydra.sweep.subdir
+        (folder / name).mkdir(parents=True)
+        (folder / name / "status.json").write_text('{"state": "done", "time": 1}')
+        assert len(PlannedJobs(config).kinds(set())) == 1
+        (folder / name / "status.json").write_text('{"state": "failed", "time": 1}')
+        assert len(PlannedJobs(config).kinds(set())) == 2
+
+
+def test_of_a_search_only_the_number_of_trials_is_known():
+    with composed(["hydra/sweeper=search", "hydra.sweeper.n_trials=3"]) as config:
+        assert PlannedJobs(config).kinds({0}) == [None, None]
+
+
+def test_a_worker_records_its_jobs_and_does_not_log(tmp_path):
+    progress = ProgressLines()
     launcher = {"_target_": "x.BasicLauncher"}
     sweep = {"dir": str(tmp_path), "subdir": "run"}
     cfg = {"sweep": sweep, "sweeper": {"n_trials": 2}, "launcher": launcher, "job": {"num": 0}}
-    config = OmegaConf.create({"hydra": {**cfg, "runtime": {"output_dir": str(tmp_path / "run")}}})
+    hydra = {**cfg, "runtime": {"output_dir": str(tmp_path / "run")}}
+    config = OmegaConf.create({**OmegaConf.to_container(compose()), "hydra": hydra})
     progress.on_multirun_start(config)
     (folder,) = tmp_path.iterdir()
     worker = pickle.loads(pickle.dumps(progress))

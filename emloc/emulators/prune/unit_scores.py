@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from emloc.calibration.blockwise import Batch, accepts_use_cache
 from emloc.emulators.prune.units import Units
 from emloc.errors import ConfigError
 from emloc.models.objectives import Loss, Objective
+from emloc.runtime.progress import tracked
 from emloc.tensors.lean.model import recompute_layers
 from emloc.tensors.nn.attention import without_cudnn
 
@@ -79,7 +79,7 @@ def importance(
     try:
         with torch.random.fork_rng(devices=gpus), without_cudnn():
             torch.manual_seed(0)
-            for batch in tqdm(batches, "importance", unit="batch"):
+            for batch in tracked(batches, "emulate", len(batches), "batch"):
                 moved = {key: value.to(model.device) for key, value in batch.items()} | no_cache
                 loss(model, moved, one_item).backward()  # type: ignore[no-untyped-call]
     finally:

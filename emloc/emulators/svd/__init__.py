@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from emloc.calibration.blockwise import Block, block_of, by_block
@@ -31,6 +30,7 @@ from emloc.precision import Precision
 from emloc.runtime.journal import Journal
 from emloc.runtime.keys import neutral
 from emloc.runtime.manifest import verified_file
+from emloc.runtime.progress import tracked
 from emloc.runtime.safetensors_file import write_safetensors
 from emloc.tensors.linalg.allocate import greedy
 
@@ -152,7 +152,7 @@ class Svd(Emulator):
             blocks = named_blocks(
                 source, samples, list(layers_by_block), device, host_bytes, folder
             )
-        for name, block in tqdm(blocks, "emulate", total=len(layers_by_block), unit="block"):
+        for name, block in tracked(blocks, "emulate", len(layers_by_block), "block"):
             path = journal.file(name)
             if not path.exists():
                 # Passed on at once: no variable keeps the factors in memory while the next block
@@ -225,7 +225,7 @@ class Svd(Emulator):
                 source, samples, list(layers_by_block), device, host_bytes, folder
             )
             layer_spectra: dict[str, Tensor] = {}
-            for name, block in tqdm(blocks, "spectra", total=len(layers_by_block), unit="block"):
+            for name, block in tracked(blocks, "spectra", len(layers_by_block), "block"):
                 layers = layers_by_block[name]
                 statistics = self._block_statistics(name, block, layers, build_inputs)
                 layer_spectra |= spectra(weights_of(source, block, layers, device), statistics)

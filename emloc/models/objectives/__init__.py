@@ -12,11 +12,11 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from emloc.data.collate import EncodedRow, group_by_length
 from emloc.data.examples import Examples
 from emloc.data.reader import Reader
+from emloc.runtime.progress import StageProgress
 
 # A batch from the collation of the family's reader, with training targets.
 Batch = dict[str, Any]
@@ -97,12 +97,12 @@ class Objective(ABC):
     def score(self, model: Any, rows: Sequence[EncodedRow], reader: Reader, size: int) -> list[Any]:
         """Score all rows in batches of `size`; return one answer per row, in the given order."""
         answers: dict[int, Answer] = {}
-        with tqdm(desc="evaluate", total=len(rows), unit="row") as bar:
+        with StageProgress("evaluate", len(rows), "row") as progress:
             for indices in group_by_length(rows, size):
                 group = [rows[index] for index in indices]
                 batch = {
                     name: value.to(model.device) for name, value in reader.collate(group).items()
                 }
                 answers |= dict(zip(indices, self.answers(model, group, batch), strict=True))
-                bar.update(len(indices))
+                progress.update(len(indices))
         return [answers[index] for index in range(len(rows))]

@@ -78,7 +78,7 @@ class Wandb:
     All of its files are in `wandb/` of the run folder.
     """
 
-    project: str
+    project: str  # project of W&B
     entity: str | None  # user or team; null: WANDB_ENTITY, else the account's own
     mode: str  # offline: files in the run folder, no account, no network; online
     adapter: bool  # also upload the recovered adapter as an artifact
@@ -118,7 +118,11 @@ class Wandb:
             finally:
                 run.end(0)
         except Exception as error:  # why: the runs are done, and the tracker is only their mirror
-            log.warning("tracker: no report: %s: %s", type(error).__name__, error)
+            log.warning(
+                "tracker: the comparison of the runs was not logged: %s: %s",
+                type(error).__name__,
+                error,
+            )
 
     def _open(self, folder: Path, **described: Any) -> WandbRun:
         return WandbRun(folder, self.mode, project=self.project, entity=self.entity, **described)

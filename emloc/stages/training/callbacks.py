@@ -1,4 +1,4 @@
-"""What is seen and timed of a training while it goes on."""
+"""Callbacks of a training: they time its steps, show its progress and hand on its log."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from emloc.runtime.distributed import is_first
+from emloc.runtime.progress import Clock, StageProgress
 
 # Called with the step and the values of one line of the training log.
 Report = Callable[[int, dict[str, float]], None]
 
 
-class Clock(TrainerCallback):
-    """How long an optimizer step takes; each waits for its loss, so none is timed short."""
+class StepTimer(TrainerCallback):
+    """Stopwatch of the optimizer steps; each step waits for its loss, so none is timed short."""
 
     def __init__(self) -> None:
         self._ends: list[float] = []
@@ -26,7 +25,7 @@ class Clock(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """One more step."""
+        """Note when a step ended."""
         self._ends.append(time.perf_counter())
 
     @property
@@ -36,30 +35,27 @@ class Clock(TrainerCallback):
         return round(statistics.median(steps), 4) if steps else None
 
 
-class Progress(TrainerCallback):
-    """One bar for the training, and each line of its log handed on."""
+class TrainingProgress(TrainerCallback):
+    """Show the steps and the loss of a training, and hand on each line of its log."""
 
-    def __init__(self, report: Report) -> None:
-        self._report = report
-        self._bar = tqdm(desc="train", unit="step", disable=True)
+    def __init__(self, report: Report, clock: Clock = time.monotonic) -> None:
+        self._report, self._clock = report, clock
+        self._progress: StageProgress | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Open the bar, at the step a resumed training goes on from."""
-        self._bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc="train",
-            unit="step",
-            disable=not is_first(),
+        """Begin at the step of the checkpoint that a training is resumed from."""
+        self._progress = StageProgress(
+            "train", state.max_steps, "step", done=state.global_step, clock=self._clock
         )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """One more step."""
-        self._bar.update()
+        """Count a step."""
+        assert self._progress is not None
+        self._progress.update()
 
     def on_log(
         self,
@@ -71,11 +67,17 @@ class Progress(TrainerCallback):
     ) -> None:
         """Called by the Trainer every `log_every` steps, and once at the end."""
         if logs and "loss" in logs:
-            self._bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+            if self._progress is not None:
+                self._progress.show(loss=float(logs["loss"]))
             self._report(state.global_step, {name: float(value) for name, value in logs.items()})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Close the bar."""
-        self._bar.close()
+        """Take the bar off the terminal."""
+        self.close()
+
+    def close(self) -> None:
+        """End the progress, also of a training that failed."""
+        if self._progress is not None:
+            self._progress.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,12 +59,28 @@ def prepare_model(
         recompute_layers(inner)
     if recipe.host_activations:
         offload_layer_inputs(inner)
-    log.info(
-        "train: lean, the adapter %s its layers; %.2f GB of embeddings on the host, fewer "
-        "operations in %s%s",
-        "fused with" if fused else "beside",
-        saved / 1e9,
-        ", ".join(shorter) or "nothing else",
-        "" if loss else ", the model's own loss",
-    )
+    saved = saved if inner.device.type == "cuda" else 0
+    log.info("%s", savings(fused, shorter, saved, loss is not None))
     return fused, loss
+
+
+def savings(fused: bool, modules: Sequence[str], embedding_bytes: int, chunked: bool) -> str:
+    """The log line that says by what `train.lean` saves memory and time.
+
+    Args:
+        fused: whether each layer and its adapter are one operation.
+        modules: classes of modules with a fused forward.
+        embedding_bytes: device memory that the embedding table leaves free.
+        chunked: whether the loss is computed in chunks.
+    """
+    gigabytes = f"{embedding_bytes / 1e9:.2f} GB"
+    ways = [
+        "each layer and its adapter are one operation" if fused else "",
+        f"fused {', '.join(modules)}" if modules else "",
+        f"the embedding table is in host memory ({gigabytes} less on the GPU)"
+        if embedding_bytes
+        else "",
+        "the loss is computed in chunks" if chunked else "",
+    ]
+    words = "; ".join(way for way in ways if way)
+    return f"train: less memory and time by train.lean=true: {words or 'nothing applies'}"

@@ -12,6 +12,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from emloc.errors import ConfigError
 from emloc.models.objectives import Batch
 from emloc.precision import PackedLayer
 from emloc.runtime.distributed import is_first, is_sharded
-from emloc.stages.training.callbacks import Clock, Progress, Report
+from emloc.stages.training.callbacks import Report, StepTimer, TrainingProgress
 from emloc.stages.training.lean_setup import prepare_model, required_override
 from emloc.stages.training.trainer import (
     FiniteTrainer,
@@ -135,6 +136,7 @@ def fit_rows(
     log.info("train: %s trainable parameters, %d training rows", f"{trainable:,}", len(rows))
     checkpoints = folder / "checkpoints"
     dtype = built_emulator.source.dtype
+    progress = TrainingProgress(report)
     trainer = FiniteTrainer(
         adapter=training_inputs.adapter,
         model=model,
@@ -149,15 +151,15 @@ def fit_rows(
         ),
         train_dataset=rows,
         data_collator=collate_rows,
-        callbacks=[Progress(report)],
+        callbacks=[progress],
         objective=source.objective,
         loss=loss,
     )
     trainer.remove_callback(PrinterCallback)
-    clock = Clock()
-    trainer.add_callback(clock)
+    timer = StepTimer()
+    trainer.add_callback(timer)
     mixed = trainer.args.bf16 or trainer.args.fp16
-    with without_cudnn(), training_inputs.adapter.training(model, mixed=mixed):
+    with without_cudnn(), training_inputs.adapter.training(model, mixed=mixed), closing(progress):
         checkpoint = newest_intact_checkpoint(checkpoints)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     unshard_parameters(model)
@@ -170,7 +172,7 @@ def fit_rows(
     return {
         "trainable": trainable,
         "steps": trainer.state.global_step,
-        "step_seconds": clock.median,
+        "step_seconds": timer.median,
     }
 
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from emloc.data.examples import Example
 from emloc.data.prompts import EncodedExample
 from emloc.data.reader import TokenReader
+from emloc.stages.evaluation.harness.answer_progress import LoggedAnswers
 from emloc.stages.evaluation.harness.lm_eval_tasks import quiet
 from emloc.tasks import GenerativeTask
 from emloc.tasks.scorers import score_names
@@ -37,7 +38,7 @@ class PromptAsImage:
     size: tuple[int, int] = (0, 0)  # lm-eval reads `image.size` even if it resizes no image
 
 
-class HarnessModel(HFMultimodalLM):
+class HarnessModel(LoggedAnswers, HFMultimodalLM):
     """A model for lm-eval whose prompts are encoded as in training."""
 
     def __init__(self, model: PreTrainedModel, reader: TokenReader, batch_size: int) -> None:

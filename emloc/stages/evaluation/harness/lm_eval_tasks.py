@@ -17,6 +17,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
 from emloc.errors import ConfigError
+from emloc.stages.evaluation.harness.answer_progress import LoggedAnswers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 SEED = 1234  # lm-eval's default; it selects the examples of a few-shot prompt
 TASK_FILE = "lm_eval_task.yaml"
 SAMPLES_FILE = "lm_eval_samples.jsonl"
+
+
+class LoggedModel(LoggedAnswers, HFLM):
+    """A model in lm-eval's hands that logs its progress."""
 
 
 def score(
@@ -54,7 +59,7 @@ def score(
         if lm_eval_task.get_config("output_type") == "generate_until":
             greedy = {"do_sample": False, "temperature": 0.0}
             lm_eval_task.set_config("generation_kwargs", greedy, update=True)
-        wrapped = HFLM(
+        wrapped = LoggedModel(
             pretrained=model,
             # A copy, since lm-eval adds a padding token to a tokenizer without one.
             tokenizer=copy.deepcopy(tokenizer),

@@ -1,6 +1,6 @@
-"""Launchers and sweepers for which a job that is killed or fails is one of many.
+"""Launchers and sweepers that go on when a job is killed or fails.
 
-Hydra takes them from this package alone. Each builds upon a plugin that need not be installed.
+Hydra finds plugins in this package alone. Each one extends a plugin that need not be installed.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ if find_spec("hydra_plugins.hydra_joblib_launcher"):
     from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
 
     class Joblib(JoblibLauncher):
-        """Worker processes of this machine, each for one cell after the other."""
+        """Worker processes of this machine, each of which runs one job after the other."""
 
         def launch(self, job_overrides: Jobs, initial_job_idx: int) -> Sequence[JobReturn]:
-            """Run them, `n_jobs` at a time."""
-            since = time.time()
+            """Run the jobs, `n_jobs` at a time."""
+            start = time.time()
             try:
                 return super().launch(job_overrides, initial_job_idx)
             except BrokenProcessPool as error:
-                from emloc.sweeps.lost_jobs import Lost, go_on
+                from emloc.sweeps.lost_jobs import LostJob, launch_again
 
                 codes = re.search(r"exit codes? of the workers are \{(.*)\}", str(error))
-                lost = Lost(why=f"was killed ({codes[1]})" if codes else "ended")
-                return go_on(self, job_overrides, initial_job_idx, since, lost)
+                lost = LostJob(reason=f"was killed ({codes[1]})" if codes else "ended")
+                return launch_again(self, job_overrides, initial_job_idx, start, lost)
 
 
 if find_spec("hydra_plugins.hydra_submitit_launcher"):
@@ -45,69 +45,69 @@ if find_spec("hydra_plugins.hydra_submitit_launcher"):
         SlurmLauncher,
     )
 
-    class _Patient:
-        """Every job is waited for, and one that was killed is recorded."""
+    class _FailureRecorder:
+        """Mixin for a launcher: wait for every job, and record those that were killed."""
 
         def launch(self, job_overrides: Jobs, initial_job_idx: int) -> Sequence[JobReturn]:
-            """Submit them all."""
-            from emloc.sweeps.lost_jobs import Job, Lost
+            """Submit all jobs."""
+            from emloc.sweeps.lost_jobs import Job, LostJob
 
-            since = time.time()
-            with _lost_jobs_return():
+            start = time.time()
+            with _results_of_lost_jobs():
                 returned = list(super().launch(job_overrides, initial_job_idx))  # type: ignore[misc]
             for i, one in enumerate(returned):
-                if isinstance(one, Lost):
+                if isinstance(one, LostJob):
                     job = Job.of(self, job_overrides[i], initial_job_idx + i)  # type: ignore[arg-type]
-                    returned[i] = job.buried(one, since)
+                    returned[i] = job.record_failure(one, start)
             return returned
 
     @contextmanager
-    def _lost_jobs_return() -> Iterator[None]:
-        """A job without a result gives `Lost` where submitit would leave the others behind."""
+    def _results_of_lost_jobs() -> Iterator[None]:
+        """Return a `LostJob` for a job without a result, where submitit would raise an error."""
         import submitit
 
-        from emloc.sweeps.lost_jobs import Lost
+        from emloc.sweeps.lost_jobs import LostJob
 
         results = submitit.Job.results
 
-        def whatever(job: Any) -> list[Any]:
+        def results_or_lost(job: Any) -> list[Any]:
             try:
                 return results(job)
             except submitit.core.utils.UncompletedJobError:
                 memory = job.state.upper().startswith("OUT_OF_ME")
-                why = f"ended without a result ({job.state}; more in {job.paths.stderr})"
-                return [Lost(why=why, out_of_memory=memory)]
+                reason = f"ended without a result ({job.state}; more in {job.paths.stderr})"
+                return [LostJob(reason=reason, out_of_memory=memory)]
 
-        submitit.Job.results = whatever
+        submitit.Job.results = results_or_lost
         try:
             yield
         finally:
             submitit.Job.results = results
 
-    class Local(_Patient, LocalLauncher):
-        """A process of this machine for each cell, all at once."""
+    class Local(_FailureRecorder, LocalLauncher):
+        """A process of this machine for each job, all at once."""
 
-    class Slurm(_Patient, SlurmLauncher):
-        """A job of an array for each cell."""
+    class Slurm(_FailureRecorder, SlurmLauncher):
+        """A Slurm job of an array for each job of the sweep."""
 
 
 if find_spec("hydra_plugins.hydra_optuna_sweeper"):
     from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
 
-    # It remarks upon being imported, which the sampler does before its sweeper is made.
+    # Alembic logs when it is imported, which the sampler does before its sweeper exists.
     logging.getLogger("alembic").setLevel(logging.WARNING)
 
     class Search(OptunaSweeper):
-        """Optuna's trials; one without a score is passed over."""
+        """Optuna's trials; a trial without a score is skipped."""
 
         def __init__(self, **settings: Any) -> None:
             import optuna
 
-            optuna.logging.set_verbosity(optuna.logging.WARNING)  # it colours what is no terminal
+            optuna.logging.set_verbosity(optuna.logging.WARNING)  # its lines have colour codes
             super().__init__(**settings)
 
         def sweep(self, arguments: list[str]) -> None:
-            """Run the trials and write the best of them."""
+            """Run the trials and write the best one."""
             try:
                 super().sweep(arguments)
             except ValueError as error:

@@ -1,0 +1,1 @@
+"""What the command line says and offers: help, verbs, completion, and what to do next."""
