@@ -7,7 +7,7 @@ import gc
 
 import pytest
 import torch
-from packed import held_at
+from packed import precision_of
 from tiny import linears
 from transformers import AutoModelForCausalLM
 
@@ -56,8 +56,8 @@ def trained(emulator, source, folder, bits, lean, recipe):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    emulator.build(folder, source, BuildInputs(None, None, None, held_at(bits)), device=CUDA)
-    model = emulator.open(folder, source, CUDA, precision=held_at(bits))
+    emulator.build(folder, source, BuildInputs(None, None, None, precision_of(bits)), device=CUDA)
+    model = emulator.open(folder, source, CUDA, precision=precision_of(bits))
     torch.manual_seed(0)
     adapter = Lora()
     tuned = adapter.attach(model, LoraSettings(8, 16.0, 0.0), linears(model, r".*_proj")).train()

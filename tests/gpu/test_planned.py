@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from packed import held_at
+from packed import precision_of
 
 from emloc.adapters.training_inputs import TrainingInputs
 from emloc.cost.bench.setting import BenchSetup, fresh
@@ -86,7 +86,7 @@ def test_a_training_takes_what_was_planned(
     assert (train.batch, train.accumulate, shape.num_hidden_layers) == (BATCH, accumulate, 8)
     work = StepShape(LENGTH, BATCH, ANSWER, checkpointing, host, accumulate)
     planned = need_of(
-        scheme_of(setting.run_config, setting.source, ratio, held_at(bits)), work
+        scheme_of(setting.run_config, setting.source, ratio, precision_of(bits)), work
     ).peak
     measured = peak_of(setting, opener, tmp_path, setting.device)
     with capsys.disabled():

@@ -6,7 +6,7 @@
 import pytest
 import torch
 from torch import Tensor
-from walked import MODELS, batches_of, made, watch
+from walked import MODELS, batches_of, model_and_blocks, record_block_tensors
 
 from emloc.calibration.blockwise import iterate_blocks
 from emloc.tensors.linalg.gram import FLOAT64_CHIPS, cross, gram, product
@@ -17,7 +17,7 @@ CUDA = torch.device("cuda", 0)
 
 
 def on_device(kind: str):
-    model, names = made(kind)
+    model, names = model_and_blocks(kind)
     return model.to(CUDA), names
 
 
@@ -25,13 +25,13 @@ def on_device(kind: str):
 @pytest.mark.parametrize("kind", MODELS)
 def test_blocks_take_and_give_the_very_bits_of_a_whole_pass(kind, host_bytes, tmp_path):
     model, names = on_device(kind)
-    expected = watch(model, names)
+    expected = record_block_tensors(model, names)
     with torch.no_grad():
         for one in batches_of(kind):
             moved = {key: value.to(CUDA) for key, value in one.items()}
             model(**moved, use_cache=False)
     twin, _ = on_device(kind)
-    found = watch(twin, names)
+    found = record_block_tensors(twin, names)
     run = iterate_blocks(
         twin, batches_of(kind), names, CUDA, host_bytes=host_bytes, folder=tmp_path
     )

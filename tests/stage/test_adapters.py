@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from omegaconf import OmegaConf
-from packed import held_at
+from packed import precision_of
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -50,9 +50,9 @@ def wide(made_once):
 
 
 @pytest.fixture
-def go(go):
+def run_cached(run_cached):
     def run_with(*overrides: str):
-        result = go("train.steps=6", *overrides)
+        result = run_cached("train.steps=6", *overrides)
         return result, losses_of(result)
 
     return run_with
@@ -105,8 +105,8 @@ def test_rslora_scales_by_alpha_over_the_root_of_the_rank(tmp_path, rank, alpha)
     ],
     ids=["full", "svd", "svd in nf4"],
 )
-def test_rslora_goes_from_settings_to_scores(go, through):
-    result, losses = go(*through, "train.learning_rate=0.02")
+def test_rslora_goes_from_settings_to_scores(run_cached, through):
+    result, losses = run_cached(*through, "train.learning_rate=0.02")
     assert 0 < result.evaluated.facts["scores"]["loss"] < 10
     assert losses[-1] < losses[0]
     pairs = read_lora(result.recovered.folder / "adapter").pairs
@@ -114,10 +114,10 @@ def test_rslora_goes_from_settings_to_scores(go, through):
 
 
 @pytest.mark.parametrize("bits", [16, 4])
-def test_the_correction_is_exact_at_the_scale_of_rslora(go, tiny, bits):
+def test_the_correction_is_exact_at_the_scale_of_rslora(run_cached, tiny, bits):
     """W x + s B'A' x = W_e x + s B A x for x in the rows of A."""
     said = ["method=emloc", "adapter=rslora", f"compression.bits={bits}"]
-    result, _ = go(*said, "recovery.clamp=null", "lora.alpha=6")
+    result, _ = run_cached(*said, "recovery.clamp=null", "lora.alpha=6")
     run_config = build(compose([*tiny, *said]))
     source = run_config.model.open()
     trained = read_lora(result.trained.folder / "adapter").pairs
@@ -142,8 +142,8 @@ def test_the_correction_is_exact_at_the_scale_of_rslora(go, tiny, bits):
     ],
     ids=["full", "bfloat16", "nf4", "layer_drop", "layer_drop in nf4"],
 )
-def test_dora_goes_from_settings_to_scores(go, wide, through, layers):
-    result, losses = go(*through, f"model.source={wide}", "train.learning_rate=0.02")
+def test_dora_goes_from_settings_to_scores(run_cached, wide, through, layers):
+    result, losses = run_cached(*through, f"model.source={wide}", "train.learning_rate=0.02")
     assert 0 < result.evaluated.facts["scores"]["loss"] < 10
     assert losses[-1] < losses[0]
     trained, recovered = (
@@ -159,10 +159,10 @@ def test_dora_goes_from_settings_to_scores(go, wide, through, layers):
 
 
 @pytest.mark.parametrize("bits", [16, 4])
-def test_offsite_tuning_puts_its_ends_on_the_whole_model(go, wide, bits):
+def test_offsite_tuning_puts_its_ends_on_the_whole_model(run_cached, wide, bits):
     """Trained through four of six blocks; plain PEFT loads it by the names of the original."""
     said = ["method=offsite", *ENDS, f"compression.bits={bits}", f"model.source={wide}"]
-    result, losses = go(*said, "train.learning_rate=0.02")
+    result, losses = run_cached(*said, "train.learning_rate=0.02")
     assert losses[-1] < losses[0]
     assert result.emulated.facts["share_of_linears"] == pytest.approx(4 / 6, abs=1e-4)
     config = json.loads((result.recovered.folder / "adapter" / "adapter_config.json").read_text())
@@ -178,7 +178,7 @@ def test_offsite_tuning_puts_its_ends_on_the_whole_model(go, wide, bits):
 def test_magnitudes_start_as_the_norms_of_the_weights_that_are_trained_through(wide, bits):
     source = Source(wide, "tiny", "0", torch.bfloat16)
     layers = [name for name in source.linears if name.endswith("_proj")] if bits == 4 else []
-    model = load_quantized(source, layers, CPU, held_at(bits))
+    model = load_quantized(source, layers, CPU, precision_of(bits))
     tuned = Dora().attach(model, LoraSettings(4, 4, 0.0), linears(model, TARGETS))
     found = {n: one for n, one in tuned.named_modules() if isinstance(one, LoraLayer)}
     assert len(found) == 42
@@ -206,10 +206,10 @@ def test_in_bfloat16_a_loaded_dora_is_the_one_that_was_trained(wide, tmp_path):
     assert (logits(loaded) - plain).abs().max() > 0.05
 
 
-def test_four_bits_that_bitsandbytes_reads_wrongly_are_refused(go):
+def test_four_bits_that_bitsandbytes_reads_wrongly_are_refused(run_cached):
     """The tiny model is 32 wide."""
     with pytest.raises((ConfigError, StageError)) as refused:
-        go("method=dora", "compression.bits=4")
+        run_cached("method=dora", "compression.bits=4")
     assert str(refused.value).endswith(
         "adapter=dora needs the weight of model.layers.0.self_attn.q_proj, and on a CPU "
         "bitsandbytes reads one of 4 bits wrongly unless its width, 32, is a multiple of 64; set "
@@ -254,16 +254,16 @@ def test_every_adapter_gets_what_is_not_of_the_adapter(tiny, adapter):
 
 
 @pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-5), ("bfloat16", 1e-2)])
-def test_a_lean_dora_differs_by_rounding_only(go, dtype, close):
+def test_a_lean_dora_differs_by_rounding_only(run_cached, dtype, close):
     said = ["method=dora", f"model.dtype={dtype}", "train.learning_rate=0.02"]
-    curves = [go(*said, f"train.lean={lean}")[1] for lean in ("true", "false")]
+    curves = [run_cached(*said, f"train.lean={lean}")[1] for lean in ("true", "false")]
     assert len(curves[0]) == 6
     assert curves[0] == pytest.approx(curves[1], rel=close)
 
 
-def test_a_training_can_start_from_a_saved_adapter(go, tiny, tmp_path):
+def test_a_training_can_start_from_a_saved_adapter(run_cached, tiny, tmp_path):
     said = ["method=lora", "train.learning_rate=0.02"]
-    first, losses = go(*said)
+    first, losses = run_cached(*said)
     run_config = build(compose([*tiny, *said, "train.steps=6", "train.warmup=0"]))
     source = run_config.model.open()
     training_inputs = TrainingInputs(
@@ -299,8 +299,10 @@ def test_a_training_can_start_from_a_saved_adapter(go, tiny, tmp_path):
     assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_dora_run_is_merged_into_the_very_model_that_was_scored(go, tiny, checkpoint, tmp_path):
-    result, _ = go("method=dora", "train.learning_rate=0.05", "lora.alpha=8")
+def test_a_dora_run_is_merged_into_the_very_model_that_was_scored(
+    run_cached, tiny, checkpoint, tmp_path
+):
+    result, _ = run_cached("method=dora", "train.learning_rate=0.05", "lora.alpha=8")
     folder = tmp_path / "run"
     folder.mkdir()
     OmegaConf.save(compose([*tiny, "method=dora"]), folder / "config.yaml", resolve=True)

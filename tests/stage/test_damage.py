@@ -29,14 +29,16 @@ def flip(path):
 
 
 @pytest.mark.parametrize("damage", [purge, flip])
-def test_a_lost_factor_file_never_means_that_a_layer_is_as_it_was(afresh, store, caplog, damage):
+def test_a_lost_factor_file_never_means_that_a_layer_is_as_it_was(
+    run_uncached, store, caplog, damage
+):
     """Its layers would go uncorrected, and the wrong adapter be kept under the right key."""
     caplog.set_level("WARNING")
-    right = afresh("method=emloc")
+    right = run_uncached("method=emloc")
     expected = adapter_of(right.recovered)
     damage(right.emulated.folder / "model.layers.1.safetensors")
     shutil.rmtree(right.recovered.folder)
-    again = afresh("method=emloc")
+    again = run_uncached("method=emloc")
     assert again == right
     for name, tensor in expected.items():
         assert torch.equal(adapter_of(again.recovered)[name], tensor), name
@@ -45,22 +47,22 @@ def test_a_lost_factor_file_never_means_that_a_layer_is_as_it_was(afresh, store,
     assert len(list((store.root / "emulate").glob("*.damaged-*"))) == 1
 
 
-def test_statistics_that_have_changed_are_taken_again(afresh, store):
-    right = afresh("method=emloc")
+def test_statistics_that_have_changed_are_taken_again(run_uncached, store):
+    right = run_uncached("method=emloc")
     flip(right.statistics.folder / "model.layers.0.safetensors")
     shutil.rmtree(right.emulated.folder)
-    again = afresh("method=emloc")
+    again = run_uncached("method=emloc")
     assert again == right
     assert len(list((store.root / "calibrate").glob("*.damaged-*"))) == 1
 
 
-def interrupted_at_step_5(afresh) -> None:
+def interrupted_at_step_5(run_uncached) -> None:
     def stop(step, _):
         if step == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        afresh("method=lora", "train.save_every=2", report=stop)
+        run_uncached("method=lora", "train.save_every=2", report=stop)
 
 
 def half_a_state(checkpoint):
@@ -78,14 +80,16 @@ def no_list(checkpoint):
 
 
 @pytest.mark.parametrize("damage", [half_a_state, no_optimizer, no_list])
-def test_training_goes_on_from_the_newest_whole_checkpoint(afresh, store, caplog, damage):
-    straight = adapter_of(afresh("method=lora", "train.save_every=2").trained)
+def test_training_goes_on_from_the_newest_whole_checkpoint(run_uncached, store, caplog, damage):
+    straight = adapter_of(run_uncached("method=lora", "train.save_every=2").trained)
     shutil.rmtree(store.root / "train")
-    interrupted_at_step_5(afresh)
+    interrupted_at_step_5(run_uncached)
     (checkpoint,) = (store.root / "train").glob("*.partial/checkpoints/checkpoint-4")
     damage(checkpoint)
     steps = []
-    resumed = afresh("method=lora", "train.save_every=2", report=lambda step, _: steps.append(step))
+    resumed = run_uncached(
+        "method=lora", "train.save_every=2", report=lambda step, _: steps.append(step)
+    )
     assert steps == [3, 4, 5]
     assert f"{checkpoint} is not whole" in caplog.text
     for name, tensor in straight.items():

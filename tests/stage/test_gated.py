@@ -32,7 +32,7 @@ LEARNING = ("train.steps=6", "train.learning_rate=0.02")
 
 
 @pytest.fixture
-def go(tiny, store):
+def run_cached(tiny, store):
     """Run a method with the gated adapter; the result and the lines of the curve."""
 
     def run_with(*overrides: str, balance=0.1, report=None):
@@ -65,8 +65,8 @@ def test_its_yaml_makes_it():
     ],
     ids=["full", "svd", "svd in nf4", "bfloat16", "plain"],
 )
-def test_it_goes_from_settings_to_scores(go, tiny, store, through):
-    result, lines = go(*through, *LEARNING)
+def test_it_goes_from_settings_to_scores(run_cached, tiny, store, through):
+    result, lines = run_cached(*through, *LEARNING)
     assert lines[-1]["loss"] < lines[0]["loss"]
     scores = result.evaluated.facts["scores"]
     bare = run(build(compose([*tiny, *through, "method=zero_shot"])), store, lambda *_: None)
@@ -82,23 +82,25 @@ def test_it_goes_from_settings_to_scores(go, tiny, store, through):
 
 @pytest.mark.parametrize("lean", ["true", "false"])
 @pytest.mark.parametrize(("batch", "accumulate"), [(1, 4), (2, 2)])
-def test_the_auxiliary_loss_does_not_depend_on_how_a_step_is_cut(go, lean, batch, accumulate):
+def test_the_auxiliary_loss_does_not_depend_on_how_a_step_is_cut(
+    run_cached, lean, batch, accumulate
+):
     """Added to a forward pass's own loss it would count once for every pass."""
     said = ["train.steps=1", f"train.lean={lean}"]
     cut = [f"train.batch={batch}", f"train.accumulate={accumulate}"]
-    (whole,) = go(*said, balance=10)[1]
-    (parts,) = go(*said, *cut, balance=10)[1]
-    (without,) = go(*said, balance=0)[1]
+    (whole,) = run_cached(*said, balance=10)[1]
+    (parts,) = run_cached(*said, *cut, balance=10)[1]
+    (without,) = run_cached(*said, balance=0)[1]
     # The router is nearly even at the start, where the term is 1 for each layer.
     assert whole["loss"] - without["loss"] == pytest.approx(10, rel=2e-3)
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-3)
     assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=2e-2)
 
 
-def test_the_auxiliary_loss_moves_what_the_answers_do_not(go):
+def test_the_auxiliary_loss_moves_what_the_answers_do_not(run_cached):
     """At the start B is zero, and the loss of the answers has no gradient for a router."""
     said = ["train.steps=1", "train.learning_rate=0.05", "train.warmup=0", "train.weight_decay=0"]
-    still, moved = (tensors(go(*said, balance=balance)[0].trained) for balance in (0, 10))
+    still, moved = (tensors(run_cached(*said, balance=balance)[0].trained) for balance in (0, 10))
     routers = [name for name in still if name.endswith("router")]
     assert len(routers) == 14
     for name in routers:
@@ -107,10 +109,10 @@ def test_the_auxiliary_loss_moves_what_the_answers_do_not(go):
 
 
 @pytest.mark.parametrize("lean", ["true", "false"])
-def test_layers_computed_again_count_once_and_keep_their_graph(go, lean):
+def test_layers_computed_again_count_once_and_keep_their_graph(run_cached, lean):
     said = [*LEARNING, "train.batch=2", "train.accumulate=2", f"train.lean={lean}"]
     kept, again = (
-        go(*said, f"train.checkpointing={value}", balance=10) for value in ("false", "true")
+        run_cached(*said, f"train.checkpointing={value}", balance=10) for value in ("false", "true")
     )
     for name in ("loss", "grad_norm"):
         expected = [line[name] for line in kept[1]]
@@ -138,13 +140,13 @@ def test_terms_are_taken_once_and_those_of_a_second_call_are_dropped():
     assert losses.take() == 4
 
 
-def test_two_processes_take_the_steps_of_one(emloc, tiny, one_run, go):
+def test_two_processes_take_the_steps_of_one(emloc, tiny, one_run, run_cached):
     recipe = ["train.batch=2", "train.steps=4", "train.learning_rate=0.02"]
     path = os.pathsep.join([str(PLUGIN), os.environ.get("PYTHONPATH", "")])
     two = emloc.process(*tiny, "method=lora", *CHOSEN, *recipe, program=TWO, PYTHONPATH=path)
     assert two.code == 0, two.said
     ours = [json.loads(line) for line in (one_run() / "curve.jsonl").open()]
-    _, lines = go(*recipe, "train.accumulate=2", balance=10)
+    _, lines = run_cached(*recipe, "train.accumulate=2", balance=10)
     assert len(ours) == 4
     for name in ("loss", "grad_norm"):
         expected = [line[name] for line in lines]
@@ -154,7 +156,7 @@ def test_two_processes_take_the_steps_of_one(emloc, tiny, one_run, go):
 # Killed, resumed, refused ------------------------------------------------------------------------
 
 
-def kill(go, at: int, *overrides: str) -> None:
+def kill(run_cached, at: int, *overrides: str) -> None:
     class Killed(BaseException):
         pass
 
@@ -163,11 +165,11 @@ def kill(go, at: int, *overrides: str) -> None:
             raise Killed
 
     with pytest.raises(Killed):
-        go(*overrides, report=report)
+        run_cached(*overrides, report=report)
 
 
-def test_a_checkpoint_holds_what_trains_and_nothing_frozen(go, store):
-    kill(go, 4, *LEARNING, "train.save_every=2")
+def test_a_checkpoint_holds_what_trains_and_nothing_frozen(run_cached, store):
+    kill(run_cached, 4, *LEARNING, "train.save_every=2")
     (checkpoint,) = store.root.glob("train/*.partial/checkpoints/checkpoint-2")
     state = load_file(checkpoint / "adapter_state.safetensors")
     assert len(state) == 3 * 14
@@ -176,27 +178,27 @@ def test_a_checkpoint_holds_what_trains_and_nothing_frozen(go, store):
     assert not names & {"model.safetensors", "pytorch_model.bin"}
 
 
-def test_resumed_it_ends_where_an_uninterrupted_training_does(go, tiny, tmp_path, store):
+def test_resumed_it_ends_where_an_uninterrupted_training_does(run_cached, tiny, tmp_path, store):
     said = [*LEARNING, "train.save_every=2"]
     run_config = replace(
         build(compose([*tiny, "method=lora", *said])), adapter=Gated(experts=3, balance=0.1)
     )
     whole = tensors(run(run_config, Store(tmp_path / "whole"), lambda *_: None).trained)
-    kill(go, 5, *said)
-    resumed, lines = go(*said)
+    kill(run_cached, 5, *said)
+    resumed, lines = run_cached(*said)
     assert len(lines) == 2  # of six, two were left
     for name, tensor in tensors(resumed.trained).items():
         torch.testing.assert_close(tensor, whole[name], atol=1e-6, rtol=1e-5)
 
 
-def test_it_is_refused_by_its_own_reason(go, tiny, tmp_path):
+def test_it_is_refused_by_its_own_reason(run_cached, tiny, tmp_path):
     with pytest.raises(ConfigError) as caught:
-        go("method=emloc")
+        run_cached("method=emloc")
     assert str(caught.value) == (
         "recovery=correction changes the matrices of an update s B A, while adapter=gated weighs "
         "its experts by the input; set recovery=none, or adapter=lora"
     )
-    result, _ = go()
+    result, _ = run_cached()
     folder = tmp_path / "run"
     folder.mkdir()
     cfg = compose([*tiny, "method=lora", *CHOSEN])
@@ -205,7 +207,7 @@ def test_it_is_refused_by_its_own_reason(go, tiny, tmp_path):
     with pytest.raises(ConfigError) as caught:
         merge_run(folder, tmp_path / "merged")
     assert str(caught.value) == (
-        "adapter=gated weighs its experts by the input, which no single weight does; "
+        "adapter=gated weighs its experts by the input and cannot be merged; "
         f"load {folder / 'adapter'} with it"
     )
     assert not (tmp_path / "merged").exists()

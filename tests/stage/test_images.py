@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from pictured import save_gemma, save_internvl, seen
+from pictured import save_gemma, save_internvl, vqa_examples
 
 from emloc.adapters.saved import read_adapter
 from emloc.config.compose import compose
@@ -36,10 +36,10 @@ class Seen:
         self.key = {"seen": type(self).__name__}
 
     def train(self):
-        return seen("train", 16)
+        return vqa_examples("train", 16)
 
     def held_out(self, limit):
-        return seen("test", 6 if limit is None else min(limit, 6))
+        return vqa_examples("test", 6 if limit is None else min(limit, 6))
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +53,7 @@ def gemma(made_once):
 
 
 @pytest.fixture
-def go(stages, internvl, gemma):
+def run_cached(stages, internvl, gemma):
     def run_with(*overrides, model="internvl2_5_2b", task=None):
         cfg = compose(
             [
@@ -82,8 +82,8 @@ def go(stages, internvl, gemma):
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != ON_TEXT_ALONE])
-def test_every_method_runs_on_images(go, method):
-    result = go(f"method={method}", *ROOM.get(method, []))
+def test_every_method_runs_on_images(run_cached, method):
+    result = run_cached(f"method={method}", *ROOM.get(method, []))
     scores = result.evaluated.facts["scores"]
     assert 0 < scores["loss"] < 10
     assert {"accuracy", "accuracy/square", "accuracy/wide", "exact_match/wide"} <= set(scores)
@@ -94,21 +94,21 @@ def test_every_method_runs_on_images(go, method):
         assert all("language_model" in name for name in pairs)
 
 
-def test_text_alone_cannot_calibrate_a_vision_tower(go):
+def test_text_alone_cannot_calibrate_a_vision_tower(run_cached):
     with pytest.raises((ConfigError, StageError), match=r"no sample reaches model\.vision_tower"):
-        go(f"method={ON_TEXT_ALONE}")
+        run_cached(f"method={ON_TEXT_ALONE}")
 
 
 @pytest.mark.parametrize(
     "method", ["zero_shot", "lora", "qlora", "offload", "emloc", "emloc_covariance", "upop"]
 )
-def test_a_model_with_a_processor_of_its_own_takes_the_same_way(go, method):
-    result = go(f"method={method}", model="gemma3_4b")
+def test_a_model_with_a_processor_of_its_own_takes_the_same_way(run_cached, method):
+    result = run_cached(f"method={method}", model="gemma3_4b")
     assert 0 < result.evaluated.facts["scores"]["loss"] < 10
 
 
-def test_both_halves_are_compressed_and_the_language_model_alone_is_adapted(go):
-    result = go("method=emloc")
+def test_both_halves_are_compressed_and_the_language_model_alone_is_adapted(run_cached):
+    result = run_cached("method=emloc")
     layers = json.loads((result.emulated.folder / "layers.json").read_text())
     names = [row["layer"] for row in layers] if isinstance(layers, list) else list(layers)
     assert sum("vision_tower" in name for name in names) == 2 * 6
@@ -118,20 +118,20 @@ def test_both_halves_are_compressed_and_the_language_model_alone_is_adapted(go):
 
 
 @pytest.mark.parametrize("changed", ["train.lean=false", "emulator.sequential=true"])
-def test_other_ways_to_the_same_end_run_on_images_too(go, changed):
-    assert go("method=emloc", changed).evaluated.facts["scores"]["loss"] < 10
+def test_other_ways_to_the_same_end_run_on_images_too(run_cached, changed):
+    assert run_cached("method=emloc", changed).evaluated.facts["scores"]["loss"] < 10
 
 
-def test_lean_training_learns_what_peft_learns(go):
+def test_lean_training_learns_what_peft_learns(run_cached):
     losses = {}
     for lean in ("true", "false"):
-        done = go("method=lora", f"train.lean={lean}", "train.learning_rate=0.02")
+        done = run_cached("method=lora", f"train.lean={lean}", "train.learning_rate=0.02")
         losses[lean] = done.evaluated.facts["scores"]["loss"]
     assert losses["true"] == pytest.approx(losses["false"], abs=2e-4)
-    assert losses["true"] < go("method=zero_shot").evaluated.facts["scores"]["loss"] - 0.1
+    assert losses["true"] < run_cached("method=zero_shot").evaluated.facts["scores"]["loss"] - 0.1
 
 
-def test_the_image_is_looked_at(go):
+def test_the_image_is_looked_at(run_cached):
     """The same questions with every image black get other losses."""
 
     class Black(Seen):
@@ -140,34 +140,34 @@ def test_the_image_is_looked_at(go):
             shown = rows.rows[0].images
             return replace(rows, rows=tuple(replace(row, images=shown) for row in rows))
 
-    plain = go("method=zero_shot").evaluated.facts["scores"]["loss"]
-    black = go("method=zero_shot", task=Black()).evaluated.facts["scores"]["loss"]
+    plain = run_cached("method=zero_shot").evaluated.facts["scores"]["loss"]
+    black = run_cached("method=zero_shot", task=Black()).evaluated.facts["scores"]["loss"]
     assert abs(plain - black) > 1e-4
 
 
-def test_generated_answers_are_those_of_teacher_forcing(go):
+def test_generated_answers_are_those_of_teacher_forcing(run_cached):
     """Trained until the answers are known, greedy decoding gives them as the loss pass says."""
 
     class Learnt(Seen):
         def held_out(self, limit):
             return self.train()
 
-    done = go("method=lora", "train.steps=60", "train.learning_rate=0.03", task=Learnt())
+    done = run_cached("method=lora", "train.steps=60", "train.learning_rate=0.03", task=Learnt())
     scores = done.evaluated.facts["scores"]
     assert 0.3 < scores["exact_match"] < 1
     assert scores["accuracy"] == scores["exact_match"]
 
 
-def test_a_metric_the_scorer_does_not_give_is_refused_before_work(go):
+def test_a_metric_the_scorer_does_not_give_is_refused_before_work(run_cached):
     class Wrong(Seen):
         metric = "anls"
 
     with pytest.raises(
         ConfigError, match=r"task\.metric=anls: of these rows the scorer gives accuracy"
     ):
-        go("method=lora", task=Wrong())
+        run_cached("method=lora", task=Wrong())
 
 
-def test_a_text_model_refuses_images(go, checkpoint):
+def test_a_text_model_refuses_images(run_cached, checkpoint):
     with pytest.raises((ConfigError, StageError), match="reads no images"):
-        go("method=lora", f"model.source={checkpoint}", model="smollm2_135m")
+        run_cached("method=lora", f"model.source={checkpoint}", model="smollm2_135m")

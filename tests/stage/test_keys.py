@@ -33,8 +33,8 @@ def hashed(monkeypatch):
     [("method=emloc_nf4",), ("method=emloc_covariance",), ("method=upop",), ("method=dora",)],
     ids=lambda words: words[0],
 )
-def test_no_key_of_a_run_says_where_a_module_lies(afresh, hashed, overrides):
-    afresh(*overrides)
+def test_no_key_of_a_run_says_where_a_module_lies(run_uncached, hashed, overrides):
+    run_uncached(*overrides)
     assert len(hashed) >= 4
     for text in hashed:
         assert "emloc." not in text

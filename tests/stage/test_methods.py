@@ -49,7 +49,7 @@ def family(made_once):
 
 
 @pytest.fixture
-def go(tiny, stages, family):
+def run_cached(tiny, stages, family):
     folders, sibling = family
 
     def run_with(*overrides: str):
@@ -61,8 +61,8 @@ def go(tiny, stages, family):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_runs_from_settings_to_scores(go, method):
-    result = go(f"method={method}", *ROOM.get(method, []))
+def test_every_method_runs_from_settings_to_scores(run_cached, method):
+    result = run_cached(f"method={method}", *ROOM.get(method, []))
     scores = result.evaluated.facts["scores"]
     assert 0 < scores["loss"] < 10
     lines = (result.evaluated.folder / "predictions.jsonl").read_text().splitlines()
@@ -91,23 +91,23 @@ SHAPES = {
 }
 
 
-def test_an_emulator_that_leaves_nothing_to_adapt_is_refused(go):
+def test_an_emulator_that_leaves_nothing_to_adapt_is_refused(run_cached):
     """Ends of two blocks each, and a LoRA that was to go between them."""
     middle = r"model.lora_targets='model\.layers\.[345]\.mlp\.\w+_proj'"
     with pytest.raises(ConfigError, match="matches none of the layers that the emulator leaves"):
-        go("method=offsite", *ROOM["offsite"], middle)
+        run_cached("method=offsite", *ROOM["offsite"], middle)
 
 
-def test_calibration_rows_are_on_record_whichever_stage_read_them(go):
-    result = go("method=qlora", "recovery=correction_covariance")
+def test_calibration_rows_are_on_record_whichever_stage_read_them(run_cached):
+    result = run_cached("method=qlora", "recovery=correction_covariance")
     assert len(result.samples) == 6
     assert result.stages["evaluate_as_trained"] is result.as_trained
 
 
 @pytest.mark.parametrize("method", IN_NF4)
-def test_every_emulator_is_trained_through_in_four_bits(go, method):
-    whole = go(f"method={method}", *ROOM.get(method, []))
-    packed = go(f"method={method}", *ROOM.get(method, []), "compression.bits=4")
+def test_every_emulator_is_trained_through_in_four_bits(run_cached, method):
+    whole = run_cached(f"method={method}", *ROOM.get(method, []))
+    packed = run_cached(f"method={method}", *ROOM.get(method, []), "compression.bits=4")
     assert packed.emulated.facts["bits"] == 4
     assert packed.emulated.facts["bytes"] < whole.emulated.facts["bytes"]
     assert packed.as_trained is not None

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from packed import held_at
+from packed import precision_of
 from safetensors.torch import load_file
 from tiny import image_batch, linears, save_checkpoint, tiny_internvl
 from transformers import AutoModelForImageTextToText, LlamaForCausalLM
@@ -52,8 +52,8 @@ def bits(request):
 
 
 def opened(emulator, folder, source, bits):
-    emulator.build(folder, source, BuildInputs(None, None, None, held_at(bits)), device=CPU)
-    return emulator.open(folder, source, CPU, precision=held_at(bits))
+    emulator.build(folder, source, BuildInputs(None, None, None, precision_of(bits)), device=CPU)
+    return emulator.open(folder, source, CPU, precision=precision_of(bits))
 
 
 def both(tmp_path, source, bits):
@@ -85,9 +85,11 @@ def test_the_curve_and_the_adapter_are_those_of_lora(deep, tiny, tmp_path, bits,
     for emulator in (Full(), Offload()):
         folder, losses = tmp_path / type(emulator).__name__, []
         folder.mkdir()
-        emulator.build(folder, source, BuildInputs(None, None, None, held_at(bits)), device=CPU)
+        emulator.build(
+            folder, source, BuildInputs(None, None, None, precision_of(bits)), device=CPU
+        )
         built_emulator = BuiltEmulator(
-            emulator, Artifact("emulate", "0", folder), source, held_at(bits)
+            emulator, Artifact("emulate", "0", folder), source, precision_of(bits)
         )
 
         def follow(_, said, losses=losses):
@@ -213,7 +215,8 @@ def test_what_quantising_loses_is_known_as_for_the_whole_model(deep, tmp_path):
     both(tmp_path, source, 4)
     layer = "model.layers.3.mlp.up_proj"
     expected, gap = (
-        one.residual(tmp_path, source, layer, precision=held_at(4)) for one in (Full(), Offload())
+        one.residual(tmp_path, source, layer, precision=precision_of(4))
+        for one in (Full(), Offload())
     )
     assert torch.equal(gap, expected)
     assert expected.abs().max() > 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed import held_at
+from packed import precision_of
 from safetensors import safe_open
 from tiny import save_checkpoint
 
@@ -61,7 +61,7 @@ def build_in(folder: Path, source, emulator: Svd, bits: int, statistics=None) ->
     ranks = emulator.plan(source, layers_of(source), Compression(RATIO, "linears", bits))
     folder.mkdir(exist_ok=True)
     return emulator.build(
-        folder, source, BuildInputs(ranks, statistics, Rows(), held_at(bits)), device=CPU
+        folder, source, BuildInputs(ranks, statistics, Rows(), precision_of(bits)), device=CPU
     )
 
 
@@ -104,7 +104,7 @@ def test_one_pass_and_two_stages_give_the_same_factors(tmp_path, source, both, b
         assert one["kept"] == pytest.approx(other["kept"], abs=1e-9)
         weight = source.weight(layer).double()
         products = [
-            weight - emulator.residual(at, source, layer, precision=held_at(bits))
+            weight - emulator.residual(at, source, layer, precision=precision_of(bits))
             for at in (once, twice)
         ]
         assert products[0].shape == shape
@@ -189,11 +189,11 @@ def watch_looks(monkeypatch) -> list[str]:
 
 @pytest.mark.parametrize("method", ["emloc", "emloc_nf4"])
 def test_with_no_room_for_statistics_a_run_has_no_stage_for_them(tiny, tmp_path, method):
-    def go(home, *overrides):
+    def run_cached(home, *overrides):
         run_config = build(compose([*tiny, f"method={method}", *overrides]))
         return run(run_config, Store(tmp_path / home), lambda step, values: None)
 
-    once, twice = go("one", "budget.statistics_gib=0"), go("two")
+    once, twice = run_cached("one", "budget.statistics_gib=0"), run_cached("two")
     assert once.statistics is None
     assert list(once.stages)[:4] == ["emulate", "train", "recover", "evaluate"]
     assert list(twice.stages) == ["calibrate", *once.stages]
@@ -202,9 +202,9 @@ def test_with_no_room_for_statistics_a_run_has_no_stage_for_them(tiny, tmp_path,
     # Of the same numbers the same adapter is learnt.
     scores = [one.evaluated.facts["scores"]["loss"] for one in (once, twice)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
-    assert go("one", "budget.statistics_gib=0") == once
+    assert run_cached("one", "budget.statistics_gib=0") == once
     # An emulator is the same either way, and names its samples either way.
-    found = go("two", "budget.statistics_gib=0")
+    found = run_cached("two", "budget.statistics_gib=0")
     assert (found.statistics, found.emulated) == (None, twice.emulated)
     assert found.emulated.facts["samples"] == once.emulated.facts["samples"]
 

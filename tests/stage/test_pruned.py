@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from packed import held_at
+from packed import precision_of
 from peft import PeftModel
 from safetensors.torch import load_file
 from staged import losses_of
@@ -26,9 +26,9 @@ IDS = torch.arange(60).reshape(2, 30) + 5
 
 
 @pytest.fixture
-def go(go):
+def run_cached(run_cached):
     """Run the pipeline with overrides on top of the tiny ones, every block of two pruned."""
-    return partial(go, *WHOLE)
+    return partial(run_cached, *WHOLE)
 
 
 WHOLE = ["emulator.first=0", "emulator.last=0"]
@@ -37,7 +37,7 @@ LEARNING = ["train.learning_rate=0.05", "train.schedule=constant"]
 
 def built_of(result, tiny, method) -> BuiltEmulator:
     run_config = build(compose([*tiny, f"method={method}", *WHOLE]))
-    held = held_at(result.emulated.facts["bits"])
+    held = precision_of(result.emulated.facts["bits"])
     return BuiltEmulator(run_config.emulator, result.emulated, run_config.model.open(), held)
 
 
@@ -46,8 +46,8 @@ def tables(result) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_pruned_trained_scattered_and_scored(go, method):
-    result = go(f"method={method}", *LEARNING)
+def test_every_method_is_pruned_trained_scattered_and_scored(run_cached, method):
+    result = run_cached(f"method={method}", *LEARNING)
     losses = losses_of(result)
     assert result.evaluated.facts["rows"] == 6
     assert 0 < result.evaluated.facts["scores"]["loss"] < 10
@@ -61,9 +61,11 @@ def test_every_method_is_pruned_trained_scattered_and_scored(go, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_carried_adapter_is_plain_peft_on_the_original(go, tiny, checkpoint, tmp_path, method):
+def test_the_carried_adapter_is_plain_peft_on_the_original(
+    run_cached, tiny, checkpoint, tmp_path, method
+):
     """The same logits as the original's weights with the trained product on kept rows, columns."""
-    result = go(f"method={method}", *LEARNING, "lora.alpha=8")
+    result = run_cached(f"method={method}", *LEARNING, "lora.alpha=8")
     folder = shutil.copytree(result.recovered.folder / "adapter", tmp_path / "elsewhere")
     built_emulator = built_of(result, tiny, method)
     ours = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
@@ -82,8 +84,8 @@ def test_the_carried_adapter_is_plain_peft_on_the_original(go, tiny, checkpoint,
     assert json.loads((folder / "carried.json").read_text()) == {"by": "scatter"}
 
 
-def test_what_is_trained_is_the_smaller_model(go, tiny):
-    result = go("method=upop", *LEARNING)
+def test_what_is_trained_is_the_smaller_model(run_cached, tiny):
+    result = run_cached("method=upop", *LEARNING)
     built_emulator = built_of(result, tiny, "upop")
     model = built_emulator.open(CPU)
     for layer, line in tables(result).items():
@@ -93,9 +95,9 @@ def test_what_is_trained_is_the_smaller_model(go, tiny):
     Lora().load(model, result.trained.folder / "adapter")  # of the same smaller shapes
 
 
-def test_seeds_decide_the_random_units_and_nothing_else(go):
+def test_seeds_decide_the_random_units_and_nothing_else(run_cached):
     first, again, other = (
-        go("method=loram_rand", *more) for more in ([], ["seed=1"], ["emulator.seed=1"])
+        run_cached("method=loram_rand", *more) for more in ([], ["seed=1"], ["emulator.seed=1"])
     )
     assert first.emulated == again.emulated != other.emulated
     kept, others = (load_file(one.emulated.folder / "kept.safetensors") for one in (first, other))
@@ -105,11 +107,11 @@ def test_seeds_decide_the_random_units_and_nothing_else(go):
     assert any(not torch.equal(kept[name], others[name]) for name in kept)
 
 
-def test_four_bits_are_trained_through_and_scattered(go):
+def test_four_bits_are_trained_through_and_scattered(run_cached):
     recipe = ["method=upop", *LEARNING]
-    result = go(*recipe, "compression.bits=4")
+    result = run_cached(*recipe, "compression.bits=4")
     losses = losses_of(result)
-    wide = go(*recipe)
+    wide = run_cached(*recipe)
     assert losses[-1] < losses[0] - 0.2
     four, sixteen = result.emulated.facts, wide.emulated.facts
     assert four["parameters"] == sixteen["parameters"]
@@ -118,8 +120,8 @@ def test_four_bits_are_trained_through_and_scattered(go):
     assert {pair.a.shape[1] for pair in recovered.values()} == {32, 64}
 
 
-def test_four_bits_reach_the_blocks_that_are_left_whole(go, tiny):
-    result = go(
+def test_four_bits_reach_the_blocks_that_are_left_whole(run_cached, tiny):
+    result = run_cached(
         "method=loram_stru", "compression.bits=4", "compression.ratio=0.7", "emulator.first=1"
     )
     model = built_of(result, tiny, "loram_stru").open(CPU)
@@ -156,9 +158,9 @@ def test_four_bits_reach_the_blocks_that_are_left_whole(go, tiny):
         ),
     ],
 )
-def test_what_cannot_be_pruned_is_refused_in_a_line(afresh, store, settings, message):
+def test_what_cannot_be_pruned_is_refused_in_a_line(run_uncached, store, settings, message):
     with pytest.raises(ConfigError) as caught:
-        afresh(*settings)
+        run_uncached(*settings)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not store.root.exists()

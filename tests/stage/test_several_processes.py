@@ -24,9 +24,9 @@ RECIPE = ("train.batch=3", "train.steps=9", "train.save_every=2", "train.learnin
 
 
 @pytest.fixture
-def alone(go):
+def alone(run_cached):
     """Train in this process with as many samples a step; the artifact of the training."""
-    return lambda *overrides: go(*overrides, "train.accumulate=2").trained
+    return lambda *overrides: run_cached(*overrides, "train.accumulate=2").trained
 
 
 def assert_same_training(run: Path, single: Path) -> None:

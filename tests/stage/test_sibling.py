@@ -46,16 +46,16 @@ def _quoted(value):
 
 
 @pytest.fixture
-def go(stages):
+def run_cached(stages):
     def run_with(*overrides: str):
         return run(build(compose([*overrides])), stages, lambda step, values: None)
 
     return run_with
 
 
-def test_it_is_lora_on_the_sibling(go, pair, tiny, small):
-    result = go(*pair, "method=small_model")
-    alone = go(*tiny, "method=lora", f"model.source={small}", "model.id=somebody/small")
+def test_it_is_lora_on_the_sibling(run_cached, pair, tiny, small):
+    result = run_cached(*pair, "method=small_model")
+    alone = run_cached(*tiny, "method=lora", f"model.source={small}", "model.id=somebody/small")
     assert result.evaluated.facts["scores"] == alone.evaluated.facts["scores"]
     assert result.trained.facts["trainable"] == alone.trained.facts["trainable"]
     tensors = load_file(result.recovered.folder / "adapter" / "adapter_model.safetensors")
@@ -76,15 +76,15 @@ def test_it_is_another_run_than_that_of_the_original(pair):
     assert names[0].rpartition("-")[2] != names[1].rpartition("-")[2]
 
 
-def test_in_four_bits_it_is_qlora_on_the_sibling(go, pair):
-    result = go(*pair, "method=small_model", "compression.bits=4")
+def test_in_four_bits_it_is_qlora_on_the_sibling(run_cached, pair):
+    result = run_cached(*pair, "method=small_model", "compression.bits=4")
     assert result.emulated.facts["bits"] == 4
     layers = json.loads((result.emulated.folder / "layers.json").read_text())
     assert len(layers) == 7
 
 
-def test_a_run_is_merged_into_the_sibling(go, pair, small, tmp_path):
-    result = go(*pair, "method=small_model", "train.learning_rate=0.05")
+def test_a_run_is_merged_into_the_sibling(run_cached, pair, small, tmp_path):
+    result = run_cached(*pair, "method=small_model", "train.learning_rate=0.05")
     folder = tmp_path / "run"
     cfg = compose([*pair, "method=small_model"])
     folder.mkdir()

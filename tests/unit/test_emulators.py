@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from packed import NF4, held_at
+from packed import NF4, precision_of
 from safetensors import safe_open
 from tiny import save_checkpoint
 from torch import nn
@@ -77,10 +77,12 @@ def svd(**settings) -> Svd:
 
 def built_emulator(folder, source, emulator, bits, statistics=None) -> BuiltEmulator:
     ranks = emulator.plan(source, layers_of(source), budget(bits))
-    build_inputs = BuildInputs(ranks, statistics, Rows() if statistics else None, held_at(bits))
+    build_inputs = BuildInputs(
+        ranks, statistics, Rows() if statistics else None, precision_of(bits)
+    )
     facts = emulator.build(folder, source, build_inputs, device=CPU)
     (folder / "stage.json").write_text(json.dumps(facts))
-    return BuiltEmulator(emulator, Artifact("emulate", "0", folder), source, held_at(bits))
+    return BuiltEmulator(emulator, Artifact("emulate", "0", folder), source, precision_of(bits))
 
 
 # What it multiplies by ---------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictured import PLACE, encoded, picture, save_internvl
+from pictured import PLACE, image_bytes, lazy_image, save_internvl
 from tokenizers import processors
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
@@ -43,7 +43,7 @@ def reader(folder) -> InternVLReader:
 
 
 def noise(width: int, height: int, seed: int = 0) -> LazyImage:
-    return picture(f"{width} x {height}", encoded(width, height, seed))
+    return lazy_image(f"{width} x {height}", image_bytes(width, height, seed))
 
 
 def asked(*images: LazyImage, answer: str = "yes", name: str = "row/3") -> Example:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictured import PLACE, encoded, picture, save_internvl
+from pictured import PLACE, image_bytes, lazy_image, save_internvl
 from PIL import Image
 from transformers import AutoConfig, AutoTokenizer
 
@@ -44,13 +44,13 @@ def readers(read_by) -> dict[int, InternVLReader]:
 
 
 def noise(width: int, height: int, seed: int = 0) -> LazyImage:
-    return picture(f"{width} x {height}", encoded(width, height, seed))
+    return lazy_image(f"{width} x {height}", image_bytes(width, height, seed))
 
 
 def plain(width: int, height: int, colour: tuple[int, int, int] = (0, 128, 255)) -> LazyImage:
     file = io.BytesIO()
     Image.new("RGB", (width, height), colour).save(file, "PPM")
-    return picture("plain", file.getvalue())
+    return lazy_image("plain", file.getvalue())
 
 
 def asked(*images: LazyImage, name: str = "row/3") -> Example:

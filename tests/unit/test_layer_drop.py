@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from packed import NF4, held_at
+from packed import NF4, precision_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import image_batch, save_checkpoint, tiny_internvl, tiny_llama, tiny_tokenizer
 from torch import nn
@@ -50,7 +50,7 @@ def linears(source):
 def built_emulator(folder, source, bits=16, ratio=0.75, of="linears", drop=DROP):
     """The facts of an emulator in `folder`."""
     plan = drop.plan(source, linears(source), Compression(ratio, of, bits))
-    return drop.build(folder, source, BuildInputs(plan, None, None, held_at(bits)), device=CPU)
+    return drop.build(folder, source, BuildInputs(plan, None, None, precision_of(bits)), device=CPU)
 
 
 def adapted(folder, source, pattern):
@@ -266,7 +266,7 @@ def test_of_a_vision_language_model_the_vision_tower_stays(tmp_path):
 @pytest.mark.parametrize("bits", [16, 4])
 def test_the_size_is_that_of_the_tensors(source, tmp_path, bits):
     facts = built_emulator(tmp_path, source, bits)
-    model = DROP.open(tmp_path, source, CPU, precision=held_at(bits))
+    model = DROP.open(tmp_path, source, CPU, precision=precision_of(bits))
     packed = [one.matrix for one in model.modules() if isinstance(one, Nf4Linear)]
     apart = {id(one.weight) for one in model.modules() if isinstance(one, Nf4Linear)}
     plain = [parameter for parameter in model.parameters() if id(parameter) not in apart]

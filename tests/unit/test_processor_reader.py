@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pictured import encoded, picture, save_gemma
+from pictured import image_bytes, lazy_image, save_gemma
 from tiny import save_checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
@@ -41,7 +41,7 @@ def model(folder):
 
 
 def row(question: str, answer: str, *seeds: int, size: tuple[int, int] = (28, 28)) -> Example:
-    images = tuple(picture(f"{seed}", encoded(*size, seed)) for seed in seeds)
+    images = tuple(lazy_image(f"{seed}", image_bytes(*size, seed)) for seed in seeds)
     return Example("row/3", question, answer, images=images)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from packed import held_at
+from packed import precision_of
 from safetensors.torch import load_file
 from tiny import (
     TINY_INTERNVL,
@@ -92,9 +92,9 @@ def samples(count=5) -> Samples:
 def built_emulator(folder, source, emulator, ratio=0.5, bits=16, of="linears"):
     """The facts of an emulator that was built into `folder`, and its model."""
     plan = emulator.plan(source, layers_of(source), Compression(ratio, of, bits))
-    given = BuildInputs(plan, None, samples() if emulator.samples else None, held_at(bits))
+    given = BuildInputs(plan, None, samples() if emulator.samples else None, precision_of(bits))
     facts = emulator.build(folder, source, given, device=CPU)
-    return facts, emulator.open(folder, source, CPU, precision=held_at(bits))
+    return facts, emulator.open(folder, source, CPU, precision=precision_of(bits))
 
 
 # Which units are kept -----------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed import held_at
+from packed import precision_of
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import image_batch, tiny_internvl, tiny_llama, tiny_tokenizer
@@ -84,7 +84,7 @@ def svd(**settings) -> Svd:
 
 def given_to(emulator: Svd, source, bits: int = 16, statistics=None, rows=None) -> BuildInputs:
     ranks = emulator.plan(source, layers_of(source), Compression(0.4, "linears", bits))
-    return BuildInputs(ranks, statistics, rows or Rows(), held_at(bits))
+    return BuildInputs(ranks, statistics, rows or Rows(), precision_of(bits))
 
 
 def build_in(folder, source, emulator: Svd, bits: int = 16, **given_settings) -> dict:
@@ -311,7 +311,7 @@ def test_the_emulator_ends_nearer_to_the_original_than_without(tmp_path, sources
         for way in (True, False):
             emulator, folder = svd(sequential=way), tmp_path / f"{seed}-{way}"
             build_in(folder, source, emulator, bits)
-            model = emulator.open(folder, source, CPU, precision=held_at(bits))
+            model = emulator.open(folder, source, CPU, precision=precision_of(bits))
             found = final(model, Rows())
             errors.append(float((found - wanted).square().sum()))
         gains.append(errors[0] / errors[1])

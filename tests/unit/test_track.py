@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from inspected import entries
+from inspected import offline_runs
 from omegaconf import OmegaConf
 
 from emloc.config.run_folder import Run
@@ -257,7 +257,7 @@ def finished(run: Run, tracker: Wandb) -> None:
 def test_an_offline_run_holds_all_of_the_run(begun, tracker, home):
     run = begun()
     finished(run, tracker)
-    (entry,) = entries(run.folder)
+    (entry,) = offline_runs(run.folder)
     described = entry.run
     assert described["run_group"] == "demo"
     assert described["display_name"] == run.folder.name
@@ -278,7 +278,7 @@ def test_an_offline_run_holds_all_of_the_run(begun, tracker, home):
 def test_nothing_is_told_of_the_machine_or_the_code(begun, tracker):
     run = begun()
     finished(run, tracker)
-    (entry,) = entries(run.folder)
+    (entry,) = offline_runs(run.folder)
     kinds = {record["type"] for record in entry.records}
     assert not {"environment", "stats", "output", "output_raw"} & kinds
     assert "git" not in entry.run
@@ -290,7 +290,7 @@ def test_the_adapter_is_kept_if_wished_for_and_not_copied(begun, tracker):
     run = begun()
     wishes = Wandb(**SETTINGS | {"adapter": True})
     finished(run, wishes)
-    (entry,) = entries(run.folder)
+    (entry,) = offline_runs(run.folder)
     (artifact,) = [one for one in entry.of("artifact") if one["type"] == "adapter"]
     assert artifact["name"] == f"adapter-{run.folder.name}"
     kept = {one["path"]: one["local_path"] for one in artifact["manifest"]["contents"]}
@@ -307,7 +307,7 @@ def test_a_run_without_an_adapter_has_none_to_keep(begun):
     with Record(run) as record:
         record.follow(Wandb(**SETTINGS | {"adapter": True}))
         run.finish(results())
-    (entry,) = entries(run.folder)
+    (entry,) = offline_runs(run.folder)
     assert entry.of("artifact") == []
     assert entry.exit_code == 0
 
@@ -322,7 +322,7 @@ def test_a_run_that_ended_badly_says_how(begun, tracker, state, code):
         record.add(training_line(1, {"loss": 1.0}))
         if state != "running":
             run.mark(state, stage="train", error="too large")
-    (entry,) = entries(run.folder)
+    (entry,) = offline_runs(run.folder)
     assert entry.exit_code == code
     assert entry.summary["state"] == state
     if state != "running":
@@ -349,7 +349,7 @@ while True:
 def steps_sent(folder) -> list[int]:
     """The steps in W&B's file so far, which its own program writes when it comes to it."""
     try:
-        return [line["train/step"] for one in entries(folder) for line in one.history]
+        return [line["train/step"] for one in offline_runs(folder) for line in one.history]
     except (subprocess.CalledProcessError, ValueError):  # there is no whole file yet
         return []
 
@@ -362,7 +362,7 @@ def test_a_run_that_was_killed_is_there_without_an_end(begun):
             assert process.poll() is None
             time.sleep(0.2)
         process.kill()
-    (entry,) = entries(run.folder)
+    (entry,) = offline_runs(run.folder)
     assert entry.history == lines(run)
     assert [line["train/step"] for line in lines(run)] == [1, 2, 3]
     assert entry.of("exit") == []
@@ -380,7 +380,7 @@ def test_an_interrupted_run_is_continued_where_it_was_left(begun, tracker):
     with Record(run) as record:
         record.follow(tracker)
         record.add(stage_line("train", {"seconds": 1.0}))
-    first, second, third = entries(run.folder)
+    first, second, third = offline_runs(run.folder)
     assert first.run["run_id"] == second.run["run_id"] == third.run["run_id"]
     # With this `wandb sync` puts one behind the other, and does not begin anew.
     assert [entry.run.get("resume", False) for entry in (first, second, third)] == [
@@ -398,7 +398,7 @@ def test_runs_one_after_the_other_in_one_process_keep_to_their_folders(begun, tr
         finished(begun(name), tracker)
     assert dict(os.environ) == before
     for name in ("one", "two"):
-        (entry,) = entries(tmp_path / "runs" / "demo" / name)
+        (entry,) = offline_runs(tmp_path / "runs" / "demo" / name)
         assert entry.run["display_name"] == name
         assert len(entry.history) == 4
         (artifact,) = entry.of("artifact")
@@ -413,7 +413,7 @@ def test_the_same_settings_in_another_experiment_are_another_run(begun, tracker,
     other.begin(OmegaConf.create(run.config | {"name": "a b:c"}), {})
     with Record(other) as record:
         record.follow(tracker)
-    (one,), (two,) = entries(run.folder), entries(other.folder)
+    (one,), (two,) = offline_runs(run.folder), offline_runs(other.folder)
     assert re.fullmatch(f"demo-{run.folder.name}-[0-9a-f]{{8}}", one.run["run_id"])
     assert re.fullmatch(f"a-b-c-{run.folder.name}-[0-9a-f]{{8}}", two.run["run_id"])
 
@@ -424,7 +424,7 @@ def test_a_sweep_has_a_run_of_its_own_with_the_table_of_all(begun, tracker, tmp_
     folder = tmp_path / "runs" / "demo"
     compare(folder)
     compare(folder)
-    first, again = entries(folder)
+    first, again = offline_runs(folder)
     assert first.run["display_name"] == "report"
     assert first.run["run_group"] == "demo"
     assert [row["score"] for row in first.table("runs")] == [0.25, 0.75]
@@ -460,7 +460,7 @@ def test_going_online_without_an_account_is_refused_and_nothing_is_asked(begun):
     run = begun()
     with pytest.raises(ConfigError, match="no W&B account on this machine; run `wandb login`"):
         online().start(run.folder, run.config, 0)
-    assert not entries(run.folder)
+    assert not offline_runs(run.folder)
 
 
 def test_a_key_that_is_none_is_refused(begun, monkeypatch):
@@ -481,7 +481,7 @@ def test_where_wandb_cannot_be_reached_a_run_is_followed_offline(begun, monkeypa
         run.mark("failed", stage="train", error="x")
     assert "W&B cannot be reached" in caplog.text
     assert "wandb sync" in caplog.text
-    (entry,) = entries(run.folder)
+    (entry,) = offline_runs(run.folder)
     assert entry.history == lines(run)
 
 

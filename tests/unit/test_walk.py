@@ -17,7 +17,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
-from walked import batches_of, made
+from walked import batches_of, model_and_blocks
 
 from emloc.calibration.blockwise import block_of, by_block, iterate_blocks, iterate_checkpoint
 from emloc.calibration.calibrate import record_moments
@@ -404,7 +404,7 @@ def in_use() -> tuple[int, int, int]:
 
 def rounds_of(kind: str, looks: int, host_bytes: int | None, folder: Path) -> dict[str, list]:
     """Block -> for each look, and then the run: all masks, and what goes in and comes out."""
-    model, names = made(kind)
+    model, names = model_and_blocks(kind)
     found = {}
     for block in iterate_blocks(
         model, batches_of(kind), names, CPU, host_bytes=host_bytes, folder=folder
@@ -446,7 +446,7 @@ def test_what_was_looked_at_twice_is_run_as_if_it_had_not_been(kind, host_bytes,
 @pytest.mark.parametrize("kind", ["llama", "internvl"])
 def test_nothing_is_kept_of_a_look(kind, host_bytes, tmp_path, monkeypatch):
     monkeypatch.setattr("emloc.calibration.blockwise.OffloadPool", Recorded)
-    model, names = made(kind)
+    model, names = model_and_blocks(kind)
     given = batches_of(kind)
     for block in iterate_blocks(model, given, names, CPU, host_bytes=host_bytes, folder=tmp_path):
         before = in_use()
