@@ -1,4 +1,4 @@
-"""The planned peak is the one a device reaches."""
+"""The planned peak memory equals the measured peak on a device."""
 
 from functools import partial
 
@@ -19,7 +19,7 @@ from emloc.stages.training.train import fit_rows
 pytestmark = pytest.mark.gpu
 
 STEPS, BATCH, LENGTH, ANSWER = 3, 2, 1024, 128
-# Two blocks of a Llama of this width would be too small for the allocator's grain not to matter.
+# With fewer than these blocks the rounding of the allocator would matter.
 SHAPE = (
     *("hidden_size=2048", "intermediate_size=5632", "num_hidden_layers=8", "vocab_size=32000"),
     *("num_attention_heads=16", "num_key_value_heads=4", "bos_token_id=1", "eos_token_id=2"),
@@ -27,12 +27,12 @@ SHAPE = (
 
 
 def peak_of(setting, opener, folder, device):
-    """Bytes allocated at most from the opening of the model to the last of three steps."""
+    """Return the peak of allocated bytes, from opening the model to the last of three steps."""
     run_config, source = setting.run_config, setting.source
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(10, 32000, (STEPS * 2 * BATCH, LENGTH), generator=draw).tolist()
     rows = [EncodedExample("random", one, LENGTH - ANSWER) for one in ids]
-    made = PreparedModel(source, partial(opener, setting))
+    prepared = PreparedModel(source, partial(opener, setting))
     adapter, recipe, layers = (
         run_config.adapter,
         run_config.train,
@@ -45,7 +45,7 @@ def peak_of(setting, opener, folder, device):
     before = torch.cuda.memory_allocated(device)
     facts = fit_rows(
         folder,
-        made,
+        prepared,
         training_inputs,
         rows,
         lambda some: collate(some, pad=0),
@@ -69,7 +69,7 @@ def peak_of(setting, opener, folder, device):
     ],
     ids=["lora", "qlora", "emloc", "emloc_nf4"],
 )
-def test_a_training_takes_what_was_planned(
+def test_a_training_needs_the_planned_memory(
     tmp_path, opener, ratio, bits, recipe, accumulate, capsys
 ):
     checkpointing, host = recipe != "kept", recipe == "on_host"

