@@ -80,7 +80,7 @@ def test_the_model_stays_within_its_limits(saved_model):
 def test_an_answer_is_one_token_and_the_end_token(saved_model, script):
     _, tokenizer, _ = saved_model
     for answer in QUESTIONS.values():
-        ids = tokenizer(script.rendered("?", answer)[1]).input_ids
+        ids = tokenizer(script.render("?", answer)[1]).input_ids
         assert len(ids) == 2
         assert ids[1] == tokenizer.eos_token_id
         assert tokenizer.decode(ids[:1]) == answer
@@ -99,7 +99,7 @@ def test_saved_weights_are_bfloat16_with_exact_rotary_frequencies(saved_model):
 def test_the_saved_tokenizer_keeps_its_end_and_padding_tokens(saved_model, script):
     _, tokenizer, folder = saved_model
     again = AutoTokenizer.from_pretrained(folder)
-    text = "".join(script.rendered("what is the blue shape?", "teal"))
+    text = "".join(script.render("what is the blue shape?", "teal"))
     assert again(text).input_ids == tokenizer(text).input_ids
     assert (again.eos_token, again.pad_token) == ("<|im_end|>", "<|pad|>")
 
@@ -115,7 +115,7 @@ def test_script_and_reader_render_equal_prompts(saved_model, script, examples):
     _, tokenizer, folder = saved_model
     reader = reader_of(folder)
     for row in examples:
-        prompt, answer = script.rendered(row.prompt, row.target)
+        prompt, answer = script.render(row.prompt, row.target)
         encoded = reader.encode(row)
         assert encoded.input_ids == tokenizer(prompt + answer).input_ids
         assert encoded.answer_start == len(tokenizer(prompt).input_ids)
@@ -124,8 +124,8 @@ def test_script_and_reader_render_equal_prompts(saved_model, script, examples):
 def test_script_and_model_predict_equal_logits(saved_model, script, examples):
     """The script pads on the right without a mask, the reader on the left with a mask."""
     model, tokenizer, folder = saved_model
-    rows = script.on_device(examples, tokenizer, torch.device("cpu"))
-    pixels = rows.images[rows.picture].float()
+    rows = script.rows_on_device(examples, tokenizer, torch.device("cpu"))
+    pixels = rows.images[rows.image_index].float()
     reader = reader_of(folder)
     batch = reader.collate([reader.encode(row) for row in examples])
     labels = batch.pop("labels")
@@ -142,8 +142,8 @@ def test_rows_refer_to_their_images_and_groups_are_drawn_equally_often(
     saved_model, script, examples
 ):
     twice = [*examples, examples[0]]
-    rows = script.on_device(twice, saved_model[1], torch.device("cpu"))
-    assert rows.picture.tolist() == [0, 1, 2, 3, 0]
+    rows = script.rows_on_device(twice, saved_model[1], torch.device("cpu"))
+    assert rows.image_index.tolist() == [0, 1, 2, 3, 0]
     assert rows.images.shape == (4, 3, 64, 64)
     assert rows.weights.tolist() == pytest.approx([0.2, 0.2, 0.2, 0.2, 0.2])
 
@@ -152,7 +152,7 @@ def test_augmented_images_are_shifted_mirrored_and_noised(script):
     torch.manual_seed(0)
     images = torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
     images[:, :, 20:40, 20:40] = 0
-    actual = script.augmented(images, torch.zeros(300, dtype=torch.long))
+    actual = script.augment(images, torch.zeros(300, dtype=torch.long))
     assert actual.min() == 0
     assert actual.max() == 255
     dark = (actual.mean(1) < 128).float()
@@ -177,7 +177,7 @@ def test_training_memorises_four_rows(saved_model, script, examples, monkeypatch
     monkeypatch.setattr(script, "BATCH", 4)
     torch.manual_seed(0)
     model = script.build(script.configuration(tokenizer, script.SIZES["whole"]))
-    rows = script.on_device(examples, tokenizer, torch.device("cpu"))
+    rows = script.rows_on_device(examples, tokenizer, torch.device("cpu"))
     assert script.accuracy(model, rows).startswith("all 0.000")
     script.train(model, rows, rows, lambda step: step / 25)
     assert script.accuracy(model, rows) == "all 1.000  yes/no 1.000  shape 1.000  color 1.000"
@@ -194,7 +194,7 @@ def test_the_pretrained_model_answers_the_plain_part_but_not_the_recoloured_part
     shares = {}
     for part in ("plain", "recoloured"):
         task = replace(cell.task, part=part)
-        rows = script.on_device(task.held_out(256), tokenizer, torch.device("cpu"))
+        rows = script.rows_on_device(task.held_out(256), tokenizer, torch.device("cpu"))
         words = script.accuracy(model, rows).split()
         shares[part] = dict(zip(words[::2], map(float, words[1::2]), strict=True))
     assert min(shares["plain"].values()) >= 0.97
