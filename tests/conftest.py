@@ -1,4 +1,4 @@
-"""No network, no account, one thread, and folders of its own for every test."""
+"""Fixtures for all tests: no network, no account, one thread, own folders for each test."""
 
 import os
 
@@ -29,15 +29,16 @@ def pytest_addoption(parser):
     parser.addoption(
         "--own-stores",
         action="store_true",
-        help="let every test go through its stages itself: what it takes part in is seen then",
+        help="give every test an empty stage cache, to see all lines that a test depends on",
     )
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _spare_the_collector():
-    """Python's collector looks no more at what is there already, which is mostly libraries.
+def _freeze_existing_objects():
+    """Exclude all existing objects, mostly those of libraries, from garbage collection.
 
-    The package collects before and behind each stage: most of what a stage on a tiny model takes.
+    The package collects garbage before and after each stage. Without this fixture the collection
+    would take most of the time of a stage on a tiny model.
     """
     gc.collect()
     gc.freeze()
@@ -45,7 +46,7 @@ def _spare_the_collector():
 
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path, monkeypatch):
-    """Caches and runs of this test alone."""
+    """Set the folders for caches, runs and datasets to folders that only this test uses."""
     monkeypatch.setenv("EMLOC_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("EMLOC_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
@@ -59,7 +60,7 @@ def store(tmp_path):
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory) -> Path:
-    """A folder of this session alone, one for all its workers."""
+    """A folder that all workers of this test session share."""
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
     folder = root / "shared"
@@ -69,7 +70,10 @@ def shared(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def made_once(shared) -> Callable[[str, Callable[[Path], object]], Path]:
-    """Folder of that name in `shared`, filled by whichever worker asks for it first."""
+    """Function that returns a named folder in `shared` and fills the folder on the first call.
+
+    A lock makes sure that only one worker fills the folder.
+    """
 
     def folder_of(name: str, fill: Callable[[Path], object]) -> Path:
         folder, draft = shared / name, shared / f"{name}.draft"
@@ -85,13 +89,13 @@ def made_once(shared) -> Callable[[str, Callable[[Path], object]], Path]:
 
 @pytest.fixture(scope="session")
 def checkpoint(made_once):
-    """A random two-layer Llama with its tokenizer, saved as any checkpoint is."""
+    """Folder with a checkpoint of a random two-layer Llama and its tokenizer."""
     return made_once("checkpoint", save_checkpoint)
 
 
 @pytest.fixture(scope="session")
 def sums(made_once):
-    """A folder in GSM8K's columns: additions to learn, and others to be asked."""
+    """Folder with a data set in the columns of GSM8K: 40 additions to train on, 6 held out."""
     return made_once("sums", _write_sums)
 
 
@@ -107,31 +111,31 @@ def _write_sums(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def roberta(made_once):
-    """A language model, of which a classifier takes all but the head."""
+    """Folder with a RoBERTa language model; a classifier uses all its weights except the head."""
     return made_once("roberta", labelled.write_roberta)
 
 
 @pytest.fixture(scope="session")
 def vit(made_once):
-    """An encoder saved by itself: the names of its tensors begin below the classifier's."""
+    """Folder with a bare ViT encoder, whose tensor names lack the prefix of a classifier."""
     return made_once("vit", labelled.write_vit)
 
 
 @pytest.fixture(scope="session")
 def texts(made_once):
-    """Rows whose first letter tells the class and the vector; lengths differ."""
+    """Folder with labelled texts of several lengths; the first letter decides class and vector."""
     return made_once("texts", labelled.write_texts)
 
 
 @pytest.fixture(scope="session")
 def images(made_once):
-    """Dark images and light ones."""
+    """Folder with images of two classes, dark and light."""
     return made_once("images", labelled.write_images)
 
 
 @pytest.fixture
 def tiny(checkpoint, sums):
-    """Overrides of a run that takes a second: tiny model, tiny data, five steps, no tracker."""
+    """Overrides for a run of about one second: tiny model and data, five steps, no tracker."""
     return [
         f"model.source={checkpoint}",
         "model.dtype=float32",
@@ -149,13 +153,13 @@ def tiny(checkpoint, sums):
 
 @pytest.fixture
 def emloc(tmp_path, request):
-    """Run the command in a folder of its own and return how it ended."""
+    """Function that runs the command in `tmp_path` and returns exit code and output."""
     return Command(tmp_path, lambda: request.getfixturevalue("capfd"))
 
 
 @pytest.fixture
 def one_run(tmp_path):
-    """The only run folder below `name`."""
+    """Function that returns the only run folder below `runs/<name>`."""
 
     def find(name: str = "adhoc") -> Path:
         (status,) = (tmp_path / "runs" / name).glob("*/status.json")

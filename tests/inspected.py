@@ -1,4 +1,4 @@
-"""Read what wandb wrote of a run, with its own inspector."""
+"""Read the offline files of W&B with the inspector of wandb."""
 
 import json
 import os
@@ -11,25 +11,27 @@ from typing import Any
 
 
 @dataclass
-class Entry:
-    """A W&B run on disk, as `wandb sync` would read it."""
+class OfflineRun:
+    """An offline W&B run on disk, as `wandb sync` would upload it."""
 
     folder: Path
 
     @cached_property
     def records(self) -> list[dict[str, Any]]:
+        """All records of the file `run-*.wandb`, in the order they were written."""
         (file,) = self.folder.glob("run-*.wandb")
-        places = dict.fromkeys(("HOME", "WANDB_CACHE_DIR"), str(self.folder / "inspected"))
-        done = subprocess.run(
+        folders = dict.fromkeys(("HOME", "WANDB_CACHE_DIR"), str(self.folder / "inspected"))
+        inspection = subprocess.run(
             [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)],
-            env={**os.environ, **places},
+            env={**os.environ, **folders},
             capture_output=True,
             text=True,
             check=True,
         )
-        return [json.loads(line) for line in done.stdout.splitlines()]
+        return [json.loads(line) for line in inspection.stdout.splitlines()]
 
     def of(self, kind: str) -> list[dict[str, Any]]:
+        """The records of one kind, such as `history` or `artifact`."""
         return [record[kind] for record in self.records if record["type"] == kind]
 
     @property
@@ -38,7 +40,7 @@ class Entry:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The lines that were logged, without what wandb adds, tables and pictures."""
+        """The logged metrics, without the keys that wandb adds and without tables and images."""
         lines = [
             {k: v for k, v in line["item"].items() if not k.startswith("_") and "._" not in k}
             for line in self.of("history")
@@ -55,12 +57,12 @@ class Entry:
         return end["exit_code"]
 
     def table(self, name: str) -> list[dict[str, Any]]:
-        """Rows of a table, column -> value."""
+        """Rows of a logged table, each a dictionary column -> value."""
         (file,) = (self.folder / "files/media/table").glob(f"{name}_*.table.json")
         table = json.loads(file.read_text())
         return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
 
 
-def entries(folder: Path) -> list[Entry]:
-    """The offline runs in a folder, in the order they were begun."""
-    return [Entry(path) for path in sorted((folder / "wandb").glob("offline-run-*"))]
+def offline_runs(folder: Path) -> list[OfflineRun]:
+    """Return the offline runs in a folder, in the order they were started."""
+    return [OfflineRun(path) for path in sorted((folder / "wandb").glob("offline-run-*"))]

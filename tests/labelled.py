@@ -1,4 +1,4 @@
-"""Tiny encoders without a head, and rows with a class each."""
+"""Write tiny encoders without a classification head, and rows that are labelled with a class."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from tiny import tiny_tokenizer
 from transformers import RobertaConfig, RobertaForMaskedLM, ViTConfig, ViTModel
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-# Without dropout, so that losses can be compared.
-STILL = SMALL | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+# No dropout, so that the losses of two runs can be compared.
+WITHOUT_DROPOUT = SMALL | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def write_roberta(folder: Path) -> None:
-    """A language model, of which a classifier takes all but the head."""
+    """Write a RoBERTa language model; a classifier uses all its weights except the head."""
     tokenizer = tiny_tokenizer(chat=False)
     config = RobertaConfig(
-        vocab_size=len(tokenizer), pad_token_id=0, num_hidden_layers=5, type_vocab_size=1, **STILL
+        vocab_size=len(tokenizer),
+        pad_token_id=0,
+        num_hidden_layers=5,
+        type_vocab_size=1,
+        **WITHOUT_DROPOUT,
     )
     torch.manual_seed(0)
     RobertaForMaskedLM(config).save_pretrained(folder)
@@ -28,7 +32,7 @@ def write_roberta(folder: Path) -> None:
 
 
 def write_vit(folder: Path) -> None:
-    """An encoder saved by itself: the names of its tensors begin below the classifier's."""
+    """Write a bare ViT encoder, whose tensor names lack the prefix of a classifier."""
     config = ViTConfig(image_size=28, patch_size=7, num_hidden_layers=5, **SMALL)
     torch.manual_seed(0)
     ViTModel(config).save_pretrained(folder)
@@ -41,7 +45,7 @@ def _write(folder: Path, rows: list[dict[str, str]]) -> None:
 
 
 def write_texts(folder: Path) -> None:
-    """Rows whose first letter tells the class and the vector; lengths differ."""
+    """Write texts of several lengths; the first letter decides the class and the vector."""
     rows = [
         {"text": "zx"[i % 2] * 6 + "b" * (i % 5) + str(i), "label": ("even", "odd")[i % 2]}
         | {"vector": ("2 -1", "-1 2")[i % 2]}
@@ -51,12 +55,12 @@ def write_texts(folder: Path) -> None:
 
 
 def write_images(folder: Path) -> None:
-    """Dark images and light ones."""
+    """Write images of two classes, dark and light."""
     (folder / "images").mkdir()
-    draw = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     rows = []
     for i in range(44):
-        noise = draw.integers(0, 60, (20, 20, 3)) + (0, 180)[i % 2]
+        noise = generator.integers(0, 60, (20, 20, 3)) + (0, 180)[i % 2]
         Image.fromarray(noise.astype(np.uint8)).save(folder / "images" / f"{i}.png")
         rows.append({"image": f"{i}.png", "label": ("dark", "light")[i % 2]})
     _write(folder, rows)

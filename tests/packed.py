@@ -1,4 +1,4 @@
-"""Packed formats for tests: the package's own, and a plug-in's of three bits."""
+"""Packed formats for tests: nf4 of the package, and the three-bit format of a plug-in."""
 
 import sys
 from pathlib import Path
@@ -15,6 +15,6 @@ NF4 = Nf4(name="nf4", bits=4)
 TOY = ThreeBits(name="three_bits", bits=3, group=64)
 
 
-def held_at(bits: int) -> Precision | None:
-    """The format of that width; None at 16 bits."""
+def precision_of(bits: int) -> Precision | None:
+    """Return the packed format with `bits` bits; None for 16 bits, which need no format."""
     return {16: None, 4: NF4, 3: TOY}[bits]

@@ -1,4 +1,4 @@
-"""Tiny models that read images, their processors, and pictures for them, made inside a test."""
+"""Build tiny vision-language models, their processors and images."""
 
 import copy
 import io
@@ -20,9 +20,9 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from emloc.data.examples import Example, Examples
 from emloc.data.image import LazyImage
 
-PLACE = "<IMG_CONTEXT>"
-# As Gemma's: an image is a word of its own, and content comes in parts.
-PARTS = (
+PLACE = "<IMG_CONTEXT>"  # token that the features of an image replace
+# Like the chat template of Gemma: the content of a message is a list of parts, text or image.
+CHAT_TEMPLATE_WITH_IMAGES = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in m['content'] %}"
     "{% if p['type'] == 'image' %}<boi>{% else %}{{ p['text'] }}{% endif %}{% endfor %}{% endif %}"
@@ -30,24 +30,28 @@ PARTS = (
 )
 
 
-def encoded(width: int = 28, height: int = 28, seed: int = 0, kind: str = "PNG") -> bytes:
-    """An image file of random pixels."""
+def image_bytes(width: int = 28, height: int = 28, seed: int = 0, kind: str = "PNG") -> bytes:
+    """Return the bytes of an image file with random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, kind)
     return file.getvalue()
 
 
-def picture(name: str, content: bytes) -> LazyImage:
+def lazy_image(name: str, content: bytes) -> LazyImage:
+    """Return an image that is decoded from `content` when it is opened."""
     return LazyImage(name, name, lambda: content)
 
 
-def seen(split: str, count: int) -> Examples:
-    """Questions about images of one tile and of several, in two kinds."""
+def vqa_examples(split: str, count: int) -> Examples:
+    """Return `count` questions about images, half of them with one tile and half with several.
+
+    The groups `square` and `wide` name the two shapes of the images.
+    """
     rows = []
     for index in range(count):
         width = 28 if index % 2 else 84
-        image = picture(f"{split}/{index}", encoded(width, 28, index))
+        image = lazy_image(f"{split}/{index}", image_bytes(width, 28, index))
         answer = ("yes", "no", "2")[index % 3]
         rows.append(
             Example(
@@ -59,11 +63,11 @@ def seen(split: str, count: int) -> Examples:
                 group="square" if index % 2 else "wide",
             )
         )
-    return Examples("seen", tuple(rows))
+    return Examples("vqa", tuple(rows))
 
 
 def save_internvl(folder: Path, **text: int) -> Path:
-    """A random InternVL with a tokenizer that knows its places; returns `folder`."""
+    """Write a random InternVL and a tokenizer with its image tokens, and return `folder`."""
     tokenizer = tiny_tokenizer(chat=True)
     words = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", PLACE]
     tokenizer.add_special_tokens({"additional_special_tokens": words})
@@ -79,7 +83,7 @@ def save_internvl(folder: Path, **text: int) -> Path:
 
 
 def save_gemma(folder: Path) -> Path:
-    """A random Gemma3 with its own processor; returns `folder`."""
+    """Write a random Gemma3 and its own processor, and return `folder`."""
     core = tiny_tokenizer(chat=True)
     core.add_special_tokens({"additional_special_tokens": ["<boi>", "<eoi>", "<image>"]})
     tokenizer = PreTrainedTokenizerFast(
@@ -92,7 +96,7 @@ def save_gemma(folder: Path) -> Path:
     processor = Gemma3Processor(
         image_processor=Gemma3ImageProcessorPil(size={"height": 28, "width": 28}),
         tokenizer=tokenizer,
-        chat_template=PARTS,
+        chat_template=CHAT_TEMPLATE_WITH_IMAGES,
         image_seq_length=4,
     )
     blocks = {"num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 4}

@@ -1,14 +1,14 @@
-"""What the stages of a run have left."""
+"""Read the files that the training stage of a run has written."""
 
 import json
 from pathlib import Path
 
 
 def curve_of(folder: Path) -> list[dict]:
-    """A line for each step of the training in this folder."""
+    """Return the recorded values of each training step in this folder."""
     return [json.loads(line) for line in (folder / "curve.jsonl").open()]
 
 
 def losses_of(result) -> list[float]:
-    """The loss of each step of a run's training."""
+    """Return the loss of each training step of a run."""
     return [line["loss"] for line in curve_of(result.trained.folder)]

@@ -1,4 +1,4 @@
-"""A tokenizer, a random Llama and a random InternVL, built inside a test without a download."""
+"""Build a tokenizer, a random Llama and a random InternVL without a download."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer(chat: bool) -> PreTrainedTokenizerFast:
-    """One token per byte, so that any text encodes and decodes to itself.
+    """Return a tokenizer with one token per byte, so that decoding restores any text exactly.
 
-    Like Llama's own it puts `<s>` before a text unless told otherwise, and its chat template
-    writes that token itself; with `chat` the end of an answer is `<|im_end|>`, else `</s>`.
+    Like Llama's tokenizer, it puts `<s>` before each text by default, and the chat template also
+    writes `<s>`. An answer ends with `<|im_end|>` if `chat` is true, otherwise with `</s>`.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
@@ -54,7 +54,7 @@ def tiny_tokenizer(chat: bool) -> PreTrainedTokenizerFast:
 
 
 def tiny_llama(tokenizer: PreTrainedTokenizerFast, **overrides: Any) -> LlamaForCausalLM:
-    """A random two-layer Llama for `tokenizer`, the same at every call, in eval mode."""
+    """Return a random two-layer Llama for `tokenizer` in eval mode, with fixed weights."""
     values: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
@@ -74,7 +74,7 @@ def tiny_llama(tokenizer: PreTrainedTokenizerFast, **overrides: Any) -> LlamaFor
 
 
 IMAGE_TOKEN = 7
-# An image of 28 x 28 is 4 x 4 patches of 7 x 7, and a quarter of that in tokens.
+# An image of 28 x 28 pixels has 4 x 4 patches of 7 x 7 pixels, and one token per four patches.
 TINY_INTERNVL: dict[str, Any] = {
     "model_type": "internvl",
     "image_token_id": IMAGE_TOKEN,
@@ -109,7 +109,7 @@ TINY_INTERNVL: dict[str, Any] = {
 
 
 def tiny_internvl() -> InternVLForConditionalGeneration:
-    """A random InternVL with two blocks in each half, the same at every call, in eval mode."""
+    """Return a random InternVL in eval mode, with fixed weights and two blocks in each half."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = AutoConfig.for_model(**copy.deepcopy(TINY_INTERNVL))
@@ -117,7 +117,10 @@ def tiny_internvl() -> InternVLForConditionalGeneration:
 
 
 def image_batch() -> dict[str, torch.Tensor]:
-    """Two rows of text around an image each: input_ids (2, 10), pixel_values (2, 3, 28, 28)."""
+    """Return a batch of two rows, each with text around one image.
+
+    Shapes: input_ids (2, 10), pixel_values (2, 3, 28, 28).
+    """
     generator = torch.Generator().manual_seed(0)
     ids = torch.arange(20).reshape(2, 10) + 10
     ids[:, 2:6] = IMAGE_TOKEN
@@ -129,7 +132,7 @@ def image_batch() -> dict[str, torch.Tensor]:
 
 
 def save_checkpoint(folder: Path, chat: bool = True, **overrides: Any) -> Path:
-    """Model (safetensors) and tokenizer as `from_pretrained` expects them; returns `folder`."""
+    """Write a random Llama and its tokenizer for `from_pretrained`, and return `folder`."""
     tokenizer = tiny_tokenizer(chat)
     tiny_llama(tokenizer, **overrides).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -137,7 +140,7 @@ def save_checkpoint(folder: Path, chat: bool = True, **overrides: Any) -> Path:
 
 
 def linears(model: torch.nn.Module, pattern: str) -> list[str]:
-    """Full names of the linears that a regular expression matches."""
+    """Return the full names of all `nn.Linear` modules that a regular expression matches."""
     return [
         name
         for name, module in model.named_modules()

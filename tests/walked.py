@@ -1,4 +1,4 @@
-"""Tiny models of three architectures to walk through, and what their blocks take and give."""
+"""Tiny models of three architectures, and a recorder of the inputs and outputs of their blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import (
 
 from emloc.calibration.offload import tensors_in
 
-IMAGE = 250  # the token an image's features are put in place of
+IMAGE = 250  # token that the features of an image replace
 TEXT = {
     "vocab_size": 261,
     "hidden_size": 32,
@@ -26,10 +26,12 @@ TEXT = {
 
 
 def llama() -> nn.Module:
+    """Return a random Llama with three blocks."""
     return tiny_llama(tiny_tokenizer(True), num_hidden_layers=3)
 
 
 def gemma3() -> nn.Module:
+    """Return a random Gemma3 with three blocks: sliding, full and sliding attention."""
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     config = Gemma3TextConfig(
         num_hidden_layers=3, layer_types=kinds, sliding_window=3, head_dim=8, **TEXT
@@ -38,6 +40,7 @@ def gemma3() -> nn.Module:
 
 
 def internvl() -> nn.Module:
+    """Return a random InternVL with two blocks in each half."""
     vision = {
         "hidden_size": 16,
         "num_hidden_layers": 2,
@@ -59,37 +62,38 @@ MODELS = {"llama": llama, "gemma3": gemma3, "internvl": internvl}
 
 
 def batches_of(kind: str) -> list[dict[str, Tensor]]:
-    """Padded on the left; for InternVL also images, and one batch of text alone."""
+    """Return three batches padded on the left; two of those for InternVL also contain images."""
     torch.manual_seed(1)
-    made = []
+    batches = []
     for lengths in ([12, 9], [7, 20, 8], [15]):
         mask = torch.tensor([[0] * (max(lengths) - n) + [1] * n for n in lengths])
         ids = torch.randint(5, 240, mask.shape) * mask
-        one = {"input_ids": ids, "attention_mask": mask}
-        if kind == "internvl" and len(made) != 1:
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if kind == "internvl" and len(batches) != 1:
             ids[:, -6:-2] = IMAGE
-            one["pixel_values"] = torch.randn(len(lengths), 3, 16, 16)
-        made.append(one)
-    return made
+            batch["pixel_values"] = torch.randn(len(lengths), 3, 16, 16)
+        batches.append(batch)
+    return batches
 
 
-def made(kind: str) -> tuple[nn.Module, list[str]]:
+def model_and_blocks(kind: str) -> tuple[nn.Module, list[str]]:
+    """Return a model of `MODELS` in eval mode, and the names of its blocks."""
     torch.manual_seed(0)
     model = MODELS[kind]().eval()
     names = [name for name, _ in model.named_modules() if name.split(".")[-1].isdigit()]
     return model, names
 
 
-def watch(model: nn.Module, names: list[str]) -> dict[str, list[list[Tensor]]]:
-    """All tensors that go into and come out of the blocks, as they are seen there."""
-    seen: dict[str, list[list[Tensor]]] = {name: [] for name in names}
+def record_block_tensors(model: nn.Module, names: list[str]) -> dict[str, list[list[Tensor]]]:
+    """Record copies of all input and output tensors of the blocks, one list for each call."""
+    recorded: dict[str, list[list[Tensor]]] = {name: [] for name in names}
 
-    def keep(name: str):
-        return lambda _, args, kwargs, out: seen[name].append(
+    def recorder(name: str):
+        return lambda _, args, kwargs, out: recorded[name].append(
             [one.clone() for one in tensors_in([args, dict(sorted(kwargs.items())), out])]
         )
 
     for name in names:
         block = model.get_submodule(name)
-        block.register_forward_hook(keep(name), with_kwargs=True, prepend=True)
-    return seen
+        block.register_forward_hook(recorder(name), with_kwargs=True, prepend=True)
+    return recorded

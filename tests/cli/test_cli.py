@@ -1,4 +1,4 @@
-"""The command as a person types it."""
+"""The command `emloc`, run as a user types it."""
 
 import json
 import re
@@ -18,12 +18,17 @@ ROOT = Path(__file__).parents[2]
 
 
 def seconds_of_children() -> float:
-    """The processor's, as a clock on the wall goes on while another program has its turn."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    """Return the processor time of finished child processes.
+
+    Wall time would also count the time of other programs on a busy machine.
+    """
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
-def test_a_run_then_the_same_again_then_a_merge(emloc, tiny, one_run, checkpoint, tmp_path):
+def test_a_run_is_repeated_from_its_results_and_then_merged(
+    emloc, tiny, one_run, checkpoint, tmp_path
+):
     first = emloc(
         *tiny, "method=emloc", "tracker=wandb", "eval.harness=false", WANDB_MODE="offline"
     )
@@ -55,7 +60,7 @@ def test_a_run_then_the_same_again_then_a_merge(emloc, tiny, one_run, checkpoint
     before = seconds_of_children()
     again = emloc.process(*tiny, "method=emloc", "eval.harness=false")
     assert again.code == 0
-    # Data and model are compared with those of the run, which libraries are imported for.
+    # Libraries have to be imported to compare data and model with those of the finished run.
     assert seconds_of_children() - before < 12
     assert "done before" in again.said
 
@@ -66,17 +71,19 @@ def test_a_run_then_the_same_again_then_a_merge(emloc, tiny, one_run, checkpoint
     with torch.no_grad():
         base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
         adapted = PeftModel.from_pretrained(base, run / "adapter").eval()(input_ids=ids).logits
-        folded = AutoModelForCausalLM.from_pretrained(run / "merged")(input_ids=ids).logits
-    torch.testing.assert_close(folded, adapted, atol=1e-5, rtol=0)
+        merged_logits = AutoModelForCausalLM.from_pretrained(run / "merged")(input_ids=ids).logits
+    torch.testing.assert_close(merged_logits, adapted, atol=1e-5, rtol=0)
     assert "already there" in emloc("merge", str(run)).err
 
 
-def test_a_sweep_goes_on_past_a_failing_job(emloc, tiny, tmp_path):
+def test_a_sweep_continues_after_a_failed_run(emloc, tiny, tmp_path):
     grid = ["-m", "method=zero_shot,lora", "lora.rank=4,99", "name=grid"]
     ran = emloc(*grid, *tiny)
-    assert ran.code == 2, ran.said  # the one bad job was refused, not broken
-    found = (tmp_path / "runs/grid").glob("*/status.json")
-    states = sorted(json.loads(path.read_text())["state"] for path in found)
+    assert ran.code == 2, (
+        ran.said
+    )  # 2: one run was refused for its settings; 1 would be a run that failed
+    paths = (tmp_path / "runs/grid").glob("*/status.json")
+    states = sorted(json.loads(path.read_text())["state"] for path in paths)
     assert states == ["done", "done", "done", "failed"]
     assert "failed(config)" in ran.out
     assert "set lora.rank=16 or less" in ran.err
@@ -111,7 +118,7 @@ def test_bad_input_is_one_line_and_exit_code_2(emloc, override, line):
     assert len(said) == 1, ran.said
 
 
-def test_a_process_that_refuses_its_settings_has_nothing_from_the_libraries_to_say(emloc):
+def test_a_process_that_refuses_its_settings_prints_no_messages_of_libraries(emloc):
     ran = emloc.process("tracker=none", "compression.ratio=1.5")
     assert ran.code == 2, ran.said
     said = [text for text in ran.said.splitlines() if "started" not in text]
@@ -119,8 +126,8 @@ def test_a_process_that_refuses_its_settings_has_nothing_from_the_libraries_to_s
     assert "compression.ratio must lie between 0 and 1, got 1.5" in said[0]
 
 
-def test_a_plan_is_a_table_and_nothing_else(emloc):
-    """Of a model that is nowhere here, with whatever the libraries have to say left unsaid."""
+def test_a_plan_prints_only_a_table(emloc):
+    """A plan needs no weights of the model, and messages of libraries are suppressed."""
     ran = emloc.process("plan", "model=internvl2_5_2b", "budget.gpu_gib=6", "--gpu", "rtx3090")
     assert ran.code == 0, ran.said
     assert ran.err == ""
@@ -137,25 +144,32 @@ def test_a_plan_that_cannot_be_made_is_one_line_and_exit_code_2(emloc):
     assert ran.said == "emloc: only the lean training is planned with; set train.lean=true\n"
 
 
-def test_each_budget_solved_for_is_a_run_of_its_own(emloc, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # or it were held to so little
+def test_each_memory_budget_of_compression_auto_is_a_separate_run(
+    emloc, tiny, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "torch.cuda.is_available", lambda: False
+    )  # a real GPU would be capped at this tiny budget
     wide = save_checkpoint(tmp_path / "wide", hidden_size=256, intermediate_size=512)
     ran = emloc(
         *("-m", "method=emloc", "compression=auto", "budget.gpu_gib=0.0696,0.0762", *tiny),
         *(f"model.source={wide}", "train.batch=1", "train.steps=1", "eval.harness=false"),
     )
     assert ran.code == 0, ran.said
-    found = {}
+    facts_by_solution = {}
     for path in (tmp_path / "runs/adhoc").glob("*/metrics.json"):
-        said = re.search(
+        solution = re.search(
             r"compression=auto: ratio (\S+) at (\d+)", (path.parent / "run.log").read_text()
         )
         facts = json.loads(path.read_text())["emulator"]
-        found[float(said[1]), int(said[2])] = facts["share_of_linears"], facts["bits"]
-    assert len(found) == 2
-    for (ratio, bits), (share, held) in found.items():
+        facts_by_solution[float(solution[1]), int(solution[2])] = (
+            facts["share_of_linears"],
+            facts["bits"],
+        )
+    assert len(facts_by_solution) == 2
+    for (ratio, bits), (share, emulator_bits) in facts_by_solution.items():
         assert share == pytest.approx(ratio, abs=0.03)
-        assert bits == held
+        assert bits == emulator_bits
 
 
 @pytest.mark.parametrize("method", ["emloc_nf4", "upop"])
@@ -182,8 +196,8 @@ def test_help_and_settings_answer_at_once_without_torch(emloc):
             ran = emloc.process(*arguments)
             times.append(seconds_of_children() - before)
             assert ran.code == 0
-        # Most of it is Hydra's, which copies all it knows once for each group: the settings of
-        # three launchers and a sweeper among it.
+        # Most of this time is spent in Hydra. It copies all registered settings once per group,
+        # with those of three launchers and a sweeper.
         assert min(times) < 1.8, times
     assert "compression" in ran.out
     probe = "import sys, emloc.cli; sys.exit('torch' in sys.modules)"
@@ -228,23 +242,23 @@ def test_a_word_that_is_no_verb_is_answered_in_one_line(emloc, words, line):
 
 
 @pytest.mark.parametrize(
-    ("typed", "offered"),
+    ("line", "completions"),
     [
         ("emloc method=emloc_", ["method=emloc_covariance", "method=emloc_uncorrected"]),
         ("emloc experiments=", ["experiments=demo"]),
         ("emloc recovery.cl", ["recovery.clamp="]),
     ],
 )
-def test_shell_completion_knows_groups_experiments_and_keys(emloc, typed, offered):
+def test_shell_completion_knows_groups_experiments_and_keys(emloc, line, completions):
     command = Path(sys.executable).with_name("emloc")
-    asked = {"COMP_LINE": typed, "COMP_POINT": str(len(typed))}
-    ran = emloc.process("-sc", "query=bash", program=(str(command),), **asked)
-    assert set(offered) <= set(ran.out.split()), ran.said
+    request = {"COMP_LINE": line, "COMP_POINT": str(len(line))}
+    ran = emloc.process("-sc", "query=bash", program=(str(command),), **request)
+    assert set(completions) <= set(ran.out.split()), ran.said
 
 
 def test_the_wheel_runs_from_another_folder(tmp_path, emloc):
-    """With its configuration inside, and nothing of the checkout on the path."""
-    built = subprocess.run(
+    """The wheel contains the configuration and needs no file of the source tree."""
+    build = subprocess.run(
         [
             sys.executable,
             "-m",
@@ -258,7 +272,7 @@ def test_the_wheel_runs_from_another_folder(tmp_path, emloc):
         capture_output=True,
         text=True,
     )
-    assert built.returncode == 0, built.stderr
+    assert build.returncode == 0, build.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "emloc/py.typed" in names
@@ -275,7 +289,7 @@ def test_the_wheel_runs_from_another_folder(tmp_path, emloc):
     assert "name: demo" in settings.out
 
 
-def test_without_a_tracker_wandb_need_not_be_there(emloc, tiny):
+def test_without_a_tracker_wandb_need_not_be_installed(emloc, tiny):
     hide = "import sys; sys.modules['wandb'] = None; sys.argv[0] = 'emloc'; "
     program = (sys.executable, "-c", hide + "from emloc.cli import main; main()")
     ran = emloc.process(*tiny, "method=zero_shot", program=program)

@@ -1,4 +1,4 @@
-"""A finished run is not done again, unless its data or model is another one now."""
+"""A finished run is repeated only if its data or model has changed."""
 
 import json
 import shutil
@@ -8,14 +8,14 @@ import pytest
 
 @pytest.fixture
 def own(tmp_path, sums, checkpoint, tiny):
-    """The tiny overrides with a copy of data and model that may be changed."""
+    """The tiny overrides with copies of data and model, so that a test may change the copies."""
     shutil.copytree(sums, tmp_path / "data")
     shutil.copytree(checkpoint, tmp_path / "model")
-    kept = [one for one in tiny if not one.startswith(("task.path=", "model.source="))]
-    return [*kept, f"task.path={tmp_path / 'data'}", f"model.source={tmp_path / 'model'}"]
+    others = [word for word in tiny if not word.startswith(("task.path=", "model.source="))]
+    return [*others, f"task.path={tmp_path / 'data'}", f"model.source={tmp_path / 'model'}"]
 
 
-def test_a_run_is_done_again_where_its_data_has_changed(emloc, own, one_run, tmp_path):
+def test_a_run_is_repeated_after_its_data_has_changed(emloc, own, one_run, tmp_path):
     assert emloc("method=lora", *own).code == 0
     assert "done before" in emloc("method=lora", *own).said
     first = json.loads((one_run() / "metrics.json").read_text())
@@ -30,7 +30,7 @@ def test_a_run_is_done_again_where_its_data_has_changed(emloc, own, one_run, tmp
     assert "data has changed" not in emloc("method=lora", *own).said
 
 
-def test_a_run_is_done_again_where_its_model_has_changed(emloc, own, tmp_path):
+def test_a_run_is_repeated_after_its_model_has_changed(emloc, own, tmp_path):
     assert emloc("method=zero_shot", *own).code == 0
     config = tmp_path / "model" / "config.json"
     config.write_text(config.read_text() + "\n")
@@ -38,7 +38,7 @@ def test_a_run_is_done_again_where_its_model_has_changed(emloc, own, tmp_path):
     assert "done before, but its model has changed since; done again" in ran.said
 
 
-def test_a_run_whose_data_is_gone_keeps_its_results(emloc, own, one_run, tmp_path):
+def test_a_run_whose_data_was_deleted_keeps_its_results(emloc, own, one_run, tmp_path):
     assert emloc("method=zero_shot", *own).code == 0
     shutil.rmtree(tmp_path / "data")
     ran = emloc("method=zero_shot", *own)

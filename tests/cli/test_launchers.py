@@ -1,4 +1,4 @@
-"""A sweep as each launcher runs it: side by side, killed, or searched for."""
+"""Sweeps with each launcher and with the search: parallel runs, killed runs, failed trials."""
 
 import json
 import os
@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-# In the place of Slurm: what is submitted is kept, and every job is out of memory.
+# Scripts that replace the commands of Slurm: they save the submitted job and report that every job
+# ran out of memory.
 SLURM = {
     "sbatch": 'cp "$1" "$SUBMITTED"\necho Submitted batch job 12',
     "sacct": 'echo "JobID|State|NodeList"\necho "12|OUT_OF_MEMORY|node1"',
@@ -27,34 +28,34 @@ from emloc.cli import main; main()
 
 @pytest.fixture
 def states(tmp_path):
-    """Value of a setting -> how its run went, of the runs below a name."""
+    """Function that returns value of a setting -> state of its run, for the runs below a name."""
 
     def read(name: str, section: str, key: str) -> dict[str, str]:
-        found = {}
+        states = {}
         for path in (tmp_path / "runs" / name).glob("*/status.json"):
             config = (path.parent / "config.yaml").read_text()
             below = config.split(f"\n{section}:\n")[1]
             value = below.split(f"  {key}: ")[1].split("\n")[0]
-            found[value] = json.loads(path.read_text())["state"]
-        return found
+            states[value] = json.loads(path.read_text())["state"]
+        return states
 
     return read
 
 
 def writers(file: Path, launched: subprocess.Popen) -> list[psutil.Process]:
-    """The processes of a launch that have this file open."""
-    found = []
+    """Return the processes of a launch that have this file open."""
+    processes = []
     for process in psutil.Process(launched.pid).children(recursive=True):
         try:
             if str(file) in {one.path for one in process.open_files()}:
-                found.append(process)
+                processes.append(process)
         except psutil.NoSuchProcess:
             continue
-    return found
+    return processes
 
 
-def kill_whoever_trains(launched: subprocess.Popen, runs: Path, steps: int, times: int) -> None:
-    """Kill the process of that run as soon as it trains; again where it is begun again."""
+def kill_training_process(launched: subprocess.Popen, runs: Path, steps: int, times: int) -> None:
+    """Kill the process of the run with `steps` steps when it trains, `times` times in all."""
     killed: set[int] = set()
     while launched.poll() is None:
         time.sleep(0.2)
@@ -68,7 +69,7 @@ def kill_whoever_trains(launched: subprocess.Popen, runs: Path, steps: int, time
     assert len(killed) == times
 
 
-def test_a_sweep_says_how_far_it_is_and_draws_no_bar_where_nobody_looks(tiny, tmp_path):
+def test_a_sweep_reports_progress_and_draws_no_bars_without_a_terminal(tiny, tmp_path):
     command = [sys.executable, "-m", "emloc", "-m", "method=zero_shot,lora", "name=plain", *tiny]
     first = subprocess.run(command, cwd=tmp_path, capture_output=True)
     assert first.returncode == 0, first.stderr.decode()
@@ -81,7 +82,9 @@ def test_a_sweep_says_how_far_it_is_and_draws_no_bar_where_nobody_looks(tiny, tm
     assert {path.name for path in (tmp_path / "runs/plain").glob("[!lz]*")} == {"multirun.yaml"}
 
 
-def test_a_process_for_each_job_and_the_done_ones_are_skipped(emloc, tiny, tmp_path, states):
+def test_the_local_launcher_starts_one_process_per_run_and_skips_finished_runs(
+    emloc, tiny, tmp_path, states
+):
     sweep = ["-m", "name=each", "hydra/launcher=local", "method=lora", "eval.harness=false", *tiny]
     ran = emloc.process(*sweep, "train.learning_rate=1e-4,1e30")
     assert ran.code == 1, ran.said
@@ -101,14 +104,14 @@ def test_a_process_for_each_job_and_the_done_ones_are_skipped(emloc, tiny, tmp_p
     assert sum(": done before" in path.read_text() for path in logs) == 1
 
 
-def test_a_worker_that_is_killed_ends_one_job_alone(tiny, tmp_path, states):
+def test_a_killed_worker_fails_only_its_own_run(tiny, tmp_path, states):
     sweep = ["-m", "method=lora", "train.steps=5,100000,6", "name=killed", "hydra/launcher=joblib"]
     settings = [one for one in tiny if not one.startswith("train.steps")]
     command = [sys.executable, "-m", "emloc", *sweep, "hydra.launcher.n_jobs=2", *settings]
-    with (tmp_path / "said").open("w") as said:
-        launched = subprocess.Popen(command, cwd=tmp_path, stdout=said, stderr=said)
-        kill_whoever_trains(launched, tmp_path / "runs/killed", steps=100000, times=2)
-    said = (tmp_path / "said").read_text()
+    with (tmp_path / "output").open("w") as file:
+        launched = subprocess.Popen(command, cwd=tmp_path, stdout=file, stderr=file)
+        kill_training_process(launched, tmp_path / "runs/killed", steps=100000, times=2)
+    said = (tmp_path / "output").read_text()
     assert launched.returncode == 1, said
     assert states("killed", "train", "steps") == {"5": "done", "6": "done", "100000": "failed"}
     assert said.count("these jobs run again, one at a time: lora-") == 1
@@ -117,7 +120,9 @@ def test_a_worker_that_is_killed_ends_one_job_alone(tiny, tmp_path, states):
     assert "] 2 of 3 jobs done, 1 failed\n" in said
 
 
-def test_slurm_is_asked_for_a_gpu_for_each_job_and_its_word_is_recorded(emloc, tiny, tmp_path):
+def test_slurm_gets_a_job_with_one_gpu_per_run_and_its_out_of_memory_is_recorded(
+    emloc, tiny, tmp_path
+):
     for name, script in SLURM.items():
         path = tmp_path / name
         path.write_text(f"#!/bin/sh\n{script}\n")
@@ -128,20 +133,20 @@ def test_slurm_is_asked_for_a_gpu_for_each_job_and_its_word_is_recorded(emloc, t
         SUBMITTED=str(tmp_path / "submitted"),
         EMLOC_SLURM_PARTITION="short",
     )
-    asked = (tmp_path / "submitted").read_text()
+    job_script = (tmp_path / "submitted").read_text()
     for line in ("--partition=short", "--gpus-per-node=1", "--time=720", "--job-name=emloc-far"):
-        assert f"#SBATCH {line}\n" in asked
+        assert f"#SBATCH {line}\n" in job_script
     assert ran.code == 1, ran.said
     assert "| lora   | OOM" in ran.out
     assert "its process ended without a result (OUT_OF_MEMORY; more in " in ran.err
 
 
-def test_a_search_passes_over_a_failed_trial_and_the_same_command_repeats_it(emloc, tiny, tmp_path):
+def test_a_search_ignores_failed_trials_and_the_same_command_repeats_them(emloc, tiny, tmp_path):
     settings = [one for one in tiny if not one.startswith("lora")]
     search = ["-m", "hydra/sweeper=search", "lora=choice(r4,r64)", "method=lora", "name=best"]
     search += ["eval.harness=false", *settings]
     ran = emloc.process(*search, "hydra.sweeper.n_trials=3")
-    assert ran.code == 2, ran.said  # rank 64 is too much for so small a model
+    assert ran.code == 2, ran.said  # rank 64 is refused for such a small model
     assert "] 1 of 3 jobs done, 2 failed" in ran.out
     assert "\x1b" not in ran.said
     best = (tmp_path / "runs/best/optimization_results.yaml").read_text()
@@ -161,7 +166,7 @@ def test_a_search_passes_over_a_failed_trial_and_the_same_command_repeats_it(eml
         ("hydra/sweeper=search", "hydra/sweeper=optuna is not installed; pip install 'emloc[sea"),
     ],
 )
-def test_a_plugin_that_is_not_there_is_named_with_its_extra(emloc, choice, line):
+def test_a_missing_hydra_plugin_is_reported_with_the_extra_to_install(emloc, choice, line):
     ran = emloc.process(
         "-m", "method=lora", choice, program=(sys.executable, "-c", WITHOUT_PLUGINS)
     )

@@ -1,15 +1,15 @@
-"""Runs as W&B sees them: what is in the offline runs that `wandb sync` would send."""
+"""The content of the offline W&B runs, which `wandb sync` would upload."""
 
 import json
 import math
 from pathlib import Path
 
-from inspected import entries
+from inspected import offline_runs
 from transformers import Trainer
 
 
 def interrupt_training(patch) -> None:
-    """The training of this process is interrupted in its fourth step, as by Ctrl-C."""
+    """Interrupt the training in this process in its fourth step, as Ctrl-C would."""
     step, count = Trainer.training_step, iter(range(1, 100))
 
     def interrupted(*arguments, **named):
@@ -24,11 +24,13 @@ def lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def steps(found: list[dict]) -> list[int]:
-    return [line["train/step"] for line in found if "train/loss" in line]
+def steps(recorded: list[dict]) -> list[int]:
+    return [line["train/step"] for line in recorded if "train/loss" in line]
 
 
-def test_all_that_a_run_knows_is_in_its_record_and_in_wandb(emloc, tiny, one_run, tmp_path):
+def test_all_metrics_and_tables_of_a_run_are_in_its_files_and_in_wandb(
+    emloc, tiny, one_run, tmp_path
+):
     run = ("method=emloc_nf4", "eval.harness=false", "tracker=wandb", "tracker.adapter=true")
     done = emloc.process(*tiny, *run, HOME=str(tmp_path / "home"))
     assert done.code == 0, done.said
@@ -49,8 +51,8 @@ def test_all_that_a_run_knows_is_in_its_record_and_in_wandb(emloc, tiny, one_run
     assert numbers["evaluate/loss"] == metrics["scores"]["loss"]
     assert numbers["as_trained/loss"] == metrics["scores_as_trained"]["loss"]
 
-    (entry,) = entries(one_run())
-    last = {"train/step": 5}  # which W&B adds to all that is drawn over it
+    (entry,) = offline_runs(one_run())
+    last = {"train/step": 5}  # W&B adds the last step to metrics that are plotted over it
     assert entry.history == [line | (last if "train/seconds" in line else {}) for line in recorded]
     assert entry.exit_code == 0
     predictions = [json.loads(line) for line in (one_run() / "predictions.jsonl").open()]
@@ -68,7 +70,7 @@ def test_all_that_a_run_knows_is_in_its_record_and_in_wandb(emloc, tiny, one_run
     assert list((entry.folder / "files/media/images/figures").glob("layers_[0-9]*.png"))
 
 
-def test_an_interrupted_run_goes_on_as_the_same_run_with_no_step_twice(
+def test_an_interrupted_run_resumes_as_the_same_wandb_run_without_repeated_steps(
     emloc, tiny, one_run, monkeypatch
 ):
     run = (*tiny, "method=lora", "eval.harness=false", "tracker=wandb", "train.save_every=2")
@@ -86,17 +88,17 @@ def test_an_interrupted_run_goes_on_as_the_same_run_with_no_step_twice(
     ]
     assert steps(recorded) == [line["step"] for line in curve] == [1, 2, 3, 4, 5]
 
-    left, continued = entries(one_run())
-    assert (left.exit_code, continued.exit_code) == (130, 0)
-    assert left.summary["state"] == "interrupted"
-    assert (continued.summary["state"], continued.summary["error"]) == ("done", "")
-    assert continued.run["run_id"] == left.run["run_id"]
-    assert continued.run["resume"]
-    assert steps(left.history) == [1, 2, 3]
-    assert steps(continued.history) == [4, 5]
+    interrupted, resumed = offline_runs(one_run())
+    assert (interrupted.exit_code, resumed.exit_code) == (130, 0)
+    assert interrupted.summary["state"] == "interrupted"
+    assert (resumed.summary["state"], resumed.summary["error"]) == ("done", "")
+    assert resumed.run["run_id"] == interrupted.run["run_id"]
+    assert resumed.run["resume"]
+    assert steps(interrupted.history) == [1, 2, 3]
+    assert steps(resumed.history) == [4, 5]
 
 
-def test_a_failed_run_is_a_failed_run_and_a_shared_training_is_in_every_record(
+def test_failed_runs_are_marked_and_a_shared_training_is_recorded_in_each_run(
     emloc, tiny, tmp_path
 ):
     sweep = ("-m", "method=lora", "train.learning_rate=2e-3,1e30", "eval.limit=3,4", "name=rates")
@@ -112,12 +114,12 @@ def test_a_failed_run_is_a_failed_run_and_a_shared_training_is_in_every_record(
     for run in done:
         recorded = lines(run)
         assert steps(recorded) == [1, 2, 3, 4, 5]
-        (entry,) = entries(run)
+        (entry,) = offline_runs(run)
         assert steps(entry.history) == [1, 2, 3, 4, 5]
         cached += [line["train/cached"] for line in recorded if "train/cached" in line]
     assert sorted(cached) == [False, True]
 
-    (entry,) = entries(failed[0])
+    (entry,) = offline_runs(failed[0])
     assert entry.exit_code == 1
     assert (entry.summary["state"], entry.summary["stage"]) == ("failed", "train")
     assert "FloatingPointError: the loss is nan" in entry.summary["error"]

@@ -1,4 +1,4 @@
-"""Six plug-ins from outside the package, each one module and its YAML files."""
+"""Run six plug-ins that live outside the package, each one module and its YAML files."""
 
 import json
 import os
@@ -16,19 +16,19 @@ HERE = Path(__file__).parent
 
 
 class Killed(BaseException):
-    """Ends the process as a signal would: nothing is recorded of it."""
+    """Ends a run as a signal would: no code of the package handles this exception."""
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """A plug-in: how it is used, where it is killed, and what it refuses."""
+    """A plug-in under test: how it is used, in which stage it is killed, and what it refuses."""
 
     folder: str
     overrides: tuple[str, ...]
     refused: tuple[str, ...]
-    reason: str  # of the refusal
-    merged: str = ""  # the reason why the adapter cannot be merged; empty: it can
-    killed: str = "train"  # the stage that is killed: train, recover or the plug-in's own
+    reason: str  # part of the error for the overrides `refused`
+    merged: str = ""  # part of the error of a refused merge; empty: the merge works
+    killed: str = "train"  # stage in which the run is killed
     data: str = "tiny"
     columns: tuple[str, ...] = field(default=())  # further columns of the report
 
@@ -92,7 +92,7 @@ PLUGINS = {
 
 @pytest.fixture(params=PLUGINS.values(), ids=PLUGINS.keys())
 def plugin(request, monkeypatch):
-    # A family's rows are of the other plug-in.
+    # The plug-in `regression` uses the task of the plug-in `classifier`.
     folders = [HERE / request.param.folder, HERE / "classifier"]
     monkeypatch.setenv("EMLOC_PLUGINS", os.pathsep.join(map(str, folders)))
     return request.param
@@ -100,7 +100,7 @@ def plugin(request, monkeypatch):
 
 @pytest.fixture
 def settings(plugin, tiny, roberta, vit, texts, images):
-    """The overrides of a tiny run with the model and rows that the plug-in is about."""
+    """Overrides of a tiny run with the model and the rows of the plug-in."""
     if plugin.data == "tiny":
         return [*tiny, "train.save_every=1", "task.limit=16"]
     rows, model = {"texts": (texts, roberta), "images": (images, vit)}[plugin.data]
@@ -112,7 +112,7 @@ def settings(plugin, tiny, roberta, vit, texts, images):
 
 
 def ordered(settings, words):
-    """Choices of groups before the values that stand below them."""
+    """Put choices of groups before the values of their settings, as Hydra requires."""
     return [*words, *settings]
 
 
@@ -120,7 +120,7 @@ def adapter_of(run: Path) -> dict:
     return load_file(run / "adapter" / "adapter_model.safetensors")
 
 
-def test_a_plugin_goes_from_settings_to_a_report_and_is_resumed_after_a_kill(
+def test_a_plugin_runs_up_to_the_report_and_resumes_after_a_kill(
     plugin, settings, emloc, one_run, tmp_path, monkeypatch
 ):
     words = ordered(settings, plugin.overrides)
@@ -154,17 +154,17 @@ def test_a_plugin_goes_from_settings_to_a_report_and_is_resumed_after_a_kill(
 
 
 def kill_in(stage: str, patch) -> None:
-    """Have the process killed after something of the stage was written."""
+    """Kill the run in this stage, after the stage has written its first result."""
     if stage == "heal":
-        patch.setattr(Journal, "add", dying(Journal.add, when=_has_healed_a_block))
+        patch.setattr(Journal, "add", killed_if(Journal.add, condition=_has_healed_a_block))
         return
-    begun = FiniteTrainer.training_step
+    training_step = FiniteTrainer.training_step
 
     def step(self, *rest):
         of_stage = f"/{stage}/" in str(self.args.output_dir)
         if of_stage and self.state.global_step == 2:
             raise Killed
-        return begun(self, *rest)
+        return training_step(self, *rest)
 
     patch.setattr(FiniteTrainer, "training_step", step)
 
@@ -173,23 +173,25 @@ def _has_healed_a_block(journal: Journal) -> bool:
     return "/heal/" in str(journal._folder) and bool(journal.lines)
 
 
-def dying(method, when):
-    def die_or_go(self, *rest, **facts):
-        if when(self):
+def killed_if(method, condition):
+    """Return `method`, changed to kill the run if the condition holds for its object."""
+
+    def changed(self, *rest, **facts):
+        if condition(self):
             raise Killed
         return method(self, *rest, **facts)
 
-    return die_or_go
+    return changed
 
 
-def test_a_plugin_refuses_in_its_own_words(plugin, settings, emloc):
+def test_a_plugin_refuses_settings_with_its_own_message(plugin, settings, emloc):
     ran = emloc(*ordered(settings, plugin.refused))
     assert ran.code == 2
     assert plugin.reason in ran.said
     assert "Traceback" not in ran.said
 
 
-def test_what_a_plugin_trained_is_merged_or_refused_with_its_reason(
+def test_an_adapter_of_a_plugin_is_merged_or_the_merge_is_refused_with_the_reason(
     plugin, settings, emloc, one_run
 ):
     assert emloc(*ordered(settings, plugin.overrides)).code == 0
@@ -202,7 +204,7 @@ def test_what_a_plugin_trained_is_merged_or_refused_with_its_reason(
         assert list((one_run() / "merged").glob("*.safetensors"))
 
 
-def test_plugins_are_found_by_plan_and_help(emloc, monkeypatch):
+def test_plan_and_help_find_plugins(emloc, monkeypatch):
     monkeypatch.setenv("EMLOC_PLUGINS", str(HERE / "gated"))
     assert "gated" in emloc("--help").out
     assert emloc("--cfg", "job", "adapter=gated").out.count("_target_: gated.Gated") == 1
@@ -211,7 +213,7 @@ def test_plugins_are_found_by_plan_and_help(emloc, monkeypatch):
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "local"])
-def test_plugins_are_found_by_the_workers_of_a_launcher(emloc, tiny, one_run, launcher):
+def test_workers_of_a_launcher_find_plugins(emloc, tiny, one_run, launcher):
     folders = os.pathsep.join(str(HERE / name) for name in ("gated", "healed"))
     ran = emloc.process(
         *("-m", f"hydra/launcher={launcher}", "name=swept", "method=emloc", "recovery=none"),
@@ -224,7 +226,7 @@ def test_plugins_are_found_by_the_workers_of_a_launcher(emloc, tiny, one_run, la
     assert 0 < metrics["facts"]["heal"]["error_left"] < 1
 
 
-def test_a_folder_of_plugins_that_is_not_there_is_refused(emloc, monkeypatch, tmp_path):
+def test_a_missing_plugin_folder_is_refused(emloc, monkeypatch, tmp_path):
     monkeypatch.setenv("EMLOC_PLUGINS", str(tmp_path / "nowhere"))
     ran = emloc("method=lora")
     assert ran.code == 2

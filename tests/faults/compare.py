@@ -1,9 +1,9 @@
-"""Are the faults that one suite of tests catches caught by another one, too?
+"""Compare two test suites: does the new suite catch the random faults that the old suite catches?
 
-Draws one-line faults with Cosmic Ray's operators from lines of the package that the old suite's
-tests run, puts each into a copy of the old and of the new tree, and runs in each the tests that run
-the line, until one fails. Both trees have to hold the same package. `tests/README.md` says how the
-traces are made.
+The script draws one-line faults with the operators of Cosmic Ray, from lines of the package that
+the old suite executes. It puts each fault into a copy of the old and of the new tree. In each copy
+it runs the tests that execute the line, until one fails. Both trees must contain the same package.
+`tests/README.md` says how to record the traces.
 
     python tests/faults/compare.py --old TREE --new TREE --old-trace FOLDER --new-trace FOLDER \\
         --seed 0 --count 40 --to FOLDER
@@ -38,60 +38,78 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Side:
-    """A suite, and which of its tests run which line."""
+    """A test suite, and the tests that execute each line of the package."""
 
     suite: Suite
     runners: Runners
 
 
 def main() -> None:
-    """Draw, try and write down; a fault that was tried before is not tried again."""
-    wanted = arguments()
+    """Draw faults, try each in both suites and write the table; skip faults already tried."""
+    options = arguments()
     old, new = (
         Side(
             Suite(name, tree, python or tree / ".venv/bin/python", seconds_of(trace)),
             runners_of(trace),
         )
         for name, tree, trace, python in (
-            ("old", wanted.old, wanted.old_trace, wanted.old_python),
-            ("new", wanted.new, wanted.new_trace, wanted.new_python),
+            ("old", options.old, options.old_trace, options.old_python),
+            ("new", options.new, options.new_trace, options.new_python),
         )
     )
-    refuse_other_packages(wanted.old, wanted.new)
-    faults = draw(wanted.old, old.runners, wanted.seed, wanted.count)
-    wanted.to.mkdir(parents=True, exist_ok=True)
-    journal = Journal(wanted.to / "outcomes.jsonl")
-    limits = Limits(wanted.test_seconds, wanted.fault_seconds)
-    with ThreadPoolExecutor(wanted.jobs) as pool:
+    refuse_other_packages(options.old, options.new)
+    faults = draw(options.old, old.runners, options.seed, options.count)
+    options.to.mkdir(parents=True, exist_ok=True)
+    journal = Journal(options.to / "outcomes.jsonl")
+    limits = Limits(options.test_seconds, options.fault_seconds)
+    with ThreadPoolExecutor(options.jobs) as pool:
         tried = [
-            pool.submit(attempt, journal, side, fault, limits, wanted.to, faults)
+            pool.submit(attempt, journal, side, fault, limits, options.to, faults)
             for fault in faults
             for side in (old, new)
             if (fault.number, side.suite.name) not in journal.outcomes
         ]
     for attempted in tried:
-        attempted.result()  # or an error would go unheard
-    write_table(wanted.to / "faults.csv", faults, journal)
-    slipped = [one for one in faults if slips(journal, one)]
-    print(summary(faults, journal), *(f"slipped: {one}" for one in slipped), sep="\n")
-    sys.exit(bool(slipped))
+        attempted.result()  # raises the error of a failed attempt
+    write_table(options.to / "faults.csv", faults, journal)
+    missed = [fault for fault in faults if is_newly_missed(journal, fault)]
+    print(
+        summary(faults, journal),
+        *(f"missed by the new suite: {fault}" for fault in missed),
+        sep="\n",
+    )
+    sys.exit(bool(missed))
 
 
 def arguments() -> argparse.Namespace:
-    """What the command line says."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     for name in ("old", "new"):
-        parser.add_argument(f"--{name}", type=_folder, required=True, help="a tree with its tests")
         parser.add_argument(
-            f"--{name}-trace", type=_folder, required=True, help="folder of its coverage and times"
+            f"--{name}", type=_folder, required=True, help="source tree with its tests"
         )
-        parser.add_argument(f"--{name}-python", type=Path, help="(TREE/.venv/bin/python)")
-    parser.add_argument("--to", type=Path, required=True, help="folder to write")
+        parser.add_argument(
+            f"--{name}-trace",
+            type=_folder,
+            required=True,
+            help="folder with the coverage and test times of this tree",
+        )
+        parser.add_argument(f"--{name}-python", type=Path, help="default: TREE/.venv/bin/python")
+    parser.add_argument("--to", type=Path, required=True, help="folder for the results")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=40, help="faults to draw")
-    parser.add_argument("--jobs", type=int, default=2, help="faults that are tried at a time")
-    parser.add_argument("--test-seconds", type=int, default=180, help="of a fast test, to fail")
-    parser.add_argument("--fault-seconds", type=int, default=7200, help="for the tests of a fault")
+    parser.add_argument("--count", type=int, default=40, help="number of faults to draw")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="number of faults tried at the same time"
+    )
+    parser.add_argument(
+        "--test-seconds",
+        type=int,
+        default=180,
+        help="seconds after which a fast test counts as failed",
+    )
+    parser.add_argument(
+        "--fault-seconds", type=int, default=7200, help="limit for all tests of one fault"
+    )
     return parser.parse_args()
 
 
@@ -103,48 +121,48 @@ def _folder(text: str) -> Path:
 
 
 def refuse_other_packages(old: Path, new: Path) -> None:
-    """End where a file of the package is not the same in both trees."""
+    """Exit with a message if a file of the package differs between the two trees."""
     for path in sorted((old / PACKAGE).rglob("*.py")):
         other = new / path.relative_to(old)
         if not other.exists() or not filecmp.cmp(path, other, shallow=False):
-            sys.exit(f"{path.relative_to(old)} is another file in {new}; give trees of one package")
+            sys.exit(f"{path.relative_to(old)} differs in {new}; both trees need the same package")
 
 
 def runners_of(trace: Path) -> Runners:
-    """Which test runs which line, of all coverage in a folder."""
-    found: dict[str, dict[int, frozenset[str]]] = {}
+    """Read from all coverage files in a folder which tests execute which line."""
+    runners: dict[str, dict[int, frozenset[str]]] = {}
     for path in sorted(set(trace.glob(".coverage*")) - set(trace.glob("*.seconds"))):
         data = CoverageData(str(path))
         try:
             data.read()
-        except DataError as error:  # of a process that was killed while it wrote
-            print(f"left out: {error}", file=sys.stderr)
+        except DataError as error:  # the file of a process that was killed while writing
+            print(f"skipped a coverage file: {error}", file=sys.stderr)
             continue
         for file in data.measured_files():
             place = f"{PACKAGE}/{file.rpartition(f'/{PACKAGE}/')[2]}"
-            lines = found.setdefault(place, {})
+            lines = runners.setdefault(place, {})
             for line, contexts in data.contexts_by_lineno(file).items():
-                tests = {one.rpartition("|")[0] for one in contexts if "|" in one}
+                tests = {name.rpartition("|")[0] for name in contexts if "|" in name}
                 if tests:
                     lines[line] = lines.get(line, frozenset()) | tests
-    return found
+    return runners
 
 
 def seconds_of(trace: Path) -> dict[str, float]:
-    """How long each test took, by what `traced.py` or JUnit's XML in a folder say."""
-    found: dict[str, float] = {}
+    """Read the seconds of each test from the files of `traced.py` or of JUnit in a folder."""
+    seconds: dict[str, float] = {}
     for path in trace.glob("*.xml"):
         for case in ElementTree.parse(path).iter("testcase"):
             file = case.attrib["classname"].replace(".", "/") + ".py"
-            found[f"{file}::{case.attrib['name']}"] = float(case.attrib["time"])
+            seconds[f"{file}::{case.attrib['name']}"] = float(case.attrib["time"])
     for path in trace.glob("*.seconds"):
         for line in map(json.loads, path.read_text().splitlines()):
-            found[line["test"]] = line["seconds"]
-    return found
+            seconds[line["test"]] = line["seconds"]
+    return seconds
 
 
 class Journal:
-    """The outcomes there are, kept in a file as they come."""
+    """The outcomes of all attempts, appended to a file one by one."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.lock = path, Lock()
@@ -165,7 +183,7 @@ class Journal:
 def attempt(
     journal: Journal, side: Side, fault: Fault, limits: Limits, to: Path, faults: list[Fault]
 ) -> None:
-    """Try a fault in one suite, and write down what came of it."""
+    """Try one fault in one suite, record the outcome and rewrite the table."""
     tests = sorted(side.runners.get(fault.file, {}).get(fault.line, ()))
     source = fault.source(side.suite.tree)
     outcome = try_fault(side.suite, fault.file, source, tests, limits)
@@ -176,7 +194,7 @@ def attempt(
 
 
 def write_table(path: Path, faults: list[Fault], journal: Journal) -> None:
-    """One row a fault; what has not been tried yet is empty."""
+    """Write one row per fault; columns of attempts still to come are empty."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -186,21 +204,21 @@ def write_table(path: Path, faults: list[Fault], journal: Journal) -> None:
                 outcome = journal.outcomes.get((fault.number, suite))
                 if outcome is not None:
                     row[f"{suite}_verdict"], row[f"{suite}_by"] = outcome.verdict, outcome.by
-                    row[f"{suite}_tests"] = f"{outcome.begun} of {outcome.listed}"
+                    row[f"{suite}_tests"] = f"{outcome.started} of {outcome.listed}"
                     row[f"{suite}_seconds"] = outcome.seconds
             writer.writerow(row)
 
 
-def slips(journal: Journal, fault: Fault) -> bool:
-    """Whether the old suite catches it and the new one does not."""
+def is_newly_missed(journal: Journal, fault: Fault) -> bool:
+    """Return whether the old suite catches this fault and the new suite does not."""
     old, new = (journal.outcomes[fault.number, suite].verdict for suite in ("old", "new"))
     return old == "caught" != new
 
 
 def summary(faults: list[Fault], journal: Journal) -> str:
-    """How many of the faults each suite caught."""
+    """Return one sentence with the number of faults that each suite caught."""
     caught = {
-        suite: sum(journal.outcomes[one.number, suite].verdict == "caught" for one in faults)
+        suite: sum(journal.outcomes[fault.number, suite].verdict == "caught" for fault in faults)
         for suite in ("old", "new")
     }
     return f"of {len(faults)} faults the old suite caught {caught['old']}, the new {caught['new']}"

@@ -1,4 +1,4 @@
-"""Draw one-line faults: a line that tests run, then one of Cosmic Ray's mutations of it."""
+"""Draw one-line faults: a line that tests execute, then a mutation of this line by Cosmic Ray."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from cosmic_ray import plugins
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 
-# File within the tree -> line -> tests that run it.
+# File within the tree -> line number -> tests that execute the line.
 Runners = Mapping[str, Mapping[int, frozenset[str]]]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A mutation: which occurrence of an operator in a file, and what it does to the line."""
+    """A mutation of one line: file, line, operator, occurrence of the operator, and the diff."""
 
     number: int
     file: str
@@ -29,33 +29,34 @@ class Fault:
     diff: str
 
     def source(self, tree: Path) -> str:
-        """The file with the fault in it."""
+        """Return the source of the file with the fault."""
         changed = mutated((tree / self.file).read_text(), self.operator, self.occurrence)
         assert changed is not None
         return changed
 
 
 def draw(tree: Path, runners: Runners, seed: int, count: int) -> list[Fault]:
-    """`count` faults on as many lines, each line as likely as any other, and then each mutation.
+    """Draw `count` faults, each on another line.
 
-    Lines within functions that some test runs. What a module does when it is imported is done
-    before any test. A mutation counts that changes one line, and not in its annotations alone.
+    First a line is drawn, then a mutation of the line, both uniformly. Only lines in functions that
+    a test executes are drawn, since lines at module level run during the import, before any test.
+    A mutation must change exactly one line, and more than annotations.
     """
-    dice = random.Random(seed)
+    generator = random.Random(seed)
     lines = [
         (file, line)
         for file in sorted(runners)
         for line in sorted(within_functions((tree / file).read_text()) & set(runners[file]))
     ]
-    dice.shuffle(lines)
+    generator.shuffle(lines)
     faults: list[Fault] = []
     for file, line in lines:
         if len(faults) == count:
             break
         source = (tree / file).read_text()
-        found = [(name, index) for name, index, at in mutations(source) if at == line]
-        dice.shuffle(found)
-        for name, index in found:
+        candidates = [(name, index) for name, index, at in mutations(source) if at == line]
+        generator.shuffle(candidates)
+        for name, index in candidates:
             changed = mutated(source, name, index)
             if changed is not None and is_fault(source, changed, line):
                 faults.append(Fault(len(faults), file, line, name, index, diff_of(source, changed)))
@@ -64,22 +65,22 @@ def draw(tree: Path, runners: Runners, seed: int, count: int) -> list[Fault]:
 
 
 def within_functions(source: str) -> set[int]:
-    """The lines of statements in bodies of functions."""
-    found: set[int] = set()
+    """Return the numbers of all lines in the bodies of functions."""
+    lines: set[int] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             for part in node.body:
                 assert part.end_lineno is not None
-                found.update(range(part.lineno, part.end_lineno + 1))
-    return found
+                lines.update(range(part.lineno, part.end_lineno + 1))
+    return lines
 
 
 def mutations(source: str) -> Iterator[tuple[str, int, int]]:
-    """Operator, occurrence and first line of every mutation there is of a file."""
+    """Yield operator, occurrence and first line of each possible mutation of a file."""
     nodes = list(ast_nodes(get_ast(source)))
     for name in sorted(plugins.operator_names()):
         kind = plugins.get_operator(name)
-        if kind.arguments():  # one that has to be told what to put in
+        if kind.arguments():  # an operator that needs arguments, such as a replacement
             continue
         operator = kind()
         places = (start for node in nodes for start, _ in operator.mutation_positions(node))
@@ -88,13 +89,13 @@ def mutations(source: str) -> Iterator[tuple[str, int, int]]:
 
 
 def mutated(source: str, operator: str, occurrence: int) -> str | None:
-    """The file with that mutation, if there is one."""
+    """Return the source with this mutation; None if the occurrence does not exist."""
     changed: str | None = mutate_code(source, plugins.get_operator(operator)(), occurrence)
     return changed
 
 
 def is_fault(source: str, changed: str, line: int) -> bool:
-    """Whether it changes that line alone, can be compiled, and is not of annotations alone."""
+    """Return whether only this line differs, and the changed file compiles to another program."""
     before, after = source.splitlines(), changed.splitlines()
     if len(before) != len(after):
         return False
@@ -102,13 +103,13 @@ def is_fault(source: str, changed: str, line: int) -> bool:
     if [number for number, (one, other) in pairs if one != other] != [line]:
         return False
     try:
-        return _meaning(source) != _meaning(changed)
+        return _program(source) != _program(changed)
     except SyntaxError:
         return False
 
 
-def _meaning(source: str) -> str:
-    """The program without its annotations, which nothing here asks for when it runs."""
+def _program(source: str) -> str:
+    """Return the syntax tree without annotations, which have no effect at run time."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.arg):
@@ -121,6 +122,6 @@ def _meaning(source: str) -> str:
 
 
 def diff_of(source: str, changed: str) -> str:
-    """The line before and after."""
+    """Return the changed line before and after the mutation."""
     lines = difflib.unified_diff(source.splitlines(), changed.splitlines(), lineterm="", n=0)
     return "\n".join(f"{line[0]} {line[1:].strip()}" for line in list(lines)[3:])

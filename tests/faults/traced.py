@@ -1,7 +1,7 @@
-"""A pytest plugin: processes that a test starts know its name, and how long each test took is kept.
+"""A pytest plugin: record the processor time of each test, and tell child processes its name.
 
-Coverage of such a process is recorded under `<test>|sub` (`coverage.rc`). The seconds, of processor
-time with that of child processes, go to `$TRACE_DATA.<process>.seconds`: one JSON line a test.
+The coverage of a child process is recorded as `<test>|sub` (see `coverage.rc`). The seconds include
+child processes; `$TRACE_DATA.<process>.seconds` gets one JSON line per test.
 """
 
 import json
@@ -13,8 +13,9 @@ import pytest
 
 
 def _seconds() -> float:
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
+    """Return the processor time of this process and its finished children so far."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,4 +1,4 @@
-"""Put a fault into a copy of a tree, and run tests there until one fails."""
+"""Put a fault into a copy of a source tree, and run tests there until one fails."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
-LEFT_BEHIND = shutil.ignore_patterns(
+NOT_COPIED = shutil.ignore_patterns(
     ".git", ".venv", ".hypothesis", "__pycache__", "*.egg-info", "runs", "build", "dist", ".*_cache"
 )
 PASSED, NOTHING_TO_RUN = 0, 5
@@ -22,7 +22,7 @@ PASSED, NOTHING_TO_RUN = 0, 5
 
 @dataclass(frozen=True)
 class Suite:
-    """A tree with tests, the Python that runs them, and what each is known to take."""
+    """A source tree with tests, the Python that runs the tests, and the seconds of each test."""
 
     name: str
     tree: Path
@@ -32,60 +32,61 @@ class Suite:
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds: of a fast test, which fails by passing it, and of all tests of a fault."""
+    """Time limits in seconds: of one fast test, and of all tests of one fault together."""
 
     test: int
     fault: int
 
     def of(self, seconds: float) -> float:
-        """The limit of a test that takes so long: far above it, for the machine may be busy."""
+        """Return the limit of a test that usually takes `seconds`; generous for busy machines."""
         return max(self.test, 40 * seconds)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """`verdict`: caught, survived, no test, or unfinished (the time of the fault was up).
+    """The result of trying one fault in one suite.
 
-    `by`: the test that failed; or `collection`, where the tests could not even be collected.
+    `verdict` is caught, survived, no test, or unfinished (the time limit of the fault was reached).
+    `by` is the test that failed, or `collection` if the tests could not be collected.
     """
 
     verdict: str
     by: str
     listed: int
-    begun: int
+    started: int
     seconds: float
 
 
 def try_fault(
     suite: Suite, file: str, source: str, tests: Sequence[str], limits: Limits
 ) -> Outcome:
-    """What becomes of the fault `source` of `file` when these tests run, fast ones first.
+    """Replace `file` by the faulty `source` and run these tests, fast ones first, until one fails.
 
-    A test that fails without the fault as well says nothing of it: the others go on without it.
+    A test that also fails without the fault does not count; the remaining tests are run then.
     """
-    start, left = time.monotonic(), in_order(suite, tests)
-    if not left:
+    start, remaining = time.monotonic(), in_order(suite, tests)
+    if not remaining:
         return Outcome("no test", "", 0, 0, 0.0)
-    begun = 0
+    started = 0
     while True:
         with _copy(suite) as tree:
             (tree / file).write_text(source)
-            verdict, by, count = _run(suite, tree, left, limits)
-        begun += count
-        if verdict == "caught" and by in left:
+            verdict, by, count = _run(suite, tree, remaining, limits)
+        started += count
+        if verdict == "caught" and by in remaining:
             with _copy(suite) as tree:
-                alone, _, _ = _run(suite, tree, [by], limits)
-            if alone != "survived":
-                left = left[left.index(by) + 1 :]
-                if left:
+                verdict_without_fault, _, _ = _run(suite, tree, [by], limits)
+            if verdict_without_fault != "survived":
+                remaining = remaining[remaining.index(by) + 1 :]
+                if remaining:
                     continue
                 verdict, by = "survived", ""
         seconds = round(time.monotonic() - start, 1)
-        return Outcome(verdict, by, len(tests), begun, seconds)
+        return Outcome(verdict, by, len(tests), started, seconds)
 
 
 def in_order(suite: Suite, tests: Sequence[str]) -> list[str]:
-    """Fast ones first; those that take about as long by file, for they share what they set up."""
+    """Sort tests by speed class, then by file, since tests of one file share their fixtures."""
 
     def place(test: str) -> tuple[int, str, float]:
         seconds = suite.seconds.get(test, 1.0)
@@ -98,25 +99,25 @@ def in_order(suite: Suite, tests: Sequence[str]) -> list[str]:
 def _copy(suite: Suite) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="fault-", ignore_cleanup_errors=True) as home:
         tree = Path(home) / "tree"
-        shutil.copytree(suite.tree, tree, ignore=LEFT_BEHIND)
+        shutil.copytree(suite.tree, tree, ignore=NOT_COPIED)
         yield tree
 
 
 def _run(suite: Suite, tree: Path, tests: Sequence[str], limits: Limits) -> tuple[str, str, int]:
-    """Verdict, the test that failed, and how many were begun."""
-    listed, said = tree.parent / "tests", tree.parent / "said"
-    listed.write_text(
+    """Return the verdict, the test that failed, and the number of tests that were started."""
+    test_list, progress = tree.parent / "tests", tree.parent / "progress"
+    test_list.write_text(
         "\n".join(f"{limits.of(suite.seconds.get(test, 1.0)):.0f} {test}" for test in tests)
     )
-    said.touch()
-    path = [str(tree), str(tree / "emloc" / "plugins"), str(HERE)]
+    progress.touch()
+    path = [str(tree), str(tree / "emloc" / "sweeps" / "plugin"), str(HERE)]
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path),
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
-        "FAULTS_TESTS": str(listed),
-        "FAULTS_SAID": str(said),
+        "FAULTS_TESTS": str(test_list),
+        "FAULTS_PROGRESS": str(progress),
         "TMPDIR": str(tree.parent),
     }
     command = [
@@ -134,22 +135,22 @@ def _run(suite: Suite, tree: Path, tests: Sequence[str], limits: Limits) -> tupl
             code = None
         finally:
             _end(process)
-    lines = [json.loads(line) for line in said.read_text().splitlines()]
-    begun = [line["begun"] for line in lines if "begun" in line]
+    lines = [json.loads(line) for line in progress.read_text().splitlines()]
+    started = [line["started"] for line in lines if "started" in line]
     failed = [line["failed"] for line in lines if "failed" in line]
     if failed:
-        return "caught", failed[0], len(begun)
+        return "caught", failed[0], len(started)
     if code is None:
-        return "unfinished", begun[-1] if begun else "", len(begun)
+        return "unfinished", started[-1] if started else "", len(started)
     if code == PASSED:
-        return "survived", "", len(begun)
+        return "survived", "", len(started)
     if code == NOTHING_TO_RUN:
         return "no test", "", 0
-    return "caught", begun[-1] if begun else "collection", len(begun)
+    return "caught", started[-1] if started else "collection", len(started)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the tests and whatever they have started."""
+    """Kill the test process and all processes that it has started."""
     try:
         os.killpg(process.pid, 9)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""The same runs on a CUDA device: `make test-gpu`."""
+"""Whole runs on a CUDA device give the results of a CPU (`make test-gpu`)."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def result_of(tiny, root, *overrides):
         "loram_rand emulator.first=0 emulator.last=0 compression.bits=4",
     ],
 )
-def test_a_device_gives_what_a_cpu_gives(tiny, tmp_path, monkeypatch, chosen):
+def test_a_gpu_gives_the_results_of_a_cpu(tiny, tmp_path, monkeypatch, chosen):
     overrides = f"method={chosen}".split()
     there = result_of(tiny, tmp_path / "device", *overrides)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -52,8 +52,8 @@ def test_a_device_gives_what_a_cpu_gives(tiny, tmp_path, monkeypatch, chosen):
             assert layer["kept"] == pytest.approx(tables[1][name]["kept"], abs=1e-5)
 
 
-def test_padding_makes_no_nan_of_a_gradient_at_any_length(tmp_path):
-    """As cuDNN's attention does at lengths of 64 beyond a multiple of 128."""
+def test_padding_causes_no_nan_gradients_at_any_length(tmp_path):
+    """The attention of cuDNN did so at lengths of 64 beyond a multiple of 128."""
     shape = {
         "model_type": "llama",
         "vocab_size": 300,
@@ -104,7 +104,7 @@ def test_padding_makes_no_nan_of_a_gradient_at_any_length(tmp_path):
 
 @pytest.mark.parametrize(("rows", "columns"), [(96, 64), (64, 96)])
 def test_statistics_are_summed_without_tf32(monkeypatch, rows, columns):
-    """Input and output Grams of the very same activations, whatever the process is set to."""
+    """Input and output Gram matrices of the same activations are exact although TF32 is allowed."""
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     torch.manual_seed(0)
     x = torch.randn(1000, columns, device="cuda")

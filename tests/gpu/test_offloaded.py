@@ -1,13 +1,13 @@
-"""Blocks streamed to a device train as blocks that are there, in less of its memory.
+"""Training with streamed blocks gives the results of resident blocks with less device memory.
 
-`make test-gpu`.
+Run by `make test-gpu`.
 """
 
 import gc
 
 import pytest
 import torch
-from packed import held_at
+from packed import precision_of
 from tiny import linears
 from transformers import AutoModelForCausalLM
 
@@ -40,24 +40,24 @@ SHAPE = {
     "attention_bias": True,
     "tie_word_embeddings": False,
 }
-BYTES = 2 * (4 * 2048**2 + 3 * 2048 * 4096)  # of the matrices of a block, in bfloat16
+BYTES = 2 * (4 * 2048**2 + 3 * 2048 * 4096)  # bytes of the matrices of one block, in bfloat16
 
 
 @pytest.fixture(scope="module")
 def source():
-    """Blocks that take longer to be copied than to be computed on a few tokens."""
+    """A model whose blocks take longer to copy than to compute on a few tokens."""
     auto = AutoModelForCausalLM
     return Source(None, "wide", "0", torch.bfloat16, auto, SHAPE, seed=0)
 
 
-def trained(emulator, source, folder, bits, lean, recipe):
-    """Losses and gradients of three passes; bytes allocated at most and reserved at the end."""
+def train_three_passes(emulator, source, folder, bits, lean, recipe):
+    """Losses and gradients of three passes, and the peak of allocated bytes."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    emulator.build(folder, source, BuildInputs(None, None, None, held_at(bits)), device=CUDA)
-    model = emulator.open(folder, source, CUDA, precision=held_at(bits))
+    emulator.build(folder, source, BuildInputs(None, None, None, precision_of(bits)), device=CUDA)
+    model = emulator.open(folder, source, CUDA, precision=precision_of(bits))
     torch.manual_seed(0)
     adapter = Lora()
     tuned = adapter.attach(model, LoraSettings(8, 16.0, 0.0), linears(model, r".*_proj")).train()
@@ -72,9 +72,9 @@ def trained(emulator, source, folder, bits, lean, recipe):
         torch.manual_seed(seed)
         ids = torch.randint(0, 512, (1, 64), device=CUDA)
         batch = {"input_ids": ids, "labels": ids}
-        found = (loss or Tokens().loss)(tuned, batch, Tokens().items(batch))
-        found.backward()
-        losses.append(found.item())
+        loss_value = (loss or Tokens().loss)(tuned, batch, Tokens().items(batch))
+        loss_value.backward()
+        losses.append(loss_value.item())
     gradients = {n: p.grad.cpu() for n, p in tuned.named_parameters() if p.requires_grad}
     with torch.no_grad():
         again = [float(tuned(input_ids=ids).logits.float().sum()) for _ in range(2)]
@@ -84,16 +84,19 @@ def trained(emulator, source, folder, bits, lean, recipe):
 
 @pytest.mark.parametrize("lean", [True, False], ids=["lean", "plain"])
 @pytest.mark.parametrize("bits", [16, 4])
-def test_gradients_are_those_of_the_whole_model_in_less_memory(source, tmp_path, tiny, bits, lean):
+def test_gradients_equal_those_of_resident_blocks_with_less_memory(
+    source, tmp_path, tiny, bits, lean
+):
     recipe = build(compose([*tiny, "method=offload"])).train
     runs = [
-        trained(emulator, source, tmp_path, bits, lean, recipe) for emulator in (Full(), Offload())
+        train_three_passes(emulator, source, tmp_path, bits, lean, recipe)
+        for emulator in (Full(), Offload())
     ]
-    (true, expected, whole), (found, gradients, ours) = runs
-    assert found == pytest.approx(true, rel=1e-5)
+    (true, expected, whole), (losses, gradients, ours) = runs
+    assert losses == pytest.approx(true, rel=1e-5)
     for name, gradient in expected.items():
         assert (gradients[name] - gradient).norm() <= 1e-3 * gradient.norm(), name
-    # All but two blocks are gone, and none is there a third time.
+    # All but two blocks are in host memory, and there is no third copy on the device.
     size = BYTES if bits == 16 else BYTES / 4
     assert whole - ours > (BLOCKS - 3) * size
 
@@ -103,7 +106,7 @@ def test_gradients_are_those_of_the_whole_model_in_less_memory(source, tmp_path,
     [(), ("train.lean=false",), ("compression.bits=4",), ("train.host_activations=true",)],
     ids=["lean", "plain", "nf4", "activations on the host"],
 )
-def test_a_run_has_the_curve_of_lora(tiny, tmp_path, overrides):
+def test_a_run_has_the_losses_of_lora(tiny, tmp_path, overrides):
     curves = []
     for method in ("lora", "offload"):
         losses = []
@@ -111,7 +114,9 @@ def test_a_run_has_the_curve_of_lora(tiny, tmp_path, overrides):
             compose([*tiny, f"method={method}", "train.checkpointing=true", *overrides])
         )
         run(
-            run_config, Store(tmp_path / method), lambda _, said, to=losses: to.append(said["loss"])
+            run_config,
+            Store(tmp_path / method),
+            lambda _, values, to=losses: to.append(values["loss"]),
         )
         curves.append(losses)
     assert len(curves[0]) == 5

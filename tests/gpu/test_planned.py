@@ -1,10 +1,10 @@
-"""The planned peak is the one a device reaches."""
+"""The planned peak memory equals the measured peak on a device."""
 
 from functools import partial
 
 import pytest
 import torch
-from packed import held_at
+from packed import precision_of
 
 from emloc.adapters.training_inputs import TrainingInputs
 from emloc.cost.bench.setting import BenchSetup, reset_memory
@@ -25,7 +25,7 @@ from emloc.stages.training.train import fit_rows
 pytestmark = pytest.mark.gpu
 
 STEPS, BATCH, LENGTH, ANSWER = 3, 2, 1024, 128
-# Two blocks of a Llama of this width would be too small for the allocator's grain not to matter.
+# With fewer than these blocks the rounding of the allocator would matter.
 SHAPE = (
     *("hidden_size=2048", "intermediate_size=5632", "num_hidden_layers=8", "vocab_size=32000"),
     *("num_attention_heads=16", "num_key_value_heads=4", "bos_token_id=1", "eos_token_id=2"),
@@ -33,12 +33,12 @@ SHAPE = (
 
 
 def peak_of(setup, opener, folder, device):
-    """Bytes allocated at most from the opening of the model to the last of three steps."""
+    """Return the peak of allocated bytes, from opening the model to the last of three steps."""
     run_config, source = setup.run_config, setup.source
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(10, 32000, (STEPS * 2 * BATCH, LENGTH), generator=draw).tolist()
     rows = [EncodedExample("random", one, LENGTH - ANSWER) for one in ids]
-    made = PreparedModel(source, partial(opener, setup))
+    prepared = PreparedModel(source, partial(opener, setup))
     adapter, recipe, layers = (
         run_config.adapter,
         run_config.train,
@@ -51,7 +51,7 @@ def peak_of(setup, opener, folder, device):
     before = torch.cuda.memory_allocated(device)
     facts = fit_rows(
         folder,
-        made,
+        prepared,
         training_inputs,
         rows,
         lambda some: collate(some, pad=0),
@@ -75,7 +75,7 @@ def peak_of(setup, opener, folder, device):
     ],
     ids=["lora", "qlora", "emloc", "emloc_nf4"],
 )
-def test_a_training_takes_what_was_planned(
+def test_a_training_needs_the_planned_memory(
     tmp_path, opener, ratio, bits, recipe, accumulate, capsys
 ):
     checkpointing, host = recipe != "kept", recipe == "on_host"
@@ -91,7 +91,9 @@ def test_a_training_takes_what_was_planned(
     train, shape = setup.run_config.train, setup.source.config
     assert (train.batch, train.accumulate, shape.num_hidden_layers) == (BATCH, accumulate, 8)
     work = StepShape(LENGTH, BATCH, ANSWER, checkpointing, host, accumulate)
-    planned = need_of(layout_of(setup.run_config, setup.source, ratio, held_at(bits)), work).peak
+    planned = need_of(
+        layout_of(setup.run_config, setup.source, ratio, precision_of(bits)), work
+    ).peak
     measured = peak_of(setup, opener, tmp_path, setup.device)
     with capsys.disabled():
         print(f"\n{planned / 2**20:.0f} MiB planned, {measured / 2**20:.0f} MiB allocated")

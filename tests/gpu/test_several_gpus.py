@@ -1,4 +1,4 @@
-"""Two GPUs take the steps of one: DDP on the lean path, and weights split by FSDP2."""
+"""Two GPUs train like one: DDP on the memory-saving path, and FSDP2."""
 
 import json
 import sys
@@ -35,17 +35,19 @@ def curve(runs: Path) -> list[float]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("split", [False, True], ids=["ddp", "fsdp2"])
-def test_two_gpus_give_the_curve_of_one_with_the_same_samples_a_step(
+def test_two_gpus_give_the_losses_of_one_with_as_many_samples_per_step(
     emloc, tiny, tmp_path, dtype, split, capsys
 ):
     wide = save_checkpoint(tmp_path / "wide", **WIDE)
-    said = [f"model.source={wide}", f"model.dtype={dtype}", *RECIPE]
+    settings = [f"model.source={wide}", f"model.dtype={dtype}", *RECIPE]
     path = [f"train.lean={str(not split).lower()}"]
     one = emloc.process(
-        *tiny, *said, *path, "train.accumulate=2", "name=one", CUDA_VISIBLE_DEVICES="0"
+        *tiny, *settings, *path, "train.accumulate=2", "name=one", CUDA_VISIBLE_DEVICES="0"
     )
     assert one.code == 0, one.said
-    two = emloc.process(*tiny, *said, *path, "name=two", program=TWO, **(SPLIT if split else {}))
+    two = emloc.process(
+        *tiny, *settings, *path, "name=two", program=TWO, **(SPLIT if split else {})
+    )
     assert two.code == 0, two.said
     ours, theirs = curve(tmp_path / "runs/two"), curve(tmp_path / "runs/one")
     with capsys.disabled():

@@ -1,4 +1,4 @@
-"""Every notebook: kept clean, short, and true when it is executed as Jupyter would."""
+"""Every notebook is short, is stored without outputs, and runs in Jupyter without an error."""
 
 import ast
 from pathlib import Path
@@ -9,9 +9,9 @@ from nbclient import NotebookClient
 
 HOME = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(HOME.glob("*.ipynb"))
-CELLS = 11
-LINES = 5  # of a function or class that a notebook defines
-SECONDS = 240  # of one cell
+CELLS = 11  # most cells of a notebook
+LINES = 5  # most lines of a function or class that a notebook defines
+SECONDS = 240  # time limit of one cell
 MAGIC = "%matplotlib inline"
 
 every = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -28,18 +28,18 @@ def code(path):
 
 
 def parsed(path):
-    """All its code as one module, without the one magic that is allowed."""
+    """Return the syntax tree of all code cells, without the only allowed magic command."""
     lines = "\n".join(cell.source for cell in code(path)).splitlines()
     return ast.parse("\n".join(line for line in lines if line != MAGIC))
 
 
 @pytest.fixture(scope="module")
 def shared_cache(tmp_path_factory):
-    """One store for all of them: who reads them in order computes nothing twice either."""
+    """One stage cache for all notebooks, as for a reader who runs them in order."""
     return tmp_path_factory.mktemp("cache")
 
 
-def test_the_four_of_them_are_there():
+def test_all_four_notebooks_exist():
     stems = {path.stem for path in NOTEBOOKS}
     assert stems >= {"01_one_layer", "02_first_run", "03_read_results", "04_compression_ratio"}
 
@@ -50,7 +50,7 @@ def test_is_short(path):
 
 
 @every
-def test_is_stored_without_what_running_it_leaves(path):
+def test_is_stored_without_outputs_and_execution_counts(path):
     for cell in code(path):
         assert cell.outputs == []
         assert cell.execution_count is None
@@ -58,7 +58,7 @@ def test_is_stored_without_what_running_it_leaves(path):
 
 
 @every
-def test_defines_next_to_nothing(path):
+def test_defines_only_very_short_functions(path):
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     for node in ast.walk(parsed(path)):
         if isinstance(node, kinds):
@@ -67,7 +67,7 @@ def test_defines_next_to_nothing(path):
 
 
 @every
-def test_says_itself_what_its_numbers_have_to_be(path):
+def test_asserts_its_own_numbers(path):
     assert any(isinstance(node, ast.Assert) for node in ast.walk(parsed(path)))
 
 
@@ -88,7 +88,7 @@ def test_links_to_notebooks_that_exist(path):
 
 @pytest.mark.timeout(600)
 @every
-def test_runs_from_its_own_folder_and_leaves_nothing_there(
+def test_runs_from_its_own_folder_and_writes_no_file_there(
     path, shared_cache, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("EMLOC_CACHE", str(shared_cache))
@@ -99,5 +99,5 @@ def test_runs_from_its_own_folder_and_leaves_nothing_there(
     resources = {"metadata": {"path": str(HOME)}}
     NotebookClient(book, timeout=SECONDS, kernel_name="python3", resources=resources).execute()
     assert sorted(HOME.rglob("*")) == before
-    shown = [one for cell in book.cells for one in cell.get("outputs", ()) if "data" in one]
-    assert sum("image/png" in one.data for one in shown) >= 2
+    outputs = [output for cell in book.cells for output in cell.get("outputs", ())]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2

@@ -1,4 +1,4 @@
-"""Whole runs through the pipeline, and the store that they share."""
+"""Fixtures that run the whole pipeline, and the stage cache that tests share."""
 
 from functools import partial
 
@@ -17,25 +17,32 @@ def _one_store(shared):
 
 @pytest.fixture
 def stages(request, store, _one_store):
-    """Where a stage that any test has been through is found by all others, by its key."""
+    """The stage cache that all tests share: a stage computed by one test is reused by all others.
+
+    With `--own-stores` each test gets an empty cache instead.
+    """
     return store if request.config.getoption("own_stores") else _one_store
 
 
-def silent(step, values):
-    """A report to nobody."""
+def ignore_report(step, values):
+    """Ignore the reported training metrics."""
 
 
-def run_with(store, settings, *overrides, report=silent):
+def run_with(store, settings, *overrides, report=ignore_report):
+    """Run the pipeline with the stage cache `store` and these overrides."""
     return run(build(compose([*settings, *overrides])), store, report)
 
 
 @pytest.fixture
-def go(tiny, stages):
-    """Run the pipeline with overrides on top of the tiny ones, on what other tests have made."""
+def run_cached(tiny, stages):
+    """Function that runs the pipeline on the tiny model and reuses stages of other tests."""
     return partial(run_with, stages, tiny)
 
 
 @pytest.fixture
-def afresh(tiny, store):
-    """The same from nothing: for what is about the cache, or the work, or code that is changed."""
+def run_uncached(tiny, store):
+    """Function that runs the pipeline on the tiny model with an empty stage cache.
+
+    For tests of the cache, of messages during a stage, and of runs with patched code.
+    """
     return partial(run_with, store, tiny)

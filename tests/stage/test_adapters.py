@@ -1,4 +1,4 @@
-"""rsLoRA and DoRA from settings to scores, through each kind of emulator they go with."""
+"""rsLoRA and DoRA: whole runs with each emulator that they work with."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from omegaconf import OmegaConf
-from packed import held_at
+from packed import precision_of
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -39,7 +39,7 @@ from emloc.tensors.lean.embedding import HostEmbedding
 CPU = torch.device("cpu")
 IDS = torch.arange(24).reshape(2, 12) + 5
 TARGETS = r".*_proj"
-# The widths of a real model: multiples of 64.
+# Widths that are multiples of 64, as in real models.
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6}
 ENDS = ["emulator.first=1", "emulator.last=1", "compression.ratio=0.75"]
 
@@ -50,9 +50,9 @@ def wide(made_once):
 
 
 @pytest.fixture
-def go(go):
+def run_cached(run_cached):
     def run_with(*overrides: str):
-        result = go("train.steps=6", *overrides)
+        result = run_cached("train.steps=6", *overrides)
         return result, losses_of(result)
 
     return run_with
@@ -71,18 +71,18 @@ def logits(model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("adapter", [RsLora(), Dora()], ids=["rslora", "dora"])
-def test_a_start_is_lora_s_own_and_changes_nothing(adapter):
+def test_a_new_adapter_starts_like_lora_and_changes_no_output(adapter):
     plain, other = (attached(one) for one in (Lora(), adapter))
-    found = dict(other.named_parameters())
+    parameters = dict(other.named_parameters())
     pairs = {n: p for n, p in plain.named_parameters() if ".lora_A" in n or ".lora_B" in n}
     assert len(pairs) == 2 * 14
-    assert all(torch.equal(found[name], tensor) for name, tensor in pairs.items())
+    assert all(torch.equal(parameters[name], tensor) for name, tensor in pairs.items())
     torch.testing.assert_close(logits(other), logits(plain), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(4, 4), (4, 16), (16, 8)])
-def test_rslora_scales_by_alpha_over_the_root_of_the_rank(tmp_path, rank, alpha):
-    """PEFT's, the fused layer's and that of the pairs are one."""
+def test_rslora_scales_by_alpha_over_the_square_root_of_the_rank(tmp_path, rank, alpha):
+    """PEFT, the fused layer and the saved pairs use the same scale."""
     tuned = attached(RsLora(), rank=rank, alpha=alpha)
     for name, parameter in tuned.named_parameters():
         if ".lora_" in name:
@@ -105,8 +105,8 @@ def test_rslora_scales_by_alpha_over_the_root_of_the_rank(tmp_path, rank, alpha)
     ],
     ids=["full", "svd", "svd in nf4"],
 )
-def test_rslora_goes_from_settings_to_scores(go, through):
-    result, losses = go(*through, "train.learning_rate=0.02")
+def test_a_run_with_rslora_gives_scores(run_cached, through):
+    result, losses = run_cached(*through, "train.learning_rate=0.02")
     assert 0 < result.evaluated.facts["scores"]["loss"] < 10
     assert losses[-1] < losses[0]
     pairs = read_lora(result.recovered.folder / "adapter").pairs
@@ -114,11 +114,11 @@ def test_rslora_goes_from_settings_to_scores(go, through):
 
 
 @pytest.mark.parametrize("bits", [16, 4])
-def test_the_correction_is_exact_at_the_scale_of_rslora(go, tiny, bits):
-    """W x + s B'A' x = W_e x + s B A x for x in the rows of A."""
-    said = ["method=emloc", "adapter=rslora", f"compression.bits={bits}"]
-    result, _ = go(*said, "recovery.clamp=null", "lora.alpha=6")
-    run_config = build(compose([*tiny, *said]))
+def test_the_correction_is_exact_at_the_scale_of_rslora(run_cached, tiny, bits):
+    """W x + s B'A' x = W_e x + s B A x holds for x in the rows of A."""
+    overrides = ["method=emloc", "adapter=rslora", f"compression.bits={bits}"]
+    result, _ = run_cached(*overrides, "recovery.clamp=null", "lora.alpha=6")
+    run_config = build(compose([*tiny, *overrides]))
     source = run_config.model.open()
     trained = read_lora(result.trained.folder / "adapter").pairs
     for layer, new in read_lora(result.recovered.folder / "adapter").pairs.items():
@@ -127,8 +127,10 @@ def test_the_correction_is_exact_at_the_scale_of_rslora(go, tiny, bits):
         gap = run_config.emulator.residual(
             result.emulated.folder, source, layer, precision=run_config.precision
         )
-        left = (gap + new.delta.double()) @ old.a.double().T
-        torch.testing.assert_close(left, old.delta.double() @ old.a.double().T, atol=1e-6, rtol=0)
+        corrected_outputs = (gap + new.delta.double()) @ old.a.double().T
+        torch.testing.assert_close(
+            corrected_outputs, old.delta.double() @ old.a.double().T, atol=1e-6, rtol=0
+        )
 
 
 @pytest.mark.parametrize(
@@ -142,8 +144,8 @@ def test_the_correction_is_exact_at_the_scale_of_rslora(go, tiny, bits):
     ],
     ids=["full", "bfloat16", "nf4", "layer_drop", "layer_drop in nf4"],
 )
-def test_dora_goes_from_settings_to_scores(go, wide, through, layers):
-    result, losses = go(*through, f"model.source={wide}", "train.learning_rate=0.02")
+def test_a_run_with_dora_gives_scores(run_cached, wide, through, layers):
+    result, losses = run_cached(*through, f"model.source={wide}", "train.learning_rate=0.02")
     assert 0 < result.evaluated.facts["scores"]["loss"] < 10
     assert losses[-1] < losses[0]
     trained, recovered = (
@@ -159,10 +161,10 @@ def test_dora_goes_from_settings_to_scores(go, wide, through, layers):
 
 
 @pytest.mark.parametrize("bits", [16, 4])
-def test_offsite_tuning_puts_its_ends_on_the_whole_model(go, wide, bits):
-    """Trained through four of six blocks; plain PEFT loads it by the names of the original."""
-    said = ["method=offsite", *ENDS, f"compression.bits={bits}", f"model.source={wide}"]
-    result, losses = go(*said, "train.learning_rate=0.02")
+def test_an_offsite_adapter_works_on_the_whole_model(run_cached, wide, bits):
+    """Trained with four of six blocks; PEFT loads the adapter by the names of the original."""
+    overrides = ["method=offsite", *ENDS, f"compression.bits={bits}", f"model.source={wide}"]
+    result, losses = run_cached(*overrides, "train.learning_rate=0.02")
     assert losses[-1] < losses[0]
     assert result.emulated.facts["share_of_linears"] == pytest.approx(4 / 6, abs=1e-4)
     config = json.loads((result.recovered.folder / "adapter" / "adapter_config.json").read_text())
@@ -175,14 +177,14 @@ def test_offsite_tuning_puts_its_ends_on_the_whole_model(go, wide, bits):
 
 
 @pytest.mark.parametrize("bits", [16, 4])
-def test_magnitudes_start_as_the_norms_of_the_weights_that_are_trained_through(wide, bits):
+def test_magnitudes_of_dora_start_as_the_norms_of_the_emulator_weights(wide, bits):
     source = Source(wide, "tiny", "0", torch.bfloat16)
     layers = [name for name in source.linears if name.endswith("_proj")] if bits == 4 else []
-    model = load_quantized(source, layers, CPU, held_at(bits))
+    model = load_quantized(source, layers, CPU, precision_of(bits))
     tuned = Dora().attach(model, LoraSettings(4, 4, 0.0), linears(model, TARGETS))
-    found = {n: one for n, one in tuned.named_modules() if isinstance(one, LoraLayer)}
-    assert len(found) == 42
-    for layer in found.values():
+    parameters = {n: one for n, one in tuned.named_modules() if isinstance(one, LoraLayer)}
+    assert len(parameters) == 42
+    for layer in parameters.values():
         base = layer.get_base_layer()
         weight = base.matrix.dequantize() if bits == 4 else base.weight
         magnitude = layer.lora_magnitude_vector["default"].weight
@@ -190,8 +192,8 @@ def test_magnitudes_start_as_the_norms_of_the_weights_that_are_trained_through(w
         torch.testing.assert_close(magnitude.data, weight.float().norm(dim=1))
 
 
-def test_in_bfloat16_a_loaded_dora_is_the_one_that_was_trained(wide, tmp_path):
-    """Its magnitudes stay float32, and the start is the model itself."""
+def test_in_bfloat16_a_loaded_dora_equals_the_trained_one(wide, tmp_path):
+    """The magnitudes stay float32, and a new adapter does not change the model."""
     source = Source(wide, "tiny", "0", torch.bfloat16)
     model = source.load(CPU)
     tuned = Dora().attach(model, LoraSettings(4, 4, 0.0), linears(model, TARGETS))
@@ -206,10 +208,10 @@ def test_in_bfloat16_a_loaded_dora_is_the_one_that_was_trained(wide, tmp_path):
     assert (logits(loaded) - plain).abs().max() > 0.05
 
 
-def test_four_bits_that_bitsandbytes_reads_wrongly_are_refused(go):
-    """The tiny model is 32 wide."""
+def test_widths_that_bitsandbytes_reads_wrongly_are_refused_with_dora(run_cached):
+    """The tiny model is 32 wide, which is no multiple of 64."""
     with pytest.raises((ConfigError, StageError)) as refused:
-        go("method=dora", "compression.bits=4")
+        run_cached("method=dora", "compression.bits=4")
     assert str(refused.value).endswith(
         "adapter=dora needs the weight of model.layers.0.self_attn.q_proj, and on a CPU "
         "bitsandbytes reads a 4-bit weight wrongly unless its width, 32, is a multiple of 64; set "
@@ -217,7 +219,7 @@ def test_four_bits_that_bitsandbytes_reads_wrongly_are_refused(go):
     )
 
 
-def test_dora_is_trained_as_peft_does():
+def test_training_with_dora_equals_that_of_peft():
     assert not Dora().fuse(attached(Dora()))
 
 
@@ -225,8 +227,8 @@ def test_dora_is_trained_as_peft_does():
 
 
 @pytest.mark.parametrize("adapter", [Lora(), Dora()], ids=["lora", "dora"])
-def test_every_adapter_gets_what_is_not_of_the_adapter(tiny, adapter):
-    """The embedding on the host, the loss of the answers alone, inputs of layers on the host."""
+def test_every_adapter_uses_the_memory_savings_outside_the_adapter(tiny, adapter):
+    """The embedding and layer inputs in host memory, and the loss of answer tokens alone."""
     recipe = build(compose([*tiny, "train=steps500"])).train
     assert recipe.host_activations
     tuned = attached(adapter).train()
@@ -234,17 +236,18 @@ def test_every_adapter_gets_what_is_not_of_the_adapter(tiny, adapter):
     assert fused == (type(adapter) is Lora)
     inner = adapter.base(tuned)
     assert type(inner.get_input_embeddings()) is HostEmbedding
-    assert type(inner.get_output_embeddings()) is not nn.Linear  # it hands hidden states on
+    # The head was replaced by one that returns hidden states.
+    assert type(inner.get_output_embeddings()) is not nn.Linear
     waiting = [one for one in inner.modules() if getattr(one, "gradient_checkpointing", False)]
-    assert len(waiting) == 2 + 1  # the blocks and the decoder around them
+    assert len(waiting) == 2 + 1  # the blocks, and the decoder around them
     assert all("_with_offloading" in repr(one._gradient_checkpointing_func) for one in waiting)
     plain = attached(adapter).train()
     expected = plain(input_ids=IDS, labels=IDS).loss
     batch = {"input_ids": IDS, "labels": IDS}
-    found = loss(tuned, batch, Tokens().items(batch))
-    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    parameters = loss(tuned, batch, Tokens().items(batch))
+    assert parameters.item() == pytest.approx(expected.item(), rel=1e-5)
     expected.backward()
-    found.backward()
+    parameters.backward()
     true = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
     got = {name: p.grad for name, p in tuned.named_parameters() if p.grad is not None}
     assert got.keys() == true.keys()
@@ -254,17 +257,17 @@ def test_every_adapter_gets_what_is_not_of_the_adapter(tiny, adapter):
 
 
 @pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-5), ("bfloat16", 1e-2)])
-def test_a_lean_dora_differs_by_rounding_only(go, dtype, close):
-    said = ["method=dora", f"model.dtype={dtype}", "train.learning_rate=0.02"]
-    curves = [go(*said, f"train.lean={lean}")[1] for lean in ("true", "false")]
+def test_the_memory_saving_path_of_dora_differs_only_by_rounding(run_cached, dtype, close):
+    overrides = ["method=dora", f"model.dtype={dtype}", "train.learning_rate=0.02"]
+    curves = [run_cached(*overrides, f"train.lean={lean}")[1] for lean in ("true", "false")]
     assert len(curves[0]) == 6
     assert curves[0] == pytest.approx(curves[1], rel=close)
 
 
-def test_a_training_can_start_from_a_saved_adapter(go, tiny, tmp_path):
-    said = ["method=lora", "train.learning_rate=0.02"]
-    first, losses = go(*said)
-    run_config = build(compose([*tiny, *said, "train.steps=6", "train.warmup=0"]))
+def test_a_training_can_start_from_a_saved_adapter(run_cached, tiny, tmp_path):
+    overrides = ["method=lora", "train.learning_rate=0.02"]
+    first, losses = run_cached(*overrides)
+    run_config = build(compose([*tiny, *overrides, "train.steps=6", "train.warmup=0"]))
     source = run_config.model.open()
     training_inputs = TrainingInputs(
         *(
@@ -288,7 +291,7 @@ def test_a_training_can_start_from_a_saved_adapter(go, tiny, tmp_path):
         report=lambda step, values: lines.append(values["loss"]),
         start=first.trained.folder / "adapter",
     )
-    # The same rows in the same order: they are known already.
+    # The same rows in the same order: the loaded adapter has learnt them already.
     assert lines[0] < losses[0] - 0.1
     assert facts["trainable"] == first.trained.facts["trainable"]
     before, after = (
@@ -299,8 +302,8 @@ def test_a_training_can_start_from_a_saved_adapter(go, tiny, tmp_path):
     assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_dora_run_is_merged_into_the_very_model_that_was_scored(go, tiny, checkpoint, tmp_path):
-    result, _ = go("method=dora", "train.learning_rate=0.05", "lora.alpha=8")
+def test_a_merged_dora_run_equals_the_model_that_was_scored(run_cached, tiny, checkpoint, tmp_path):
+    result, _ = run_cached("method=dora", "train.learning_rate=0.05", "lora.alpha=8")
     folder = tmp_path / "run"
     folder.mkdir()
     OmegaConf.save(compose([*tiny, "method=dora"]), folder / "config.yaml", resolve=True)
@@ -320,7 +323,7 @@ def test_a_dora_run_is_merged_into_the_very_model_that_was_scored(go, tiny, chec
         torch.testing.assert_close(tensors[f"{layer}.weight"].norm(dim=1), magnitude.abs())
 
 
-def test_a_dora_is_written_as_it_was_read_and_is_no_plain_lora(tmp_path):
+def test_a_dora_adapter_is_copied_unchanged_and_not_read_as_lora(tmp_path):
     tuned = attached(Dora())
     Dora().save(tuned, tmp_path / "one", "somebody/model")
     read_adapter(tmp_path / "one").save(tmp_path / "two")
@@ -335,7 +338,7 @@ def test_a_dora_is_written_as_it_was_read_and_is_no_plain_lora(tmp_path):
         read_lora(tmp_path / "one")
 
 
-def test_a_plain_lora_is_merged_as_ever(checkpoint, tmp_path):
+def test_a_lora_adapter_is_merged(checkpoint, tmp_path):
     tuned = attached(Lora())
     for name, parameter in tuned.named_parameters():
         if ".lora_B" in name:

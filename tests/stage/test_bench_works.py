@@ -1,4 +1,4 @@
-"""Works of the benchmark on the small shapes they have without a GPU, and what one measured."""
+"""The benchmarks with the small shapes for machines without a GPU, and the committed results."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ from emloc.cost.bench.rows import BenchRow, read_rows
 from emloc.cost.bench.run import BENCHMARKS, run_benchmark
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "bench.csv"
-# What a work's rows are called, where it is not as the work.
+# Names of the rows of a benchmark that differ from its own name.
 SEVERAL = {
     name: [name, f"{name}_nf4", name.replace("train", "plan")] for name in ("train_8b", "train_38b")
 }
@@ -23,38 +23,40 @@ SEVERAL = {
 @pytest.mark.parametrize(
     "work", ["factorise_38b", "train_8b", "cap12_38b_nf4", "offload_8b", "host_memory"]
 )
-def test_a_work_runs_on_small_shapes_where_there_is_no_gpu(tmp_path, work):
+def test_a_benchmark_runs_with_small_shapes_without_a_gpu(tmp_path, work):
     path = tmp_path / "bench.csv"
     run_benchmark(work, path)
     rows = read_rows(path)
-    assert {found.work for found in rows} == set(SEVERAL.get(work, [work]))
-    for found in rows:
-        assert (found.target, found.holds) == ("", "")  # nothing is promised of a CPU
-        if "reserved" in found.what:  # there is no device whose memory could be asked for
-            assert (found.ours, found.peer) == ("", "")
+    assert {result.work for result in rows} == set(SEVERAL.get(work, [work]))
+    for result in rows:
+        assert (result.target, result.holds) == ("", "")  # there are no targets for a CPU
+        if "reserved" in result.what:  # without a GPU there is no reserved memory
+            assert (result.ours, result.peer) == ("", "")
             continue
-        if found.unit == "nats":  # the same operations in the same order
-            assert (found.ours, found.peer) == ("0", "0")
+        if result.unit == "nats":  # the same operations in the same order give equal losses
+            assert (result.ours, result.peer) == ("0", "0")
             continue
-        exact = found.what.startswith("relative error")  # so small a layer is solved exactly
-        assert math.isfinite(float(found.ours)), found
-        assert float(found.ours) > 0 or exact, found
-        if found.peer:
-            assert 0 < float(found.peer) < math.inf
-            assert float(found.ratio) == pytest.approx(
-                float(found.peer) / float(found.ours), rel=2e-3
+        exact = result.what.startswith("relative error")  # such a small layer is solved exactly
+        assert math.isfinite(float(result.ours)), result
+        assert float(result.ours) > 0 or exact, result
+        if result.peer:
+            assert 0 < float(result.peer) < math.inf
+            assert float(result.ratio) == pytest.approx(
+                float(result.peer) / float(result.ours), rel=2e-3
             )
     facts = json.loads((tmp_path / "bench.json").read_text())[work]
     assert facts["device"] == "cpu, reduced shapes"
     assert facts["command"] == f"emloc bench {work}"
     assert facts["seconds"] > 0
     assert {"commit", "versions"} <= set(facts["provenance"])
-    # Rows are called as those of full size, but for what the reduced shape itself says.
-    committed = {(found.work, found.what) for found in read_rows(RESULTS)}
-    for found in rows:
-        at_full_size = (found.work, found.what) in committed
-        assert at_full_size or found.what.startswith(("all ", "anonymous, at most, of "))
-    assert len(rows) == sum(found.work in SEVERAL.get(work, [work]) for found in read_rows(RESULTS))
+    # Rows have the names of the full-size rows, except for the reduced shape in them.
+    committed = {(result.work, result.what) for result in read_rows(RESULTS)}
+    for result in rows:
+        at_full_size = (result.work, result.what) in committed
+        assert at_full_size or result.what.startswith(("all ", "anonymous, at most, of "))
+    assert len(rows) == sum(
+        result.work in SEVERAL.get(work, [work]) for result in read_rows(RESULTS)
+    )
 
 
 def test_every_target_of_the_committed_results_holds():
@@ -63,23 +65,23 @@ def test_every_target_of_the_committed_results_holds():
     assert lines[0] == [field.name for field in fields(BenchRow)]
     assert {len(line) for line in lines} == {len(fields(BenchRow))}
     rows = read_rows(RESULTS)
-    assert {found.holds for found in rows} == {"yes", ""}
-    assert all((found.holds == "yes") == bool(found.target) for found in rows)
-    assert {found.work for found in rows} == {
+    assert {result.holds for result in rows} == {"yes", ""}
+    assert all((result.holds == "yes") == bool(result.target) for result in rows)
+    assert {result.work for result in rows} == {
         part for name in BENCHMARKS for part in SEVERAL.get(name, [name])
     }
-    for found in rows:
-        assert float(found.ours) > 0 or found.unit == "nats"
-        if found.ratio:
-            apart = float(found.ratio) / (float(found.peer) / float(found.ours))
+    for result in rows:
+        assert float(result.ours) > 0 or result.unit == "nats"
+        if result.ratio:
+            apart = float(result.ratio) / (float(result.peer) / float(result.ours))
             assert apart == pytest.approx(1, rel=2e-3)
-        if found.target.startswith("<= "):
-            assert float(found.ours) <= float(found.target[3:])
-        elif found.target.startswith("ratio >= "):
-            assert float(found.ratio) >= float(found.target[9:])
-        elif found.target:
-            assert found.target == "ratio within 5% of 1"
-            assert abs(float(found.ratio) - 1) <= 0.05
+        if result.target.startswith("<= "):
+            assert float(result.ours) <= float(result.target[3:])
+        elif result.target.startswith("ratio >= "):
+            assert float(result.ratio) >= float(result.target[9:])
+        elif result.target:
+            assert result.target == "ratio within 5% of 1"
+            assert abs(float(result.ratio) - 1) <= 0.05
     facts = json.loads(RESULTS.with_suffix(".json").read_text())
     assert set(BENCHMARKS) <= set(facts)
     assert all(one["device"].startswith("NVIDIA") for one in facts.values())

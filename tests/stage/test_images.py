@@ -1,11 +1,11 @@
-"""Every method end to end on models that read images: an InternVL, and one by its own processor."""
+"""Every method in whole runs on two vision-language models, an InternVL and a Gemma."""
 
 import json
 from dataclasses import replace
 from functools import partial
 
 import pytest
-from pictured import save_gemma, save_internvl, seen
+from pictured import save_gemma, save_internvl, vqa_examples
 
 from emloc.adapters.saved import read_adapter
 from emloc.config.compose import compose
@@ -17,16 +17,16 @@ from emloc.stages.run_config import build
 from emloc.tasks.metrics import exact
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
-# What a model of six blocks with two key/value heads in each leaves room for.
+# Settings of methods that a model of six blocks with two key/value heads each needs.
 ROOM = {
     "offsite": ["emulator.first=1", "emulator.last=1"],
     "loram_stru": ["emulator.first=1", "emulator.last=1"],
     "loram_rand": ["emulator.first=1", "emulator.last=1"],
 }
-ON_TEXT_ALONE = "svd_llm"  # running text reaches no vision tower
+ON_TEXT_ALONE = "svd_llm"  # running text does not reach the vision tower
 
 
-class Seen:
+class VqaTask:
     """A task of questions about images."""
 
     name, metric, lm_eval, answer_tokens = "seen", "accuracy", None, 3
@@ -36,10 +36,10 @@ class Seen:
         self.key = {"seen": type(self).__name__}
 
     def train(self):
-        return seen("train", 16)
+        return vqa_examples("train", 16)
 
     def held_out(self, limit):
-        return seen("test", 6 if limit is None else min(limit, 6))
+        return vqa_examples("test", 6 if limit is None else min(limit, 6))
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +53,7 @@ def gemma(made_once):
 
 
 @pytest.fixture
-def go(stages, internvl, gemma):
+def run_cached(stages, internvl, gemma):
     def run_with(*overrides, model="internvl2_5_2b", task=None):
         cfg = compose(
             [
@@ -71,7 +71,7 @@ def go(stages, internvl, gemma):
                 *overrides,
             ]
         )
-        run_config = replace(build(cfg), task=task or Seen())
+        run_config = replace(build(cfg), task=task or VqaTask())
         if run_config.method == "small_model":
             run_config = replace(
                 run_config, model=replace(run_config.model, siblings={"r75": run_config.model})
@@ -82,8 +82,8 @@ def go(stages, internvl, gemma):
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != ON_TEXT_ALONE])
-def test_every_method_runs_on_images(go, method):
-    result = go(f"method={method}", *ROOM.get(method, []))
+def test_every_method_runs_on_images(run_cached, method):
+    result = run_cached(f"method={method}", *ROOM.get(method, []))
     scores = result.evaluated.facts["scores"]
     assert 0 < scores["loss"] < 10
     assert {"accuracy", "accuracy/square", "accuracy/wide", "exact_match/wide"} <= set(scores)
@@ -94,21 +94,21 @@ def test_every_method_runs_on_images(go, method):
         assert all("language_model" in name for name in pairs)
 
 
-def test_text_alone_cannot_calibrate_a_vision_tower(go):
+def test_text_alone_cannot_calibrate_a_vision_tower(run_cached):
     with pytest.raises((ConfigError, StageError), match=r"no sample reaches model\.vision_tower"):
-        go(f"method={ON_TEXT_ALONE}")
+        run_cached(f"method={ON_TEXT_ALONE}")
 
 
 @pytest.mark.parametrize(
     "method", ["zero_shot", "lora", "qlora", "offload", "emloc", "emloc_covariance", "upop"]
 )
-def test_a_model_with_a_processor_of_its_own_takes_the_same_way(go, method):
-    result = go(f"method={method}", model="gemma3_4b")
+def test_methods_run_on_a_model_with_its_own_processor(run_cached, method):
+    result = run_cached(f"method={method}", model="gemma3_4b")
     assert 0 < result.evaluated.facts["scores"]["loss"] < 10
 
 
-def test_both_halves_are_compressed_and_the_language_model_alone_is_adapted(go):
-    result = go("method=emloc")
+def test_vision_tower_and_language_model_are_compressed_but_only_the_latter_is_adapted(run_cached):
+    result = run_cached("method=emloc")
     layers = json.loads((result.emulated.folder / "layers.json").read_text())
     names = [row["layer"] for row in layers] if isinstance(layers, list) else list(layers)
     assert sum("vision_tower" in name for name in names) == 2 * 6
@@ -118,56 +118,56 @@ def test_both_halves_are_compressed_and_the_language_model_alone_is_adapted(go):
 
 
 @pytest.mark.parametrize("changed", ["train.lean=false", "emulator.sequential=true"])
-def test_other_ways_to_the_same_end_run_on_images_too(go, changed):
-    assert go("method=emloc", changed).evaluated.facts["scores"]["loss"] < 10
+def test_other_settings_run_on_images(run_cached, changed):
+    assert run_cached("method=emloc", changed).evaluated.facts["scores"]["loss"] < 10
 
 
-def test_lean_training_learns_what_peft_learns(go):
+def test_the_memory_saving_training_learns_the_same_as_peft(run_cached):
     losses = {}
     for lean in ("true", "false"):
-        done = go("method=lora", f"train.lean={lean}", "train.learning_rate=0.02")
-        losses[lean] = done.evaluated.facts["scores"]["loss"]
+        result = run_cached("method=lora", f"train.lean={lean}", "train.learning_rate=0.02")
+        losses[lean] = result.evaluated.facts["scores"]["loss"]
     assert losses["true"] == pytest.approx(losses["false"], abs=2e-4)
-    assert losses["true"] < go("method=zero_shot").evaluated.facts["scores"]["loss"] - 0.1
+    assert losses["true"] < run_cached("method=zero_shot").evaluated.facts["scores"]["loss"] - 0.1
 
 
-def test_the_image_is_looked_at(go):
-    """The same questions with every image black get other losses."""
+def test_the_image_changes_the_loss(run_cached):
+    """The same questions with another image in all rows give another loss."""
 
-    class Black(Seen):
+    class Black(VqaTask):
         def held_out(self, limit):
             rows = super().held_out(limit)
-            shown = rows.rows[0].images
-            return replace(rows, rows=tuple(replace(row, images=shown) for row in rows))
+            images = rows.rows[0].images
+            return replace(rows, rows=tuple(replace(row, images=images) for row in rows))
 
-    plain = go("method=zero_shot").evaluated.facts["scores"]["loss"]
-    black = go("method=zero_shot", task=Black()).evaluated.facts["scores"]["loss"]
+    plain = run_cached("method=zero_shot").evaluated.facts["scores"]["loss"]
+    black = run_cached("method=zero_shot", task=Black()).evaluated.facts["scores"]["loss"]
     assert abs(plain - black) > 1e-4
 
 
-def test_generated_answers_are_those_of_teacher_forcing(go):
-    """Trained until the answers are known, greedy decoding gives them as the loss pass says."""
+def test_generated_answers_equal_those_of_teacher_forcing(run_cached):
+    """After a long training, greedy decoding gives the answers that the loss pass reports."""
 
-    class Learnt(Seen):
+    class Learnt(VqaTask):
         def held_out(self, limit):
             return self.train()
 
-    done = go("method=lora", "train.steps=60", "train.learning_rate=0.03", task=Learnt())
-    scores = done.evaluated.facts["scores"]
+    result = run_cached("method=lora", "train.steps=60", "train.learning_rate=0.03", task=Learnt())
+    scores = result.evaluated.facts["scores"]
     assert 0.3 < scores["exact_match"] < 1
     assert scores["accuracy"] == scores["exact_match"]
 
 
-def test_a_metric_the_scorer_does_not_give_is_refused_before_work(go):
-    class Wrong(Seen):
+def test_a_metric_that_the_scorer_lacks_is_refused_before_any_stage(run_cached):
+    class Wrong(VqaTask):
         metric = "anls"
 
     with pytest.raises(
         ConfigError, match=r"task\.metric=anls: the scores of these rows are accuracy"
     ):
-        go("method=lora", task=Wrong())
+        run_cached("method=lora", task=Wrong())
 
 
-def test_a_text_model_refuses_images(go, checkpoint):
+def test_a_text_model_refuses_images(run_cached, checkpoint):
     with pytest.raises((ConfigError, StageError), match="reads no images"):
-        go("method=lora", f"model.source={checkpoint}", model="smollm2_135m")
+        run_cached("method=lora", f"model.source={checkpoint}", model="smollm2_135m")

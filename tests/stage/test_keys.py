@@ -1,4 +1,4 @@
-"""What is in the keys of whole runs, and what is not."""
+"""The cache keys of whole runs: what they contain, and what they must not contain."""
 
 import json
 from dataclasses import dataclass, make_dataclass
@@ -17,7 +17,7 @@ from emloc.stages.run_config import build
 
 @pytest.fixture
 def hashed(monkeypatch):
-    """All that is made a key of, as text."""
+    """The texts of all values that are hashed to keys."""
     texts = []
 
     def spy(value):
@@ -33,15 +33,15 @@ def hashed(monkeypatch):
     [("method=emloc_nf4",), ("method=emloc_covariance",), ("method=upop",), ("method=dora",)],
     ids=lambda words: words[0],
 )
-def test_no_key_of_a_run_says_where_a_module_lies(afresh, hashed, overrides):
-    afresh(*overrides)
+def test_keys_of_a_run_contain_no_module_paths(run_uncached, hashed, overrides):
+    run_uncached(*overrides)
     assert len(hashed) >= 4
     for text in hashed:
         assert "emloc." not in text
         assert "<function" not in text
 
 
-def test_the_data_of_a_task_names_its_scorer_without_its_place():
+def test_the_key_of_a_task_contains_the_scorer_without_its_module():
     for scorer in ("exact", "emloc.tasks.metrics.exact.score", "emloc.metrics.exact.score"):
         task = build(compose(["task=easy_vqa", f"task.scorer={scorer}"])).task
         assert task.key["scorer"] == "exact"
@@ -49,14 +49,14 @@ def test_the_data_of_a_task_names_its_scorer_without_its_place():
 
 @dataclass(frozen=True, kw_only=True)
 class Grown(Svd):
-    """The emulator with a setting that it will have one day."""
+    """The emulator `Svd` with a setting that was added later."""
 
     key_name = "svd.Svd"
 
     polished: bool = neutral(False)
 
 
-def test_a_setting_that_is_added_later_changes_neither_keys_nor_folders():
+def test_an_added_setting_with_its_neutral_value_keeps_keys_and_folders():
     config = compose()
     before = folder_name(config)
     OmegaConf.set_struct(config, False)

@@ -1,4 +1,4 @@
-"""EMLoC inside somebody else's script: the READMEs' examples, and what they promise."""
+"""The library functions in a user's own script: the README's example and its guarantees."""
 
 import copy
 
@@ -29,7 +29,7 @@ def batches():
 
 
 def train(tuned, steps=5, batch=None):
-    """Somebody's training loop."""
+    """Train with a plain loop, as a user would."""
     torch.manual_seed(0)
     ids = torch.randint(5, 200, (4, 12)) if batch is None else batch
     weights = [weight for weight in tuned.parameters() if weight.requires_grad]
@@ -68,7 +68,7 @@ def test_the_example_of_the_packages_readme_runs(tiny, tmp_path, monkeypatch):
     assert names["result"].recovered.folder.is_relative_to(tmp_path / ".cache" / "emloc")
 
 
-def test_the_original_is_left_as_it_is(model, batches):
+def test_the_original_is_unchanged(model, batches):
     before = copy.deepcopy(model.state_dict())
     emulator = emloc.build_emulator(model, batches, ratio=0.5)
     assert not any(isinstance(module, Home) for module in model.modules())
@@ -89,7 +89,7 @@ def test_a_larger_ratio_is_closer_to_the_original(model, batches):
     assert gaps[0] > gaps[1] > gaps[2]
 
 
-def test_the_corrected_adapter_is_exact_on_its_rows(model, batches):
+def test_the_corrected_adapter_is_exact_on_the_rows_of_a(model, batches):
     emulator = emloc.build_emulator(model, batches, ratio=0.5)
     tuned = get_peft_model(emulator, lora())
     train(tuned)
@@ -111,21 +111,21 @@ def test_the_corrected_adapter_is_exact_on_its_rows(model, batches):
 
 
 def test_covariance_brings_the_outputs_closer_to_the_tuned_emulator(model, batches):
-    """What the metric promises for each layer, seen at the first layer of the first block."""
+    """The guarantee of the metric for each layer, tested at the first layer of the first block."""
     emulator = emloc.build_emulator(model, batches, ratio=0.5)
     tuned = get_peft_model(emulator, lora())
     train(tuned, steps=20)
     name = "model.layers.0.self_attn.v_proj"
     raw = emloc.correct(tuned, model, emulator, clamp=0)
     new = emloc.correct(tuned, model, emulator, metric="covariance", clamp=None, batches=batches)
-    seen = []
+    recorded_inputs = []
     handle = model.get_submodule(name).register_forward_pre_hook(
-        lambda _, args: seen.append(args[0])
+        lambda _, args: recorded_inputs.append(args[0])
     )
     with torch.no_grad():
         model(**batches[0])
     handle.remove()
-    rows = seen[0][batches[0]["attention_mask"].bool()].double()
+    rows = recorded_inputs[0][batches[0]["attention_mask"].bool()].double()
     factors = emulator.get_submodule(f"{name}.base_layer")
     target = factors.product() + raw.pairs[name].delta.double()
     weight = model.get_submodule(name).weight.double()
@@ -171,7 +171,7 @@ def test_layers_that_were_not_compressed_are_untouched(model, batches):
         assert same == name.startswith("model.layers.1")
 
 
-def test_biases_are_kept(batches):
+def test_biases_are_unchanged(batches):
     torch.manual_seed(0)
     shape = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48}
     heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -194,7 +194,7 @@ def test_biases_are_kept(batches):
         ({"ratio": 0.5, "targets": "nothing"}, "targets='nothing' matches no linear layer"),
     ],
 )
-def test_bad_calls_are_refused_in_one_line(model, batches, settings, message):
+def test_invalid_calls_are_refused_in_one_line(model, batches, settings, message):
     with pytest.raises(ConfigError) as refused:
         emloc.build_emulator(model, batches, **settings)
     assert message in str(refused.value)
@@ -211,7 +211,7 @@ def test_covariance_needs_batches(model, batches):
         emloc.correct(tuned, model, emulator, clamp=-1)
 
 
-def test_a_module_trained_whole_is_carried_with_the_lora(model, batches, tmp_path):
+def test_a_fully_trained_module_is_kept_with_the_lora(model, batches, tmp_path):
     emulator = emloc.build_emulator(model, batches, ratio=0.5)
     tuned = get_peft_model(emulator, lora(["q_proj"], modules_to_save=["lm_head"]))
     train(tuned)

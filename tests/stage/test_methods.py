@@ -1,4 +1,4 @@
-"""Every method there is, end to end on text, and every emulator in four bits."""
+"""Every method in whole runs on text, and every emulator in four bits."""
 
 import json
 from functools import partial
@@ -14,7 +14,7 @@ from emloc.pipeline import run
 from emloc.stages.run_config import build
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
-# What a model of eight blocks with two key/value heads in each leaves room for.
+# Settings of methods that a model of eight blocks with two key/value heads each needs.
 ROOM = {
     "offsite": ["compression=r75"],
     "loram_stru": ["emulator.first=1", "emulator.last=1", "compression=r75"],
@@ -22,13 +22,13 @@ ROOM = {
     "upop": ["compression=r75"],
     "svd_llm": ["calibration.samples=6"],
 }
-# One method for each emulator.
+# One method per emulator.
 IN_NF4 = ["emloc", "lora", "offload", "offsite", "small_model", "upop"]
 
 
 @pytest.fixture(scope="session")
 def family(made_once):
-    """A model of eight blocks, and a sibling of four: overrides."""
+    """Overrides that select a model of eight blocks with a smaller sibling of four blocks."""
     folders = [
         made_once(f"blocks_{depth}", partial(save_checkpoint, num_hidden_layers=depth))
         for depth in (8, 4)
@@ -49,7 +49,7 @@ def family(made_once):
 
 
 @pytest.fixture
-def go(tiny, stages, family):
+def run_cached(tiny, stages, family):
     folders, sibling = family
 
     def run_with(*overrides: str):
@@ -61,8 +61,8 @@ def go(tiny, stages, family):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_runs_from_settings_to_scores(go, method):
-    result = go(f"method={method}", *ROOM.get(method, []))
+def test_every_method_runs_from_settings_to_scores(run_cached, method):
+    result = run_cached(f"method={method}", *ROOM.get(method, []))
     scores = result.evaluated.facts["scores"]
     assert 0 < scores["loss"] < 10
     lines = (result.evaluated.folder / "predictions.jsonl").read_text().splitlines()
@@ -79,7 +79,7 @@ def test_every_method_runs_from_settings_to_scores(go, method):
     depth = 4 if method == "small_model" else 8
     shapes = {name: tuple(pair.delta.shape) for name, pair in adapter.pairs.items()}
     assert len(shapes) == 7 * (4 if method == "offsite" else depth)
-    for name, shape in shapes.items():  # the original's, whatever was trained
+    for name, shape in shapes.items():  # the shapes of the original, for each emulator
         assert shape == SHAPES[name.rpartition(".")[2]]
 
 
@@ -91,23 +91,23 @@ SHAPES = {
 }
 
 
-def test_an_emulator_that_leaves_nothing_to_adapt_is_refused(go):
-    """Ends of two blocks each, and a LoRA that was to go between them."""
+def test_an_emulator_without_layers_to_adapt_is_refused(run_cached):
+    """Two blocks are trained at each end, but lora_targets selects layers between them."""
     middle = r"model.lora_targets='model\.layers\.[345]\.mlp\.\w+_proj'"
     with pytest.raises(ConfigError, match="matches none of the layers that the emulator leaves"):
-        go("method=offsite", *ROOM["offsite"], middle)
+        run_cached("method=offsite", *ROOM["offsite"], middle)
 
 
-def test_calibration_rows_are_on_record_whichever_stage_read_them(go):
-    result = go("method=qlora", "recovery=correction_covariance")
+def test_calibration_rows_are_recorded_by_each_stage_that_reads_them(run_cached):
+    result = run_cached("method=qlora", "recovery=correction_covariance")
     assert len(result.samples) == 6
     assert result.stages["evaluate_as_trained"] is result.as_trained
 
 
 @pytest.mark.parametrize("method", IN_NF4)
-def test_every_emulator_is_trained_through_in_four_bits(go, method):
-    whole = go(f"method={method}", *ROOM.get(method, []))
-    packed = go(f"method={method}", *ROOM.get(method, []), "compression.bits=4")
+def test_every_emulator_can_be_trained_in_four_bits(run_cached, method):
+    whole = run_cached(f"method={method}", *ROOM.get(method, []))
+    packed = run_cached(f"method={method}", *ROOM.get(method, []), "compression.bits=4")
     assert packed.emulated.facts["bits"] == 4
     assert packed.emulated.facts["bytes"] < whole.emulated.facts["bytes"]
     assert packed.as_trained is not None

@@ -1,11 +1,11 @@
-"""LoRA with the blocks in host memory gives what LoRA gives, to the last digit of float32."""
+"""LoRA with blocks in host memory gives the results of LoRA, up to float32 rounding."""
 
 import json
 import math
 
 import pytest
 import torch
-from packed import held_at
+from packed import precision_of
 from safetensors.torch import load_file
 from tiny import image_batch, linears, save_checkpoint, tiny_internvl
 from transformers import AutoModelForImageTextToText, LlamaForCausalLM
@@ -36,7 +36,7 @@ LORA = LoraSettings(4, 8.0, 0.0)
 
 @pytest.fixture(scope="module", params=["biases", "tied"])
 def deep(request, tmp_path_factory):
-    """Five blocks: with biases as Qwen's have, or with one matrix at both ends."""
+    """Five blocks, either with biases as in Qwen or with tied embeddings."""
     special = {"attention_bias": True, "mlp_bias": True}
     if request.param == "tied":
         special = {"tie_word_embeddings": True}
@@ -52,8 +52,8 @@ def bits(request):
 
 
 def opened(emulator, folder, source, bits):
-    emulator.build(folder, source, BuildInputs(None, None, None, held_at(bits)), device=CPU)
-    return emulator.open(folder, source, CPU, precision=held_at(bits))
+    emulator.build(folder, source, BuildInputs(None, None, None, precision_of(bits)), device=CPU)
+    return emulator.open(folder, source, CPU, precision=precision_of(bits))
 
 
 def both(tmp_path, source, bits):
@@ -72,7 +72,7 @@ def both(tmp_path, source, bits):
     ],
     ids=["lean", "activations on the host", "plain"],
 )
-def test_the_curve_and_the_adapter_are_those_of_lora(deep, tiny, tmp_path, bits, overrides):
+def test_losses_and_adapter_equal_those_of_lora(deep, tiny, tmp_path, bits, overrides):
     recipe = ("train.steps=6", "train.learning_rate=0.02", "train.checkpointing=true")
     run_config = build(compose([*tiny, f"model.source={deep}", *recipe, *overrides]))
     source, model = run_config.model.open(), run_config.model
@@ -85,13 +85,15 @@ def test_the_curve_and_the_adapter_are_those_of_lora(deep, tiny, tmp_path, bits,
     for emulator in (Full(), Offload()):
         folder, losses = tmp_path / type(emulator).__name__, []
         folder.mkdir()
-        emulator.build(folder, source, BuildInputs(None, None, None, held_at(bits)), device=CPU)
+        emulator.build(
+            folder, source, BuildInputs(None, None, None, precision_of(bits)), device=CPU
+        )
         built_emulator = BuiltEmulator(
-            emulator, Artifact("emulate", "0", folder), source, held_at(bits)
+            emulator, Artifact("emulate", "0", folder), source, precision_of(bits)
         )
 
-        def follow(_, said, losses=losses):
-            losses.append(said["loss"])
+        def follow(_, values, losses=losses):
+            losses.append(values["loss"])
 
         train(folder, built_emulator, training_inputs, device=CPU, report=follow)
         curves.append(losses)
@@ -104,7 +106,7 @@ def test_the_curve_and_the_adapter_are_those_of_lora(deep, tiny, tmp_path, bits,
         torch.testing.assert_close(adapters[1][name], tensor, rtol=1e-5, atol=1e-6)
 
 
-def test_a_run_of_the_method_scores_as_lora_does(tiny, tmp_path):
+def test_a_run_with_method_offload_scores_like_lora(tiny, tmp_path):
     scores = []
     for method in ("lora", "offload"):
         run_config = build(compose([*tiny, f"method={method}"]))
@@ -115,13 +117,13 @@ def test_a_run_of_the_method_scores_as_lora_does(tiny, tmp_path):
     assert scores[1] == pytest.approx(scores[0], rel=1e-5)
 
 
-def test_without_recomputation_it_is_refused_in_one_line(tiny, tmp_path):
+def test_offload_without_checkpointing_is_refused(tiny, tmp_path):
     run_config = build(compose([*tiny, "method=offload", "train.checkpointing=false"]))
     with pytest.raises(ConfigError, match=r"set train.checkpointing=true$"):
         run(run_config, Store(tmp_path), lambda *_: None)
 
 
-def test_an_adapter_that_reads_weights_before_a_block_is_computed_is_refused(tiny, tmp_path):
+def test_an_adapter_that_reads_weights_outside_the_forward_is_refused(tiny, tmp_path):
     run_config = build(compose([*tiny, "method=offload", "adapter=dora"]))
     with pytest.raises(
         ConfigError, match=r"adapter=dora .* emulator=offload .* emulator=full recovery=none$"
@@ -130,7 +132,7 @@ def test_an_adapter_that_reads_weights_before_a_block_is_computed_is_refused(tin
 
 
 @pytest.mark.parametrize("lean", [False, True])
-def test_without_recomputation_the_backward_pass_fails_aloud(deep, tmp_path, bits, lean):
+def test_a_backward_pass_without_recomputation_raises_an_error(deep, tmp_path, bits, lean):
     model = opened(Offload(), tmp_path, Source(deep, "deep", "0", torch.float32), bits)
     tuned = Lora().attach(model, LORA, linears(model, r".*_proj")).train()
     if lean:
@@ -172,22 +174,22 @@ def test_frozen_blocks_of_a_vision_tower_are_streamed_and_not_recomputed(tiny, t
 # The model ---------------------------------------------------------------------------------------
 
 
-def test_it_computes_and_generates_what_the_whole_model_does(deep, tmp_path, bits):
+def test_logits_and_generated_texts_equal_those_of_the_whole_model(deep, tmp_path, bits):
     whole, streamed = both(tmp_path, Source(deep, "deep", "0", torch.float32), bits)
     with torch.no_grad():
         expected = whole(input_ids=IDS).logits
         for _ in range(2):
             assert torch.equal(streamed(input_ids=IDS).logits, expected)
     settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
-    found = streamed.generate(IDS, **settings)
-    assert torch.equal(found, whole.generate(IDS, **settings))
+    generated = streamed.generate(IDS, **settings)
+    assert torch.equal(generated, whole.generate(IDS, **settings))
     assert not streamed.training
     assert not any(parameter.requires_grad for parameter in streamed.parameters())
     assert getattr(streamed, "is_loaded_in_4bit", False) == (bits == 4)
 
 
-def test_two_rooms_hold_the_blocks_and_nothing_else_of_them_is_there(deep, tmp_path, bits):
-    """Also what belongs to packed weights; the rooms are as large as a block."""
+def test_all_blocks_share_two_device_buffers(deep, tmp_path, bits):
+    """This includes the scales of packed weights; each buffer is as large as one block."""
     streamed = opened(Offload(), tmp_path, Source(deep, "deep", "0", torch.float32), bits)
     for layer in streamed.modules():
         if bits == 4 and hasattr(layer, "quant_state"):
@@ -196,33 +198,34 @@ def test_two_rooms_hold_the_blocks_and_nothing_else_of_them_is_there(deep, tmp_p
                 assert (
                     part.untyped_storage().data_ptr() == layer.weight.untyped_storage().data_ptr()
                 )
-    rooms = {}
+    buffers = {}
     for index, block in enumerate(streamed.model.layers):
-        held = [one for one in (*block.parameters(), *block.buffers()) if one.nbytes]
-        storages = [one.untyped_storage() for one in held]
-        rooms[index] = {one.data_ptr() for one in storages}
-        assert len(rooms[index]) == 1
-        size = sum(one.nbytes for one in held)
+        tensors = [one for one in (*block.parameters(), *block.buffers()) if one.nbytes]
+        storages = [one.untyped_storage() for one in tensors]
+        buffers[index] = {one.data_ptr() for one in storages}
+        assert len(buffers[index]) == 1
+        size = sum(one.nbytes for one in tensors)
         assert size <= storages[0].nbytes() < size + 256 * 50
-    assert rooms[0] != rooms[1]
-    assert all(rooms[index] == rooms[index % 2] for index in rooms)
+    assert buffers[0] != buffers[1]
+    assert all(buffers[index] == buffers[index % 2] for index in buffers)
 
 
-def test_what_quantising_loses_is_known_as_for_the_whole_model(deep, tmp_path):
+def test_the_residual_of_quantisation_equals_that_of_the_whole_model(deep, tmp_path):
     source = Source(deep, "deep", "0", torch.float32)
     both(tmp_path, source, 4)
     layer = "model.layers.3.mlp.up_proj"
-    expected, gap = (
-        one.residual(tmp_path, source, layer, precision=held_at(4)) for one in (Full(), Offload())
+    expected, residual = (
+        one.residual(tmp_path, source, layer, precision=precision_of(4))
+        for one in (Full(), Offload())
     )
-    assert torch.equal(gap, expected)
+    assert torch.equal(residual, expected)
     assert expected.abs().max() > 0
 
 
 # Refusals ----------------------------------------------------------------------------------------
 
 
-def test_weights_that_fsdp_would_split_are_refused_before_any_is_read(deep, tmp_path, monkeypatch):
+def test_fsdp_is_refused_before_weights_are_read(deep, tmp_path, monkeypatch):
     source = Source(deep, "deep", "0", torch.float32)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
@@ -235,7 +238,7 @@ def test_weights_that_fsdp_would_split_are_refused_before_any_is_read(deep, tmp_
         Offload().open(tmp_path, source, CPU)
 
 
-def test_bits_that_are_still_to_be_solved_for_are_refused(deep):
+def test_compression_auto_without_a_budget_is_refused(deep):
     with pytest.raises(ConfigError, match=r"set budget.gpu_gib=24"):
         Offload().plan(
             Source(deep, "deep", "0", torch.float32), {}, Compression(None, "linears", None)
@@ -249,7 +252,7 @@ def test_weights_that_two_blocks_share_are_refused(tmp_path, monkeypatch):
     }
     folder = save_checkpoint(tmp_path / "model", num_hidden_layers=3, tie_word_embeddings=True)
     monkeypatch.setattr(LlamaForCausalLM, "_tied_weights_keys", shared)
-    (tmp_path / "layers.json").write_text("{}")  # none is quantised
+    (tmp_path / "layers.json").write_text("{}")  # no layer is quantised
     with pytest.raises(ConfigError, match=r"layers\.2\.mlp\.up_proj.* set emulator=full$"):
         Offload().open(tmp_path, Source(folder, "tiny", "0", torch.float32), CPU)
 
@@ -258,7 +261,7 @@ def test_a_checkpoint_without_one_tensor_of_a_block_is_refused(tmp_path):
     folder = save_checkpoint(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    (tmp_path / "layers.json").write_text("{}")  # none is quantised
+    (tmp_path / "layers.json").write_text("{}")  # no layer is quantised
     with pytest.raises(ConfigError, match=r"holds no tensor model\.layers\.2\."):
         Offload().open(tmp_path, Source(folder, "tiny", "0", torch.float32), CPU)
 
@@ -266,7 +269,7 @@ def test_a_checkpoint_without_one_tensor_of_a_block_is_refused(tmp_path):
 # The benchmark -----------------------------------------------------------------------------------
 
 
-def test_loss_curves_are_as_far_apart_as_at_their_worst_step():
+def test_the_distance_of_loss_curves_is_the_largest_difference():
     one, other = (TrainingFigures(1.0, 1.0, 1.0, tuple(range(s, s + STEPS))) for s in (0, 2))
     assert max_loss_distance(one, other) == 2
     assert max_loss_distance(one, one) == 0

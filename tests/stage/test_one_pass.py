@@ -1,4 +1,4 @@
-"""Second moments taken on the way and never written make the emulator that written ones make."""
+"""Second moments recorded during the build give the same emulator as stored ones."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed import held_at
+from packed import precision_of
 from safetensors import safe_open
 from tiny import save_checkpoint
 
@@ -26,24 +26,24 @@ BLOCKS = [f"model.layers.{index}" for index in range(3)]
 
 
 class Rows:
-    """Calibration samples in two batches, one of them padded on the left."""
+    """Calibration samples in two batches; one batch is padded on the left."""
 
     ids = ("train/3", "train/1")
 
     def batches(self, source):
-        made = []
+        made_batches = []
         for seed, lengths in enumerate(([30, 30, 30], [24, 17])):
             longest = max(lengths)
             mask = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths])
             draw = torch.Generator().manual_seed(seed)
             ids = torch.randint(5, 261, mask.shape, generator=draw) * mask
-            made.append({"input_ids": ids, "attention_mask": mask})
-        return made
+            made_batches.append({"input_ids": ids, "attention_mask": mask})
+        return made_batches
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    # A key and value twice as narrow as their input: some layers are known by their outputs.
+    # Keys and values have fewer outputs than inputs: some layers are recorded by their outputs.
     folder = save_checkpoint(tmp_path_factory.mktemp("model"), num_hidden_layers=3)
     return Source(folder, "tiny", "0", torch.float32)
 
@@ -57,17 +57,17 @@ def svd(algorithm: str) -> Svd:
 
 
 def build_in(folder: Path, source, emulator: Svd, bits: int, statistics=None) -> dict:
-    """One pass, or two where there are statistics; the facts."""
+    """Build an emulator in one pass, or in two with statistics, and return its facts."""
     ranks = emulator.plan(source, layers_of(source), Compression(RATIO, "linears", bits))
     folder.mkdir(exist_ok=True)
     return emulator.build(
-        folder, source, BuildInputs(ranks, statistics, Rows(), held_at(bits)), device=CPU
+        folder, source, BuildInputs(ranks, statistics, Rows(), precision_of(bits)), device=CPU
     )
 
 
 @pytest.fixture(scope="module", params=["subspace", "eigen", "whiten"])
 def both(request, source, tmp_path_factory):
-    """An algorithm, and the statistics it reads."""
+    """An algorithm, and the statistics that it needs."""
     emulator, folder = svd(request.param), tmp_path_factory.mktemp("statistics")
     whole = emulator.statistics == "input"
     facts = calibrate(folder, source, layers_of(source), Rows(), whole, device=CPU)
@@ -88,12 +88,12 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
 def test_one_pass_and_two_stages_give_the_same_factors(tmp_path, source, both, bits, monkeypatch):
     monkeypatch.setattr(
         "emloc.tensors.linalg.subspace.MIN_SIZE", 16
-    )  # or no layer here would be iterated on
+    )  # otherwise all these layers are too small for the iteration
     emulator, statistics = both
     once, twice = tmp_path / "once", tmp_path / "twice"
     facts = build_in(once, source, emulator, bits)
-    known = build_in(twice, source, emulator, bits, statistics)
-    assert facts == known
+    facts_with_statistics = build_in(twice, source, emulator, bits, statistics)
+    assert facts == facts_with_statistics
     assert facts["samples"] == Rows.ids
     tables = [json.loads((folder / "layers.json").read_text()) for folder in (once, twice)]
     assert len(tables[0]) == 21
@@ -104,7 +104,7 @@ def test_one_pass_and_two_stages_give_the_same_factors(tmp_path, source, both, b
         assert one["kept"] == pytest.approx(other["kept"], abs=1e-9)
         weight = source.weight(layer).double()
         products = [
-            weight - emulator.residual(at, source, layer, precision=held_at(bits))
+            weight - emulator.residual(at, source, layer, precision=precision_of(bits))
             for at in (once, twice)
         ]
         assert products[0].shape == shape
@@ -127,10 +127,10 @@ def test_second_moments_are_not_written(tmp_path, source, both):
 # An end in the middle ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("done", [1, 2])
+@pytest.mark.parametrize("finished", [1, 2])
 @pytest.mark.parametrize(("algorithm", "bits"), [("subspace", 16), ("subspace", 4), ("whiten", 16)])
-def test_a_killed_build_goes_on_with_the_next_block_and_ends_the_same(
-    tmp_path, source, monkeypatch, algorithm, bits, done
+def test_a_killed_build_resumes_with_the_next_block_and_the_same_result(
+    tmp_path, source, monkeypatch, algorithm, bits, finished
 ):
     import emloc.emulators.svd as home
 
@@ -139,26 +139,26 @@ def test_a_killed_build_goes_on_with_the_next_block_and_ends_the_same(
     build_in(whole, source, emulator, bits)
     save = home.save_factors
 
-    def until(found, path):
-        if len(saved) == done:
+    def until(factors, path):
+        if len(saved) == finished:
             raise KeyboardInterrupt
         saved.append(path.stem)
-        save(found, path)
+        save(factors, path)
 
     monkeypatch.setattr(home, "save_factors", until)
     with pytest.raises(KeyboardInterrupt):
         build_in(killed, source, emulator, bits)
-    assert saved == BLOCKS[:done]
+    assert saved == BLOCKS[:finished]
     stamps = {name: (killed / f"{name}.safetensors").stat().st_mtime_ns for name in saved}
-    # A kill leaves what it was writing, and takes what it had not written yet.
-    shutil.copy(killed / f"{BLOCKS[0]}.safetensors", killed / f"{BLOCKS[done]}.draft")
+    # After a kill there is the draft of a file, and the rest of a line is missing.
+    shutil.copy(killed / f"{BLOCKS[0]}.safetensors", killed / f"{BLOCKS[finished]}.draft")
     with (killed / "journal.jsonl").open("a") as file:
         file.write('{"block": "model.la')
-    looked = watch_looks(monkeypatch)
-    done = len(BLOCKS)
+    recorded_blocks = watch_recorded_blocks(monkeypatch)
+    finished = len(BLOCKS)
     facts = build_in(killed, source, emulator, bits)
     assert saved == BLOCKS
-    assert looked == [name for name in BLOCKS if name not in stamps]
+    assert recorded_blocks == [name for name in BLOCKS if name not in stamps]
     assert facts["samples"] == Rows.ids
     lines = (killed / "journal.jsonl").read_text().splitlines()
     assert [json.loads(line)["block"] for line in lines] == BLOCKS
@@ -170,46 +170,49 @@ def test_a_killed_build_goes_on_with_the_next_block_and_ends_the_same(
     assert {name: (killed / f"{name}.safetensors").stat().st_mtime_ns for name in stamps} == stamps
 
 
-def watch_looks(monkeypatch) -> list[str]:
-    """The blocks whose second moments are taken, as they are."""
+def watch_recorded_blocks(monkeypatch) -> list[str]:
+    """The names of the blocks whose second moments are recorded, in order."""
     import emloc.emulators.svd as home
 
-    looked, observe = [], home.record_moments
+    recorded_blocks, observe = [], home.record_moments
 
-    def noted(block, *rest, **named):
-        looked.append(block.name)
+    def recording(block, *rest, **named):
+        recorded_blocks.append(block.name)
         return observe(block, *rest, **named)
 
-    monkeypatch.setattr(home, "record_moments", noted)
-    return looked
+    monkeypatch.setattr(home, "record_moments", recording)
+    return recorded_blocks
 
 
 # Whole runs --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["emloc", "emloc_nf4"])
-def test_with_no_room_for_statistics_a_run_has_no_stage_for_them(tiny, tmp_path, method):
-    def go(home, *overrides):
+def test_a_run_without_a_budget_for_statistics_has_no_calibrate_stage(tiny, tmp_path, method):
+    def run_cached(home, *overrides):
         run_config = build(compose([*tiny, f"method={method}", *overrides]))
         return run(run_config, Store(tmp_path / home), lambda step, values: None)
 
-    once, twice = go("one", "budget.statistics_gib=0"), go("two")
+    once, twice = run_cached("one", "budget.statistics_gib=0"), run_cached("two")
     assert once.statistics is None
     assert list(once.stages)[:4] == ["emulate", "train", "recover", "evaluate"]
     assert list(twice.stages) == ["calibrate", *once.stages]
     assert once.emulated.facts["samples"] == twice.statistics.facts["samples"]
     assert len(once.emulated.facts["samples"]) == 6
-    # Of the same numbers the same adapter is learnt.
+    # Equal emulators give equal adapters.
     scores = [one.evaluated.facts["scores"]["loss"] for one in (once, twice)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
-    assert go("one", "budget.statistics_gib=0") == once
-    # An emulator is the same either way, and names its samples either way.
-    found = go("two", "budget.statistics_gib=0")
-    assert (found.statistics, found.emulated) == (None, twice.emulated)
-    assert found.emulated.facts["samples"] == once.emulated.facts["samples"]
+    assert run_cached("one", "budget.statistics_gib=0") == once
+    # The emulator has the same key with and without stored statistics, and names its samples.
+    run_without_statistics = run_cached("two", "budget.statistics_gib=0")
+    assert (run_without_statistics.statistics, run_without_statistics.emulated) == (
+        None,
+        twice.emulated,
+    )
+    assert run_without_statistics.emulated.facts["samples"] == once.emulated.facts["samples"]
 
 
-def test_the_record_of_such_a_run_names_the_samples(emloc, tiny, one_run):
+def test_the_metrics_of_a_run_without_statistics_name_the_samples(emloc, tiny, one_run):
     ran = emloc(*tiny, "method=emloc", "budget.statistics_gib=0", "name=once")
     assert ran.code == 0, ran.said
     metrics = json.loads((one_run("once") / "metrics.json").read_text())

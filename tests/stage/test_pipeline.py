@@ -1,4 +1,4 @@
-"""Whole runs on a tiny random model: what is cached, what is equal to what, what is left behind."""
+"""Whole runs on a tiny random model: reuse of stages, equal results, and resumed work."""
 
 import json
 import shutil
@@ -36,16 +36,16 @@ def product_of(artifact) -> dict[str, torch.Tensor]:
     return {k: p.delta for k, p in read_lora(artifact.folder / "adapter").pairs.items()}
 
 
-def test_a_second_run_finds_every_stage(afresh, monkeypatch):
-    first = afresh("method=emloc")
+def test_a_second_run_reuses_every_stage(run_uncached, monkeypatch):
+    first = run_uncached("method=emloc")
     monkeypatch.setattr(
         "emloc.runtime.stage_cache.Store._compute", lambda *_: pytest.fail("computed again")
     )
-    assert afresh("method=emloc") == first
+    assert run_uncached("method=emloc") == first
 
 
-def test_a_clamp_redoes_recovery_and_evaluation_only(go):
-    first, second = go("method=emloc"), go("method=emloc", "recovery.clamp=1")
+def test_another_clamp_repeats_only_recovery_and_evaluation(run_cached):
+    first, second = run_cached("method=emloc"), run_cached("method=emloc", "recovery.clamp=1")
     assert (second.statistics, second.emulated, second.trained) == (
         first.statistics,
         first.emulated,
@@ -55,66 +55,73 @@ def test_a_clamp_redoes_recovery_and_evaluation_only(go):
     assert second.evaluated != first.evaluated
 
 
-def test_a_rank_reuses_the_emulator_and_a_ratio_the_statistics(go):
-    first = go("method=emloc")
-    rank, ratio = go("method=emloc", "lora=r8"), go("method=emloc", "compression=r25")
+def test_another_rank_reuses_the_emulator_and_another_ratio_the_statistics(run_cached):
+    first = run_cached("method=emloc")
+    rank, ratio = (
+        run_cached("method=emloc", "lora=r8"),
+        run_cached("method=emloc", "compression=r25"),
+    )
     assert rank.emulated == first.emulated
     assert rank.trained != first.trained
     assert ratio.statistics == first.statistics
     assert ratio.emulated != first.emulated
 
 
-def test_lora_ignores_ratio_and_calibration(go):
-    assert go("method=lora") == go("method=lora", "compression=r25", "calibration.seed=7")
+def test_lora_ignores_ratio_and_calibration(run_cached):
+    assert run_cached("method=lora") == run_cached(
+        "method=lora", "compression=r25", "calibration.seed=7"
+    )
 
 
-def test_seeds_share_the_emulator_and_not_the_training(go):
-    first, second = go("method=emloc"), go("method=emloc", "seed=1")
+def test_seeds_share_the_emulator_but_not_the_training(run_cached):
+    first, second = run_cached("method=emloc"), run_cached("method=emloc", "seed=1")
     assert first.emulated == second.emulated
     assert first.trained != second.trained
 
 
-def test_clamp_zero_is_the_uncorrected_adapter(go):
-    plain = product_of(go("method=emloc_uncorrected").recovered)
-    clamped = product_of(go("method=emloc", "recovery.clamp=0").recovered)
+def test_clamp_zero_gives_the_uncorrected_adapter(run_cached):
+    plain = product_of(run_cached("method=emloc_uncorrected").recovered)
+    clamped = product_of(run_cached("method=emloc", "recovery.clamp=0").recovered)
     for name, delta in plain.items():
         torch.testing.assert_close(clamped[name], delta, atol=1e-7, rtol=1e-5)
 
 
-def test_recovery_none_carries_the_very_matrices(go):
-    result = go("method=emloc_uncorrected")
+def test_recovery_none_keeps_the_matrices(run_cached):
+    result = run_cached("method=emloc_uncorrected")
     trained, recovered = adapter_of(result.trained), adapter_of(result.recovered)
     assert trained.keys() == recovered.keys()
     assert all(torch.equal(trained[name], recovered[name]) for name in trained)
 
 
 @pytest.mark.parametrize("alpha", [2, 4, 8, 16])
-def test_the_unclamped_correction_is_exact_on_the_row_space_for_any_scale(go, tiny, alpha):
-    """W x + s B'A' x = W_e x + s B A x for x in the rows of A, with the weights as stored."""
-    result = go("method=emloc", "recovery.clamp=null", f"lora.alpha={alpha}")
+def test_the_unclamped_correction_is_exact_on_the_row_space_for_any_scale(run_cached, tiny, alpha):
+    """W x + s B'A' x = W_e x + s B A x holds for x in the rows of A, with the stored weights."""
+    result = run_cached("method=emloc", "recovery.clamp=null", f"lora.alpha={alpha}")
     run_config = build(compose([*tiny, "method=emloc"]))
     source = run_config.model.open()
     trained = read_lora(result.trained.folder / "adapter").pairs
     for layer, new in read_lora(result.recovered.folder / "adapter").pairs.items():
         old = trained[layer]
-        gap = run_config.emulator.residual(result.emulated.folder, source, layer)
-        left = (gap + new.delta.double()) @ old.a.double().T
+        residual = run_config.emulator.residual(result.emulated.folder, source, layer)
+        corrected_outputs = (residual + new.delta.double()) @ old.a.double().T
         assert new.scale == alpha / 4
-        torch.testing.assert_close(left, old.delta.double() @ old.a.double().T, atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            corrected_outputs, old.delta.double() @ old.a.double().T, atol=1e-6, rtol=0
+        )
 
 
-def test_covariance_takes_mismatch_away_from_every_layer(go):
-    """On the calibration activations, which is what the metric promises."""
-    recovered = go("method=emloc_covariance").recovered
+def test_covariance_reduces_the_error_of_every_layer(run_cached):
+    """The metric guarantees this on the calibration activations."""
+    recovered = run_cached("method=emloc_covariance").recovered
     changes = json.loads((recovered.folder / "layers.json").read_text())
     assert len(changes) == 14
     assert all(change["removed"] > 0 for change in changes.values())
     assert all(change["clamped"] == 0 for change in changes.values())
 
 
-def test_the_adapter_is_plain_peft_on_the_original(go, tiny, checkpoint, tmp_path):
-    """A user loads it without this package and gets the losses that were reported."""
-    result = go("method=emloc")
+def test_peft_loads_the_adapter_on_the_original_model(run_cached, tiny, checkpoint, tmp_path):
+    """PEFT alone loads the adapter and gives the reported losses."""
+    result = run_cached("method=emloc")
     folder = shutil.copytree(result.recovered.folder / "adapter", tmp_path / "elsewhere")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, folder).eval()
@@ -134,11 +141,11 @@ def test_the_adapter_is_plain_peft_on_the_original(go, tiny, checkpoint, tmp_pat
     assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def test_lora_equals_peft_trained_by_hand(afresh, tiny, checkpoint):
-    """The same steps written out with PEFT and torch alone give the same loss at every step."""
+def test_lora_equals_peft_trained_by_hand(run_uncached, tiny, checkpoint):
+    """The same steps, written with PEFT and torch alone, give equal losses."""
     losses = []
     recipe = ["train.schedule=constant", "train.learning_rate=0.05", "train.warmup=0"]
-    afresh("method=lora", *recipe, report=lambda step, values: losses.append(values["loss"]))
+    run_uncached("method=lora", *recipe, report=lambda step, values: losses.append(values["loss"]))
     run_config = build(compose([*tiny, "method=lora", *recipe]))
     reader = run_config.model.open().reader()
     rows = encode_all(reader, run_config.task.train(), 2048)
@@ -164,7 +171,7 @@ def test_lora_equals_peft_trained_by_hand(afresh, tiny, checkpoint):
 
 
 def _order_of_the_trainer(run_config, rows, reader):
-    """The first five batches as the Trainer's sampler picks them."""
+    """Return the first five batches in the order of the Trainer's sampler."""
     from dataclasses import asdict
 
     from transformers import Trainer
@@ -193,10 +200,10 @@ def _order_of_the_trainer(run_config, rows, reader):
     return [batch for batch, _ in zip(loader, range(5), strict=False)]
 
 
-def test_checkpointing_changes_memory_and_not_the_adapter(go):
-    plain = adapter_of(go("method=emloc", "train.batch=2", "train.accumulate=2").trained)
+def test_checkpointing_does_not_change_the_adapter(run_cached):
+    plain = adapter_of(run_cached("method=emloc", "train.batch=2", "train.accumulate=2").trained)
     again = adapter_of(
-        go(
+        run_cached(
             "method=emloc", "train.batch=2", "train.accumulate=2", "train.checkpointing=true"
         ).trained
     )
@@ -205,70 +212,75 @@ def test_checkpointing_changes_memory_and_not_the_adapter(go):
         torch.testing.assert_close(again[name], tensor, atol=1e-6, rtol=1e-5)
 
 
-def test_golden_curve(afresh):
-    """Five steps of EMLoC; a change of mathematics edits the file and says why."""
+def test_golden_curve(run_uncached):
+    """The losses of five steps of EMLoC.
+
+    Who changes the mathematics edits the golden file and gives the reason.
+    """
     losses = []
     recipe = ["train.learning_rate=0.05", "train.schedule=constant"]
-    afresh("method=emloc", *recipe, report=lambda step, values: losses.append(values["loss"]))
+    run_uncached("method=emloc", *recipe, report=lambda step, values: losses.append(values["loss"]))
     golden = json.loads((GOLDEN / "emloc_tiny_llama.json").read_text())
     assert losses == pytest.approx(golden, abs=2e-3)
     assert losses[-1] < losses[0] - 0.2
 
 
-def interrupt(go, *overrides):
-    """Start a run and break it off in the third step of its training."""
+def interrupt(run_cached, *overrides):
+    """Start a run and interrupt it in the third step of its training."""
 
     def stop(step, _):
         if step == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        go(*overrides, report=stop)
+        run_cached(*overrides, report=stop)
 
 
-def test_interrupted_training_resumes_from_its_checkpoint(afresh, store):
+def test_interrupted_training_resumes_from_its_checkpoint(run_uncached, store):
     whole = []
-    afresh("method=lora", "train.save_every=2", report=lambda step, _: whole.append(step))
+    run_uncached("method=lora", "train.save_every=2", report=lambda step, _: whole.append(step))
     shutil.rmtree(store.root / "train")
-    interrupt(afresh, "method=lora", "train.save_every=2")
+    interrupt(run_uncached, "method=lora", "train.save_every=2")
     steps = []
-    result = afresh("method=lora", "train.save_every=2", report=lambda step, _: steps.append(step))
+    result = run_uncached(
+        "method=lora", "train.save_every=2", report=lambda step, _: steps.append(step)
+    )
     assert (whole, steps) == ([1, 2, 3, 4, 5], [3, 4, 5])
     assert [line["step"] for line in curve_of(result.trained.folder)] == [1, 2, 3, 4, 5]
     assert not (result.trained.folder / "checkpoints").exists()
 
 
-def test_resumed_training_ends_where_an_uninterrupted_one_does(afresh, store):
-    straight = adapter_of(afresh("method=lora", "train.save_every=2").trained)
+def test_a_resumed_training_gives_the_same_adapter(run_uncached, store):
+    straight = adapter_of(run_uncached("method=lora", "train.save_every=2").trained)
     shutil.rmtree(store.root / "train")
-    interrupt(afresh, "method=lora", "train.save_every=2")
-    resumed = adapter_of(afresh("method=lora", "train.save_every=2").trained)
+    interrupt(run_uncached, "method=lora", "train.save_every=2")
+    resumed = adapter_of(run_uncached("method=lora", "train.save_every=2").trained)
     for name, tensor in straight.items():
         torch.testing.assert_close(resumed[name], tensor, atol=1e-6, rtol=1e-5)
 
 
-def test_interrupted_building_goes_on_with_the_next_block(afresh, store, monkeypatch):
-    """Blocks whose file was written are not factorised again."""
+def test_an_interrupted_build_resumes_with_the_next_block(run_uncached, store, monkeypatch):
+    """Blocks with a finished file are not factorised again."""
     import emloc.emulators.svd as svd
 
-    done = []
+    factorised = []
     real = svd.factorize
 
     def factorize(weights, *rest):
-        if len(done) == 1:
-            done.append("interrupted")
+        if len(factorised) == 1:
+            factorised.append("interrupted")
             raise KeyboardInterrupt
-        done.append(block_of(next(iter(weights))))
+        factorised.append(block_of(next(iter(weights))))
         return real(weights, *rest)
 
     monkeypatch.setattr(svd, "factorize", factorize)
     with pytest.raises(KeyboardInterrupt):
-        afresh("method=emloc")
-    afresh("method=emloc")
-    assert done == ["model.layers.0", "interrupted", "model.layers.1"]
+        run_uncached("method=emloc")
+    run_uncached("method=emloc")
+    assert factorised == ["model.layers.0", "interrupted", "model.layers.1"]
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights(afresh, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(run_uncached, monkeypatch):
     from transformers import Trainer
 
     steps = []
@@ -279,17 +291,17 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(afresh, monkeypatch)
 
     monkeypatch.setattr(Trainer, "training_step", poisoned)
     with pytest.raises(StageError, match=r"loss is nan at step 1; set train.learning_rate lower"):
-        afresh("method=lora")
+        run_uncached("method=lora")
     assert steps == [0]
 
 
 @pytest.mark.parametrize("method", ["qlora", "emloc_nf4"])
-def test_four_bits_are_trained_through_and_carried_to_the_original(go, tiny, method):
-    """The emulator is another, the loss falls, and what is carried fits the uncompressed model."""
+def test_an_emulator_in_four_bits_is_trained_and_its_adapter_recovered(run_cached, tiny, method):
+    """The emulator differs from 16 bits, the loss falls, and the original accepts the adapter."""
     recipe = [f"method={method}", "train.learning_rate=0.05", "train.schedule=constant"]
-    result = go(*recipe)
+    result = run_cached(*recipe)
     losses = losses_of(result)
-    wide = go(*recipe, "compression.bits=16")
+    wide = run_cached(*recipe, "compression.bits=16")
     four, sixteen = result.emulated.facts, wide.emulated.facts
     assert (four["bits"], sixteen["bits"]) == (4, 16)
     assert four["parameters"] == sixteen["parameters"]
@@ -309,9 +321,9 @@ def test_four_bits_are_trained_through_and_carried_to_the_original(go, tiny, met
         assert float(gap.norm()) > 0.05 * float(source.weight(layer).norm())
 
 
-def test_the_correction_knows_what_four_bits_lost(go, tiny):
-    """W x + s B'A' x = W_e x + s B A x for x in the rows of A, with the four bits as stored."""
-    result = go("method=emloc_nf4", "recovery.clamp=null", "lora.alpha=8")
+def test_the_correction_includes_the_error_of_four_bits(run_cached, tiny):
+    """W x + s B'A' x = W_e x + s B A x holds for x in the rows of A, with the stored four bits."""
+    result = run_cached("method=emloc_nf4", "recovery.clamp=null", "lora.alpha=8")
     run_config = build(compose([*tiny, "method=emloc_nf4"]))
     source = run_config.model.open()
     built_emulator = BuiltEmulator(
@@ -320,26 +332,28 @@ def test_the_correction_knows_what_four_bits_lost(go, tiny):
     model = built_emulator.open(torch.device("cpu"))
     trained = read_lora(result.trained.folder / "adapter").pairs
     for layer, new in read_lora(result.recovered.folder / "adapter").pairs.items():
-        old, held = trained[layer], model.get_submodule(layer).product()
+        old, emulator_weight = trained[layer], model.get_submodule(layer).product()
         rows = old.a.double().T
-        left = (source.weight(layer).double() + new.delta.double()) @ rows
-        right = (held + old.delta.double()) @ rows
-        torch.testing.assert_close(left, right, atol=1e-6, rtol=0)
+        corrected_outputs = (source.weight(layer).double() + new.delta.double()) @ rows
+        right = (emulator_weight + old.delta.double()) @ rows
+        torch.testing.assert_close(corrected_outputs, right, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
     "settings",
     [["emulator.aware=false"], ["emulator.algorithm=whiten"], ["emulator.algorithm=eigen"]],
 )
-def test_the_other_ways_to_factorise_run(go, settings):
-    layers = json.loads((go("method=emloc", *settings).emulated.folder / "layers.json").read_text())
+def test_other_factorisations_run(run_cached, settings):
+    layers = json.loads(
+        (run_cached("method=emloc", *settings).emulated.folder / "layers.json").read_text()
+    )
     assert {name.rsplit(".", 1)[1] for name in layers} >= {"q_proj", "down_proj"}
     assert all(0 < layer["kept"] < 1 for layer in layers.values())
 
 
-def test_aware_factors_keep_more_of_the_outputs_than_plain_ones(go, tiny):
-    """Energy of the outputs on the calibration tokens, with the very factors that were stored."""
-    aware, plain = go("method=emloc"), go("method=emloc", "emulator.aware=false")
+def test_aware_factors_keep_more_of_the_outputs_than_plain_ones(run_cached, tiny):
+    """Compares the output energy on the calibration tokens, with the stored factors."""
+    aware, plain = run_cached("method=emloc"), run_cached("method=emloc", "emulator.aware=false")
     run_config = build(compose(tiny))
     source = run_config.model.open()
     for block, layer in ((0, "self_attn.q_proj"), (1, "mlp.up_proj")):
@@ -372,52 +386,58 @@ def test_aware_factors_keep_more_of_the_outputs_than_plain_ones(go, tiny):
     ],
 )
 def test_bad_settings_are_refused_before_any_weight_is_read(
-    afresh, monkeypatch, overrides, message
+    run_uncached, monkeypatch, overrides, message
 ):
     monkeypatch.setattr(
         "emloc.models.checkpoint.source.Source.read", lambda *_: pytest.fail("a weight was read")
     )
     with pytest.raises(ConfigError) as refused:
-        afresh("method=emloc", *overrides)
+        run_uncached("method=emloc", *overrides)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
-def test_an_empty_split_is_refused(go, sums, tmp_path):
+def test_an_empty_split_is_refused(run_cached, sums, tmp_path):
     folder = shutil.copytree(sums, tmp_path / "sums")
     (folder / "train.jsonl").write_text("")
     with pytest.raises(ConfigError, match=r"train.jsonl is empty; set task.path"):
-        go(f"task.path={folder}")
+        run_cached(f"task.path={folder}")
 
 
-def test_generic_calibration_needs_no_hub_and_says_so(afresh, caplog):
-    result = afresh("method=emloc", "calibration=generic_64", "calibration.samples=4")
+def test_generic_calibration_without_the_hub_is_reported(run_uncached, caplog):
+    result = run_uncached("method=emloc", "calibration=generic_64", "calibration.samples=4")
     assert "using docstrings of Python's library" in caplog.text
     assert len(result.statistics.facts["samples"]) == 4
 
 
-def test_budget_of_the_whole_model(go):
-    facts = go("method=emloc", "compression.of=model", "compression.ratio=0.8").emulated.facts
+def test_budget_of_the_whole_model(run_cached):
+    facts = run_cached(
+        "method=emloc", "compression.of=model", "compression.ratio=0.8"
+    ).emulated.facts
     assert 0.75 < facts["share_of_model"] <= 0.8
     assert facts["share_of_linears"] < facts["share_of_model"]
     assert facts["bytes"] == 4 * facts["parameters"]
 
 
 @pytest.mark.parametrize("method", ["qlora", "emloc_nf4"])
-def test_four_bits_train_in_16_bits_with_the_embedding_on_the_host(go, method):
-    """Then nothing of the model but the LoRA, in 32 bits, is left to ask for a dtype."""
-    losses = losses_of(go("model.dtype=bfloat16", f"method={method}", "train.steps=3"))
+def test_training_in_four_bits_computes_in_16_bits_with_the_embedding_on_the_host(
+    run_cached, method
+):
+    """Only the LoRA, in 32 bits, is left in the model then, and must not set the dtype."""
+    losses = losses_of(run_cached("model.dtype=bfloat16", f"method={method}", "train.steps=3"))
     assert len(losses) == 3
     assert losses[-1] < losses[0]
 
 
-def test_the_mismatch_said_of_a_layer_is_that_of_the_calibration_tokens(go, tiny, tmp_path):
-    """Before and after, against the whole second moments of what the layer takes.
+def test_the_reported_error_of_a_layer_is_that_on_the_calibration_tokens(
+    run_cached, tiny, tmp_path
+):
+    """Compares the errors before and after with the full second moments of the layer inputs.
 
-    Of more blocks than ten, whose names an adapter's file sorts 0, 1, 10, 11, 2.
+    The model has more than ten blocks, whose names an adapter file sorts as 0, 1, 10, 11, 2.
     """
     deep = f"model.source={save_checkpoint(tmp_path / 'deep', num_hidden_layers=12)}"
-    result = go("method=emloc_covariance", deep)
+    result = run_cached("method=emloc_covariance", deep)
     run_config = build(compose([*tiny, "method=emloc_covariance", deep]))
     source, layers = (
         run_config.model.open(),
@@ -429,19 +449,19 @@ def test_the_mismatch_said_of_a_layer_is_that_of_the_calibration_tokens(go, tiny
     calibrate(tmp_path / "sums", source, compressed, samples, True, device=CPU)
     trained = read_lora(result.trained.folder / "adapter").pairs
     for layer, new in read_lora(result.recovered.folder / "adapter").pairs.items():
-        known = Statistics.load(tmp_path / "sums" / f"{block_of(layer)}.safetensors")
-        second = known.of(layer)["input_gram"] / known.tokens
+        statistics = Statistics.load(tmp_path / "sums" / f"{block_of(layer)}.safetensors")
+        second = statistics.of(layer)["input_gram"] / statistics.tokens
         gap = run_config.emulator.residual(result.emulated.folder, source, layer)
-        left = gap + new.delta.double() - trained[layer].delta.double()
-        for name, miss in (("mismatch_before", gap), ("mismatch_after", left)):
+        remaining_error = gap + new.delta.double() - trained[layer].delta.double()
+        for name, miss in (("mismatch_before", gap), ("mismatch_after", remaining_error)):
             energy = float(torch.einsum("ij,jk,ik->", miss, second, miss))
             assert layers[layer][name] == pytest.approx(energy, rel=2e-3)
     assert len(layers) == result.recovered.facts["corrected_layers"] == 84
     assert 0 < result.recovered.facts["mismatch_left"] < 1
 
 
-def test_under_the_identity_metric_the_mismatch_is_that_of_white_inputs(go, tiny):
-    result = go("method=emloc")
+def test_the_error_of_the_identity_metric_is_that_on_white_inputs(run_cached, tiny):
+    result = run_cached("method=emloc")
     run_config = build(compose([*tiny, "method=emloc"]))
     changes = json.loads((result.recovered.folder / "layers.json").read_text())
     for layer, change in changes.items():
@@ -452,9 +472,9 @@ def test_under_the_identity_metric_the_mismatch_is_that_of_white_inputs(go, tiny
         )
 
 
-def test_what_is_trained_in_four_bits_is_scored_as_trained_too(go, tiny):
-    """By the very model of the training, here opened by hand."""
-    plain, result = go("method=lora"), go("method=qlora")
+def test_a_training_in_four_bits_is_also_scored_as_trained(run_cached, tiny):
+    """Compared with the training model, opened by hand."""
+    plain, result = run_cached("method=lora"), run_cached("method=qlora")
     assert plain.as_trained is None
     scores = result.as_trained.facts["scores"]
     assert scores["loss"] != result.evaluated.facts["scores"]["loss"]
@@ -470,16 +490,16 @@ def test_what_is_trained_in_four_bits_is_scored_as_trained_too(go, tiny):
     assert summary["loss"] == pytest.approx(scores["loss"], rel=1e-5)
 
 
-def test_quantising_is_a_gap_that_a_correction_closes(go):
-    """qlora with the correction: what the adapter learnt against rounding is taken out again."""
-    plain = go("method=qlora")
-    result = go("method=qlora", "recovery=correction_covariance")
+def test_the_correction_reduces_the_error_of_quantisation(run_cached):
+    """The correction removes from a QLoRA adapter what it learnt against rounding errors."""
+    plain = run_cached("method=qlora")
+    result = run_cached("method=qlora", "recovery=correction_covariance")
     assert result.trained == plain.trained
     assert result.recovered.facts["corrected_layers"] == 14
     assert 0 < result.recovered.facts["mismatch_left"] < 1
     assert result.evaluated.facts["scores"] != plain.evaluated.facts["scores"]
 
 
-def test_a_training_says_how_long_a_step_took(afresh):
-    facts = afresh("method=lora").trained.facts
+def test_a_training_reports_the_seconds_of_a_step(run_uncached):
+    facts = run_uncached("method=lora").trained.facts
     assert 0 < facts["step_seconds"] < facts["seconds"]

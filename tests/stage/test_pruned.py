@@ -1,4 +1,4 @@
-"""Whole runs through pruned models: upop, loram_stru and loram_rand on the tiny model."""
+"""Whole runs with pruned models: upop, loram_stru and loram_rand on the tiny model."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from packed import held_at
+from packed import precision_of
 from peft import PeftModel
 from safetensors.torch import load_file
 from staged import losses_of
@@ -26,9 +26,9 @@ IDS = torch.arange(60).reshape(2, 30) + 5
 
 
 @pytest.fixture
-def go(go):
-    """Run the pipeline with overrides on top of the tiny ones, every block of two pruned."""
-    return partial(go, *WHOLE)
+def run_cached(run_cached):
+    """Function that runs the pipeline on the tiny model with both its blocks pruned."""
+    return partial(run_cached, *WHOLE)
 
 
 WHOLE = ["emulator.first=0", "emulator.last=0"]
@@ -37,8 +37,8 @@ LEARNING = ["train.learning_rate=0.05", "train.schedule=constant"]
 
 def built_of(result, tiny, method) -> BuiltEmulator:
     run_config = build(compose([*tiny, f"method={method}", *WHOLE]))
-    held = held_at(result.emulated.facts["bits"])
-    return BuiltEmulator(run_config.emulator, result.emulated, run_config.model.open(), held)
+    precision = precision_of(result.emulated.facts["bits"])
+    return BuiltEmulator(run_config.emulator, result.emulated, run_config.model.open(), precision)
 
 
 def tables(result) -> dict[str, dict]:
@@ -46,8 +46,8 @@ def tables(result) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_is_pruned_trained_scattered_and_scored(go, method):
-    result = go(f"method={method}", *LEARNING)
+def test_every_method_is_pruned_trained_scattered_and_scored(run_cached, method):
+    result = run_cached(f"method={method}", *LEARNING)
     losses = losses_of(result)
     assert result.evaluated.facts["rows"] == 6
     assert 0 < result.evaluated.facts["scores"]["loss"] < 10
@@ -61,9 +61,11 @@ def test_every_method_is_pruned_trained_scattered_and_scored(go, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_carried_adapter_is_plain_peft_on_the_original(go, tiny, checkpoint, tmp_path, method):
-    """The same logits as the original's weights with the trained product on kept rows, columns."""
-    result = go(f"method={method}", *LEARNING, "lora.alpha=8")
+def test_peft_loads_the_recovered_adapter_on_the_original_model(
+    run_cached, tiny, checkpoint, tmp_path, method
+):
+    """Compares with the original weights plus the trained product at kept rows and columns."""
+    result = run_cached(f"method={method}", *LEARNING, "lora.alpha=8")
     folder = shutil.copytree(result.recovered.folder / "adapter", tmp_path / "elsewhere")
     built_emulator = built_of(result, tiny, method)
     ours = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
@@ -82,34 +84,37 @@ def test_the_carried_adapter_is_plain_peft_on_the_original(go, tiny, checkpoint,
     assert json.loads((folder / "carried.json").read_text()) == {"by": "scatter"}
 
 
-def test_what_is_trained_is_the_smaller_model(go, tiny):
-    result = go("method=upop", *LEARNING)
+def test_the_pruned_model_is_trained(run_cached, tiny):
+    result = run_cached("method=upop", *LEARNING)
     built_emulator = built_of(result, tiny, "upop")
     model = built_emulator.open(CPU)
     for layer, line in tables(result).items():
         module = model.get_submodule(layer)
         assert [module.out_features, module.in_features] == line["shape"]
     assert sum(one.numel() for one in model.parameters()) == result.emulated.facts["parameters"]
-    Lora().load(model, result.trained.folder / "adapter")  # of the same smaller shapes
+    # Fits, since the shapes are those of the pruned model.
+    Lora().load(model, result.trained.folder / "adapter")
 
 
-def test_seeds_decide_the_random_units_and_nothing_else(go):
+def test_the_seed_decides_only_the_random_units(run_cached):
     first, again, other = (
-        go("method=loram_rand", *more) for more in ([], ["seed=1"], ["emulator.seed=1"])
+        run_cached("method=loram_rand", *more) for more in ([], ["seed=1"], ["emulator.seed=1"])
     )
     assert first.emulated == again.emulated != other.emulated
-    kept, others = (load_file(one.emulated.folder / "kept.safetensors") for one in (first, other))
-    assert {name: one.shape for name, one in kept.items()} == {
+    kept_units, others = (
+        load_file(one.emulated.folder / "kept.safetensors") for one in (first, other)
+    )
+    assert {name: one.shape for name, one in kept_units.items()} == {
         name: one.shape for name, one in others.items()
     }
-    assert any(not torch.equal(kept[name], others[name]) for name in kept)
+    assert any(not torch.equal(kept_units[name], others[name]) for name in kept_units)
 
 
-def test_four_bits_are_trained_through_and_scattered(go):
+def test_a_pruned_model_in_four_bits_is_trained_and_scattered(run_cached):
     recipe = ["method=upop", *LEARNING]
-    result = go(*recipe, "compression.bits=4")
+    result = run_cached(*recipe, "compression.bits=4")
     losses = losses_of(result)
-    wide = go(*recipe)
+    wide = run_cached(*recipe)
     assert losses[-1] < losses[0] - 0.2
     four, sixteen = result.emulated.facts, wide.emulated.facts
     assert four["parameters"] == sixteen["parameters"]
@@ -118,8 +123,8 @@ def test_four_bits_are_trained_through_and_scattered(go):
     assert {pair.a.shape[1] for pair in recovered.values()} == {32, 64}
 
 
-def test_four_bits_reach_the_blocks_that_are_left_whole(go, tiny):
-    result = go(
+def test_blocks_that_are_not_pruned_are_in_four_bits_too(run_cached, tiny):
+    result = run_cached(
         "method=loram_stru", "compression.bits=4", "compression.ratio=0.7", "emulator.first=1"
     )
     model = built_of(result, tiny, "loram_stru").open(CPU)
@@ -156,9 +161,11 @@ def test_four_bits_reach_the_blocks_that_are_left_whole(go, tiny):
         ),
     ],
 )
-def test_what_cannot_be_pruned_is_refused_in_a_line(afresh, store, settings, message):
+def test_models_that_cannot_be_pruned_are_refused_in_one_line(
+    run_uncached, store, settings, message
+):
     with pytest.raises(ConfigError) as caught:
-        afresh(*settings)
+        run_uncached(*settings)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not store.root.exists()

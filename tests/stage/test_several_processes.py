@@ -1,4 +1,4 @@
-"""`torchrun -m emloc`: two processes take the steps of one, and leave one record."""
+"""`torchrun -m emloc`: two processes train like one process and write one run folder."""
 
 import json
 import os
@@ -19,14 +19,14 @@ SPLIT = {
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
 }
-# Steps of 2 x 3 samples: the 40 rows are no multiple of that, and are gone through twice.
+# Steps of 2 x 3 samples: the 40 rows are no multiple of 6, and are used twice.
 RECIPE = ("train.batch=3", "train.steps=9", "train.save_every=2", "train.learning_rate=0.05")
 
 
 @pytest.fixture
-def alone(go):
-    """Train in this process with as many samples a step; the artifact of the training."""
-    return lambda *overrides: go(*overrides, "train.accumulate=2").trained
+def train_alone(run_cached):
+    """Function that trains in this process with as many samples per step."""
+    return lambda *overrides: run_cached(*overrides, "train.accumulate=2").trained
 
 
 def assert_same_training(run: Path, single: Path) -> None:
@@ -45,11 +45,11 @@ def assert_same_training(run: Path, single: Path) -> None:
         torch.testing.assert_close(adapters[0][name], tensor, atol=1e-5, rtol=1e-4)
 
 
-def test_two_processes_train_as_one_does_and_leave_one_record(emloc, tiny, one_run, alone):
+def test_two_processes_train_like_one_and_write_one_run(emloc, tiny, one_run, train_alone):
     first = emloc.process(*tiny, *RECIPE, program=TWO)
     assert first.code == 0, first.said
     run = one_run()
-    assert_same_training(run, alone(*RECIPE).folder)
+    assert_same_training(run, train_alone(*RECIPE).folder)
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["processes"] == 2
     lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
@@ -62,8 +62,8 @@ def test_two_processes_train_as_one_does_and_leave_one_record(emloc, tiny, one_r
     assert again.said.count("done before") == 1
 
 
-def test_split_weights_train_as_whole_ones_do_also_after_an_interruption(
-    emloc, tiny, one_run, alone, tmp_path
+def test_fsdp_trains_like_one_process_also_after_an_interruption(
+    emloc, tiny, one_run, train_alone, tmp_path
 ):
     env = {**os.environ, **SPLIT}
     begun = subprocess.Popen([*TWO, *tiny, *RECIPE], cwd=tmp_path, env=env)
@@ -77,7 +77,7 @@ def test_split_weights_train_as_whole_ones_do_also_after_an_interruption(
     assert any((path / "pytorch_model_fsdp_0").is_dir() for path in checkpoints)
     ended = emloc.process(*tiny, *RECIPE, program=TWO, **SPLIT)
     assert ended.code == 0, ended.said
-    assert_same_training(one_run(), alone(*RECIPE).folder)
+    assert_same_training(one_run(), train_alone(*RECIPE).folder)
 
 
 def test_a_loss_that_is_not_finite_ends_all_processes(emloc, tiny, one_run):

@@ -1,4 +1,4 @@
-"""method=small_model is LoRA on the smaller checkpoint, and nothing of the larger one."""
+"""method=small_model is LoRA on the smaller checkpoint, and does not use the larger one."""
 
 import json
 from functools import partial
@@ -19,14 +19,14 @@ from emloc.stages.run_config import build
 
 @pytest.fixture(scope="session")
 def small(made_once):
-    """A narrower model of one layer."""
+    """Folder with a narrower model of one layer."""
     overrides = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 48}
     return made_once("small", partial(save_checkpoint, **overrides))
 
 
 @pytest.fixture
 def pair(tiny, small):
-    """Overrides of a tiny run whose model names a sibling of half its size."""
+    """Overrides of a tiny run whose model has a sibling of half its size."""
     model = compose(tiny).model
     own = OmegaConf.to_container(model) | {
         "name": "small",
@@ -46,16 +46,16 @@ def _quoted(value):
 
 
 @pytest.fixture
-def go(stages):
+def run_cached(stages):
     def run_with(*overrides: str):
         return run(build(compose([*overrides])), stages, lambda step, values: None)
 
     return run_with
 
 
-def test_it_is_lora_on_the_sibling(go, pair, tiny, small):
-    result = go(*pair, "method=small_model")
-    alone = go(*tiny, "method=lora", f"model.source={small}", "model.id=somebody/small")
+def test_small_model_equals_lora_on_the_sibling(run_cached, pair, tiny, small):
+    result = run_cached(*pair, "method=small_model")
+    alone = run_cached(*tiny, "method=lora", f"model.source={small}", "model.id=somebody/small")
     assert result.evaluated.facts["scores"] == alone.evaluated.facts["scores"]
     assert result.trained.facts["trainable"] == alone.trained.facts["trainable"]
     tensors = load_file(result.recovered.folder / "adapter" / "adapter_model.safetensors")
@@ -66,25 +66,25 @@ def test_it_is_lora_on_the_sibling(go, pair, tiny, small):
     config = json.loads((result.recovered.folder / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "somebody/small"
     facts = result.emulated.facts
-    held = load_file(small / "model.safetensors")
+    weights = load_file(small / "model.safetensors")
     assert facts["model"] == "somebody/small"
-    assert facts["parameters"] == sum(tensor.numel() for tensor in held.values())
+    assert facts["parameters"] == sum(tensor.numel() for tensor in weights.values())
 
 
-def test_it_is_another_run_than_that_of_the_original(pair):
+def test_small_model_has_another_run_folder_than_lora(pair):
     names = [folder_name(compose([*pair, f"method={one}"])) for one in ("lora", "small_model")]
     assert names[0].rpartition("-")[2] != names[1].rpartition("-")[2]
 
 
-def test_in_four_bits_it_is_qlora_on_the_sibling(go, pair):
-    result = go(*pair, "method=small_model", "compression.bits=4")
+def test_small_model_in_four_bits_equals_qlora_on_the_sibling(run_cached, pair):
+    result = run_cached(*pair, "method=small_model", "compression.bits=4")
     assert result.emulated.facts["bits"] == 4
     layers = json.loads((result.emulated.folder / "layers.json").read_text())
     assert len(layers) == 7
 
 
-def test_a_run_is_merged_into_the_sibling(go, pair, small, tmp_path):
-    result = go(*pair, "method=small_model", "train.learning_rate=0.05")
+def test_a_run_is_merged_into_the_sibling(run_cached, pair, small, tmp_path):
+    result = run_cached(*pair, "method=small_model", "train.learning_rate=0.05")
     folder = tmp_path / "run"
     cfg = compose([*pair, "method=small_model"])
     folder.mkdir()
@@ -97,7 +97,7 @@ def test_a_run_is_merged_into_the_sibling(go, pair, small, tmp_path):
     assert len(changed) == 7
 
 
-def test_a_model_of_the_package_names_its_siblings():
+def test_models_of_the_package_have_siblings():
     run_config = build(compose(["model=internvl2_5_8b", "method=small_model"]))
     names = {choice: one.name for choice, one in run_config.model.siblings.items()}
     assert names == {"r50": "internvl2_5_4b", "r25": "internvl2_5_2b"}
@@ -134,7 +134,7 @@ def test_a_model_of_the_package_names_its_siblings():
     ],
     ids=["none", "none of this share", "auto"],
 )
-def test_a_sibling_that_is_not_there_is_refused(overrides, message):
+def test_a_missing_sibling_is_refused(overrides, message):
     run_config = build(compose(["method=small_model", *overrides]))
     with pytest.raises(ConfigError) as refused:
         run_config.emulator.model(run_config.model, run_config.compression)

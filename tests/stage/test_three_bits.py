@@ -1,4 +1,4 @@
-"""A format of a plug-in, one module and one YAML, goes through every emulator end to end."""
+"""The three-bit format of a plug-in works with every emulator in whole runs."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ from emloc.precision import PackedLayer
 from emloc.stages.run_config import build
 from emloc.tensors.nn.factorized import PackedFactorized
 
-# Emulator -> a method of it, and a share that it can be made to.
+# Emulator -> overrides with a method and a ratio that the model allows.
 METHODS = {
     "full": ["method=lora"],
     "svd": ["method=emloc"],
@@ -35,7 +35,7 @@ def cell_of(tiny, tmp_path, monkeypatch):
 
     def make(*overrides: str):
         last = ("train.learning_rate=0.02", *overrides, "compression.bits=3")
-        if "method=offsite" in overrides:  # which leaves out blocks between the outer four
+        if "method=offsite" in overrides:  # offsite needs blocks to drop between the outer four
             deep = save_checkpoint(tmp_path / "deep", num_hidden_layers=8)
             last += (f"model.source={deep}",)
         return build(compose([*tiny, *last]))
@@ -44,7 +44,7 @@ def cell_of(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("emulator", METHODS)
-def test_it_is_quantised_saved_trained_through_and_carried(cell_of, store, emulator):
+def test_a_run_in_three_bits_quantises_trains_and_recovers(cell_of, store, emulator):
     run_config, losses = cell_of(*METHODS[emulator]), []
     result = run(run_config, store, lambda step, values: losses.append(values["loss"]))
     assert len(losses) == 5
@@ -53,7 +53,7 @@ def test_it_is_quantised_saved_trained_through_and_carried(cell_of, store, emula
     assert all(float(pair.b.abs().max()) > 0.01 for pair in trained.values())
     facts = result.emulated.facts
     assert (facts["bits"], facts["precision"]) == (3, "three_bits")
-    # What was trained is scored as well, for it is not what it was carried to.
+    # The trained model is scored as well, since it differs from the recovered one.
     assert result.as_trained is not None
     assert result.evaluated.facts["scores"] != result.as_trained.facts["scores"]
 
@@ -68,27 +68,27 @@ def test_it_is_quantised_saved_trained_through_and_carried(cell_of, store, emula
         if isinstance(layer, PackedLayer | PackedFactorized)
     }
     assert len(packed) == (6 * 7 if emulator == "layer_drop" else 2 * 7)
-    # Bytes are counted with the scales of whole groups.
+    # The bytes include the scales of whole groups.
     shapes = [matrix.shape for matrices in packed.values() for matrix in matrices]
-    held = sum(matrix.nbytes for matrices in packed.values() for matrix in matrices)
-    assert held == bytes_of(shapes, TOY, source.dtype)
-    assert held >= sum(3 * m * n / 8 + 2 * m * n / 64 for m, n in shapes)
+    nbytes = sum(matrix.nbytes for matrices in packed.values() for matrix in matrices)
+    assert nbytes == bytes_of(shapes, TOY, source.dtype)
+    assert nbytes >= sum(3 * m * n / 8 + 2 * m * n / 64 for m, n in shapes)
     gone = [name for name in source.sizes if name.removesuffix(".weight") not in packed]
     if emulator != "layer_drop":
         rest = sum(source.sizes[name] for name in gone) * source.dtype.itemsize
-        assert facts["bytes"] == held + rest
+        assert facts["bytes"] == nbytes + rest
 
-    # Cut layers are of another shape, and streamed ones are there when they are computed.
+    # Pruned layers have other shapes, and streamed layers have weights only while they compute.
     if emulator not in ("prune", "offload"):
         for layer in [name for name in packed if name.endswith("layers.0.mlp.up_proj")]:
-            gap, weight = built_emulator.residual(layer), source.weight(layer).double()
-            left = weight - gap
+            residual, weight = built_emulator.residual(layer), source.weight(layer).double()
+            emulator_weight = weight - residual
             matrices = [matrix.dequantize().double() for matrix in packed[layer]]
             formed = matrices[1].T @ matrices[0] if len(matrices) == 2 else matrices[0]
-            assert float((left - formed).abs().max()) < 1e-12
+            assert float((emulator_weight - formed).abs().max()) < 1e-12
 
 
-def test_the_same_is_found_again_and_other_settings_of_the_format_are_not(cell_of, store):
+def test_a_run_is_reused_unless_settings_of_the_format_change(cell_of, store):
     run_config = cell_of("method=lora")
     other = replace(run_config, precision=replace(TOY, group=32))
     keys = [

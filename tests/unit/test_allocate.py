@@ -1,4 +1,4 @@
-"""Ranks under one budget for all layers: what is spent and kept, and that no swap keeps more."""
+"""Ranks for all layers under one budget: the spent budget, the kept energy, and optimality."""
 
 import itertools
 
@@ -16,7 +16,7 @@ F64 = torch.float64
 
 @st.composite
 def problems(draw):
-    """Spectra, shapes, uniform ranks and a multiple."""
+    """Draw spectra, shapes, uniform ranks and a multiple."""
     multiple = draw(st.sampled_from([1, 2, 3]))
     ratio = draw(st.floats(0.3, 0.95))
     seed = draw(st.integers(0, 2**31))
@@ -29,7 +29,8 @@ def problems(draw):
         values *= torch.arange(1, min(m, n) + 1, dtype=F64) ** -decay
         values *= draw(st.sampled_from([1e-6, 1.0, 1e6]))
         if draw(st.booleans()):
-            values[draw(st.integers(0, min(m, n) - 1)) :] = 0  # none, where it starts at the first
+            # All values are zero if the slice starts at the first.
+            values[draw(st.integers(0, min(m, n) - 1)) :] = 0
         name = f"layer.{index}"
         spectra[name], shapes[name] = values.sort(descending=True).values, (m, n)
         uniform[name] = rank_of(ratio, m, n, multiple) if ratio * m * n >= multiple * (m + n) else 0
@@ -41,7 +42,7 @@ def spent(ranks, shapes) -> int:
 
 
 def lost(ranks, spectra) -> float:
-    """The summed relative tail energies."""
+    """Return the sum of relative tail energies."""
     return sum(
         float(spectra[layer][rank:].sum() / total)
         for layer, rank in ranks.items()
@@ -63,15 +64,15 @@ def test_the_budget_is_spent_and_never_exceeded(problem):
     for layer, rank in ranks.items():
         assert multiple <= rank <= cap(shapes[layer], multiple)
         assert rank % multiple == 0
-    left = spent(uniform, shapes) - spent(ranks, shapes)
-    assert left >= 0
+    unspent = spent(uniform, shapes) - spent(ranks, shapes)
+    assert unspent >= 0
     for layer, rank in ranks.items():
-        assert rank == cap(shapes[layer], multiple) or multiple * sum(shapes[layer]) > left
+        assert rank == cap(shapes[layer], multiple) or multiple * sum(shapes[layer]) > unspent
 
 
 @given(problems())
 @settings(max_examples=150, deadline=None)
-def test_no_more_is_lost_than_with_uniform_ranks(problem):
+def test_greedy_ranks_lose_no_more_energy_than_uniform_ranks(problem):
     spectra, shapes, uniform, multiple = problem
     ranks = greedy(spectra, shapes, uniform, multiple)
     assert lost(ranks, spectra) <= lost(uniform, spectra) + 1e-9
@@ -79,7 +80,7 @@ def test_no_more_is_lost_than_with_uniform_ranks(problem):
 
 @given(problems())
 @settings(max_examples=150, deadline=None)
-def test_no_swap_of_one_chunk_for_another_keeps_more(problem):
+def test_moving_one_chunk_of_rank_never_keeps_more_energy(problem):
     spectra, shapes, uniform, multiple = problem
     ranks = greedy(spectra, shapes, uniform, multiple)
     before, budget = lost(ranks, spectra), spent(uniform, shapes)
@@ -90,7 +91,7 @@ def test_no_swap_of_one_chunk_for_another_keeps_more(problem):
             assert lost(other, spectra) >= before - 2 * MIN_GAIN
 
 
-def test_of_all_ranks_within_the_budget_none_lose_less_where_layers_cost_the_same():
+def test_greedy_ranks_are_optimal_if_layers_cost_the_same():
     generator = torch.Generator().manual_seed(0)
     shapes = dict.fromkeys("abc", (12, 12))
     spectra = {
@@ -105,25 +106,25 @@ def test_of_all_ranks_within_the_budget_none_lose_less_where_layers_cost_the_sam
     assert len(set(ranks.values())) > 1
 
 
-def test_a_layer_that_one_direction_sums_up_gives_its_ranks_to_the_other():
+def test_a_layer_with_one_direction_passes_its_rank_to_the_other_layer():
     one, flat = torch.zeros(20, dtype=F64), torch.ones(20, dtype=F64)
     one[0] = 100
     shapes = {"one": (20, 20), "flat": (20, 20)}
     ranks = greedy({"one": one, "flat": flat}, shapes, {"one": 4, "flat": 4}, 1)
     assert ranks == {"one": 1, "flat": 7}
-    # The rest has nowhere else to go where the other may take no more.
+    # Rank that the other layer cannot use stays.
     ranks = greedy({"one": one, "flat": flat}, shapes, {"one": 8, "flat": 8}, 1)
     assert ranks == {"one": 6, "flat": 10}
 
 
-def test_strength_alone_earns_a_layer_nothing():
+def test_ranks_do_not_depend_on_the_scale_of_a_layer():
     falling = torch.arange(20, 0, -1, dtype=F64)
     shapes = {"weak": (20, 20), "strong": (20, 20)}
     spectra = {"weak": falling, "strong": 2**30 * falling}
     assert greedy(spectra, shapes, {"weak": 5, "strong": 5}, 1) == {"weak": 5, "strong": 5}
 
 
-def test_a_layer_twice_as_cheap_is_taken_from_first():
+def test_a_layer_that_costs_half_as_much_is_preferred():
     shapes = {"thin": (20, 20), "wide": (20, 60)}
     spectra = dict.fromkeys(shapes, torch.ones(20, dtype=F64))
     ranks = greedy(spectra, shapes, {"thin": 4, "wide": 4}, 1)
@@ -131,7 +132,7 @@ def test_a_layer_twice_as_cheap_is_taken_from_first():
 
 
 @pytest.mark.parametrize("rank", [0, 3, 12])
-def test_a_uniform_rank_that_is_none_is_refused(rank):
+def test_an_invalid_uniform_rank_is_refused(rank):
     with pytest.raises(ValueError, match=rf"one: rank {rank} .* multiple of 2, .*\(20 x 20\)"):
         greedy({"one": torch.ones(20, dtype=F64)}, {"one": (20, 20)}, {"one": rank}, 2)
 
@@ -141,7 +142,7 @@ def test_a_uniform_rank_that_is_none_is_refused(rank):
 
 @pytest.mark.parametrize(("m", "n"), [(12, 20), (20, 12)])
 @pytest.mark.parametrize("kind", ["input_gram", "output_gram", None])
-def test_the_spectrum_is_what_is_lost_to_the_best_factors(m, n, kind):
+def test_the_spectrum_gives_the_loss_of_the_best_factors(m, n, kind):
     generator = torch.Generator().manual_seed(m)
     weight = torch.randn(m, n, generator=generator, dtype=F64)
     x = torch.randn(50, n, generator=generator, dtype=F64) * torch.arange(1, n + 1) ** -0.7
@@ -150,16 +151,16 @@ def test_the_spectrum_is_what_is_lost_to_the_best_factors(m, n, kind):
         given_grams = {kind: x.T @ x}
     elif kind == "output_gram":
         given_grams = {kind: weight @ x.T @ x @ weight.T}
-    found = spectrum(weight, **given_grams)
-    left = weight if kind is None else weight @ x.T
-    torch.testing.assert_close(found, torch.linalg.svdvals(left).square()[:12])
+    energies = spectrum(weight, **given_grams)
+    unspent = weight if kind is None else weight @ x.T
+    torch.testing.assert_close(energies, torch.linalg.svdvals(unspent).square()[:12])
     exact = eigen(weight, 3, **given_grams, dtype=F64)
-    torch.testing.assert_close(found, exact.spectrum)
-    assert exact.kept_share == pytest.approx(float(found[:3].sum() / found.sum()), abs=1e-12)
+    torch.testing.assert_close(energies, exact.spectrum)
+    assert exact.kept_share == pytest.approx(float(energies[:3].sum() / energies.sum()), abs=1e-12)
 
 
-def test_no_energy_is_negative_where_tokens_are_fewer_than_directions():
+def test_energies_are_not_negative_with_few_tokens():
     x = torch.randn(5, 30, dtype=F64)
-    found = spectrum(torch.randn(20, 30, dtype=F64), input_gram=x.T @ x)
-    assert float(found.min()) >= 0
-    assert float(found[5:].sum()) < 1e-10 * float(found.sum())
+    energies = spectrum(torch.randn(20, 30, dtype=F64), input_gram=x.T @ x)
+    assert float(energies.min()) >= 0
+    assert float(energies[5:].sum()) < 1e-10 * float(energies.sum())

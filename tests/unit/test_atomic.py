@@ -1,4 +1,4 @@
-"""What a reader may find of a file or folder that is being written: all of it or nothing."""
+"""Atomic writes: a reader finds the whole file or folder, or nothing."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from emloc.runtime.atomic import (
 
 @pytest.fixture
 def order(monkeypatch):
-    """What is flushed and renamed, in order: the inode of a flush, the new name of a rename."""
+    """The flushed inodes and the new names of renames, in order."""
     events: list[int | str] = []
     flush, rename = os.fsync, os.replace
 
@@ -63,7 +63,7 @@ def half_a_folder(path):
     ],
     ids=["bytes", "text", "json"],
 )
-def test_a_file_has_the_new_content_and_nothing_is_left_beside_it(tmp_path, write, value, content):
+def test_a_file_has_the_new_content_and_no_draft_remains(tmp_path, write, value, content):
     path = tmp_path / "file.txt"
     path.write_bytes(b"old and longer than the new one" * 9)
     write(path, value)
@@ -71,13 +71,13 @@ def test_a_file_has_the_new_content_and_nothing_is_left_beside_it(tmp_path, writ
     assert names(tmp_path) == ["file.txt"]
 
 
-def test_a_file_is_on_disk_before_it_takes_its_name(tmp_path, order):
+def test_a_file_is_flushed_before_it_is_renamed(tmp_path, order):
     path = tmp_path / "status.json"
     write_json(path, {"state": "done"})
     assert order == [inode(path), str(path), inode(tmp_path)]
 
 
-def test_a_file_stays_as_it_was_where_the_writer_fails(tmp_path):
+def test_a_file_is_unchanged_if_the_writer_fails(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("first\n")
     with pytest.raises(RuntimeError, match="disk"):
@@ -86,7 +86,7 @@ def test_a_file_stays_as_it_was_where_the_writer_fails(tmp_path):
     assert names(tmp_path) == ["metrics.jsonl"]
 
 
-def test_a_value_that_is_no_json_leaves_the_old_file(tmp_path):
+def test_a_value_that_json_cannot_represent_leaves_the_old_file(tmp_path):
     path = tmp_path / "status.json"
     write_json(path, 1)
     with pytest.raises(TypeError):
@@ -95,14 +95,14 @@ def test_a_value_that_is_no_json_leaves_the_old_file(tmp_path):
     assert names(tmp_path) == ["status.json"]
 
 
-def test_what_a_killed_process_left_beside_a_file_is_overwritten(tmp_path):
+def test_the_draft_of_a_killed_process_is_overwritten(tmp_path):
     (tmp_path / "a.json.draft").write_text("cut o")
     write_json(tmp_path / "a.json", 7)
     assert names(tmp_path) == ["a.json"]
     assert json.loads((tmp_path / "a.json").read_text()) == 7
 
 
-def test_files_of_one_stem_do_not_share_a_draft(tmp_path):
+def test_files_with_one_stem_have_separate_drafts(tmp_path):
     with atomic_file(tmp_path / "a.json") as one, atomic_file(tmp_path / "a.safetensors") as two:
         one.write_text("1")
         two.write_text("2")
@@ -110,7 +110,7 @@ def test_files_of_one_stem_do_not_share_a_draft(tmp_path):
     assert (tmp_path / "a.safetensors").read_text() == "2"
 
 
-def test_a_folder_is_on_disk_before_it_takes_its_name(tmp_path, order):
+def test_a_folder_is_flushed_before_it_is_renamed(tmp_path, order):
     path = tmp_path / "merged"
     with atomic_folder(path) as draft:
         (draft / "deep").mkdir()
@@ -123,13 +123,13 @@ def test_a_folder_is_on_disk_before_it_takes_its_name(tmp_path, order):
     assert names(tmp_path) == ["merged"]
 
 
-def test_of_a_folder_whose_writer_fails_nothing_is_left(tmp_path):
+def test_nothing_remains_of_a_folder_whose_writer_fails(tmp_path):
     with pytest.raises(RuntimeError, match="disk"):
         half_a_folder(tmp_path / "deep" / "merged")
     assert names(tmp_path / "deep") == []
 
 
-def test_what_a_killed_process_left_of_a_folder_is_not_taken_over(tmp_path):
+def test_the_draft_folder_of_a_killed_process_is_removed(tmp_path):
     left = tmp_path / "merged.partial"
     left.mkdir()
     (left / "half.safetensors").write_bytes(b"1")
@@ -141,7 +141,7 @@ def test_what_a_killed_process_left_of_a_folder_is_not_taken_over(tmp_path):
 
 
 @pytest.mark.parametrize("started", [True, False], ids=["new", "kept for another attempt"])
-def test_a_folder_that_is_there_is_never_written_over(tmp_path, started):
+def test_an_existing_folder_is_not_overwritten(tmp_path, started):
     path = tmp_path / "merged"
     path.mkdir()
     (path / "mine.txt").write_text("keep")

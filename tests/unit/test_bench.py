@@ -1,4 +1,4 @@
-"""The benchmark's table says what was measured, beside what, and whether a promise was kept."""
+"""The table of the benchmark: measured values, comparisons and targets."""
 
 import csv
 import json
@@ -36,12 +36,12 @@ NAMES = [
 # Rows --------------------------------------------------------------------------------------------
 
 
-def test_the_columns_are_these():
+def test_the_columns_of_the_table():
     assert [field.name for field in fields(BenchRow)] == COLUMNS
 
 
 @pytest.mark.parametrize(
-    ("ours", "given", "ratio", "target", "holds"),
+    ("ours", "arguments", "ratio", "target", "holds"),
     [
         (2.0, {}, "", "", ""),
         (2.0, {"peer": 9.0}, "4.5", "", ""),
@@ -61,29 +61,29 @@ def test_the_columns_are_these():
         (2.0, {"peer": "OOM", "most": 2}, "", "<= 2", "yes"),
     ],
 )
-def test_a_target_holds_where_there_is_a_number_that_meets_it(ours, given, ratio, target, holds):
-    found = row("work", "what", "s", ours, **given)
-    assert (found.ratio, found.target, found.holds) == (ratio, target, holds)
+def test_a_target_holds_only_for_a_number_that_meets_it(ours, arguments, ratio, target, holds):
+    result = row("work", "what", "s", ours, **arguments)
+    assert (result.ratio, result.target, result.holds) == (ratio, target, holds)
 
 
 @pytest.mark.parametrize(
     ("figure", "text"),
     [(31.2149, "31.21"), (0.0359149, "0.03591"), (0.0, "0"), (math.nan, ""), ("OOM", "OOM")],
 )
-def test_four_digits_are_shown_words_as_they_are_and_nothing_for_no_number(figure, text):
-    found = row("work", "what", "s", figure, peer=figure)
-    assert (found.ours, found.peer) == (text, text)
+def test_numbers_have_four_digits_and_nan_is_empty(figure, text):
+    result = row("work", "what", "s", figure, peer=figure)
+    assert (result.ours, result.peer) == (text, text)
 
 
-def test_rows_of_the_same_works_are_replaced_and_the_others_stay_in_order(tmp_path):
+def test_rows_of_repeated_benchmarks_are_replaced_in_order(tmp_path):
     path = tmp_path / "deep" / "bench.csv"
     assert read_rows(path) == []
     rows = [row(work, what, "s", 1.0) for work in ("b", "a", "c") for what in ("z", "y", "x")]
-    kept = replace_rows(path, rows)
-    assert [(one.work, one.what) for one in kept] == [(w, x) for w in "abc" for x in "zyx"]
+    merged_rows = replace_rows(path, rows)
+    assert [(one.work, one.what) for one in merged_rows] == [(w, x) for w in "abc" for x in "zyx"]
     new = [row("c", "w", "s", 2.0), row("a_nf4", "v, with a comma", "GB", 3.0, most=2)]
-    assert replace_rows(path, new) == [*kept[:3], new[1], *kept[3:6], new[0]]
-    assert read_rows(path) == [*kept[:3], new[1], *kept[3:6], new[0]]
+    assert replace_rows(path, new) == [*merged_rows[:3], new[1], *merged_rows[3:6], new[0]]
+    assert read_rows(path) == [*merged_rows[:3], new[1], *merged_rows[3:6], new[0]]
     assert next(csv.reader(path.open())) == COLUMNS
     lines = table(read_rows(path)).splitlines()
     assert lines[0].split() == ["|", *" | ".join(COLUMNS).split(), "|"]
@@ -91,23 +91,23 @@ def test_rows_of_the_same_works_are_replaced_and_the_others_stay_in_order(tmp_pa
     assert len({len(line) for line in lines}) == 1
 
 
-def test_how_the_rows_came_about_is_kept_by_work(tmp_path):
+def test_the_provenance_is_stored_for_each_benchmark(tmp_path):
     path = tmp_path / "bench.csv"
     write_facts(path, "a", {"seconds": 1})
     write_facts(path, "b", {"seconds": 2})
     write_facts(path, "a", {"seconds": 3})
-    found = json.loads((tmp_path / "bench.json").read_text())
-    assert found == {"a": {"seconds": 3}, "b": {"seconds": 2}}
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert result == {"a": {"seconds": 3}, "b": {"seconds": 2}}
 
 
 # Works -------------------------------------------------------------------------------------------
 
 
-def test_the_works_are_these():
+def test_the_names_of_the_benchmarks():
     assert list(BENCHMARKS) == NAMES
 
 
-def test_an_unknown_work_is_refused_in_one_line_before_any_is_run(tmp_path):
+def test_an_unknown_benchmark_is_refused_before_any_is_run(tmp_path):
     with pytest.raises(ConfigError) as refused:
         bench(["host_memory", "train_9b"], tmp_path / "bench.csv")
     names = ", ".join(NAMES)
@@ -115,8 +115,8 @@ def test_an_unknown_work_is_refused_in_one_line_before_any_is_run(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_work_that_fails_is_named_behind_the_others(tmp_path, monkeypatch):
-    """Processes of which the second one fails."""
+def test_a_failed_benchmark_is_named_after_the_others_have_run(tmp_path, monkeypatch):
+    """A fake program whose second process fails."""
     program = tmp_path / "program"
     program.write_text(
         "#!/bin/sh\n"
@@ -129,11 +129,11 @@ def test_a_work_that_fails_is_named_behind_the_others(tmp_path, monkeypatch):
     path = tmp_path / "bench.csv"
     with pytest.raises(ConfigError, match=r"^failed: train_8b; see the error messages above$"):
         bench(["factorise_8b", "train_8b", "host_memory"], path)
-    assert [found.work for found in read_rows(path)] == ["factorise_8b", "host_memory"]
+    assert [result.work for result in read_rows(path)] == ["factorise_8b", "host_memory"]
     assert "| host_memory  | time |" in bench(["host_memory"], path)
 
 
-def test_a_work_that_fails_leaves_the_table_as_it_was(tmp_path, monkeypatch):
+def test_a_failed_benchmark_leaves_the_table_unchanged(tmp_path, monkeypatch):
     def breaks() -> Iterator[BenchRow]:
         yield row("cap24_38b", "what", "s", 1.0)
         raise ArithmeticError("half way")
@@ -152,7 +152,7 @@ def test_a_work_that_fails_leaves_the_table_as_it_was(tmp_path, monkeypatch):
 # Settings and peers ------------------------------------------------------------------------------
 
 
-def test_a_sample_is_tiles_and_a_text_whose_second_half_is_learnt():
+def test_a_sample_is_image_tiles_and_a_text_with_labels_on_its_second_half():
     setup = BenchSetup("internvl2_5_8b")
     sample, learnt = setup.batch(3), setup.labelled_batch(3)
     config = setup.source.config
@@ -168,7 +168,7 @@ def test_a_sample_is_tiles_and_a_text_whose_second_half_is_learnt():
 # No room -----------------------------------------------------------------------------------------
 
 
-def test_a_training_that_does_not_fit_its_target_is_a_row_that_does_not_hold():
+def test_a_training_out_of_memory_misses_its_target():
     def opener(setup, device):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
@@ -176,13 +176,13 @@ def test_a_training_that_does_not_fit_its_target_is_a_row_that_does_not_hold():
     assert measure_or_oom(lambda: measure_our_training(setup, opener)) is OUT_OF_MEMORY
     lora, qlora = TrainingFigures(70.0, 77.4, 1.0), TrainingFigures(22.0, 23.4, 1.2)
     rows = list(comparison_rows("train_38b", OUT_OF_MEMORY, lora, qlora, Target(20, 0.55)))
-    assert [(found.ours, found.peer, found.ratio) for found in rows] == [
+    assert [(result.ours, result.peer, result.ratio) for result in rows] == [
         ("OOM", "77.4", ""),
         ("OOM", "23.4", ""),
         ("OOM", "1", ""),
         ("OOM", "1.2", ""),
     ]
-    assert [(found.target, found.holds) for found in rows] == [
+    assert [(result.target, result.holds) for result in rows] == [
         ("<= 20", "no"),
         ("", ""),
         ("<= 0.55", "no"),
@@ -190,14 +190,14 @@ def test_a_training_that_does_not_fit_its_target_is_a_row_that_does_not_hold():
     ]
 
 
-def test_a_peer_that_does_not_fit_is_no_reason_to_fail():
+def test_a_comparison_out_of_memory_does_not_miss_a_target():
     ours = TrainingFigures(18.5, 19.1, 0.48)
     rows = list(
         comparison_rows(
             "train_38b", ours, OUT_OF_MEMORY, TrainingFigures(22.0, 23.4, 1.2), Target(20, 0.55)
         )
     )
-    assert [(found.peer, found.ratio, found.holds) for found in rows] == [
+    assert [(result.peer, result.ratio, result.holds) for result in rows] == [
         ("OOM", "", "yes"),
         ("23.4", "1.225", ""),
         ("OOM", "", "yes"),
@@ -205,7 +205,7 @@ def test_a_peer_that_does_not_fit_is_no_reason_to_fail():
     ]
 
 
-def test_only_a_full_device_counts_as_one():
+def test_only_an_out_of_memory_error_counts_as_out_of_memory():
     def fail():
         raise StageError("train", "RuntimeError: something else") from RuntimeError("else")
 

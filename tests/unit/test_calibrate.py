@@ -1,4 +1,4 @@
-"""Calibration goes on where it was killed."""
+"""A killed calibration resumes."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def same(ours: dict, theirs: dict) -> None:
         assert all(torch.equal(ours[block][name], one) for name, one in theirs[block].items())
 
 
-def test_a_line_is_written_for_each_block(source, tmp_path):
+def test_the_journal_has_one_line_per_block(source, tmp_path):
     facts = run(source, tmp_path)
     lines = journal(tmp_path)
     assert [line["block"] for line in lines] == BLOCKS
@@ -61,8 +61,8 @@ def test_a_line_is_written_for_each_block(source, tmp_path):
         assert line["seconds"] > 0
 
 
-def test_a_killed_calibration_goes_on_with_the_next_block(source, tmp_path):
-    """Killed behind the second file and in front of its line; what is done is not summed again."""
+def test_a_killed_calibration_resumes_with_the_next_block(source, tmp_path):
+    """Killed after the second file and before its line; finished blocks are not computed again."""
     whole = run(source, tmp_path / "whole")
     expected = moments(tmp_path / "whole")
     broken = tmp_path / "broken"
@@ -78,7 +78,7 @@ def test_a_killed_calibration_goes_on_with_the_next_block(source, tmp_path):
     assert (broken / f"{BLOCKS[0]}.safetensors").stat().st_mtime_ns == first.st_mtime_ns
 
 
-def test_where_hidden_states_wait_changes_nothing(source, tmp_path):
+def test_offloading_hidden_states_changes_no_result(source, tmp_path):
     run(source, tmp_path / "memory")
     run(source, tmp_path / "disk", host_bytes=0)
     same(moments(tmp_path / "disk"), moments(tmp_path / "memory"))

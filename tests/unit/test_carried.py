@@ -1,4 +1,4 @@
-"""Every way of carrying an adapter keeps the modules that were trained whole."""
+"""Each recovery keeps the modules that were fully trained."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_head_that_was_trained_is_carried_as_it_is(tmp_path, way):
+def test_a_trained_head_is_kept_unchanged(tmp_path, way):
     emulator, recovery = WAYS[way]
     source = Source(save_checkpoint(tmp_path / "model"), "tiny", "0", torch.float32)
     layers = {n: shape for n, shape in source.linears.items() if n.endswith("_proj")}

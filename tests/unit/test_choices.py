@@ -1,4 +1,4 @@
-"""Bases of several choices, which are no choices themselves."""
+"""YAML files that are the base of several choices and cannot be chosen themselves."""
 
 import pytest
 from hydra import initialize_config_dir
@@ -25,20 +25,20 @@ def loader():
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_what_is_offered_of_a_group_is_its_files_without_bases(loader, group):
-    """By `--help`, completion and messages, which all ask this of Hydra."""
+def test_choices_of_a_group_are_its_files_without_bases(loader, group):
+    """`--help`, completion and messages all ask Hydra for this list."""
     stems = {path.stem for path in (CONF / group).glob("*.yaml")}
     offered = set(loader.get_group_options(group, ObjectType.CONFIG))
     assert offered == {stem for stem in stems if not stem.startswith("_")}
 
 
-def test_there_is_a_base_and_nine_choices_are_made_of_it():
+def test_nine_choices_use_the_base():
     assert [path.stem for path in BASES] == ["_internvl"]
     lists = [OmegaConf.load(path).get("defaults", []) for path in (CONF / "model").glob("*.yaml")]
     assert sum("_internvl" in lines for lines in lists) == 9
 
 
-def test_all_choices_of_a_group_are_swept_without_its_base(loader):
+def test_a_sweep_over_all_choices_omits_the_base(loader):
     swept = {words[0] for words in split_sweep(["model=glob(*internvl*)"], loader)}
     assert swept == {
         *(f"model=internvl2_5_{size}b" for size in (2, 4, 8, 26, 38, 78)),
@@ -46,7 +46,7 @@ def test_all_choices_of_a_group_are_swept_without_its_base(loader):
     }
 
 
-def test_a_message_about_a_wrong_name_offers_no_base():
+def test_a_message_about_a_wrong_name_suggests_no_base():
     with pytest.raises(MissingConfigException) as caught:
         compose(["model=nothing_like_it"])
     message = explain(caught.value)
@@ -57,7 +57,7 @@ def test_a_message_about_a_wrong_name_offers_no_base():
 @pytest.mark.parametrize(
     "word", ["model=_internvl", "+model=_internvl", "model=gemma3_4b,_internvl"]
 )
-def test_a_base_that_is_chosen_is_refused(word):
+def test_choosing_a_base_is_refused(word):
     group = word.partition("=")[0]
     with pytest.raises(ConfigError) as caught:
         compose([word])
@@ -66,5 +66,5 @@ def test_a_base_that_is_chosen_is_refused(word):
     )
 
 
-def test_a_value_of_a_setting_may_begin_as_a_base_does():
+def test_a_value_of_a_setting_may_begin_with_an_underscore():
     assert compose(["name=_mine"]).name == "_mine"

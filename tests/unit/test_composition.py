@@ -1,4 +1,4 @@
-"""Every triple of parts is either let through or refused in a line that says what to set."""
+"""Combinations of emulator, adapter and recovery are accepted or refused with a remedy."""
 
 import re
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ TRIPLES = list(product(*CHOICES.values()))
 
 @pytest.fixture(scope="module")
 def parts():
-    """Group and choice -> the part."""
+    """(group, choice) -> the part."""
     return {
         (group, choice): instantiate(compose([f"{group}={choice}"])[group])
         for group, choices in CHOICES.items()
@@ -33,12 +33,12 @@ def parts():
 
 @pytest.fixture(scope="module")
 def recipe() -> TrainSettings:
-    """One that no part has anything against."""
+    """Training settings that work with all parts."""
     return build(compose(["method=lora", "train.checkpointing=true"])).train
 
 
 def refusal(parts, recipe, *triple: str) -> str | None:
-    """Why these parts do not go together; None if they do."""
+    """Return the message that refuses these parts; None if they are accepted."""
     chosen = [parts[key] for key in zip(CHOICES, triple, strict=True)]
     try:
         check_compatible(*chosen, recipe)
@@ -48,19 +48,19 @@ def refusal(parts, recipe, *triple: str) -> str | None:
 
 
 @pytest.mark.parametrize("triple", TRIPLES, ids="-".join)
-def test_a_triple_goes_together_or_says_what_to_set(parts, recipe, triple):
-    """Taken at its word, one override after the other, it ends in one that goes."""
+def test_a_combination_is_accepted_or_refused_with_a_remedy(parts, recipe, triple):
+    """Following the suggested overrides one by one leads to an accepted combination."""
     chosen = dict(zip(CHOICES, triple, strict=True))
     for _ in CHOICES:
-        said = refusal(parts, recipe, *chosen.values())
-        if said is None:
+        message = refusal(parts, recipe, *chosen.values())
+        if message is None:
             return
-        assert "\n" not in said
-        assert "{" not in said
-        found = re.search(r"; set (emulator|adapter|recovery)=(\w+)", said)
-        assert found is not None, said
-        group, choice = found.groups()
-        named = re.search(rf"\b{group}=(\w+)", said)[1]
+        assert "\n" not in message
+        assert "{" not in message
+        remedy = re.search(r"; set (emulator|adapter|recovery)=(\w+)", message)
+        assert remedy is not None, message
+        group, choice = remedy.groups()
+        named = re.search(rf"\b{group}=(\w+)", message)[1]
         assert chosen[group].startswith(named)
         assert choice in CHOICES[group]
         chosen[group] = choice
@@ -91,48 +91,48 @@ NOT = {
 
 
 @pytest.mark.parametrize("triple", GO, ids="-".join)
-def test_what_goes_together(parts, recipe, triple):
+def test_accepted_combinations(parts, recipe, triple):
     assert refusal(parts, recipe, *triple) is None
 
 
 @pytest.mark.parametrize("triple", NOT, ids="-".join)
-def test_what_does_not(parts, recipe, triple):
+def test_refused_combinations(parts, recipe, triple):
     assert refusal(parts, recipe, *triple) == NOT[triple]
 
 
 @pytest.mark.parametrize("adapter", ["lora", "rslora"])
-def test_from_smaller_layers_an_update_is_scattered_and_from_no_others(parts, recipe, adapter):
+def test_scatter_is_required_for_pruned_layers_and_refused_for_others(parts, recipe, adapter):
     assert refusal(parts, recipe, "prune", adapter, "scatter") is None
     for recovery in ("none", "correction"):
-        said = refusal(parts, recipe, "prune", adapter, recovery)
-        assert said.endswith("does not enlarge them; set recovery=scatter")
+        message = refusal(parts, recipe, "prune", adapter, recovery)
+        assert message.endswith("does not enlarge them; set recovery=scatter")
     for emulator in ("full", "svd", "layer_drop", "sibling"):
-        said = refusal(parts, recipe, emulator, adapter, "scatter")
-        assert said.endswith("have the original's shapes; set recovery=none")
+        message = refusal(parts, recipe, emulator, adapter, "scatter")
+        assert message.endswith("have the original's shapes; set recovery=none")
 
 
 @pytest.mark.parametrize("adapter", ["lora", "rslora", "dora"])
-def test_activations_wait_on_the_host_whatever_the_adapter(parts, adapter):
+def test_host_activations_work_with_each_adapter(parts, adapter):
     recipe = build(compose(["method=lora", "train=steps500"])).train
     assert recipe.host_activations
     assert refusal(parts, recipe, "full", adapter, "none") is None
 
 
 @pytest.mark.parametrize("emulator", CHOICES["emulator"])
-def test_where_nothing_is_trained_nothing_is_refused(parts, recipe, emulator):
+def test_all_combinations_without_training_are_accepted(parts, recipe, emulator):
     assert {refusal(parts, recipe, emulator, "none", one) for one in CHOICES["recovery"]} == {None}
 
 
 @dataclass(frozen=True)
 class Scaled(Lora):
-    """A plug-in that states its own reasons."""
+    """A plug-in adapter with its own reasons for a refusal."""
 
     nonlinear = "multiplies outputs by a learnt number"
     needs_weight = "starts from the singular values of the weight"
 
 
-def test_a_refusal_speaks_of_the_part_that_is_refused(parts, recipe):
-    """Not of the one that the sentence was first written for."""
+def test_a_refusal_names_the_refused_part(parts, recipe):
+    """The message must not name the part that the sentence was first written for."""
     own = __name__.rpartition(".")[2]
     full, svd = (parts["emulator", one] for one in ("full", "svd"))
     none, correction = (parts["recovery", one] for one in ("none", "correction"))

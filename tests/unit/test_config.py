@@ -1,4 +1,4 @@
-"""Every YAML composes, builds and hides nothing; whatever cannot be right is refused in a line."""
+"""Every YAML file composes and builds, and each wrong value is refused in one line."""
 
 import copy
 import dataclasses
@@ -32,10 +32,10 @@ FILES = [
     f"{group}/{stem}"
     for group, stems in CHOICES.items()
     for stem in stems
-    if f"{group}/{stem}" != "stage/standard"  # which only names others
+    if f"{group}/{stem}" != "stage/standard"  # stage/standard only lists other stages
 ]
 PRESET = ("emulator", "adapter", "recovery")
-# Parts that lie in a module of their own, called as their YAML file.
+# Groups whose parts each have a module with the name of their YAML file.
 PARTS = (*PRESET, "precision")
 PACKAGES = {
     "emulator": "emloc.emulators",
@@ -44,8 +44,8 @@ PACKAGES = {
     "precision": "emloc.precision",
 }
 SECTIONS = typing.get_type_hints(Config)
-# Groups of which any choice goes with any other; a format goes with its own bits alone, and a stage
-# with those around it.
+# Groups whose choices all go together. A format requires its own number of bits, and a stage
+# requires the stages around it.
 FREE = [group for group in CHOICES if group not in ("precision", "stage")]
 
 
@@ -54,32 +54,32 @@ def yaml_of(name: str) -> DictConfig:
 
 
 def spelled(name: str) -> dict[str, object]:
-    """What a YAML writes, with its bases and what its defaults list puts below its keys.
+    """The settings in a YAML file, merged with the files of its defaults list.
 
-    Without `_target_`.
+    The key `_target_` is removed.
     """
-    written = OmegaConf.to_container(yaml_of(name))
-    written.pop("_target_", None)
-    for line in written.pop("defaults", []):
+    settings = OmegaConf.to_container(yaml_of(name))
+    settings.pop("_target_", None)
+    for line in settings.pop("defaults", []):
         if line != "_self_":
             choice, _, place = line.partition("@")
             other = spelled(f"{name.split('/')[0]}/{choice}")
             if place:
                 key, _, below = place.partition(".")
-                written[key] = written.get(key, {}) | {below: other}
+                settings[key] = settings.get(key, {}) | {below: other}
             else:
-                written = other | written
-    return written
+                settings = other | settings
+    return settings
 
 
 def preset(method: str) -> dict[str, str]:
-    """Group -> choice, of the three a method names."""
+    """Group -> choice, for the groups that a method selects."""
     lines = (line for one in yaml_of(f"method/{method}").defaults for line in one.items())
     return {key.removeprefix("override /"): choice for key, choice in lines}
 
 
 def class_of(name: str) -> type:
-    """What a YAML of a group builds: the class it names, or its section's."""
+    """The class that a YAML file builds: its `_target_`, or the class of its section."""
     node = yaml_of(name)
     group = name.split("/")[0]
     if "_target_" in node:
@@ -94,7 +94,7 @@ def _default() -> DictConfig:
 
 
 def changed(*overrides: str) -> DictConfig:
-    """What composing with these `key=value` gives, in a hundredth of the time."""
+    """The configuration with these overrides; a hundred times faster than composing."""
     cfg = copy.deepcopy(_default())
     for override in overrides:
         key, _, value = override.partition("=")
@@ -103,14 +103,14 @@ def changed(*overrides: str) -> DictConfig:
 
 
 def refusal(cfg: DictConfig) -> str:
-    """The message with which a configuration that composes is refused."""
+    """The one-line message with which `build` refuses a configuration."""
     with pytest.raises(ConfigError) as caught:
         build(cfg)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_the_groups_are_the_sections_and_the_presets():
+def test_the_groups_are_the_sections_and_the_parts_of_a_method():
     sections = {name for name, kind in SECTIONS.items() if kind not in (str, int)}
     assert set(CHOICES) == (sections - {"budget"}) | {"method"}
     assert [field.name for field in dataclasses.fields(RunConfig)] == list(SECTIONS)
@@ -120,7 +120,7 @@ def test_the_groups_are_the_sections_and_the_presets():
 @pytest.mark.parametrize(
     "choice", [f"{g}={one}" for g in FREE if g not in (*PRESET, "method") for one in CHOICES[g]]
 )
-def test_every_choice_builds_as_its_yaml_says(choice):
+def test_each_choice_builds_the_values_of_its_yaml(choice):
     group, stem = choice.split("=")
     _check(getattr(build(compose([choice])), group), f"{group}/{stem}")
 
@@ -133,65 +133,67 @@ def test_every_choice_builds_as_its_yaml_says(choice):
     ],
     ids=lambda chosen: chosen["method"],
 )
-def test_a_method_and_a_choice_of_every_group_build_as_their_yamls_say(chosen):
-    """All of them within as many turns as the largest group has choices."""
-    cell = build(compose([f"{group}={stem}" for group, stem in chosen.items()]))
-    assert cell.method == chosen["method"]
-    told = OmegaConf.to_container(yaml_of(f"method/{cell.method}"))
+def test_a_method_with_one_choice_of_each_group_builds_the_values_of_the_yamls(chosen):
+    """Each choice appears at least once, in as many cases as the largest group has choices."""
+    run_config = build(compose([f"{group}={stem}" for group, stem in chosen.items()]))
+    assert run_config.method == chosen["method"]
+    method_settings = OmegaConf.to_container(yaml_of(f"method/{run_config.method}"))
     for group in chosen.keys() - {"method"}:
-        _check(getattr(cell, group), f"{group}/{chosen[group]}", told.get(group, {}))
+        _check(
+            getattr(run_config, group), f"{group}/{chosen[group]}", method_settings.get(group, {})
+        )
 
 
 @pytest.mark.parametrize("stage", [one for one in CHOICES["stage"] if one != "standard"])
-def test_every_stage_builds_as_its_yaml_says(stage):
+def test_each_stage_builds_the_values_of_its_yaml(stage):
     _check(build(compose()).stage[stage], f"stage/{stage}")
 
 
 @pytest.mark.parametrize("method", CHOICES["method"])
-def test_a_method_is_the_three_parts_it_names(method):
-    cell = build(compose([f"method={method}"]))
+def test_a_method_selects_its_parts(method):
+    run_config = build(compose([f"method={method}"]))
     for group, stem in preset(method).items():
-        _check(getattr(cell, group), f"{group}/{stem}")
+        _check(getattr(run_config, group), f"{group}/{stem}")
 
 
 @pytest.mark.parametrize("part", [f"{g}={stem}" for g in PRESET for stem in CHOICES[g]])
-def test_a_part_chosen_on_the_command_line_wins_over_the_preset_and_leaves_the_others(part):
+def test_a_part_on_the_command_line_replaces_only_that_part_of_the_method(part):
     group, stem = part.split("=")
-    cell = build(compose([part, "method=lora"]))
-    assert cell.method == "lora"
-    for name, told in (preset("lora") | {group: stem}).items():
-        _check(getattr(cell, name), f"{name}/{told}")
+    run_config = build(compose([part, "method=lora"]))
+    assert run_config.method == "lora"
+    for name, choice in (preset("lora") | {group: stem}).items():
+        _check(getattr(run_config, name), f"{name}/{choice}")
 
 
 def _check(built: object, name: str, preset: Mapping[str, object] = MappingProxyType({})) -> None:
-    """`built` is of the class and has the very values of the YAML, or those a method presets."""
+    """Assert that `built` has the class and the values of the YAML file and of the method."""
     written = spelled(name) | preset
     assert type(built) is class_of(name)
     assert dataclasses.asdict(built) == written
 
 
-def test_a_cell_is_what_its_words_are_on_the_command_line(tmp_path, monkeypatch):
-    """Groups and values, on top of the experiment's own."""
+def test_a_cell_equals_its_overrides_on_the_command_line(tmp_path, monkeypatch):
+    """The overrides apply after the settings of the experiment."""
     words = "method=emloc_covariance compression=r25 emulator.multiple=8 compression.bits=4"
     text = f"# @package _global_\nname: mine\ntrain: {{steps: 7}}\ncells: {{one: {words}}}\n"
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "mine.yaml").write_text(text)
     monkeypatch.setattr(sys.modules[compose.__module__], "EXPERIMENTS", tmp_path / "experiments")
     chosen = compose(["experiments=mine", "cell=mine/one"])
-    told = compose([*words.split(), "name=mine", "train.steps=7"])
-    assert chosen == told
+    expected = compose([*words.split(), "name=mine", "train.steps=7"])
+    assert chosen == expected
     other = compose(["experiments=mine", "cell=mine/one", "compression=r50"])
     assert other.compression.ratio == 0.5
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("method/")])
-def test_a_yaml_spells_out_every_field(name):
+def test_a_yaml_sets_every_field_of_its_class(name):
     written = set(spelled(name))
     assert written == {field.name for field in dataclasses.fields(class_of(name))}
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.split("/")[0] in PARTS])
-def test_a_part_lies_in_the_file_its_yaml_is_called_after(name):
+def test_a_part_is_defined_in_the_module_named_like_its_yaml(name):
     group, stem = name.split("/")
     package, _, module = class_of(name).__module__.rpartition(".")
     assert package == PACKAGES[group]
@@ -201,7 +203,7 @@ def test_a_part_lies_in_the_file_its_yaml_is_called_after(name):
 @pytest.mark.parametrize(
     "name", [n for n in FILES if n.startswith(("model/", "task/", "precision/"))]
 )
-def test_what_has_a_name_is_called_as_its_yaml(name):
+def test_the_setting_name_equals_the_name_of_the_yaml(name):
     assert yaml_of(name).name == name.split("/")[1]
 
 
@@ -228,16 +230,16 @@ def test_what_has_a_name_is_called_as_its_yaml(name):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_the_word_of_a_variant_is_its_value(name, words):
+def test_the_name_of_a_choice_states_its_value(name, words):
     assert name.split("/")[1] == words(yaml_of(name))
 
 
-def test_alpha_is_the_rank_in_every_lora_yaml():
+def test_alpha_equals_the_rank_in_every_lora_yaml():
     assert all(yaml_of(f"lora/{s}").alpha == yaml_of(f"lora/{s}").rank for s in CHOICES["lora"])
 
 
 @pytest.mark.parametrize("stem", CHOICES["method"])
-def test_a_method_presets_the_three_parts_and_its_own_name(stem):
+def test_a_method_yaml_sets_only_its_parts_and_its_name(stem):
     node = yaml_of(f"method/{stem}")
     assert (CONF / f"method/{stem}.yaml").read_text().startswith("# @package _global_\n")
     assert set(node) - {"compression", "train"} == {"defaults", "method"}
@@ -247,7 +249,7 @@ def test_a_method_presets_the_three_parts_and_its_own_name(stem):
     assert {*PRESET} <= set(preset(stem)) <= {*PRESET, "calibration"}
 
 
-def test_what_is_built_is_frozen():
+def test_built_parts_are_frozen():
     cell = build(_default())
     for section, key in (("lora", "rank"), ("recovery", "clamp"), ("model", "dtype")):
         with pytest.raises(dataclasses.FrozenInstanceError):
@@ -278,17 +280,17 @@ def test_what_is_built_is_frozen():
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_build_refuses_a_key_or_type_the_class_has_not(overrides, message):
+def test_build_refuses_unknown_keys_and_wrong_types(overrides, message):
     assert refusal(compose(overrides)).startswith(message)
 
 
 def test_a_target_that_is_no_class_is_refused():
-    said = refusal(changed("emulator._target_=emloc.emulators.sdv.Svd"))
-    assert said == (
+    message = refusal(changed("emulator._target_=emloc.emulators.sdv.Svd"))
+    assert message == (
         "emulator._target_=emloc.emulators.sdv.Svd: No module named 'emloc.emulators.sdv'"
     )
-    said = refusal(changed("emulator._target_=emloc.emulators.svd.Sdv"))
-    assert said.startswith("emulator._target_=emloc.emulators.svd.Sdv: No module named ")
+    message = refusal(changed("emulator._target_=emloc.emulators.svd.Sdv"))
+    assert message.startswith("emulator._target_=emloc.emulators.svd.Sdv: No module named ")
 
 
 @pytest.mark.parametrize(("removed", "named"), [("~lora", "lora.rank"), ("~tracker", "tracker")])
@@ -296,12 +298,12 @@ def test_a_removed_section_is_refused_by_name(removed, named):
     assert refusal(compose([removed])).startswith(f"{named}: ")
 
 
-def test_an_experiment_cannot_leak_a_setting_into_a_part_that_has_none():
+def test_an_experiment_cannot_set_a_setting_that_the_chosen_part_lacks():
     node = OmegaConf.create({"recovery": {"clamp": 1.0}})
     ConfigStore.instance().store(group="experiments", name="clamped", node=node, package="_global_")
     assert build(compose(["experiments=clamped"])).recovery.clamp == 1.0
-    said = refusal(compose(["experiments=clamped", "method=lora"]))
-    assert said == "recovery.clamp: Key 'clamp' not in 'NoRecovery'"
+    message = refusal(compose(["experiments=clamped", "method=lora"]))
+    assert message == "recovery.clamp: Key 'clamp' not in 'NoRecovery'"
 
 
 # Values that cannot be right ----------------------------------------------------------------------
@@ -346,14 +348,14 @@ WRONG = [
 
 
 @pytest.mark.parametrize("override", WRONG)
-def test_a_wrong_value_is_refused_with_the_override_that_mends_it(override):
+def test_a_wrong_value_is_refused_with_a_valid_override(override):
     key, value = override.split("=")
-    said = refusal(changed(override))
-    assert key in said
-    assert value in said
-    # What the message says to set is taken at its word.
-    cure = re.search(rf"set ({re.escape(key)}=[^\s,;]+)", said)
-    assert cure is not None, said
+    message = refusal(changed(override))
+    assert key in message
+    assert value in message
+    # The override that the message suggests must work.
+    cure = re.search(rf"set ({re.escape(key)}=[^\s,;]+)", message)
+    assert cure is not None, message
     build(changed(override, cure[1]))
 
 
@@ -367,20 +369,20 @@ def test_a_wrong_value_is_refused_with_the_override_that_mends_it(override):
         "task.target='{% if %}'",
     ],
 )
-def test_a_pattern_or_template_that_cannot_be_read_is_refused(override):
+def test_an_invalid_pattern_or_template_is_refused(override):
     assert refusal(changed(override)).startswith(override.partition("=")[0] + ": ")
 
 
-def test_there_is_nothing_to_whiten_without_activations():
-    said = refusal(changed("emulator.algorithm=whiten", "emulator.aware=false"))
-    assert "emulator.aware=false" in said
-    assert "set emulator.algorithm=eigen" in said
+def test_whitening_without_activations_is_refused():
+    message = refusal(changed("emulator.algorithm=whiten", "emulator.aware=false"))
+    assert "emulator.aware=false" in message
+    assert "set emulator.algorithm=eigen" in message
     assert build(changed("emulator.algorithm=whiten")).emulator.statistics == "input"
     assert build(changed("emulator.aware=false")).emulator.statistics is None
     assert build(changed()).emulator.statistics == "smaller"
 
 
-def test_every_schedule_is_one_of_transformers():
+def test_every_schedule_exists_in_transformers():
     assert set(SCHEDULES) < {one.value for one in SchedulerType}
 
 
@@ -400,11 +402,11 @@ def test_every_schedule_is_one_of_transformers():
         "emulator.multiple=64",
     ],
 )
-def test_the_last_value_that_is_right_is_taken(override):
+def test_limits_of_ranges_are_accepted(override):
     name, value = override.split("=")
     section, key = name.split(".")
-    found = getattr(getattr(build(changed(override)), section), key)
-    assert found == (None if value == "null" else float(value))
+    actual = getattr(getattr(build(changed(override)), section), key)
+    assert actual == (None if value == "null" else float(value))
 
 
 # What cannot be composed --------------------------------------------------------------------------
@@ -440,14 +442,14 @@ def test_the_last_value_that_is_right_is_taken(override):
         ("lora.rank", "Error parsing override 'lora.rank'"),
     ],
 )
-def test_explain_says_in_one_line_what_cannot_be_composed(override, message):
+def test_explain_describes_a_composition_error_in_one_line(override, message):
     with pytest.raises(Exception) as caught:  # noqa: PT011 - Hydra's are of several kinds
         compose([override])
     assert explain(caught.value) == message
 
 
 @pytest.mark.parametrize("group", ["adapter", "emulator", "recovery"])
-def test_a_choice_that_is_like_no_other_is_refused_with_all_there_are(group):
+def test_an_unknown_choice_is_refused_with_the_list_of_choices(group):
     with pytest.raises(Exception) as caught:  # noqa: PT011 - Hydra's are of several kinds
         compose([f"{group}=xyz"])
     assert explain(caught.value) == (
@@ -455,7 +457,7 @@ def test_a_choice_that_is_like_no_other_is_refused_with_all_there_are(group):
     )
 
 
-def test_a_setting_of_another_choice_is_no_setting():
+def test_a_setting_of_another_choice_is_refused():
     with pytest.raises(Exception, match=r"recovery\.clamp") as caught:
         compose(["recovery=none", "recovery.clamp=1"])
     assert explain(caught.value).startswith("recovery.clamp: there is no such setting")
@@ -480,7 +482,7 @@ ELSE = {
 }
 
 
-def test_the_same_settings_give_the_same_folder():
+def test_equal_settings_give_the_same_folder():
     name = folder_name(compose())
     assert re.fullmatch(r"emloc-smollm2_135m-stdlib_module-s0-[0-9a-f]{8}", name)
     assert folder_name(compose(["name=other", "tracker=none"])) == name

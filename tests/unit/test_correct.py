@@ -1,4 +1,4 @@
-"""The LoRA correction: exact where it promises to be, harmless where it cannot be."""
+"""The LoRA correction: exact where the equations promise it, and never harmful."""
 
 import json
 import math
@@ -28,12 +28,12 @@ quick = settings(max_examples=40, deadline=None)
 
 
 def normal(seed: int, *shape: int) -> Tensor:
-    """Float64 Gaussian numbers."""
+    """Return float64 Gaussian numbers of this shape."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def problem(seed: int, scale: float = 1.0) -> tuple[LoraPair, Tensor, Tensor]:
-    """A trained pair, a residual (M, N) and 60 tokens with one massive direction."""
+    """Return a LoRA pair, a residual (M, N) and 60 tokens with one massive direction."""
     pair = LoraPair(normal(seed, R, N), 0.3 * normal(seed + 1, M, R), scale)
     x = normal(seed + 2, 60, N)
     x[:, 0] *= 30
@@ -41,25 +41,25 @@ def problem(seed: int, scale: float = 1.0) -> tuple[LoraPair, Tensor, Tensor]:
 
 
 def moments(pair: LoraPair, x: Tensor) -> ActivationMoments:
-    """As a streaming pass takes them: no n x n matrix."""
+    """Return the moments that a pass over the samples records; no n x n matrix is formed."""
     features = x @ pair.a.double().T
     return ActivationMoments(gram(features), cross(x.double(), features), len(x))
 
 
 def energy(pair: LoraPair, new: LoraPair, residual: Tensor, x: Tensor) -> float:
-    """Mean squared mismatch of original with `new` against emulator with `pair`."""
+    """Mean squared output difference: original with `new` against emulator with `pair`."""
     return float((x @ (residual + new.delta - pair.delta).T).square().sum()) / len(x)
 
 
-def close(left: Tensor, right: Tensor, atol: float = 1e-9) -> None:
-    """Equal up to float64 rounding."""
-    torch.testing.assert_close(left, right, rtol=0, atol=atol)
+def close(actual: Tensor, expected: Tensor, atol: float = 1e-9) -> None:
+    """Assert that two tensors are equal up to float64 rounding."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 @given(seed=seeds, scale=scales)
 @quick
 def test_plug_back(seed: int, scale: float) -> None:
-    """For x in the rows of A: W x + s B' A' x = W_e x + s B A x, at every scale."""
+    """W x + s B' A' x = W_e x + s B A x holds for x in the rows of A, at each scale."""
     pair, residual, _ = problem(seed, scale)
     emulator = normal(seed + 5, M, N)
     new, change = correct_identity(pair, residual, clamp=None)
@@ -73,11 +73,11 @@ def test_plug_back(seed: int, scale: float) -> None:
 @given(seed=seeds, scale=scales)
 @quick
 def test_covariance_is_stationary(seed: int, scale: float) -> None:
-    """The mismatch is uncorrelated with the features, as in least squares on the tokens."""
+    """The remaining error is uncorrelated with the LoRA features, as in least squares."""
     pair, residual, x = problem(seed, scale)
     new, _ = correct_covariance(pair, residual, moments(pair, x), clamp=None)
-    left = x @ (residual + new.delta - pair.delta).T
-    close(left.T @ (x @ pair.a.T) / len(x), torch.zeros(M, R, dtype=F64), 1e-7)
+    remaining_error = x @ (residual + new.delta - pair.delta).T
+    close(remaining_error.T @ (x @ pair.a.T) / len(x), torch.zeros(M, R, dtype=F64), 1e-7)
     fit = torch.linalg.lstsq(scale * x @ pair.a.T, -x @ residual.T).solution.T
     close(new.b, pair.b + fit, 1e-8)
     assert torch.equal(new.a, pair.a)
@@ -88,7 +88,7 @@ def test_covariance_is_stationary(seed: int, scale: float) -> None:
 def test_covariance_never_hurts(
     seed: int, scale: float, clamp: float | None, strength: float
 ) -> None:
-    """Not above uncorrected on the tokens, whatever the clamp; `removed` is the difference."""
+    """With any clamp the energy on the tokens does not grow; `removed` is the difference."""
     pair, residual, x = problem(seed, scale)
     new, change = correct_covariance(
         pair, residual, moments(pair, x), clamp=clamp, strength=strength
@@ -103,7 +103,7 @@ def test_covariance_never_hurts(
 def test_identity_removes_what_it_says(
     seed: int, scale: float, clamp: float | None, strength: float
 ) -> None:
-    """On white inputs the energy is the Frobenius norm."""
+    """On white inputs the removed energy is measured by the Frobenius norm."""
     pair, residual, _ = problem(seed, scale)
     new, change = correct_identity(pair, residual, clamp=clamp, strength=strength)
     after = (residual + new.delta - pair.delta).square().sum()
@@ -113,7 +113,7 @@ def test_identity_removes_what_it_says(
 @given(seed=seeds, scale=scales)
 @quick
 def test_metrics_agree_on_white_data(seed: int, scale: float) -> None:
-    """C = I: both metrics give the same product."""
+    """With white data (C = I) both metrics give the same product."""
     pair, residual, _ = problem(seed, scale)
     white = ActivationMoments(pair.a @ pair.a.T, pair.a.T, 1)
     one, change = correct_identity(pair, residual, clamp=None)
@@ -125,7 +125,7 @@ def test_metrics_agree_on_white_data(seed: int, scale: float) -> None:
 @given(seed=seeds, clamp=clamps)
 @quick
 def test_orthogonal_silence(seed: int, clamp: float | None) -> None:
-    """Inputs orthogonal to the rows of A are left alone."""
+    """The correction does not change outputs of inputs orthogonal to the rows of A."""
     pair, residual, x = problem(seed)
     outside = torch.linalg.qr(pair.a.T, mode="complete").Q[:, R:]
     one, _ = correct_identity(pair, residual, clamp=clamp)
@@ -137,7 +137,7 @@ def test_orthogonal_silence(seed: int, clamp: float | None) -> None:
 @given(seed=seeds, clamp=clamps)
 @quick
 def test_no_residual_no_change(seed: int, clamp: float | None) -> None:
-    """An uncompressed layer keeps its LoRA."""
+    """A layer without a residual keeps its LoRA unchanged."""
     pair, residual, x = problem(seed)
     one, change = correct_identity(pair, 0 * residual, clamp=clamp)
     two, other = correct_covariance(pair, 0 * residual, moments(pair, x), clamp=clamp)
@@ -149,7 +149,7 @@ def test_no_residual_no_change(seed: int, clamp: float | None) -> None:
 @pytest.mark.parametrize("option", [{"clamp": 0.0}, {"clamp": 0.0, "strength": 0.5}])
 @pytest.mark.parametrize("metric", ["identity", "covariance"])
 def test_clamp_zero_is_uncorrected(metric: str, option: dict[str, float]) -> None:
-    """Clamp 0 plugs the LoRA in as it is, and says so."""
+    """With clamp 0 the LoRA stays as it is, and the reported change is zero."""
     pair, residual, x = problem(3, 2.0)
     if metric == "identity":
         new, change = correct_identity(pair, residual, **option)
@@ -162,14 +162,14 @@ def test_clamp_zero_is_uncorrected(metric: str, option: dict[str, float]) -> Non
 
 
 def test_strength_is_a_straight_line() -> None:
-    """Strength 0 is uncorrected, 1 the correction, 0.5 the middle, clamped or not."""
+    """Strength interpolates linearly: 0 is uncorrected, 1 the full correction, clamped or not."""
     pair, residual, x = problem(4, 0.5)
-    seen = moments(pair, x)
+    recorded_moments = moments(pair, x)
     for clamp in (None, 1.0):
         for results in (
             [correct_identity(pair, residual, clamp=clamp, strength=t)[0] for t in (0, 0.5, 1)],
             [
-                correct_covariance(pair, residual, seen, clamp=clamp, strength=t)[0]
+                correct_covariance(pair, residual, recorded_moments, clamp=clamp, strength=t)[0]
                 for t in (0, 0.5, 1)
             ],
         ):
@@ -182,7 +182,7 @@ def test_strength_is_a_straight_line() -> None:
 @given(seed=seeds, clamp=clamps)
 @quick
 def test_gauge(seed: int, clamp: float | None) -> None:
-    """(G A, B G^-1) is the same LoRA; only the identity metric's clamp may see a difference."""
+    """(G A, B G^-1) is an equivalent LoRA; only the identity metric's clamp may change results."""
     pair, residual, x = problem(seed, 2.0)
     turn = torch.linalg.qr(normal(seed + 7, R, R)).Q * torch.tensor([0.5, 1, 2, 3], dtype=F64)
     turn = turn @ torch.linalg.qr(normal(seed + 8, R, R)).Q
@@ -199,25 +199,25 @@ def test_gauge(seed: int, clamp: float | None) -> None:
 @given(seed=seeds, scale=scales, clamp=st.floats(0, 5))
 @quick
 def test_identity_clamp_bounds_each_direction(seed: int, scale: float, clamp: float) -> None:
-    """Mean |correction| at most clamp times mean |B|, reached by every clamped direction."""
+    """The mean |correction| is at most clamp times mean |B|; clamped directions reach the bound."""
     pair, residual, _ = problem(seed, scale)
     same, free = correct_identity(pair, 0 * residual, clamp=None)
     assert free.removed == 0
     whole, _ = correct_identity(pair, residual, clamp=None)
     new, change = correct_identity(pair, residual, clamp=clamp)
     limit = clamp * same.b.abs().mean(0)
-    wanted, given_ = (whole.b - same.b).abs().mean(0), (new.b - same.b).abs().mean(0)
-    close(given_, torch.minimum(wanted, limit), 1e-12)
-    assert change.clamped == pytest.approx(float((wanted > limit).double().mean()))
+    unclamped_size, clamped_size = (whole.b - same.b).abs().mean(0), (new.b - same.b).abs().mean(0)
+    close(clamped_size, torch.minimum(unclamped_size, limit), 1e-12)
+    assert change.clamped == pytest.approx(float((unclamped_size > limit).double().mean()))
 
 
 @given(seed=seeds, scale=scales, clamp=st.floats(0, 5))
 @quick
 def test_covariance_clamp_bounds_each_direction(seed: int, scale: float, clamp: float) -> None:
-    """RMS output of the correction at most clamp times the LoRA's, per principal component."""
+    """Per principal component, the correction's RMS output is at most clamp times the LoRA's."""
     pair, residual, x = problem(seed, scale)
     new, change = correct_covariance(pair, residual, moments(pair, x), clamp=clamp)
-    # Independently of the implementation: principal components of the LoRA's outputs on the tokens.
+    # Computed independently of the implementation: principal components of the LoRA outputs.
     features = x @ pair.a.T
     _, singular, inputs = torch.linalg.svd(features @ pair.b.T, full_matrices=False)
     size = singular[:R] / math.sqrt(len(x))
@@ -231,7 +231,7 @@ def test_covariance_clamp_bounds_each_direction(seed: int, scale: float, clamp: 
 
 
 def test_untrained_lora() -> None:
-    """B = 0 compensated nothing: clamped it stays 0; unclamped the ratio has no number."""
+    """An untrained LoRA (B = 0) stays 0 if clamped; unclamped, the reported ratio is NaN."""
     pair, residual, x = problem(8)
     pair = LoraPair(pair.a, 0 * pair.b, 2.0)
     for clamp in (3.0, None):
@@ -245,7 +245,7 @@ def test_untrained_lora() -> None:
 
 @pytest.mark.parametrize("clamp", [None, 3.0])
 def test_dependent_rows(clamp: float | None) -> None:
-    """A of rank 2: exact on its rows, silent elsewhere, no arbitrary direction touched."""
+    """An A with dependent rows gives an exact correction on its row space and none elsewhere."""
     pair, residual, x = problem(9, 2.0)
     a = pair.a.clone()
     a[2], a[3] = a[0] - a[1], 0
@@ -262,7 +262,7 @@ def test_dependent_rows(clamp: float | None) -> None:
 
 
 def test_zero_a() -> None:
-    """A LoRA that reads nothing cannot correct anything."""
+    """A LoRA with A = 0 cannot correct anything."""
     pair, residual, x = problem(10)
     pair = LoraPair(0 * pair.a, pair.b, 1.0)
     one, change = correct_identity(pair, residual, clamp=None)
@@ -272,7 +272,7 @@ def test_zero_a() -> None:
 
 
 def test_fewer_tokens_than_rank() -> None:
-    """Directions of A without data keep the trained LoRA; those with data are exact."""
+    """Directions of A without data keep the trained LoRA; directions with data are exact."""
     pair, residual, x = problem(11, 2.0)
     x = x[:2]
     new, change = correct_covariance(pair, residual, moments(pair, x), clamp=None)
@@ -284,7 +284,7 @@ def test_fewer_tokens_than_rank() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 11), (7, 3)])
 def test_rank_above_a_side(shape: tuple[int, int]) -> None:
-    """More directions than outputs or inputs: shapes stay, the promises hold."""
+    """A rank above the number of outputs or inputs keeps the shapes and the guarantees."""
     m, n = shape
     pair, residual, x = (
         LoraPair(normal(0, R, n), normal(1, m, R), 2.0),
@@ -302,29 +302,29 @@ def test_rank_above_a_side(shape: tuple[int, int]) -> None:
 
 
 def test_median_ratio() -> None:
-    """The ratio is the size of the unclamped correction against B, scale included."""
+    """The reported ratio is the size of the unclamped correction relative to B, with the scale."""
     a, b = torch.eye(3, 5, dtype=F64), torch.ones(2, 3, dtype=F64)
     a = a * torch.tensor([[3.0], [2.0], [1.0]], dtype=F64)
     residual = torch.zeros(2, 5, dtype=F64)
     residual[:, 0], residual[:, 1], residual[:, 2] = 12, 40, 2
     _, change = correct_identity(LoraPair(a, b, 2.0), residual, clamp=3.0)
-    # D A'^T / s is 6, 20, 1 against B' of 3, 2, 1.
+    # The columns of D A'^T / s have norms 6, 20, 1, and those of B' have norms 3, 2, 1.
     assert change.ratio == pytest.approx(2)
     assert change.clamped == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_narrow_pairs(dtype: torch.dtype) -> None:
-    """Narrow inputs are exact numbers; only the result is rounded, to float32."""
+    """16-bit inputs are exact numbers; only the result is rounded, to float32."""
     pair, residual, x = problem(12, 2.0)
     pair = LoraPair(pair.a.to(dtype).requires_grad_(), pair.b.to(dtype).requires_grad_(), 2.0)
     wide = LoraPair(pair.a.detach().double(), pair.b.detach().double(), 2.0)
-    seen = moments(wide, x)
+    recorded_moments = moments(wide, x)
     for new, expected in (
         (correct_identity(pair, residual, clamp=3.0), correct_identity(wide, residual, clamp=3.0)),
         (
-            correct_covariance(pair, residual, seen, clamp=3.0),
-            correct_covariance(wide, residual, seen, clamp=3.0),
+            correct_covariance(pair, residual, recorded_moments, clamp=3.0),
+            correct_covariance(wide, residual, recorded_moments, clamp=3.0),
         ),
     ):
         assert new[0].a.dtype == new[0].b.dtype == torch.float32
@@ -334,22 +334,27 @@ def test_narrow_pairs(dtype: torch.dtype) -> None:
 
 
 def test_bad_input_is_refused() -> None:
-    """Shapes and ranges are named."""
+    """The errors name the wrong shape or range."""
     pair, residual, x = problem(13)
-    seen = moments(pair, x)
+    recorded_moments = moments(pair, x)
     with pytest.raises(ValueError, match=r"a \(4, 11\), b \(4, 7\)"):
         LoraPair(pair.a, pair.b.T, 1.0)
     for scale in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="scale"):
             LoraPair(pair.a, pair.b, scale)
     with pytest.raises(ValueError, match="at least one token"):
-        ActivationMoments(seen.aca, seen.ca, 0)
+        ActivationMoments(recorded_moments.aca, recorded_moments.ca, 0)
     with pytest.raises(ValueError, match=r"residual must be \(7, 11\)"):
         correct_identity(pair, residual.T, clamp=3.0)
     for clamp in (-1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="clamp"):
             correct_identity(pair, residual, clamp=clamp)
     with pytest.raises(ValueError, match="strength"):
-        correct_covariance(pair, residual, seen, clamp=None, strength=1.5)
+        correct_covariance(pair, residual, recorded_moments, clamp=None, strength=1.5)
     with pytest.raises(ValueError, match="moments must be"):
-        correct_covariance(pair, residual, ActivationMoments(seen.ca, seen.aca, 5), clamp=None)
+        correct_covariance(
+            pair,
+            residual,
+            ActivationMoments(recorded_moments.ca, recorded_moments.aca, 5),
+            clamp=None,
+        )

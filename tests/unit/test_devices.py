@@ -1,4 +1,4 @@
-"""One GPU for each job: who gets which, and who waits."""
+"""GPU slots: which job gets which GPU, and which job waits."""
 
 import logging
 import subprocess
@@ -24,7 +24,10 @@ with hold_slot(["a", "b"], int(sys.argv[2]), Path(sys.argv[1])) as index:
 
 @pytest.fixture
 def job(tmp_path):
-    """Start a process that holds a slot of two devices until its input is closed."""
+    """Function that starts a process which holds a slot of two devices.
+
+    The slot is freed when the input of the process is closed.
+    """
     started = []
 
     def start(slots: int = 1) -> subprocess.Popen:
@@ -45,7 +48,7 @@ def device(process: subprocess.Popen) -> int:
     return int(process.stdout.readline())
 
 
-def test_the_device_with_most_room_is_chosen_then_the_one_used_last_then_the_first():
+def test_the_device_with_most_free_slots_is_preferred_then_the_last_used():
     assert best_device([1, 2, 0], last=0) == 1
     assert best_device([2, 2, 2], last=2) == 2
     assert best_device([0, 2, 2], last=0) == 1
@@ -65,16 +68,16 @@ def test_two_jobs_get_different_devices_and_a_third_waits_until_one_has_ended(jo
     assert device(third) == 1
 
 
-def test_a_job_that_is_killed_frees_its_slot(job):
+def test_a_killed_job_frees_its_slot(job):
     first, second = job(), job()
-    held = device(first)
-    assert {held, device(second)} == {0, 1}
+    first_device = device(first)
+    assert {first_device, device(second)} == {0, 1}
     first.kill()
     first.wait()
-    assert device(job()) == held
+    assert device(job()) == first_device
 
 
-def test_jobs_that_share_devices_are_spread_over_them(job):
+def test_jobs_that_share_devices_are_spread_evenly(job):
     jobs = []
     for _ in range(4):
         jobs.append(job(slots=2))
@@ -82,7 +85,7 @@ def test_jobs_that_share_devices_are_spread_over_them(job):
     assert [one.index for one in jobs] == [0, 1, 0, 1]
 
 
-def test_a_device_is_free_again_behind_the_work_even_if_it_failed(tmp_path, caplog):
+def test_a_device_is_freed_after_the_work_even_after_a_failure(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     with pytest.raises(RuntimeError, match="why"), hold_slot(["a"], 1, tmp_path):
         raise RuntimeError("why")
@@ -94,7 +97,7 @@ def test_a_device_is_free_again_behind_the_work_even_if_it_failed(tmp_path, capl
 
 
 @pytest.mark.parametrize("world", ["1", "2"])
-def test_without_cuda_or_with_a_device_by_rank_nothing_is_held(tmp_path, monkeypatch, world):
+def test_without_cuda_or_with_several_processes_no_slot_is_locked(tmp_path, monkeypatch, world):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: world == "2")
     monkeypatch.setenv("WORLD_SIZE", world)
     with own_slot(1, tmp_path / "devices"):

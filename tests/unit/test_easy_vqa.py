@@ -1,4 +1,4 @@
-"""The task of coloured shapes: rows, recoloured images, and what questions alone give away."""
+"""The task easy_vqa: rows, recoloured images, and scores from questions alone."""
 
 import io
 import json
@@ -43,7 +43,7 @@ def task(**overrides) -> EasyVqa:
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A made-up package of three images, which may be found but not imported."""
+    """A fake package easy-vqa with three images; it can be located but not imported."""
     folder = tmp_path / "easy_vqa"
     for split, rows in ROWS.items():
         (folder / "data" / split / "images").mkdir(parents=True)
@@ -80,12 +80,12 @@ def test_the_real_package_has_its_published_counts():
 
 
 def test_questions_alone_answer_two_thirds_of_the_real_test_rows():
-    found = question_only(task().held_out(None))
+    actual = question_only(task().held_out(None))
     expected = {"all": 0.678, "yes/no": 0.825, "shape": 0.374, "color": 0.155}
-    assert found == pytest.approx(expected, abs=5e-4)
+    assert actual == pytest.approx(expected, abs=5e-4)
 
 
-def test_any_prefix_of_the_real_test_rows_is_a_fair_sample():
+def test_the_first_rows_of_the_real_test_rows_are_a_random_sample():
     whole, some = task().held_out(None), task().held_out(300)
     assert some.rows == whole.rows[:300]
     for group, share in {"yes/no": 0.738, "shape": 0.130, "color": 0.132}.items():
@@ -101,7 +101,7 @@ def test_a_row_holds_image_references_and_kind(package):
     assert {row.group for row in rows.values()} == {"yes/no", "shape", "color"}
 
 
-def test_plain_images_are_the_files_themselves(package):
+def test_plain_images_are_the_original_files(package):
     for row in task(part="plain").train():
         [picture] = row.images
         image = int(picture.name.rsplit(" ", 1)[1])
@@ -109,17 +109,17 @@ def test_plain_images_are_the_files_themselves(package):
         assert picture.size == (64, 64)
 
 
-def test_recoloured_is_the_opposite_colour_and_noise_of_the_stated_size(package):
+def test_recoloured_images_have_opposite_colours_and_noise_of_the_stated_size(package):
     [row, *_] = (row for row in task().train() if row.prompt == "what shape is present?")
-    found = pixels(row.images[0].read())
-    opposite = np.array([255, 127, 127])  # of teal
-    noise = (found - opposite)[:, :, 1:]  # nothing of the noise is cut off in these two
+    actual = pixels(row.images[0].read())
+    opposite = np.array([255, 127, 127])  # the opposite colour of teal
+    noise = (actual - opposite)[:, :, 1:]  # the noise in these two channels is not clipped
     assert abs(noise.mean()) < 1
     assert noise.std() == pytest.approx(NOISE, rel=0.03)
-    assert (found[:, :, 0] == 255).mean() == pytest.approx(0.5, abs=0.05)
+    assert (actual[:, :, 0] == 255).mean() == pytest.approx(0.5, abs=0.05)
 
 
-def test_recoloured_depends_on_seed_and_image_alone(package):
+def test_recoloured_images_depend_only_on_seed_and_image(package):
     first, again, other = (
         {row.images[0].name: row.images[0] for row in task(seed=seed).train()} for seed in (3, 3, 4)
     )
@@ -130,7 +130,7 @@ def test_recoloured_depends_on_seed_and_image_alone(package):
     assert np.abs(noise[0] - noise[1]).max() > NOISE
 
 
-def test_the_seed_decides_the_order_and_the_limit_takes_its_beginning(package):
+def test_the_seed_decides_the_order_and_the_limit_keeps_the_first_rows(package):
     orders = {tuple(row.id for row in task(seed=seed).train()) for seed in range(20)}
     assert len(orders) > 10
     assert task(limit=2).train().rows == task().train().rows[:2]
@@ -161,24 +161,24 @@ def test_a_prompt_wraps_the_question(package):
     ("answer", "expected"),
     [("yes", "yes/no"), ("no", "yes/no"), ("triangle", "shape"), ("teal", "color")],
 )
-def test_the_answer_says_what_was_asked_for(answer, expected):
+def test_the_group_of_a_question_follows_from_its_answer(answer, expected):
     assert question_type(answer) == expected
 
 
-def test_question_only_is_the_majority_of_each_question():
+def test_question_only_uses_the_most_frequent_answer_of_each_question():
     def rows(prompt: str, answers: str, group: str) -> list[Example]:
         return [Example("", prompt, one, references=(one,), group=group) for one in answers.split()]
 
-    found = question_only(
+    actual = question_only(
         rows("is it?", "yes yes yes no", "yes/no")
         + rows("is it not?", "yes", "yes/no")
         + rows("what is it?", "circle triangle circle", "shape")
         + rows("what is it?", "red", "color")
     )
-    assert found == {"all": 7 / 9, "yes/no": 4 / 5, "shape": 2 / 3, "color": 1.0}
+    assert actual == {"all": 7 / 9, "yes/no": 4 / 5, "shape": 2 / 3, "color": 1.0}
 
 
-def test_without_the_package_one_line_says_how_to_install_it(monkeypatch, tmp_path):
+def test_a_missing_package_is_reported_with_the_command_to_install_it(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     forget()
     with pytest.raises(ConfigError, match="pip install --no-deps easy-vqa") as caught:
@@ -187,7 +187,7 @@ def test_without_the_package_one_line_says_how_to_install_it(monkeypatch, tmp_pa
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_of_that_name_without_its_data_counts_as_not_installed(package):
+def test_a_folder_of_that_name_without_data_counts_as_not_installed(package):
     (package / "data/test/questions.json").unlink()
     forget()
     with pytest.raises(ConfigError, match="not installed"):
@@ -204,7 +204,7 @@ def test_a_folder_of_that_name_without_its_data_counts_as_not_installed(package)
         ({"target": "{% if %}"}, "correct task.target"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(overrides, advice):
+def test_invalid_settings_are_refused(overrides, advice):
     with pytest.raises(ConfigError, match=advice):
         task(**overrides)
 
@@ -214,22 +214,22 @@ def test_an_unknown_column_is_refused(package):
         task(prompt="{{query}}").train()
 
 
-def test_a_scorer_that_does_not_exist_is_refused_before_any_row_is_read():
+def test_a_missing_scorer_is_refused_before_rows_are_read():
     with pytest.raises(ConfigError, match=r"task\.scorer=emloc\.tasks\.metrics\.exact\.points"):
         task(scorer="emloc.tasks.metrics.exact.points").held_out(1)
 
 
-def test_the_scorer_scores_a_row_of_its_own(package):
+def test_the_scorer_of_the_task_scores_its_rows(package):
     [row] = task().held_out(1)
     assert task().score(f" {row.target.upper()}\n", row.references) == {"accuracy": 1.0}
     assert task().score("purple", row.references) == {"accuracy": 0.0}
 
 
 def test_the_yaml_builds_this_task():
-    found = build(compose(["task=easy_vqa"])).task
-    assert isinstance(found, EasyVqa)
-    assert found.part == "recoloured"
+    actual = build(compose(["task=easy_vqa"])).task
+    assert isinstance(actual, EasyVqa)
+    assert actual.part == "recoloured"
 
 
-def test_the_files_are_where_the_package_is(package):
+def test_the_data_is_read_from_the_folder_of_the_package(package):
     assert easy_vqa._data_folder() == Path(package) / "data"

@@ -1,4 +1,4 @@
-"""What is stored, how large it is, what it multiplies by, and that a build goes on where it was."""
+"""Emulators: stored files, sizes, residuals, and builds that resume."""
 
 import gc
 import json
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from packed import NF4, held_at
+from packed import NF4, precision_of
 from safetensors import safe_open
 from tiny import save_checkpoint
 from torch import nn
@@ -42,7 +42,7 @@ DEFAULTS = {
 
 
 class Rows:
-    """Calibration samples of a fixed text, as `Samples` gives them."""
+    """Calibration samples with a fixed text, in place of `Samples`."""
 
     ids = ("0",)
 
@@ -77,33 +77,35 @@ def svd(**settings) -> Svd:
 
 def built_emulator(folder, source, emulator, bits, statistics=None) -> BuiltEmulator:
     ranks = emulator.plan(source, layers_of(source), budget(bits))
-    build_inputs = BuildInputs(ranks, statistics, Rows() if statistics else None, held_at(bits))
+    build_inputs = BuildInputs(
+        ranks, statistics, Rows() if statistics else None, precision_of(bits)
+    )
     facts = emulator.build(folder, source, build_inputs, device=CPU)
     (folder / "stage.json").write_text(json.dumps(facts))
-    return BuiltEmulator(emulator, Artifact("emulate", "0", folder), source, held_at(bits))
+    return BuiltEmulator(emulator, Artifact("emulate", "0", folder), source, precision_of(bits))
 
 
 # What it multiplies by ---------------------------------------------------------------------------
 
 
-def test_u_solved_again_for_v_in_nf4_loses_less_than_both_factors_quantised():
-    """On correlated inputs; the share of output energy lost, u quantised in both cases."""
+def test_refitting_u_to_the_nf4_v_loses_less_than_quantising_both_factors():
+    """Compares lost shares of the output energy on correlated inputs, with u quantised in both."""
     gains = []
     for seed in range(8):
         torch.manual_seed(seed)
         mix = torch.randn(80, 80, dtype=torch.float64) * torch.arange(1, 81) ** -0.7
         x = torch.randn(2000, 80, dtype=torch.float64) @ mix.T
         gram, weight = x.T @ x, torch.randn(96, 80).bfloat16()
-        known = Statistics(sites={"one": "one"}, inputs={"one": gram}, tokens=2000)
+        statistics = Statistics(sites={"one": "one"}, inputs={"one": gram}, tokens=2000)
         plain = eigen(weight, 24, input_gram=gram, dtype=torch.bfloat16)
-        solved = factorize({"one": weight}, {"one": 24}, known, "eigen", NF4)["one"].factors
+        solved = factorize({"one": weight}, {"one": 24}, statistics, "eigen", NF4)["one"].factors
         assert torch.equal(solved.v, NF4.quantize(plain.v).dequantize())
         quantised = [
             replace(one, u=NF4.quantize(one.u.T).dequantize().T, v=solved.v)
             for one in (plain, solved)
         ]
         naive, again = (lost_energy(weight, one, gram) for one in quantised)
-        # Of u alone next to nothing is lost to the error of v.
+        # The refitted u makes up for almost all of the error of v.
         assert lost_energy(weight, solved, gram) < 1.02 * lost_energy(weight, plain, gram)
         gains.append(again / naive)
     assert max(gains) < 1
@@ -111,8 +113,8 @@ def test_u_solved_again_for_v_in_nf4_loses_less_than_both_factors_quantised():
 
 
 @pytest.mark.parametrize("aware", [True, False])
-def test_both_passes_solve_u_for_the_v_that_is_stored(tmp_path, source, statistics, aware):
-    """Input Grams, output Grams with a second pass, and none: all better than quantising both."""
+def test_u_is_refitted_to_the_stored_v_with_one_or_two_passes(tmp_path, source, statistics, aware):
+    """With input Grams, with output Grams and a second pass, and without Grams."""
     exact = tmp_path / "exact"
     exact.mkdir()
     calibrate(exact, source, layers_of(source), Rows(), True, device=CPU)
@@ -129,8 +131,8 @@ def test_both_passes_solve_u_for_the_v_that_is_stored(tmp_path, source, statisti
         gram = (
             Statistics.load(exact / file).of(layer)["input_gram"] if aware else torch.eye(len(v.T))
         )
-        left = [float((gap @ gram.double() * gap).sum()) for gap in gaps]
-        assert left[0] < left[1], layer
+        errors = [float((gap @ gram.double() * gap).sum()) for gap in gaps]
+        assert errors[0] < errors[1], layer
     assert kinds == ({"input_gram", "output_gram"} if aware else set())
 
 
@@ -138,11 +140,11 @@ def test_both_passes_solve_u_for_the_v_that_is_stored(tmp_path, source, statisti
     ("emulator", "bits", "kind"),
     [(svd(), 16, Factorized), (svd(), 4, PackedFactorized), (Full(), 4, Nf4Linear)],
 )
-def test_the_residual_is_the_weight_less_what_the_model_multiplies_by(
+def test_the_residual_is_the_weight_minus_the_emulator_weight(
     tmp_path, source, statistics, emulator, bits, kind
 ):
-    known = statistics if isinstance(emulator, Svd) else None
-    one = built_emulator(tmp_path, source, emulator, bits, known)
+    statistics_used = statistics if isinstance(emulator, Svd) else None
+    one = built_emulator(tmp_path, source, emulator, bits, statistics_used)
     model = one.open(CPU)
     for layer, shape in layers_of(source).items():
         module = model.get_submodule(layer)
@@ -163,7 +165,7 @@ def test_the_residual_is_the_weight_less_what_the_model_multiplies_by(
 
 @pytest.mark.parametrize("emulator", [svd(aware=False), Full()], ids=["svd", "full"])
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_the_correction_is_exact_on_the_row_space_in_four_bits_too(
+def test_the_correction_is_exact_on_the_row_space_also_in_four_bits(
     tmp_path, source, emulator, scale
 ):
     """W x + s B'A' x = W_e x + s B A x for x in the rows of A, W_e from its four bits."""
@@ -176,9 +178,11 @@ def test_the_correction_is_exact_on_the_row_space_in_four_bits_too(
         new, change = correct_identity(old, one.residual(layer), clamp=None)
         module = model.get_submodule(layer)
         whole = isinstance(module, Nf4Linear)
-        held = module.matrix.dequantize().double() if whole else module.product()
-        left = (source.weight(layer).double() + new.delta) @ a.T
-        torch.testing.assert_close(left, (held + old.delta) @ a.T, atol=1e-9, rtol=1e-9)
+        emulator_weight = module.matrix.dequantize().double() if whole else module.product()
+        corrected_outputs = (source.weight(layer).double() + new.delta) @ a.T
+        torch.testing.assert_close(
+            corrected_outputs, (emulator_weight + old.delta) @ a.T, atol=1e-9, rtol=1e-9
+        )
         assert change.removed > 0
 
 
@@ -186,7 +190,7 @@ def test_the_correction_is_exact_on_the_row_space_in_four_bits_too(
 
 
 @pytest.mark.parametrize("bits", [16, 4])
-def test_the_bytes_are_those_of_the_stored_tensors(tmp_path, source, bits):
+def test_bytes_are_those_of_the_stored_tensors(tmp_path, source, bits):
     one = built_emulator(tmp_path, source, svd(aware=False), bits)
     facts = one.artifact.facts
     stored = 0
@@ -199,14 +203,14 @@ def test_the_bytes_are_those_of_the_stored_tensors(tmp_path, source, bits):
     assert facts["bits"] == bits
     assert 0.45 < facts["share_of_linears"] <= 0.5
     model = one.open(CPU)
-    # Rotary frequencies and whatever else a model computes for itself are not counted.
+    # Rotary frequencies and other buffers that the model computes are not counted.
     own = (Factorized, PackedFactorized)
     buffers = [m.buffers(recurse=False) for m in model.modules() if isinstance(m, own)]
-    held = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for x in buffers for b in x)
-    assert held == facts["bytes"]
+    nbytes = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for x in buffers for b in x)
+    assert nbytes == facts["bytes"]
 
 
-def test_the_bytes_of_a_whole_model_in_nf4(tmp_path, source):
+def test_bytes_of_a_full_model_in_nf4(tmp_path, source):
     one = built_emulator(tmp_path, source, Full(), 4)
     model = one.open(CPU)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["layers.json", "stage.json"]
@@ -218,7 +222,7 @@ def test_the_bytes_of_a_whole_model_in_nf4(tmp_path, source):
     assert (facts["parameters"], facts["share_of_linears"]) == (sum(source.sizes.values()), 1.0)
 
 
-def test_at_sixteen_bits_the_original_is_the_original(tmp_path, source):
+def test_the_full_emulator_at_sixteen_bits_is_the_original(tmp_path, source):
     one = built_emulator(tmp_path, source, Full(), 16)
     assert {path.name for path in tmp_path.iterdir()} == {"stage.json", "layers.json"}
     assert json.loads((tmp_path / "layers.json").read_text()) == {}
@@ -229,13 +233,13 @@ def test_at_sixteen_bits_the_original_is_the_original(tmp_path, source):
     assert one.artifact.facts["bytes"] == total * source.dtype.itemsize
 
 
-def test_factors_are_counted_turned_as_they_are_stored(source):
+def test_packed_factors_are_counted_in_their_stored_transposed_shape(source):
     layer = "model.layers.0.mlp.up_proj"
     assert stored_shapes(source, {layer: 3}) == {layer: [(3, 64), (3, 32)]}
 
 
 @pytest.mark.parametrize("emulator", [svd(), Full()], ids=["svd", "full"])
-def test_a_budget_that_nobody_solved_is_refused(source, emulator):
+def test_a_budget_without_a_ratio_is_refused(source, emulator):
     with pytest.raises(ConfigError) as refused:
         emulator.plan(source, layers_of(source), budget(None, None))
     assert str(refused.value) == "compression=auto needs budget.gpu_gib; set budget.gpu_gib=24"
@@ -248,7 +252,7 @@ def lines_of(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
 
 
-def test_the_journal_has_one_line_for_each_block(tmp_path, source, statistics):
+def test_the_journal_has_one_line_per_block(tmp_path, source, statistics):
     built_emulator(tmp_path, source, svd(), 4, statistics)
     lines = lines_of(tmp_path)
     assert [line["block"] for line in lines] == ["model.layers.0", "model.layers.1"]
@@ -261,41 +265,43 @@ def test_the_journal_has_one_line_for_each_block(tmp_path, source, statistics):
         assert line["seconds"] == pytest.approx(spent, abs=1e-4)
     one = table["model.layers.0.mlp.up_proj"]
     assert set(one) == {"rank", "kept", "seen", "solver", "steps", "seconds", "spectrum"}
-    assert one["solver"] == "eigen"  # too small for the iteration
+    assert one["solver"] == "eigen"  # the layer is too small for the subspace iteration
 
 
-def test_of_each_layer_the_spectrum_is_recorded(tmp_path, source, statistics):
+def test_the_spectrum_of_each_layer_is_recorded(tmp_path, source, statistics):
     built_emulator(tmp_path, source, svd(), 16, statistics)
     table = json.loads((tmp_path / "layers.json").read_text())
     assert len((tmp_path / "layers.json").read_text().splitlines()) == len(table) + 2
     for layer, one in table.items():
-        found = one["spectrum"]
-        assert found["directions"] == min(source.linears[layer])
-        assert found["index"][0] == 1
-        assert found["index"][-1] == found["directions"]
-        assert found["energy"] == sorted(found["energy"], reverse=True)
-        leading = zip(found["index"], found["energy"], strict=True)
-        known = sum(energy for index, energy in leading if index <= one["rank"])
-        assert known <= one["kept"] * found["total"] * 1.0001
+        spectrum = one["spectrum"]
+        assert spectrum["directions"] == min(source.linears[layer])
+        assert spectrum["index"][0] == 1
+        assert spectrum["index"][-1] == spectrum["directions"]
+        assert spectrum["energy"] == sorted(spectrum["energy"], reverse=True)
+        leading = zip(spectrum["index"], spectrum["energy"], strict=True)
+        kept_energy = sum(energy for index, energy in leading if index <= one["rank"])
+        assert kept_energy <= one["kept"] * spectrum["total"] * 1.0001
 
 
-def test_a_spectrum_is_recorded_in_few_numbers_that_hold_its_shares():
+def test_a_spectrum_is_recorded_at_few_indices_with_its_energies():
     layer = torch.diag(torch.arange(1000, 0, -1.0).sqrt())
     one = eigen(layer, 100, dtype=torch.float32)
-    found = spectrum_record(one)
-    assert len(found["index"]) == len(found["energy"]) <= 64
-    assert found["index"][:9] == list(range(1, 10))
-    assert found["index"][-1] == found["directions"] == 1000
-    assert found["energy"] == [pytest.approx(1001 - index, rel=1e-4) for index in found["index"]]
-    assert found["total"] == 500_500
-    # What is known of the directions taken alone says as much of the whole.
-    taken = spectrum_record(replace(one, spectrum=one.spectrum[:100]))
-    assert taken["index"][-1] == 100
-    assert (taken["total"], taken["directions"]) == (500_500, 1000)
+    full_record = spectrum_record(one)
+    assert len(full_record["index"]) == len(full_record["energy"]) <= 64
+    assert full_record["index"][:9] == list(range(1, 10))
+    assert full_record["index"][-1] == full_record["directions"] == 1000
+    assert full_record["energy"] == [
+        pytest.approx(1001 - index, rel=1e-4) for index in full_record["index"]
+    ]
+    assert full_record["total"] == 500_500
+    # A spectrum of the leading directions alone gives the same record.
+    leading_record = spectrum_record(replace(one, spectrum=one.spectrum[:100]))
+    assert leading_record["index"][-1] == 100
+    assert (leading_record["total"], leading_record["directions"]) == (500_500, 1000)
 
 
 @pytest.mark.parametrize("bits", [16, 4])
-def test_a_killed_build_goes_on_and_ends_as_one_that_was_not(
+def test_a_killed_build_resumes_and_gives_the_same_files(
     tmp_path, source, statistics, monkeypatch, bits
 ):
     import emloc.emulators.svd as home
@@ -306,11 +312,11 @@ def test_a_killed_build_goes_on_and_ends_as_one_that_was_not(
     built_emulator(whole, source, svd(), bits, statistics)
     save, saved = home.save_factors, []
 
-    def once(found, path):
+    def once(journal, path):
         if saved:
             raise KeyboardInterrupt
         saved.append(path.name)
-        save(found, path)
+        save(journal, path)
 
     monkeypatch.setattr(home, "save_factors", once)
     with pytest.raises(KeyboardInterrupt):
@@ -319,7 +325,7 @@ def test_a_killed_build_goes_on_and_ends_as_one_that_was_not(
     first = killed / "model.layers.0.safetensors"
     stamp = first.stat().st_mtime_ns
     with (killed / "journal.jsonl").open("a") as file:
-        file.write('{"block": "model.la')  # the kill came in the middle of a line
+        file.write('{"block": "model.la')  # the kill happened in the middle of a line
     monkeypatch.setattr(home, "save_factors", save)
     built_emulator(killed, source, svd(), bits, statistics)
     assert first.stat().st_mtime_ns == stamp
@@ -330,7 +336,7 @@ def test_a_killed_build_goes_on_and_ends_as_one_that_was_not(
             assert all(torch.equal(a.get_tensor(n), b.get_tensor(n)) for n in a.keys())  # noqa: SIM118
 
 
-def test_a_block_whose_line_was_never_written_gets_the_line_it_would_have_had(tmp_path, source):
+def test_a_missing_journal_line_is_rebuilt_from_the_file_of_its_block(tmp_path, source):
     built_emulator(tmp_path, source, svd(aware=False), 4)
     journal, before = tmp_path / "journal.jsonl", lines_of(tmp_path)
     journal.write_text(json.dumps(before[0]) + "\n")
@@ -346,7 +352,7 @@ def test_a_block_whose_line_was_never_written_gets_the_line_it_would_have_had(tm
 @pytest.mark.parametrize(
     ("emulator", "most"), [(svd(aware=False), 7), (Full(), 1)], ids=["svd", "full"]
 )
-def test_no_more_weights_are_held_at_once_than_one_block_or_one_layer(
+def test_at_most_one_block_or_one_layer_of_weights_is_in_memory(
     tmp_path, source, monkeypatch, emulator, most
 ):
     read, alive, counts = Source.weight, [], []

@@ -1,4 +1,4 @@
-"""Scores from one forward pass: what greedy decoding would have written, and how likely it was."""
+"""Scores from one forward pass: the match with greedy decoding, and likelihoods."""
 
 import math
 
@@ -22,7 +22,7 @@ def model():
 
 
 def greedy(model, prompt, length):
-    """What generation itself writes."""
+    """Return the tokens that greedy generation writes."""
     ids = torch.tensor([prompt])
     written = model.generate(
         ids,
@@ -34,25 +34,25 @@ def greedy(model, prompt, length):
     return written[0, len(prompt) :].tolist()
 
 
-def test_exact_is_what_greedy_decoding_writes(model):
-    """In one padded batch of unequal prompts and answers."""
+def test_an_answer_is_exact_if_greedy_decoding_writes_it(model):
+    """Tested in one padded batch of prompts and answers of different lengths."""
     answers = [greedy(model, prompt, 2 + index) for index, prompt in enumerate(PROMPTS)]
     same = [
         EncodedExample(str(i), [*prompt, *answer], len(prompt))
         for i, (prompt, answer) in enumerate(zip(PROMPTS, answers, strict=True))
     ]
-    found = Tokens().score(model, same, READER, 3)
-    assert [answer.id for answer in found] == ["0", "1", "2"]
-    assert [(answer.right, answer.tokens) for answer in found] == [(2, 2), (3, 3), (4, 4)]
-    assert all(answer.exact for answer in found)
+    scored = Tokens().score(model, same, READER, 3)
+    assert [answer.id for answer in scored] == ["0", "1", "2"]
+    assert [(answer.right, answer.tokens) for answer in scored] == [(2, 2), (3, 3), (4, 4)]
+    assert all(answer.exact for answer in scored)
 
     other = [
         EncodedExample(one.id, [*one.input_ids[:-1], one.input_ids[-1] ^ 1], one.answer_start)
         for one in same
     ]
-    found = Tokens().score(model, other, READER, 3)
-    assert [(answer.right, answer.tokens) for answer in found] == [(1, 2), (2, 3), (3, 4)]
-    assert not any(answer.exact for answer in found)
+    scored = Tokens().score(model, other, READER, 3)
+    assert [(answer.right, answer.tokens) for answer in scored] == [(1, 2), (2, 3), (3, 4)]
+    assert not any(answer.exact for answer in scored)
 
 
 def test_likelihoods_do_not_depend_on_the_batch(model):
@@ -70,7 +70,7 @@ def test_likelihoods_do_not_depend_on_the_batch(model):
         assert one.nll == pytest.approx(float(true), abs=1e-4)
 
 
-def test_summary_weighs_tokens_for_the_loss_and_rows_for_the_match():
+def test_the_loss_is_a_mean_over_tokens_and_the_match_a_mean_over_rows():
     answers = [
         TokenAnswer("a", nll=6.0, tokens=3, right=3),
         TokenAnswer("b", nll=1.0, tokens=1, right=0),

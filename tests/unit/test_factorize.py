@@ -1,4 +1,4 @@
-"""Low-rank factors: optimal on the data, sensible off it, and rounded with care."""
+"""Low-rank factors: optimal on the data, close to the weight elsewhere, rounded with care."""
 
 from dataclasses import replace
 
@@ -16,19 +16,19 @@ SHAPES = [(12, 20), (20, 12), (16, 16)]
 
 
 def normal(seed: int, *shape: int) -> Tensor:
-    """Float64 Gaussian numbers."""
+    """Return float64 Gaussian numbers of this shape."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def layer(seed: int, m: int, n: int, count: int) -> tuple[Tensor, Tensor]:
-    """A weight (m, n) and inputs (count, n) of a decaying spectrum in rotated directions."""
+    """Return a weight (m, n) and inputs (count, n), both with a decaying spectrum."""
     rotation = torch.linalg.qr(normal(seed + 1, n, n)).Q
     spread = torch.arange(1, n + 1, dtype=F64) ** -0.7
     return normal(seed, m, n), normal(seed + 2, count, n) * spread @ rotation
 
 
 def massive(seed: int, count: int, n: int, strength: float) -> Tensor:
-    """Inputs of which four rotated directions are `strength` times stronger than the others."""
+    """Return inputs with four rotated directions `strength` times stronger than the others."""
     x = normal(seed, count, n)
     x[:, :4] *= strength
     rotation: Tensor = torch.linalg.qr(normal(seed + 1, n, n)).Q
@@ -36,7 +36,7 @@ def massive(seed: int, count: int, n: int, strength: float) -> Tensor:
 
 
 def product(factors: Factors) -> Tensor:
-    """The weight the factors stand for."""
+    """Return the product of the factors."""
     return factors.u.double() @ factors.v.double()
 
 
@@ -48,7 +48,7 @@ def product(factors: Factors) -> Tensor:
 )
 @settings(max_examples=200, deadline=None)
 def test_rank_fits_budget(ratio: float, m: int, n: int, multiple: int) -> None:
-    """Never above the budget; one more multiple would be; no silent rank 0."""
+    """The rank never exceeds the budget, one more multiple would, and rank 0 is never returned."""
     if multiple * (m + n) > ratio * m * n:
         with pytest.raises(ValueError, match=f"{m} x {n}"):
             rank_of(ratio, m, n, multiple)
@@ -60,7 +60,7 @@ def test_rank_fits_budget(ratio: float, m: int, n: int, multiple: int) -> None:
 
 
 def test_rank_of_known_layers() -> None:
-    """InternVL2.5-8B at ratio 0.4: fused qkv, output projection, feed-forward."""
+    """Ranks of InternVL2.5-8B at ratio 0.4: fused qkv, output projection, feed-forward."""
     shapes = [(6144, 4096), (4096, 4096), (14336, 4096), (3072, 1024), (1024, 1024)]
     assert [rank_of(0.4, *shape) for shape in shapes] == [983, 819, 1274, 307, 204]
     assert rank_of(0.4, 4096, 4096, 64) == 768
@@ -68,7 +68,7 @@ def test_rank_of_known_layers() -> None:
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.5, float("nan")])
 def test_rank_refuses_ratio(ratio: float) -> None:
-    """Only an open share is a budget."""
+    """A ratio must lie between 0 and 1, both excluded."""
     with pytest.raises(ValueError, match="ratio"):
         rank_of(ratio, 64, 64)
 
@@ -76,7 +76,7 @@ def test_rank_refuses_ratio(ratio: float) -> None:
 @given(seed=st.integers(0, 999), m=st.integers(1, 14), n=st.integers(1, 14), share=st.floats(0, 1))
 @settings(max_examples=40, deadline=None)
 def test_eckart_young(seed: int, m: int, n: int, share: float) -> None:
-    """The weighted error is the discarded tail of the spectrum, for both kinds of Gram."""
+    """The weighted error is the discarded tail of the spectrum, for both kinds of Gram matrix."""
     w, x = layer(seed, m, n, 3 * n)
     rank = 1 + int(share * (min(m, n) - 1))
     for grams in ({}, {"input_gram": gram(x)}, {"output_gram": gram(x @ w.T)}):
@@ -92,7 +92,7 @@ def test_eckart_young(seed: int, m: int, n: int, share: float) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_whitening(shape: tuple[int, int]) -> None:
-    """Well conditioned: the same matrix and spectrum as root, SVD and inverse (float32)."""
+    """For well-conditioned data: matrix and spectrum of the chain root, SVD, inverse in float32."""
     w, x = layer(5, *shape, 200)
     ours = eigen(w, 6, input_gram=gram(x), dtype=F64)
     theirs = whiten(w, 6, gram(x), dtype=F64)
@@ -105,7 +105,7 @@ def test_equals_whitening(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_output_gram_is_enough(shape: tuple[int, int]) -> None:
-    """Outputs alone give the same projection as inputs."""
+    """The output Gram matrix alone gives the same projection as the input Gram matrix."""
     w, x = layer(6, *shape, 200)
     inputs = eigen(w, 5, input_gram=gram(x), dtype=F64)
     outputs = eigen(w, 5, output_gram=gram(x @ w.T), dtype=F64)
@@ -115,7 +115,7 @@ def test_output_gram_is_enough(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_gram_is_truncated_svd(shape: tuple[int, int]) -> None:
-    """C = I: the best approximation of W itself."""
+    """Without a Gram matrix (C = I) the factors are the best approximation of W itself."""
     w = normal(7, *shape)
     u, s, v = torch.linalg.svd(w, full_matrices=False)
     expected = u[:, :4] * s[:4] @ v[:4]
@@ -125,7 +125,7 @@ def test_no_gram_is_truncated_svd(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("count", [3, 200])
 def test_full_rank_reproduces_weight(shape: tuple[int, int], count: int) -> None:
-    """Nothing is lost at full rank, even with hardly any data."""
+    """A full rank reproduces the weight exactly, even with very little data."""
     w, x = layer(8, *shape, count)
     factors = eigen(w, min(shape), input_gram=gram(x), dtype=F64)
     torch.testing.assert_close(product(factors), w, rtol=0, atol=1e-9)
@@ -134,7 +134,7 @@ def test_full_rank_reproduces_weight(shape: tuple[int, int], count: int) -> None
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_fewer_tokens_than_rank(shape: tuple[int, int]) -> None:
-    """Spare rank goes to the weight: exact on the data, closer to W than any other fill."""
+    """Rank that the data does not need approximates the weight: exact on the data, closest to W."""
     w, x = layer(9, *shape, 4)
     factors = eigen(w, 8, input_gram=gram(x), dtype=F64)
     bare = eigen(w, 4, input_gram=gram(x), dtype=F64)
@@ -143,7 +143,7 @@ def test_fewer_tokens_than_rank(shape: tuple[int, int]) -> None:
     assert lost_energy(w, factors, gram(x)) < 1e-12
     rest = torch.linalg.svdvals(w - product(bare))
     gap = torch.linalg.svdvals(w - product(factors))
-    # Eckart-Young on what the data left over.
+    # The bound of Eckart-Young for the part of W that the data leaves open.
     torch.testing.assert_close(gap.square().sum(), rest[4:].square().sum(), rtol=1e-9, atol=0)
     assert lost_energy(w, factors) < 0.7 * lost_energy(w, bare)
 
@@ -151,7 +151,7 @@ def test_fewer_tokens_than_rank(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_unseen_directions_survive_the_solve(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Rounded v leaks data into the fill; solving u again must not spend the fill on it."""
+    """Refitting u keeps the directions without data, although a rounded v mixes data into them."""
     w, x = layer(10, *shape, 4)
     factors = eigen(w, 8, input_gram=gram(x), dtype=dtype)
     exact = eigen(w, 8, input_gram=gram(x), dtype=F64)
@@ -162,7 +162,7 @@ def test_unseen_directions_survive_the_solve(shape: tuple[int, int], dtype: torc
 
 
 def test_float32_noise_is_not_data() -> None:
-    """Few tokens, massive directions, float32 products: noise is neither kept nor solved for."""
+    """With few tokens and massive directions, float32 noise is neither kept nor fitted."""
     w, x = normal(11, 40, 60), massive(12, 10, 60, 100.0)
     c = gram(x.float())
     factors = eigen(w, 20, input_gram=c, dtype=torch.bfloat16)
@@ -187,7 +187,7 @@ def test_precision_rule(strength: float) -> None:
 @pytest.mark.parametrize("strength", [1.0, 30.0, 100.0])
 @pytest.mark.parametrize("seed", [20, 30, 40])
 def test_solving_again_beats_rounding(shape: tuple[int, int], strength: float, seed: int) -> None:
-    """In bf16, u solved against the rounded v is never worse than a rounded u."""
+    """In bfloat16, a u that is refitted to the rounded v is never worse than a rounded u."""
     w, x = normal(seed, *shape), massive(seed + 1, 400, shape[1], strength)
     solved = eigen(w, 6, input_gram=gram(x), dtype=torch.bfloat16)
     rounded = eigen(w, 6, output_gram=gram(x @ w.T), dtype=torch.bfloat16)
@@ -203,7 +203,7 @@ def test_solving_again_beats_rounding(shape: tuple[int, int], strength: float, s
 @given(seed=st.integers(0, 999), count=st.integers(1, 40))
 @settings(max_examples=30, deadline=None)
 def test_refit_never_hurts(seed: int, count: int) -> None:
-    """From any start and any number of tokens, the squared error does not grow."""
+    """From any start and with any number of tokens, refitting never increases the squared error."""
     y, z, u0 = normal(seed, count, 9), normal(seed + 1, count, 6), normal(seed + 2, 9, 6)
     u = refit(cross(y, z), gram(z), u0)
     assert (y - z @ u.T).norm() <= (y - z @ u0.T).norm() * (1 + 1e-12)
@@ -213,7 +213,7 @@ def test_refit_never_hurts(seed: int, count: int) -> None:
 
 
 def test_refit_keeps_unseen_directions() -> None:
-    """Hidden directions orthogonal to the data map as u0 does."""
+    """Hidden directions orthogonal to the data are mapped as by u0."""
     y, u0 = normal(1, 30, 9), normal(2, 9, 6)
     basis = torch.linalg.qr(normal(3, 6, 6)).Q
     z = normal(4, 30, 2) @ basis[:, :2].T
@@ -225,7 +225,7 @@ def test_refit_keeps_unseen_directions() -> None:
 
 
 def test_second_pass_equals_known_gram() -> None:
-    """Output Gram first, `refit` on a second pass: the error of the input-Gram path."""
+    """Output Gram, then `refit` in a second pass: the same error as with the input Gram."""
     w, x = normal(50, 12, 20), massive(51, 400, 20, 100.0)
     first = eigen(w, 6, output_gram=gram(x @ w.T), dtype=torch.bfloat16)
     z = x @ first.v.double().T
@@ -239,7 +239,7 @@ def test_second_pass_equals_known_gram() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_degenerate_layers(shape: tuple[int, int]) -> None:
-    """A rank-deficient W is reproduced; a zero W and a zero Gram leave finite factors."""
+    """A rank-deficient W is reproduced; a zero W or a zero Gram matrix gives finite factors."""
     m, n = shape
     thin = normal(60, m, 2) @ normal(61, 2, n)
     torch.testing.assert_close(product(eigen(thin, 5, dtype=F64)), thin, rtol=0, atol=1e-9)
@@ -253,7 +253,7 @@ def test_degenerate_layers(shape: tuple[int, int]) -> None:
 
 
 def test_bad_input_is_refused() -> None:
-    """Ranks, shapes, two Grams and broken numbers are named."""
+    """The errors name wrong ranks, wrong shapes, two Grams and numbers that are not finite."""
     w, c = normal(70, 4, 6), torch.eye(6, dtype=F64)
     with pytest.raises(ValueError, match="rank 5"):
         eigen(w, 5, dtype=F64)

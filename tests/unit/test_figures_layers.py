@@ -1,4 +1,4 @@
-"""What is shown of an emulator's layers, whatever was recorded of them."""
+"""The figures of an emulator's layers."""
 
 import json
 import math
@@ -12,12 +12,19 @@ from emloc.report.rows import Row
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def facts(rank: int, kept: float, spectrum: bool = True) -> dict:
-    found = {"rank": rank, "kept": kept, "seen": rank, "solver": "eigen", "steps": 0, "seconds": 0}
+def facts(rank: int, energy_kept: float, spectrum: bool = True) -> dict:
+    layer = {
+        "rank": rank,
+        "kept": energy_kept,
+        "seen": rank,
+        "solver": "eigen",
+        "steps": 0,
+        "seconds": 0,
+    }
     if spectrum:
-        known = {"index": [1, 2, 4, 10], "energy": [60.0, 20.0, 10.0, 0.0]}
-        found["spectrum"] = {**known, "total": 100.0, "directions": 10}
-    return found
+        spectrum_record = {"index": [1, 2, 4, 10], "energy": [60.0, 20.0, 10.0, 0.0]}
+        layer["spectrum"] = {**spectrum_record, "total": 100.0, "directions": 10}
+    return layer
 
 
 def table(prefix: str = "model.layers", spectrum: bool = True) -> dict:
@@ -30,7 +37,7 @@ def table(prefix: str = "model.layers", spectrum: bool = True) -> dict:
 
 @pytest.fixture
 def runs(tmp_path):
-    """A folder of runs with one `layers.json` each, and their rows."""
+    """Function that writes runs with one `layers.json` each and returns their rows."""
 
     def write(*tables: dict, **settings: str) -> list[Row]:
         rows = []
@@ -38,33 +45,35 @@ def runs(tmp_path):
             folder = tmp_path / f"run{at}"
             folder.mkdir(exist_ok=True)
             (folder / "layers.json").write_text(json.dumps(one))
-            known = {"compression.ratio": f"0.{at + 1}"} | settings
+            fixed_settings = {"compression.ratio": f"0.{at + 1}"} | settings
             fields = {"experiment": "x", "run": f"run{at}", "state": "done", "cell": ""}
             named = {"method": "emloc", "model": "m", "task": "t", "metric": "f1", "data": ""}
-            rows.append(Row(**fields, **named, seed=0, settings=known, numbers={"score": 0.5}))
+            rows.append(
+                Row(**fields, **named, seed=0, settings=fixed_settings, numbers={"score": 0.5})
+            )
         return rows
 
     return write
 
 
-def test_a_layer_is_of_a_tower_a_block_and_a_kind():
-    found = layers_of(
+def test_a_layer_name_is_split_into_tower_block_and_kind():
+    result = layers_of(
         {
             "model.vision_tower.encoder.layer.11.attention.projection_layer": facts(4, 0.75),
             "model.language_model.layers.2.self_attn.q_proj": facts(8, 1.0),
         }
     )
-    first, second = found
+    first, second = result
     assert (first.tower, first.block, first.kind) == ("model.language_model.layers", 2, "q")
     assert (second.block, second.kind) == (11, "projection")
     assert (second.rank, second.lost) == (4, 0.25)
     assert second.share == (0.6, 0.2, 0.1, 0.0)
 
 
-def test_kinds_stand_as_a_block_computes_them():
+def test_kinds_are_ordered_as_a_block_computes_them():
     names = ("mlp.down_proj", "self_attn.v_proj", "mlp.other", "self_attn.q_proj")
-    found = layers_of({f"model.layers.0.{name}": facts(4, 0.9) for name in names})
-    assert kinds_of(found) == ["q", "v", "down", "other"]
+    result = layers_of({f"model.layers.0.{name}": facts(4, 0.9) for name in names})
+    assert kinds_of(result) == ["q", "v", "down", "other"]
 
 
 def test_rank_energy_lost_and_spectra_by_depth(runs, tmp_path):
@@ -81,44 +90,44 @@ def test_rank_energy_lost_and_spectra_by_depth(runs, tmp_path):
     line, dot, *_ = spectra[0].get_lines()
     assert list(line.get_xdata()) == [0.1, 0.2, 0.4, 1.0]
     assert list(line.get_ydata())[:3] == [0.6, 0.2, 0.1]
-    assert math.isnan(line.get_ydata()[3])  # nothing is there to be seen on a logarithmic axis
+    assert math.isnan(line.get_ydata()[3])  # zero is not drawn on a logarithmic axis
     assert (list(dot.get_xdata()), list(dot.get_ydata())) == ([0.4], [pytest.approx(0.1)])
 
 
-def test_the_dot_lies_on_its_line_where_the_very_rank_was_not_recorded(runs, tmp_path):
+def test_the_dot_of_the_rank_lies_on_the_interpolated_line(runs, tmp_path):
     (figure,) = figures(runs({"a.0.q_proj": facts(3, 0.9)}), tmp_path).values()
     _, dot = figure.axes[2].get_lines()
     steep = math.log(3 / 2) / math.log(4 / 2)
     assert list(dot.get_ydata()) == [pytest.approx(0.2 * (0.1 / 0.2) ** steep)]
 
 
-def test_without_spectra_there_are_the_other_two_panels(runs, tmp_path):
+def test_without_spectra_two_panels_are_drawn(runs, tmp_path):
     (figure,) = figures(runs(table(spectrum=False)), tmp_path).values()
     assert [axes.get_ylabel() for axes in figure.axes] == ["rank kept", "output energy lost"]
 
 
-def test_language_and_vision_are_figures_of_their_own(runs, tmp_path):
+def test_language_and_vision_have_separate_figures(runs, tmp_path):
     both = table("model.language_model.layers") | table("model.vision_tower.encoder.layer")
-    found = figures(runs(both), tmp_path)
-    assert set(found) == {"layers_run0_language", "layers_run0_vision"}
-    titles = {figure.legends[0].get_title().get_text() for figure in found.values()}
+    result = figures(runs(both), tmp_path)
+    assert set(result) == {"layers_run0_language", "layers_run0_vision"}
+    titles = {figure.legends[0].get_title().get_text() for figure in result.values()}
     assert "emloc, 10% of parameters, m, vision tower" in titles
 
 
-def test_one_run_of_each_size_and_no_more_than_a_few(runs, tmp_path):
+def test_one_run_per_size_and_few_in_all_are_drawn(runs, tmp_path):
     rows = runs(*[table()] * (RUNS + 2))
-    found = [name for name in figures(rows, tmp_path) if name.startswith("layers")]
-    assert found == [f"layers_run{at}" for at in range(RUNS)]
+    result = [name for name in figures(rows, tmp_path) if name.startswith("layers")]
+    assert result == [f"layers_run{at}" for at in range(RUNS)]
     same = runs(*[table()] * 2, **{"compression.ratio": "0.5"})
     assert list(figures(same, tmp_path)) == ["layers_run0"]
 
 
-def test_a_run_with_spectra_goes_before_one_without(runs, tmp_path):
+def test_a_run_with_spectra_is_preferred(runs, tmp_path):
     rows = runs(table(spectrum=False), table(), **{"compression.ratio": "0.5"})
     assert list(figures(rows, tmp_path)) == ["layers_run1"]
 
 
-def test_a_run_may_be_the_place_itself(runs, tmp_path):
+def test_the_folder_of_a_single_run_is_drawn(runs, tmp_path):
     rows = runs(table())
     (tmp_path / "run0" / "status.json").write_text("{}")
     assert list(figures(rows, tmp_path / "run0")) == ["layers_run0"]
@@ -133,11 +142,11 @@ def test_a_run_may_be_the_place_itself(runs, tmp_path):
     ],
     ids=["full", "prune", "layer_drop"],
 )
-def test_an_emulator_without_ranks_is_no_figure(runs, tmp_path, other):
+def test_an_emulator_without_ranks_gives_no_figure(runs, tmp_path, other):
     assert figures(runs(other), tmp_path) == {}
 
 
-def test_a_file_of_rows_has_no_layers(runs, tmp_path):
+def test_a_tidy_file_gives_no_figures_of_layers(runs, tmp_path):
     rows = runs(table())
     path = tmp_path / "elsewhere" / "rows.csv"
     assert figures(rows, path) == {}

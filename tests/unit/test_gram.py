@@ -1,4 +1,4 @@
-"""Sums over tokens: exact whatever the chunk, the dtype and the global precision switches."""
+"""Sums over tokens do not depend on chunks, dtype and global precision switches."""
 
 from collections.abc import Iterator
 
@@ -12,14 +12,14 @@ from emloc.tensors.linalg.gram import cross, exact_float32, gram, has_data, prod
 
 
 def tokens(seed: int, count: int, features: int) -> Tensor:
-    """Float64 Gaussian activations."""
+    """Return float64 Gaussian activations (count, features)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, features, generator=generator, dtype=torch.float64)
 
 
 @pytest.fixture
 def medium() -> Iterator[None]:
-    """The loosest float32 products torch offers, for the length of a test."""
+    """Set the least exact float32 products of torch for one test."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     yield
@@ -35,14 +35,14 @@ def medium() -> Iterator[None]:
 )
 @settings(max_examples=60, deadline=None)
 def test_chunks_add_up(seed: int, count: int, n: int, m: int, chunk: int) -> None:
-    """Any chunk gives X^T Y and X^T X, also of no tokens."""
+    """Any chunk size gives X^T Y and X^T X, also for no tokens."""
     x, y = tokens(seed, count, n), tokens(seed + 1000, count, m)
     torch.testing.assert_close(cross(x, y, chunk), x.T @ y, rtol=0, atol=1e-12)
     torch.testing.assert_close(gram(x, chunk), x.T @ x, rtol=0, atol=1e-12)
 
 
 def test_sums_are_float64() -> None:
-    """What float32 cannot hold: 2^26 + 2."""
+    """The sum 2^26 + 2, which float32 cannot represent, is exact."""
     x = torch.ones(3, 1)
     x[0] = 2.0**13
     assert gram(x, chunk=1).item() == 2.0**26 + 2
@@ -50,7 +50,7 @@ def test_sums_are_float64() -> None:
 
 
 def test_long_sums_keep_digits() -> None:
-    """Chunked products beat one float32 product over all tokens several times."""
+    """Chunked products are several times more exact than one float32 product over all tokens."""
     x = (tokens(0, 20_000, 24) + 3).float()
     exact = x.double().T @ x.double()
     error = ((gram(x) - exact) / exact).abs()
@@ -61,7 +61,7 @@ def test_long_sums_keep_digits() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_narrow_inputs_are_widened(dtype: torch.dtype) -> None:
-    """Narrow activations are exact numbers; only float32 rounding of the products is added."""
+    """16-bit activations are exact numbers; only the float32 rounding of the products is added."""
     x, y = tokens(1, 300, 5).to(dtype), tokens(2, 300, 3).to(dtype)
     result = cross(x, y)
     assert result.dtype == torch.float64
@@ -69,7 +69,7 @@ def test_narrow_inputs_are_widened(dtype: torch.dtype) -> None:
 
 
 def test_autocast_changes_nothing() -> None:
-    """Bit for bit the same under bf16 autocast, which does reach plain products."""
+    """Results under bfloat16 autocast are bitwise equal; plain products would change."""
     x = tokens(3, 256, 64).float()
     expected, plain = gram(x), x.T @ x
     with torch.autocast("cpu", torch.bfloat16):
@@ -79,10 +79,10 @@ def test_autocast_changes_nothing() -> None:
 
 @pytest.mark.usefixtures("medium")
 def test_precision_switches_change_nothing_and_stay() -> None:
-    """Bit for bit the same under "medium", which is back in force afterwards, also on error."""
+    """Results under "medium" are bitwise equal, and the switch is restored, also after an error."""
 
     def switches() -> list[str]:
-        # By name: the stubs do not know oneDNN's.
+        # By name, since the type stubs lack those of oneDNN.
         backends = (torch.backends.cuda, torch.backends.mkldnn)
         return [str(getattr(backend, "matmul").fp32_precision) for backend in backends]  # noqa: B009
 
@@ -99,12 +99,12 @@ def test_precision_switches_change_nothing_and_stay() -> None:
 
 
 def test_no_graph() -> None:
-    """Statistics carry no gradient."""
+    """Statistics have no gradient graph."""
     assert not gram(tokens(5, 4, 3).requires_grad_()).requires_grad
 
 
 def test_bad_input_is_refused() -> None:
-    """Shapes and chunk are named."""
+    """The errors name the wrong shape or chunk."""
     with pytest.raises(ValueError, match=r"\(2, 3, 4\)"):
         gram(torch.zeros(2, 3, 4))
     with pytest.raises(ValueError, match=r"\(2, 3\), \(4, 3\)"):
@@ -114,7 +114,7 @@ def test_bad_input_is_refused() -> None:
 
 
 def test_supported_reads_noise_from_negative_values() -> None:
-    """Below 1e-10 of the largest, or not above twice the most negative, is no data."""
+    """Values below 1e-10 of the largest or twice the most negative value count as noise."""
     values = torch.tensor([1.0, 1e-6, 1e-9, 1e-12], dtype=torch.float64)
     assert has_data(values).tolist() == [True, True, True, False]
     noisy = torch.cat([values, values.new_tensor([-1e-8])])
@@ -124,7 +124,7 @@ def test_supported_reads_noise_from_negative_values() -> None:
 
 
 def test_a_total_is_added_to_in_place() -> None:
-    """Batch by batch the same as all at once, in one matrix."""
+    """Adding batch by batch to one matrix equals the sum over all tokens."""
     x, y = tokens(6, 700, 5), tokens(7, 700, 3)
     total, mixed = gram(x[:300]), cross(x[:300], y[:300])
     assert gram(x[300:], total=total) is total
@@ -135,20 +135,20 @@ def test_a_total_is_added_to_in_place() -> None:
 
 @pytest.mark.parametrize("total", [torch.zeros(3, 2).double(), torch.zeros(3, 3)])
 def test_a_total_that_cannot_hold_the_sum_is_refused(total: Tensor) -> None:
-    """By shape or by precision."""
+    """A total of a wrong shape or precision is refused."""
     with pytest.raises(ValueError, match=r"total must be \(3, 3\) in float64"):
         gram(torch.zeros(2, 3), total=total)
 
 
 @pytest.mark.usefixtures("medium")
 def test_a_product_is_float32_whatever_goes_in() -> None:
-    """Sixteen-bit inputs are exact numbers; float64 stays what it is."""
+    """16-bit inputs give a float32 product; float64 inputs stay float64."""
     x, w = tokens(8, 64, 512), tokens(9, 512, 32)
     exact = x.bfloat16().double() @ w.bfloat16().double()
     with torch.autocast("cpu", torch.bfloat16):
-        found = product(x.bfloat16(), w.bfloat16())
-    assert found.dtype == torch.float32
-    assert float((found - exact).norm() / exact.norm()) < 1e-6
+        actual = product(x.bfloat16(), w.bfloat16())
+    assert actual.dtype == torch.float32
+    assert float((actual - exact).norm() / exact.norm()) < 1e-6
     assert torch.equal(product(x, w), x @ w)
     assert product(x.float(), w.bfloat16()).dtype == torch.float32
     assert not product(x.requires_grad_(), w).requires_grad

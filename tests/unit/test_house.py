@@ -1,4 +1,4 @@
-"""The rules of the house: what no tool checks, and no reader would see broken at once."""
+"""Rules of the code that no other tool checks."""
 
 import ast
 import importlib
@@ -34,7 +34,7 @@ PUBLIC = [
     "table",
 ]
 
-# Libraries that take seconds to import. Help, sweeps and reports do without them.
+# Libraries that take seconds to import; --help and tables must not import them.
 HEAVY = {"torch", "transformers", "peft", "lm_eval", "wandb", "datasets", "accelerate"}
 DRAWN = ["emloc.report.figures"]
 SWEEP = ["emloc.config.run_folder", "emloc.sweeps.callbacks", "emloc.sweeps.lost_jobs"]
@@ -52,7 +52,7 @@ def tree(module: Path) -> ast.Module:
 
 
 def imported(module: Path) -> Iterator[str]:
-    """Dotted names of all modules that are imported anywhere in the file."""
+    """Yield the dotted names of all modules that the file imports anywhere."""
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -64,19 +64,19 @@ def importers(package: str) -> set[str]:
     return {where(m) for m in MODULES if any(i.split(".")[0] == package for i in imported(m))}
 
 
-def test_the_modules_are_found():
+def test_modules_of_the_package_are_listed():
     assert {"cli.py", "tensors/linalg/gram.py", "tasks/text.py"} <= {
         where(module) for module in MODULES
     }
 
 
-def test_the_public_names_are_these():
+def test_the_public_names():
     assert emloc.__all__ == PUBLIC
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_a_public_name_means_the_same_whatever_was_imported(name):
-    """Also where a module of the package has that very name."""
+def test_a_public_name_does_not_depend_on_earlier_imports(name):
+    """Also if a module of the package has the same name."""
     first = getattr(emloc, name)
     home = importlib.import_module(first.__module__)
     assert callable(first)
@@ -84,7 +84,7 @@ def test_a_public_name_means_the_same_whatever_was_imported(name):
     assert getattr(home, name) is first
 
 
-def test_a_name_it_has_not_is_an_attribute_error():
+def test_an_unknown_name_raises_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'emloc' has no attribute 'emulate'"):
         _ = emloc.emulate
 
@@ -105,13 +105,13 @@ def imported_with(modules: list[str], libraries: set[str]) -> list[str]:
         "    importlib.import_module(name)\n"
         f"    print(name, *sorted({libraries} & {{*sys.modules}}))\n"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    return done.stdout.splitlines()
+    return process.stdout.splitlines()
 
 
-def test_public_names_are_the_same_if_their_module_came_first():
+def test_public_names_work_after_an_import_of_their_module():
     program = (
         "import importlib\n"
         "for home in ('emloc.config.compose', 'emloc.cli'):\n"
@@ -120,19 +120,19 @@ def test_public_names_are_the_same_if_their_module_came_first():
         "from emloc import compose\n"
         "print(callable(emloc.compose), callable(compose))\n"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert done.stdout == "True True\n"
+    assert process.stdout == "True True\n"
 
 
-def test_no_public_name_is_also_a_module_that_can_hide_it():
-    """A module, once imported, is an attribute of its package, and no lazy name is asked again."""
+def test_no_module_hides_a_public_name():
+    """An imported module becomes an attribute of its package and would hide a lazy name."""
     lazy = set(PUBLIC) - set(vars(emloc))
     assert lazy & {module.stem for module in PACKAGE.glob("*.py")} == set()
 
 
-def test_some_libraries_are_imported_in_one_place_only():
+def test_some_libraries_are_imported_in_only_one_place():
     assert importers("wandb") == {"report/tracking/wandb_run.py"}
     assert {str(Path(place).parent) for place in importers("lm_eval")} == {
         "stages/evaluation/harness"
@@ -142,12 +142,13 @@ def test_some_libraries_are_imported_in_one_place_only():
     assert {"adapters/lora.py", "adapters/saved.py"} <= importers("peft")
 
 
-def test_a_packed_format_is_known_by_its_interface_alone():
+def test_packed_formats_are_used_only_through_their_interface():
     homes = {where(module) for module in MODULES if "emloc.precision.nf4" in {*imported(module)}}
-    assert homes == {"cost/bench/training.py"}  # where bitsandbytes' own layer is the peer
+    # The benchmark compares with the layer of bitsandbytes.
+    assert homes == {"cost/bench/training.py"}
 
 
-def test_hydra_ends_where_objects_begin():
+def test_only_a_few_modules_import_hydra():
     allowed = {
         "sweeps/job.py",
         "config/choices.py",
@@ -161,11 +162,11 @@ def test_hydra_ends_where_objects_begin():
     allowed |= {"config/stage_order.py"}  # which reads YAML files alone
     allowed |= {"console/completion.py", "console/help.py"}  # parts of the command line
     allowed |= {"config/settings.py", "sweeps/plugin/hydra_plugins/emloc_sweeps.py"}
-    found = importers("hydra") | importers("omegaconf")
-    assert {place for place in found if not place.startswith("sweeps/")} <= allowed
+    importing_modules = importers("hydra") | importers("omegaconf")
+    assert {place for place in importing_modules if not place.startswith("sweeps/")} <= allowed
 
 
-def test_mathematics_knows_no_other_part():
+def test_linear_algebra_imports_no_other_part():
     inside = [m for m in MODULES if where(m).startswith("tensors/linalg/")]
     assert len(inside) >= 3
     for module in inside:
@@ -174,7 +175,7 @@ def test_mathematics_knows_no_other_part():
         assert not {"pathlib", "logging", "os", "transformers"} & {*imported(module)}
 
 
-def test_nothing_is_called_utils():
+def test_no_module_has_a_vague_name():
     words = {part for module in MODULES for part in Path(where(module)).with_suffix("").parts}
     assert not {w for w in words if re.search(r"utils?$|helpers?$|^base_|^common$|^misc$", w)}
 
@@ -188,7 +189,7 @@ def test_nothing_is_unpickled():
         assert not {"torch.load", "torch.save"} & calls, where(module)
 
 
-def test_assert_and_except_are_used_as_they_should_be():
+def test_no_bare_except_and_no_assert_on_a_tuple():
     for module in MODULES:
         for node in ast.walk(tree(module)):
             if isinstance(node, ast.ExceptHandler):

@@ -1,4 +1,4 @@
-"""An InternVL's reader: what it says around images, and batches of it."""
+"""The reader of InternVL: the text around images, and its batches."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictured import PLACE, encoded, picture, save_internvl
+from pictured import PLACE, image_bytes, lazy_image, save_internvl
 from tokenizers import processors
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
@@ -20,7 +20,7 @@ from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.models.internvl import InternVLReader, InternVLReaderSettings
 
-PLACES = 4  # tokens a tile takes
+PLACES = 4  # tokens of one tile
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +43,17 @@ def reader(folder) -> InternVLReader:
 
 
 def noise(width: int, height: int, seed: int = 0) -> LazyImage:
-    return picture(f"{width} x {height}", encoded(width, height, seed))
+    return lazy_image(f"{width} x {height}", image_bytes(width, height, seed))
 
 
-def asked(*images: LazyImage, answer: str = "yes", name: str = "row/3") -> Example:
+def question_about(*images: LazyImage, answer: str = "yes", name: str = "row/3") -> Example:
     return Example(name, "Is it?", answer, images=images)
 
 
 # Text --------------------------------------------------------------------------------------------
 
 
-def shown(tiles: int) -> str:
+def image_text(tiles: int) -> str:
     return f"<img>{PLACE * PLACES * tiles}</img>\n"
 
 
@@ -63,20 +63,23 @@ def shown(tiles: int) -> str:
     ("sizes", "images"),
     [
         ([], ""),
-        ([(28, 28)], shown(1)),
-        ([(84, 28)], shown(3 + 1)),
-        ([(28, 28), (28, 56)], f"Image-1: {shown(1)}Image-2: {shown(2 + 1)}"),
+        ([(28, 28)], image_text(1)),
+        ([(84, 28)], image_text(3 + 1)),
+        ([(28, 28), (28, 56)], f"Image-1: {image_text(1)}Image-2: {image_text(2 + 1)}"),
     ],
 )
-def test_a_prompt_shows_its_images_first_in_the_users_turn(folder, begins, system, sizes, images):
-    found = opened(folder)
+def test_images_come_first_in_the_turn_of_the_user(folder, begins, system, sizes, images):
+    checkpoint = opened(folder)
     if not begins:
-        found.tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    found.tokenizer.eos_token = "</s>"  # a base model's; a turn ends otherwise
-    reader = InternVLReaderSettings(system, 6).reader(found)
-    one = reader.encode(asked(*(noise(*size) for size in sizes)))
-    said = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
-    prompt = f"{said}<|im_start|>user\n{images}Is it?<|im_end|>\n<|im_start|>assistant\n"
+        checkpoint.tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(
+            trim_offsets=False
+        )
+    # The end token of a base model; a turn ends with another token.
+    checkpoint.tokenizer.eos_token = "</s>"
+    reader = InternVLReaderSettings(system, 6).reader(checkpoint)
+    one = reader.encode(question_about(*(noise(*size) for size in sizes)))
+    system_turn = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
+    prompt = f"{system_turn}<|im_start|>user\n{images}Is it?<|im_end|>\n<|im_start|>assistant\n"
     text = reader.tokenizer.decode(one.input_ids, skip_special_tokens=False)
     assert text == f"{'<s>' if begins else ''}{prompt}yes<|im_end|>"
     answer = one.input_ids[one.answer_start :]
@@ -85,37 +88,43 @@ def test_a_prompt_shows_its_images_first_in_the_users_turn(folder, begins, syste
 
 @settings(max_examples=60, deadline=None)
 @given(system=st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
-def test_a_system_message_is_said_letter_by_letter(folder, system):
-    said = render(read_by(folder, system).tokenizer, "q")
-    assert said.startswith(f"<s><|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nq<")
+def test_a_system_message_is_copied_exactly(folder, system):
+    system_turn = render(read_by(folder, system).tokenizer, "q")
+    assert system_turn.startswith(
+        f"<s><|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nq<"
+    )
 
 
 @pytest.mark.parametrize("field", ["prompt", "target"])
 @pytest.mark.parametrize("count", [0, 1])
-def test_a_text_that_holds_an_images_place_is_refused(reader, field, count):
-    row = replace(asked(*[noise(28, 28)] * count), **{field: f"a {PLACE} b"})
+def test_a_text_that_contains_an_image_token_is_refused(reader, field, count):
+    row = replace(question_about(*[noise(28, 28)] * count), **{field: f"a {PLACE} b"})
     with pytest.raises(ConfigError, match=r"^row/3: .* the text holds <IMG_CONTEXT> itself; "):
         reader.encode(row)
 
 
 @pytest.mark.parametrize("token", ["<img>", "</img>", PLACE, "<|im_end|>"])
-def test_a_tokenizer_without_an_internvls_tokens_is_refused(folder, token):
-    found, core = opened(folder), (folder / "tokenizer.json").read_text()
-    other = type(found.tokenizer.backend_tokenizer).from_str(core.replace(token, "<other>"))
-    tokenizer = type(found.tokenizer)(tokenizer_object=other, bos_token="<s>", pad_token="<pad>")
+def test_a_tokenizer_without_the_tokens_of_internvl_is_refused(folder, token):
+    checkpoint, core = opened(folder), (folder / "tokenizer.json").read_text()
+    other = type(checkpoint.tokenizer.backend_tokenizer).from_str(core.replace(token, "<other>"))
+    tokenizer = type(checkpoint.tokenizer)(
+        tokenizer_object=other, bos_token="<s>", pad_token="<pad>"
+    )
     with pytest.raises(ConfigError) as caught:
-        InternVLReaderSettings(None, 6).reader(replace(found, open_tokenizer=lambda: tokenizer))
+        InternVLReaderSettings(None, 6).reader(
+            replace(checkpoint, open_tokenizer=lambda: tokenizer)
+        )
     assert f"the tokenizer has no token {token}, which" in str(caught.value)
 
 
-def test_a_model_that_means_another_token_is_refused(folder):
-    found = opened(folder)
-    found.config.image_token_id += 1
+def test_a_model_with_another_image_token_is_refused(folder):
+    checkpoint = opened(folder)
+    checkpoint.config.image_token_id += 1
     with pytest.raises(ConfigError, match=r"<IMG_CONTEXT> has id (\d+) in the tokenizer, but \d+"):
-        InternVLReaderSettings(None, 6).reader(found)
+        InternVLReaderSettings(None, 6).reader(checkpoint)
 
 
-def test_what_is_said_first_and_how_finely_is_cut_are_in_the_key(folder):
+def test_system_message_and_number_of_tiles_are_in_the_key(folder):
     def key(*reader_settings) -> tuple:
         auto = AutoModelForImageTextToText
         how = InternVLReaderSettings(*reader_settings)
@@ -131,23 +140,23 @@ def test_what_is_said_first_and_how_finely_is_cut_are_in_the_key(folder):
 
 @pytest.fixture(scope="module")
 def rows() -> list[Example]:
-    """Of one tile, of two images and five tiles, of none."""
+    """Rows with one tile, with two images and five tiles, and without an image."""
     pair = (noise(84, 28, 2), noise(28, 28, 3))
     return [
-        asked(noise(28, 28, 1), name="one"),
-        asked(*pair, answer="neither of them", name="two"),
-        asked(answer="no", name="none"),
+        question_about(noise(28, 28, 1), name="one"),
+        question_about(*pair, answer="neither of them", name="two"),
+        question_about(answer="no", name="none"),
     ]
 
 
-def test_answers_and_their_end_are_learnt_and_nothing_else(reader, rows):
+def test_only_answers_and_their_end_tokens_are_labels(reader, rows):
     batch = reader.collate([reader.encode(row) for row in rows])
     for row, labels in zip(rows, batch["labels"], strict=True):
         learnt = reader.tokenizer.decode(labels[labels != IGNORE], skip_special_tokens=False)
         assert learnt == f"{row.target}<|im_end|>"
 
 
-def test_a_row_in_a_padded_batch_is_read_as_it_is_alone(folder, reader, rows):
+def test_a_row_gives_equal_logits_alone_and_in_a_padded_batch(folder, reader, rows):
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     every = [reader.encode(row) for row in rows]
     with torch.no_grad():
@@ -157,4 +166,4 @@ def test_a_row_in_a_padded_batch_is_read_as_it_is_alone(folder, reader, rows):
             torch.testing.assert_close(logits[-len(alone) :], alone, atol=1e-5, rtol=0)
         other = replace(every[0], images=(noise(28, 28, 9),))
         unlike = model(**reader.collate([other], answers_only=False)).logits[0]
-    assert (together[0, -1] - unlike[-1]).abs().max() > 1e-4  # the image is looked at
+    assert (together[0, -1] - unlike[-1]).abs().max() > 1e-4  # another image changes the logits

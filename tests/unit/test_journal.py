@@ -1,4 +1,4 @@
-"""A journal tells which blocks are done, and tells the truth after a kill."""
+"""The journal of finished blocks, also after a kill."""
 
 import json
 
@@ -12,15 +12,15 @@ def written(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
 
 
-def done(folder, *blocks: str) -> None:
+def finish_blocks(folder, *blocks: str) -> None:
     journal = Journal(folder)
     for size, block in enumerate(blocks, 3):
         journal.file(block).write_bytes(bytes(size))
         journal.add(block, tokens=7)
 
 
-def test_a_line_for_each_block_in_order_with_the_size_of_its_file(tmp_path):
-    done(tmp_path, "h.0", "h.1")
+def test_each_block_has_a_line_with_the_size_of_its_file(tmp_path):
+    finish_blocks(tmp_path, "h.0", "h.1")
     lines = written(tmp_path)
     hashes = [line.pop("xxh3") for line in lines]
     assert lines == [
@@ -31,21 +31,21 @@ def test_a_line_for_each_block_in_order_with_the_size_of_its_file(tmp_path):
     assert list(Journal(tmp_path).lines) == ["h.0", "h.1"]
 
 
-def test_a_file_without_a_line_has_to_be_done_again(tmp_path):
-    done(tmp_path, "h.0")
+def test_a_file_without_a_line_is_not_finished(tmp_path):
+    finish_blocks(tmp_path, "h.0")
     (tmp_path / "h.1.safetensors").write_bytes(b"12")
     assert list(Journal(tmp_path).lines) == ["h.0"]
 
 
-def test_a_line_whose_file_is_gone_is_dropped(tmp_path):
-    done(tmp_path, "h.0", "h.1")
+def test_a_line_with_a_missing_file_is_dropped(tmp_path):
+    finish_blocks(tmp_path, "h.0", "h.1")
     (tmp_path / "h.0.safetensors").unlink()
     assert list(Journal(tmp_path).lines) == ["h.1"]
     assert [line["block"] for line in written(tmp_path)] == ["h.1"]
 
 
-def test_a_line_that_was_cut_off_is_dropped_and_the_next_stands_on_its_own(tmp_path):
-    done(tmp_path, "h.0", "h.1")
+def test_an_incomplete_line_is_dropped_and_the_next_line_is_separate(tmp_path):
+    finish_blocks(tmp_path, "h.0", "h.1")
     path = tmp_path / "journal.jsonl"
     path.write_text(path.read_text()[:-9])
     journal = Journal(tmp_path)
@@ -57,8 +57,8 @@ def test_a_line_that_was_cut_off_is_dropped_and_the_next_stands_on_its_own(tmp_p
     ]
 
 
-def test_a_whole_last_line_without_its_end_is_kept_once(tmp_path):
-    done(tmp_path, "h.0")
+def test_a_complete_last_line_without_a_newline_is_kept_once(tmp_path):
+    finish_blocks(tmp_path, "h.0")
     path = tmp_path / "journal.jsonl"
     path.write_text(path.read_text().rstrip("\n"))
     journal = Journal(tmp_path)
@@ -68,8 +68,8 @@ def test_a_whole_last_line_without_its_end_is_kept_once(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"12", b"1234"], ids=["cut off", "changed"])
-def test_a_block_whose_file_is_not_as_it_was_written_is_made_again(tmp_path, caplog, content):
-    done(tmp_path, "h.0", "h.1")
+def test_a_block_with_a_changed_file_is_not_finished(tmp_path, caplog, content):
+    finish_blocks(tmp_path, "h.0", "h.1")
     (tmp_path / "h.1.safetensors").write_bytes(content)
     journal = Journal(tmp_path)
     assert list(journal.lines) == ["h.0"]

@@ -1,11 +1,11 @@
-"""Which blocks a budget keeps, that nothing else of the model changes, and what is counted."""
+"""Dropping whole blocks: the kept blocks, the unchanged rest of the model, and the counted size."""
 
 import json
 import re
 
 import pytest
 import torch
-from packed import NF4, held_at
+from packed import NF4, precision_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import image_batch, save_checkpoint, tiny_internvl, tiny_llama, tiny_tokenizer
 from torch import nn
@@ -37,7 +37,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def eight():
-    """InternVL2.5-8B, of which the shape alone is known."""
+    """InternVL2.5-8B, with its shape but without weights."""
     run_config = build(compose(["model=internvl2_5_8b", "method=offsite"]))
     source = run_config.model.shape_source()
     return source, run_config.model.compressible_layers(source)
@@ -48,13 +48,13 @@ def linears(source):
 
 
 def built_emulator(folder, source, bits=16, ratio=0.75, of="linears", drop=DROP):
-    """The facts of an emulator in `folder`."""
+    """Build an emulator in `folder` and return its facts."""
     plan = drop.plan(source, linears(source), Compression(ratio, of, bits))
-    return drop.build(folder, source, BuildInputs(plan, None, None, held_at(bits)), device=CPU)
+    return drop.build(folder, source, BuildInputs(plan, None, None, precision_of(bits)), device=CPU)
 
 
 def adapted(folder, source, pattern):
-    """Of the original's layers that a regular expression matches, those that are adapted."""
+    """Return the adapted layers among those that a regular expression matches."""
     return DROP.targets(folder, [name for name in source.linears if re.fullmatch(pattern, name)])
 
 
@@ -66,21 +66,21 @@ def numbers(blocks):
 
 
 @pytest.mark.parametrize(
-    ("depth", "ends", "middle", "kept"),
+    ("depth", "ends", "middle", "expected"),
     [
         (32, (2, 2), 9, [0, 1, 2, 5, 9, 12, 16, 19, 22, 26, 29, 30, 31]),
-        (7, (1, 2), 3, [0, 1, 3, 4, 5, 6]),  # 1.5 is rounded to 2
-        (9, (1, 2), 3, [0, 1, 3, 6, 7, 8]),  # and so is 2.5
+        (7, (1, 2), 3, [0, 1, 3, 4, 5, 6]),  # index 1.5 is rounded to 2
+        (9, (1, 2), 3, [0, 1, 3, 6, 7, 8]),  # index 2.5 is rounded to 2
         (6, (1, 1), 2, [0, 1, 4, 5]),
         (6, (1, 1), 4, [0, 1, 2, 3, 4, 5]),
     ],
 )
-def test_the_ends_stay_and_the_middle_is_thinned_evenly(depth, ends, middle, kept):
-    assert kept_block_indices(depth, *ends, middle) == kept
+def test_both_ends_stay_and_the_middle_is_thinned_evenly(depth, ends, middle, expected):
+    assert kept_block_indices(depth, *ends, middle) == expected
 
 
-def test_of_the_8b_half_is_thirteen_blocks(eight):
-    """2 + 9 + 2, as in the study of the paper's baselines; the vision tower stays."""
+def test_half_of_the_8b_is_thirteen_blocks(eight):
+    """2 + 9 + 2 blocks, as in the paper's baselines; the vision tower is not compressed."""
     source, layers = eight
     plan = LayerDrop(first=2, last=2).plan(source, layers, Compression(0.5, "model", 16))
     assert numbers(plan["adapted"]) == [0, 1, 30, 31]
@@ -91,7 +91,7 @@ def test_of_the_8b_half_is_thirteen_blocks(eight):
     )
 
 
-def test_of_the_8b_a_quarter_leaves_no_middle(eight):
+def test_a_quarter_of_the_8b_leaves_too_few_middle_blocks(eight):
     source, layers = eight
     with pytest.raises(ConfigError) as refused:
         LayerDrop(first=2, last=2).plan(source, layers, Compression(0.25, "model", 16))
@@ -100,7 +100,7 @@ def test_of_the_8b_a_quarter_leaves_no_middle(eight):
         "emulator.first=2 and emulator.last=2; set compression.ratio=0.298 or higher, or "
         "emulator.first=1 emulator.last=1"
     )
-    # What it says to set is taken at its word, and so is that less is not enough.
+    # The ratio that the message suggests works, and a smaller ratio is refused.
     plan = LayerDrop(first=2, last=2).plan(source, layers, Compression(0.298, "model", 16))
     assert numbers(plan["kept"]) == [2, 29]
     with pytest.raises(ConfigError):
@@ -109,7 +109,7 @@ def test_of_the_8b_a_quarter_leaves_no_middle(eight):
     assert numbers(plan["adapted"] + plan["kept"]) == [0, 31, 1, 30]
 
 
-def test_with_the_shortest_ends_no_shorter_ones_are_offered(eight):
+def test_with_ends_of_one_block_the_message_suggests_no_shorter_ends(eight):
     source, layers = eight
     with pytest.raises(ConfigError, match=r"set compression\.ratio=0\.\d+ or higher$"):
         LayerDrop(first=1, last=1).plan(source, layers, Compression(0.15, "model", 16))
@@ -117,7 +117,7 @@ def test_with_the_shortest_ends_no_shorter_ones_are_offered(eight):
 
 @pytest.mark.parametrize("of", ["linears", "model"])
 def test_a_ratio_counts_the_linears_or_the_model(source, of):
-    """Of the model, token embedding and head take their part of it first."""
+    """With `model`, the token embedding and the head use a part of the ratio."""
     plan = DROP.plan(source, linears(source), Compression(0.8, of, 16))
     total = sum(source.sizes.values())
     block = sum(n for name, n in source.sizes.items() if name.startswith("model.layers.0."))
@@ -146,25 +146,25 @@ def test_an_end_without_a_block_is_refused(name):
 # The model ---------------------------------------------------------------------------------------
 
 
-def shallow(source, kept) -> LlamaForCausalLM:
-    """A Llama that never had the other blocks."""
-    model = tiny_llama(tiny_tokenizer(chat=True), num_hidden_layers=len(kept))
+def shallow(source, block_numbers) -> LlamaForCausalLM:
+    """Return a Llama built with only these blocks."""
+    model = tiny_llama(tiny_tokenizer(chat=True), num_hidden_layers=len(block_numbers))
     whole = LlamaForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
     rest = {n: t for n, t in whole.state_dict().items() if ".layers." not in n}
-    for new, old in enumerate(kept):
+    for new, old in enumerate(block_numbers):
         own = whole.model.layers[old].state_dict()
         rest |= {f"model.layers.{new}.{name}": tensor for name, tensor in own.items()}
     model.load_state_dict(rest)
     return model
 
 
-def test_it_is_the_model_that_never_had_those_blocks(source, tmp_path):
-    """In its logits and in what it generates with a cache."""
+def test_the_emulator_equals_a_model_built_without_the_dropped_blocks(source, tmp_path):
+    """Compares logits, and texts generated with a cache."""
     built_emulator(tmp_path, source)
     table = json.loads((tmp_path / "layers.json").read_text())
-    kept = sorted(numbers(table["adapted"] + table["kept"]))
-    assert (kept, numbers(table["dropped"])) == ([0, 1, 4, 5, 6], [2, 3])
-    model, plain = DROP.open(tmp_path, source, CPU), shallow(source, kept)
+    block_numbers = sorted(numbers(table["adapted"] + table["kept"]))
+    assert (block_numbers, numbers(table["dropped"])) == ([0, 1, 4, 5, 6], [2, 3])
+    model, plain = DROP.open(tmp_path, source, CPU), shallow(source, block_numbers)
     assert [type(model.model.layers[i]) is IdentityBlock for i in range(DEPTH)] == [
         i in (2, 3) for i in range(DEPTH)
     ]
@@ -173,13 +173,13 @@ def test_it_is_the_model_that_never_had_those_blocks(source, tmp_path):
         torch.testing.assert_close(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     mask = torch.ones_like(IDS)
-    told = [one.generate(IDS, attention_mask=mask, **settings) for one in (model, plain)]
-    assert torch.equal(*told)
-    assert told[0].shape[1] == 18
+    generated = [one.generate(IDS, attention_mask=mask, **settings) for one in (model, plain)]
+    assert torch.equal(*generated)
+    assert generated[0].shape[1] == 18
 
 
 @pytest.mark.parametrize("lean", [False, True])
-def test_layers_computed_again_give_the_same_gradients(source, tmp_path, lean):
+def test_recomputed_layers_give_the_same_gradients(source, tmp_path, lean):
     built_emulator(tmp_path, source)
 
     def gradients(again: bool):
@@ -204,7 +204,7 @@ def test_layers_computed_again_give_the_same_gradients(source, tmp_path, lean):
         torch.testing.assert_close(twice[name], grad, atol=1e-6, rtol=1e-4)
 
 
-def test_only_the_ends_are_adapted_and_plain_peft_loads_it_on_the_original(source, tmp_path):
+def test_only_the_ends_are_adapted_and_peft_loads_the_adapter_on_the_original(source, tmp_path):
     built_emulator(tmp_path, source)
     targets = adapted(tmp_path, source, r"model\.layers\.\d+\.mlp\.up_proj|.*q_proj")
     tuned = get_peft_model(
@@ -216,15 +216,15 @@ def test_only_the_ends_are_adapted_and_plain_peft_loads_it_on_the_original(sourc
     tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     whole = LlamaForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(whole, tmp_path / "adapter")
-    found = {n: p for n, p in loaded.named_parameters() if ".lora_" in n}
+    loaded_parameters = {n: p for n, p in loaded.named_parameters() if ".lora_" in n}
     own = {n: p for n, p in tuned.named_parameters() if ".lora_" in n}
-    assert found.keys() == own.keys()
-    assert len(found) == 2 * 2 * 3
-    assert {int(name.split(".layers.")[1].split(".")[0]) for name in found} == {0, 5, 6}
-    assert all(torch.equal(found[name], own[name]) for name in own)
+    assert loaded_parameters.keys() == own.keys()
+    assert len(loaded_parameters) == 2 * 2 * 3
+    assert {int(name.split(".layers.")[1].split(".")[0]) for name in loaded_parameters} == {0, 5, 6}
+    assert all(torch.equal(loaded_parameters[name], own[name]) for name in own)
 
 
-def test_block_10_is_not_taken_for_block_1(tmp_path):
+def test_block_10_is_distinguished_from_block_1(tmp_path):
     (tmp_path / "layers.json").write_text(json.dumps({"adapted": ["model.layers.1"]}))
     model = tiny_llama(tiny_tokenizer(chat=True), num_hidden_layers=12)
     every = [name for name, _ in model.named_modules() if re.fullmatch(TARGETS, name)]
@@ -235,7 +235,7 @@ def test_block_10_is_not_taken_for_block_1(tmp_path):
     assert all(".layers.1." in name for name in names)
 
 
-def test_of_a_vision_language_model_the_vision_tower_stays(tmp_path):
+def test_the_vision_tower_of_a_vision_language_model_is_not_dropped(tmp_path):
     model = tiny_internvl()
     model.config.text_config.num_hidden_layers = 5
     model.config.text_config.layer_types = ["full_attention"] * 5
@@ -265,9 +265,9 @@ def test_of_a_vision_language_model_the_vision_tower_stays(tmp_path):
 
 
 @pytest.mark.parametrize("bits", [16, 4])
-def test_the_size_is_that_of_the_tensors(source, tmp_path, bits):
+def test_the_size_is_the_sum_of_the_tensors(source, tmp_path, bits):
     facts = built_emulator(tmp_path, source, bits)
-    model = DROP.open(tmp_path, source, CPU, precision=held_at(bits))
+    model = DROP.open(tmp_path, source, CPU, precision=precision_of(bits))
     packed = [one.matrix for one in model.modules() if isinstance(one, Nf4Linear)]
     apart = {id(one.weight) for one in model.modules() if isinstance(one, Nf4Linear)}
     plain = [parameter for parameter in model.parameters() if id(parameter) not in apart]
@@ -279,7 +279,7 @@ def test_the_size_is_that_of_the_tensors(source, tmp_path, bits):
     assert facts["dropped"] == 2
 
 
-def test_the_gap_is_what_four_bits_take_and_nothing_at_sixteen(source, tmp_path):
+def test_the_residual_is_the_rounding_error_in_four_bits_and_none_in_sixteen(source, tmp_path):
     layer = "model.layers.0.mlp.up_proj"
     built_emulator(tmp_path, source, 16)
     assert DROP.residual(tmp_path, source, layer) is None

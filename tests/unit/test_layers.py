@@ -1,4 +1,4 @@
-"""How the package is built: an order of rooms, and no import against it."""
+"""The structure of the package: each part imports only parts before it in a fixed order."""
 
 import ast
 from collections import defaultdict
@@ -11,30 +11,30 @@ import emloc
 
 PACKAGE = Path(emloc.__file__).parent
 
-# Modules and folders at the top level, each built of those above it in this list alone.
+# Modules and folders at the top level; each one imports only those above it in this list.
 ORDER = [
     "errors",
-    "runtime",  # the machine: processes, devices, memory, files written whole
-    "config",  # what a run is asked for, and the folder it is kept in
-    "precision",  # formats that numbers are held in
-    "tensors",  # mathematics and layers
-    "data",  # an example, and how it becomes a batch
-    "tasks",  # where examples come from, and how answers are scored
-    "models",  # families, and the checkpoints they are read from
-    "calibration",  # what is measured while samples pass through the blocks
+    "runtime",  # the machine: processes, devices, memory, atomic files
+    "config",  # the settings of a run, and its folder
+    "precision",  # packed formats of weights
+    "tensors",  # linear algebra and layers
+    "data",  # examples, and batches of them
+    "tasks",  # data sets, and the scores of answers
+    "models",  # model families, and the checkpoints they are read from
+    "calibration",  # statistics of the activations of calibration samples
     "emulators",
     "adapters",
     "recovery",
-    "report",  # what came out, here and in a tracker
-    "stages",  # what one run is made of
-    "cost",  # what a run needs, planned and measured
+    "report",  # results, in files and in a tracker
+    "stages",  # the stages of one run
+    "cost",  # memory and time of a run, planned and measured
     "library",
     "pipeline",
     "console",  # help, verbs and completion of the command line
     "sweeps",
     "cli",
 ]
-# What opens the package: public names and `python -m emloc`.
+# Entry points of the package: its public names, and `python -m emloc`.
 DOORS = {"__init__", "__main__"}
 
 MODULES = {
@@ -45,9 +45,9 @@ MODULES = {
 
 
 def imports_of(path: Path, *, typing: bool = True) -> set[str]:
-    """Modules of the package, without its name, that a file imports anywhere in it.
+    """Modules of the package (without its name) that a file imports anywhere.
 
-    `typing`: also those that only a type checker follows.
+    `typing`: include imports that only a type checker follows.
     """
     names: set[str] = set()
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -79,13 +79,13 @@ def top(module: str) -> str:
 
 
 def folder(module: str) -> str:
-    """The folder that a module's file lies in."""
+    """Return the folder of a module's file."""
     parts = MODULES[module].relative_to(PACKAGE).parts[:-1]
     return "/".join(parts) or "emloc"
 
 
 def circle(arrows: Mapping[str, Iterable[str]]) -> list[str]:
-    """The first circle that is met, its first name last again; empty if there is none."""
+    """Return the first import cycle, ending with its first name; empty if there is none."""
     over: set[str] = set()
 
     def walk(node: str, path: list[str]) -> list[str]:
@@ -102,20 +102,20 @@ def circle(arrows: Mapping[str, Iterable[str]]) -> list[str]:
     return next((met for node in sorted(arrows) if (met := walk(node, []))), [])
 
 
-def test_every_name_at_the_top_has_its_place_in_the_order():
+def test_the_order_lists_every_top_level_name():
     names = {top(module) for module in MODULES} - DOORS
     assert names == {*ORDER}
     assert len(ORDER) == len({*ORDER}) <= 20
 
 
-def test_the_imports_are_seen():
+def test_imports_are_recognised():
     assert {"emulators", "config.settings"} <= IMPORTS["emulators.full"]
     assert "pipeline" in IMPORTS["sweeps.job"]
     assert len(MODULES) > 100
 
 
 @pytest.mark.parametrize("name", ORDER)
-def test_nothing_is_imported_upwards(name):
+def test_no_part_imports_a_later_part(name):
     above = {*ORDER[ORDER.index(name) + 1 :]}
     wrong = {
         f"{module} imports {other}"
@@ -127,22 +127,22 @@ def test_nothing_is_imported_upwards(name):
     assert wrong == set()
 
 
-def test_there_is_no_circle_of_folders():
+def test_folders_have_no_import_cycle():
     arrows: dict[str, set[str]] = defaultdict(set)
     for module, others in IMPORTS.items():
         if top(module) not in DOORS:
             arrows[folder(module)] |= {folder(other) for other in others if top(other) not in DOORS}
-    del arrows["emloc"]  # modules at the top, which have their places in the order
+    del arrows["emloc"]  # top-level modules, which the order covers
     assert len(arrows) > 20
     assert circle({name: others - {"emloc"} for name, others in arrows.items()}) == []
 
 
-def test_there_is_no_circle_of_modules():
-    """Two may name each other's types, which is no import when they run."""
+def test_modules_have_no_import_cycle():
+    """Two modules may import each other's types for the type checker alone."""
     arrows = {name: imports_of(path, typing=False) - DOORS for name, path in MODULES.items()}
     assert circle(arrows) == []
 
 
-def test_a_circle_would_be_met():
+def test_an_import_cycle_is_recognised():
     assert circle({"a": ["b"], "b": ["c"], "c": ["b"]}) == ["b", "c", "b"]
     assert circle({"a": ["b", "c"], "b": ["c"], "c": []}) == []

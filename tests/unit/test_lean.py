@@ -1,4 +1,4 @@
-"""The lean path computes what the plain path computes: losses, gradients, adapters."""
+"""The memory-saving training path gives the losses, gradients and adapters of the plain path."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def linears(model):
     return [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and "layers" in n]
 
 
-def as_is(model):
+def unchanged(model):
     pass
 
 
@@ -57,7 +57,7 @@ def nf4(model):
 def adapted(kind, dtype=torch.float32, **lora):
     torch.manual_seed(0)
     model = tiny_llama(tiny_tokenizer(True)).requires_grad_(False)
-    for parameter in model.parameters():  # buffers stay: rotary tables are float32 in any model
+    for parameter in model.parameters():  # buffers stay float32, as the rotary tables of any model
         parameter.data = parameter.data.bfloat16().to(dtype)
     kind(model)
     tuned = get_peft_model(model, LoraConfig(target_modules=BLOCKS, **({"r": 4} | lora)))
@@ -86,8 +86,8 @@ def close(one, other, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("alpha", [4, 12])
-@pytest.mark.parametrize("kind", [as_is, factorised, nf4_factorised, nf4])
-def test_the_lean_path_gives_the_loss_and_the_gradients_of_the_plain_one(kind, alpha):
+@pytest.mark.parametrize("kind", [unchanged, factorised, nf4_factorised, nf4])
+def test_both_paths_give_equal_losses_and_gradients(kind, alpha):
     plain, (ids, labels) = adapted(kind, lora_alpha=alpha), batch()
     lean = adapted(kind, lora_alpha=alpha)
     expected = plain(input_ids=ids, labels=labels).loss
@@ -98,15 +98,15 @@ def test_the_lean_path_gives_the_loss_and_the_gradients_of_the_plain_one(kind, a
     assert fuse_modules(inner, torch.float32) == ["LlamaMLP", "LlamaRMSNorm"]
     loss = install_answer_loss(inner)
     rows = {"input_ids": ids, "labels": labels}
-    found = loss(lean, rows, Tokens().items(rows))
-    found.backward()
-    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    actual = loss(lean, rows, Tokens().items(rows))
+    actual.backward()
+    assert float(actual) == pytest.approx(float(expected), rel=1e-6)
     close(gradients(plain), gradients(lean))
 
 
-@pytest.mark.parametrize("kind", [as_is, factorised, nf4_factorised, nf4])
-def test_in_16_bits_both_paths_are_as_far_from_32_bits_as_rounding_goes(kind):
-    """The plain path under autocast, as the Trainer runs it, and the lean one as it is."""
+@pytest.mark.parametrize("kind", [unchanged, factorised, nf4_factorised, nf4])
+def test_in_16_bits_both_paths_have_similar_rounding_errors(kind):
+    """Compares the plain path under autocast, as in the Trainer, with the memory-saving path."""
     ids, labels = batch()
     exact = adapted(kind)
     exact(input_ids=ids, labels=labels).loss.backward()
@@ -121,19 +121,19 @@ def test_in_16_bits_both_paths_are_as_far_from_32_bits_as_rounding_goes(kind):
     true = gradients(exact)
 
     def apart(model):
-        found = gradients(model)
-        assert all(one.dtype == torch.float32 for one in found.values())
-        gap = sum((found[name] - value).square().sum() for name, value in true.items())
+        actual = gradients(model)
+        assert all(one.dtype == torch.float32 for one in actual.values())
+        gap = sum((actual[name] - value).square().sum() for name, value in true.items())
         return float((gap / sum(value.square().sum() for value in true.values())).sqrt())
 
     assert apart(lean) < 0.03
     assert apart(lean) < 1.5 * apart(plain)
 
 
-@pytest.mark.parametrize("kind", [as_is, factorised, nf4_factorised, nf4])
+@pytest.mark.parametrize("kind", [unchanged, factorised, nf4_factorised, nf4])
 def test_recomputing_layers_changes_no_gradient(kind):
     ids, labels = batch()
-    found = []
+    actual = []
     for checkpointing in (False, True):
         lean = adapted(kind).train()
         fuse(lean)
@@ -141,11 +141,11 @@ def test_recomputing_layers_changes_no_gradient(kind):
             model = lean.get_base_model()
             recompute_layers(model)
         lean(input_ids=ids, labels=labels).loss.backward()
-        found.append(gradients(lean))
-    close(*found, tolerance=1e-6)
+        actual.append(gradients(lean))
+    close(*actual, tolerance=1e-6)
 
 
-def test_what_the_optimizer_changes_is_multiplied_by_in_the_next_pass():
+def test_updated_parameters_are_used_in_the_next_forward():
     ids, _ = batch()
     lean = adapted(factorised)
     fuse(lean)
@@ -163,7 +163,7 @@ def test_what_the_optimizer_changes_is_multiplied_by_in_the_next_pass():
     torch.testing.assert_close(after, original(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_the_adapter_that_is_saved_is_peft_s_own(tmp_path):
+def test_the_saved_adapter_equals_that_of_peft(tmp_path):
     lean = adapted(factorised)
     names = {n for n, p in lean.named_parameters() if p.requires_grad}
     fuse(lean)
@@ -175,29 +175,29 @@ def test_the_adapter_that_is_saved_is_peft_s_own(tmp_path):
 
 
 @pytest.mark.parametrize("lora", [{"lora_dropout": 0.1}, {"use_dora": True}])
-def test_a_layer_that_computes_something_else_leaves_all_as_they_are(lora):
-    model = adapted(as_is, **lora)
+def test_a_layer_that_cannot_be_fused_leaves_all_layers_unchanged(lora):
+    model = adapted(unchanged, **lora)
     assert fuse(model) == 0
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_of_the_hidden_features_only_the_adapter_s_are_kept_for_the_backward_pass():
+def test_only_the_hidden_features_of_the_adapter_are_saved_for_the_backward_pass():
     lean = adapted(factorised)
     fuse(lean)
-    kept = []
+    saved_tensors = []
 
     def keep(tensor):
-        kept.append(tensor)
+        saved_tensors.append(tensor)
         return tensor
 
     layer = lean.get_base_model().model.layers[0].mlp.up_proj
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         layer(torch.randn(10, 32, requires_grad=True))
-    own = [one for one in kept if one.shape == (10, 4)]
+    own = [one for one in saved_tensors if one.shape == (10, 4)]
     assert [one.untyped_storage().nbytes() for one in own] == [4 * 10 * 4]
 
 
-def test_packed_layers_without_an_adapter_have_their_device_in_buffers():
+def test_packed_layers_without_an_adapter_can_be_fused():
     torch.manual_seed(0)
     model = tiny_llama(tiny_tokenizer(True)).requires_grad_(False)
     nf4_factorised(model)
@@ -206,7 +206,7 @@ def test_packed_layers_without_an_adapter_have_their_device_in_buffers():
     assert fuse_modules(model, torch.float32) == ["LlamaMLP", "LlamaRMSNorm"]
 
 
-def test_factors_are_held_once():
+def test_fused_factors_are_in_memory_once():
     lean = adapted(factorised)
     layer = lean.get_base_model().model.layers[0].mlp.up_proj
     fuse(lean)
@@ -214,17 +214,17 @@ def test_factors_are_held_once():
     bytes_of = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (base.u, base.v)
     }
-    height = 16  # rank 9 and 4 of the adapter, up to a multiple of 8
+    height = 16  # rank 9 of the factors and 4 of the adapter, rounded up to a multiple of 8
     assert sum(bytes_of.values()) == 4 * height * (64 + 32)
 
 
-def test_an_embedding_that_is_also_the_head_stays():
+def test_a_tied_embedding_is_not_offloaded():
     model = tiny_llama(tiny_tokenizer(True), tie_word_embeddings=True).requires_grad_(False)
     assert offload_embedding(model) == 0
     assert type(model.get_input_embeddings()) is nn.Embedding
 
 
-def test_an_embedding_on_the_host_is_no_parameter_and_looks_up_the_same():
+def test_a_host_embedding_has_no_parameters_and_returns_the_same_rows():
     table = nn.Embedding(50, 8)
     host = HostEmbedding(table.weight)
     ids = torch.randint(0, 50, (2, 7))
@@ -234,7 +234,7 @@ def test_an_embedding_on_the_host_is_no_parameter_and_looks_up_the_same():
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 40), st.integers(2, 90), st.integers(1, 5), st.integers(0, 10**6))
-def test_the_answer_loss_is_cross_entropy_whatever_the_chunk(rows, words, chunk, seed):
+def test_the_answer_loss_equals_cross_entropy_for_each_chunk_size(rows, words, chunk, seed):
     from emloc.tensors.lean import loss
 
     torch.manual_seed(seed)
@@ -243,29 +243,29 @@ def test_the_answer_loss_is_cross_entropy_whatever_the_chunk(rows, words, chunk,
     labels, count = torch.randint(0, words, (rows,)), torch.tensor(float(rows + 3))
     before, loss.CHUNK_BYTES = loss.CHUNK_BYTES, 4 * words * chunk
     try:
-        found = AnswerLoss.apply(hidden, head, labels, count)
+        actual = AnswerLoss.apply(hidden, head, labels, count)
     finally:
         loss.CHUNK_BYTES = before
-    (slope,) = torch.autograd.grad(found, hidden)
+    (slope,) = torch.autograd.grad(actual, hidden)
     expected = functional.cross_entropy(hidden @ head.T, labels, reduction="sum") / count
     (true,) = torch.autograd.grad(expected, hidden)
-    # Formed in float32, whose rounding of logits is all there is of a loss next to none.
-    assert float(found) == pytest.approx(float(expected), rel=1e-4, abs=1e-6)
+    # The logits are computed in float32; with a loss near zero only their rounding error is left.
+    assert float(actual) == pytest.approx(float(expected), rel=1e-4, abs=1e-6)
     torch.testing.assert_close(slope, true, rtol=1e-4, atol=1e-6)
 
 
-def test_the_gated_unit_has_the_derivatives_of_silu_times_up():
+def test_the_gated_unit_has_the_gradients_of_silu_times_up():
     gate, up = (torch.randn(5, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
     slope = torch.randn(5, 7, dtype=torch.float64)
     expected = functional.silu(gate) * up
     true = torch.autograd.grad(expected, (gate, up), slope)
-    found = GatedUnit.apply(1 * gate, 1 * up)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad(found, (gate, up), slope), true)
+    actual = GatedUnit.apply(1 * gate, 1 * up)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, (gate, up), slope), true)
 
 
 class OddRMSNorm(nn.Module):
-    """Called a norm, but scales by 1 + weight."""
+    """Has the name of a norm, but scales by 1 + weight."""
 
     def __init__(self):
         super().__init__()
@@ -276,7 +276,7 @@ class OddRMSNorm(nn.Module):
         return functional.rms_norm(x, (8,), 1 + self.weight, self.variance_epsilon)
 
 
-def test_a_norm_that_computes_something_else_stays():
+def test_a_norm_with_another_formula_is_not_fused():
     model = nn.Sequential(OddRMSNorm())
     assert fuse_modules(model, torch.float32) == []
     assert "forward" not in vars(model[0])

@@ -1,4 +1,4 @@
-"""The lean path on architectures that do more than Llama: caps, scales, dropouts, routers."""
+"""The memory-saving path on architectures with features that Llama lacks."""
 
 import re
 
@@ -20,18 +20,18 @@ SHAPE = {
     **{"max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
 }
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
-# What each has that Llama has not, and whether its own loss has to stay.
+# Features of each model that Llama lacks, and whether the model's own loss must be used.
 MODELS = {
     "qwen2": ({}, False),  # biases on query, key and value
-    "gemma2": ({}, True),  # norms of 1 + weight, a scaled embedding, a cap on the logits
+    "gemma2": ({}, True),  # norms with 1 + weight, a scaled embedding, a cap on the logits
     "gemma3_text": ({}, False),  # two masks
-    "cohere": ({}, False),  # a scale behind the head, LayerNorm, blocks side by side
+    "cohere": ({}, False),  # a scale after the head, LayerNorm, parallel attention and MLP
     "granite": ({}, False),  # scales in four places
-    "gpt_neox": ({}, False),  # one matrix for query, key and value, with biases
-    "opt": ({"ffn_dim": 64, "word_embed_proj_dim": 32}, False),  # dropout by a function
-    "seed_oss": ({"attention_dropout": 0.0, "residual_dropout": 0.1}, False),  # in its MLP
-    "mixtral": (EXPERTS, True),  # a router with a loss of its own
-    "mamba": ({"state_size": 4}, False),  # asks the head for its dtype
+    "gpt_neox": ({}, False),  # one fused matrix for query, key and value, with biases
+    "opt": ({"ffn_dim": 64, "word_embed_proj_dim": 32}, False),  # functional dropout
+    "seed_oss": ({"attention_dropout": 0.0, "residual_dropout": 0.1}, False),  # dropout in its MLP
+    "mixtral": (EXPERTS, True),  # a router with its own loss
+    "mamba": ({"state_size": 4}, False),  # reads the dtype of the head
 }
 
 
@@ -39,16 +39,16 @@ def adapted(kind):
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **SHAPE, **MODELS[kind][0])
     model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
-    kept = {model.get_output_embeddings()}
-    if kind == "mamba":  # whose last projection PEFT refuses
-        kept |= {module for name, module in model.named_modules() if name.endswith("out_proj")}
+    excluded = {model.get_output_embeddings()}
+    if kind == "mamba":  # PEFT refuses the last projection
+        excluded |= {module for name, module in model.named_modules() if name.endswith("out_proj")}
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
     targets = [
         name
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and module not in kept and re.search(r"\d", name)
+        if type(module) is nn.Linear and module not in excluded and re.search(r"\d", name)
     ]
     pattern = "|".join(map(re.escape, targets))
     tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=pattern))
@@ -59,7 +59,7 @@ def adapted(kind):
 
 
 def batch():
-    """Three texts padded on the left, and answers of unequal length."""
+    """Return three texts padded on the left, with answers of different lengths."""
     torch.manual_seed(1)
     ids = torch.randint(5, 200, (3, 17))
     mask = torch.ones_like(ids)
@@ -71,7 +71,7 @@ def batch():
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_loss_and_gradients_are_those_of_the_plain_path(kind):
+def test_loss_and_gradients_equal_those_of_the_plain_path(kind):
     inputs, labels = batch()
     plain = adapted(kind)
     torch.manual_seed(7)
@@ -87,9 +87,9 @@ def test_loss_and_gradients_are_those_of_the_plain_path(kind):
     recompute_layers(inner)
     torch.manual_seed(7)
     rows = {**inputs, "labels": labels}
-    found = (loss or Tokens().loss)(lean, rows, Tokens().items(rows))
-    found.backward()
-    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    actual = (loss or Tokens().loss)(lean, rows, Tokens().items(rows))
+    actual.backward()
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
     true = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
     got = {name: p.grad for name, p in lean.named_parameters() if p.grad is not None}
     assert got.keys() == true.keys()

@@ -1,4 +1,4 @@
-"""A merged checkpoint is the original with its adapter, in the original's own files."""
+"""A merged checkpoint is the original with its adapter added, in files with the same names."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def checkpoint(folder: Path, *, max_shard_size="5GB", dtype=torch.float32, **ove
 
 
 def adapter(source: Source, folder: Path, dtype: torch.dtype | None = None, **settings) -> Path:
-    """A random adapter for all layers, saved by PEFT."""
+    """Save a random PEFT adapter for all layers and return its folder."""
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=source.dtype)
     values = {"r": 4, "lora_alpha": 6, "target_modules": r".*_proj", "task_type": "CAUSAL_LM"}
     tuned = get_peft_model(model, LoraConfig(**(values | settings)))
@@ -63,7 +63,7 @@ def logits(model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_merged_is_unmerged(tmp_path, kind):
+def test_the_merged_model_equals_the_model_with_its_adapter(tmp_path, kind):
     source = checkpoint(tmp_path / "base", **KINDS[kind])
     folder = adapter(source, tmp_path / "adapter", rank_pattern={"q_proj": 2})
     target = merge(source, read_lora(folder), tmp_path / "deep" / "merged")
@@ -72,7 +72,8 @@ def test_merged_is_unmerged(tmp_path, kind):
     plain = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
     before = logits(plain)
     expected = logits(PeftModel.from_pretrained(plain, folder))
-    close = 1e-5 if source.dtype == torch.float32 else 5e-2  # of logits up to 3
+    # Absolute tolerance, for logits up to 3.
+    close = 1e-5 if source.dtype == torch.float32 else 5e-2
     assert (expected - before).abs().max() > 10 * close
     torch.testing.assert_close(logits(merged), expected, atol=close, rtol=0)
     files = {path.name for path in source.folder.iterdir()}
@@ -85,7 +86,7 @@ def test_merged_is_unmerged(tmp_path, kind):
     assert not (tmp_path / "deep" / "merged.partial").exists()
 
 
-def test_only_adapted_weights_change_and_no_dtype(tmp_path):
+def test_only_adapted_weights_change_and_all_dtypes_stay(tmp_path):
     source = checkpoint(tmp_path / "base", dtype=torch.bfloat16)
     pairs = read_lora(adapter(source, tmp_path / "adapter", target_modules=["q_proj"]))
     target = merge(source, pairs, tmp_path / "merged")
@@ -98,8 +99,8 @@ def test_only_adapted_weights_change_and_no_dtype(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_sum_is_float32_and_rounded_once(tmp_path, dtype):
-    """Whatever the dtype of the adapter: B A in bfloat16 would be rounded before it is added."""
+def test_the_merged_weight_is_summed_in_float32_and_rounded_once(tmp_path, dtype):
+    """Also for a bfloat16 adapter, whose product B A would be rounded before the sum."""
     source = checkpoint(tmp_path / "base", dtype=torch.bfloat16)
     pairs = read_lora(adapter(source, tmp_path / "adapter", dtype)).pairs
     assert {pair.a.dtype for pair in pairs.values()} == {dtype}
@@ -108,12 +109,12 @@ def test_the_sum_is_float32_and_rounded_once(tmp_path, dtype):
     for layer, pair in pairs.items():
         exact = source.weight(layer).double() + 1.5 * (pair.b.double() @ pair.a.double())
         assert pair.scale == 1.5
-        # Half the last digit, and a little for float32.
+        # Half a unit in the last place, and a little for float32.
         error = (new[f"{layer}.weight"].double() - exact).abs() / exact.abs().clamp(min=1e-3)
         assert error.max() < 2**-8 + 1e-5
 
 
-def test_nothing_is_written_over(tmp_path):
+def test_an_existing_folder_is_not_overwritten(tmp_path):
     source = checkpoint(tmp_path / "base")
     read = read_lora(adapter(source, tmp_path / "adapter"))
     target = tmp_path / "merged"
@@ -128,12 +129,12 @@ def test_nothing_is_written_over(tmp_path):
     ("base", "settings"),
     [
         ({"num_hidden_layers": 1}, {}),
-        # Tied, the head has no weight of its own: adding to it would change the embedding.
+        # A tied head has no weight of its own: merging into it would change the embedding.
         ({"tie_word_embeddings": True}, {"target_modules": ["lm_head", "q_proj"]}),
     ],
     ids=["smaller model", "tied head"],
 )
-def test_an_adapter_for_layers_the_checkpoint_has_not_is_refused(tmp_path, base, settings):
+def test_an_adapter_for_layers_missing_in_the_checkpoint_is_refused(tmp_path, base, settings):
     made_for = checkpoint(tmp_path / "large")
     read = read_lora(adapter(made_for, tmp_path / "adapter", **settings))
     source = checkpoint(tmp_path / "base", **base)
@@ -162,8 +163,8 @@ def _full_disk(*_, **__):
 
 
 @pytest.mark.parametrize("emulator", ["full.Full", "svd.Svd"])
-def test_a_run_is_merged_with_the_model_it_was_made_for(tmp_path, emulator):
-    """Also one made before an emulator knew all of the settings it has now."""
+def test_a_run_is_merged_into_the_model_of_its_settings(tmp_path, emulator):
+    """Also works for runs that were made before an emulator got a new setting."""
     source = checkpoint(tmp_path / "base")
     run = tmp_path / "run"
     copy_adapter(adapter(source, tmp_path / "adapter"), run / "adapter")
@@ -196,7 +197,7 @@ def test_a_run_is_merged_with_the_model_it_was_made_for(tmp_path, emulator):
         assert (merged / name).read_bytes() == (expected / name).read_bytes()
 
 
-def test_what_is_no_run_or_has_no_adapter_is_refused(tmp_path):
+def test_a_folder_without_a_run_or_adapter_is_refused(tmp_path):
     with pytest.raises(ConfigError) as caught:
         merge_run(tmp_path, tmp_path / "merged")
     assert str(caught.value) == f"{tmp_path} is not a run folder; pass one such as runs/demo/<run>"
@@ -212,7 +213,7 @@ def test_what_is_no_run_or_has_no_adapter_is_refused(tmp_path):
 
 
 def classifier(folder: Path, *, head: bool, **saving) -> Source:
-    """A random RoBERTa, whose checkpoint holds its head or not."""
+    """Write a random RoBERTa classifier whose checkpoint may lack the head."""
     config = RobertaConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=24, max_position_embeddings=40, num_labels=3,
@@ -227,9 +228,7 @@ def classifier(folder: Path, *, head: bool, **saving) -> Source:
 
 @pytest.mark.parametrize("saving", [{}, {"max_shard_size": "8KB"}], ids=["one file", "sharded"])
 @pytest.mark.parametrize("head", [True, False], ids=["its own head", "a fresh head"])
-def test_a_head_that_was_trained_is_merged_whether_the_checkpoint_has_one_or_not(
-    tmp_path, head, saving
-):
+def test_a_trained_head_is_merged_also_into_a_checkpoint_without_a_head(tmp_path, head, saving):
     source = classifier(tmp_path / "base", head=head, **saving)
     assert ("classifier.dense.weight" in source.weights.names) == head
     torch.manual_seed(1)
@@ -257,23 +256,29 @@ def test_a_head_that_was_trained_is_merged_whether_the_checkpoint_has_one_or_not
     if saving:
         table = json.loads(index.read_text())
         tensors = {path.name: load_file(path) for path in target.glob("*.safetensors")}
-        assert {n: f for f, held in tensors.items() for n in held} == table["weight_map"]
-        size = sum(tensor.nbytes for held in tensors.values() for tensor in held.values())
+        assert {n: f for f, tensors_of_file in tensors.items() for n in tensors_of_file} == table[
+            "weight_map"
+        ]
+        size = sum(
+            tensor.nbytes
+            for tensors_of_file in tensors.values()
+            for tensor in tensors_of_file.values()
+        )
         assert table["metadata"]["total_size"] == size
 
 
-def test_a_head_takes_the_dtype_of_the_checkpoint(tmp_path):
+def test_a_merged_head_has_the_dtype_of_the_checkpoint(tmp_path):
     source = checkpoint(tmp_path / "base", dtype=torch.bfloat16)
     head = torch.randn(source.linears["lm_head"])
     merge(source, SavedLora({}, {}, extras={"lm_head.weight": head}), tmp_path / "merged")
-    found = load_file(tmp_path / "merged" / "model.safetensors")
-    assert torch.equal(found["lm_head.weight"], head.bfloat16())
+    merged_tensors = load_file(tmp_path / "merged" / "model.safetensors")
+    assert torch.equal(merged_tensors["lm_head.weight"], head.bfloat16())
     before = load_file(source.folder / "model.safetensors")
     others = before.keys() - {"lm_head.weight"}
-    assert all(torch.equal(found[name], before[name]) for name in others)
+    assert all(torch.equal(merged_tensors[name], before[name]) for name in others)
 
 
-def test_a_parameter_that_the_model_has_not_is_refused(tmp_path):
+def test_a_parameter_missing_in_the_model_is_refused(tmp_path):
     source = checkpoint(tmp_path / "base")
     other = SavedLora({}, {}, extras={"score.weight": torch.ones(2, 32)})
     with pytest.raises(ConfigError) as caught:

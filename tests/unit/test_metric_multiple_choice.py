@@ -1,4 +1,4 @@
-"""Which option a written answer names, by label or by text."""
+"""The metric multiple_choice: which choice a written answer names, by label or by text."""
 
 import pytest
 from hypothesis import given
@@ -11,7 +11,7 @@ COUNTRIES = ("1. Sweden", "2. Austria", "3. China", "4. Eritrea", "5. United Sta
 
 
 def named(answer: str, choices: tuple[str, ...], labels: str) -> str:
-    """The one label that the answer is right by, or "" if there is none."""
+    """Return the only label for which the answer counts as correct, or "" if there is none."""
     right = [label for label in labels if score(answer, [label], choices) == {"accuracy": 1}]
     assert len(right) <= 1
     return "".join(right)
@@ -20,7 +20,7 @@ def named(answer: str, choices: tuple[str, ...], labels: str) -> str:
 @pytest.mark.parametrize(
     ("answer", "label"),
     [
-        # Nothing but a label.
+        # The answer is only a label.
         ("B", "B"),
         ("b", "B"),
         ("B.", "B"),
@@ -31,7 +31,7 @@ def named(answer: str, choices: tuple[str, ...], labels: str) -> str:
         ("\uff22", "B"),
         ("A", "A"),
         ("a", "A"),
-        # A label, then why or what.
+        # A label, followed by a reason or a text.
         ("B) Skin", "B"),
         ("b) Skin", "B"),
         ("(B) Skin", "B"),
@@ -42,7 +42,7 @@ def named(answer: str, choices: tuple[str, ...], labels: str) -> str:
         ("B, not the skin.", "B"),
         ("(B) or (C)", "B"),
         ("A: Skin", "A"),
-        # A label that is announced.
+        # A label after an introduction.
         ("The answer is B", "B"),
         ("The answer is b.", "B"),
         ("Answer: (B)", "B"),
@@ -55,12 +55,12 @@ def named(answer: str, choices: tuple[str, ...], labels: str) -> str:
         ("It looks like skin (B)", "B"),
         ("lymph node(d) in the skin", "A"),
         ("答案是B。", "B"),
-        # A capital in a sentence.
+        # A single capital letter in a sentence.
         ("It must be B", "B"),
         ("B is correct", "B"),
         ("A is correct", "A"),
         ("I see B here", "B"),
-        # The text of an option.
+        # The text of a choice.
         ("Skin", "A"),
         ("skin.", "A"),
         ("liver", "D"),
@@ -69,13 +69,13 @@ def named(answer: str, choices: tuple[str, ...], labels: str) -> str:
         ("This is a liver cyst.", "B"),
         ("This is the liver.", "D"),
         ("The image shows the RETINA of an eye", "C"),
-        # The article is no label.
+        # The article "a" is not a label.
         ("A retina", "C"),
         ("a retina", "C"),
         ("The answer is a retina", "C"),
         ("The answer is A retina", "C"),
         ("Option: a liver", "D"),
-        # Nothing, or more than one thing.
+        # No choice, or more than one.
         ("", ""),
         ("?", ""),
         ("E", ""),
@@ -91,7 +91,7 @@ def named(answer: str, choices: tuple[str, ...], labels: str) -> str:
         ("2", ""),
     ],
 )
-def test_an_answer_names_an_option_of_letters(answer, label):
+def test_an_answer_names_a_choice_with_a_letter(answer, label):
     assert named(answer, ORGANS, "ABCD") == label
 
 
@@ -112,7 +112,7 @@ def test_an_answer_names_an_option_of_letters(answer, label):
         ("austria.", "2"),
         ("It comes from the United  States!", "5"),
         ("2 or 3", "2"),
-        # The first number decides, be it an option or not.
+        # The first number counts, even if it is no label.
         ("7", ""),
         ("7. Austria", ""),
         ("In 1990, China", ""),
@@ -123,21 +123,21 @@ def test_an_answer_names_an_option_of_letters(answer, label):
         ("B", ""),
     ],
 )
-def test_an_answer_names_an_option_of_numbers(answer, label):
+def test_an_answer_names_a_choice_with_a_number(answer, label):
     assert named(answer, COUNTRIES, "12345") == label
 
 
 @pytest.mark.parametrize(
     ("answer", "choices", "labels", "label"),
     [
-        # Options without labels take them by their place.
+        # Choices without labels are labelled by their position.
         ("Dog", ("Cat", "Dog"), "AB", "B"),
         ("B", ("Cat", "Dog"), "AB", "B"),
         ("Dog", ("Cat", "Dog"), "12", "2"),
         ("2", ("Cat", "Dog"), "12", "2"),
         ("(b) dog", ("(a) Cat", "(b) Dog"), "AB", "B"),
         ("dog", (" A. Cat", " B. Dog"), "AB", "B"),
-        # Numbers in options: whole, and no part of another.
+        # Numbers in choices must match as whole numbers.
         ("2.5 mm", ("1.5 mm", "2.5 mm", "3.5 mm"), "ABC", "B"),
         ("2.5", ("1.5", "2.5"), "12", "2"),
         ("it is 5", ("5", "2.5"), "AB", "A"),
@@ -148,29 +148,29 @@ def test_an_answer_names_an_option_of_numbers(answer, label):
         ("about 5.", ("A:5", "B:50"), "AB", "A"),
         ("<5", ("A:>5", "B:<5"), "AB", "B"),
         ("7 up", ("1. Fanta", "2. 7 Up"), "12", "2"),
-        # The longest text, wherever it ends.
+        # The longest matching text counts, at any position.
         ("an x-ray (chest)", ("A:X-ray", "B:X-ray (chest)"), "AB", "B"),
         ("an x-ray of the chest", ("A:X-ray", "B:X-ray (chest)"), "AB", "A"),
-        # A label goes before a text that looks like one.
+        # A label counts before a text that looks like a label.
         ("2", ("2", "1"), "12", "2"),
         ("B", ("B", "A"), "AB", "B"),
-        # A letter that is part of an option's text.
+        # A letter that is part of the text of a choice.
         ("Hepatitis B", ("Hepatitis A", "Cancer", "Hepatitis B"), "ABC", "C"),
         ("It is hepatitis B", ("Hepatitis A", "Cancer", "Hepatitis B"), "ABC", "C"),
         ("B. subtilis", ("E. coli", "S. aureus", "B. subtilis"), "ABC", "C"),
         ("B. subtilis is seen", ("E. coli", "S. aureus", "B. subtilis"), "ABC", "C"),
-        # No spaces around words, and one word within another.
+        # Texts without spaces, and one word within another.
         ("これは寿司です", ("刺身", "寿司", "天ぷら"), "123", "2"),
         ("这是Pizza吗", ("饺子", "Pizza"), "12", "2"),
         ("Crème brulée", ("Cre\u0300me brule\u0301e", "Flan"), "12", "1"),
         ("C++", ("A:C", "B:C++"), "AB", "B"),
         ("+", ("A:+", "B:-"), "AB", "A"),
         ("an x-ray", ("A:+", "B:-"), "AB", ""),
-        # Two options of one text cannot be told apart by it.
+        # Two choices with the same text cannot be distinguished by it.
         ("none", ("A:None", "B:None"), "AB", ""),
         ("in none", ("A:None", "B:None"), "AB", ""),
         ("", ("A:", "B:x"), "AB", ""),
-        # Without options there are labels alone.
+        # Without choices only labels count.
         ("The answer is B", (), "ABC", "B"),
         ("B", (), "ABC", "B"),
         ("2", (), "123", "2"),
@@ -178,11 +178,11 @@ def test_an_answer_names_an_option_of_numbers(answer, label):
         ("liver", (), "ABC", ""),
     ],
 )
-def test_options_of_many_kinds(answer, choices, labels, label):
+def test_choices_of_many_kinds(answer, choices, labels, label):
     assert named(answer, choices, labels) == label
 
 
-def test_any_of_several_right_labels_will_do():
+def test_any_of_several_correct_labels_counts():
     assert score("b", ["A", " b "], ORGANS) == {"accuracy": 1}
 
 
@@ -197,7 +197,7 @@ def test_any_of_several_right_labels_will_do():
         (["é"], (), "reference 'é' is no label"),
     ],
 )
-def test_a_reference_has_to_be_a_label_of_these_options(references, choices, message):
+def test_a_reference_must_be_a_label_of_the_choices(references, choices, message):
     if message is None:
         assert score("2", references, choices) == {"accuracy": 1}
         return
@@ -214,7 +214,7 @@ WORDS = ["liver", "liver cyst", "skin", "Hepatitis B", "a bone", "X-ray (chest)"
     st.booleans(),
     st.data(),
 )
-def test_an_option_is_named_by_its_label_its_text_and_both(texts, form, numbered, data):
+def test_a_choice_is_named_by_its_label_by_its_text_and_by_both(texts, form, numbered, data):
     labels = [str(i + 1) if numbered else chr(ord("A") + i) for i in range(len(texts))]
     choices = [form.format(*pair) for pair in zip(labels, texts, strict=True)]
     index = data.draw(st.integers(0, len(texts) - 1))
@@ -224,13 +224,13 @@ def test_an_option_is_named_by_its_label_its_text_and_both(texts, form, numbered
 
 
 @given(st.text(max_size=30), st.sampled_from([ORGANS, COUNTRIES, ()]))
-def test_no_answer_names_two_options(answer, choices):
-    """`named` asserts it."""
+def test_no_answer_names_two_choices(answer, choices):
+    """The helper `named` asserts this."""
     named(answer, choices, "12345" if choices == COUNTRIES else "ABCD")
 
 
 @given(st.lists(st.text(min_size=1, max_size=8), min_size=2, max_size=5), st.data())
-def test_a_label_alone_names_its_option_whatever_the_texts_are(texts, data):
+def test_a_label_alone_names_its_choice_for_all_texts(texts, data):
     index = data.draw(st.integers(0, len(texts) - 1))
     for label in (chr(ord("A") + index), str(index + 1)):
         assert score(label, [label], texts) == {"accuracy": 1}

@@ -1,4 +1,4 @@
-"""The scorers of written answers: every rule as a table of answers with their scores."""
+"""The scorers of written answers: each rule as a table of answers with their scores."""
 
 import importlib
 import pkgutil
@@ -28,15 +28,15 @@ def scorer(module: str) -> Scorer:
     return importlib.import_module(f"emloc.tasks.metrics.{module}").score
 
 
-def test_these_are_all_the_scorers():
+def test_the_list_of_scorers_is_complete():
     assert {module.name for module in pkgutil.iter_modules(emloc.tasks.metrics.__path__)} == {
         *NAMES
     }
 
 
 @pytest.mark.parametrize("module", NAMES)
-def test_a_scorer_gives_its_metrics_by_name(module):
-    """Eleven people say B, which is also an option's label."""
+def test_a_scorer_returns_its_metrics_by_name(module):
+    """Eleven references say B, which is also the label of a choice."""
     assert scorer(module)("B", ["B"] * 11, ["A: x", "B: y"]) == dict.fromkeys(NAMES[module], 1.0)
 
 
@@ -68,8 +68,8 @@ def test_a_reference_itself_scores_1(module, references, data):
 
 
 @given(ANSWERS, st.lists(ANSWERS, max_size=6))
-def test_what_four_people_say_scores_1_and_fewer_than_that_less(answer, others):
-    """Soft accuracy is the exception: a reference of one person alone is not right beyond doubt."""
+def test_vqa_accuracy_is_1_from_four_matching_references_and_less_below(answer, others):
+    """VQA accuracy is soft: an answer that only one person gave scores below 1."""
     references = [answer] * 4 + others
     assert vqa_accuracy.score(answer, references) == {"vqa_accuracy": 1.0}
     others = [f"{other} not so" for other in others]
@@ -92,14 +92,14 @@ def test_what_four_people_say_scores_1_and_fewer_than_that_less(answer, others):
         ("Été", ["été"], 1),
     ],
 )
-def test_exact_match_forgives_case_and_outer_spaces_alone(prediction, references, right):
+def test_exact_match_ignores_only_case_and_outer_spaces(prediction, references, right):
     assert exact.score(prediction, references) == {"accuracy": right}
 
 
 @pytest.mark.parametrize(
     ("prediction", "target", "right"),
     [
-        # Within 5% of the right number, on both sides and with both signs.
+        # Within 5% of the label, above and below, for both signs.
         ("100", "100", 1),
         ("105", "100", 1),
         ("95", "100", 1),
@@ -110,9 +110,9 @@ def test_exact_match_forgives_case_and_outer_spaces_alone(prediction, references
         ("2.42", "2.4", 1),
         ("1e2", "100", 1),
         ("0", "100", 0),
-        # Of the right number, not of the answer: 95.2 / 100 would be within 5% of 100.
+        # 5% of the label, not of the answer: 95.2 / 100 would be within 5% of 100.
         ("100", "95.2", 0),
-        # A percentage is a hundredth, on either side.
+        # A percentage is divided by 100, in answer and label.
         ("62", "62%", 0),
         ("62%", "62", 0),
         ("62%", "62%", 1),
@@ -121,13 +121,13 @@ def test_exact_match_forgives_case_and_outer_spaces_alone(prediction, references
         ("64%", "62%", 1),
         ("66%", "62%", 0),
         ("62%%", "62%", 0),
-        # No relative distance from 0: as text.
+        # Zero allows no relative tolerance and is compared as text.
         ("0", "0", 1),
         ("0.0", "0", 0),
         ("0.001", "0", 0),
         ("0%", "0%", 1),
         ("0", "0%", 0),
-        # What does not parse is text, to the letter.
+        # Texts that are no numbers must be equal.
         ("1,000", "1,000", 1),
         ("1000", "1,000", 0),
         ("1,000", "1000", 0),
@@ -141,7 +141,7 @@ def test_exact_match_forgives_case_and_outer_spaces_alone(prediction, references
         ("", "5", 0),
         ("", "", 1),
         ("%", "5", 0),
-        # Words that a parser of numbers would take.
+        # Words that a parser would read as numbers.
         ("NaN", "nan", 1),
         ("inf", "infinity", 0),
         ("5", "nan", 0),
@@ -152,7 +152,7 @@ def test_relaxed_accuracy(prediction, target, right):
     assert relaxed_accuracy.score(prediction, [target]) == {"relaxed_accuracy": right}
 
 
-def test_the_best_of_several_references_counts_for_relaxed_accuracy():
+def test_relaxed_accuracy_uses_the_best_reference():
     assert relaxed_accuracy.score("62", ["blue", "61"]) == {"relaxed_accuracy": 1}
 
 
@@ -164,18 +164,18 @@ def test_the_best_of_several_references_counts_for_relaxed_accuracy():
         ("total\n  amount", ["Total amount"], 1),
         ("invoise", ["invoice"], 1 - 1 / 7),
         ("invoic", ["invoice"], 1 - 1 / 7),
-        # Exactly half is another answer, a hair below is the right one misread.
+        # A distance of exactly half counts as wrong, slightly less as a misread label.
         ("abcd", ["abxy"], 0),
         ("abc", ["abx"], 1 - 1 / 3),
         ("abcde", ["abcxy"], 1 - 2 / 5),
         ("ab", ["abcd"], 0),
         ("abc", ["abcde"], 1 - 2 / 5),
-        # The spaces that are squeezed do not lengthen the answer.
+        # Collapsed spaces do not add to the length of the answer.
         ("abcd" + " " * 40, ["abxy"], 0),
         ("no", ["yes"], 0),
         ("the answer is invoice", ["invoice"], 0),
         ("1,000", ["1000"], 1 - 1 / 5),
-        # The closest reference counts, whichever place it has.
+        # The closest reference counts, at any position.
         ("$5.00", ["five dollars", "$5.00", "5"], 1),
         ("$5.0", ["five", "$5.00"], 1 - 1 / 5),
         ("", ["x"], 0),
@@ -216,16 +216,16 @@ def test_the_edit_distance_is_a_distance(a, b, c):
         ("the black cat", "black dog", 0, 1 / 2),
         ("black", "black cat", 0, 2 / 3),
         ("dog", "cat", 0, 0),
-        # A word counts as often as it is said: as sets these two would be equal.
+        # Words are counted with repetition: as sets these two would be equal.
         ("no no", "no", 0, 2 / 3),
         ("no no no yes", "no no yes yes", 0, 3 / 4),
         ("cat black", "black cat", 0, 1),
-        # Punctuation goes without a trace, articles as words only.
+        # Punctuation is removed without a space, articles only as whole words.
         ("$1,000.00", "100000", 1, 1),
         ("well-known", "wellknown", 1, 1),
         ("theatre", "atre", 0, 0),
         ("4.5 out of 5", "4.5", 0, 2 / 5),
-        # Nothing is left of either, or of one.
+        # Nothing is left of both texts, or of one.
         ("", "", 1, 1),
         ("the", "-", 1, 1),
         ("", "cat", 0, 0),
@@ -238,26 +238,26 @@ def test_squad(prediction, reference, em, f1):
     assert squad.score(prediction, [reference]) == pytest.approx({"em": em, "f1": f1})
 
 
-def test_em_and_f1_each_take_the_reference_that_is_best_for_it():
+def test_em_and_f1_each_use_their_best_reference():
     assert squad.score("black cat", ["dog", "the black cat", "cat"]) == {"em": 1, "f1": 1}
     assert squad.score("black cat", ["dog", "cat"]) == pytest.approx({"em": 0, "f1": 2 / 3})
 
 
 @given(ANSWERS, ANSWERS)
-def test_f1_is_symmetric_and_1_wherever_em_is(first, second):
+def test_f1_is_symmetric_and_is_1_if_em_is_1(first, second):
     there, back = squad.score(first, [second]), squad.score(second, [first])
     assert there == back
     assert there["f1"] >= there["em"]
 
 
 @pytest.mark.parametrize(("people", "expected"), enumerate([0, 0.3, 0.6, 0.9, 1, 1, 1, 1, 1, 1, 1]))
-def test_each_of_ten_people_is_left_out_in_turn(people, expected):
+def test_vqa_accuracy_averages_over_leaving_out_each_person(people, expected):
     references = ["nokia"] * people + [f"other {index}" for index in range(10 - people)]
     assert vqa_accuracy.score("Nokia", references) == {"vqa_accuracy": expected}
 
 
 @pytest.mark.parametrize("people", [0, 1, 3])
-def test_too_few_people_to_agree_are_refused(people):
+def test_too_few_references_are_refused(people):
     with pytest.raises(ValueError, match=f"vqa_accuracy: {people} references"):
         vqa_accuracy.score("nokia", ["nokia"] * people)
 
@@ -267,14 +267,14 @@ def test_too_few_people_to_agree_are_refused(people):
     [
         ("Nokia", "nokia"),
         ("  new \n\t york ", "new york"),
-        # Articles, and numbers up to ten.
+        # Articles are removed, numbers up to ten become digits.
         ("The cat on a mat", "cat on mat"),
         ("theatre", "theatre"),
         ("None", "0"),
         ("zero one ten", "0 1 10"),
         ("eleven", "eleven"),
         ("someone", "someone"),
-        # An apostrophe that was left out, of one, of two and of three.
+        # A missing apostrophe is restored: one, two and three of them.
         ("dont", "don't"),
         ("don't", "don't"),
         ("Isnt it", "isn't it"),
@@ -284,7 +284,7 @@ def test_too_few_people_to_agree_are_refused(people):
         ("twas 5 oclock", "'twas 5 o'clock"),
         ("ill well hell shell", "ill well hell shell"),
         ("bob's", "bob's"),
-        # A mark parts two words, unless it stands beside a space somewhere.
+        # Punctuation separates two words, unless it stands beside a space somewhere in the text.
         ("ec-agg", "ec agg"),
         ("red/blue", "red blue"),
         ("red,blue", "red blue"),
@@ -295,11 +295,11 @@ def test_too_few_people_to_agree_are_refused(people):
         ('"stop"', "stop"),
         ("10:30", "10:30"),
         ("50%", "50%"),
-        # A grouped number takes all marks along, wherever they are.
+        # A number with thousands separators removes all punctuation of the text.
         ("1,000", "1000"),
         ("1,000,000", "1000000"),
         ("1,000-ab", "1000ab"),
-        # A period stays before a digit.
+        # A period before a digit stays.
         ("3.5", "3.5"),
         (".5", ".5"),
         ("U.S.A.", "usa"),
@@ -318,7 +318,7 @@ def test_answer_and_references_are_normalised_alike():
     assert vqa_accuracy.score("two dogs", references) == {"vqa_accuracy": 1}
 
 
-def test_the_scorers_know_no_other_part_of_the_package():
+def test_the_scorers_import_no_other_part_of_the_package():
     for path in Path(emloc.tasks.metrics.__path__[0]).glob("*.py"):
         assert "import emloc" not in path.read_text(), path
         assert "from emloc" not in path.read_text(), path

@@ -1,4 +1,4 @@
-"""Every model of the configuration has its true shape, its layers and a way to its weights."""
+"""Every model of the configuration has its true shape and layers, and its weights can be read."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ from emloc.models.vision_language import VisionLanguageModel
 from emloc.stages.run_config import instantiate
 
 CPU = torch.device("cpu")
-# Parameters as published, LoRA targets, compressed layers.
+# Published number of parameters, LoRA targets, compressed layers.
 MODELS = {
     "internvl2_5_2b": (2_205_754_368, 24 * 7, 24 * 7 + 24 * 6),
     "internvl2_5_4b": (3_712_637_952, 36 * 7, 36 * 7 + 24 * 6),
@@ -39,13 +39,13 @@ MODELS = {
     "tiny_internvl_r25": (561_696, 4 * 7, 4 * 7 + 4 * 6),
     "smollm2_135m": (134_515_008, 30 * 7, 30 * 7),
 }
-# In billions, as the model cards round them.
+# Parameters in billions, rounded as in the model cards.
 CARDS = {"2b": 2.21, "4b": 3.71, "8b": 8.08, "26b": 25.51, "38b": 38.39, "78b": 78.41}
 
 
 def settings(name: str, **changed) -> ModelFamily:
     written = compose([f"model={name}"]).model
-    written.siblings = {}  # models of their own
+    written.siblings = {}  # siblings are tested as models of their own
     return instantiate(OmegaConf.merge(written, changed))
 
 
@@ -82,7 +82,7 @@ def folder(tmp_path_factory):
 # The YAMLs ---------------------------------------------------------------------------------------
 
 
-def test_every_model_is_in_the_table():
+def test_the_table_contains_every_model():
     assert set(MODELS) == {path.stem for path in (CONF / "model").glob("[!_]*.yaml")}
 
 
@@ -96,7 +96,7 @@ def test_a_shape_has_as_many_parameters_as_the_checkpoint(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_expressions_match_the_linears_of_the_blocks(name):
+def test_the_target_patterns_match_the_linears_of_the_blocks(name):
     model, source = planned(name)
     adapted, compressed = model.adapted_layers(source), model.compressible_layers(source)
     assert (len(adapted), len(compressed)) == MODELS[name][1:]
@@ -111,7 +111,7 @@ def test_the_expressions_match_the_linears_of_the_blocks(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_shape_is_of_the_kind_its_settings_build(name):
+def test_transformers_builds_the_model_type_of_a_shape(name):
     model, source = planned(name)
     kinds = {"internvl": InternVL, "llama": TextModel, "qwen2": TextModel}
     kinds |= {"gemma3": VisionLanguageModel}
@@ -123,7 +123,7 @@ def test_a_shape_is_of_the_kind_its_settings_build(name):
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("internvl")])
-def test_an_image_is_256_tokens_of_the_vocabulary(name):
+def test_a_tile_is_256_tokens_of_the_vocabulary(name):
     config = planned(name)[1].config
     vision = config.vision_config
     patches = vision.image_size[0] // vision.patch_size[0]
@@ -144,7 +144,7 @@ def test_random_weights_need_no_checkpoint():
         assert source.load(CPU)(**image_batch()).logits.shape == (2, 10, 261)
 
 
-def test_the_identity_of_random_weights_is_their_shape_seed_and_kind_of_device():
+def test_the_identity_of_random_weights_contains_shape_seed_and_device_type():
     first = tiny().open()
     word, seed, shape, device = first.identity.split(":")
     assert (word, seed) == ("random", "0")
@@ -155,16 +155,16 @@ def test_the_identity_of_random_weights_is_their_shape_seed_and_kind_of_device()
     assert tiny(dtype="bfloat16").open().key != first.key
 
 
-def test_a_folder_says_the_shape_even_of_random_weights(folder):
+def test_the_folder_sets_the_shape_also_for_random_weights(folder):
     source = tiny(source=str(folder), shape={"model_type": "llama"}).open()
     assert source.config.model_type == "internvl"
-    found = source.weight("lm_head")
-    assert torch.equal(found, tiny().open().weight("lm_head"))
+    random_weight = source.weight("lm_head")
+    assert torch.equal(random_weight, tiny().open().weight("lm_head"))
     stored = tiny(source=str(folder), weights="checkpoint").open().weight("lm_head")
-    assert (found - stored).abs().max() > 0.01
+    assert (random_weight - stored).abs().max() > 0.01
 
 
-def test_a_shape_to_plan_with_is_a_folders_if_there_is_one(folder):
+def test_a_plan_uses_the_shape_of_the_folder_if_there_is_one(folder):
     planned, stored = tiny().shape_source(), tiny(source=str(folder), shape={}).shape_source()
     assert planned.sizes == stored.sizes
     assert planned.linears == stored.linears
@@ -173,7 +173,7 @@ def test_a_shape_to_plan_with_is_a_folders_if_there_is_one(folder):
 
 
 @pytest.mark.parametrize("weights", ["random", "checkpoint"])
-def test_without_folder_and_shape_there_is_nothing_to_plan_with(weights):
+def test_a_plan_without_folder_and_shape_is_refused(weights):
     with pytest.raises(ConfigError) as caught:
         tiny(weights=weights, shape={}).shape_source()
     assert str(caught.value) == (
@@ -186,23 +186,23 @@ def test_without_folder_and_shape_there_is_nothing_to_plan_with(weights):
 
 
 @pytest.mark.parametrize(
-    ("shape", "said"),
+    ("shape", "reason"),
     [
         ({"model_type": "no_such_model"}, "Unrecognized model identifier: no_such_model"),
         ({"model_type": "llama", "hidden_size": "wide"}, "hidden_size"),
     ],
     ids=["kind", "value"],
 )
-def test_a_shape_that_cannot_be_read_is_refused_in_one_line(shape, said):
+def test_an_invalid_shape_is_refused_in_one_line(shape, reason):
     with pytest.raises(ConfigError) as caught:
         tiny(shape=shape).open().skeleton()
     message = str(caught.value)
     assert message.startswith("model.shape: transformers cannot build this model: ")
-    assert said in message
+    assert reason in message
     assert "\n" not in message
 
 
-def test_a_checkpoint_that_brings_its_own_code_is_refused_without_a_question(tmp_path):
+def test_a_checkpoint_with_its_own_code_is_refused_without_a_prompt(tmp_path):
     config = {"model_type": "somebodys_own", "auto_map": {"AutoConfig": "configuration.Config"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError) as caught:
@@ -214,7 +214,7 @@ def test_a_checkpoint_that_brings_its_own_code_is_refused_without_a_question(tmp
 
 
 @pytest.mark.parametrize("shape", ["llama", "internvl"])
-def test_a_model_of_the_other_kind_is_refused(shape):
+def test_a_text_model_and_a_vision_language_model_are_not_interchangeable(shape):
     name, auto = {
         "llama": ("smollm2_135m", AutoModelForImageTextToText),
         "internvl": ("internvl2_5_2b", AutoModelForCausalLM),
@@ -228,7 +228,7 @@ def test_a_model_of_the_other_kind_is_refused(shape):
     )
 
 
-def test_targets_that_match_nothing_are_refused_before_a_weight_is_read():
+def test_targets_without_a_match_are_refused_before_weights_are_read():
     model = tiny(weights="checkpoint", lora_targets="nothing")
     with pytest.raises(ConfigError) as caught:
         model.adapted_layers(model.shape_source())

@@ -1,4 +1,4 @@
-"""Four-bit matrices are exact as values, the same on every device, and linears to everybody."""
+"""The nf4 format: exact values on all devices, and layers that behave as linear layers."""
 
 import copy
 
@@ -18,7 +18,7 @@ from emloc.precision.nf4 import Nf4Linear
 from emloc.tensors.nn.factorized import PackedFactorized
 from emloc.tensors.nn.surgery import with_modules
 
-# QLoRA's table: the quantiles of a normal distribution, as its authors published them.
+# The table of QLoRA: quantiles of a normal distribution, as published by its authors.
 STEPS = torch.tensor(
     [
         *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -28,7 +28,7 @@ STEPS = torch.tensor(
     ]
 )
 
-# Widths that are no multiple of 64 among them, some of which bitsandbytes' CPU kernel gets wrong.
+# Some widths are no multiple of 64; the CPU kernel of bitsandbytes is wrong for some of them.
 SHAPES = [(1, 1), (3, 5), (13, 37), (16, 32), (7, 48), (33, 100), (5, 112), (64, 64), (300, 192)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -37,20 +37,20 @@ IDS = torch.arange(24).reshape(2, 12) + 5
 
 def matrix(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     torch.manual_seed(0)
-    # Rows of very different size, as factors have.
+    # Rows of very different magnitude, as low-rank factors have.
     return (torch.randn(rows, columns) * torch.logspace(1, -2, rows)[:, None]).to(dtype)
 
 
-def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal, but for the last place of float16 where bitsandbytes runs with its CUDA library.
+def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Assert equality, with a tolerance for float16 and the CUDA library of bitsandbytes.
 
-    That one does not round every product to the nearest half, whichever device it is formed on.
+    That library does not round each product to the nearest float16, on any device.
     """
-    assert found.dtype == expected.dtype
-    if found.dtype == torch.float16 and torch.cuda.is_available():
-        torch.testing.assert_close(found, expected, rtol=2**-10, atol=0)
+    assert actual.dtype == expected.dtype
+    if actual.dtype == torch.float16 and torch.cuda.is_available():
+        torch.testing.assert_close(actual, expected, rtol=2**-10, atol=0)
     else:
-        assert torch.equal(found, expected)
+        assert torch.equal(actual, expected)
 
 
 # The value ---------------------------------------------------------------------------------------
@@ -58,22 +58,25 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_number_is_its_code_times_the_scale_of_its_block(shape, dtype):
-    """Written out from the layout, which is the same on every device."""
-    held = NF4.quantize(matrix(*shape, dtype))
+def test_a_value_is_its_code_times_the_scale_of_its_block(shape, dtype):
+    """Computed from the stored layout, which is the same on every device."""
+    matrix_nf4 = NF4.quantize(matrix(*shape, dtype))
     codes = torch.stack(
-        [held.parts["codes"].view(-1) >> 4, held.parts["codes"].view(-1) & 15], 1
+        [matrix_nf4.parts["codes"].view(-1) >> 4, matrix_nf4.parts["codes"].view(-1) & 15], 1
     ).view(-1, 64)
-    groups = held.parts["scales"][1:].repeat_interleave(256)[: len(codes)]
-    sizes = create_dynamic_map()[held.parts["absmax"].int()] * groups + held.parts["scales"][0]
+    groups = matrix_nf4.parts["scales"][1:].repeat_interleave(256)[: len(codes)]
+    sizes = (
+        create_dynamic_map()[matrix_nf4.parts["absmax"].int()] * groups
+        + matrix_nf4.parts["scales"][0]
+    )
     size = shape[0] * shape[1]
     expected = (STEPS[codes.int()] * sizes[:, None]).to(dtype).view(-1)[:size].view(shape)
-    assert_same(held.dequantize(), expected)
-    assert held.dequantize().dtype == dtype
+    assert_same(matrix_nf4.dequantize(), expected)
+    assert matrix_nf4.dequantize().dtype == dtype
 
 
 @pytest.mark.parametrize("columns", range(16, 257, 16))
-def test_a_tenth_of_the_size_is_lost_at_any_width(columns):
+def test_the_relative_error_is_about_a_tenth_at_each_width(columns):
     torch.manual_seed(0)
     w = torch.randn(64, columns)
     lost = (NF4.quantize(w).dequantize() - w).norm() / w.norm()
@@ -81,37 +84,41 @@ def test_a_tenth_of_the_size_is_lost_at_any_width(columns):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_file_gives_back_the_very_matrix(tmp_path, shape):
-    held = NF4.quantize(matrix(*shape))
-    parts = held.tensors("layer.v") | NF4.quantize(matrix(4, 4)).tensors("layer.ut")
+def test_a_saved_matrix_is_read_back_exactly(tmp_path, shape):
+    matrix_nf4 = NF4.quantize(matrix(*shape))
+    parts = matrix_nf4.tensors("layer.v") | NF4.quantize(matrix(4, 4)).tensors("layer.ut")
     save_file(parts, tmp_path / "file.safetensors")
-    found = NF4.from_tensors("layer.v", load_file(tmp_path / "file.safetensors"))
-    assert (found.shape, found.dtype, found.nbytes) == (held.shape, held.dtype, held.nbytes)
-    assert list(found.parts) == list(held.parts) == ["codes", "absmax", "scales"]
-    for part, tensor in held.parts.items():
-        assert torch.equal(found.parts[part], tensor)
-    assert torch.equal(found.dequantize(), held.dequantize())
+    restored = NF4.from_tensors("layer.v", load_file(tmp_path / "file.safetensors"))
+    assert (restored.shape, restored.dtype, restored.nbytes) == (
+        matrix_nf4.shape,
+        matrix_nf4.dtype,
+        matrix_nf4.nbytes,
+    )
+    assert list(restored.parts) == list(matrix_nf4.parts) == ["codes", "absmax", "scales"]
+    for part, tensor in matrix_nf4.parts.items():
+        assert torch.equal(restored.parts[part], tensor)
+    assert torch.equal(restored.dequantize(), matrix_nf4.dequantize())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_its_bytes_are_known_without_it(shape):
-    held = NF4.quantize(matrix(*shape))
-    assert held.nbytes == NF4.nbytes(*shape)
+def test_the_number_of_bytes_follows_from_the_shape(shape):
+    matrix_nf4 = NF4.quantize(matrix(*shape))
+    assert matrix_nf4.nbytes == NF4.nbytes(*shape)
     assert NF4.nbytes(4096, 4096) / 4096**2 == pytest.approx(0.5 + 1 / 64 + 4 / 64 / 256, abs=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(16, 32), (5, 37)], ids=str)
-def test_it_is_written_on_top_of_a_taller_buffer(shape):
-    held = NF4.quantize(matrix(*shape))
+def test_a_matrix_is_dequantised_into_the_top_of_a_taller_buffer(shape):
+    matrix_nf4 = NF4.quantize(matrix(*shape))
     buffer = torch.full((shape[0] + 3, shape[1]), 7.0, dtype=torch.bfloat16)
     top = buffer[: shape[0]]
-    assert held.dequantize(top) is top
-    assert torch.equal(buffer[: shape[0]], held.dequantize())
+    assert matrix_nf4.dequantize(top) is top
+    assert torch.equal(buffer[: shape[0]], matrix_nf4.dequantize())
     assert (buffer[shape[0] :] == 7).all()
 
 
-def test_a_buffer_that_does_not_fit_is_refused():
-    held = NF4.quantize(matrix(4, 8))
+def test_a_buffer_of_another_shape_is_refused():
+    matrix_nf4 = NF4.quantize(matrix(4, 8))
     wrong = (
         torch.empty(5, 8, dtype=torch.bfloat16),
         torch.empty(4, 8),
@@ -119,55 +126,57 @@ def test_a_buffer_that_does_not_fit_is_refused():
     )
     for out in wrong:
         with pytest.raises(ValueError, match=r"out must be \(4, 8\), torch.bfloat16 and"):
-            held.dequantize(out)
+            matrix_nf4.dequantize(out)
     with pytest.raises(ValueError, match="need a matrix"):
         NF4.quantize(torch.zeros(3))
 
 
-def test_nothing_is_lost_of_zeros():
+def test_zeros_are_exact():
     assert not NF4.quantize(torch.zeros(3, 64)).dequantize().any()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_device_reads_what_a_cpu_wrote_and_the_other_way_round(shape, dtype):
+def test_cpu_and_gpu_read_matrices_of_each_other(shape, dtype):
     device, here = torch.device("cuda"), torch.device("cpu")
     w = matrix(*shape, dtype)
-    for held in (NF4.quantize(w), NF4.quantize(w.to(device)).to(here)):
-        there = held.to(device)
-        assert_same(there.dequantize().cpu(), held.dequantize())
+    for matrix_nf4 in (NF4.quantize(w), NF4.quantize(w.to(device)).to(here)):
+        there = matrix_nf4.to(device)
+        assert_same(there.dequantize().cpu(), matrix_nf4.dequantize())
         buffer = torch.full((shape[0] + 3, shape[1]), 7.0, dtype=dtype, device=device)
         there.dequantize(buffer[: shape[0]])
-        assert_same(buffer[: shape[0]].cpu(), held.dequantize())
+        assert_same(buffer[: shape[0]].cpu(), matrix_nf4.dequantize())
         assert (buffer[shape[0] :] == 7).all()
 
 
 # The layers --------------------------------------------------------------------------------------
 
 
-def thin(out: int = 24, inside: int = 40, rank: int = 6, bias=None, dtype=torch.float32):
+def factorised_layer(
+    out: int = 24, inside: int = 40, rank: int = 6, bias=None, dtype=torch.float32
+):
     torch.manual_seed(0)
     v, ut = (torch.randn(rank, size).to(dtype) / 4 for size in (inside, out))
     return PackedFactorized(NF4.quantize(v), NF4.quantize(ut), bias)
 
 
-def whole(out: int = 24, inside: int = 40, bias=None, dtype=torch.float32):
+def dense_layer(out: int = 24, inside: int = 40, bias=None, dtype=torch.float32):
     torch.manual_seed(0)
     return Nf4Linear(NF4.quantize(torch.randn(out, inside).to(dtype)), bias)
 
 
 def dense(layer) -> torch.Tensor:
-    """What the layer multiplies by, (out, in)."""
+    """Return the weight (out, in) that the layer multiplies by."""
     if isinstance(layer, Nf4Linear):
         return layer.matrix.dequantize()
     return layer.ut.dequantize().T @ layer.v.dequantize()
 
 
-@pytest.mark.parametrize("make", [thin, whole])
+@pytest.mark.parametrize("make", [factorised_layer, dense_layer])
 @pytest.mark.parametrize("bias", [None, torch.arange(24.0)], ids=["no bias", "bias"])
 @pytest.mark.parametrize("shape", [(40,), (3, 40), (2, 3, 40)])
-def test_forward_and_backward_are_those_of_the_dense_weight(make, bias, shape):
+def test_forward_and_backward_equal_those_of_the_dense_weight(make, bias, shape):
     layer = make(bias=bias)
     x = torch.randn(shape, requires_grad=True)
     twin = x.detach().clone().requires_grad_()
@@ -180,16 +189,18 @@ def test_forward_and_backward_are_those_of_the_dense_weight(make, bias, shape):
     assert not any(parameter.requires_grad for parameter in layer.parameters())
 
 
-@pytest.mark.parametrize("make", [thin, whole])
-def test_nothing_is_kept_for_the_backward_pass(make):
-    layer, kept = make(), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one), lambda one: one):
+@pytest.mark.parametrize("make", [factorised_layer, dense_layer])
+def test_no_tensor_is_saved_for_the_backward_pass(make):
+    layer, saved_tensors = make(), []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda one: saved_tensors.append(one), lambda one: one
+    ):
         layer(torch.randn(3, 40, requires_grad=True))
-    assert kept == []
+    assert saved_tensors == []
 
 
-@pytest.mark.parametrize("make", [thin, whole])
-def test_the_input_is_taken_in_the_dtype_of_the_weight(make):
+@pytest.mark.parametrize("make", [factorised_layer, dense_layer])
+def test_the_input_is_cast_to_the_dtype_of_the_weight(make):
     layer = make(dtype=torch.bfloat16)
     x = torch.randn(3, 40, requires_grad=True)
     y = layer(x)
@@ -200,8 +211,8 @@ def test_the_input_is_taken_in_the_dtype_of_the_weight(make):
         assert torch.equal(layer(x), y)
 
 
-def test_the_product_is_what_is_multiplied():
-    layer = thin()
+def test_the_product_of_the_factors_is_the_multiplied_weight():
+    layer = factorised_layer()
     assert layer.product().dtype == torch.float64
     u, v = layer.ut.dequantize().double().T, layer.v.dequantize().double()
     assert torch.equal(layer.product(), u @ v)
@@ -209,30 +220,30 @@ def test_the_product_is_what_is_multiplied():
     assert repr(layer) == "PackedFactorized(in_features=40, out_features=24, rank=6)"
 
 
-def test_it_answers_for_its_weight_and_saves_none():
-    layer = thin(dtype=torch.bfloat16, bias=torch.zeros(24))
+def test_a_packed_layer_reports_an_empty_weight_and_saves_only_its_bias():
+    layer = factorised_layer(dtype=torch.bfloat16, bias=torch.zeros(24))
     assert isinstance(layer, nn.Linear)
     assert (layer.weight.dtype, layer.weight.device.type) == (torch.bfloat16, "cpu")
     assert layer.weight.numel() == 0
     assert set(layer.state_dict()) == {"bias"}
-    held = sum(buffer.nbytes for buffer in layer.buffers())
-    assert held == NF4.nbytes(6, 40) + NF4.nbytes(6, 24)
+    matrix_nf4 = sum(buffer.nbytes for buffer in layer.buffers())
+    assert matrix_nf4 == NF4.nbytes(6, 40) + NF4.nbytes(6, 24)
     assert {buffer.device.type for buffer in layer.to("meta").buffers()} == {"meta"}
 
 
-def test_a_cast_changes_the_type_it_computes_in_and_no_scale():
-    layer = thin()
+def test_a_cast_changes_the_dtype_of_the_computation_but_not_the_scales():
+    layer = factorised_layer()
     twin = copy.deepcopy(layer).to(torch.bfloat16)
     x = torch.randn(3, 40)
     assert twin(x.bfloat16()).dtype == twin.weight.dtype == torch.bfloat16
     assert torch.equal(twin.to(torch.float32).product(), layer.product())
 
 
-def test_the_product_with_a_turned_matrix_is_the_other_one():
-    held = NF4.quantize(torch.randn(5, 7))
-    x, full = torch.randn(2, 5), held.dequantize()
-    torch.testing.assert_close(multiply(x, held, transposed=True), x @ full)
-    torch.testing.assert_close(multiply(torch.eye(7), held), full.T)
+def test_multiplication_with_the_transposed_matrix():
+    matrix_nf4 = NF4.quantize(torch.randn(5, 7))
+    x, full = torch.randn(2, 5), matrix_nf4.dequantize()
+    torch.testing.assert_close(multiply(x, matrix_nf4, transposed=True), x @ full)
+    torch.testing.assert_close(multiply(torch.eye(7), matrix_nf4), full.T)
 
 
 # PEFT --------------------------------------------------------------------------------------------
@@ -245,7 +256,7 @@ def model(request):
     for name, layer in llama.named_modules():
         if name.endswith("_proj"):
             if request.param == "thin":
-                modules[name] = thin(layer.out_features, layer.in_features, 16)
+                modules[name] = factorised_layer(layer.out_features, layer.in_features, 16)
             else:
                 modules[name] = Nf4Linear(NF4.quantize(layer.weight))
     emulator = with_modules(llama, modules)
@@ -259,7 +270,7 @@ def adapted(emulator) -> nn.Module:
     return get_peft_model(emulator, config)
 
 
-def test_peft_trains_the_adapter_and_nothing_else(model):
+def test_peft_trains_only_the_adapter(model):
     quantized = {n for n, m in model.named_modules() if isinstance(m, PackedFactorized | Nf4Linear)}
     assert len(quantized) == 14
     four_bits = model.is_loaded_in_4bit
@@ -282,8 +293,8 @@ def test_peft_trains_the_adapter_and_nothing_else(model):
     assert len(changed) == 28
 
 
-def test_a_look_in_eval_mode_does_not_spoil_the_training(model):
-    """bitsandbytes' own layer would repack the weight, which then has no gradient."""
+def test_training_works_after_a_forward_in_eval_mode(model):
+    """The layer of bitsandbytes would repack the weight, which then has no gradient."""
     with torch.no_grad():
         first = model.eval()(input_ids=IDS).logits
         again = model.train()(input_ids=IDS).logits
@@ -294,8 +305,8 @@ def test_a_look_in_eval_mode_does_not_spoil_the_training(model):
     assert first_b.grad.abs().max() > 0
 
 
-def test_folding_an_adapter_into_four_bit_factors_fails_aloud():
-    layer = nn.Sequential(thin(bias=torch.zeros(24)))
+def test_merging_an_adapter_into_four_bit_factors_is_refused():
+    layer = nn.Sequential(factorised_layer(bias=torch.zeros(24)))
     config = LoraConfig(r=2, lora_alpha=2, target_modules=["0"])
     with pytest.raises(RuntimeError, match="size of tensor"):
         get_peft_model(layer, config).merge_and_unload()

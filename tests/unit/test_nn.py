@@ -1,4 +1,4 @@
-"""Thin layers are linears to everybody, and modules are put in without touching the original."""
+"""Factorised layers behave as linear layers; replacing layers leaves the original unchanged."""
 
 import copy
 
@@ -21,7 +21,7 @@ def factors(out: int = 6, inside: int = 5, rank: int = 2) -> tuple[torch.Tensor,
     return torch.randn(out, rank), torch.randn(rank, inside)
 
 
-def thin(model: nn.Module, name: str, rank: int = 3) -> Factorized:
+def replace_by_factors(model: nn.Module, name: str, rank: int = 3) -> Factorized:
     layer = model.get_submodule(name)
     return Factorized(*factors(layer.out_features, layer.in_features, rank))
 
@@ -41,7 +41,7 @@ def logits(model) -> torch.Tensor:
 
 @pytest.mark.parametrize("bias", [None, torch.arange(6.0)], ids=["no bias", "bias"])
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)])
-def test_it_is_a_linear_with_the_product(bias, shape):
+def test_a_factorised_layer_is_a_linear_with_the_product_as_weight(bias, shape):
     u, v = factors()
     layer = Factorized(u, v, bias)
     dense = nn.Linear(5, 6, bias=bias is not None)
@@ -57,7 +57,7 @@ def test_it_is_a_linear_with_the_product(bias, shape):
     assert torch.equal(layer.product(), u.double() @ v.double())
 
 
-def test_it_holds_nothing_but_the_factors():
+def test_a_factorised_layer_stores_only_its_factors():
     u, v = factors()
     layer = Factorized(u, v, torch.zeros(6))
     assert set(layer.state_dict()) == {"u", "v", "bias"}
@@ -85,7 +85,7 @@ def test_copies_states_and_casts():
 @pytest.fixture
 def emulator(llama):
     names = [name for name, module in llama.named_modules() if name.endswith("_proj")]
-    return with_modules(llama, {name: thin(llama, name) for name in names})
+    return with_modules(llama, {name: replace_by_factors(llama, name) for name in names})
 
 
 def adapted(emulator) -> nn.Module:
@@ -93,7 +93,7 @@ def adapted(emulator) -> nn.Module:
     return get_peft_model(emulator, config)
 
 
-def test_peft_adapts_every_one_of_them(emulator):
+def test_peft_adapts_all_factorised_layers(emulator):
     model = adapted(emulator)
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     assert len(layers) == 14
@@ -104,7 +104,7 @@ def test_peft_adapts_every_one_of_them(emulator):
         assert layer.lora_B["default"].weight.shape == (base.out_features, 2)
 
 
-def test_peft_trains_the_adapter_and_nothing_else(emulator):
+def test_peft_trains_only_the_adapter(emulator):
     model = adapted(emulator).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
@@ -122,8 +122,8 @@ def test_peft_trains_the_adapter_and_nothing_else(emulator):
 
 
 @pytest.mark.parametrize("safe", [False, True])
-def test_folding_an_adapter_into_the_factors_fails_aloud(emulator, safe):
-    """Added to a product made for the occasion, it would be lost without a word."""
+def test_merging_an_adapter_into_factors_is_refused(emulator, safe):
+    """Added to a temporary product, the adapter would be lost silently."""
     model = adapted(emulator)
     with pytest.raises(RuntimeError, match="size of tensor"):
         model.merge_and_unload(safe_merge=safe)
@@ -132,9 +132,9 @@ def test_folding_an_adapter_into_the_factors_fails_aloud(emulator, safe):
 # Surgery -----------------------------------------------------------------------------------------
 
 
-def test_a_copy_shares_all_but_what_was_replaced(llama):
+def test_a_copy_shares_all_tensors_except_replaced_ones(llama):
     before, own = logits(llama), dict(llama.named_modules())
-    replacement = thin(llama, LAYER)
+    replacement = replace_by_factors(llama, LAYER)
     twin = with_modules(llama, {LAYER: replacement})
     assert type(twin) is type(llama)
     assert twin.get_submodule(LAYER) is replacement
@@ -153,22 +153,22 @@ def test_a_copy_shares_all_but_what_was_replaced(llama):
     assert not {id(module) for module in twin.modules()} & {id(m) for m in llama.modules()}
 
 
-def test_what_is_done_to_the_copy_stays_there(llama):
+def test_changes_of_the_copy_do_not_change_the_original(llama):
     before, names = logits(llama), [name for name, _ in llama.named_modules()]
-    twin = adapted(with_modules(llama, {LAYER: thin(llama, LAYER)}))
+    twin = adapted(with_modules(llama, {LAYER: replace_by_factors(llama, LAYER)}))
     twin.train()
     assert [name for name, _ in llama.named_modules()] == names
     assert not llama.training
     assert torch.equal(logits(llama), before)
 
 
-def test_without_replacements_it_is_the_same_function(llama):
+def test_a_copy_without_replacements_gives_equal_outputs(llama):
     twin = with_modules(llama, {})
     assert twin is not llama
     assert torch.equal(logits(twin), logits(llama))
 
 
-def test_put_takes_a_tensor_of_the_right_shape_as_it_is(llama):
+def test_put_stores_a_tensor_of_the_right_shape_without_a_copy(llama):
     old = llama.get_submodule(LAYER).weight
     new = torch.randn(old.shape)
     replace_parameter(llama, f"{LAYER}.weight", new)

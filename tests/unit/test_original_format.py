@@ -1,4 +1,4 @@
-"""InternVL checkpoints as their authors write them: settings, names, fused tensors, tokenizer."""
+"""Read InternVL checkpoints in the format of their authors: settings, tensors, tokenizer."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ from emloc.tensors.linalg.correct import LoraPair
 CPU = torch.device("cpu")
 MODELS = Path(emloc.__file__).parent.parent / "conf" / "model"
 
-# What the authors' config.json says of the tiny model, but for its language model.
+# The authors' config.json for the tiny model, without the settings of its language model.
 VISION = {
     "architectures": ["InternVisionModel"],
     "model_type": "intern_vit_6b",
@@ -56,7 +56,7 @@ VISION = {
     "drop_path_rate": 0.1,
     "use_flash_attn": True,
 }
-# The tiny model's own; which kind it is and whether it is tied each family says by itself.
+# Settings of the tiny language model; each family below adds its type and whether it is tied.
 TEXT = {
     key: value
     for key, value in TINY_INTERNVL["text_config"].items()
@@ -107,7 +107,7 @@ def settings(family: str, vision: dict | None = None, **changed) -> dict:
 
 
 def native_model(family: str, **vision) -> InternVLForConditionalGeneration:
-    """A random tiny model in transformers' format, every parameter with numbers of its own."""
+    """Return a random tiny model in transformers' format; all parameters differ."""
     shape = copy.deepcopy(TINY_INTERNVL)
     shape["vision_config"] |= vision
     shape["text_config"] |= {
@@ -121,16 +121,16 @@ def native_model(family: str, **vision) -> InternVLForConditionalGeneration:
     return model
 
 
-def as_authors_write(state: dict[str, Tensor], family: str) -> dict[str, Tensor]:
-    """The tensors under the authors' names, fused as theirs are."""
-    left, made = dict(state), {}
+def authors_tensors(state: dict[str, Tensor], family: str) -> dict[str, Tensor]:
+    """Rename and fuse the tensors as the authors' checkpoints do."""
+    remaining, tensors = dict(state), {}
     tower, layers = "model.vision_tower.", "model.language_model.layers."
     for index in range(2):
         here, there = f"{tower}encoder.layer.{index}.", f"vision_model.encoder.layers.{index}."
         for leaf in ("weight", "bias"):
-            qkv = [left.pop(f"{here}attention.{one}_proj.{leaf}", None) for one in "qkv"]
+            qkv = [remaining.pop(f"{here}attention.{one}_proj.{leaf}", None) for one in "qkv"]
             if qkv[0] is not None:
-                made[f"{there}attn.qkv.{leaf}"] = torch.cat(qkv)
+                tensors[f"{there}attn.qkv.{leaf}"] = torch.cat(qkv)
             for ours, theirs in (
                 ("attention.projection_layer", "attn.proj"),
                 ("attention.q_norm", "attn.q_norm"),
@@ -140,20 +140,20 @@ def as_authors_write(state: dict[str, Tensor], family: str) -> dict[str, Tensor]
                 ("layernorm_before", "norm1"),
                 ("layernorm_after", "norm2"),
             ):
-                if f"{here}{ours}.{leaf}" in left:
-                    made[f"{there}{theirs}.{leaf}"] = left.pop(f"{here}{ours}.{leaf}")
-        made[f"{there}ls1"] = left.pop(f"{here}lambda_1")
-        made[f"{there}ls2"] = left.pop(f"{here}lambda_2")
+                if f"{here}{ours}.{leaf}" in remaining:
+                    tensors[f"{there}{theirs}.{leaf}"] = remaining.pop(f"{here}{ours}.{leaf}")
+        tensors[f"{there}ls1"] = remaining.pop(f"{here}lambda_1")
+        tensors[f"{there}ls2"] = remaining.pop(f"{here}lambda_2")
         if family == "internlm2":
             here, there = f"{layers}{index}.", f"language_model.model.layers.{index}."
-            q, k, v = (left.pop(f"{here}self_attn.{one}_proj.weight") for one in "qkv")
+            q, k, v = (remaining.pop(f"{here}self_attn.{one}_proj.weight") for one in "qkv")
             heads = [
                 torch.cat(
                     [q[16 * at : 16 * at + 16], k[8 * at : 8 * at + 8], v[8 * at : 8 * at + 8]]
                 )
                 for at in range(2)
             ]
-            made[f"{there}attention.wqkv.weight"] = torch.cat(heads)
+            tensors[f"{there}attention.wqkv.weight"] = torch.cat(heads)
             for ours, theirs in (
                 ("self_attn.o_proj", "attention.wo"),
                 ("mlp.gate_proj", "feed_forward.w1"),
@@ -162,11 +162,11 @@ def as_authors_write(state: dict[str, Tensor], family: str) -> dict[str, Tensor]
                 ("input_layernorm", "attention_norm"),
                 ("post_attention_layernorm", "ffn_norm"),
             ):
-                made[f"{there}{theirs}.weight"] = left.pop(f"{here}{ours}.weight")
+                tensors[f"{there}{theirs}.weight"] = remaining.pop(f"{here}{ours}.weight")
     if family == "internlm2":
-        embedding = left.pop("model.language_model.embed_tokens.weight")
-        made["language_model.model.tok_embeddings.weight"] = embedding
-        made["language_model.output.weight"] = left.pop("lm_head.weight")
+        embedding = remaining.pop("model.language_model.embed_tokens.weight")
+        tensors["language_model.model.tok_embeddings.weight"] = embedding
+        tensors["language_model.output.weight"] = remaining.pop("lm_head.weight")
     fixed = {
         f"{tower}embeddings.cls_token": "vision_model.embeddings.class_embedding",
         f"{tower}embeddings.position_embeddings": "vision_model.embeddings.position_embedding",
@@ -179,13 +179,13 @@ def as_authors_write(state: dict[str, Tensor], family: str) -> dict[str, Tensor]
         "model.language_model.": "language_model.model.",
         "lm_head.": "language_model.lm_head.",
     }
-    for name, tensor in left.items():
+    for name, tensor in remaining.items():
         [ours] = [ours for ours in fixed if name.startswith(ours)]
-        made[fixed[ours] + name.removeprefix(ours)] = tensor
-    return made
+        tensors[fixed[ours] + name.removeprefix(ours)] = tensor
+    return tensors
 
 
-def written(folder: Path, config: dict, tensors: dict[str, Tensor] | None = None) -> Path:
+def write_checkpoint(folder: Path, config: dict, tensors: dict[str, Tensor] | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "added_tokens.json").write_text(json.dumps({"<img>": 6, "<IMG_CONTEXT>": 7}))
@@ -213,19 +213,19 @@ VARIANTS = {
 
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
 def pair(request, tmp_path):
-    """A model in transformers' format, and the same one as its authors write it."""
+    """A model in transformers' format, and the folder of the same model in the authors' format."""
     family, vision = request.param
     theirs = {"attention_bias": "qkv_bias", "use_qk_norm": "qk_normalization"}
     config = settings(family, {theirs.get(key, key): value for key, value in vision.items()})
     model = native_model(family, **vision)
-    tensors = as_authors_write(dict(model.named_parameters()), family)
-    return model, written(tmp_path / "theirs", config, tensors)
+    tensors = authors_tensors(dict(model.named_parameters()), family)
+    return model, write_checkpoint(tmp_path / "theirs", config, tensors)
 
 
 # Tensors -----------------------------------------------------------------------------------------
 
 
-def test_every_tensor_of_the_authors_files_is_read_as_the_models_own(pair):
+def test_tensors_of_the_authors_files_equal_those_of_the_model(pair):
     model, folder = pair
     weights = SafetensorsWeights(folder, read_internvl_chat(folder).layout())
     own = dict(model.named_parameters())
@@ -238,19 +238,19 @@ def test_every_tensor_of_the_authors_files_is_read_as_the_models_own(pair):
     assert all(tensor.is_contiguous() for tensor in read.values())
 
 
-def test_the_model_its_settings_build_gives_the_same_logits(pair):
+def test_a_model_built_from_the_authors_settings_gives_the_same_logits(pair):
     model, folder = pair
     chat = read_internvl_chat(folder)
     built = InternVLForConditionalGeneration(AutoConfig.for_model(**chat.shape())).eval()
     weights = SafetensorsWeights(folder, chat.layout())
     built.load_state_dict(dict(weights.read(list(weights.names), CPU)))
     with torch.no_grad():
-        found, wanted = built(**image_batch()).logits, model(**image_batch()).logits
-    assert torch.equal(found, wanted)
-    assert float(wanted.std()) > 0.1
+        actual, expected = built(**image_batch()).logits, model(**image_batch()).logits
+    assert torch.equal(actual, expected)
+    assert float(expected.std()) > 0.1
 
 
-def test_the_targets_of_the_configuration_match_the_modules_of_split_projections(pair):
+def test_the_target_patterns_match_the_split_projections(pair):
     model, _ = pair
     conf = compose(["model=internvl2_5_8b"]).model
     linears = [n for n, one in model.named_modules() if isinstance(one, torch.nn.Linear)]
@@ -269,13 +269,13 @@ def test_the_targets_of_the_configuration_match_the_modules_of_split_projections
     assert not any(re.fullmatch(excluded, name) for name in linears)
 
 
-def test_the_runs_of_a_part_are_where_its_shares_lie():
+def test_rows_of_a_tensor_slice():
     assert TensorSlice(1, 3, 1, 2).rows(12) == [slice(4, 8)]
     assert TensorSlice(2, 4, 0, 2).rows(16) == [slice(0, 4), slice(8, 12)]
     assert TensorSlice(2, 4, 3, 4).rows(16) == [slice(6, 8), slice(14, 16)]
 
 
-def test_a_part_is_written_where_it_is_read():
+def test_a_slice_is_written_to_the_rows_that_it_reads():
     stored = torch.zeros(16, 3)
     tensor = torch.arange(24.0).reshape(8, 3) + 1
     part = TensorSlice(2, 4, 0, 2)
@@ -285,7 +285,7 @@ def test_a_part_is_written_where_it_is_read():
 
 
 @pytest.mark.parametrize("leaf", ["weight", "bias"])
-def test_the_shares_of_a_fused_projection_are_those_of_its_heads(leaf):
+def test_slices_of_a_fused_projection_follow_its_heads(leaf):
     layout = ChatLayout(groups=4, key_value_heads=8)
     here = "model.language_model.layers.3.self_attn"
     assert layout(f"language_model.model.layers.3.attention.wqkv.{leaf}") == {
@@ -301,10 +301,10 @@ def test_the_shares_of_a_fused_projection_are_those_of_its_heads(leaf):
     }
 
 
-class Counted:
-    """An open file that keeps book of the rows that are taken out of its tensors."""
+class RecordingFile:
+    """An open safetensors file that records how many rows of each tensor are read."""
 
-    taken: ClassVar[list[tuple[str, int]]] = []
+    reads: ClassVar[list[tuple[str, int]]] = []
 
     def __init__(self, path, framework, device="cpu"):
         self.file = safe_open(path, framework=framework, device=device)
@@ -317,36 +317,36 @@ class Counted:
         return self.file.__exit__(*why)
 
     def get_slice(self, name):
-        stored, taken = self.file.get_slice(name), self.taken
+        stored, reads = self.file.get_slice(name), self.reads
 
         class Slice:
             get_shape = stored.get_shape
 
             def __getitem__(self, rows):
-                taken.append((name, rows.stop - rows.start))
+                reads.append((name, rows.stop - rows.start))
                 return stored[rows]
 
         return Slice()
 
 
 def test_queries_keys_and_values_read_each_row_once(tmp_path, monkeypatch):
-    tensors = as_authors_write(dict(native_model("internlm2").named_parameters()), "internlm2")
-    folder = written(tmp_path, settings("internlm2"), tensors)
+    tensors = authors_tensors(dict(native_model("internlm2").named_parameters()), "internlm2")
+    folder = write_checkpoint(tmp_path, settings("internlm2"), tensors)
     weights = SafetensorsWeights(folder, read_internvl_chat(folder).layout())
-    Counted.taken.clear()
-    monkeypatch.setattr("emloc.models.checkpoint.weights.safe_open", Counted)
+    RecordingFile.reads.clear()
+    monkeypatch.setattr("emloc.models.checkpoint.weights.safe_open", RecordingFile)
     list(
         weights.read(
             [f"model.language_model.layers.0.self_attn.{one}_proj.weight" for one in "qkv"], CPU
         )
     )
     fused = "language_model.model.layers.0.attention.wqkv.weight"
-    assert Counted.taken == [(fused, rows) for rows in (16, 16, 8, 8, 8, 8)]
+    assert RecordingFile.reads == [(fused, rows) for rows in (16, 16, 8, 8, 8, 8)]
 
 
-def test_rows_that_cannot_be_shared_are_refused(tmp_path):
+def test_a_fused_tensor_with_an_indivisible_number_of_rows_is_refused(tmp_path):
     name = "vision_model.encoder.layers.0.attn.qkv.weight"
-    folder = written(tmp_path, settings("qwen2"), {name: torch.zeros(47, 16)})
+    folder = write_checkpoint(tmp_path, settings("qwen2"), {name: torch.zeros(47, 16)})
     weights = SafetensorsWeights(folder, read_internvl_chat(folder).layout())
     with pytest.raises(ConfigError) as caught:
         list(weights.read(["model.vision_tower.encoder.layer.0.attention.q_proj.weight"], CPU))
@@ -449,29 +449,29 @@ TRUE_SIZES = {
 
 
 @pytest.mark.parametrize("name", TRUE_SIZES)
-def test_settings_at_full_size_are_those_the_project_plans_with(name, tmp_path):
+def test_published_settings_give_the_shapes_in_the_model_files(name, tmp_path):
     vision, text, image_token = TRUE_SIZES[name]
     config = CHAT | {"vision_config": vision, "llm_config": text, "force_image_size": 448}
-    written(tmp_path, config)
+    write_checkpoint(tmp_path, config)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<IMG_CONTEXT>": image_token}))
-    found = read_internvl_chat(tmp_path).shape()
+    actual = read_internvl_chat(tmp_path).shape()
     conf = yaml.safe_load((MODELS / f"{name}.yaml").read_text(encoding="utf-8"))["shape"]
-    rope = found["text_config"].pop("rope_parameters")
+    rope = actual["text_config"].pop("rope_parameters")
     planned = conf["text_config"].pop("rope_parameters")
-    # Dynamic scaling acts beyond max_position_embeddings only, where nothing is planned.
+    # Dynamic scaling changes only positions beyond max_position_embeddings, which no plan reaches.
     assert rope["rope_theta"] == planned["rope_theta"]
     assert rope["rope_type"] == ("default" if text is QWEN2_5_32B else "dynamic")
     for half in ("vision_config", "text_config"):
-        one, other = found.pop(half), conf.pop(half)
+        one, other = actual.pop(half), conf.pop(half)
         assert one | other == one
         assert len(other) >= 12
-    assert found | conf == found
+    assert actual | conf == actual
     assert len(conf) == 5
 
 
-def test_a_configuration_is_built_of_the_settings(tmp_path):
+def test_transformers_builds_a_configuration_from_the_shape(tmp_path):
     config = AutoConfig.for_model(
-        **read_internvl_chat(written(tmp_path, settings("internlm2"))).shape()
+        **read_internvl_chat(write_checkpoint(tmp_path, settings("internlm2"))).shape()
     )
     assert config.image_token_id == 7
     assert config.image_seq_length == 4
@@ -487,9 +487,11 @@ def test_a_configuration_is_built_of_the_settings(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_whether_the_head_is_the_embedding_is_said_by_the_language_model(tied, tmp_path):
+def test_tied_embeddings_are_read_from_the_language_model_settings(tied, tmp_path):
     text = QWEN2 | {"tie_word_embeddings": tied}
-    folder = written(tmp_path, settings("qwen2", llm_config=text, tie_word_embeddings=not tied))
+    folder = write_checkpoint(
+        tmp_path, settings("qwen2", llm_config=text, tie_word_embeddings=not tied)
+    )
     model = InternVLForConditionalGeneration(
         AutoConfig.for_model(**read_internvl_chat(folder).shape())
     )
@@ -497,7 +499,7 @@ def test_whether_the_head_is_the_embedding_is_said_by_the_language_model(tied, t
 
 
 @pytest.mark.parametrize("kind", ["internvl", "llama", None])
-def test_a_folder_of_another_format_is_none_of_it(kind, tmp_path):
+def test_a_folder_in_another_format_is_not_read_as_internvl_chat(kind, tmp_path):
     if kind:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     assert read_internvl_chat(tmp_path) is None
@@ -527,8 +529,8 @@ def test_a_folder_of_another_format_is_none_of_it(kind, tmp_path):
         ),
     ],
 )
-def test_settings_that_transformers_model_cannot_have_are_refused(changed, reason, tmp_path):
-    folder = written(tmp_path, settings("internlm2", **changed))
+def test_settings_that_transformers_does_not_support_are_refused(changed, reason, tmp_path):
+    folder = write_checkpoint(tmp_path, settings("internlm2", **changed))
     with pytest.raises(ConfigError) as caught:
         read_internvl_chat(folder).shape()
     assert str(caught.value) == (
@@ -536,23 +538,25 @@ def test_settings_that_transformers_model_cannot_have_are_refused(changed, reaso
     )
 
 
-def test_an_older_checkpoint_that_says_nothing_of_its_pixel_shuffle_is_refused(tmp_path):
+def test_an_old_checkpoint_without_a_pixel_shuffle_version_is_refused(tmp_path):
     config = settings("internlm2")
     del config["ps_version"]
     with pytest.raises(ConfigError, match="ps_version=v1 is not supported, only v2"):
-        read_internvl_chat(written(tmp_path, config)).shape()
+        read_internvl_chat(write_checkpoint(tmp_path, config)).shape()
 
 
-def test_heads_that_cannot_be_shared_are_refused(tmp_path):
+def test_an_indivisible_number_of_heads_is_refused(tmp_path):
     text = INTERNLM2 | {"num_key_value_heads": 3}
     with pytest.raises(
         ConfigError, match="4 attention heads are not divisible by 3 key/value heads"
     ):
-        read_internvl_chat(written(tmp_path, settings("internlm2", llm_config=text))).layout()
+        read_internvl_chat(
+            write_checkpoint(tmp_path, settings("internlm2", llm_config=text))
+        ).layout()
 
 
-def test_a_folder_whose_tokenizer_knows_no_image_is_refused(tmp_path):
-    folder = written(tmp_path, settings("qwen2"))
+def test_a_tokenizer_without_image_tokens_is_refused(tmp_path):
+    folder = write_checkpoint(tmp_path, settings("qwen2"))
     (folder / "added_tokens.json").unlink()
     with pytest.raises(ConfigError) as caught:
         read_internvl_chat(folder).shape()
@@ -581,12 +585,12 @@ TOKENS = {"<img>": 6, "<IMG_CONTEXT>": 7}
         ),
     ],
 )
-def test_added_tokens_are_found_in_any_file_that_has_them(file, content, tmp_path):
+def test_added_tokens_are_read_from_each_file_that_can_hold_them(file, content, tmp_path):
     (tmp_path / file).write_text(json.dumps(content))
     assert added_tokens(tmp_path) == TOKENS
 
 
-# (piece, score, kind): 1 normal, 2 unknown, 3 control, 4 user-defined, 6 byte.
+# Entries are (piece, score, kind). Kinds: 1 normal, 2 unknown, 3 control, 4 user-defined, 6 byte.
 BYTES = [(f"<0x{value:02X}>", 0.0, 6) for value in range(256)]
 MERGED = ["he", "ll", "hell", "hello", "▁w", "or", "▁wor", "ld", "▁world", "▁▁", "lo", "tok"]
 PIECES = [
@@ -603,7 +607,7 @@ AFTER = len(PIECES)
 
 
 def sentencepiece_folder(folder: Path, prefix: bool = False, extra: bool = False, **config) -> Path:
-    """InternLM2's files, around a SentencePiece model of a few pieces."""
+    """Write the tokenizer files of InternLM2, with a SentencePiece model of a few pieces."""
     folder.mkdir(parents=True, exist_ok=True)
     proto = import_protobuf().ModelProto()
     for piece, score, kind in PIECES:
@@ -632,7 +636,7 @@ def sentencepiece_folder(folder: Path, prefix: bool = False, extra: bool = False
     return folder
 
 
-# What SentencePiece 0.2.3 itself makes of these texts with that model.
+# The token ids that SentencePiece 0.2.3 computes for these texts with this model.
 EXPECTED = {
     (False, False): {
         "hello world": [262, 267],
@@ -663,16 +667,16 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize(("prefix", "extra"), EXPECTED)
-def test_a_text_has_the_ids_that_sentencepiece_gives_it(prefix, extra, tmp_path):
+def test_token_ids_equal_those_of_sentencepiece(prefix, extra, tmp_path):
     tokenizer = tokenizer_of(sentencepiece_folder(tmp_path, prefix, extra))
-    found = {
+    actual = {
         text: tokenizer(text, add_special_tokens=False).input_ids
         for text in EXPECTED[prefix, extra]
     }
-    assert found == EXPECTED[prefix, extra]
+    assert actual == EXPECTED[prefix, extra]
 
 
-def test_added_tokens_stand_for_pieces_or_behind_them_and_the_start_comes_first(tmp_path):
+def test_added_tokens_replace_or_follow_pieces_and_texts_begin_with_the_start_token(tmp_path):
     tokenizer = tokenizer_of(sentencepiece_folder(tmp_path))
     [w, world] = tokenizer.convert_tokens_to_ids(["▁w", "▁world"])
     ids = tokenizer("<|im_start|> world<IMG_CONTEXT><IMG_CONTEXT> w").input_ids
@@ -687,13 +691,13 @@ def test_added_tokens_stand_for_pieces_or_behind_them_and_the_start_comes_first(
     assert tokenizer.apply_chat_template(turns, tokenize=False) == "<s>hello"
 
 
-def test_start_and_end_are_added_as_the_settings_say(tmp_path):
+def test_start_and_end_tokens_follow_the_settings(tmp_path):
     folder = sentencepiece_folder(tmp_path, add_bos_token=False, add_eos_token=True)
     tokenizer = tokenizer_of(folder)
     assert tokenizer("hello").input_ids == [PIECES.index(("hello", -3.0, 1)), 2]
 
 
-def test_internlm2_files_that_make_no_tokenizer_are_refused(tmp_path):
+def test_broken_internlm2_tokenizer_files_are_refused(tmp_path):
     folder = sentencepiece_folder(tmp_path / "unigram", model_type=1)
     with pytest.raises(ConfigError, match=r"tokenizer\.model: no BPE model; set model"):
         tokenizer_of(folder)
@@ -707,8 +711,8 @@ def test_internlm2_files_that_make_no_tokenizer_are_refused(tmp_path):
 
 
 def qwen2_folder(folder: Path) -> Path:
-    """Qwen2's files, one token per byte, in a folder with the authors' config.json."""
-    written(folder, settings("qwen2"))
+    """Write tokenizer files of Qwen2 with one token per byte, beside the authors' config.json."""
+    write_checkpoint(folder, settings("qwen2"))
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*letters, "hi"])}
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
@@ -730,7 +734,7 @@ def qwen2_folder(folder: Path) -> Path:
     return folder
 
 
-def test_qwen2_files_make_their_tokenizer_beside_settings_of_an_unknown_model(tmp_path):
+def test_a_qwen2_tokenizer_loads_although_the_model_type_is_unknown(tmp_path):
     folder = qwen2_folder(tmp_path)
     config = AutoConfig.for_model(**read_internvl_chat(folder).shape())
     assert config.image_token_id == 261
@@ -752,7 +756,7 @@ def source_of(folder: Path) -> Source:
     return Source(folder, "tiny", "folder", torch.float32, AutoModelForImageTextToText)
 
 
-def test_a_source_in_the_authors_format_is_the_same_model(pair):
+def test_a_source_in_the_authors_format_loads_the_same_model(pair):
     model, folder = pair
     source = source_of(folder)
     loaded = source.load(CPU)
@@ -787,11 +791,13 @@ def test_an_adapter_is_merged_into_the_rows_of_fused_tensors(pair, tmp_path):
         torch.testing.assert_close(parameter, model.get_parameter(name) + delta)
 
 
-def test_a_checkpoint_with_dynamic_positions_is_planned_with(tmp_path):
-    blocks = DecoderBlocks(source_of(written(tmp_path, settings("internlm2"))))
+def test_a_checkpoint_with_dynamic_positions_can_be_planned(tmp_path):
+    blocks = DecoderBlocks(source_of(write_checkpoint(tmp_path, settings("internlm2"))))
     model = blocks.first(2)
-    found = model.model.language_model(input_ids=torch.zeros(1, 8, dtype=torch.long, device="meta"))
-    assert found.last_hidden_state.shape == (1, 8, 32)
+    actual = model.model.language_model(
+        input_ids=torch.zeros(1, 8, dtype=torch.long, device="meta")
+    )
+    assert actual.last_hidden_state.shape == (1, 8, 32)
 
 
 def test_a_source_in_the_authors_format_has_its_tokenizer(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from walked import MODELS, batches_of, made, watch
+from walked import MODELS, batches_of, model_and_blocks, record_block_tensors
 
 from emloc.calibration.blockwise import iterate_blocks
 from emloc.calibration.offload import OffloadedTensors, OffloadPool, tensors_in
@@ -149,17 +149,17 @@ def test_tensors_are_found_in_whatever_holds_them():
 @pytest.mark.parametrize("host_bytes", [None, 0, 9000])
 @pytest.mark.parametrize("kind", MODELS)
 def test_blocks_take_and_give_the_very_bits_of_a_whole_pass(kind, host_bytes, tmp_path):
-    model, names = made(kind)
-    expected = watch(model, names)
+    model, names = model_and_blocks(kind)
+    expected = record_block_tensors(model, names)
     for one in batches_of(kind):
         model(**one, use_cache=False)
-    twin, _ = made(kind)
+    twin, _ = model_and_blocks(kind)
     given, files = batches_of(kind), []
     run = iterate_blocks(twin, given, names, CPU, host_bytes=host_bytes, folder=tmp_path)
     found = {}
     for block in run:
         files.append(mapped(tmp_path))
-        seen = watch(twin, [block.name])
+        seen = record_block_tensors(twin, [block.name])
         block.run(lambda _: files.append(mapped(tmp_path)))
         found |= seen
     assert names[0].startswith("model.vision_tower" if kind == "internvl" else "model.layers.0")
@@ -180,7 +180,7 @@ def test_a_limit_on_host_memory_leaves_part_of_it_there(tmp_path):
     """Fewer files than with none, more than without a limit."""
     counts = []
     for host_bytes in (0, 9000, 10**9):
-        model, names = made("llama")
+        model, names = model_and_blocks("llama")
         run = iterate_blocks(
             model, batches_of("llama"), names, CPU, host_bytes=host_bytes, folder=tmp_path
         )
@@ -193,7 +193,7 @@ def test_a_limit_on_host_memory_leaves_part_of_it_there(tmp_path):
 
 def test_no_keys_and_values_are_kept_where_another_model_would_keep_them():
     """InternVL's own forward has no `use_cache`; its language model has."""
-    model, names = made("internvl")
+    model, names = model_and_blocks("internvl")
     caches = []
     for name in names[2:]:
         model.get_submodule(name).register_forward_pre_hook(

@@ -1,4 +1,4 @@
-"""A part that forgets a method is refused where it is made, by the names of what it forgot."""
+"""A part with missing methods is refused by their names when it is created."""
 
 from dataclasses import dataclass
 
@@ -19,28 +19,28 @@ from emloc.stages.run_config import instantiate
 
 @dataclass(frozen=True, kw_only=True)
 class HalfEmulator(Emulator):
-    """Says what it builds, and neither how it is opened nor what it leaves out."""
+    """Defines `plan` and `build`, but not how the emulator is opened and its residual."""
 
     width: int = 3
 
     def plan(self, source, layers, budget):
         return None
 
-    def build(self, folder, source, given, *, device, host_bytes=None):
+    def build(self, folder, source, build_inputs, *, device, host_bytes=None):
         return {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class HalfAdapter(Lora):
-    """All of it is inherited."""
+    """Inherits all methods."""
 
 
 class BareAdapter(Adapter):
-    """Nothing is."""
+    """Defines no method."""
 
 
 class BareRecovery(Recovery):
-    """Carries nothing."""
+    """Defines no method to recover an adapter."""
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ class BareRecovery(Recovery):
         (BareRecovery, "recover", "emloc.recovery.Recovery"),
     ],
 )
-def test_a_part_that_forgets_a_method_is_refused_by_its_name(cls, missing, group):
+def test_a_part_with_missing_methods_is_refused_by_their_names(cls, missing, group):
     with pytest.raises(ConfigError) as caught:
         cls()
     assert str(caught.value) == (
@@ -60,18 +60,18 @@ def test_a_part_that_forgets_a_method_is_refused_by_its_name(cls, missing, group
     )
 
 
-def test_so_is_one_that_a_configuration_names():
+def test_a_configured_part_with_missing_methods_is_refused():
     node = OmegaConf.create({"_target_": f"{__name__}.HalfEmulator", "width": 4})
     with pytest.raises(ConfigError, match=r"HalfEmulator does not define open, residual, which"):
         instantiate(node)
 
 
 @pytest.mark.parametrize("cls", [Full, Lora, Dora, HalfAdapter, NoAdapter, NoRecovery])
-def test_a_part_that_defines_all_of_them_is_made(cls):
+def test_a_part_with_all_methods_is_created(cls):
     assert cls() == cls()
 
 
-def test_what_trains_nothing_is_asked_for_nothing():
+def test_an_adapter_that_trains_nothing_needs_no_methods():
     assert not NoAdapter().trains
     assert not isinstance(NoAdapter(), Adapter)
     assert Lora().trains

@@ -1,4 +1,4 @@
-"""A packed format is one class and one YAML: what it says, and what all others find out from it."""
+"""A packed format is one class and one YAML file; all other code uses its interface."""
 
 import copy
 from dataclasses import replace
@@ -36,7 +36,7 @@ def matrix(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> torc
 
 @pytest.fixture
 def folders(monkeypatch):
-    """Have these folders searched for YAML files behind the package's own."""
+    """Function that adds folders to the search path of YAML files, after those of the package."""
 
     def also(*more):
         monkeypatch.setattr("emloc.config.paths.conf_folders", lambda: [CONF, *more])
@@ -55,32 +55,35 @@ def two_of_four_bits(tmp_path, folders):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_number_is_at_most_half_a_step_from_what_it_was(shape):
+def test_the_rounding_error_is_at_most_half_a_step(shape):
     w = matrix(*shape, torch.float32)
     flat = nn.functional.pad(w.flatten(), (0, -w.numel() % 64)).view(-1, 64)
     steps = (flat.abs().amax(1, keepdim=True) / 3).expand_as(flat).flatten()[: w.numel()]
     apart = (TOY.quantize(w).dequantize() - w).abs().flatten()
-    assert (apart <= 0.502 * steps).all()  # a scale is rounded to 16 bits
+    # A scale is rounded to 16 bits, hence a little more than half.
+    assert (apart <= 0.502 * steps).all()
     assert apart.max() > 0.2 * steps.max() or w.numel() < 8
 
 
 @pytest.mark.parametrize("precision", [NF4, TOY], ids=["nf4", "three_bits"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bytes_file_and_place_follow_from_the_layout(tmp_path, shape, precision):
-    held = precision.quantize(matrix(*shape))
-    assert held.nbytes == precision.nbytes(*shape)
+def test_bytes_file_and_empty_matrix_follow_from_the_layout(tmp_path, shape, precision):
+    packed = precision.quantize(matrix(*shape))
+    assert packed.nbytes == precision.nbytes(*shape)
     nowhere = precision.meta_matrix(*shape, torch.bfloat16)
-    assert nowhere.nbytes == held.nbytes
+    assert nowhere.nbytes == packed.nbytes
     assert {one.device.type for one in nowhere.parts.values()} == {"meta"}
-    assert {one.device.type for one in held.to(torch.device("meta")).parts.values()} == {"meta"}
-    save_file(held.tensors("layer.v"), tmp_path / "file.safetensors")
-    found = precision.from_tensors("layer.v", load_file(tmp_path / "file.safetensors"))
-    assert (found.shape, found.dtype) == (held.shape, held.dtype) == (shape, torch.bfloat16)
-    assert torch.equal(found.dequantize(), held.dequantize())
+    assert {one.device.type for one in packed.to(torch.device("meta")).parts.values()} == {"meta"}
+    save_file(packed.tensors("layer.v"), tmp_path / "file.safetensors")
+    restored = precision.from_tensors("layer.v", load_file(tmp_path / "file.safetensors"))
+    assert (
+        (restored.shape, restored.dtype) == (packed.shape, packed.dtype) == (shape, torch.bfloat16)
+    )
+    assert torch.equal(restored.dequantize(), packed.dequantize())
     buffer = torch.full((shape[0] + 3, shape[1]), 7.0, dtype=torch.bfloat16)
     top = buffer[: shape[0]]
-    assert held.dequantize(top) is top
-    assert torch.equal(top, held.dequantize())
+    assert packed.dequantize(top) is top
+    assert torch.equal(top, packed.dequantize())
     assert (buffer[shape[0] :] == 7).all()
 
 
@@ -90,15 +93,15 @@ def test_three_bits_are_packed_tightly():
 
 
 def test_a_matrix_of_other_settings_is_refused():
-    held = TOY.quantize(matrix(16, 32)).tensors("v")
+    tensors = TOY.quantize(matrix(16, 32)).tensors("v")
     other = replace(TOY, group=32)
     with pytest.raises(ValueError, match=r"precision=three_bits: a matrix \(16, 32\) is packed as"):
-        other.from_tensors("v", held)
+        other.from_tensors("v", tensors)
     with pytest.raises(KeyError):
-        NF4.from_tensors("v", held)
+        NF4.from_tensors("v", tensors)
 
 
-def test_a_format_that_contradicts_its_layout_is_found_out():
+def test_a_format_that_contradicts_its_layout_is_refused():
     class Wrong(ThreeBits):
         def pack(self, matrix):
             return super().pack(matrix) | {"scales": torch.zeros(1)}
@@ -107,7 +110,7 @@ def test_a_format_that_contradicts_its_layout_is_found_out():
         Wrong(name="wrong", bits=3, group=64).quantize(matrix(16, 32))
 
 
-def test_a_format_without_one_of_its_methods_cannot_be_made():
+def test_a_format_with_missing_methods_is_refused():
     class Half(Precision):
         def layout(self, rows, columns):
             return {}
@@ -116,29 +119,36 @@ def test_a_format_without_one_of_its_methods_cannot_be_made():
         Half(name="half", bits=3)
 
 
-def test_the_key_holds_name_bits_and_settings_and_no_place_of_the_class():
+def test_the_key_contains_name_bits_and_settings_but_no_module():
     assert TOY.key == {"name": "three_bits", "bits": 3, "group": 64}
     keys = [
-        BuildInputs(None, None, None, held).key for held in (None, NF4, TOY, replace(TOY, group=32))
+        BuildInputs(None, None, None, precision).key
+        for precision in (None, NF4, TOY, replace(TOY, group=32))
     ]
     assert keys[0][-1] == 16
     assert len({str(key) for key in keys}) == 4
-    assert [BuildInputs(None, None, None, held).bits for held in (None, NF4, TOY)] == [16, 4, 3]
+    assert [BuildInputs(None, None, None, precision).bits for precision in (None, NF4, TOY)] == [
+        16,
+        4,
+        3,
+    ]
 
 
 # The layers --------------------------------------------------------------------------------------
 
 
-def whole(bias=None, dtype=torch.float32) -> PackedLinear:
+def packed_layer(bias=None, dtype=torch.float32) -> PackedLinear:
     return TOY.linear(TOY.quantize(matrix(24, 40, dtype)), bias)
 
 
 @pytest.mark.parametrize("bias", [None, torch.arange(24.0)], ids=["no bias", "bias"])
-def test_a_layer_multiplies_by_its_matrix_and_keeps_nothing(bias):
-    layer, kept = whole(bias), []
+def test_a_layer_multiplies_by_its_matrix_and_saves_no_tensor(bias):
+    layer, saved_tensors = packed_layer(bias), []
     x = torch.randn(2, 3, 40, requires_grad=True)
     twin = x.detach().clone().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one), lambda one: one):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda one: saved_tensors.append(one), lambda one: one
+    ):
         y = layer(x)
     expected = nn.functional.linear(twin, layer.matrix.dequantize(), bias)
     torch.testing.assert_close(y, expected)
@@ -146,23 +156,23 @@ def test_a_layer_multiplies_by_its_matrix_and_keeps_nothing(bias):
     y.backward(slope)
     expected.backward(slope)
     torch.testing.assert_close(x.grad, twin.grad)
-    assert kept == []
+    assert saved_tensors == []
     assert set(layer.state_dict()) == ({"bias"} if bias is not None else set())
     assert repr(layer) == "PackedLinear(in_features=40, out_features=24, precision=three_bits)"
 
 
-def test_a_cast_rounds_no_scale():
-    layer = whole()
+def test_a_cast_keeps_the_scales():
+    layer = packed_layer()
     twin = copy.deepcopy(layer).to(torch.bfloat16)
     assert twin(torch.randn(3, 40).bfloat16()).dtype == torch.bfloat16
     assert torch.equal(twin.float().matrix.dequantize(), layer.matrix.dequantize())
-    held = sum(buffer.nbytes for buffer in layer.buffers())
-    assert held == TOY.nbytes(24, 40)
+    nbytes = sum(buffer.nbytes for buffer in layer.buffers())
+    assert nbytes == TOY.nbytes(24, 40)
 
 
 @pytest.fixture(params=["thin", "whole"])
 def tuned(request):
-    """A tiny Llama of three bits under PEFT's LoRA, whose B is not zero."""
+    """A tiny Llama in three bits with a PEFT LoRA whose B is not zero."""
     llama, modules = tiny_llama(tiny_tokenizer(chat=True)), {}
     for name, layer in llama.named_modules():
         if name.endswith("_proj") and request.param == "thin":
@@ -178,7 +188,7 @@ def tuned(request):
     return model.train()
 
 
-def test_a_fused_layer_computes_and_learns_as_peft_does(tuned):
+def test_a_fused_layer_gives_the_outputs_and_gradients_of_peft(tuned):
     results = []
     for model in (copy.deepcopy(tuned), tuned):
         if model is tuned:
@@ -193,14 +203,14 @@ def test_a_fused_layer_computes_and_learns_as_peft_does(tuned):
         torch.testing.assert_close(results[1][1][name], grad, rtol=1e-4, atol=1e-6)
 
 
-def test_folding_an_adapter_into_packed_weights_fails_aloud():
-    layer = nn.Sequential(whole(torch.zeros(24)))
+def test_merging_an_adapter_into_packed_weights_is_refused():
+    layer = nn.Sequential(packed_layer(torch.zeros(24)))
     config = LoraConfig(r=2, lora_alpha=2, target_modules=["0"])
     with pytest.raises(RuntimeError, match="size of tensor"):
         get_peft_model(layer, config).merge_and_unload()
 
 
-def test_packed_layers_are_never_opened_without_their_format():
+def test_packed_layers_are_not_opened_without_their_format():
     with pytest.raises(ValueError, match="but precision is None"):
         load_quantized(None, ["model.layers.0.mlp.up_proj"], torch.device("cpu"), None)
 
@@ -214,7 +224,7 @@ def refusal(*overrides: str) -> str:
     return str(refused.value)
 
 
-def test_the_bits_choose_the_format_of_that_width(folders):
+def test_compression_bits_select_the_format(folders):
     assert build(compose()).precision is None
     assert build(compose(["compression.bits=4"])).precision == NF4
     folders(THREE_BITS / "conf")
@@ -224,15 +234,15 @@ def test_the_bits_choose_the_format_of_that_width(folders):
     assert widths() == {"nf4": 4, "three_bits": 3}
 
 
-def test_a_width_that_no_format_has_is_refused_with_those_there_are(folders):
-    said = "compression.bits=3: there is no format of that width, only of"
-    assert refusal("compression.bits=3") == f"{said} 16, 4; set compression.bits=16"
+def test_bits_without_a_format_are_refused_with_the_available_bits(folders):
+    message = "compression.bits=3: there is no format of that width, only of"
+    assert refusal("compression.bits=3") == f"{message} 16, 4; set compression.bits=16"
     folders(THREE_BITS / "conf")
-    said = said.replace("=3", "=5")
-    assert refusal("compression.bits=5") == f"{said} 16, 4, 3; set compression.bits=16"
+    message = message.replace("=3", "=5")
+    assert refusal("compression.bits=5") == f"{message} 16, 4, 3; set compression.bits=16"
 
 
-def test_of_two_formats_of_one_width_one_has_to_be_named(two_of_four_bits):
+def test_two_formats_with_equal_bits_need_a_name(two_of_four_bits):
     assert refusal("compression.bits=4") == (
         "compression.bits=4: nf4 and other have that width; set precision=nf4"
     )
@@ -244,7 +254,7 @@ def test_of_two_formats_of_one_width_one_has_to_be_named(two_of_four_bits):
     assert precision_of(4, other) == other
 
 
-def test_a_format_of_other_bits_than_the_compression_is_refused():
+def test_a_format_with_other_bits_than_the_compression_is_refused():
     assert refusal("precision=nf4") == (
         "precision=nf4 is a format of 4 bits, and compression.bits=16; set compression.bits=4, or "
         "precision=null"
@@ -253,7 +263,7 @@ def test_a_format_of_other_bits_than_the_compression_is_refused():
     assert build(compose(["precision=nf4", "compression=auto"])).precision == NF4
 
 
-def test_bits_that_a_format_has_not_are_refused():
+def test_bits_that_a_format_does_not_support_are_refused():
     assert refusal("precision=nf4", "precision.bits=5", "compression.bits=5") == (
         "precision.bits=5: precision=nf4 has 4 bits; set precision.bits=4"
     )
@@ -261,7 +271,7 @@ def test_bits_that_a_format_has_not_are_refused():
         replace(TOY, bits=16)
 
 
-def test_a_yaml_that_says_no_bits_is_named(tmp_path, folders):
+def test_a_yaml_without_bits_is_refused_by_name(tmp_path, folders):
     (tmp_path / "precision").mkdir()
     file = tmp_path / "precision" / "mute.yaml"
     file.write_text("_target_: three_bits.ThreeBits\nname: mute\n")
@@ -269,7 +279,7 @@ def test_a_yaml_that_says_no_bits_is_named(tmp_path, folders):
     assert refusal("compression.bits=4").startswith(f"{file}: `bits` is not set to a whole number")
 
 
-def test_a_width_is_called_by_its_format_where_that_is_plain(folders, tmp_path):
+def test_bits_are_labelled_by_their_format_if_it_is_unique(folders, tmp_path):
     assert [width_name(4), width_name(3)] == ["nf4", "3 bit"]
     folders(THREE_BITS / "conf")
     assert width_name(3) == "three_bits"

@@ -1,11 +1,11 @@
-"""A reader by the checkpoint's own processor: what the processor gives for prompts, and answers."""
+"""The reader that uses the checkpoint's own processor, and the answers that it appends."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from pictured import encoded, picture, save_gemma
+from pictured import image_bytes, lazy_image, save_gemma
 from tiny import save_checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
@@ -41,7 +41,7 @@ def model(folder):
 
 
 def row(question: str, answer: str, *seeds: int, size: tuple[int, int] = (28, 28)) -> Example:
-    images = tuple(picture(f"{seed}", encoded(*size, seed)) for seed in seeds)
+    images = tuple(lazy_image(f"{seed}", image_bytes(*size, seed)) for seed in seeds)
     return Example("row/3", question, answer, images=images)
 
 
@@ -60,7 +60,10 @@ def rows(reader):
 
 
 def own(folder: Path, examples: list[Example]) -> dict[str, torch.Tensor]:
-    """The processor's own batch: each begins once, though template and tokenizer both begin it."""
+    """Return the batch that the processor makes.
+
+    The start token occurs once, although template and tokenizer both add it.
+    """
     talks = []
     for one in examples:
         images = [{"type": "image", "image": image.open()} for image in one.images]
@@ -75,40 +78,40 @@ def own(folder: Path, examples: list[Example]) -> dict[str, torch.Tensor]:
 
 
 def cut(one):
-    """As lm-eval is shown it: the prompt alone."""
+    """Return the prompt alone, as for generation in lm-eval."""
     return replace(one, input_ids=one.input_ids[: one.answer_start])
 
 
 # Prompts -----------------------------------------------------------------------------------------
 
 
-def test_a_batch_of_prompts_is_the_processors_own(folder, reader, rows):
+def test_a_batch_of_prompts_equals_that_of_the_processor(folder, reader, rows):
     expected = own(folder, SHOWN)
-    found = reader.collate([cut(one) for one in rows if one.images], answers_only=False)
-    assert set(found) == set(expected)
-    assert {"input_ids", "attention_mask", "token_type_ids", "pixel_values"} <= set(found)
+    actual = reader.collate([cut(one) for one in rows if one.images], answers_only=False)
+    assert set(actual) == set(expected)
+    assert {"input_ids", "attention_mask", "token_type_ids", "pixel_values"} <= set(actual)
     for name, values in expected.items():
-        assert torch.equal(found[name], values), name
+        assert torch.equal(actual[name], values), name
 
 
-def test_a_prompt_of_text_alone_and_images_without_a_word_are_the_processors_too(folder, reader):
+def test_prompts_without_images_or_without_text_equal_those_of_the_processor(folder, reader):
     for example in (ROWS[2], replace(ROWS[0], prompt="")):
         one = reader.encode(example)
         assert cut(one).input_ids == own(folder, [example])["input_ids"][0].tolist()
         assert one.images == example.images
 
 
-def test_prompt_and_answer_in_words(reader, rows):
+def test_prompt_and_answer_as_text(reader, rows):
     places = f"\n\n<boi>{'<image>' * 4}<eoi>\n\n"
-    told = [reader.tokenizer.decode(one.input_ids, skip_special_tokens=False) for one in rows]
-    for example, text in zip(ROWS, told, strict=True):
-        asked = f"{places * len(example.images)}{example.prompt}"
-        turns = f"<|im_start|>user\n{asked}{END}\n<|im_start|>assistant\n"
+    texts = [reader.tokenizer.decode(one.input_ids, skip_special_tokens=False) for one in rows]
+    for example, text in zip(ROWS, texts, strict=True):
+        prompt = f"{places * len(example.images)}{example.prompt}"
+        turns = f"<|im_start|>user\n{prompt}{END}\n<|im_start|>assistant\n"
         assert text == f"<s>{turns}{example.target}{END}"
 
 
 def with_template(folder: Path, home: Path, old: str, new: str) -> ProcessorReader:
-    """A reader whose chat template says something else."""
+    """Return a reader whose chat template contains `new` instead of `old`."""
     processor = AutoProcessor.from_pretrained(folder)
     processor.chat_template = processor.chat_template.replace(old, new)
     processor.save_pretrained(home)
@@ -116,7 +119,7 @@ def with_template(folder: Path, home: Path, old: str, new: str) -> ProcessorRead
     return read_by(home)
 
 
-def test_where_no_template_writes_the_first_token_the_tokenizer_does(folder, tmp_path):
+def test_the_tokenizer_adds_the_start_token_if_the_template_does_not(folder, tmp_path):
     reader = with_template(folder, tmp_path, "{{ bos_token }}", "")
     for example in (ROWS[0], ROWS[2]):
         ids = reader.encode(example).input_ids
@@ -126,7 +129,7 @@ def test_where_no_template_writes_the_first_token_the_tokenizer_does(folder, tmp
 # Answers -----------------------------------------------------------------------------------------
 
 
-def test_kinds_of_tokens_are_the_processors_and_none_behind_the_prompt(folder, reader, rows):
+def test_token_types_equal_those_of_the_processor_and_are_zero_in_answers(folder, reader, rows):
     batch = reader.collate(rows)
     length = batch["input_ids"].shape[1]
     assert batch["token_type_ids"].shape == (len(rows), length)
@@ -134,19 +137,19 @@ def test_kinds_of_tokens_are_the_processors_and_none_behind_the_prompt(folder, r
         start = length - len(one.input_ids)
         expected = torch.zeros(length, dtype=torch.long)
         if example.images:
-            said = own(folder, [example])["token_type_ids"][0]
-            assert said.sum() == 4 * len(example.images)
-            expected[start : start + one.answer_start] = said
+            token_types = own(folder, [example])["token_type_ids"][0]
+            assert token_types.sum() == 4 * len(example.images)
+            expected[start : start + one.answer_start] = token_types
         assert torch.equal(kinds, expected)
 
 
-def test_answers_and_their_end_are_learnt_and_nothing_else(reader, rows):
+def test_only_answers_and_their_end_tokens_are_labels(reader, rows):
     for example, labels in zip(ROWS, reader.collate(rows)["labels"], strict=True):
         learnt = reader.tokenizer.decode(labels[labels != IGNORE], skip_special_tokens=False)
         assert learnt == f"{example.target}{END}"
 
 
-def test_a_row_in_a_padded_batch_is_read_as_it_is_alone(reader, model, rows):
+def test_a_row_gives_equal_logits_alone_and_in_a_padded_batch(reader, model, rows):
     with torch.no_grad():
         together = model(**reader.collate(rows, answers_only=False)).logits
         for one, logits in zip(rows, together, strict=True):
@@ -154,7 +157,7 @@ def test_a_row_in_a_padded_batch_is_read_as_it_is_alone(reader, model, rows):
             torch.testing.assert_close(logits[-len(alone) :], alone, atol=1e-5, rtol=0)
 
 
-def test_pixels_are_of_the_models_dtype_and_in_the_order_of_the_images(folder, reader, rows):
+def test_pixels_have_the_dtype_of_the_model_and_the_order_of_the_images(folder, reader, rows):
     expected = own(folder, SHOWN)["pixel_values"]
     assert expected.shape == (4, 3, 28, 28)
     assert torch.equal(reader.collate(rows)["pixel_values"], expected)
@@ -169,21 +172,21 @@ def test_pixels_are_of_the_models_dtype_and_in_the_order_of_the_images(folder, r
 @pytest.mark.parametrize("field", ["prompt", "target"])
 @pytest.mark.parametrize("token", ["<boi>", "<image>"])
 @pytest.mark.parametrize("example", [ROWS[0], ROWS[2]], ids=["shown", "text alone"])
-def test_a_text_that_holds_an_images_place_is_refused(reader, example, token, field):
-    held = replace(example, **{field: f"a {token} b"})
+def test_a_text_that_contains_an_image_token_is_refused(reader, example, token, field):
+    changed_example = replace(example, **{field: f"a {token} b"})
     with pytest.raises(ConfigError, match=rf"^row/3: the text holds {token}, which stands for an "):
-        reader.encode(held)
+        reader.encode(changed_example)
 
 
-def test_a_template_that_shows_no_image_is_refused(folder, tmp_path):
+def test_a_template_without_images_is_refused(folder, tmp_path):
     reader = with_template(folder, tmp_path, "<boi>", "")
     with pytest.raises(ConfigError, match=r"^row/3: 1 images do not fit their places") as caught:
         reader.encode(ROWS[0])
     assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_without_a_processor_of_images_is_refused(tmp_path):
-    """Before anything is encoded."""
+def test_a_checkpoint_without_an_image_processor_is_refused(tmp_path):
+    """The error is raised before any row is encoded."""
     save_checkpoint(tmp_path)
     with pytest.raises(ConfigError, match=r"has no processor of images \(preprocessor_config.json"):
         read_by(tmp_path)

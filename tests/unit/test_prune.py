@@ -1,4 +1,4 @@
-"""Which units there are, how much they matter, which are kept, and what the smaller model gives."""
+"""Structured pruning: prunable units, their scores, the selection, and the pruned model."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from packed import held_at
+from packed import precision_of
 from safetensors.torch import load_file
 from tiny import (
     TINY_INTERNVL,
@@ -58,7 +58,7 @@ def prune(**changes) -> Prune:
 
 
 def qwen2(tokenizer) -> Qwen2ForCausalLM:
-    """Two blocks with biases on q, k and v that are not zero."""
+    """Return a random Qwen2 with two blocks and non-zero biases on q, k and v."""
     sizes = tiny_llama(tokenizer).config.to_dict()
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     heads = ("num_attention_heads", "num_key_value_heads")
@@ -97,11 +97,13 @@ def samples(count=5) -> Samples:
 
 
 def built_emulator(folder, source, emulator, ratio=0.5, bits=16, of="linears"):
-    """The facts of an emulator that was built into `folder`, and its model."""
+    """Build an emulator in `folder` and return its facts and its model."""
     plan = emulator.plan(source, layers_of(source), Compression(ratio, of, bits))
-    given = BuildInputs(plan, None, samples() if emulator.samples else None, held_at(bits))
-    facts = emulator.build(folder, source, given, device=CPU)
-    return facts, emulator.open(folder, source, CPU, precision=held_at(bits))
+    build_inputs = BuildInputs(
+        plan, None, samples() if emulator.samples else None, precision_of(bits)
+    )
+    facts = emulator.build(folder, source, build_inputs, device=CPU)
+    return facts, emulator.open(folder, source, CPU, precision=precision_of(bits))
 
 
 # Which units are kept -----------------------------------------------------------------------------
@@ -109,12 +111,12 @@ def built_emulator(folder, source, emulator, ratio=0.5, bits=16, of="linears"):
 
 @st.composite
 def grouped(draw):
-    """Groups of both kinds, scores, and a budget that holds one unit of each."""
+    """Draw groups of both kinds, scores, and a budget of at least one unit of each group."""
     groups, scores = {}, {}
     for index in range(draw(st.integers(1, 5))):
         kind = draw(st.sampled_from([ATTENTION, MLP]))
         group = UnitGroup(kind, draw(st.integers(1, 12)), draw(st.integers(1, 30)))
-        # A few values only, so that some are equal.
+        # Few different values, so that some scores are equal.
         values = draw(st.lists(st.integers(-5, 5), min_size=group.count, max_size=group.count))
         groups[str(index)] = group
         scores[str(index)] = torch.tensor(values, dtype=torch.float32)
@@ -122,27 +124,27 @@ def grouped(draw):
     return groups, scores, draw(st.integers(minimum_parameters(groups), whole))
 
 
-def size(groups, kept) -> int:
-    return sum(len(kept[name]) * group.size for name, group in groups.items())
+def size(groups, kept_units) -> int:
+    return sum(len(kept_units[name]) * group.size for name, group in groups.items())
 
 
 @given(grouped())
-def test_the_best_units_fill_the_budget_and_no_further_one_would_fit(given):
-    groups, scores, budget = given
-    kept = keep_best(groups, scores, budget)
-    assert size(groups, kept) <= budget
+def test_keep_best_fills_the_budget(problem):
+    groups, scores, budget = problem
+    kept_units = keep_best(groups, scores, budget)
+    assert size(groups, kept_units) <= budget
     for name, group in groups.items():
-        assert len(kept[name]) >= 1
-        assert kept[name].tolist() == sorted(set(kept[name].tolist()))
-        assert kept[name].dtype == torch.int64
-        assert 0 <= int(kept[name][0]) <= int(kept[name][-1]) < group.count
-        if len(kept[name]) < group.count:
-            assert size(groups, kept) + group.size > budget
+        assert len(kept_units[name]) >= 1
+        assert kept_units[name].tolist() == sorted(set(kept_units[name].tolist()))
+        assert kept_units[name].dtype == torch.int64
+        assert 0 <= int(kept_units[name][0]) <= int(kept_units[name][-1]) < group.count
+        if len(kept_units[name]) < group.count:
+            assert size(groups, kept_units) + group.size > budget
 
 
 @given(grouped())
-def test_within_a_group_no_unit_that_is_left_out_is_better_than_one_that_is_kept(given):
-    groups, scores, budget = given
+def test_in_each_group_kept_units_score_at_least_as_high_as_dropped_ones(problem):
+    groups, scores, budget = problem
     for keep in (keep_best, keep_evenly):
         for name, units in keep(groups, scores, budget).items():
             out = [i for i in range(groups[name].count) if i not in units.tolist()]
@@ -151,26 +153,26 @@ def test_within_a_group_no_unit_that_is_left_out_is_better_than_one_that_is_kept
 
 
 @given(grouped(), st.integers(1, 50))
-def test_a_larger_budget_keeps_no_less_of_any_group_in_even_shares(given, more):
-    groups, scores, budget = given
+def test_keep_evenly_with_a_larger_budget_keeps_all_earlier_units(problem, more):
+    groups, scores, budget = problem
     small, large = (keep_evenly(groups, scores, one) for one in (budget, budget + more))
     assert all(set(small[name].tolist()) <= set(large[name].tolist()) for name in groups)
 
 
 @given(grouped())
-def test_even_shares_are_loram_s_counts_and_the_largest_the_budget_holds(given):
-    """A share in exact arithmetic reproduces every count, and the next one up is too much."""
-    groups, scores, budget = given
-    kept = keep_evenly(groups, scores, budget)
-    assert size(groups, kept) <= budget
+def test_keep_evenly_uses_the_counts_of_loram_with_the_largest_share_that_fits(problem):
+    """An exact share gives all counts, and the next larger share exceeds the budget."""
+    groups, scores, budget = problem
+    kept_units = keep_evenly(groups, scores, budget)
+    assert size(groups, kept_units) <= budget
 
     def counts(step, steps):
-        found = {}
+        unit_counts = {}
         for name, group in groups.items():
             p = step * group.count
             up = group.count - (group.count * (steps - step)) // steps
-            found[name] = max(1, up if group.kind == ATTENTION else p // steps)
-        return found
+            unit_counts[name] = max(1, up if group.kind == ATTENTION else p // steps)
+        return unit_counts
 
     steps = 2 * math.lcm(*(group.count for group in groups.values()))
     sizes = [
@@ -179,20 +181,21 @@ def test_even_shares_are_loram_s_counts_and_the_largest_the_budget_holds(given):
     ]
     assert sizes == sorted(sizes)
     best = max(step for step, one in enumerate(sizes, 1) if one <= budget)
-    assert {name: len(units) for name, units in kept.items()} == counts(best, steps)
+    assert {name: len(units) for name, units in kept_units.items()} == counts(best, steps)
 
 
-def test_attention_and_mlp_are_ranked_together_in_their_own_deviations():
-    """Scores of one kind a thousand times those of the other change nothing."""
+def test_scores_of_attention_and_mlp_are_standardised_before_ranking():
+    """Scaling and shifting the scores of one kind changes nothing."""
     groups = {"a": UnitGroup(ATTENTION, 3, 10), "m": UnitGroup(MLP, 3, 10)}
     scores = {"a": torch.tensor([1.0, 2.0, 3.0]), "m": torch.tensor([4e3, 1e3, 2e3])}
-    kept = keep_best(groups, scores, 30)
-    assert {name: units.tolist() for name, units in kept.items()} == {"a": [2], "m": [0, 2]} or {
-        name: units.tolist() for name, units in kept.items()
-    } == {"a": [1, 2], "m": [0]}
+    kept_units = keep_best(groups, scores, 30)
+    assert {name: units.tolist() for name, units in kept_units.items()} == {
+        "a": [2],
+        "m": [0, 2],
+    } or {name: units.tolist() for name, units in kept_units.items()} == {"a": [1, 2], "m": [0]}
     larger = {"a": scores["a"] * 1e6 + 7, "m": scores["m"]}
     again = keep_best(groups, larger, 30)
-    assert all(torch.equal(kept[name], again[name]) for name in groups)
+    assert all(torch.equal(kept_units[name], again[name]) for name in groups)
 
 
 def test_a_budget_below_one_unit_of_each_group_is_refused():
@@ -207,13 +210,13 @@ def test_a_budget_below_one_unit_of_each_group_is_refused():
 # Which units there are ----------------------------------------------------------------------------
 
 
-def test_a_unit_is_a_neuron_or_a_key_value_head_with_its_queries(source):
+def test_a_unit_is_an_mlp_neuron_or_a_key_value_head_with_its_query_heads(source):
     units = units_of(source, layers_of(source), 0, 0)
     assert list(units) == [
         f"model.layers.{i}.{module}" for i in (0, 1) for module in ("self_attn", "mlp")
     ]
     attention, mlp = units["model.layers.1.self_attn"], units["model.layers.1.mlp"]
-    # head_dim 8, two queries a key
+    # The head dimension is 8, with two query heads for each key/value head.
     assert (attention.kind, attention.count) == (ATTENTION, 2)
     assert attention.size == 32 * (16 + 8 + 8 + 16)
     assert [*attention.rows.values(), *attention.columns.values()] == [16, 8, 8, 16]
@@ -222,7 +225,7 @@ def test_a_unit_is_a_neuron_or_a_key_value_head_with_its_queries(source):
     assert sum(one.count * one.size for one in units.values()) == total
 
 
-def test_outer_blocks_and_modules_that_are_not_compressed_whole_have_none(source):
+def test_outer_blocks_and_partly_compressed_modules_have_no_units(source):
     layers = layers_of(source)
     assert {name.split(".")[2] for name in units_of(source, layers, 1, 0)} == {"1"}
     assert {name.split(".")[2] for name in units_of(source, layers, 0, 1)} == {"0"}
@@ -245,7 +248,7 @@ def in_both_halves(source) -> dict[str, tuple[int, int]]:
     return {name: shape for name, shape in source.linears.items() if name.startswith(halves)}
 
 
-def test_a_vision_tower_has_neurons_and_its_attention_stays_whole(vision, caplog):
+def test_only_the_mlps_of_a_vision_tower_are_pruned(vision, caplog):
     assert TINY_INTERNVL["vision_config"]["intermediate_size"] == 24
     units = units_of(vision, in_both_halves(vision), 1, 0)
     assert set(units) == {
@@ -262,27 +265,27 @@ def test_a_vision_tower_has_neurons_and_its_attention_stays_whole(vision, caplog
     assert "mlp" not in caplog.text
 
 
-def test_both_halves_are_pruned_and_run(tmp_path, vision):
+def test_vision_tower_and_language_model_are_pruned(tmp_path, vision):
     emulator, layers = prune(), in_both_halves(vision)
-    given = BuildInputs(
+    build_inputs = BuildInputs(
         emulator.plan(vision, layers, Compression(0.6, "linears", 16)), None, None, None
     )
-    facts = emulator.build(tmp_path, vision, given, device=CPU)
+    facts = emulator.build(tmp_path, vision, build_inputs, device=CPU)
     model = emulator.open(tmp_path, vision, CPU)
     assert facts["parameters"] == sum(one.numel() for one in model.parameters())
     assert 0.55 < facts["share_of_linears"] <= 0.6
     assert facts["whole"]["model.vision_tower.encoder.layer.*.attention.k_proj"] == 2
-    twin = emptied(emulator, tmp_path, vision)
+    twin = with_zeroed_units(emulator, tmp_path, vision)
     with torch.no_grad():
-        found, expected = (one(**image_batch()).logits for one in (model, twin))
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        actual, expected = (one(**image_batch()).logits for one in (model, twin))
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 # The smaller model --------------------------------------------------------------------------------
 
 
-def emptied(emulator, folder, source):
-    """The original with zeros in the columns that read a pruned unit."""
+def with_zeroed_units(emulator, folder, source):
+    """Return the original model with zeros in the columns that read pruned units."""
     model = source.load(CPU)
     for layer in source.linears:
         _, columns = emulator.kept_indices(folder, layer)
@@ -296,48 +299,50 @@ def emptied(emulator, folder, source):
 
 @pytest.mark.parametrize("spread", ["global", "layer"])
 @pytest.mark.parametrize("importance", ["upop", "taylor", "random"])
-def test_the_smaller_model_is_the_original_with_pruned_units_emptied(
+def test_the_pruned_model_equals_the_original_with_zeroed_units(
     tmp_path, source, importance, spread
 ):
-    """Biases included: those of rows that are gone go with them, those of outputs stay."""
+    """Biases of removed rows are removed; biases of outputs stay."""
     emulator = prune(importance=importance, spread=spread)
     facts, model = built_emulator(tmp_path, source, emulator)
-    twin = emptied(emulator, tmp_path, source)
+    twin = with_zeroed_units(emulator, tmp_path, source)
     with torch.no_grad():
-        found, expected = (one(input_ids=IDS).logits for one in (model, twin))
+        actual, expected = (one(input_ids=IDS).logits for one in (model, twin))
         original = source.load(CPU)(input_ids=IDS).logits
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    assert float((found - original).norm()) > 0.01 * float(original.norm())
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert float((actual - original).norm()) > 0.01 * float(original.norm())
     assert facts["parameters"] == sum(one.numel() for one in model.parameters())
     assert facts["bytes"] == 4 * facts["parameters"]
     assert 0.45 < facts["share_of_linears"] <= 0.5
 
 
-def test_what_is_stored_are_indices_scores_and_a_line_for_each_layer(tmp_path, source):
+def test_the_emulator_stores_indices_scores_and_one_line_per_layer(tmp_path, source):
     emulator = prune(importance="upop")
     built_emulator(tmp_path, source, emulator)
     table = json.loads((tmp_path / "layers.json").read_text())
     scores = load_file(tmp_path / "scores.safetensors")
     for layer, (out, into) in layers_of(source).items():
         rows, columns = emulator.kept_indices(tmp_path, layer)
-        kept = [out if rows is None else len(rows), into if columns is None else len(columns)]
+        kept_shape = [out if rows is None else len(rows), into if columns is None else len(columns)]
         line = table[layer]
-        assert line["shape"] == kept
+        assert line["shape"] == kept_shape
         cuts_rows = not layer.endswith(("down_proj", "o_proj"))
         if line["kept"] < line["of"]:
             assert (rows is None, columns is None) == (not cuts_rows, cuts_rows)
-        assert line["kept"] / line["of"] == (kept[0] / out if cuts_rows else kept[1] / into)
+        assert line["kept"] / line["of"] == (
+            kept_shape[0] / out if cuts_rows else kept_shape[1] / into
+        )
         assert scores[layer.rpartition(".")[0]].shape == (line["of"],)
     assert emulator.kept_indices(tmp_path, "lm_head") == (None, None)
     assert emulator.residual(tmp_path, source, "model.layers.0.mlp.up_proj") is None
 
 
-def test_a_share_of_the_model_counts_what_is_never_compressed(tmp_path, source):
+def test_a_share_of_the_model_counts_uncompressed_parameters(tmp_path, source):
     facts, _ = built_emulator(tmp_path, source, prune(), 0.7, of="model")
     assert 0.69 < facts["share_of_model"] <= 0.7
 
 
-def test_a_share_of_one_thing_after_another_prunes_no_less(tmp_path, source):
+def test_a_larger_ratio_keeps_more_parameters(tmp_path, source):
     shares = []
     for ratio in (0.3, 0.5, 0.7):
         folder = tmp_path / str(ratio)
@@ -351,13 +356,13 @@ def test_a_share_of_one_thing_after_another_prunes_no_less(tmp_path, source):
 
 
 def text_batches() -> list[dict[str, torch.Tensor]]:
-    """Batches in which the second half of each row is learnt."""
-    found = []
+    """Return batches whose labels are the second half of each row."""
+    batches = []
     for ids in (IDS, IDS[:1].flip(1)):
         labels = ids.clone()
         labels[:, :14] = IGNORE
-        found.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
-    return found
+        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    return batches
 
 
 def answers(batches) -> int:
@@ -365,14 +370,17 @@ def answers(batches) -> int:
 
 
 def part_of_the_loss(model, batch, batches) -> torch.Tensor:
-    """What a batch adds to the mean over the answer tokens of all; transformers' is in float32."""
+    """Return the summed loss of a batch, divided by the answer tokens of all batches.
+
+    The loss of transformers would be in float32.
+    """
     logits = model(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1)
     labels = batch["labels"][:, 1:].flatten()
     return functional.cross_entropy(logits, labels, reduction="sum") / answers(batches)
 
 
 def in_float64(source):
-    """The model with norms that do not round to float32 on the way."""
+    """Load the model in float64, with norms that do not round to float32."""
     model = source.load(CPU)
     for module in model.modules():
         if type(module) is LlamaRMSNorm:
@@ -390,8 +398,8 @@ def mean_loss(model, batches) -> float:
         return sum(float(part_of_the_loss(model, batch, batches)) for batch in batches)
 
 
-def test_the_score_of_upop_is_minus_the_slope_of_the_loss_in_the_mask(llama):
-    """By central differences in float64, for every head and some neurons."""
+def test_the_upop_score_is_minus_the_derivative_of_the_loss_by_the_mask(llama):
+    """Compared with central differences in float64, for all heads and some neurons."""
     units = units_of(llama, layers_of(llama), 0, 0)
     scores = importance(in_float64(llama), text_batches(), units, "upop", Tokens())
     for name, one in units.items():
@@ -408,7 +416,7 @@ def test_the_score_of_upop_is_minus_the_slope_of_the_loss_in_the_mask(llama):
             assert float(scores[name][unit]) == pytest.approx(-slope, abs=1e-9, rel=1e-6)
 
 
-def test_upop_prunes_what_the_loss_would_most_like_smaller(tmp_path, source):
+def test_upop_prunes_the_units_with_the_lowest_scores(tmp_path, source):
     emulator = prune(importance="upop", spread="layer")
     built_emulator(tmp_path, source, emulator)
     batches = samples().training_batches(source)
@@ -421,7 +429,7 @@ def test_upop_prunes_what_the_loss_would_most_like_smaller(tmp_path, source):
     assert gradient[gone].min() >= gradient[rows].max()
 
 
-def test_taylor_of_one_batch_is_the_whole_gradient_times_the_weights(llama):
+def test_the_taylor_score_of_one_batch_is_the_gradient_times_the_weights(llama):
     units = units_of(llama, layers_of(llama), 0, 0)
     (batch, *_) = text_batches()
     scores = importance(llama.load(CPU), [batch], units, "taylor", Tokens())
@@ -429,18 +437,18 @@ def test_taylor_of_one_batch_is_the_whole_gradient_times_the_weights(llama):
         torch.testing.assert_close(scores[name], summed, atol=1e-14, rtol=1e-10)
 
 
-def test_taylor_of_several_batches_adds_their_magnitudes(llama):
+def test_taylor_scores_of_several_batches_are_summed(llama):
     units = units_of(llama, layers_of(llama), 0, 0)
     scores = importance(llama.load(CPU), text_batches(), units, "taylor", Tokens())
     for name, summed in by_autograd(llama, text_batches(), units).items():
-        # The model's norms round to float32 on the way.
+        # The model's norms round to float32.
         torch.testing.assert_close(scores[name], summed, atol=1e-14, rtol=1e-6)
 
 
 def by_autograd(source, batches, units) -> dict[str, torch.Tensor]:
-    """Sum of |w dL/dw| of each unit with the gradients of all weights at once."""
+    """Sum |w dL/dw| of each unit, with gradients of all weights at once."""
     model = source.load(CPU).requires_grad_(True)
-    found = {name: torch.zeros(one.count, dtype=torch.float64) for name, one in units.items()}
+    scores = {name: torch.zeros(one.count, dtype=torch.float64) for name, one in units.items()}
     for batch in batches:
         model.zero_grad()
         part_of_the_loss(model, batch, batches).backward()
@@ -449,8 +457,8 @@ def by_autograd(source, batches, units) -> dict[str, torch.Tensor]:
                 for layer, size in sizes.items():
                     weight = model.get_submodule(layer).weight
                     each = (weight * weight.grad).detach().abs().sum(1 - dim)
-                    found[name] += each.reshape(-1, size).sum(1)
-    return found
+                    scores[name] += each.reshape(-1, size).sum(1)
+    return scores
 
 
 @pytest.mark.parametrize("kind", ["upop", "taylor"])
@@ -464,12 +472,12 @@ def test_recomputed_blocks_and_the_lean_loss_give_the_same_scores(source, kind):
     runs = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     again = importance(model, text_batches(), units, kind, Tokens(), loss)
-    assert len(runs) == 2 * len(text_batches())  # once more in the backward pass
+    assert len(runs) == 2 * len(text_batches())  # each block runs again in the backward pass
     for name in units:
         torch.testing.assert_close(again[name], plain[name], atol=1e-6, rtol=1e-4)
 
 
-def test_nothing_of_the_scoring_stays_in_the_model(source):
+def test_scoring_leaves_the_model_unchanged(source):
     model = source.load(CPU)
     units = units_of(source, layers_of(source), 0, 0)
     before = model(input_ids=IDS).logits
@@ -483,8 +491,8 @@ def test_nothing_of_the_scoring_stays_in_the_model(source):
 
 
 @pytest.mark.parametrize("kind", ["upop", "taylor"])
-def test_the_number_of_answer_tokens_is_no_matter_of_rounding(llama, kind):
-    """As of a calibration with very many: in float16 gradients would vanish, and no score be 0."""
+def test_scores_do_not_underflow_with_many_answer_tokens(llama, kind):
+    """With float16 gradients would vanish for so many tokens, and all scores would be 0."""
     many = [{key: one.repeat(1, 8) for key, one in batch.items()} for batch in text_batches()] * 8
     units = units_of(llama, layers_of(llama), 0, 0)
     scores = []
@@ -496,8 +504,8 @@ def test_the_number_of_answer_tokens_is_no_matter_of_rounding(llama, kind):
         assert together > 0.99, name
 
 
-def test_attention_that_splits_by_a_number_of_its_own_stays_whole():
-    """As StableLM's, which would be given another number of heads than it reckons with."""
+def test_attention_with_a_fixed_number_of_heads_is_not_pruned():
+    """StableLM, for example, splits by a number of heads that pruning cannot change."""
     shape = {
         "model_type": "stablelm",
         "vocab_size": 64,
@@ -512,7 +520,7 @@ def test_attention_that_splits_by_a_number_of_its_own_stays_whole():
     assert kinds == {MLP}
 
 
-def test_a_seed_where_nothing_is_drawn_is_refused():
+def test_a_seed_without_random_importance_is_refused():
     with pytest.raises(
         ConfigError, match=r"emulator\.seed=3 has .* emulator\.importance=random only"
     ):
@@ -524,13 +532,13 @@ def test_scores_are_float32_sums_for_a_model_of_16_bits(source):
     units = units_of(half, layers_of(half), 0, 0)
     for kind in ("upop", "taylor"):
         wide = importance(source.load(CPU), text_batches(), units, kind, Tokens())
-        found = importance(half.load(CPU), text_batches(), units, kind, Tokens())
+        scores = importance(half.load(CPU), text_batches(), units, kind, Tokens())
         for name in units:
-            assert found[name].dtype == torch.float32
-            assert float((found[name] - wide[name]).norm()) < 0.15 * float(wide[name].norm())
+            assert scores[name].dtype == torch.float32
+            assert float((scores[name] - wide[name]).norm()) < 0.15 * float(wide[name].norm())
 
 
-def test_a_mask_of_ones_passes_on_what_comes():
+def test_a_mask_of_ones_is_the_identity():
     x = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
     mask = torch.ones(2, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(3, 5, 6, dtype=torch.float64)
@@ -553,18 +561,18 @@ def test_random_scores_depend_on_the_seed_alone(tmp_path, source):
     assert not torch.equal(scores[0], scores[2])
 
 
-def test_the_learnt_samples_are_those_of_the_training(source):
-    """Labels on answers alone, the last of which is the end of the text."""
+def test_labels_of_scoring_are_the_answer_tokens(source):
+    """Only answers have labels; the last label is the end token."""
     tokenizer = source.tokenizer()
-    told = set()
+    labelled_texts = set()
     for batch in samples(9).training_batches(source):
         assert set(batch) >= {"input_ids", "attention_mask", "labels", "logits_to_keep"}
         for labels in batch["labels"]:
-            told.add(tokenizer.decode(labels[labels != IGNORE], skip_special_tokens=True))
-    assert told == {f"it is {2 * i}" for i in range(9)}
+            labelled_texts.add(tokenizer.decode(labels[labels != IGNORE], skip_special_tokens=True))
+    assert labelled_texts == {f"it is {2 * i}" for i in range(9)}
 
 
-def test_running_text_is_learnt_whole(source):
+def test_all_tokens_of_running_text_are_labels(source):
     rows = Samples(Examples("text", (Example("0", "", "some words"),)), 512)
     (batch,) = rows.training_batches(source)
     assert int((batch["labels"] != IGNORE).sum()) >= len("some words")
@@ -588,7 +596,7 @@ def test_running_text_is_learnt_whole(source):
         ({"last": -2}, "emulator.last must be at least 0, got -2; set emulator.last=0"),
     ],
 )
-def test_a_wrong_setting_is_refused_with_one_that_is_right(changes, message):
+def test_a_wrong_setting_is_refused_with_a_valid_value(changes, message):
     with pytest.raises(ConfigError) as caught:
         prune(**changes)
     assert str(caught.value).startswith(message)
@@ -596,8 +604,8 @@ def test_a_wrong_setting_is_refused_with_one_that_is_right(changes, message):
 
 
 @pytest.mark.parametrize("kind", ["upop", "taylor"])
-def test_a_module_that_no_sample_reaches_has_no_score(vision, kind):
-    """Text alone does not run through the vision tower."""
+def test_a_module_that_no_sample_reaches_is_refused(vision, kind):
+    """Text without images does not reach the vision tower."""
     model = vision.load(CPU)
     units = units_of(vision, in_both_halves(vision), 0, 0)
     message = (
@@ -622,18 +630,16 @@ def test_gradients_that_are_not_finite_are_refused(source):
 
 @pytest.mark.parametrize("of", ["linears", "model"])
 @pytest.mark.parametrize("emulator", [prune(), prune(last=1, spread="layer")], ids=str)
-def test_a_ratio_that_is_too_small_is_refused_with_the_smallest_that_is_not(
-    tmp_path, source, emulator, of
-):
+def test_a_too_small_ratio_is_refused_with_the_smallest_valid_ratio(tmp_path, source, emulator, of):
     def plan(ratio):
         return emulator.plan(source, layers_of(source), Compression(ratio, of, 16))
 
     with pytest.raises(ConfigError) as caught:
         plan(0.0001 if of == "linears" else 0.49)
-    said = str(caught.value)
-    assert "\n" not in said
-    assert ("or emulator.first=0 emulator.last=0" in said) == (emulator.last == 1)
-    ratio = float(said.partition("set compression.ratio=")[2].split()[0].rstrip(","))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert ("or emulator.first=0 emulator.last=0" in message) == (emulator.last == 1)
+    ratio = float(message.partition("set compression.ratio=")[2].split()[0].rstrip(","))
     with pytest.raises(ConfigError, match=f"set compression.ratio={ratio:g} or more"):
         plan(round(ratio - 2e-4, 4))
     facts = emulator.build(tmp_path, source, BuildInputs(plan(ratio), None, None, None), device=CPU)

@@ -1,4 +1,4 @@
-"""What a process knows of the others that were started with it."""
+"""The other processes of a launch: ranks, status files, and who writes logs."""
 
 import json
 import logging
@@ -24,8 +24,8 @@ from emloc.runtime.distributed import (
 
 
 @pytest.fixture
-def of_two(monkeypatch):
-    """Be one of two processes that were started together."""
+def become_rank(monkeypatch):
+    """Function that makes this process one of two processes of a launch."""
 
     def be(rank: int, **more: str) -> None:
         for name, value in {"RANK": str(rank), "WORLD_SIZE": "2", **more}.items():
@@ -40,39 +40,39 @@ def test_a_process_alone_is_the_first_of_one():
     assert (rank(), world_size(), is_first()) == (0, 1, True)
 
 
-def test_a_launch_is_known_by_what_its_processes_share(of_two):
-    of_two(0, MASTER_PORT="1")
+def test_the_launch_id_is_shared_by_the_processes_of_a_launch(become_rank):
+    become_rank(0, MASTER_PORT="1")
     one = launch_id()
-    of_two(1, MASTER_PORT="1", LOCAL_RANK="1")
+    become_rank(1, MASTER_PORT="1", LOCAL_RANK="1")
     assert launch_id() == one
     assert (rank(), world_size(), is_first()) == (1, 2, False)
-    of_two(1, MASTER_PORT="2")
+    become_rank(1, MASTER_PORT="2")
     assert launch_id() != one
 
 
-def test_a_notice_is_of_this_launch_only(of_two, tmp_path):
+def test_a_status_file_is_valid_only_in_its_launch(become_rank, tmp_path):
     notice = StatusFile(tmp_path / "notice")
-    of_two(0, MASTER_PORT="1")
+    become_rank(0, MASTER_PORT="1")
     assert notice.read() == ("", "")
     notice.write("failed", "why")
     assert notice.read() == ("failed", "why")
-    of_two(0, MASTER_PORT="2")
+    become_rank(0, MASTER_PORT="2")
     assert notice.read() == ("", "")
     notice.remove()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_process_alone_leaves_no_notice(tmp_path):
+def test_a_single_process_writes_no_status_file(tmp_path):
     StatusFile(tmp_path / "notice").write("begun")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_has_ended_when_it_was_recorded_in_this_launch(of_two, tmp_path, monkeypatch):
-    of_two(1)
+def test_a_run_has_ended_if_this_launch_recorded_its_end(become_rank, tmp_path, monkeypatch):
+    become_rank(1)
     run = Run(tmp_path)
     assert not run.wait_until_ended(within=0)
     run.mark(RUNNING)
-    naps = []  # on a clock that nothing else moves
+    naps = []  # sleeping times of a fake clock
     with monkeypatch.context() as clock:
         clock.setattr(time, "monotonic", lambda: sum(naps))
         clock.setattr(time, "sleep", naps.append)
@@ -84,17 +84,17 @@ def test_a_run_has_ended_when_it_was_recorded_in_this_launch(of_two, tmp_path, m
     assert not run.wait_until_ended(within=0)
 
 
-def test_the_number_of_processes_decides_the_run_folder(of_two):
+def test_the_run_folder_depends_on_the_number_of_processes(become_rank):
     config = compose()
     alone = folder_name(config)
-    of_two(1)
+    become_rank(1)
     assert folder_name(config) != alone
     assert folder_name(config).rpartition("-")[0] == alone.rpartition("-")[0]
 
 
 @pytest.mark.parametrize("version", [None, "1"])
-def test_only_the_second_version_of_fsdp_is_supported(of_two, monkeypatch, version):
-    of_two(0)
+def test_only_the_second_version_of_fsdp_is_supported(become_rank, monkeypatch, version):
+    become_rank(0)
     assert not is_sharded()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     if version:
@@ -107,8 +107,8 @@ def test_only_the_second_version_of_fsdp_is_supported(of_two, monkeypatch, versi
     assert not is_sharded()
 
 
-def test_a_process_without_a_gpu_of_its_own_is_refused(of_two, monkeypatch):
-    of_two(1, LOCAL_RANK="1")
+def test_a_process_without_its_own_gpu_is_refused(become_rank, monkeypatch):
+    become_rank(1, LOCAL_RANK="1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert own_device() == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -119,8 +119,8 @@ def test_a_process_without_a_gpu_of_its_own_is_refused(of_two, monkeypatch):
         own_device()
 
 
-def test_another_process_than_the_first_warns_and_writes_no_log(of_two, tmp_path, capfd):
-    of_two(1)
+def test_later_processes_only_warn_and_write_no_log(become_rank, tmp_path, capfd):
+    become_rank(1)
     root = logging.getLogger()
     file = logging.FileHandler(tmp_path / "run.log")
     root.addHandler(file)

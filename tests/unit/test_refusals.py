@@ -1,4 +1,4 @@
-"""What cannot work is refused in one line that names the override, before any stage has begun."""
+"""Settings that cannot work are refused in one line with the override, before any stage starts."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from emloc.errors import ConfigError
 from emloc.pipeline import run
 from emloc.stages.run_config import build
 
-# A language model of nothing but numbers, as small as the tiny checkpoint.
+# The shape of a language model as small as the tiny checkpoint, without weights.
 SHAPE = (
     *("model=llama3_8b", "model.source=auto", "model.weights=random"),
     *("model.shape.hidden_size=32", "model.shape.intermediate_size=64"),
@@ -28,30 +28,33 @@ SHAPE = (
 
 @pytest.fixture
 def refusal(tiny, store):
-    """How a run with these overrides is refused, checked to be one line and to leave no stage."""
+    """Function that returns the message which refuses a run.
+
+    It also checks that the message is one line and that no stage has left files.
+    """
 
     def refused(*overrides: str) -> str:
         with pytest.raises(ConfigError) as caught:
             run(build(compose([*tiny, *overrides])), store, lambda step, values: None)
         assert list(store.root.glob("*/*")) == []
-        said = str(caught.value)
-        assert "\n" not in said
-        return said
+        message = str(caught.value)
+        assert "\n" not in message
+        return message
 
     return refused
 
 
 @pytest.mark.parametrize("method", ["emloc", "emloc_covariance", "lora", "zero_shot"])
 @pytest.mark.parametrize("ratio", ["0", "1", "-0.1", "1.5"])
-def test_a_ratio_that_is_no_share(refusal, method, ratio):
-    """Whatever the method, also where nothing is compressed."""
+def test_a_ratio_outside_0_to_1_is_refused(refusal, method, ratio):
+    """For each method, also those that do not compress."""
     assert refusal(f"method={method}", f"compression.ratio={ratio}") == (
         f"compression.ratio must lie between 0 and 1, got {ratio}; set compression.ratio=0.5"
     )
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (
             ["method=emloc", "compression=auto"],
@@ -83,15 +86,15 @@ def test_a_ratio_that_is_no_share(refusal, method, ratio):
     ],
     ids=["no budget", "too small", "too small for the whole", "pruned", "dora", "none at all"],
 )
-def test_a_budget_that_nothing_fits(refusal, overrides, said):
-    assert re.fullmatch(said, refusal(*overrides))
+def test_a_budget_too_small_for_any_ratio_is_refused(refusal, overrides, message):
+    assert re.fullmatch(message, refusal(*overrides))
 
 
 @pytest.mark.parametrize(
     ("method", "key"),
     [("emloc", "emulator_targets"), ("emloc", "lora_targets"), ("lora", "lora_targets")],
 )
-def test_targets_that_match_no_layer(refusal, method, key):
+def test_targets_without_a_matching_layer_are_refused(refusal, method, key):
     assert refusal(f"method={method}", rf"model.{key}='.*\.nothing'") == (
         rf"model.{key}='.*\\.nothing' matches no linear layer of smollm2_135m "
         f"(one of its layers is model.layers.0.self_attn.q_proj); set model.{key}"
@@ -99,22 +102,22 @@ def test_targets_that_match_no_layer(refusal, method, key):
 
 
 @pytest.mark.parametrize("method", ["emloc", "zero_shot"])
-def test_random_weights_without_a_tokenizer(refusal, method):
+def test_random_weights_without_a_tokenizer_are_refused(refusal, method):
     assert refusal(*SHAPE, f"method={method}") == (
         "meta-llama/Meta-Llama-3-8B: without a checkpoint there is no tokenizer; "
         "set model.source=/path/to/checkpoint"
     )
 
 
-def test_a_gpu_nobody_knows_is_refused_with_those_there_are(monkeypatch, capsys):
+def test_an_unknown_gpu_is_refused_with_the_list_of_gpus(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["emloc", "plan", "--gpu", "gtx970"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == cli.USER_ERROR
-    said = capsys.readouterr()
-    assert said.out == ""
+    output = capsys.readouterr()
+    assert output.out == ""
     names = ", ".join(GPUS)
-    assert said.err == f"emloc: --gpu gtx970: there is no such GPU; set --gpu to one of {names}\n"
+    assert output.err == f"emloc: --gpu gtx970: there is no such GPU; set --gpu to one of {names}\n"
 
 
 # Checkpoints -------------------------------------------------------------------------------------
@@ -128,14 +131,14 @@ def sharded(checkpoint, tmp_path) -> Path:
     (folder / "model.safetensors").unlink()
     homes = {name: f"model-0000{1 + ('layers.1' in name)}-of-00002.safetensors" for name in tensors}
     for file in set(homes.values()):
-        held = {name: tensor for name, tensor in tensors.items() if homes[name] == file}
-        save_file(held, folder / file, metadata={"format": "pt"})
+        tensors_of_file = {name: tensor for name, tensor in tensors.items() if homes[name] == file}
+        save_file(tensors_of_file, folder / file, metadata={"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": homes}))
     return folder
 
 
 @pytest.mark.parametrize("method", ["emloc", "lora", "zero_shot"])
-def test_a_shard_that_is_missing(refusal, sharded, method):
+def test_a_missing_shard_is_refused(refusal, sharded, method):
     (sharded / "model-00002-of-00002.safetensors").unlink()
     assert refusal(f"model.source={sharded}", f"method={method}") == (
         f"{sharded}: shard model-00002-of-00002.safetensors is missing; "
@@ -144,8 +147,8 @@ def test_a_shard_that_is_missing(refusal, sharded, method):
 
 
 @pytest.mark.parametrize("method", ["emloc", "lora", "zero_shot"])
-def test_a_checkpoint_without_safetensors(refusal, sharded, method):
-    """As of a model that is only there in another format."""
+def test_a_checkpoint_without_safetensors_is_refused(refusal, sharded, method):
+    """Such as a model that is published only in another format."""
     for path in sharded.glob("*.safetensors*"):
         path.unlink()
     (sharded / "pytorch_model.bin").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""Adapters go through our hands as PEFT made them; what is no plain LoRA is refused."""
+"""Adapter folders of PEFT are read and written unchanged; other adapters than LoRA are refused."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def base() -> nn.Module:
 
 
 def tuned(**settings) -> PeftModel:
-    """A LoRA with B far from zero, as after a training."""
+    """Return a model with a LoRA whose B is far from zero, as after a training."""
     values = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
     model = get_peft_model(base(), LoraConfig(**(values | settings))).eval()
     torch.manual_seed(0)
@@ -44,7 +44,7 @@ def logits(model) -> torch.Tensor:
 
 
 def scalings(model: nn.Module) -> dict[str, float]:
-    """Layer -> the scale PEFT itself multiplies by."""
+    """Layer -> the scale that PEFT multiplies the update by."""
     return {
         name.removeprefix("base_model.model."): module.scaling["default"]
         for name, module in model.named_modules()
@@ -54,7 +54,7 @@ def scalings(model: nn.Module) -> dict[str, float]:
 
 @pytest.fixture
 def saved(tmp_path):
-    """Save a PEFT model and give its folder."""
+    """Function that saves a PEFT model and returns its folder."""
 
     def save(model: PeftModel, name: str = "adapter") -> Path:
         model.save_pretrained(tmp_path / name, save_embedding_layers=False)
@@ -63,7 +63,7 @@ def saved(tmp_path):
     return save
 
 
-def test_what_is_read_and_saved_is_what_peft_loads(saved, tmp_path):
+def test_peft_loads_an_adapter_that_was_read_and_saved(saved, tmp_path):
     model = tuned()
     folder = saved(model)
     read = read_lora(folder)
@@ -82,7 +82,7 @@ def test_what_is_read_and_saved_is_what_peft_loads(saved, tmp_path):
     assert read_lora(tmp_path / "again").config == read.config
 
 
-def test_a_pair_is_what_the_layer_adds(saved):
+def test_a_pair_equals_the_update_of_its_layer(saved):
     model = tuned()
     pairs = read_lora(saved(model)).pairs
     assert set(pairs) == {
@@ -106,14 +106,14 @@ def test_a_pair_is_what_the_layer_adds(saved):
         ({"r": 4, "lora_alpha": 6, "use_rslora": True}, 3.0),
     ],
 )
-def test_the_scale_is_alpha_over_rank_or_its_root(saved, settings, scale):
+def test_the_scale_is_alpha_over_the_rank_or_its_square_root(saved, settings, scale):
     model = tuned(**settings)
     pairs = read_lora(saved(model)).pairs
     assert {pair.scale for pair in pairs.values()} == {scale}
     assert {layer: pair.scale for layer, pair in pairs.items()} == scalings(model)
 
 
-@pytest.mark.filterwarnings("ignore:The following")  # patterns that match nothing are meant
+@pytest.mark.filterwarnings("ignore:The following")  # some patterns match nothing on purpose
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize(
     ("ranks", "alphas"),
@@ -127,7 +127,7 @@ def test_the_scale_is_alpha_over_rank_or_its_root(saved, settings, scale):
         ({"^model.layers.1.self_attn.q_proj": 2}, {"^layers.0.self_attn.q_proj": 32}),
     ],
 )
-def test_patterns_of_rank_and_alpha_are_pefts(saved, ranks, alphas, rslora):
+def test_patterns_of_rank_and_alpha_are_read_as_by_peft(saved, ranks, alphas, rslora):
     model = tuned(rank_pattern=ranks, alpha_pattern=alphas, use_rslora=rslora)
     pairs = read_lora(saved(model)).pairs
     assert {layer: pair.scale for layer, pair in pairs.items()} == scalings(model)
@@ -136,7 +136,7 @@ def test_patterns_of_rank_and_alpha_are_pefts(saved, ranks, alphas, rslora):
         torch.testing.assert_close(pair.delta, delta)
 
 
-def test_a_model_in_memory_reads_as_its_folder_does(saved):
+def test_a_model_in_memory_gives_the_same_adapter_as_its_folder(saved):
     model = tuned(rank_pattern={"q_proj": 2})
     inside, outside = lora_of(model), read_lora(saved(model))
     assert inside.pairs.keys() == outside.pairs.keys()
@@ -158,7 +158,7 @@ def test_a_model_in_memory_reads_as_its_folder_does(saved):
     ],
     ids=["dora", "embedding", "bias"],
 )
-def test_more_than_plain_lora_is_refused_by_name(saved, settings, named):
+def test_variants_of_lora_are_refused_by_name(saved, settings, named):
     folder = saved(tuned(**settings))
     with pytest.raises(ConfigError) as caught:
         read_lora(folder)
@@ -169,13 +169,13 @@ def test_more_than_plain_lora_is_refused_by_name(saved, settings, named):
 
 
 @pytest.mark.parametrize("start", ["pissa_niter_4", "olora"])
-def test_a_lora_whose_start_changed_the_model_is_refused(saved, start):
+def test_an_initialisation_that_changes_the_model_is_refused(saved, start):
     folder = saved(tuned(init_lora_weights=start))
     with pytest.raises(ConfigError, match=f"initialised by {start.split('_')[0]}, which changes"):
         read_lora(folder)
 
 
-def test_a_folder_that_holds_none_is_refused(tmp_path):
+def test_a_folder_without_an_adapter_is_refused(tmp_path):
     with pytest.raises(ConfigError) as caught:
         read_lora(tmp_path)
     assert str(caught.value) == (
@@ -183,7 +183,7 @@ def test_a_folder_that_holds_none_is_refused(tmp_path):
     )
 
 
-def test_what_was_carried_is_marked_and_not_carried_again(saved, tmp_path):
+def test_a_recovered_adapter_is_marked_and_cannot_be_recovered_again(saved, tmp_path):
     read = read_lora(saved(tuned()))
     assert read.recovered is None
 
@@ -201,20 +201,20 @@ def test_what_was_carried_is_marked_and_not_carried_again(saved, tmp_path):
     for one in (recovered, again):
         with pytest.raises(ConfigError, match=r"already recovered .* by \{'by': 'test'\}; pass th"):
             one.map(double, {"by": "test"})
-    # PEFT does not mind the mark.
+    # PEFT ignores the mark.
     assert PeftModel.from_pretrained(base(), tmp_path / "carried").peft_config["default"].r == 4
 
 
-def test_a_changed_pair_may_have_another_shape_in_memory(saved, tmp_path):
-    """Slices of larger matrices are written as matrices of their own."""
+def test_a_changed_pair_may_be_a_slice_of_a_larger_matrix(saved, tmp_path):
+    """Slices of larger matrices are stored as contiguous matrices."""
     read = read_lora(saved(tuned()))
     wide = {k: LoraPair(torch.cat([p.a, p.a])[::2], p.b, p.scale) for k, p in read.pairs.items()}
     read.map(lambda layer, _: wide[layer], {"by": "test"}).save(tmp_path / "out")
-    found = read_lora(tmp_path / "out")
-    assert all(torch.equal(found.pairs[layer].a, pair.a) for layer, pair in wide.items())
+    saved_lora = read_lora(tmp_path / "out")
+    assert all(torch.equal(saved_lora.pairs[layer].a, pair.a) for layer, pair in wide.items())
 
 
-def test_a_copy_replaces_what_was_there(saved, tmp_path):
+def test_copying_an_adapter_replaces_the_target_folder(saved, tmp_path):
     folder, target = saved(tuned()), tmp_path / "run" / "adapter"
     target.mkdir(parents=True)
     (target / "old").write_text("")
@@ -225,7 +225,7 @@ def test_a_copy_replaces_what_was_there(saved, tmp_path):
     ).read_bytes()
 
 
-def test_our_lora_is_pefts_with_the_settings_given(tmp_path):
+def test_lora_attaches_a_peft_lora_with_the_given_settings(tmp_path):
     lora = LoraSettings(rank=4, alpha=6.0, dropout=0.25)
     plain = base()
     model = Lora().attach(plain, lora, linears(plain, r".*\.(q_proj|down_proj)"))
@@ -253,7 +253,7 @@ def adapted(model: PeftModel) -> set[str]:
 
 
 class Towers(LlamaForCausalLM):
-    """A model whose second tower repeats the names of the first one below its own."""
+    """A model with a second tower whose layer names end like those of the first."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -262,15 +262,16 @@ class Towers(LlamaForCausalLM):
         self.second["model"]["layers"].append(block)
 
 
-def test_a_pattern_that_also_matches_containers_adapts_the_linears_alone():
+def test_a_pattern_that_also_matches_containers_adapts_only_linears():
     plain = base()
-    layers = linears(plain, r".*layers\.0\.mlp.*")  # the container `mlp` and its activation too
+    # The pattern also matches the container `mlp` and its activation.
+    layers = linears(plain, r".*layers\.0\.mlp.*")
     assert len(layers) == 3
     assert adapted(Lora().attach(plain, ONE, layers)) == set(layers)
 
 
-def test_a_layer_whose_name_ends_another_s_is_adapted_alone(tmp_path):
-    """PEFT takes a name in a list for an ending as well."""
+def test_a_layer_is_adapted_alone_if_another_name_ends_like_its_name(tmp_path):
+    """PEFT also matches names that end like a listed name."""
     layer = "model.layers.0.mlp.up_proj"
     model = Towers(base().config)
     assert f"second.{layer}" in linears(model, ".*")
@@ -280,7 +281,7 @@ def test_a_layer_whose_name_ends_another_s_is_adapted_alone(tmp_path):
     assert adapted(PeftModel.from_pretrained(Towers(base().config), tmp_path)) == {layer}
 
 
-def test_a_layer_that_the_model_has_not_is_refused():
+def test_a_layer_missing_in_the_model_is_refused():
     with pytest.raises(ConfigError) as caught:
         Lora().attach(base(), ONE, ["model.layers.0.mlp.up_proj", "model.layers.7.mlp.up_proj"])
     assert str(caught.value) == (
@@ -289,8 +290,11 @@ def test_a_layer_that_the_model_has_not_is_refused():
     )
 
 
-def test_the_saved_list_names_every_layer_so_that_a_larger_original_gets_no_other(tmp_path):
-    """Of 20 names and more PEFT keeps endings, told apart from the rest of the emulator alone."""
+def test_the_saved_configuration_lists_the_full_name_of_each_layer(tmp_path):
+    """PEFT shortens lists of 20 or more names to endings.
+
+    The endings are unique in the emulator, but a larger original model may have further matches.
+    """
     small = tiny_llama(tiny_tokenizer(chat=True), num_hidden_layers=4)
     layers = linears(small, r"model\.layers\.[0123]\..*_proj")
     assert len(layers) == 28
@@ -303,7 +307,7 @@ def test_the_saved_list_names_every_layer_so_that_a_larger_original_gets_no_othe
     assert adapted(PeftModel.from_pretrained(original, tmp_path)) == set(layers)
 
 
-def test_two_trainings_save_the_same_configuration(tmp_path):
+def test_two_trainings_save_identical_configurations(tmp_path):
     for folder in ("one", "two"):
         plain = base()
         tuned = Lora().attach(plain, ONE, linears(plain, r".*_proj"))
@@ -312,7 +316,7 @@ def test_two_trainings_save_the_same_configuration(tmp_path):
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_a_model_that_writes_no_text_is_adapted_too():
+def test_models_that_generate_no_text_are_adapted():
     config = RobertaConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=24, max_position_embeddings=40,
@@ -334,7 +338,7 @@ def test_a_model_that_writes_no_text_is_adapted_too():
 
 
 def with_head() -> PeftModel:
-    """A LoRA far from zero and a head that was trained."""
+    """Return a model with a LoRA far from zero and a trained head."""
     plain = base()
     layers = linears(plain, r".*(q_proj|lm_head)")
     model = Lora().attach(plain, ONE, layers, modules_to_save=["lm_head"])
@@ -345,7 +349,7 @@ def with_head() -> PeftModel:
     return model.eval()
 
 
-def test_a_module_trained_whole_is_saved_and_read_by_its_name(tmp_path):
+def test_a_fully_trained_module_is_saved_and_read_by_its_name(tmp_path):
     model = with_head()
     assert adapted(model) == {f"model.layers.{i}.self_attn.q_proj" for i in range(2)}
     Lora().save(model, tmp_path / "one", "somebody/model")
@@ -360,7 +364,7 @@ def test_a_module_trained_whole_is_saved_and_read_by_its_name(tmp_path):
     assert torch.equal(lora_of(model).extras["lm_head.weight"], head)
 
 
-def test_a_change_of_the_pairs_leaves_modules_trained_whole(tmp_path):
+def test_changing_the_pairs_keeps_fully_trained_modules(tmp_path):
     Lora().save(with_head(), tmp_path / "one", "somebody/model")
     read = read_lora(tmp_path / "one")
     changed = read.map(lambda _, pair: LoraPair(2 * pair.a, pair.b, pair.scale), {"by": "test"})
@@ -374,7 +378,7 @@ def test_a_change_of_the_pairs_leaves_modules_trained_whole(tmp_path):
 
 
 @pytest.mark.parametrize("make", [with_head, lambda: tuned(use_dora=True)], ids=["head", "dora"])
-def test_a_state_is_what_trains_and_puts_it_back(make):
+def test_a_state_contains_all_trained_tensors_and_restores_them(make):
     model = make()
     state = {name: tensor.clone() for name, tensor in Lora().state(model).items()}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -391,7 +395,7 @@ def test_a_state_is_what_trains_and_puts_it_back(make):
         Lora().restore(model, state)
 
 
-def test_a_saved_adapter_is_loaded_to_be_trained_or_frozen(tmp_path):
+def test_a_saved_adapter_is_loaded_trainable_or_frozen(tmp_path):
     model = with_head()
     Lora().save(model, tmp_path, "somebody/model")
     frozen = Lora().load(base(), tmp_path)

@@ -1,4 +1,4 @@
-"""A LoRA of a pruned layer at full size: what was trained where it was kept, zero elsewhere."""
+"""The LoRA of a pruned layer at full size: the trained values at kept indices, zero elsewhere."""
 
 import pytest
 import torch
@@ -9,18 +9,18 @@ from emloc.tensors.linalg.correct import LoraPair
 from emloc.tensors.linalg.prune import scatter, unit_indices
 
 
-def drawn(data, count: int) -> torch.Tensor | None:
-    """Some of `count` indices, ascending, at least one; None: not pruned."""
+def draw_indices(data, count: int) -> torch.Tensor | None:
+    """Draw ascending indices below `count`, at least one; None means not pruned."""
     if data.draw(st.booleans()):
         return None
-    found = data.draw(st.sets(st.integers(0, count - 1), min_size=1, max_size=count))
-    return torch.tensor(sorted(found))
+    indices = data.draw(st.sets(st.integers(0, count - 1), min_size=1, max_size=count))
+    return torch.tensor(sorted(indices))
 
 
 @given(data=st.data())
-def test_the_update_is_what_was_trained_on_kept_places_and_zero_on_all_others(data):
+def test_the_update_is_the_trained_one_at_kept_indices_and_zero_elsewhere(data):
     out, into, rank = (data.draw(st.integers(1, n)) for n in (9, 7, 4))
-    rows, columns = drawn(data, out), drawn(data, into)
+    rows, columns = draw_indices(data, out), draw_indices(data, into)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
     m = out if rows is None else len(rows)
     n = into if columns is None else len(columns)
@@ -32,15 +32,15 @@ def test_the_update_is_what_was_trained_on_kept_places_and_zero_on_all_others(da
     assert (large.a.shape, large.b.shape) == ((rank, into), (out, rank))
     rows = torch.arange(out) if rows is None else rows
     columns = torch.arange(into) if columns is None else columns
-    kept = large.delta[rows[:, None], columns]
-    torch.testing.assert_close(kept, small.delta, atol=1e-14, rtol=1e-14)
+    kept_update = large.delta[rows[:, None], columns]
+    torch.testing.assert_close(kept_update, small.delta, atol=1e-14, rtol=1e-14)
     elsewhere = large.delta.clone()
     elsewhere[rows[:, None], columns] = 0
     assert not elsewhere.any()
     assert (small.a.shape, small.b.shape) == ((rank, n), (m, rank))
 
 
-def test_a_scattered_pair_keeps_its_dtype_and_its_numbers():
+def test_a_scattered_pair_keeps_its_dtype_and_values():
     pair = LoraPair(torch.tensor([[1.5, 2.5]]).half(), torch.tensor([[3.0]]).half(), 1.0)
     large = scatter(pair, (3, 4), torch.tensor([2]), torch.tensor([0, 3]))
     assert large.a.tolist() == [[1.5, 0, 0, 2.5]]
@@ -48,12 +48,12 @@ def test_a_scattered_pair_keeps_its_dtype_and_its_numbers():
     assert large.a.dtype == large.b.dtype == torch.float16
 
 
-def test_a_pair_that_does_not_fit_the_indices_is_no_adapter_of_that_layer():
+def test_a_pair_that_does_not_fit_the_indices_is_refused():
     pair = LoraPair(torch.ones(1, 2), torch.ones(3, 1), 1.0)
     with pytest.raises((IndexError, RuntimeError)):
         scatter(pair, (3, 4), None, torch.tensor([0, 1, 2]))
 
 
-def test_a_unit_spans_neighbouring_rows():
+def test_a_unit_spans_consecutive_rows():
     assert unit_indices(torch.tensor([0, 2]), 3).tolist() == [0, 1, 2, 6, 7, 8]
     assert unit_indices(torch.tensor([1, 4]), 1).tolist() == [1, 4]

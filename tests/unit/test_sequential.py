@@ -1,4 +1,4 @@
-"""Layer after layer: what each is fitted to, and what the whole emulator gains by it."""
+"""Sequential fitting: the target of each layer, and the gain of the whole emulator."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed import held_at
+from packed import precision_of
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import image_batch, tiny_internvl, tiny_llama, tiny_tokenizer
@@ -31,7 +31,7 @@ SEEDS = range(5)
 
 
 def checkpoint(folder, seed: int) -> Source:
-    """Three blocks that all matter, behind embeddings with a few strong directions."""
+    """Write a random Llama of three blocks whose embeddings have a few strong directions."""
     tokenizer = tiny_tokenizer(True)
     model = tiny_llama(tokenizer, num_hidden_layers=3)
     draw = torch.Generator().manual_seed(seed)
@@ -56,7 +56,7 @@ def source(sources) -> Source:
 
 
 class Rows:
-    """Random text in batches of eight rows, padded on the left."""
+    """Random token batches of eight rows, padded on the left."""
 
     ids = ("train/3", "train/1")
 
@@ -64,13 +64,13 @@ class Rows:
         self.count = count
 
     def batches(self, source):
-        made, draw = [], torch.Generator().manual_seed(1)
+        batches, generator = [], torch.Generator().manual_seed(1)
         for _ in range(self.count):
             mask = torch.ones(8, 30, dtype=torch.long)
             mask[1, :9] = 0
-            ids = torch.randint(5, 261, mask.shape, generator=draw) * mask
-            made.append({"input_ids": ids, "attention_mask": mask})
-        return made
+            ids = torch.randint(5, 261, mask.shape, generator=generator) * mask
+            batches.append({"input_ids": ids, "attention_mask": mask})
+        return batches
 
 
 def layers_of(source) -> dict[str, tuple[int, int]]:
@@ -82,15 +82,17 @@ def svd(**settings) -> Svd:
     return Svd(**(plain | {"sequential": True, "allocation": "uniform"} | settings))
 
 
-def given_to(emulator: Svd, source, bits: int = 16, statistics=None, rows=None) -> BuildInputs:
+def build_inputs_of(
+    emulator: Svd, source, bits: int = 16, statistics=None, rows=None
+) -> BuildInputs:
     ranks = emulator.plan(source, layers_of(source), Compression(0.4, "linears", bits))
-    return BuildInputs(ranks, statistics, rows or Rows(), held_at(bits))
+    return BuildInputs(ranks, statistics, rows or Rows(), precision_of(bits))
 
 
 def build_in(folder, source, emulator: Svd, bits: int = 16, **given_settings) -> dict:
     folder.mkdir(exist_ok=True)
-    given = given_to(emulator, source, bits, **given_settings)
-    return emulator.build(folder, source, given, device=CPU)
+    build_inputs = build_inputs_of(emulator, source, bits, **given_settings)
+    return emulator.build(folder, source, build_inputs, device=CPU)
 
 
 def tensors_of(path) -> dict[str, Tensor]:
@@ -112,7 +114,7 @@ def same_files(one, other) -> bool:
 
 
 def inputs(seed: int, tokens: int, n: int, drift: float) -> tuple[Tensor, Tensor]:
-    """Rows of the original and of the compressed model, (tokens, n) float64."""
+    """Return inputs of the original and of the compressed model, each (tokens, n) float64."""
     draw = torch.Generator().manual_seed(seed)
     x, gap = (torch.randn(tokens, n, generator=draw, dtype=F64) for _ in range(2))
     return x, x + drift * gap
@@ -130,22 +132,25 @@ def moments(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     drift=st.floats(0, 2),
 )
 @settings(max_examples=100, deadline=None)
-def test_the_target_is_that_of_least_squares_held_to_the_weight(seed, m, n, tokens, drift):
-    """Also for fewer tokens than inputs; the ridge written as n further tokens, alike in both."""
+def test_the_target_solves_least_squares_with_a_ridge_towards_the_weight(seed, m, n, tokens, drift):
+    """Holds also for fewer tokens than inputs.
+
+    The reference solution writes the ridge as n further tokens that are equal in both models.
+    """
     x, rows = inputs(seed, tokens, n, drift)
     weight = torch.randn(m, n, generator=torch.Generator().manual_seed(seed + 1), dtype=F64)
     input_gram, change = moments(x, rows)
-    found = regress_weight(weight, input_gram, change)
+    target = regress_weight(weight, input_gram, change)
     pull = (RIDGE * input_gram.diagonal().mean()).sqrt() * torch.eye(n, dtype=F64)
     if not tokens:
-        assert torch.equal(found, weight)
+        assert torch.equal(target, weight)
         return
     outputs = torch.cat([x, pull]) @ weight.T
     expected = torch.linalg.lstsq(torch.cat([rows, pull]), outputs).solution.T
-    torch.testing.assert_close(found, expected, atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(target, expected, atol=1e-8, rtol=1e-8)
 
 
-def test_a_direction_without_data_leaves_the_weight_as_it_is():
+def test_directions_without_data_keep_the_weight():
     x, rows = inputs(0, 6, 20, 0.5)
     weight = torch.randn(8, 20, dtype=F64)
     change = regress_weight(weight, *moments(x, rows)) - weight
@@ -154,8 +159,8 @@ def test_a_direction_without_data_leaves_the_weight_as_it_is():
     assert float((change @ rows.T).norm()) > 0.1
 
 
-def test_a_sum_that_rounding_made_indefinite_is_no_obstacle():
-    """As a float32 sum beside one direction that is far stronger than all others."""
+def test_a_gram_that_rounding_made_indefinite_is_accepted():
+    """For example a float32 sum with one direction far stronger than all others."""
     x, rows = inputs(0, 400, 20, 0.1)
     weight = torch.randn(8, 20, generator=torch.Generator().manual_seed(2), dtype=F64)
     for tokens in (x, rows):
@@ -187,14 +192,14 @@ def test_the_target_brings_the_new_inputs_nearer_to_the_original_outputs():
 
 
 @pytest.mark.parametrize("broken", ["input_gram", "drift", "weight"])
-def test_numbers_that_are_none_are_refused(broken):
+def test_numbers_that_are_not_finite_are_refused(broken):
     parts = {"weight": torch.ones(3, 4), "input_gram": torch.eye(4), "drift": torch.eye(4)}
     parts[broken] = parts[broken] * torch.nan
     with pytest.raises(ValueError, match="not finite"):
         regress_weight(**parts)
 
 
-def test_sums_of_another_size_are_refused():
+def test_grams_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r"\(3, 4\), \(3, 3\), \(4, 4\)"):
         regress_weight(torch.ones(3, 4), torch.eye(3), torch.eye(4))
 
@@ -203,58 +208,58 @@ def test_sums_of_another_size_are_refused():
 
 
 def distances(one, other, layers) -> dict[str, float]:
-    """Layer -> how far the products of its factors are apart in two folders, relative."""
-    found = {}
+    """Layer -> relative difference between the products of its factors in two folders."""
+    distances_by_layer = {}
     for block, members in by_block(layers).items():
         files = [tensors_of(folder / f"{block}.safetensors") for folder in (one, other)]
         for layer in members:
             a, b = (file[f"{layer}.u"].double() @ file[f"{layer}.v"].double() for file in files)
-            found[layer] = float((a - b).norm() / b.norm())
-    return found
+            distances_by_layer[layer] = float((a - b).norm() / b.norm())
+    return distances_by_layer
 
 
-def test_behind_an_exact_prefix_a_layer_is_fitted_as_it_is_without(tmp_path, source):
-    """Query, key and value of the first block; all others come behind something compressed."""
+def test_layers_after_an_exact_prefix_do_not_depend_on_sequential_fitting(tmp_path, source):
+    """Only query, key and value of the first block have an exact prefix."""
     build_in(tmp_path / "after", source, svd())
     build_in(tmp_path / "each", source, svd(sequential=False))
-    found = distances(tmp_path / "after", tmp_path / "each", layers_of(source))
-    near = {layer for layer, distance in found.items() if distance < 1e-4}
+    differences = distances(tmp_path / "after", tmp_path / "each", layers_of(source))
+    near = {layer for layer, distance in differences.items() if distance < 1e-4}
     assert near == {f"model.layers.0.self_attn.{name}_proj" for name in "qkv"}
-    assert min(distance for layer, distance in found.items() if layer not in near) > 0.02
+    assert min(distance for layer, distance in differences.items() if layer not in near) > 0.02
 
 
 def test_each_layer_is_the_regression_of_its_original_outputs(tmp_path, source):
-    """By the rows that the finished emulator and the original really take."""
+    """Computed with the inputs of the finished emulator and of the original."""
     emulator = svd()
     build_in(tmp_path, source, emulator)
     models = source.load(CPU), emulator.open(tmp_path, source, CPU)
-    ranks = given_to(emulator, source).plan
+    ranks = build_inputs_of(emulator, source).plan
     for layer in ("model.layers.1.self_attn.q_proj", "model.layers.2.mlp.down_proj"):
-        x, rows = (taken_by(model, layer) for model in models)
+        x, rows = (inputs_of(model, layer) for model in models)
         weight = source.weight(layer)
         target = regress_weight(weight, *moments(x, rows))
         expected = eigen(target, ranks[layer], input_gram=rows.T @ rows, dtype=F64)
-        held = source.weight(layer).double() - emulator.residual(tmp_path, source, layer)
+        stored_weight = source.weight(layer).double() - emulator.residual(tmp_path, source, layer)
         product = expected.u @ expected.v
-        assert float((held - product).norm() / product.norm()) < 1e-3
-        assert float((held - weight.double()).norm()) > 0.1 * float(weight.norm())
+        assert float((stored_weight - product).norm() / product.norm()) < 1e-3
+        assert float((stored_weight - weight.double()).norm()) > 0.1 * float(weight.norm())
 
 
-def taken_by(model, layer: str) -> Tensor:
-    seen = []
+def inputs_of(model, layer: str) -> Tensor:
+    recorded = []
     handle = model.get_submodule(layer).register_forward_pre_hook(
-        lambda _, args: seen.append(args[0])
+        lambda _, args: recorded.append(args[0])
     )
     with torch.no_grad():
         for batch in Rows().batches(None):
             model(**batch)
-            seen[-1] = seen[-1][batch["attention_mask"].bool()]
+            recorded[-1] = recorded[-1][batch["attention_mask"].bool()]
     handle.remove()
-    return torch.cat(seen).double()
+    return torch.cat(recorded).double()
 
 
 @pytest.mark.parametrize("host_bytes", [None, 0])
-def test_both_models_reach_each_block_with_what_they_give_themselves(tmp_path, source, host_bytes):
+def test_each_model_passes_its_own_outputs_to_the_next_block(tmp_path, source, host_bytes):
     emulator, blocks = svd(), by_block(layers_of(source))
     build_in(tmp_path, source, emulator)
     original, emulated = source.load(CPU), emulator.open(tmp_path, source, CPU)
@@ -272,11 +277,11 @@ def test_both_models_reach_each_block_with_what_they_give_themselves(tmp_path, s
     )
     visited = []
     for name, both in steps:
-        seen = {}
+        recorded = {}
         for kind, block in (("original", both.original), ("compressed", both.compressed)):
-            # The block itself is the original's in both.
-            held = block.module.get_submodule(layer).weight
-            assert torch.equal(held, source.weight(f"{name}.{layer}"))
+            # The module of the block holds the original weights for both models.
+            weight = block.module.get_submodule(layer).weight
+            assert torch.equal(weight, source.weight(f"{name}.{layer}"))
             rows: list[Tensor] = []
             handle = block.module.get_submodule(layer).register_forward_pre_hook(
                 lambda _, args, rows=rows: rows.append(args[0].clone())
@@ -284,9 +289,9 @@ def test_both_models_reach_each_block_with_what_they_give_themselves(tmp_path, s
             masks = []
             block.peek(masks.append)
             handle.remove()
-            seen[kind] = torch.cat([r[m] for r, m in zip(rows, masks, strict=True)]).double()
-        torch.testing.assert_close(seen["original"], taken_by(original, f"{name}.{layer}"))
-        torch.testing.assert_close(seen["compressed"], taken_by(emulated, f"{name}.{layer}"))
+            recorded[kind] = torch.cat([r[m] for r, m in zip(rows, masks, strict=True)]).double()
+        torch.testing.assert_close(recorded["original"], inputs_of(original, f"{name}.{layer}"))
+        torch.testing.assert_close(recorded["compressed"], inputs_of(emulated, f"{name}.{layer}"))
         visited.append(name)
     assert visited == list(blocks)
 
@@ -295,27 +300,27 @@ def test_both_models_reach_each_block_with_what_they_give_themselves(tmp_path, s
 
 
 def final(model, rows) -> Tensor:
-    """Final hidden states of the tokens that are no padding, (N, n) float64."""
-    found = []
+    """Final hidden states of all tokens but padding, (N, n) float64."""
+    states = []
     with torch.no_grad():
         for batch in rows.batches(None):
-            found.append(model.model(**batch).last_hidden_state[batch["attention_mask"].bool()])
-    return torch.cat(found).double()
+            states.append(model.model(**batch).last_hidden_state[batch["attention_mask"].bool()])
+    return torch.cat(states).double()
 
 
 @pytest.mark.parametrize("bits", [16, 4])
-def test_the_emulator_ends_nearer_to_the_original_than_without(tmp_path, sources, bits):
-    """Squared error of the final hidden states on the calibration tokens; low rank, five seeds."""
+def test_sequential_fitting_brings_the_final_states_closer_to_the_original(tmp_path, sources, bits):
+    """Compares squared errors on the calibration tokens, at low rank, for five seeds."""
     gains = []
     for seed, source in enumerate(sources):
-        wanted = final(source.load(CPU), Rows())
+        expected = final(source.load(CPU), Rows())
         errors = []
         for way in (True, False):
             emulator, folder = svd(sequential=way), tmp_path / f"{seed}-{way}"
             build_in(folder, source, emulator, bits)
-            model = emulator.open(folder, source, CPU, precision=held_at(bits))
-            found = final(model, Rows())
-            errors.append(float((found - wanted).square().sum()))
+            model = emulator.open(folder, source, CPU, precision=precision_of(bits))
+            actual = final(model, Rows())
+            errors.append(float((actual - expected).square().sum()))
         gains.append(errors[0] / errors[1])
     assert max(gains) < 0.9, gains
     assert sum(gains) / len(gains) < 0.85, gains
@@ -323,7 +328,9 @@ def test_the_emulator_ends_nearer_to_the_original_than_without(tmp_path, sources
 
 @pytest.mark.parametrize("bits", [16, 4])
 @pytest.mark.parametrize("allocation", ["uniform", "greedy"])
-def test_a_killed_build_goes_on_and_ends_the_same(tmp_path, source, monkeypatch, bits, allocation):
+def test_a_killed_build_resumes_with_the_same_result(
+    tmp_path, source, monkeypatch, bits, allocation
+):
     import emloc.emulators.svd as home
 
     emulator, saved = svd(allocation=allocation), []
@@ -344,14 +351,14 @@ def test_a_killed_build_goes_on_and_ends_the_same(tmp_path, source, monkeypatch,
     assert len(files) == (2 if allocation == "greedy" else 1)
     stamps = [path.stat().st_mtime_ns for path in files]
     monkeypatch.setattr(home, "save_factors", save)
-    monkeypatch.setattr(home, "spectra", None)  # they are there
+    monkeypatch.setattr(home, "spectra", None)  # the spectra exist and must not be computed again
     assert build_in(killed, source, emulator, bits) == facts
     assert [path.stat().st_mtime_ns for path in files] == stamps
     assert same_files(whole, killed)
     assert (whole / "layers.json").stat().st_size > 0
 
 
-def test_a_build_says_of_what_samples_it_is_and_how_large(tmp_path, source):
+def test_the_facts_name_the_samples_and_the_size(tmp_path, source):
     emulator = svd()
     facts = build_in(tmp_path, source, emulator)
     plain = build_in(tmp_path / "plain", source, svd(sequential=False))
@@ -360,7 +367,7 @@ def test_a_build_says_of_what_samples_it_is_and_how_large(tmp_path, source):
     assert 0.35 < facts["share_of_linears"] <= 0.4
     table = json.loads((tmp_path / "layers.json").read_text())
     assert list(table) == sorted(layers_of(source))
-    ranks = given_to(emulator, source).plan
+    ranks = build_inputs_of(emulator, source).plan
     assert {layer: one["rank"] for layer, one in table.items()} == ranks
     assert all(0 < one["kept"] <= 1 for one in table.values())
     written = {path.name for path in tmp_path.iterdir() if path.is_file()}
@@ -371,7 +378,7 @@ def test_a_build_says_of_what_samples_it_is_and_how_large(tmp_path, source):
     }
 
 
-def test_both_halves_of_a_model_of_images_and_text(tmp_path):
+def test_vision_tower_and_language_model_are_fitted(tmp_path):
     tiny_internvl().save_pretrained(tmp_path / "model")
     source = Source(
         tmp_path / "model", "tiny", "0", torch.float32, auto=AutoModelForImageTextToText
@@ -394,15 +401,15 @@ def test_both_halves_of_a_model_of_images_and_text(tmp_path):
     blocks = list(by_block(layers))
     assert len(blocks) == 4
     assert ["vision_tower" in block for block in blocks] == [True, True, False, False]
-    found = distances(tmp_path / "True", tmp_path / "False", layers)
-    near = {layer for layer, distance in found.items() if distance < 1e-4}
+    differences = distances(tmp_path / "True", tmp_path / "False", layers)
+    near = {layer for layer, distance in differences.items() if distance < 1e-4}
     assert near == {f"{blocks[0]}.attention.{name}_proj" for name in "qkv"}
 
 
 # A layer that nothing runs through ---------------------------------------------------------------
 
 
-def test_a_layer_that_no_sample_runs_is_refused(tmp_path):
+def test_a_layer_that_no_sample_reaches_is_refused(tmp_path):
     tiny_internvl().save_pretrained(tmp_path / "model")
     source = Source(
         tmp_path / "model", "tiny", "0", torch.float32, auto=AutoModelForImageTextToText
@@ -443,19 +450,21 @@ def spent(ranks, source) -> int:
     ],
     ids=["eigen", "whiten", "plain", "sequential"],
 )
-def test_greedy_ranks_take_no_more_and_lose_less(tmp_path, source, settings, written):
+def test_greedy_ranks_stay_in_the_budget_and_lose_less_energy(tmp_path, source, settings, written):
     emulator = svd(allocation="greedy", **settings)
     statistics = None
     if written and emulator.statistics:
         statistics = statistics_of(tmp_path / "known", source, emulator.statistics == "input")
     facts = build_in(tmp_path / "built", source, emulator, statistics=statistics)
     table = json.loads((tmp_path / "built" / "layers.json").read_text())
-    uniform = given_to(emulator, source).plan
+    uniform = build_inputs_of(emulator, source).plan
     ranks = {layer: table[layer]["rank"] for layer in uniform}
     assert ranks != uniform
     assert all(rank % emulator.multiple == 0 for rank in ranks.values())
-    left = spent(uniform, source) - spent(ranks, source)
-    assert 0 <= left < emulator.multiple * max(sum(shape) for shape in layers_of(source).values())
+    unspent = spent(uniform, source) - spent(ranks, source)
+    assert (
+        0 <= unspent < emulator.multiple * max(sum(shape) for shape in layers_of(source).values())
+    )
     before = sum(rows * columns for rows, columns in layers_of(source).values())
     assert facts["share_of_linears"] == round(spent(ranks, source) / before, 4)
     assert facts["share_of_linears"] <= 0.4
@@ -470,22 +479,22 @@ def test_greedy_ranks_take_no_more_and_lose_less(tmp_path, source, settings, wri
 
 
 @pytest.mark.parametrize("algorithm", ["eigen", "whiten"])
-def test_greedy_ranks_are_the_same_where_statistics_are_not_kept(tmp_path, source, algorithm):
+def test_greedy_ranks_do_not_depend_on_stored_statistics(tmp_path, source, algorithm):
     emulator = svd(allocation="greedy", sequential=False, algorithm=algorithm)
     statistics = statistics_of(tmp_path / "known", source, emulator.statistics == "input")
-    found = []
-    for name, known in (("once", None), ("twice", statistics)):
-        build_in(tmp_path / name, source, emulator, statistics=known)
+    rank_tables = []
+    for name, stored_statistics in (("once", None), ("twice", statistics)):
+        build_in(tmp_path / name, source, emulator, statistics=stored_statistics)
         table = json.loads((tmp_path / name / "layers.json").read_text())
-        found.append({layer: one["rank"] for layer, one in table.items()})
-    assert found[0] == found[1]
+        rank_tables.append({layer: one["rank"] for layer, one in table.items()})
+    assert rank_tables[0] == rank_tables[1]
     for layer in layers_of(source):
         a, b = (emulator.residual(tmp_path / name, source, layer) for name in ("once", "twice"))
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_the_plan_of_greedy_ranks_is_the_uniform_one(source):
-    plans = [given_to(svd(allocation=one), source).plan for one in ("uniform", "greedy")]
+    plans = [build_inputs_of(svd(allocation=one), source).plan for one in ("uniform", "greedy")]
     assert plans[0] == plans[1]
 
 
@@ -502,7 +511,7 @@ def test_the_plan_of_greedy_ranks_is_the_uniform_one(source):
         ({"sequential": False, "allocation": "greedy", "algorithm": "whiten"}, "input", True),
     ],
 )
-def test_what_is_wanted_of_the_samples(settings, statistics, samples):
+def test_required_statistics_and_samples(settings, statistics, samples):
     emulator = svd(**settings)
     assert (emulator.statistics, emulator.samples) == (statistics, samples)
 
@@ -528,7 +537,7 @@ def test_what_is_wanted_of_the_samples(settings, statistics, samples):
         ),
     ],
 )
-def test_what_cannot_be_is_refused(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(ConfigError) as refused:
         svd(**settings)
     assert str(refused.value) == message
@@ -537,7 +546,7 @@ def test_what_cannot_be_is_refused(settings, message):
 # The walk ----------------------------------------------------------------------------------------
 
 
-def test_two_looks_at_a_batch_come_before_one_at_the_next(source):
+def test_both_models_process_a_batch_before_the_next_batch(source):
     blocks = list(by_block(layers_of(source)))
     walks = [iterate_checkpoint(source, Rows().batches(source), blocks, CPU) for _ in range(2)]
     order = []

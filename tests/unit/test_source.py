@@ -1,4 +1,4 @@
-"""A checkpoint read tensor by tensor is the model that transformers loads."""
+"""A `Source` that reads single tensors gives the same model as transformers."""
 
 import json
 import os
@@ -39,7 +39,7 @@ SIZES = {
 
 
 def qwen2() -> Qwen2ForCausalLM:
-    """Query, key and value have biases; made large, so that one forgotten would be seen."""
+    """Return a Qwen2 whose q, k and v have large biases, so that a forgotten bias is noticed."""
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=2, tie_word_embeddings=False, **SIZES))
     for name, parameter in model.named_parameters():
@@ -74,10 +74,10 @@ MAKERS = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    made = {name: tmp_path_factory.mktemp(name) for name in MAKERS}
+    folders_by_kind = {name: tmp_path_factory.mktemp(name) for name in MAKERS}
     for name, make in MAKERS.items():
-        make(made[name])
-    return made
+        make(folders_by_kind[name])
+    return folders_by_kind
 
 
 def source_of(folder: Path, dtype: torch.dtype = torch.float32) -> Source:
@@ -95,19 +95,19 @@ def logits(model) -> torch.Tensor:
 
 @pytest.fixture
 def broken(folders, tmp_path):
-    """A copy of a checkpoint in one file, without the named tensor."""
+    """Function that returns a source whose single file lacks the named tensor."""
 
-    def without(name: str) -> Source:
+    def without_tensor(name: str) -> Source:
         tensors = load_file(folders["llama"] / "model.safetensors")
         del tensors[name]
         save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
         (tmp_path / "config.json").write_text((folders["llama"] / "config.json").read_text())
         return source_of(tmp_path)
 
-    return without
+    return without_tensor
 
 
-def test_the_fixtures_are_what_they_are_called(folders):
+def test_the_fixtures_have_the_properties_of_their_names(folders):
     assert len(list(folders["sharded"].glob("*.safetensors"))) > 3
     assert "lm_head.weight" not in source_of(folders["tied"]).weights.names
     assert "lm_head.weight" in source_of(folders["llama"]).weights.names
@@ -116,7 +116,7 @@ def test_the_fixtures_are_what_they_are_called(folders):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", MAKERS)
-def test_load_is_from_pretrained(folders, kind, dtype):
+def test_load_equals_from_pretrained(folders, kind, dtype):
     ours, other = source_of(folders[kind], dtype).load(CPU), theirs(folders[kind], dtype)
     assert type(ours) is type(other)
     assert torch.equal(logits(ours), logits(other))
@@ -129,7 +129,7 @@ def test_load_is_from_pretrained(folders, kind, dtype):
         assert tied == (kind in ("tied", "gemma3"))
 
 
-def test_each_load_is_a_model_of_its_own(folders):
+def test_loaded_models_share_no_state(folders):
     source = source_of(folders["llama"])
     first, second = source.load(CPU), source.load(CPU)
     before = logits(second)
@@ -165,7 +165,7 @@ def test_tables_of_linears_and_sizes(folders):
         ]
 
 
-def test_one_weight_or_bias_by_name_in_the_dtype_of_the_source(folders):
+def test_a_weight_or_bias_is_read_by_name_in_the_dtype_of_the_source(folders):
     tensors = {
         name: tensor
         for path in folders["bias"].glob("*.safetensors")
@@ -179,20 +179,20 @@ def test_one_weight_or_bias_by_name_in_the_dtype_of_the_source(folders):
         assert source.bias("model.layers.1.self_attn.o_proj") is None
 
 
-def test_read_opens_each_file_once_and_gives_all_that_was_asked(folders, monkeypatch):
+def test_read_opens_each_file_once_and_returns_all_requested_tensors(folders, monkeypatch):
     source = source_of(folders["sharded"])
     opened = []
     monkeypatch.setattr(
         "emloc.models.checkpoint.weights.safe_open",
         lambda path, **kw: opened.append(path.name) or safe_open(path, **kw),
     )
-    asked = [*source.weights.names][::-1]
-    got = dict(source.read(asked))
-    assert sorted(got) == sorted(asked)
+    requested = [*source.weights.names][::-1]
+    got = dict(source.read(requested))
+    assert sorted(got) == sorted(requested)
     assert len(opened) == len(set(opened)) == len(list(folders["sharded"].glob("*.safetensors")))
 
 
-def test_what_is_replaced_is_never_read(folders, monkeypatch):
+def test_tensors_of_replaced_layers_are_not_read(folders, monkeypatch):
     source = source_of(folders["bias"])
     layers = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
     replace = {}
@@ -200,20 +200,20 @@ def test_what_is_replaced_is_never_read(folders, monkeypatch):
         weight = source.weight(layer)
         bias = source.bias(layer, CPU)
         replace[layer] = Factorized(torch.eye(len(weight)), weight, bias)
-    asked = []
+    requested = []
     read = Source.read
     monkeypatch.setattr(
-        Source, "read", lambda self, names, at: asked.extend(names) or read(self, names, at)
+        Source, "read", lambda self, names, at: requested.extend(names) or read(self, names, at)
     )
     model = source.load(CPU, replace)
     monkeypatch.undo()
     spared = {f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")}
-    assert sorted(asked) == sorted(set(source.weights.names) - spared)
+    assert sorted(requested) == sorted(set(source.weights.names) - spared)
     assert all(model.get_submodule(layer) is replace[layer] for layer in layers)
     torch.testing.assert_close(logits(model), logits(theirs(folders["bias"])), atol=1e-5, rtol=0)
 
 
-def test_a_replacement_may_stand_where_the_checkpoint_has_nothing(broken):
+def test_a_replaced_layer_may_be_missing_in_the_checkpoint(broken):
     layer = "model.layers.0.mlp.up_proj"
     u, v = torch.randn(64, 3), torch.randn(3, 32)
     model = broken(f"{layer}.weight").load(CPU, {layer: Factorized(u, v)})
@@ -263,14 +263,15 @@ def test_a_tensor_of_another_shape_is_refused_by_name(broken, folders, tmp_path)
         source.load(CPU)
 
 
-def test_generation_settings_come_along(checkpoint, tmp_path):
-    folder = shutil.copytree(checkpoint, tmp_path / "own")  # other tests read the shared one
+def test_generation_settings_are_loaded_with_the_model(checkpoint, tmp_path):
+    # A copy, since other tests read the shared folder.
+    folder = shutil.copytree(checkpoint, tmp_path / "own")
     settings = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps(settings | {"top_k": 7}))
     assert source_of(folder).load(CPU).generation_config.top_k == 7
 
 
-def test_a_tokenizer_without_padding_pads_with_the_end_token(tmp_path):
+def test_a_tokenizer_without_a_padding_token_pads_with_the_end_token(tmp_path):
     tokenizer = tiny_tokenizer(chat=False)
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
@@ -297,7 +298,7 @@ def model_of(**changed) -> TextModel:
     return TextModel(**(values | changed))
 
 
-def test_the_key_follows_content_and_dtype(folders, tmp_path):
+def test_the_key_depends_on_content_and_dtype(folders, tmp_path):
     for path in folders["llama"].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     open_ = model_of(source=str(tmp_path)).open
@@ -345,13 +346,13 @@ def test_the_key_follows_content_and_dtype(folders, tmp_path):
     ],
     ids=lambda value: value["source"] if isinstance(value, dict) else "",
 )
-def test_a_model_that_is_not_there_says_what_to_set(changed, message):
+def test_a_missing_model_is_refused_with_the_setting_to_change(changed, message):
     with pytest.raises(ConfigError) as caught:
         model_of(**changed).open()
     assert str(caught.value) == message
 
 
-def test_a_folder_is_found_by_its_path_from_anywhere(folders, monkeypatch):
+def test_a_relative_folder_is_resolved_to_an_absolute_path(folders, monkeypatch):
     monkeypatch.chdir(folders["llama"].parent)
     folder, identity = locate_checkpoint(folders["llama"].name, "somebody/model", None, None)
     assert folder == folders["llama"].resolve()
@@ -361,7 +362,7 @@ def test_a_folder_is_found_by_its_path_from_anywhere(folders, monkeypatch):
 # Which layers ------------------------------------------------------------------------------------
 
 
-def test_targets_are_whole_names_of_linears_in_the_order_of_the_model(folders):
+def test_targets_match_full_names_in_the_order_of_the_model(folders):
     source = source_of(folders["llama"])
     model = model_of(lora_targets=r".*\.(q_proj|down_proj)", excluded={r".*\.1\..*": "a reason"})
     assert model.adapted_layers(source) == {

@@ -1,4 +1,4 @@
-"""Stages are parts: where they stand, what is in their keys, and what reports make of them."""
+"""Stages: their order, their keys, and their columns in reports."""
 
 from dataclasses import dataclass
 
@@ -35,14 +35,14 @@ class Heal(Stage):
 
 
 def test_every_run_has_the_standard_stages_in_order():
-    cell = build(compose())
-    assert list(cell.stage) == list(standard_stages()) == STANDARD
-    assert [name for name, one in cell.stage.items() if one.counted] == STANDARD[:4]
-    assert [name for name, one in cell.stage.items() if one.column] == STANDARD[:5]
+    run_config = build(compose())
+    assert list(run_config.stage) == list(standard_stages()) == STANDARD
+    assert [name for name, one in run_config.stage.items() if one.counted] == STANDARD[:4]
+    assert [name for name, one in run_config.stage.items() if one.column] == STANDARD[:5]
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["named first", "named last"])
-def test_a_stage_stands_directly_behind_the_one_it_names(first):
+def test_a_stage_runs_directly_after_the_stage_it_names(first):
     standard = {name: stage["after"] for name, stage in standard_stages().items()}
     heal, polish = {"heal": "emulate"}, {"polish": "recover", "shine": "polish"}
     after = heal | polish | standard if first else standard | heal | polish
@@ -54,12 +54,12 @@ def test_a_stage_stands_directly_behind_the_one_it_names(first):
 
 
 @pytest.mark.parametrize("after", ["emulation", "heal"], ids=["a typo", "itself"])
-def test_a_stage_behind_one_that_is_not_there_is_refused(after):
+def test_a_stage_after_a_missing_stage_is_refused(after):
     with pytest.raises(ConfigError, match=rf"^stage\.heal\.after={after}: there is no such stage"):
         order_stages({"emulate": None, "heal": after})
 
 
-def test_the_key_of_a_stage_holds_its_settings_and_not_its_place():
+def test_the_key_of_a_stage_contains_its_settings_but_not_its_position():
     stage = Heal(after="emulate", steps=3)
     assert stage.key == {"part": "test_stages.Heal", "steps": 3}
     assert Heal(after="train", steps=3, counted=False, column=False).key == stage.key
@@ -67,7 +67,7 @@ def test_the_key_of_a_stage_holds_its_settings_and_not_its_place():
     assert Heal(after="emulate", steps=3, late=True).key == stage.key | {"late": True}
 
 
-def test_a_stage_that_forgets_its_work_cannot_be_made():
+def test_a_stage_without_its_methods_is_refused():
     class Idle(Stage):
         gives = "nothing"
 
@@ -77,8 +77,8 @@ def test_a_stage_that_forgets_its_work_cannot_be_made():
         Idle(after=None)
 
 
-def test_standard_stages_are_no_part_of_a_run_folders_name():
-    """Runs of before a further stage existed keep their folders."""
+def test_standard_stages_do_not_change_the_name_of_a_run_folder():
+    """Runs from before a further stage existed keep their folders."""
     config = compose()
     OmegaConf.set_struct(config, False)
     name = folder_name(config)
@@ -93,7 +93,7 @@ def test_standard_stages_are_no_part_of_a_run_folders_name():
     assert folder_name(config) != healed
 
 
-def test_a_run_of_before_stages_were_settings_had_the_standard_ones():
+def test_a_run_without_the_setting_stage_had_the_standard_stages():
     assert list(stages_of({"method": "emloc"})) == STANDARD
     heal = {"after": "emulate", "counted": True, "column": True}
     assert list(stages_of({"stage": standard_stages() | {"heal": heal}}))[1:4] == [
@@ -101,7 +101,7 @@ def test_a_run_of_before_stages_were_settings_had_the_standard_ones():
     ]
 
 
-def test_columns_of_several_runs_are_merged_in_their_order():
+def test_stage_columns_of_several_runs_are_merged_in_order():
     healed = ["calibrate", "emulate", "heal", "train"]
     assert merged(["calibrate", "emulate", "train"], healed) == healed
     assert merged(healed, ["emulate", "train", "polish"]) == [*healed, "polish"]

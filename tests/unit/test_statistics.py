@@ -1,4 +1,4 @@
-"""Second moments of a block: of its tokens only, shared where the input is, however batched."""
+"""Second moments of a block: without padding, shared by layers with one input."""
 
 import pytest
 import torch
@@ -30,8 +30,8 @@ def rows() -> list[Tensor]:
 
 
 def batches(size: int) -> list[dict[str, Tensor]]:
-    """The same samples, `size` at a time, padded on the left with a token that would be seen."""
-    made = []
+    """The same samples in batches of `size`, padded on the left with a noticeable token."""
+    batches_of_size = []
     for start in range(0, len(LENGTHS), size):
         some = rows()[start : start + size]
         longest = max(map(len, some))
@@ -39,8 +39,10 @@ def batches(size: int) -> list[dict[str, Tensor]]:
         ids = torch.full(mask.shape, 200)
         ids[mask.bool()] = torch.cat(some)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        made.append({"input_ids": ids, "attention_mask": mask, "position_ids": positions})
-    return made
+        batches_of_size.append(
+            {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        )
+    return batches_of_size
 
 
 def observed(source: Source, size: int = 2, whole: bool = False, leaves=LEAVES) -> list[Statistics]:
@@ -52,18 +54,18 @@ def observed(source: Source, size: int = 2, whole: bool = False, leaves=LEAVES) 
 
 @pytest.fixture(scope="module")
 def inputs(source) -> dict[str, Tensor]:
-    """Layer -> all it takes (N, n), from one ordinary forward pass for each sample."""
+    """Layer -> all its inputs (N, n), from one ordinary forward pass per sample."""
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
-    taken: dict[str, list[Tensor]] = {}
+    inputs_by_layer: dict[str, list[Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_pre_hook(
-                lambda _, args, name=name: taken.setdefault(name, []).append(args[0][0])
+                lambda _, args, name=name: inputs_by_layer.setdefault(name, []).append(args[0][0])
             )
     with torch.no_grad():
         for row in rows():
             model(input_ids=row[None])
-    return {name: torch.cat(parts).double() for name, parts in taken.items()}
+    return {name: torch.cat(parts).double() for name, parts in inputs_by_layer.items()}
 
 
 def close(ours: Tensor, exact: Tensor) -> None:
@@ -71,37 +73,37 @@ def close(ours: Tensor, exact: Tensor) -> None:
     torch.testing.assert_close(ours, exact, rtol=0, atol=float(1e-5 * exact.abs().max()))
 
 
-def test_layers_fed_by_one_tensor_share_one_gram(source):
-    for block, found in zip(BLOCKS, observed(source), strict=True):
+def test_layers_with_the_same_input_share_one_gram(source):
+    for block, statistics in zip(BLOCKS, observed(source), strict=True):
         query, gate = f"{block}.self_attn.q_proj", f"{block}.mlp.gate_proj"
         own = f"{block}.self_attn.o_proj"
-        assert found.sites == {
+        assert statistics.sites == {
             **{f"{block}.self_attn.{leaf}_proj": query for leaf in "qkv"},
             own: own,
             **{f"{block}.mlp.{leaf}_proj": gate for leaf in ("gate", "up")},
         }
-        assert set(found.inputs) == {query, own, gate}
-        # Outputs of 32 are the smaller matrix beside inputs of 64.
-        assert set(found.outputs) == {f"{block}.mlp.down_proj"}
-        assert found.outputs[f"{block}.mlp.down_proj"].shape == (32, 32)
+        assert set(statistics.inputs) == {query, own, gate}
+        # The 32 outputs have the smaller Gram matrix beside 64 inputs.
+        assert set(statistics.outputs) == {f"{block}.mlp.down_proj"}
+        assert statistics.outputs[f"{block}.mlp.down_proj"].shape == (32, 32)
 
 
-def test_grams_are_those_of_the_samples_one_by_one(source, inputs):
-    for block, found in zip(BLOCKS, observed(source), strict=True):
-        assert found.tokens == sum(LENGTHS) == 36
+def test_grams_equal_the_sum_over_single_samples(source, inputs):
+    for block, statistics in zip(BLOCKS, observed(source), strict=True):
+        assert statistics.tokens == sum(LENGTHS) == 36
         for leaf in LEAVES[:-1]:
             x = inputs[f"{block}.{leaf}"]
             assert x.shape[0] == 36
-            close(found.of(f"{block}.{leaf}")["input_gram"], x.T @ x)
+            close(statistics.of(f"{block}.{leaf}")["input_gram"], x.T @ x)
         layer = f"{block}.mlp.down_proj"
         y = inputs[layer] @ source.weight(layer).double().T
-        assert set(found.of(layer)) == {"output_gram"}
-        close(found.of(layer)["output_gram"], y.T @ y)
+        assert set(statistics.of(layer)) == {"output_gram"}
+        close(statistics.of(layer)["output_gram"], y.T @ y)
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
-def test_neither_padding_nor_the_size_of_a_batch_enters(source, size):
-    """One sample at a time has no padding at all."""
+def test_grams_do_not_depend_on_padding_and_batch_size(source, size):
+    """Batches of one sample have no padding at all."""
     for one, many in zip(observed(source, 1), observed(source, size), strict=True):
         assert many.tokens == one.tokens
         assert many.sites == one.sites
@@ -112,30 +114,30 @@ def test_neither_padding_nor_the_size_of_a_batch_enters(source, size):
                 close(together[name], total)
 
 
-def test_outputs_formed_in_pieces_are_counted_once_each():
+def test_outputs_added_in_chunks_are_counted_once():
     torch.manual_seed(0)
     rows, weight = torch.randn(2 * PIECE + 100, 8), torch.randn(3, 8)
-    found = Statistics()
-    found.add({"down": rows}, {"down": weight}, inputs_only=False)
-    found.add({"down": rows[:50]}, {"down": weight}, inputs_only=False)
+    statistics = Statistics()
+    statistics.add({"down": rows}, {"down": weight}, inputs_only=False)
+    statistics.add({"down": rows[:50]}, {"down": weight}, inputs_only=False)
     y = torch.cat([rows, rows[:50]]).double() @ weight.double().T
-    close(found.outputs["down"], y.T @ y)
-    assert found.tokens == 2 * PIECE + 150
+    close(statistics.outputs["down"], y.T @ y)
+    assert statistics.tokens == 2 * PIECE + 150
 
 
-def test_whole_gives_input_grams_alone(source, inputs):
-    for block, found in zip(BLOCKS, observed(source, whole=True), strict=True):
-        assert found.outputs == {}
-        assert set(found.sites) == {f"{block}.{leaf}" for leaf in LEAVES}
+def test_whole_records_only_input_grams(source, inputs):
+    for block, statistics in zip(BLOCKS, observed(source, whole=True), strict=True):
+        assert statistics.outputs == {}
+        assert set(statistics.sites) == {f"{block}.{leaf}" for leaf in LEAVES}
         x = inputs[f"{block}.mlp.down_proj"]
-        close(found.of(f"{block}.mlp.down_proj")["input_gram"], x.T @ x)
+        close(statistics.of(f"{block}.mlp.down_proj")["input_gram"], x.T @ x)
 
 
-def test_a_site_is_called_after_the_first_layer_that_is_observed(source):
+def test_a_shared_input_is_named_after_its_first_layer(source):
     leaves = ["self_attn.v_proj", "self_attn.k_proj", "mlp.up_proj"]
     (first, _) = observed(source, leaves=leaves)
     key, up = "model.layers.0.self_attn.k_proj", "model.layers.0.mlp.up_proj"
-    # k and v give 16 each: their outputs are smaller than the input of 32 they share.
+    # k and v have 16 outputs each, fewer than the 32 inputs that they share.
     assert set(first.outputs) == {key, "model.layers.0.self_attn.v_proj"}
     assert first.sites == {up: up}
     (first, _) = observed(source, leaves=leaves, whole=True)
@@ -144,37 +146,37 @@ def test_a_site_is_called_after_the_first_layer_that_is_observed(source):
     assert set(first.inputs) == {shared, up}
 
 
-def test_save_and_load_give_the_same(source, tmp_path):
-    for found in observed(source):
-        found.save(tmp_path / "block.safetensors")
+def test_saved_statistics_load_unchanged(source, tmp_path):
+    for statistics in observed(source):
+        statistics.save(tmp_path / "block.safetensors")
         again = Statistics.load(tmp_path / "block.safetensors")
-        assert (again.sites, again.tokens) == (found.sites, found.tokens)
+        assert (again.sites, again.tokens) == (statistics.sites, statistics.tokens)
         for kind in ("inputs", "outputs"):
-            before, after = getattr(found, kind), getattr(again, kind)
+            before, after = getattr(statistics, kind), getattr(again, kind)
             assert after.keys() == before.keys()
             assert all(torch.equal(after[name], before[name]) for name in before)
             assert all(total.dtype == torch.float64 for total in after.values())
 
 
-def test_what_was_taken_is_given_once_and_padding_is_left_out():
+def test_recorded_inputs_are_returned_once_without_padding():
     layers = {"a": nn.Linear(3, 2), "b": nn.Linear(3, 2), "c": nn.Linear(2, 2)}
     x = torch.arange(18.0).reshape(2, 3, 3)
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]]).bool()
-    with InputRecorder(layers) as taken:
+    with InputRecorder(layers) as recorder:
         layers["c"](layers["a"](x) + layers["b"](x))
-        got = taken.rows(mask)
-        assert taken.rows(mask) == {}
+        got = recorder.rows(mask)
+        assert recorder.rows(mask) == {}
         layers["a"](x[0])
-        flat = taken.rows(mask)
+        flat = recorder.rows(mask)
     assert got["a"] is got["b"]
     assert torch.equal(got["a"], torch.cat([x[0, 1:], x[1]]))
     assert got["c"].shape == (5, 2)
-    # Not the mask's shape: these are tokens already.
+    # The shape differs from that of the mask: these are tokens already.
     assert torch.equal(flat["a"], x[0])
     assert not any(layer._forward_pre_hooks for layer in layers.values())
 
 
-def test_hooks_are_gone_after_a_failure(source):
+def test_hooks_are_removed_after_a_failure(source):
     run = iterate_checkpoint(source, batches(2), BLOCKS, CPU)
     block = next(run)
     linears = linears_of(block, [f"{block.name}.{leaf}" for leaf in LEAVES])

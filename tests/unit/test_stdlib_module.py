@@ -1,4 +1,4 @@
-"""The task made of the running Python's own documentation."""
+"""The task stdlib_module, made of the documentation of the running Python."""
 
 import re
 import sys
@@ -26,10 +26,10 @@ def task(**overrides) -> StdlibModule:
     return StdlibModule(**({"name": "stdlib_module", "prompt": "{{text}}"} | overrides))
 
 
-# The tests on a made-up library come last: they clear what the real one took seconds to read.
+# Tests with a fake library come last: they clear caches that took seconds to fill.
 @pytest.fixture
 def library(tmp_path, monkeypatch):
-    """A made-up standard library: a file for each module, to be filled by the test."""
+    """Function that writes a fake standard library with one file per module."""
 
     def make(**docstrings: list[str]) -> Path:
         for name in MODULES:
@@ -59,7 +59,7 @@ def test_sizes_and_classes():
     assert max(counts.values()) < len(train) / 10
 
 
-def test_texts_are_short_lines_without_the_answer():
+def test_texts_are_short_and_do_not_contain_the_answer():
     for row in (*task().train(), *task().held_out(None)):
         assert SHORTEST <= len(row.prompt) <= LONGEST
         assert row.prompt == " ".join(row.prompt.split())
@@ -71,7 +71,7 @@ def test_no_text_occurs_twice():
     assert len(texts) == len(set(texts))
 
 
-def test_any_prefix_is_a_fair_sample():
+def test_the_first_rows_are_a_random_sample():
     whole = task().held_out(None)
     some = task().held_out(100)
     assert some.rows == whole.rows[:100]
@@ -122,7 +122,7 @@ def test_refused_values(overrides, message):
     assert str(caught.value) == message
 
 
-def test_generic_corpus_is_apart_from_the_task():
+def test_the_generic_corpus_contains_no_text_of_the_task():
     rows = generic_docstrings()
     assert len(rows) >= 500
     assert {row.prompt for row in rows} == {""}
@@ -131,19 +131,19 @@ def test_generic_corpus_is_apart_from_the_task():
     assert not set(modules) & ({*MODULES, "test", "idlelib", "tkinter"})
     assert not [name for name in modules if name.startswith("_")]
     assert modules != sorted(modules)
-    asked = {row.prompt for row in (*task().train(), *task().held_out(None))}
+    prompts = {row.prompt for row in (*task().train(), *task().held_out(None))}
     for row in rows:
         first = " ".join(re.split(r"\n\s*\n", row.target)[0].split())[:LONGEST].rstrip()
-        assert first not in asked
+        assert first not in prompts
 
 
-def test_nothing_is_imported():
+def test_no_module_of_the_library_is_imported():
     task().train()
     generic_docstrings()
     assert not {"turtle", "antigravity", "this"} & set(sys.modules)
 
 
-def test_order_is_of_the_seed_alone(monkeypatch):
+def test_the_order_depends_only_on_the_seed(monkeypatch):
     rows = task().train().rows
     sources = stdlib_module._sources
     monkeypatch.setattr(stdlib_module, "_sources", lambda module: sources(module)[::-1])
@@ -154,17 +154,17 @@ def test_order_is_of_the_seed_alone(monkeypatch):
     same = {row.prompt for row in task().held_out(None)} & {
         row.prompt for row in task(seed=1).held_out(None)
     }
-    assert len(same) < 150  # 512 of 3,600 by chance: about 73
+    assert len(same) < 150  # 512 of 3,600 texts overlap in about 73 by chance
 
 
-def test_key_is_of_the_texts(library):
+def test_the_key_depends_on_the_texts(library):
     library(asyncio=["Wait for the first of them.", "Wait for the second of them."])
     first = task(eval_rows=1).key
     library(asyncio=["Wait for the first of them.", "Wait for the third one of them."])
     assert task(eval_rows=1).key != first
 
 
-def test_first_paragraphs_of_everything_documented(library):
+def test_texts_are_the_first_paragraphs_of_all_docstrings(library):
     root = library()
     (root / "asyncio.py").unlink()
     package = root / "asyncio"
@@ -185,7 +185,7 @@ def test_first_paragraphs_of_everything_documented(library):
     )
 
 
-def test_texts_of_two_modules_have_no_answer(library):
+def test_texts_that_occur_in_two_modules_are_skipped(library):
     library(
         logging=["Close this one for good.", "Only here, although it is twice."] * 2,
         zipfile=["Close this one for good.", "Closes this zipfile for good."],
@@ -194,13 +194,13 @@ def test_texts_of_two_modules_have_no_answer(library):
     assert module_texts() == (("Only here, although it is twice.", "logging.f1", "logging"),)
 
 
-def test_hidden_implementations_count_for_their_public_module(library):
+def test_private_implementations_count_as_their_public_module(library):
     root = library()
     (root / "_pydecimal.py").write_text('"""Arithmetic of decimal numbers."""')
     assert module_texts() == (("Arithmetic of ___ numbers.", "_pydecimal", "decimal"),)
 
 
-def test_more_held_out_than_there_is(library):
+def test_more_held_out_rows_than_texts_are_refused(library):
     library(xml=["The only text there is."])
     with pytest.raises(ConfigError) as caught:
         task().train()
@@ -209,7 +209,7 @@ def test_more_held_out_than_there_is(library):
     )
 
 
-def test_python_without_sources(library):
+def test_a_python_without_sources_is_refused(library):
     root = library()
     (root / "wsgiref.py").unlink()
     with pytest.raises(ConfigError) as caught:
@@ -220,7 +220,7 @@ def test_python_without_sources(library):
     )
 
 
-def test_generic_corpus_leaves_out_a_paragraph_the_task_asks_about(library):
+def test_the_generic_corpus_skips_paragraphs_of_the_task(library):
     root = library(logging=["Close the logging handler and free it."])
     tail = "\n\n" + "Further words on the matter. " * 10
     (root / "copy.py").write_text(f'"""Close the logging handler and free it.{tail}"""')

@@ -1,4 +1,4 @@
-"""The same work is never done twice, and other work never found in its place."""
+"""The stage cache: equal work is computed once, and different work never shares an artifact."""
 
 import contextlib
 import functools
@@ -30,7 +30,7 @@ def _no_calls_yet():
 
 
 class Keys(Store):
-    """Makes empty artifacts, at once: only their keys are looked at."""
+    """A store that creates empty artifacts without any work, to test keys."""
 
     def _compute(self, name, home, *_):
         home.mkdir()
@@ -39,7 +39,7 @@ class Keys(Store):
 
 @pytest.fixture
 def key(tmp_path):
-    """The key of a stage that works on the given inputs."""
+    """Function that returns the key of a stage with the given inputs."""
     keys = Keys(tmp_path / "keys")
 
     def make(*inputs, work=write, name="emulate", version=1):
@@ -49,10 +49,10 @@ def key(tmp_path):
 
 
 class Interrupted(BaseException):
-    """As `KeyboardInterrupt`, which would end the tests with it."""
+    """An interruption like `KeyboardInterrupt`, which would also stop pytest."""
 
 
-# Work. On the level of the module, as a stage must be.
+# Work functions, defined at module level as the store requires.
 
 
 def write(folder: Path, *inputs, **live) -> dict:
@@ -71,7 +71,7 @@ def slow(folder: Path, *inputs) -> dict:
 
 
 def halting(folder: Path) -> dict:
-    """Write one part an attempt, and be interrupted before the second."""
+    """Write one part per attempt, and interrupt each attempt before the second part exists."""
     (folder / f"part{len(list(folder.iterdir()))}").write_text("done")
     parts = sorted(path.name for path in folder.iterdir())
     if len(parts) < 2:
@@ -109,7 +109,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Fields:
-    """The fields of `Settings`, in another class."""
+    """A class with another name and the fields of `Settings`."""
 
     rank: int = 8
     name: str = "a"
@@ -127,10 +127,10 @@ class Nested:
 @dataclass(frozen=True)
 class Keyed:
     key: str
-    folder: str = ""  # not in the key
+    folder: str = ""  # excluded from the key
 
 
-def test_a_finished_stage_is_found(store):
+def test_a_finished_stage_is_reused(store):
     first = store.stage("emulate", write, 1, "a")
     second = Store(store.root).stage("emulate", write, 1, "a")
     assert first == second
@@ -140,12 +140,12 @@ def test_a_finished_stage_is_found(store):
     assert {path.name for path in first.folder.iterdir()} == {"inputs.txt", "stage.json", MANIFEST}
 
 
-def test_facts_are_those_of_the_work_with_seconds_and_memory(store):
+def test_facts_contain_those_of_the_work_and_seconds_and_memory(store):
     facts = store.stage("train", slow).facts
     assert facts["answer"] == 42
     assert facts["nested"] == {"a": [1.5, None]}
     assert 0.15 <= facts["seconds"] < 5
-    # This process has torch in it: more than 50 MB, less than a machine has.
+    # This process has imported torch: it uses more than 50 MB and less than 100 GiB.
     assert 0.05 < facts["peak_gib"] < 100
     again = store.stage("train", slow)
     assert again.facts == json.loads((again.folder / "stage.json").read_text()) == facts
@@ -171,17 +171,17 @@ def test_facts_are_those_of_the_work_with_seconds_and_memory(store):
         pytest.param((Keyed("a"),), (Keyed("b"),), id="an object's own key"),
     ],
 )
-def test_every_input_is_in_the_key(key, first, second):
+def test_each_input_changes_the_key(key, first, second):
     assert key(*first) == key(*first)
     assert key(*first) != key(*second)
 
 
-def test_a_table_has_no_order_and_an_own_key_hides_the_rest(key):
+def test_dictionaries_are_unordered_and_a_key_property_replaces_the_fields(key):
     assert key({"a": 1, "b": 2}) == key({"b": 2, "a": 1})
     assert key(Keyed("a", "/here")) == key(Keyed("a", "/there"))
 
 
-def test_examples_count_by_their_texts_and_order(key):
+def test_the_key_of_examples_depends_on_texts_and_order(key):
     one, two = Example("0", "p", "t"), Example("1", "q", "u")
     base = key(Examples("name", (one, two)))
     assert key(Examples("other name", (one, Example("7", "q", "u")))) == base
@@ -189,7 +189,7 @@ def test_examples_count_by_their_texts_and_order(key):
     assert key(Examples("name", (one, Example("1", "q", "v")))) != base
 
 
-def test_work_and_the_settings_it_is_bound_to_are_in_the_key(key):
+def test_the_key_contains_the_settings_of_a_bound_method(key):
     keys = [
         key(),
         key(name="train"),
@@ -202,13 +202,13 @@ def test_work_and_the_settings_it_is_bound_to_are_in_the_key(key):
     assert key(work=Settings(8).work) == keys[2]
 
 
-def test_a_function_can_be_renamed_and_moved(key):
-    """What a stage does is said by its name and version: a refactoring throws no cache away."""
+def test_the_name_of_a_work_function_is_not_in_the_key(key):
+    """The stage name and version identify the work, so that a refactoring keeps the cache."""
     assert key(1, work=write_too) == key(1, work=write)
     assert key(work=Settings(8).other) == key(work=Settings(8).work)
 
 
-def test_a_class_can_be_moved_to_another_folder(key):
+def test_the_folder_of_a_class_is_not_in_the_key(key):
     def part(module: str, **body):
         space = {"__name__": module, "dataclass": dataclass, **body}
         exec("@dataclass(frozen=True)\nclass Part:\n    rank: int = 8\n", space)
@@ -222,13 +222,13 @@ def test_a_class_can_be_moved_to_another_folder(key):
     assert key(renamed()) == key(before())
 
 
-def test_what_a_training_depends_on_is_called_in_keys_as_in_the_first_caches():
+def test_training_inputs_keep_their_first_name_in_keys():
     assert class_name(TrainingInputs) == "fit.Fit"
 
 
 @dataclass(frozen=True)
 class Grown:
-    """As `Settings` once was, and a setting that came later."""
+    """The class `Settings` with settings that were added later."""
 
     key_name = "test_store.Settings"
 
@@ -238,21 +238,21 @@ class Grown:
     share: float = neutral(0.0)
 
 
-def test_a_setting_that_comes_later_changes_no_key_while_it_is_neutral(key):
+def test_an_added_setting_with_its_neutral_value_keeps_the_key(key):
     assert key(Grown()) == key(Settings())
     assert key(Nested(Grown())) == key(Nested(Settings()))
     assert key(work=Settings(8).work) == key(work=Settings().work)
     assert len({key(Grown()), key(Grown(fresh=True)), key(Grown(share=0.5))}) == 3
 
 
-def test_no_key_holds_the_name_of_a_module():
+def test_keys_contain_no_module_names():
     for item in (Settings(), Nested(Grown(fresh=True)), {"a": [Settings()]}):
         assert "emloc." not in json.dumps(key_of(item))
     assert key_of(Settings()) == {"part": "test_store.Settings", "rank": 8, "name": "a"}
 
 
-def test_classes_of_one_name_in_two_files_are_not_each_other():
-    """Whoever copies a part into a new file and changes it must not get the old one's results."""
+def test_classes_with_one_name_in_two_modules_have_different_keys():
+    """A copied and changed part must not reuse the results of the original part."""
     parts = []
     for module in ("first_part", "second_part"):
         space = {"__name__": module, "dataclass": dataclass}
@@ -262,12 +262,12 @@ def test_classes_of_one_name_in_two_files_are_not_each_other():
     assert key_of(parts[0]()) != key_of(parts[1]())
 
 
-def test_a_new_meaning_is_a_new_key(key):
+def test_a_new_version_changes_the_key(key):
     assert key(1, version=2) != key(1)
     assert key(1, version=1) == key(1)
 
 
-def test_live_arguments_reach_the_work_and_not_the_key(store):
+def test_live_arguments_are_passed_to_the_work_but_not_to_the_key(store):
     cpu, meta = torch.device("cpu"), torch.device("meta")
     first = store.stage("emulate", write, 1, device=cpu, report=print)
     assert store.stage("emulate", write, 1, device=meta, report=repr) == first
@@ -276,19 +276,19 @@ def test_live_arguments_reach_the_work_and_not_the_key(store):
     assert live == {"device": cpu, "report": print}
 
 
-def test_interrupted_work_is_found_by_the_next_attempt(store):
+def test_the_next_attempt_finds_the_files_of_interrupted_work(store):
     with pytest.raises(Interrupted):
         store.stage("train", halting)
     (partial,) = (store.root / "train").glob("*.partial")
     assert [path.name for path in partial.iterdir()] == ["part0"]
     assert not list((store.root / "train").glob("*/stage.json"))
-    done = store.stage("train", halting)
-    assert done.facts["parts"] == ["part0", "part1"]
-    assert partial == done.folder.with_suffix(".partial")
+    artifact = store.stage("train", halting)
+    assert artifact.facts["parts"] == ["part0", "part1"]
+    assert partial == artifact.folder.with_suffix(".partial")
     assert not partial.exists()
 
 
-def test_failed_work_says_which_stage_and_why(store):
+def test_the_error_of_failed_work_names_the_stage_and_the_reason(store):
     with pytest.raises(StageError, match=r"^recover: MemoryError: no more$") as caught:
         store.stage("recover", broken)
     assert caught.value.stage == "recover"
@@ -297,27 +297,28 @@ def test_failed_work_says_which_stage_and_why(store):
     assert folders == [".partial"]
 
 
-def test_what_the_user_set_wrong_passes_untouched(store):
+def test_a_config_error_of_the_work_passes_unchanged(store):
     with pytest.raises(ConfigError) as caught:
         store.stage("train", refusing)
     assert caught.value is REFUSAL
 
 
-def test_threads_compute_once(store):
-    found = []
+def test_concurrent_threads_compute_a_stage_once(store):
+    artifacts = []
     threads = [
-        threading.Thread(target=lambda: found.append(store.stage("train", slow))) for _ in range(4)
+        threading.Thread(target=lambda: artifacts.append(store.stage("train", slow)))
+        for _ in range(4)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(CALLS) == 1
-    assert len(found) == 4
-    assert len({artifact.key for artifact in found}) == 1
+    assert len(artifacts) == 4
+    assert len({artifact.key for artifact in artifacts}) == 1
 
 
-def test_processes_compute_once(store, tmp_path):
+def test_concurrent_processes_compute_a_stage_once(store, tmp_path):
     journal = tmp_path / "journal"
     start = multiprocessing.get_context("fork")
     workers = [
@@ -350,14 +351,14 @@ def test_processes_compute_once(store, tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_has_no_name_cannot_be_a_key(item, named, store):
+def test_objects_without_a_stable_name_are_refused_in_keys(item, named, store):
     with pytest.raises(TypeError, match=rf"{named}\S* cannot be part of a stage's key"):
         store.stage("train", write, item)
     assert CALLS == []
     assert not store.root.exists()
 
 
-def test_a_function_within_another_is_refused_as_it_may_hold_anything(store):
+def test_nested_functions_are_refused_since_they_may_capture_values(store):
     def within(number):
         return lambda folder: {"number": number}
 
@@ -366,7 +367,7 @@ def test_a_function_within_another_is_refused_as_it_may_hold_anything(store):
             store.stage("train", work)
 
 
-def test_the_store_of_a_machine_is_where_the_environment_says(tmp_path, monkeypatch):
+def test_the_environment_variable_sets_the_folder_of_the_store(tmp_path, monkeypatch):
     assert open_store().root == tmp_path / "cache"
     monkeypatch.setenv("EMLOC_CACHE", "~/elsewhere")
     assert open_store().root == Path.home() / "elsewhere"
@@ -403,7 +404,7 @@ def go_wrong(folder: Path, journal: str) -> dict:
 
 
 def twice(store, name, work, *inputs):
-    """As a sweep, whose second run asks for what failed in the first."""
+    """Run a stage twice, as a sweep whose second run needs the failed stage of the first."""
     with contextlib.suppress(StageError):
         store.stage(name, work, *inputs)
     return store.stage(name, work, *inputs)
@@ -413,14 +414,17 @@ def in_one_of_several(rank, port, outcomes, call, arguments):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "3", "MASTER_PORT": port}
     try:
         outcome = call(*arguments).facts
-    except Exception as error:  # whatever it is, it is compared with what was expected
+    except Exception as error:  # any error; the test compares its text
         outcome = f"{type(error).__name__}: {error}"
     outcomes.put((rank, outcome))
 
 
 @pytest.fixture
 def in_three():
-    """Call in three processes of one launch; their outcomes, by rank."""
+    """Function that calls another function in three processes of one launch.
+
+    It returns the outcomes in the order of the ranks.
+    """
     start = multiprocessing.get_context("fork")
 
     def run(call, *arguments, port="1") -> list:
@@ -431,15 +435,15 @@ def in_three():
         ]
         for worker in workers:
             worker.start()
-        found = dict(outcomes.get() for _ in workers)
+        outcomes_by_rank = dict(outcomes.get() for _ in workers)
         for worker in workers:
             worker.join()
-        return [found[rank] for rank in range(3)]
+        return [outcomes_by_rank[rank] for rank in range(3)]
 
     return run
 
 
-def test_of_several_processes_the_first_works_and_the_others_wait(store, tmp_path, in_three):
+def test_the_first_of_several_processes_works_and_the_others_wait(store, tmp_path, in_three):
     facts = in_three(store.stage, "emulate", sign, str(tmp_path / "journal"))
     assert (tmp_path / "journal").read_text() == "0\n"
     assert [one["by"] for one in facts] == ["0", "0", "0"]
@@ -448,33 +452,35 @@ def test_of_several_processes_the_first_works_and_the_others_wait(store, tmp_pat
     assert alone.facts == facts[0]
 
 
-def test_all_enter_together_what_is_marked_and_the_first_has_the_word(store, tmp_path, in_three):
+def test_all_processes_run_a_collective_stage_and_the_facts_are_those_of_the_first(
+    store, tmp_path, in_three
+):
     facts = in_three(together(store), "train", sign_all, str(tmp_path / "journal"))
     assert sorted((tmp_path / "journal").read_text().split()) == ["0", "1", "2"]
     assert [one["by"] for one in facts] == ["0", "0", "0"]
-    assert facts[1]["seconds"] >= 0.3  # the others were done before
+    assert facts[1]["seconds"] >= 0.3  # the first process waits 0.3 s for the others
 
 
-def test_what_all_do_depends_on_how_many_they_are(store, tmp_path, in_three, monkeypatch):
+def test_the_key_of_a_collective_stage_depends_on_the_number_of_processes(
+    store, tmp_path, in_three, monkeypatch
+):
     in_three(together(store), "train", sign_all, str(tmp_path / "journal"))
     monkeypatch.setenv("RANK", "0")
     together(store)("train", sign_all, str(tmp_path / "journal"))
     assert len((tmp_path / "journal").read_text().split()) == 4
 
 
-def test_what_fails_in_the_first_process_fails_in_all_and_is_not_tried_again(
-    store, tmp_path, in_three
-):
+def test_a_failure_of_the_first_process_fails_all_and_is_not_repeated(store, tmp_path, in_three):
     outcomes = in_three(twice, store, "recover", go_wrong, str(tmp_path / "journal"))
     assert outcomes == ["StageError: recover: MemoryError: no more"] * 3
     assert (tmp_path / "journal").read_text() == "0\n"
 
 
-def test_the_next_launch_tries_again_what_failed_in_the_last(store, tmp_path, in_three):
+def test_the_next_launch_repeats_a_failed_stage(store, tmp_path, in_three):
     for port in ("1", "2"):
         in_three(store.stage, "recover", go_wrong, str(tmp_path / "journal"), port=port)
     assert (tmp_path / "journal").read_text() == "0\n0\n"
-    # The port can be that of an earlier launch, which is then told by its time.
+    # A launch may reuse the port of an earlier one; the time then tells the two apart.
     (path,) = (store.root / "recover").glob("*.notice")
     launch, when, *rest = json.loads(path.read_text())
     path.write_text(json.dumps([launch, when - 3600, *rest]))
@@ -482,19 +488,19 @@ def test_the_next_launch_tries_again_what_failed_in_the_last(store, tmp_path, in
     assert (tmp_path / "journal").read_text() == "0\n0\n0\n"
 
 
-def test_what_the_user_set_wrong_reaches_all_processes_as_it_is(store, in_three):
+def test_a_config_error_reaches_all_processes_unchanged(store, in_three):
     outcomes = in_three(store.stage, "evaluate", refusing)
     assert outcomes == ["ConfigError: task.path: nothing there"] * 3
 
 
-def test_who_fails_among_others_says_that_they_are_no_longer_in_step(store, in_three):
+def test_a_failure_in_a_collective_stage_reports_processes_out_of_step(store, in_three):
     first, *others = in_three(together(store), "train", fall)
     assert first == "OutOfStepError: train: MemoryError: no more"
-    # They failed as well, or had heard of it before they began.
+    # The other processes failed as well, or read of the failure before they started.
     assert {one.partition(": ")[2] for one in others} == {"train: MemoryError: no more"}
 
 
-# What a disk, a copy or a cleaner did to an artifact.
+# Damages that a bad disk, a copy or a clean-up can do to an artifact.
 
 
 def write_files(folder: Path, content: str = "abc") -> dict:
@@ -528,7 +534,7 @@ def cut_the_list(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (cut, "below/small.txt has 2 of 3 bytes"),
         (purge, "block.safetensors is missing"),
@@ -537,7 +543,9 @@ def cut_the_list(folder: Path) -> None:
         (cut_the_list, "no readable manifest.json"),
     ],
 )
-def test_a_damaged_artifact_is_named_moved_aside_and_made_again(store, caplog, damage, said):
+def test_a_damaged_artifact_is_reported_moved_aside_and_computed_again(
+    store, caplog, damage, message
+):
     caplog.set_level("WARNING")
     artifact = store.stage("emulate", write_files)
     damage(artifact.folder)
@@ -546,7 +554,7 @@ def test_a_damaged_artifact_is_named_moved_aside_and_made_again(store, caplog, d
     assert len(CALLS) == 2
     assert (again.folder / "below" / "small.txt").read_text() == "abc"
     (line,) = caplog.messages
-    assert said in line
+    assert message in line
     assert str(artifact.folder) in line
     (aside,) = (store.root / "emulate").glob("*.damaged-*")
     assert aside.name in line
@@ -554,13 +562,13 @@ def test_a_damaged_artifact_is_named_moved_aside_and_made_again(store, caplog, d
     assert len(CALLS) == 2
 
 
-def test_a_mapped_file_is_compared_when_it_is_opened(store):
+def test_a_memory_mapped_file_is_verified_when_it_is_opened(store):
     path = store.stage("emulate", write_files).folder / "block.safetensors"
     assert verified_file(path) == path
     path.write_text("abd")
     os.utime(path, ns=(1, 1))
     store.stage("emulate", write_files)
-    assert len(CALLS) == 1  # its size is right
+    assert len(CALLS) == 1  # the changed file has the expected size, so that the stage is reused
     with pytest.raises(DamagedError, match=r"content of block\.safetensors has changed") as caught:
         verified_file(path)
     assert caught.value.folder == path.parent
@@ -569,13 +577,13 @@ def test_a_mapped_file_is_compared_when_it_is_opened(store):
         verified_file(path)
 
 
-def test_a_file_of_a_folder_that_is_being_written_is_believed(tmp_path):
+def test_files_of_an_unfinished_folder_are_not_verified(tmp_path):
     path = tmp_path / "block.safetensors"
     path.write_text("abc")
     assert verified_file(path) == path
 
 
-def test_contents_are_read_once_in_a_process(store, monkeypatch):
+def test_contents_are_verified_once_per_process(store, monkeypatch):
     artifact = store.stage("emulate", write_files)
     store.stage("emulate", write_files)
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Blocks take turns in two rooms, and are there whenever they are computed."""
+"""Streamed blocks share two device buffers and have their weights whenever they compute."""
 
 import pytest
 import torch
@@ -31,8 +31,8 @@ def stack(width: int = 7) -> nn.ModuleList:
     return blocks
 
 
-def moved(blocks: nn.ModuleList) -> StreamedBlocks:
-    """Let the blocks be streamed, with the weights they have."""
+def stream(blocks: nn.ModuleList) -> StreamedBlocks:
+    """Stream these blocks, with their present weights."""
     streamed = StreamedBlocks([dict(block.named_parameters()) for block in blocks], CPU)
     for index, block in enumerate(blocks):
         for name, view in streamed.views(index).items():
@@ -44,15 +44,15 @@ def moved(blocks: nn.ModuleList) -> StreamedBlocks:
     return streamed
 
 
-def through(blocks, x, *, again: bool = False):
+def run_blocks(blocks, x, *, again: bool = False):
     for block in blocks:
         x = checkpoint(block, x, use_reentrant=False) if again else block(x)
     return x
 
 
-def test_however_many_blocks_there_are_two_rooms_hold_them():
+def test_all_blocks_share_two_buffers():
     blocks = stack()
-    moved(blocks)
+    stream(blocks)
     rooms = [{p.untyped_storage().data_ptr() for p in block.parameters()} for block in blocks]
     assert all(len(one) == 1 for one in rooms)
     assert rooms[0] != rooms[1]
@@ -61,7 +61,7 @@ def test_however_many_blocks_there_are_two_rooms_hold_them():
     assert [begin % ALIGN for begin in begins] == [0] * 5
 
 
-def test_tensors_of_several_types_and_sizes_come_back_as_they_were_put_in():
+def test_tensors_of_several_dtypes_and_sizes_are_restored_exactly():
     torch.manual_seed(0)
     blocks = [
         {
@@ -78,68 +78,68 @@ def test_tensors_of_several_types_and_sizes_come_back_as_they_were_put_in():
         streamed.store(index)
     for index in (0, 1, 2, 3, 2, 1, 0, 3, 0):
         streamed.enter(index)
-        found = streamed.views(index)
-        assert all(torch.equal(found[name], one) for name, one in blocks[index].items())
+        views = streamed.views(index)
+        assert all(torch.equal(views[name], one) for name, one in blocks[index].items())
 
 
-def test_a_pass_without_gradients_is_that_of_blocks_that_stay():
+def test_a_forward_without_gradients_equals_that_of_resident_blocks():
     x = torch.randn(4, 7)
-    expected = through(stack(), x)
+    expected = run_blocks(stack(), x)
     blocks = stack()
-    moved(blocks)
+    stream(blocks)
     for _ in range(2):
-        assert torch.equal(through(blocks, x), expected)
+        assert torch.equal(run_blocks(blocks, x), expected)
         with torch.inference_mode():
-            assert torch.equal(through(blocks, x), expected)
+            assert torch.equal(run_blocks(blocks, x), expected)
 
 
 @pytest.mark.parametrize("part", ["whole", "forward"])
-def test_gradients_are_those_of_blocks_that_stay_if_they_are_computed_again(part):
-    """Also where what is computed again begins behind the hooks of the block itself."""
+def test_gradients_with_recomputation_equal_those_of_resident_blocks(part):
+    """Also if the recomputation starts after the hooks of the block itself."""
 
     class Again(Block):
         def forward(self, x):
             return checkpoint(super().forward, x, use_reentrant=False)
 
     x, slope = torch.randn(4, 7), torch.randn(4, 7)
-    kept = x.clone().requires_grad_()
-    expected = through(stack(), kept)
+    reference_input = x.clone().requires_grad_()
+    expected = run_blocks(stack(), reference_input)
     expected.backward(slope)
     blocks = stack()
-    moved(blocks)
+    stream(blocks)
     if part == "forward":
         for block in blocks:
             block.__class__ = Again
     for _ in range(3):
         own = x.clone().requires_grad_()
-        y = through(blocks, own, again=part == "whole")
+        y = run_blocks(blocks, own, again=part == "whole")
         y.backward(slope)
         assert torch.equal(y, expected)
-        assert torch.equal(own.grad, kept.grad)
+        assert torch.equal(own.grad, reference_input.grad)
 
 
-def test_a_backward_pass_through_blocks_that_are_gone_fails_aloud():
+def test_a_backward_pass_without_recomputation_raises_an_error():
     blocks = stack()
-    moved(blocks)
-    y = through(blocks, torch.randn(4, 7, requires_grad=True))
+    stream(blocks)
+    y = run_blocks(blocks, torch.randn(4, 7, requires_grad=True))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
 
-def test_a_part_of_a_block_that_is_called_alone_has_its_weights():
+def test_a_single_module_of_a_block_has_its_weights():
     x, expected = torch.randn(4, 7), stack()
     blocks = stack()
-    moved(blocks)
+    stream(blocks)
     for index in (2, 4, 0, 1, 3, 0, 4):
         assert torch.equal(blocks[index].norm(x), expected[index].norm(x))
         assert torch.equal(blocks[index].up(x), expected[index].up(x))
 
 
-def test_each_block_is_copied_once_on_its_way_up_and_once_on_its_way_down(monkeypatch):
-    """Two are there already where the way turns."""
+def test_each_block_is_copied_once_forward_and_once_backward(monkeypatch):
+    """The last two blocks are still in the buffers when the backward pass starts."""
     blocks = stack()
-    streamed = moved(blocks)
-    through(blocks, torch.randn(4, 7))
+    streamed = stream(blocks)
+    run_blocks(blocks, torch.randn(4, 7))
     copied = []
     own = StreamedBlocks._copy
     monkeypatch.setattr(
@@ -150,14 +150,14 @@ def test_each_block_is_copied_once_on_its_way_up_and_once_on_its_way_down(monkey
         streamed.enter(index)
     copied.clear()
     for _ in range(2):
-        through(blocks, x, again=True).sum().backward()
+        run_blocks(blocks, x, again=True).sum().backward()
         assert copied == [2, 3, 4, 2, 1, 0]
         copied.clear()
 
 
 @pytest.mark.parametrize("size", [1, MIN_PIECE, MIN_PIECE + 1, 416 * MIN_PIECE, 436_215_809])
-def test_pinned_pieces_are_powers_of_two_and_hold_a_block_with_next_to_nothing_over(size):
-    found = list(piece_sizes(size))
-    assert all(piece.bit_count() == 1 and piece >= MIN_PIECE for piece in found)
-    assert size <= sum(found) < size + MIN_PIECE
-    assert found == sorted(found, reverse=True)
+def test_pinned_pieces_are_powers_of_two_with_little_waste(size):
+    views = list(piece_sizes(size))
+    assert all(piece.bit_count() == 1 and piece >= MIN_PIECE for piece in views)
+    assert size <= sum(views) < size + MIN_PIECE
+    assert views == sorted(views, reverse=True)

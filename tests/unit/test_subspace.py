@@ -1,4 +1,4 @@
-"""The fast solver: as good as the exact one, and the exact one where it cannot be."""
+"""The subspace iteration: nearly as good as the exact solver, which it falls back to."""
 
 from dataclasses import replace
 
@@ -13,11 +13,12 @@ from emloc.tensors.linalg.gram import cross, gram
 from emloc.tensors.linalg.subspace import MAX_STEPS, subspace
 
 F64 = torch.float64
-P = 512  # the smallest size that is iterated
+P = 512  # the smallest size for which the iteration is used
 INDEX = torch.arange(1, P + 1, dtype=F64)
 MASSIVE = INDEX**-0.5
 MASSIVE[:4] *= 1000.0
-# Of the outputs' energy. The plateau crosses every rank tested: any space in it is equally good.
+# Spectra of the output energy. The plateau covers all tested ranks, so that any subspace of it is
+# optimal.
 SPECTRA = {
     "flat": torch.ones(P, dtype=F64),
     "i^-0.25": INDEX**-0.25,
@@ -33,32 +34,32 @@ SPECTRA = {
 
 
 def normal(seed: int, *shape: int) -> Tensor:
-    """Float64 Gaussian numbers."""
+    """Return float64 Gaussian numbers of this shape."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def rotation(seed: int, size: int) -> Tensor:
-    """A random orthogonal matrix."""
+    """Return a random orthogonal matrix."""
     q: Tensor = torch.linalg.qr(normal(seed, size, size)).Q
     return q
 
 
 def spread(spectrum: Tensor, seed: int) -> Tensor:
-    """A Gram with this spectrum in rotated directions."""
+    """Return a Gram matrix with this spectrum in rotated directions."""
     turn = rotation(seed, spectrum.numel())
     total = turn * spectrum @ turn.T
     return (total + total.T) / 2
 
 
-def excess(weight: Tensor, found: Factors, best: Factors, c: Tensor | None) -> float:
-    """How much more energy is lost than at the optimum, as a share of that."""
-    return lost_energy(weight, found, c) / lost_energy(weight, best, c) - 1
+def excess(weight: Tensor, factors: Factors, best: Factors, c: Tensor | None) -> float:
+    """Return the excess of the lost energy over the optimum, relative to the optimum."""
+    return lost_energy(weight, factors, c) / lost_energy(weight, best, c) - 1
 
 
 @pytest.mark.parametrize("rank", [5, 60, 200])
 @pytest.mark.parametrize("name", SPECTRA)
 def test_loses_hardly_more_than_the_optimum(name: str, rank: int) -> None:
-    """Over spectra and ranks: relative error within 0.1 %, and no less is kept than `kept` says."""
+    """Relative error within 0.1 % of the optimum; at least the reported energy `kept` is kept."""
     w, c = rotation(1, P), spread(SPECTRA[name], 2)
     fast = subspace(w, rank, input_gram=c, dtype=F64)
     assert (fast.solver, fast.data_rank) == ("subspace", rank)
@@ -67,13 +68,13 @@ def test_loses_hardly_more_than_the_optimum(name: str, rank: int) -> None:
     best = eigen(w, rank, input_gram=c, dtype=F64)
     assert best.solver == "eigen"
     assert -1e-9 < excess(w, fast, best, c) < 0.001
-    # Solving u again is half a step more, so a little more is kept than the block captured.
-    left = lost_energy(w, fast, c)
-    assert -1e-12 < 1 - left - fast.kept_share < 0.001 * left
+    # Refitting u is another half step, so that slightly more is kept than the subspace captured.
+    lost = lost_energy(w, fast, c)
+    assert -1e-12 < 1 - lost - fast.kept_share < 0.001 * lost
     assert fast.spectrum.shape == (rank,)
     assert (fast.spectrum.diff() <= 0).all()
     assert float(fast.spectrum.sum()) == pytest.approx(fast.kept_share * float(best.spectrum.sum()))
-    # Of directions that are all but the leading ones, so that no sum is above theirs.
+    # No sum of captured energies can exceed that of the leading directions.
     ahead = best.spectrum[:rank].cumsum(0) - fast.spectrum.cumsum(0)
     assert float(ahead.min()) > -1e-9 * float(best.spectrum.sum())
     off = (fast.spectrum / best.spectrum[:rank]).log().abs()
@@ -84,7 +85,7 @@ def test_loses_hardly_more_than_the_optimum(name: str, rank: int) -> None:
 @pytest.mark.parametrize("shape", [(P, P), (P, 800), (800, P)])
 @pytest.mark.parametrize("kind", ["none", "channels", "rotated"])
 def test_gaussian_weights(shape: tuple[int, int], kind: str) -> None:
-    """Wide, square and tall, without data and beside four massive channels or directions."""
+    """Wide, square and tall weights, without data or beside massive channels or directions."""
     m, n = shape
     w, c = normal(3, m, n), None
     if kind != "none":
@@ -99,9 +100,9 @@ def test_gaussian_weights(shape: tuple[int, int], kind: str) -> None:
 @given(seed=st.integers(0, 999), power=st.floats(0, 2.5), rank=st.integers(1, 220))
 @settings(max_examples=12, deadline=None)
 def test_any_power_law(seed: int, power: float, rank: int) -> None:
-    """Tail within 0.2 % of the optimum, whatever the decay, rank and directions.
+    """The lost energy is within 0.2 % of the optimum for any decay, rank and directions.
 
-    A spectrum that is nearly flat may take all steps there are, and `eigen` finds the rest.
+    With an almost flat spectrum the iteration may use all its steps; `eigen` then takes over.
     """
     spectrum = INDEX**-power
     w = rotation(seed, P)
@@ -113,20 +114,20 @@ def test_any_power_law(seed: int, power: float, rank: int) -> None:
 
 
 def test_output_gram_is_enough() -> None:
-    """Outputs of a wide layer alone give the same quality; a tall layer's go to `eigen`."""
+    """Outputs of a wide layer alone give the same quality; a tall layer falls back to `eigen`."""
     w, c = normal(6, P, 640), spread(torch.arange(1, 641, dtype=F64) ** -0.5, 7)
     outputs = w @ c @ w.T
     fast = subspace(w, 50, output_gram=outputs, dtype=F64)
-    kept = outputs.clone()
+    original = outputs.clone()
     assert fast.solver == "subspace"
-    assert torch.equal(outputs, kept)
+    assert torch.equal(outputs, original)
     assert -1e-9 < excess(w, fast, eigen(w, 50, output_gram=outputs, dtype=F64), c) < 0.002
     tall = subspace(w.T.contiguous(), 50, output_gram=w.T @ w, dtype=F64)
     assert (tall.solver, tall.steps) == ("eigen", 0)
 
 
 def test_solving_again_in_bfloat16() -> None:
-    """The rounded v is solved against like the exact solver's, in one pass or in two."""
+    """u is refitted to the rounded v as by the exact solver, in one pass or two."""
     w, x = normal(8, P, P), normal(9, 1200, P) * INDEX**-0.5
     c = gram(x)
     fast, best = (one(w, 60, input_gram=c, dtype=torch.bfloat16) for one in (subspace, eigen))
@@ -143,7 +144,7 @@ def test_solving_again_in_bfloat16() -> None:
 def test_fewer_tokens_than_columns_are_left_to_the_exact_solver(
     shape: tuple[int, int], count: int
 ) -> None:
-    """Fill included: the very same factors, and the result says who found them."""
+    """The factors equal those of the exact solver, and the result names this solver."""
     w, x = normal(10, *shape), normal(11, count, shape[1])
     fast, best = (one(w, 60, input_gram=gram(x), dtype=F64) for one in (subspace, eigen))
     assert (fast.solver, fast.data_rank) == ("eigen", min(count, 60))
@@ -152,7 +153,7 @@ def test_fewer_tokens_than_columns_are_left_to_the_exact_solver(
 
 
 def test_float32_noise_is_not_data() -> None:
-    """Float32 products of few tokens look like full rank; they are not taken for it."""
+    """Float32 noise makes a Gram matrix of few tokens look like full rank, but is not fitted."""
     x = normal(12, 40, P)
     x[:, :4] *= 100.0
     c = gram((x @ rotation(13, P)).float())
@@ -163,7 +164,7 @@ def test_float32_noise_is_not_data() -> None:
 
 
 def test_weights_of_low_rank() -> None:
-    """A W with fewer directions than asked for, a zero W and a zero Gram."""
+    """A W of low rank, a zero W and a zero Gram matrix."""
     thin = normal(15, 600, 20) @ normal(16, 20, P)
     for w in (thin, thin.T.contiguous()):
         fast = subspace(w, 40, dtype=F64)
@@ -181,7 +182,7 @@ def test_weights_of_low_rank() -> None:
     ("least", "solver"), [(1e-3, "subspace"), (1e-5, "eigen"), (1e-9, "eigen")]
 )
 def test_tall_weight_too_skew_to_be_squared(least: float, solver: str) -> None:
-    """Data in the weak directions of W, of which W^T W lost the digits: to the exact solver."""
+    """Data lies in weak directions of W that W^T W loses: the exact solver takes over."""
     scale = torch.linspace(0, 1, P, dtype=F64).mul(torch.tensor(least).log()).exp()
     turn = rotation(19, P)
     w = rotation(18, 600)[:, :P] * scale @ turn
@@ -192,7 +193,7 @@ def test_tall_weight_too_skew_to_be_squared(least: float, solver: str) -> None:
 
 
 def test_slow_convergence_is_left_to_the_exact_solver() -> None:
-    """A step of 2 % at the rank: every step still gains, so the last one must not be trusted."""
+    """With a gap of 2 % at the rank each step still gains, so that the last step is not trusted."""
     w = rotation(21, P)
     c = spread(torch.where(INDEX <= 100, 1.0, 0.98).double(), 22)
     fast = subspace(w, 100, input_gram=c, dtype=F64)
@@ -202,26 +203,26 @@ def test_slow_convergence_is_left_to_the_exact_solver() -> None:
 
 @pytest.mark.parametrize(("size", "rank"), [(P - 1, 50), (P, 256), (P, P)])
 def test_small_layers_and_high_ranks_are_decomposed_at_once(size: int, rank: int) -> None:
-    """Where iterating cannot be faster, not one step is spent."""
+    """The exact solver is used without any step if an iteration could not be faster."""
     fast = subspace(normal(23, size, size), rank, dtype=F64)
     assert (fast.solver, fast.steps, fast.data_rank) == ("eigen", 0, rank)
 
 
 def test_same_bits_every_time() -> None:
-    """No dependence on the global generator, and none left behind."""
+    """The result neither depends on the global random generator nor changes its state."""
     w, c = normal(24, P, P), spread(INDEX**-0.5, 25)
-    found = []
+    results = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        found.append(subspace(w, 40, input_gram=c, dtype=F64))
+        results.append(subspace(w, 40, input_gram=c, dtype=F64))
         assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(found[0].u, found[1].u)
-    assert torch.equal(found[0].v, found[1].v)
+    assert torch.equal(results[0].u, results[1].u)
+    assert torch.equal(results[0].v, results[1].v)
 
 
 def test_scale_does_not_matter() -> None:
-    """Weights and Grams of any magnitude converge alike."""
+    """Weights and Gram matrices of any magnitude converge alike."""
     w, c = normal(26, P, P), spread(INDEX**-0.5, 27)
     plain = subspace(w, 40, input_gram=c, dtype=F64)
     for size in (1e-30, 1e30):
@@ -231,7 +232,7 @@ def test_scale_does_not_matter() -> None:
 
 
 def test_bad_input_is_refused() -> None:
-    """The checks of `eigen`, before any work."""
+    """The checks of `eigen` run before any work."""
     w, c = normal(28, P, 600), torch.eye(600, dtype=F64)
     with pytest.raises(ValueError, match="rank 513"):
         subspace(w, P + 1, dtype=F64)

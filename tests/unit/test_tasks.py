@@ -1,4 +1,4 @@
-"""Data sets as prompts and answers, read from rows made here."""
+"""Data sets as prompts and answers, read from small files that the tests write."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ TEST = [{"question": f"What is {n} - 1?", "answer": f"{n} - 1\n#### {n - 1}"} fo
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
-    # The environment variable is read once, when `datasets` is imported.
+    # `datasets` reads the environment variable only once, when it is imported.
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
@@ -50,7 +50,7 @@ def plain(folder: Path, extension: str = "jsonl", **splits: list[dict]) -> Path:
 
 
 def hub_copy(folder: Path, extension: str = "parquet", config: str = "main") -> Path:
-    """The layout of a repository on the hub: a card that names the files."""
+    """Write a folder like a repository on the hub, with a card that names the files."""
     card = {"license": "mit", "configs": []}
     for name, rows in ((config, (TRAIN, TEST)), ("other", (TEST, TRAIN))):
         files = []
@@ -67,7 +67,7 @@ def gsm8k(**overrides) -> TextTask:
 
 
 def build(name: str, **overrides):
-    """A task from its YAML file, the way the package builds it."""
+    """Build a task from its YAML file, as the package does."""
     values = OmegaConf.load(CONF / f"{name}.yaml")
     module, _, cls = values.pop("_target_").rpartition(".")
     schema = OmegaConf.structured(getattr(import_module(module), cls))
@@ -97,7 +97,7 @@ def test_copy_of_a_hub_folder(tmp_path, extension):
     assert pairs(gsm8k(path=path, config="other").train()) == expected(TEST)
 
 
-def test_two_folders_of_one_name_keep_their_own_rows(tmp_path):
+def test_two_folders_with_one_name_have_separate_rows(tmp_path):
     first = gsm8k(path=str(hub_copy(tmp_path / "a" / "gsm8k")))
     assert pairs(first.train()) == expected(TRAIN)
     folder = hub_copy(tmp_path / "b" / "gsm8k")
@@ -108,7 +108,7 @@ def test_two_folders_of_one_name_keep_their_own_rows(tmp_path):
     assert first.key != second.key
 
 
-def test_a_changed_file_is_read_anew_even_with_its_old_size_and_time(tmp_path):
+def test_a_changed_file_is_read_again_even_with_the_same_size_and_time(tmp_path):
     folder = plain(tmp_path / "copy", train=[{"question": "a", "answer": "1"}], test=TEST)
     assert pairs(gsm8k(path=str(folder)).train()) == [("Question: a\nAnswer:", "1")]
     file = folder / "train.jsonl"
@@ -118,13 +118,13 @@ def test_a_changed_file_is_read_anew_even_with_its_old_size_and_time(tmp_path):
     assert pairs(gsm8k(path=str(folder)).train()) == [("Question: a\nAnswer:", "2")]
 
 
-def test_key_follows_content_and_templates_not_the_place(tmp_path):
+def test_the_key_depends_on_content_and_templates_but_not_on_the_path(tmp_path):
     folder = plain(tmp_path / "a")
     task = gsm8k(path=str(folder))
     moved = gsm8k(path=str(shutil.copytree(folder, tmp_path / "elsewhere")))
     assert task.key == moved.key
     json.dumps(task.key)
-    assert task.key == gsm8k(path=str(folder), limit=2).key  # the rows trained on have their own
+    assert task.key == gsm8k(path=str(folder), limit=2).key  # training rows have a key of their own
     assert task.key != gsm8k(path=str(folder), prompt="{{question}}").key
     assert task.key != gsm8k(path=str(folder), shots=1).key
     (folder / ".cache").mkdir()
@@ -140,7 +140,7 @@ def test_limit_takes_the_first_training_rows(tmp_path):
     assert len(task.held_out(None)) == 3
 
 
-def test_training_rows_that_are_asked_later_are_dropped_and_counted(tmp_path, caplog):
+def test_training_rows_that_are_held_out_are_dropped_and_counted(tmp_path, caplog):
     folder = plain(tmp_path / "copy", train=[*TRAIN[:2], *TEST[:2], *TRAIN[2:]], test=TEST)
     with caplog.at_level(logging.INFO):
         rows = gsm8k(path=str(folder), limit=3).train()
@@ -148,7 +148,7 @@ def test_training_rows_that_are_asked_later_are_dropped_and_counted(tmp_path, ca
     assert "dropped 2 of 7 training rows whose prompt is also an evaluation prompt" in caplog.text
 
 
-def test_nothing_left_to_train_on(tmp_path):
+def test_no_training_rows_left_is_refused(tmp_path):
     task = gsm8k(path=str(plain(tmp_path / "copy", train=TEST, test=TEST)))
     with pytest.raises(ConfigError, match=r"every row of task.train_split=train is also in"):
         task.train()
@@ -266,7 +266,7 @@ def test_splits_of_two_formats(tmp_path):
         gsm8k(path=str(folder)).train()
 
 
-def test_other_files_beside_the_splits_are_not_read(tmp_path):
+def test_only_the_files_of_splits_are_read(tmp_path):
     folder = plain(tmp_path / "copy", dev=TRAIN, test=TEST, challenge_test=[{"unlike": 1}])
     (folder / "LICENSE").write_text("MIT")
     task = gsm8k(path=str(folder), train_split="dev")
@@ -293,12 +293,12 @@ def test_mathqa_target_is_the_text_of_the_right_option(tmp_path):
     test = [row | {"Problem": row["Problem"] + "?"} for row in rows]
     task = build("mathqa", path=str(plain(tmp_path / "copy", train=rows, test=test)))
     first = ["24", "120", "625", "720", "1024"]
-    second = ["rs . 1", "2", "3", "none", "5 , 5"]  # cut where lm-eval cuts
+    second = ["rs . 1", "2", "3", "none", "5 , 5"]  # options are split where lm-eval splits them
     assert [row.target for row in task.train()] == [*first, *second]
     assert task.train().rows[0].prompt == "Question: count ?\nAnswer:"
 
 
-def test_mathqa_leaves_out_and_counts_rows_without_five_options(tmp_path, caplog):
+def test_mathqa_skips_and_counts_rows_without_five_options(tmp_path, caplog):
     rows = [row | {"correct": "a"} for row in MATHQA]
     rows.insert(1, {"Problem": "lost ?", "options": "a ) 1 , b ) 2 , e ) 3", "correct": "e"})
     test = [{"Problem": "new ?", "options": MATHQA[0]["options"], "correct": "b"}]
@@ -308,16 +308,16 @@ def test_mathqa_leaves_out_and_counts_rows_without_five_options(tmp_path, caplog
     assert "left out 1 of 3 rows of train that have no usable answer" in caplog.text
 
 
-def test_mathqa_prompt_cannot_use_what_lm_eval_lacks(tmp_path):
+def test_a_mathqa_prompt_with_columns_that_lm_eval_lacks_is_refused(tmp_path):
     rows = [row | {"correct": "a"} for row in MATHQA]
     folder = plain(tmp_path / "copy", train=rows, test=[rows[0] | {"Problem": "new"}])
     with pytest.raises(ConfigError, match=r"task.prompt: 'answer' is undefined"):
         build("mathqa", path=str(folder), prompt="{{answer}}").train()
 
 
-@settings(deadline=None)  # the first call imports lm-eval
+@settings(deadline=None)  # the first call imports lm-eval, which is slow
 @given(st.lists(st.text("0123456789abe ,.)%/-", max_size=8), min_size=5, max_size=5))
-def test_mathqa_options_are_those_of_lm_eval(texts):
+def test_mathqa_options_equal_those_of_lm_eval(texts):
     from lm_eval.tasks.mathqa.utils import doc_to_choice
 
     joined = " , ".join(f"{letter} ) {text}" for letter, text in zip(LETTERS, texts, strict=True))
@@ -333,7 +333,7 @@ def test_yaml_spells_out_every_field_and_is_named_after_itself(name):
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "mathqa"])
-def test_prompts_are_those_of_lm_eval(name):
+def test_prompts_equal_those_of_lm_eval(name):
     from lm_eval.tasks import TaskManager
 
     from emloc.stages.evaluation.harness.lm_eval_tasks import own_yaml
@@ -352,9 +352,9 @@ def test_prompts_are_those_of_lm_eval(name):
         assert isinstance(task, MathQA)
 
 
-def test_running_text_is_put_together_to_pieces_of_some_length():
+def test_short_paragraphs_are_joined_to_longer_pieces():
     texts = ["a" * 4000, "", "b" * 1999, "c\n", "d" * 6000, "left over"]
-    found = list(join_paragraphs(texts))
-    assert [(one.id, one.prompt) for one in found] == [("0", ""), ("4", "")]
-    assert found[0].target == "a" * 4000 + "b" * 1999 + "c"
-    assert found[1].target == "d" * 6000
+    joined = list(join_paragraphs(texts))
+    assert [(one.id, one.prompt) for one in joined] == [("0", ""), ("4", "")]
+    assert joined[0].target == "a" * 4000 + "b" * 1999 + "c"
+    assert joined[1].target == "d" * 6000

@@ -1,4 +1,4 @@
-"""Examples as tokens and batches: the answer and its end are learnt, nothing else is."""
+"""Examples as tokens and batches; only the answer and its end token are labels."""
 
 import logging
 
@@ -30,7 +30,7 @@ def tokenizer(request):
 
 @pytest.fixture(params=["own padding", "padding is the end token"])
 def padded(request, tokenizer):
-    """Many tokenizers have no padding token and pad with the end of text."""
+    """A tokenizer with a padding token, or one that pads with the end token."""
     if request.param != "own padding":
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -64,21 +64,21 @@ def test_a_chat_prompt_and_its_answer():
     assert one.input_ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_the_answer_begins_where_the_prompt_as_it_will_be_asked_ends(tokenizer):
+def test_the_answer_begins_after_the_prompt_used_for_generation(tokenizer):
     chat = tokenizer.chat_template is not None
     for row in ROWS:
-        asked = tokenizer(render(tokenizer, row.prompt), add_special_tokens=not chat).input_ids
+        prompt_ids = tokenizer(render(tokenizer, row.prompt), add_special_tokens=not chat).input_ids
         one = encode(tokenizer, row)
-        assert one.input_ids[: one.answer_start] == asked
+        assert one.input_ids[: one.answer_start] == prompt_ids
 
 
-def test_running_text_is_nobodys_turn(tokenizer):
+def test_running_text_has_no_chat_turns(tokenizer):
     one = encode(tokenizer, Example("7", "", "just text"))
     assert one == EncodedExample("7", tokenizer("just text").input_ids, 0)
     assert words(tokenizer, one.input_ids) == "<s>just text"
 
 
-def test_what_is_too_long_is_left_out_and_counted(tokenizer, caplog):
+def test_too_long_examples_are_skipped_and_counted(tokenizer, caplog):
     lengths = [len(one.input_ids) for one in all_of(tokenizer)]
     longest = max(lengths)
     with caplog.at_level(logging.WARNING):
@@ -86,8 +86,8 @@ def test_what_is_too_long_is_left_out_and_counted(tokenizer, caplog):
             one.id for one in encode_all(TextReader(tokenizer), Examples("rows", ROWS), longest)
         ] == [row.id for row in ROWS]
         assert caplog.messages == []
-        kept = encode_all(TextReader(tokenizer), Examples("rows", ROWS), longest - 1)
-    assert [one.id for one in kept] == [
+        encoded = encode_all(TextReader(tokenizer), Examples("rows", ROWS), longest - 1)
+    assert [one.id for one in encoded] == [
         row.id for row, n in zip(ROWS, lengths, strict=True) if n < longest
     ]
     assert caplog.messages == [
@@ -95,7 +95,7 @@ def test_what_is_too_long_is_left_out_and_counted(tokenizer, caplog):
     ]
 
 
-def test_nothing_left_is_refused(tokenizer):
+def test_no_examples_left_is_refused(tokenizer):
     with pytest.raises(ConfigError) as caught:
         encode_all(TextReader(tokenizer), Examples("rows", ROWS), 3)
     assert str(caught.value) == "rows: no example within 3 tokens; set model.max_length"
@@ -113,12 +113,12 @@ def test_labels_are_the_answer_and_its_end(padded):
         assert row[-1] == padded.eos_token_id
 
 
-def test_answers_end_together_and_their_logits_are_asked_for(padded):
+def test_answers_are_aligned_at_the_end_and_only_their_logits_are_computed(padded):
     encoded = all_of(padded)
     batch = collate(encoded, padded.pad_token_id)
     length = max(len(one.input_ids) for one in encoded)
     answer = max(len(one.input_ids) - one.answer_start for one in encoded)
-    # One position before the longest answer predicts its first token.
+    # The position before the longest answer predicts the first token of this answer.
     assert batch["logits_to_keep"].tolist() == list(range(length - answer - 1, length))
     assert batch["labels"].shape == (len(encoded), answer + 1)
     assert (batch["labels"][:, 0] == IGNORE).all()
@@ -132,7 +132,7 @@ def test_answers_end_together_and_their_logits_are_asked_for(padded):
 
 
 def plain_loss(model, encoded: list[EncodedExample]) -> float:
-    """Mean over all answer tokens, from all logits of batches padded on the right."""
+    """Return the mean loss over all answer tokens, from all logits of right-padded batches."""
     length = max(len(one.input_ids) for one in encoded)
     ids = torch.zeros(len(encoded), length, dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE)
@@ -150,7 +150,7 @@ def plain_loss(model, encoded: list[EncodedExample]) -> float:
     )
 
 
-def test_the_loss_is_that_of_a_plain_forward_pass(padded):
+def test_the_loss_equals_that_of_a_plain_forward_pass(padded):
     model, encoded = tiny_llama(padded), all_of(padded)
     with torch.no_grad():
         batch = collate(encoded, padded.pad_token_id)
@@ -163,7 +163,7 @@ def test_the_loss_is_that_of_a_plain_forward_pass(padded):
     assert batch["input_ids"].shape[1] > batch["labels"].shape[1]
 
 
-def test_the_loss_of_running_text_is_over_all_but_its_first_token(tokenizer):
+def test_the_loss_of_running_text_covers_all_tokens_but_the_first(tokenizer):
     model = tiny_llama(tokenizer)
     texts = Examples("t", (Example("0", "", "some running text"), Example("1", "", "more")))
     encoded = encode_all(TextReader(tokenizer), texts, 4096)
@@ -174,21 +174,21 @@ def test_the_loss_of_running_text_is_over_all_but_its_first_token(tokenizer):
     assert loss == pytest.approx(plain_loss(model, encoded), abs=1e-5)
 
 
-def test_without_answers_there_is_only_what_a_forward_pass_takes(tokenizer):
+def test_a_batch_without_answers_has_only_the_inputs_of_a_forward_pass(tokenizer):
     batch = collate(all_of(tokenizer), tokenizer.pad_token_id, answers_only=False)
     assert set(batch) == {"input_ids", "attention_mask", "position_ids"}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 9])
-def test_batches_hold_everything_once_by_length(tokenizer, size):
+def test_batches_contain_each_row_once_sorted_by_length(tokenizer, size):
     encoded = all_of(tokenizer)
-    made = batches(TextReader(tokenizer), encoded, size, answers_only=False)
-    assert [len(one["input_ids"]) for one in made] == [
+    made_batches = batches(TextReader(tokenizer), encoded, size, answers_only=False)
+    assert [len(one["input_ids"]) for one in made_batches] == [
         min(size, len(encoded) - start) for start in range(0, len(encoded), size)
     ]
     rows = [
         ids[mask.bool()].tolist()
-        for one in made
+        for one in made_batches
         for ids, mask in zip(one["input_ids"], one["attention_mask"], strict=True)
     ]
     assert rows == sorted((one.input_ids for one in encoded), key=len)
@@ -197,18 +197,18 @@ def test_batches_hold_everything_once_by_length(tokenizer, size):
 # Calibration samples -----------------------------------------------------------------------------
 
 
-def test_samples_are_whole_examples_answers_included(checkpoint):
+def test_calibration_samples_contain_the_answers(checkpoint):
     source = Source(checkpoint, "tiny", "tiny", torch.float32)
     samples = Samples(Examples("rows", ROWS * 3), 4096)
-    made = samples.batches(source)
-    assert [len(one["input_ids"]) for one in made] == [BATCH, 12 - BATCH]
-    tokens = sum(int(one["attention_mask"].sum()) for one in made)
+    made_batches = samples.batches(source)
+    assert [len(one["input_ids"]) for one in made_batches] == [BATCH, 12 - BATCH]
+    tokens = sum(int(one["attention_mask"].sum()) for one in made_batches)
     assert tokens == 3 * sum(len(one.input_ids) for one in all_of(source.tokenizer()))
     assert samples.ids == [row.id for row in ROWS] * 3
     assert samples.key != Samples(samples.examples, 100).key
 
 
-def test_a_draw_depends_on_its_seed_alone_and_repeats_no_row():
+def test_drawn_samples_depend_only_on_the_seed_and_are_distinct():
     pool = Examples("pool", tuple(Example(str(i), f"{i}?", str(i)) for i in range(50)))
     first, again, other = (choose_examples(pool, 20, seed) for seed in (0, 0, 1))
     assert first == again

@@ -1,4 +1,4 @@
-"""What is written of a run while it goes on, and what W&B is told of it."""
+"""The metrics file of a run, and what the tracker W&B receives."""
 
 import json
 import logging
@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from inspected import entries
+from inspected import offline_runs
 from omegaconf import OmegaConf
 
 from emloc.config.run_folder import Run
@@ -30,7 +30,7 @@ def tracker():
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """A home folder in which nothing of W&B's may be found."""
+    """An empty home folder, where W&B must find no settings."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_ERROR_REPORTING"):
         monkeypatch.delenv(name, raising=False)
@@ -39,8 +39,8 @@ def home(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def begun(tmp_path):
-    """Begin a run as `emloc` does."""
+def start_run(tmp_path):
+    """Function that starts a run as `emloc` does."""
 
     def begin(name: str = "emloc-tiny-sums-s0-12345678") -> Run:
         sections = {"model": {"name": "tiny"}, "task": {"name": "sums"}, "lora": {"rank": 8}}
@@ -76,8 +76,8 @@ def write_lines(path, rows) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-class Told:
-    """A tracker, and its session, that keeps what it is told."""
+class RecordingTracker:
+    """A tracker, and at the same time its session, that records all calls."""
 
     def __init__(self, fails: bool = False) -> None:
         self.lines, self.status, self.last, self.fails = [], None, None, fails
@@ -101,20 +101,20 @@ class Told:
 # The record --------------------------------------------------------------------------------------
 
 
-def test_what_is_logged_is_in_the_file_and_told_to_the_tracker(begun):
-    run, told = begun(), Told()
+def test_logged_metrics_are_written_to_the_file_and_sent_to_the_tracker(start_run):
+    run, tracker = start_run(), RecordingTracker()
     with Record(run) as record:
-        record.follow(told)
+        record.follow(tracker)
         record.add(training_line(10, {"loss": 1.5, "learning_rate": 1e-4}))
-        assert lines(run) == told.lines
+        assert lines(run) == tracker.lines
         record.add(stage_line("train", {"seconds": 2.5, "note": "x", "samples": ["a"]}))
         run.finish(results())
     first = {"train/loss": 1.5, "train/learning_rate": 1e-4, "train/step": 10}
-    assert lines(run) == told.lines == [first, {"train/seconds": 2.5}]
-    assert (told.last, told.status["state"]) == (0, "done")
+    assert lines(run) == tracker.lines == [first, {"train/seconds": 2.5}]
+    assert (tracker.last, tracker.status["state"]) == (0, "done")
 
 
-def test_a_stages_scores_are_called_by_their_names():
+def test_scores_of_a_stage_are_logged_by_their_names():
     facts = {"scores": {"loss": 1.5, "exact_match/even": 0.5}, "rows": 6, "seconds": 0.1}
     assert stage_line("evaluate", facts) == {
         "evaluate/rows": 6,
@@ -125,73 +125,75 @@ def test_a_stages_scores_are_called_by_their_names():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_value_that_is_not_finite_is_null(begun, value):
-    run = begun()
+def test_values_that_are_not_finite_are_logged_as_null(start_run, value):
+    run = start_run()
     with Record(run) as record:
         record.add({"evaluate/loss": value, "evaluate/rows": 6})
     assert lines(run) == [{"evaluate/loss": None, "evaluate/rows": 6}]
 
 
-def attempt(run: Run, *steps: int, told: Told | None = None, loss: float = 1.0) -> None:
+def attempt(
+    run: Run, *steps: int, tracker: RecordingTracker | None = None, loss: float = 1.0
+) -> None:
     with Record(run) as record:
-        record.follow(told or Nothing())
+        record.follow(tracker or Nothing())
         for step in steps:
             record.add(training_line(step, {"loss": loss}))
 
 
-def test_a_training_that_goes_on_from_its_checkpoint_has_every_step_once(begun):
-    attempt(begun(), 10, 20, 30, 40)
-    told = Told()
-    attempt(begun(), 30, 40, 50, told=told, loss=2.0)
-    found = [(line["train/step"], line["train/loss"]) for line in lines(begun())]
-    assert found == [(10, 1.0), (20, 1.0), (30, 2.0), (40, 2.0), (50, 2.0)]
-    assert told.lines == lines(begun())
-    assert told.last == 40
+def test_a_resumed_training_logs_each_step_once(start_run):
+    attempt(start_run(), 10, 20, 30, 40)
+    tracker = RecordingTracker()
+    attempt(start_run(), 30, 40, 50, tracker=tracker, loss=2.0)
+    losses_by_step = [(line["train/step"], line["train/loss"]) for line in lines(start_run())]
+    assert losses_by_step == [(10, 1.0), (20, 1.0), (30, 2.0), (40, 2.0), (50, 2.0)]
+    assert tracker.lines == lines(start_run())
+    assert tracker.last == 40
 
 
-def test_a_training_that_starts_afresh_leaves_nothing_of_the_last(begun):
-    attempt(begun(), 10, 20, 30)
-    attempt(begun(), 10, loss=2.0)
-    assert lines(begun()) == [{"train/loss": 2.0, "train/step": 10}]
+def test_a_restarted_training_removes_the_steps_of_the_last_attempt(start_run):
+    attempt(start_run(), 10, 20, 30)
+    attempt(start_run(), 10, loss=2.0)
+    assert lines(start_run()) == [{"train/loss": 2.0, "train/step": 10}]
 
 
-def test_an_attempt_that_logs_nothing_tells_what_was_logged_before(begun):
-    attempt(begun(), 10, 20)
-    told = Told()
-    attempt(begun(), told=told)
-    assert [line["train/step"] for line in told.lines] == [10, 20]
+def test_a_tracker_receives_the_metrics_of_earlier_attempts(start_run):
+    attempt(start_run(), 10, 20)
+    tracker = RecordingTracker()
+    attempt(start_run(), tracker=tracker)
+    assert [line["train/step"] for line in tracker.lines] == [10, 20]
 
 
-def test_a_stage_that_is_recorded_again_replaces_its_own_line_only(begun):
+def test_a_repeated_stage_replaces_only_its_own_line(start_run):
     for seconds in (1.0, 2.0):
-        with Record(begun()) as record:
+        with Record(start_run()) as record:
             if seconds == 1.0:
                 record.add(training_line(10, {"loss": 1.5}))
             record.add(stage_line("emulate", {"seconds": seconds}))
             record.add(stage_line("train", {"seconds": seconds}))
-    assert lines(begun()) == [
+    assert lines(start_run()) == [
         {"train/loss": 1.5, "train/step": 10},
         {"emulate/seconds": 2.0},
         {"train/seconds": 2.0},
     ]
 
 
-def test_a_line_that_was_cut_off_is_dropped(begun):
-    run = begun()
+def test_an_incomplete_last_line_is_dropped(start_run):
+    run = start_run()
     whole = '{"train/step": 10}\n'
     (run.folder / "metrics.jsonl").write_text(whole + '{"train/st')
-    attempt(begun(), 20)
+    attempt(start_run(), 20)
     assert [line["train/step"] for line in lines(run)] == [10, 20]
 
 
-def test_a_tracker_that_fails_costs_the_run_nothing_and_is_said_once(begun, caplog):
-    told = Told(fails=True)
+def test_a_failing_tracker_does_not_fail_the_run_and_warns_once(start_run, caplog):
+    tracker = RecordingTracker(fails=True)
     with caplog.at_level(logging.WARNING):
-        attempt(begun(), 10, 20, 30, told=told)
-    assert len(lines(begun())) == 3
+        attempt(start_run(), 10, 20, 30, tracker=tracker)
+    assert len(lines(start_run())) == 3
     assert len(caplog.messages) == 1
     assert "ConnectionResetError: it is gone" in caplog.text
-    assert told.status["state"] == "running"  # it is ended all the same
+    assert tracker.status["state"] == "running"  # the session is closed in spite of the failure
 
 
 # Tables ------------------------------------------------------------------------------------------
@@ -210,7 +212,7 @@ def test_the_table_of_predictions_has_losses_and_answers_and_a_first_part(tmp_pa
     assert table.rows[2][-2:] == [None, None]
 
 
-def test_layers_are_a_table_where_the_file_is_about_layers(tmp_path):
+def test_only_files_with_one_entry_per_layer_become_tables(tmp_path):
     spectrum = {"index": [1], "energy": [0.5]}
     layers = {"a": {"rank": 3, "shape": [2, 4], "spectrum": spectrum}, "b": {"rank": 5}}
     (tmp_path / "layers.json").write_text(json.dumps(layers))
@@ -221,17 +223,17 @@ def test_layers_are_a_table_where_the_file_is_about_layers(tmp_path):
     assert tables["layers"].rows == [["a", 3, "[2, 4]"], ["b", 5, None]]
 
 
-def test_the_table_of_runs_has_what_differs_and_numbers(begun, tmp_path):
+def test_the_table_of_runs_has_the_settings_that_differ_and_the_numbers(start_run, tmp_path):
     for name, score in (("one", 0.25), ("two", 0.75)):
-        run = begun(name)
+        run = start_run(name)
         config = OmegaConf.create(run.config | {"lora": {"rank": int(score * 8)}})
         run.begin(config, {"method": "emloc"})
         run.finish(results(score))
     table = table_of_runs(tmp_path / "runs" / "demo")
-    found = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-    assert [row["run"] for row in found] == ["one", "two"]
-    assert [row["lora.rank"] for row in found] == ["2", "6"]
-    assert [row["score"] for row in found] == [0.25, 0.75]
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    assert [row["run"] for row in rows] == ["one", "two"]
+    assert [row["lora.rank"] for row in rows] == ["2", "6"]
+    assert [row["score"] for row in rows] == [0.25, 0.75]
     assert "task.name" not in table.columns
 
 
@@ -239,7 +241,7 @@ def test_the_table_of_runs_has_what_differs_and_numbers(begun, tmp_path):
 
 
 def finished(run: Run, tracker: Wandb) -> None:
-    """A run from start to end, with what a run leaves in its folder."""
+    """Do a whole run with a tracker and leave the usual files in its folder."""
     with Record(run) as record:
         record.follow(tracker)
         for step in (1, 2, 3):
@@ -254,10 +256,10 @@ def finished(run: Run, tracker: Wandb) -> None:
         run.finish(results())
 
 
-def test_an_offline_run_holds_all_of_the_run(begun, tracker, home):
-    run = begun()
+def test_an_offline_wandb_run_contains_all_data_of_the_run(start_run, tracker, home):
+    run = start_run()
     finished(run, tracker)
-    (entry,) = entries(run.folder)
+    (entry,) = offline_runs(run.folder)
     described = entry.run
     assert described["run_group"] == "demo"
     assert described["display_name"] == run.folder.name
@@ -275,10 +277,10 @@ def test_an_offline_run_holds_all_of_the_run(begun, tracker, home):
     assert [one["type"] for one in entry.of("artifact")] == ["run_table"]
 
 
-def test_nothing_is_told_of_the_machine_or_the_code(begun, tracker):
-    run = begun()
+def test_wandb_receives_nothing_about_the_machine_or_the_code(start_run, tracker):
+    run = start_run()
     finished(run, tracker)
-    (entry,) = entries(run.folder)
+    (entry,) = offline_runs(run.folder)
     kinds = {record["type"] for record in entry.records}
     assert not {"environment", "stats", "output", "output_raw"} & kinds
     assert "git" not in entry.run
@@ -286,15 +288,15 @@ def test_nothing_is_told_of_the_machine_or_the_code(begun, tracker):
     assert files == {"media"}
 
 
-def test_the_adapter_is_kept_if_wished_for_and_not_copied(begun, tracker):
-    run = begun()
+def test_tracker_adapter_logs_the_adapter_without_a_copy(start_run, tracker):
+    run = start_run()
     wishes = Wandb(**SETTINGS | {"adapter": True})
     finished(run, wishes)
-    (entry,) = entries(run.folder)
+    (entry,) = offline_runs(run.folder)
     (artifact,) = [one for one in entry.of("artifact") if one["type"] == "adapter"]
     assert artifact["name"] == f"adapter-{run.folder.name}"
-    kept = {one["path"]: one["local_path"] for one in artifact["manifest"]["contents"]}
-    assert kept == {
+    paths = {one["path"]: one["local_path"] for one in artifact["manifest"]["contents"]}
+    assert paths == {
         name: str(run.folder / "adapter" / name)
         for name in ("adapter_config.json", "adapter_model.safetensors")
     }
@@ -302,12 +304,12 @@ def test_the_adapter_is_kept_if_wished_for_and_not_copied(begun, tracker):
     assert metadata == {"base_model": "hub/tiny", "method": "emloc", "exact_match": 0.5}
 
 
-def test_a_run_without_an_adapter_has_none_to_keep(begun):
-    run = begun()
+def test_a_run_without_an_adapter_logs_no_artifact(start_run):
+    run = start_run()
     with Record(run) as record:
         record.follow(Wandb(**SETTINGS | {"adapter": True}))
         run.finish(results())
-    (entry,) = entries(run.folder)
+    (entry,) = offline_runs(run.folder)
     assert entry.of("artifact") == []
     assert entry.exit_code == 0
 
@@ -315,14 +317,14 @@ def test_a_run_without_an_adapter_has_none_to_keep(begun):
 @pytest.mark.parametrize(
     ("state", "code"), [("failed", 1), ("oom", 1), ("interrupted", 130), ("running", 1)]
 )
-def test_a_run_that_ended_badly_says_how(begun, tracker, state, code):
-    run = begun()
+def test_an_unsuccessful_run_logs_its_state_and_exit_code(start_run, tracker, state, code):
+    run = start_run()
     with Record(run) as record:
         record.follow(tracker)
         record.add(training_line(1, {"loss": 1.0}))
         if state != "running":
             run.mark(state, stage="train", error="too large")
-    (entry,) = entries(run.folder)
+    (entry,) = offline_runs(run.folder)
     assert entry.exit_code == code
     assert entry.summary["state"] == state
     if state != "running":
@@ -347,42 +349,42 @@ while True:
 
 
 def steps_sent(folder) -> list[int]:
-    """The steps in W&B's file so far, which its own program writes when it comes to it."""
+    """Return the steps in the file of W&B, which a separate process writes with a delay."""
     try:
-        return [line["train/step"] for one in entries(folder) for line in one.history]
-    except (subprocess.CalledProcessError, ValueError):  # there is no whole file yet
+        return [line["train/step"] for one in offline_runs(folder) for line in one.history]
+    except (subprocess.CalledProcessError, ValueError):  # the file is not complete yet
         return []
 
 
-def test_a_run_that_was_killed_is_there_without_an_end(begun):
-    """Which `wandb sync` takes for one that failed."""
-    run = begun()
+def test_a_killed_run_leaves_an_offline_run_without_an_exit_record(start_run):
+    """`wandb sync` uploads such a run as failed."""
+    run = start_run()
     with subprocess.Popen([sys.executable, "-c", ENDLESS, str(run.folder)]) as process:
         while steps_sent(run.folder) != [1, 2, 3]:
             assert process.poll() is None
             time.sleep(0.2)
         process.kill()
-    (entry,) = entries(run.folder)
+    (entry,) = offline_runs(run.folder)
     assert entry.history == lines(run)
     assert [line["train/step"] for line in lines(run)] == [1, 2, 3]
     assert entry.of("exit") == []
 
 
-def test_an_interrupted_run_is_continued_where_it_was_left(begun, tracker):
+def test_an_interrupted_run_resumes_the_same_wandb_run(start_run, tracker):
     for steps in ((1, 2, 3), (3, 4)):
-        run = begun()
+        run = start_run()
         with Record(run) as record:
             record.follow(tracker)
             for step in steps:
                 record.add(training_line(step, {"loss": 1.0}))
             run.mark("interrupted")
-    finished(begun(), Nothing())
+    finished(start_run(), Nothing())
     with Record(run) as record:
         record.follow(tracker)
         record.add(stage_line("train", {"seconds": 1.0}))
-    first, second, third = entries(run.folder)
+    first, second, third = offline_runs(run.folder)
     assert first.run["run_id"] == second.run["run_id"] == third.run["run_id"]
-    # With this `wandb sync` puts one behind the other, and does not begin anew.
+    # With this flag `wandb sync` appends to the first run instead of starting a new one.
     assert [entry.run.get("resume", False) for entry in (first, second, third)] == [
         False,
         True,
@@ -392,13 +394,13 @@ def test_an_interrupted_run_is_continued_where_it_was_left(begun, tracker):
     assert [line["train/step"] for line in second.history] == [4]
 
 
-def test_runs_one_after_the_other_in_one_process_keep_to_their_folders(begun, tracker, tmp_path):
+def test_consecutive_runs_in_one_process_write_to_their_own_folders(start_run, tracker, tmp_path):
     before = dict(os.environ)
     for name in ("one", "two"):
-        finished(begun(name), tracker)
+        finished(start_run(name), tracker)
     assert dict(os.environ) == before
     for name in ("one", "two"):
-        (entry,) = entries(tmp_path / "runs" / "demo" / name)
+        (entry,) = offline_runs(tmp_path / "runs" / "demo" / name)
         assert entry.run["display_name"] == name
         assert len(entry.history) == 4
         (artifact,) = entry.of("artifact")
@@ -406,25 +408,25 @@ def test_runs_one_after_the_other_in_one_process_keep_to_their_folders(begun, tr
         assert f"/demo/{name}/wandb/" in table["local_path"]
 
 
-def test_the_same_settings_in_another_experiment_are_another_run(begun, tracker, tmp_path):
-    run = begun()
+def test_equal_settings_in_two_experiments_are_two_wandb_runs(start_run, tracker, tmp_path):
+    run = start_run()
     finished(run, tracker)
     other = Run(tmp_path / "runs" / "a b:c" / run.folder.name)
     other.begin(OmegaConf.create(run.config | {"name": "a b:c"}), {})
     with Record(other) as record:
         record.follow(tracker)
-    (one,), (two,) = entries(run.folder), entries(other.folder)
+    (one,), (two,) = offline_runs(run.folder), offline_runs(other.folder)
     assert re.fullmatch(f"demo-{run.folder.name}-[0-9a-f]{{8}}", one.run["run_id"])
     assert re.fullmatch(f"a-b-c-{run.folder.name}-[0-9a-f]{{8}}", two.run["run_id"])
 
 
-def test_a_sweep_has_a_run_of_its_own_with_the_table_of_all(begun, tracker, tmp_path):
+def test_a_sweep_logs_a_report_run_with_the_table_of_all_runs(start_run, tracker, tmp_path):
     for name, score in (("one", 0.25), ("two", 0.75)):
-        begun(name).finish(results(score))
+        start_run(name).finish(results(score))
     folder = tmp_path / "runs" / "demo"
     compare(folder)
     compare(folder)
-    first, again = entries(folder)
+    first, again = offline_runs(folder)
     assert first.run["display_name"] == "report"
     assert first.run["run_group"] == "demo"
     assert [row["score"] for row in first.table("runs")] == [0.25, 0.75]
@@ -433,18 +435,18 @@ def test_a_sweep_has_a_run_of_its_own_with_the_table_of_all(begun, tracker, tmp_
     assert again.run["resume"]
 
 
-def test_a_sweep_of_which_nothing_has_been_done_now_has_no_report(begun, tmp_path, monkeypatch):
+def test_a_sweep_without_newly_finished_runs_logs_no_report(start_run, tmp_path, monkeypatch):
     folder = tmp_path / "runs" / "demo"
-    begun("failed").mark("failed", stage="config", error="x")
+    start_run("failed").mark("failed", stage="config", error="x")
     compare(folder)
-    begun("before").finish(results())
+    start_run("before").finish(results())
     monkeypatch.setattr("emloc.report.tracking.trackers.process_start", lambda: time.time() + 1)
     compare(folder)
     assert not (folder / "wandb").exists()
 
 
-def test_a_sweep_that_is_followed_by_nothing_has_no_report(begun, tmp_path):
-    run = begun()
+def test_a_sweep_without_a_tracker_logs_no_report(start_run, tmp_path):
+    run = start_run()
     nothing = {"tracker": {"_target_": "emloc.report.tracking.trackers.Nothing"}}
     run.begin(OmegaConf.create(run.config | nothing), {})
     run.finish(results())
@@ -456,43 +458,43 @@ def online() -> Wandb:
     return Wandb(**SETTINGS | {"mode": "online"})
 
 
-def test_going_online_without_an_account_is_refused_and_nothing_is_asked(begun):
-    run = begun()
+def test_online_mode_without_an_account_is_refused_without_a_prompt(start_run):
+    run = start_run()
     with pytest.raises(ConfigError, match="no W&B account on this machine; run `wandb login`"):
         online().start(run.folder, run.config, 0)
-    assert not entries(run.folder)
+    assert not offline_runs(run.folder)
 
 
-def test_a_key_that_is_none_is_refused(begun, monkeypatch):
+def test_an_invalid_api_key_is_refused(start_run, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "123")
-    run = begun()
+    run = start_run()
     with pytest.raises(ConfigError, match=r"WANDB_API_KEY invalid.*set tracker.mode=offline"):
         online().start(run.folder, run.config, 0)
 
 
-def test_where_wandb_cannot_be_reached_a_run_is_followed_offline(begun, monkeypatch, caplog):
+def test_a_run_is_logged_offline_if_wandb_cannot_be_reached(start_run, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
-    run = begun()
+    run = start_run()
     with caplog.at_level(logging.WARNING), Record(run) as record:
         record.follow(online())
         record.add(training_line(1, {"loss": 1.0}))
         run.mark("failed", stage="train", error="x")
     assert "W&B cannot be reached" in caplog.text
     assert "wandb sync" in caplog.text
-    (entry,) = entries(run.folder)
+    (entry,) = offline_runs(run.folder)
     assert entry.history == lines(run)
 
 
-def test_without_wandb_it_says_what_to_do(begun, tracker, monkeypatch):
+def test_a_missing_wandb_package_is_reported_with_the_remedy(start_run, tracker, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    run = begun()
+    run = start_run()
     with pytest.raises(ConfigError, match="pip install wandb, or set tracker=none"):
         tracker.start(run.folder, run.config, 0)
 
 
 @pytest.mark.parametrize("mode", ["disabled", "on"])
-def test_a_mode_it_has_not_is_refused(mode):
+def test_an_unknown_mode_is_refused(mode):
     with pytest.raises(ConfigError, match="one of offline, online; set"):
         Wandb(**SETTINGS | {"mode": mode})

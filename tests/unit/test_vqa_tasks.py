@@ -1,4 +1,4 @@
-"""Questions about images, read from rows made here in the columns of the published data sets."""
+"""Data sets of questions about images, read from rows with the columns of the published data."""
 
 import base64
 import io
@@ -40,7 +40,7 @@ def shade(picture) -> int:
 
 
 def build(name: str, **overrides) -> VqaTask:
-    """A task from its YAML file, the way the package builds it."""
+    """Build a task from its YAML file, as the package does."""
     values = OmegaConf.load(CONF / f"{name}.yaml")
     module, _, cls = values.pop("_target_").rpartition(".")
     schema = OmegaConf.structured(getattr(import_module(module), cls))
@@ -48,26 +48,29 @@ def build(name: str, **overrides) -> VqaTask:
 
 
 def stored(*images: bytes | None) -> list[dict | None]:
-    """What a column of images holds."""
+    """Return the values of an image column that holds one image per row."""
     return [None if one is None else {"bytes": one, "path": None} for one in images]
 
 
 def parquet(file: Path, **columns: list) -> None:
-    """A file whose columns of images are declared as such."""
+    """Write a parquet file whose image columns are declared as images."""
     pictured = [
         name
         for name, values in columns.items()
         if any(isinstance(one, dict) and "bytes" in one for one in values)
     ]
-    made = datasets.Dataset.from_dict(columns)
+    dataset = datasets.Dataset.from_dict(columns)
     for name in pictured:
-        made = made.cast_column(name, datasets.Image(decode=False))
+        dataset = dataset.cast_column(name, datasets.Image(decode=False))
     file.parent.mkdir(parents=True, exist_ok=True)
-    made.to_parquet(file)
+    dataset.to_parquet(file)
 
 
 def charts(folder: Path, **splits: list[tuple[str, bytes | None, int]]) -> Path:
-    """Rows of (question, image, asked by) in ChartQA's columns; a question ends in its answer."""
+    """Write rows (question, image, asked by) in the columns of ChartQA.
+
+    The last character of a question is its answer.
+    """
     for split, rows in splits.items():
         parquet(
             folder / f"{split}.parquet",
@@ -84,18 +87,18 @@ TRAIN, TEST = [("a1", png(1), 0)], [("b2", png(2), 1)]
 
 @pytest.fixture
 def chartqa(tmp_path):
-    """ChartQA's task on rows given for each split."""
+    """Function that returns the ChartQA task on the rows of each split."""
 
-    def made(train=TRAIN, test=TEST, **overrides) -> VqaTask:
+    def make_task(train=TRAIN, test=TEST, **overrides) -> VqaTask:
         folder = charts(tmp_path / "charts", train=train, test=test)
         return build("chartqa", path=str(folder), **overrides)
 
-    return made
+    return make_task
 
 
-def refused(what, *arguments) -> str:
+def refusal_of(call, *arguments) -> str:
     with pytest.raises(ConfigError) as caught:
-        what(*arguments)
+        call(*arguments)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -114,7 +117,7 @@ def test_yaml_spells_out_every_field_and_is_named_after_itself(name):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_the_headline_is_one_of_the_scorers_numbers(name):
+def test_the_headline_metric_is_returned_by_the_scorer(name):
     task = build(name)
     label = "1" if name == "wc_vqa" else "B"
     assert task.score(label, [label] * 10)[task.metric] == 1.0
@@ -132,7 +135,7 @@ def test_chartqa(chartqa):
     assert (row.id, row.group, shade(row.images[0])) == ("test/0", "augmented", 2)
 
 
-def test_docvqa_and_infovqa_read_all_answers_and_learn_the_first(tmp_path):
+def test_docvqa_and_infovqa_score_with_all_answers_and_train_on_the_first(tmp_path):
     for split, number in (("train", 3), ("validation", 4)):
         parquet(
             tmp_path / f"{split}.parquet",
@@ -151,26 +154,26 @@ def test_docvqa_and_infovqa_read_all_answers_and_learn_the_first(tmp_path):
         )
 
 
-def test_infovqa_reads_the_other_names_of_its_training_rows(tmp_path):
+def test_infovqa_reads_the_column_names_of_its_training_copy(tmp_path):
     parquet(tmp_path / "train.parquet", query=["q?"], answer=["blue"], image=stored(png(1)))
     validation = {"question": ["v?"], "answers": [["red"]], "image": stored(png(2))}
     parquet(tmp_path / "validation.parquet", **validation)
     questions = build("infovqa", path=str(tmp_path))._reader
     for split, prompt, answer in (("train", "q?", "blue"), ("validation", "v?", "red")):
-        # Two data sets on the hub: files of one folder have to agree in their columns.
+        # On the hub these are two data sets; files of one folder must agree in their columns.
         rows = Rows(name="infovqa", id=None, path=str(tmp_path), splits={"train_split": split})
         ((example, _),) = questions.read(rows, split, ReadStats())
         assert (example.prompt, example.references) == (prompt + SHORT, (answer,))
 
 
-def test_textvqa_learns_what_most_people_answered_and_keeps_all_ten(tmp_path):
+def test_textvqa_trains_on_the_most_frequent_answer_and_keeps_all_ten(tmp_path):
     answers = ["nous", "dakota", "dakota digital", "dakota", "x", "dakota digital", "dakota"]
     answers += ["y", "z", "w"]
-    for split, given in (("train", answers), ("validation", answers[::-1])):
+    for split, answers_of_row in (("train", answers), ("validation", answers[::-1])):
         parquet(
             tmp_path / f"{split}.parquet",
             question=[split],
-            answers=[given],
+            answers=[answers_of_row],
             image=stored(png(len(split))),
         )
     (row,) = build("textvqa", path=str(tmp_path)).train()
@@ -179,7 +182,7 @@ def test_textvqa_learns_what_most_people_answered_and_keeps_all_ten(tmp_path):
 
 
 def test_websrc_reads_base64(tmp_path):
-    long = png(7, (90, 90)) + b"\0" * 9000  # far beyond what a file could be called
+    long = png(7, (90, 90)) + b"\0" * 9000  # longer than any file name
     for split, image in (("train", png(3)), ("dev", long)):
         text = base64.b64encode(image).decode()
         columns = {"question": [f"{split}?"], "answer": ["63 inch"], "image": [text]}
@@ -206,7 +209,7 @@ def pmc(folder: Path, train: str = "train", test: str = "test_clean", *, images=
     return folder
 
 
-def test_pmc_vqa_finds_its_images_beside_the_files(tmp_path):
+def test_pmc_vqa_reads_images_from_the_folder_beside_its_files(tmp_path):
     task = build("pmc_vqa", path=str(pmc(tmp_path / "p")))
     (row,) = task.train()
     assert row.prompt == (
@@ -219,7 +222,7 @@ def test_pmc_vqa_finds_its_images_beside_the_files(tmp_path):
     assert [shade(one.images[0]) for one in task.held_out(None)] == [2]
 
 
-def test_a_label_that_no_choice_has_is_no_answer(tmp_path, caplog):
+def test_a_row_whose_label_is_no_choice_has_no_answer(tmp_path, caplog):
     folder = pmc(tmp_path / "p")
     with (folder / "train.csv").open("a") as file:
         file.write("a.png,Which?,E,A:1,B:2,C:3,D:4,E\n")
@@ -235,20 +238,20 @@ ADDRESS = "https://upload.org/thumb/3/{0}/873px-{0}?download"
 def dishes(folder: Path, photos: dict[str, list[str]]) -> Path:
     for split, names in photos.items():
         options = ["1. Bialy\n2. Pistolet\n3. Knafeh\n4. Bublik", "1. a\n2. b\n3. c\n4. d\n5. e"]
-        shown = [options[place % 2] for place in range(len(names))]
-        asked = "\n\nPrint only the answer with a single answer id (1,2,3,4,5)."
+        answers = [options[place % 2] for place in range(len(names))]
+        instruction = "\n\nPrint only the answer with a single answer id (1,2,3,4,5)."
         parquet(
             folder / f"{split}.parquet",
             lang=["en"] * len(names),
             prompt_type=["1", "4", "3", "2"][: len(names)],
-            multi_choice_prompt=[f"{split}?\n{one}{asked}" for one in shown],
+            multi_choice_prompt=[f"{split}?\n{one}{instruction}" for one in answers],
             image_url=[ADDRESS.format(name) for name in names],
             multi_choice_answer=[3] * len(names),
         )
     return folder
 
 
-def test_wc_vqa_finds_photos_by_the_end_of_their_address(tmp_path):
+def test_wc_vqa_finds_photos_by_the_last_part_of_their_url(tmp_path):
     dishes(tmp_path / "w", {"train": ["Cr%C3%A8pe.jpg"], "test_large": ["x.jpg", "y.jpg"]})
     root = tmp_path / "photos"
     root.mkdir()
@@ -267,36 +270,36 @@ def test_wc_vqa_finds_photos_by_the_end_of_their_address(tmp_path):
 
 def test_wc_vqa_without_a_folder_of_photos_is_refused(tmp_path):
     dishes(tmp_path / "w", {"train": ["a.jpg"], "test_large": ["x.jpg"]})
-    assert refused(build("wc_vqa", path=str(tmp_path / "w")).held_out, None) == (
+    assert refusal_of(build("wc_vqa", path=str(tmp_path / "w")).held_out, None) == (
         "task wc_vqa: task.image names files (such as 873px-x.jpg), but their folder is "
         "unknown; set task.image_root=/path/to/images"
     )
     task = build("wc_vqa", path=str(tmp_path / "w"), image_root=str(tmp_path / "no"))
-    assert refused(task.train) == (
+    assert refusal_of(task.train) == (
         f"task.image_root: no folder {tmp_path / 'no'}; set task.image_root=/path/to/images"
     )
 
 
-def test_all_missing_photos_are_in_one_error(tmp_path):
+def test_one_error_names_all_missing_photos(tmp_path):
     dishes(tmp_path / "w", {"train": ["a.jpg", "b.jpg", "a.jpg"], "test_large": ["y.jpg", "x.jpg"]})
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "873px-b.jpg").write_bytes(png(1))
     root = str(tmp_path / "photos")
     task = build("wc_vqa", path=str(tmp_path / "w"), image_root=root)
-    assert refused(task.train) == (
+    assert refusal_of(task.train) == (
         f"task wc_vqa: 3 images are not in {root}: 873px-a.jpg, 873px-x.jpg, 873px-y.jpg; put them "
         "there, set task.image_root to their folder, or task.unreadable=skip to leave their rows "
         "out"
     )
-    assert refused(task.held_out, 1).startswith(
+    assert refusal_of(task.held_out, 1).startswith(
         f"task wc_vqa: 2 images are not in {root}: 873px-x.jpg, 873px-y.jpg; put"
     )
-    # As many rows as are trained on, and not all of them.
+    # Only the rows that are trained on count, although more rows are missing photos.
     task = build("wc_vqa", path=str(tmp_path / "w"), image_root=root, limit=1)
-    assert "3 images are not in" in refused(task.train)
+    assert "3 images are not in" in refusal_of(task.train)
 
 
-def test_missing_photos_can_be_left_out(tmp_path, caplog):
+def test_rows_with_missing_photos_can_be_skipped(tmp_path, caplog):
     dishes(tmp_path / "w", {"train": ["a.jpg", "b.jpg"], "test_large": ["b.jpg"]})
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "873px-b.jpg").write_bytes(png(1))
@@ -313,54 +316,56 @@ def test_missing_photos_can_be_left_out(tmp_path, caplog):
 
 
 def test_the_images_of_a_data_set_are_not_held_in_memory(tmp_path):
-    """Nor touched: they stay in the memory-mapped file until one is read."""
+    """The images stay in the memory-mapped file until one of them is read."""
     noise = [os.urandom(200_000) for _ in range(20)]
     rows = [(f"q{number}", image, 0) for number, image in enumerate(noise)]
     path = charts(tmp_path / "c", train=rows, test=[("b2", png(2), 1)])
     task = build("chartqa", path=str(path))
     assert len(task.held_out(None)) == 1
     before = pyarrow.total_allocated_bytes()
-    found = task.train().rows
+    examples = task.train().rows
     assert pyarrow.total_allocated_bytes() - before < 200_000
-    assert [row.images[0].read() for row in found] == noise
+    assert [row.images[0].read() for row in examples] == noise
 
 
-def test_a_broken_image_is_refused_when_it_is_used_and_named(chartqa):
+def test_a_broken_image_is_refused_by_name_when_it_is_opened(chartqa):
     rows = chartqa(test=[("b2", png(2), 1), ("c3", BROKEN, 1)]).held_out(None).rows
     assert shade(rows[0].images[0]) == 2
-    said = refused(rows[1].images[0].open)
-    assert said.startswith("chartqa test/1: cannot read the image: ")
-    assert said.endswith("or set task.unreadable=skip to leave such rows out")
+    message = refusal_of(rows[1].images[0].open)
+    assert message.startswith("chartqa test/1: cannot read the image: ")
+    assert message.endswith("or set task.unreadable=skip to leave such rows out")
 
 
-def test_broken_and_absent_images_can_be_left_out_and_are_listed(chartqa, caplog):
+def test_rows_with_broken_or_missing_images_can_be_skipped_and_are_logged(chartqa, caplog):
     line = png(1, (500, 4))
     test = [("a1", BROKEN, 0), ("b2", png(2), 0), ("c3", None, 0), ("d4", line, 1)]
     task = chartqa(test=test, unreadable="skip")
     assert [row.id for row in task.held_out(None)] == ["test/1"]
-    (said,) = caplog.messages
-    assert said.startswith(
+    (message,) = caplog.messages
+    assert message.startswith(
         "task chartqa: left out 3 of 4 rows of test whose images cannot be read: "
         "test/0: cannot read the image: "
     )
-    assert "; test/2: task.image gives no image; test/3: an image of 500 x 4 pixels has" in said
-    assert "task.unreadable" not in said
+    assert "; test/2: task.image gives no image; test/3: an image of 500 x 4 pixels has" in message
+    assert "task.unreadable" not in message
 
 
-def test_no_image_at_all_is_refused_by_its_row(chartqa):
-    said = "; correct task.image, or set task.unreadable=skip to leave such rows out"
+def test_a_row_without_an_image_is_refused_by_its_name(chartqa):
+    advice = "; correct task.image, or set task.unreadable=skip to leave such rows out"
     task = chartqa(test=[("b2", png(2), 1), ("c3", None, 1)])
-    assert refused(task.held_out, 1) == f"task chartqa: test/1: task.image gives no image{said}"
-    assert refused(chartqa(image="[]").held_out, 1) == (
-        f"task chartqa: test/0: task.image gives no image{said}"
+    assert (
+        refusal_of(task.held_out, 1) == f"task chartqa: test/1: task.image gives no image{advice}"
     )
-    assert refused(chartqa(image="human_or_machine").held_out, 1) == (
-        f"task chartqa: test/0: task.image gives a value of type int{said}"
+    assert refusal_of(chartqa(image="[]").held_out, 1) == (
+        f"task chartqa: test/0: task.image gives no image{advice}"
+    )
+    assert refusal_of(chartqa(image="human_or_machine").held_out, 1) == (
+        f"task chartqa: test/0: task.image gives a value of type int{advice}"
     )
 
 
-def test_none_that_can_be_read_is_refused(chartqa):
-    assert refused(chartqa(test=[("b2", BROKEN, 1)], unreadable="skip").held_out, 1) == (
+def test_a_split_without_any_readable_image_is_refused(chartqa):
+    assert refusal_of(chartqa(test=[("b2", BROKEN, 1)], unreadable="skip").held_out, 1) == (
         "task chartqa: none of the 1 rows of test has an image that can be read; "
         "set task.eval_split to another split"
     )
@@ -398,7 +403,7 @@ def test_a_column_of_lists_of_images(tmp_path):
     assert [[shade(picture) for picture in row.images] for row in rows] == [[5], [1, 2]]
 
 
-def test_what_an_image_may_be(tmp_path):
+def test_accepted_forms_of_an_image(tmp_path):
     (tmp_path / "a.png").write_bytes(png(1))
     (tmp_path / "bare").write_bytes(png(2))
     source = ImageSource("t", tmp_path)
@@ -425,9 +430,10 @@ def test_what_an_image_may_be(tmp_path):
 # Which rows train and which are held out ---------------------------------------------------------
 
 
-def test_rows_that_are_also_held_out_are_dropped_and_counted(chartqa, caplog):
+def test_training_rows_that_are_also_held_out_are_dropped_and_counted(chartqa, caplog):
     task = chartqa(
-        # The very row; another image under the question, of the same size; another question.
+        # An identical row; the same question with another image of the same size; another
+        # question.
         train=[("b2", png(2), 0), ("b2", png(3), 0), ("c2", png(2), 0)],
         test=[("b2", png(2), 1), ("d4", png(4), 1)],
     )
@@ -438,25 +444,25 @@ def test_rows_that_are_also_held_out_are_dropped_and_counted(chartqa, caplog):
     ]
 
 
-def test_nothing_left_to_train_on_is_refused(chartqa):
+def test_a_split_without_training_rows_left_is_refused(chartqa):
     task = chartqa(train=[("b2", png(2), 0)], test=[("b2", png(2), 1)])
-    assert refused(task.train) == (
+    assert refusal_of(task.train) == (
         "task chartqa: every row of task.train_split=train is also in task.eval_split=test; set "
         "task.train_split to another split, or to test too, which is then divided by image"
     )
 
 
-def test_a_split_that_is_there_twice_is_divided_as_one(chartqa):
+def test_two_copies_of_one_split_are_divided_by_image(chartqa):
     rows = [("a1", png(1), 0), ("b2", png(2), 1), ("c2", png(2), 0)]
     task = chartqa(train=rows, test=rows)
     assert [row.id for row in task.train()] == ["test/0"]
     assert [row.id for row in task.held_out(None)] == ["test/1", "test/2"]
 
 
-def test_one_split_is_divided_by_image(chartqa, caplog):
+def test_a_split_used_for_both_is_divided_by_image(chartqa, caplog):
     first, second, third, fourth = (png(number) for number in (1, 2, 3, 4))
-    shown = [first, second, first, third, fourth, second]
-    rows = [(f"q{number}", image, 0) for number, image in enumerate(shown)]
+    images = [first, second, first, third, fourth, second]
+    rows = [(f"q{number}", image, 0) for number, image in enumerate(images)]
     task = chartqa(test=rows, train_split="test")
     with caplog.at_level(logging.INFO):
         assert [row.id for row in task.train()] == ["test/0", "test/1", "test/2", "test/5"]
@@ -469,32 +475,32 @@ def test_one_split_is_divided_by_image(chartqa, caplog):
     assert len(chartqa(test=rows, train_split="test", limit=3).train()) == 3
 
 
-def test_images_shown_together_stay_together(tmp_path):
-    shown = [(1, 2), (3, 4), (5, 6), (4, 5), (7, 7)]
+def test_images_of_one_row_are_not_divided(tmp_path):
+    pairs = [(1, 2), (3, 4), (5, 6), (4, 5), (7, 7)]
     parquet(
         tmp_path / "test.parquet",
         query=[f"q{number}" for number in range(5)],
         label=[["1"]] * 5,
         human_or_machine=[0] * 5,
-        one=stored(*(png(one) for one, _ in shown)),
-        two=stored(*(png(two) for _, two in shown)),
+        one=stored(*(png(one) for one, _ in pairs)),
+        two=stored(*(png(two) for _, two in pairs)),
     )
     splits = {"train_split": "test", "eval_split": "test"}
     task = build("chartqa", path=str(tmp_path), image="[one, two]", **splits)
-    # Three sets: 1 2, 3 4 5 6, 7.
+    # The rows connect the images to three sets: 1 2, 3 4 5 6, 7.
     assert [row.id for row in task.train()] == ["test/0"]
     assert [row.id for row in task.held_out(None)] == ["test/1", "test/2", "test/3", "test/4"]
 
 
 def test_a_single_image_cannot_be_divided(chartqa):
     task = chartqa(test=[("a1", png(1), 0), ("b2", png(1), 0)], train_split="test")
-    assert refused(task.train) == (
+    assert refusal_of(task.train) == (
         "task chartqa: split test cannot be divided by image, since all its rows show one image; "
         "set task.train_split to another split"
     )
 
 
-def test_rows_without_an_answer_are_left_out_and_counted(tmp_path, caplog):
+def test_rows_without_an_answer_are_skipped_and_counted(tmp_path, caplog):
     for split in ("train", "validation"):
         parquet(
             tmp_path / f"{split}.parquet",
@@ -520,22 +526,22 @@ def test_a_split_without_any_answer_is_refused(tmp_path):
             image=stored(png(1)),
         )
     task = build("docvqa", path=str(tmp_path), eval_split="test")
-    assert refused(task.held_out, None) == (
+    assert refusal_of(task.held_out, None) == (
         "task docvqa: none of the 1 rows of test has a usable answer, as in many published test "
         "splits; set task.eval_split to another split"
     )
 
 
-def test_limit_reads_no_further_than_it_has_to(chartqa):
+def test_a_limit_reads_only_the_rows_that_it_needs(chartqa):
     train = [("a1", png(1), 0), ("e5", png(2), 0), ("c3", None, 0)]
     assert [row.id for row in chartqa(train=train, limit=2).train()] == ["train/0", "train/1"]
-    assert "train/2: task.image gives no image" in refused(chartqa(train=train, limit=3).train)
+    assert "train/2: task.image gives no image" in refusal_of(chartqa(train=train, limit=3).train)
 
 
 # Keys --------------------------------------------------------------------------------------------
 
 
-def test_the_key_is_that_of_the_rows_held_out_and_their_images(tmp_path):
+def test_the_key_depends_on_the_held_out_rows_and_their_images(tmp_path):
     folder = charts(tmp_path / "a", train=[("a1", png(1), 0)], test=[("b2", png(2), 1)])
     task = build("chartqa", path=str(folder))
     moved = build("chartqa", path=str(shutil.copytree(folder, tmp_path / "b")))
@@ -549,11 +555,11 @@ def test_the_key_is_that_of_the_rows_held_out_and_their_images(tmp_path):
     assert task.key != build("chartqa", path=str(tmp_path / "b")).key
 
 
-def test_the_key_follows_the_files_that_rows_only_name(tmp_path):
+def test_the_key_depends_on_the_contents_of_image_files(tmp_path):
     folder = pmc(tmp_path / "p")
     task = build("pmc_vqa", path=str(folder))
     held_out, trained = task.key, task.train().key
-    # Neither an archive nor an image that no row names is looked at.
+    # The key ignores an archive and images that no row names.
     (folder / "images.zip").write_bytes(b"large")
     (folder / "images" / "c.png").write_bytes(png(9))
     assert build("pmc_vqa", path=str(folder)).key == held_out
@@ -567,23 +573,23 @@ def test_the_key_follows_the_files_that_rows_only_name(tmp_path):
 # Where rows come from ----------------------------------------------------------------------------
 
 
-def test_files_name_the_splits_of_a_data_set_that_declares_none(tmp_path):
+def test_task_files_names_the_splits_of_a_data_set_without_declared_splits(tmp_path):
     folder = pmc(tmp_path / "p", "train_2", "test_2")
     files = {"train": "train_2.csv", "test": "test_2.csv", "test_clean": "none.csv"}
     task = build("pmc_vqa", path=str(folder), files=files, eval_split="test")
     assert [row.id for row in task.train()] == ["train/0"]
     assert [row.target for row in task.held_out(None)] == ["D"]
-    assert refused(build("pmc_vqa", path=str(folder), files=files).train) == (
+    assert refusal_of(build("pmc_vqa", path=str(folder), files=files).train) == (
         f"task.path: {folder} has no file none.csv with one of the formats "
         ".parquet, .jsonl, .json, .csv; correct task.files.test_clean or task.path"
     )
-    assert refused(build("pmc_vqa", path=str(folder), eval_split="test").held_out, 1) == (
+    assert refusal_of(build("pmc_vqa", path=str(folder), eval_split="test").held_out, 1) == (
         "task.eval_split: task.files names no file of the split test; "
         "set task.files.test=<file> or correct task.eval_split"
     )
 
 
-def test_what_is_asked_of_the_hub():
+def test_arguments_of_the_request_to_the_hub():
     rows = build("pmc_vqa")._stored["train_split"]
     assert rows.source() == {
         "path": "RadGenome/PMC-VQA",
@@ -605,12 +611,12 @@ def test_what_is_asked_of_the_hub():
     assert both["eval_split"].origin != build("infovqa")._stored["eval_split"].origin
 
 
-def test_the_same_name_of_a_split_in_two_data_sets_is_not_one_split():
+def test_splits_of_two_data_sets_with_one_name_differ():
     task = build("docvqa", train_split="validation")
-    assert refused(task.train) == (
+    assert refusal_of(task.train) == (
         "task.id: cannot reach the hub for lmms-lab/DocVQA; set task.path=/path/to/copy"
     )
-    assert refused(task._stored["train_split"].of, "validation") == (
+    assert refusal_of(task._stored["train_split"].of, "validation") == (
         "task.train_id: cannot reach the hub for HuggingFaceM4/DocumentVQA; "
         "set task.path=/path/to/copy"
     )
@@ -641,23 +647,23 @@ def test_the_same_name_of_a_split_in_two_data_sets_is_not_one_split():
     ],
 )
 def test_refused_without_reading_data(overrides, message):
-    assert refused(lambda: build("chartqa", **overrides)) == message
+    assert refusal_of(lambda: build("chartqa", **overrides)) == message
 
 
 @pytest.mark.parametrize("field", ["image", "prompt", "target", "references", "choices", "group"])
-def test_an_unknown_column_is_refused_by_its_setting(chartqa, field):
+def test_an_unknown_column_is_refused_with_the_setting_that_uses_it(chartqa, field):
     source = "{{colour}}" if field in ("prompt", "target") else "colour"
-    assert refused(chartqa(**{field: source}).held_out, None) == (
+    assert refusal_of(chartqa(**{field: source}).held_out, None) == (
         f"task chartqa: test/0: task.{field}: 'colour' is undefined; the columns are image, "
         f"query, label, human_or_machine; correct task.{field}"
     )
 
 
-def test_what_a_value_cannot_do_is_refused_by_its_setting(chartqa):
-    assert refused(chartqa(group="query + 1").held_out, None).startswith(
+def test_an_expression_that_fails_is_refused_with_its_setting(chartqa):
+    assert refusal_of(chartqa(group="query + 1").held_out, None).startswith(
         "task chartqa: test/0: task.group: can only concatenate str"
     )
-    assert refused(chartqa(group="row['Asked by']").held_out, None).startswith(
+    assert refusal_of(chartqa(group="row['Asked by']").held_out, None).startswith(
         "task chartqa: test/0: task.group: "
     )
     assert [row.group for row in chartqa(group="row['query']").held_out(None)] == ["b2"]
@@ -675,7 +681,7 @@ def test_what_a_value_cannot_do_is_refused_by_its_setting(chartqa):
         ("emloc.tasks.metrics.exact.__name__", "it is no function"),
     ],
 )
-def test_a_scorer_that_is_not_there_is_refused_before_rows_are_read(chartqa, path, reason):
+def test_a_missing_scorer_is_refused_before_rows_are_read(chartqa, path, reason):
     message = f"task.scorer={path}: {reason}; set task.scorer=exact or another scorer"
-    assert refused(find_scorer, path) == message
-    assert refused(chartqa(scorer=path).held_out, 1) == message
+    assert refusal_of(find_scorer, path) == message
+    assert refusal_of(chartqa(scorer=path).held_out, 1) == message

@@ -1,4 +1,4 @@
-"""Block by block, a model does what it does in one forward pass, with one block in memory."""
+"""A blockwise forward equals an ordinary forward pass, with one block in memory at a time."""
 
 import gc
 from pathlib import Path
@@ -17,7 +17,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
-from walked import batches_of, made
+from walked import batches_of, model_and_blocks
 
 from emloc.calibration.blockwise import block_of, by_block, iterate_blocks, iterate_checkpoint
 from emloc.calibration.calibrate import record_moments
@@ -47,7 +47,7 @@ def make(kind: str, folder: Path) -> None:
                 nn.init.normal_(parameter)
         model.save_pretrained(folder)
     elif kind == "gemma3":
-        # Two kinds of attention, each with a mask and a rotary table of its own.
+        # Two kinds of attention, each with its own mask and rotary table.
         layers = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
         config = Gemma3TextConfig(
             num_hidden_layers=4, layer_types=layers, sliding_window=3, head_dim=8, **SIZES
@@ -59,16 +59,16 @@ def make(kind: str, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[str, Source]:
-    found = {}
+    sources_by_kind = {}
     for kind in KINDS:
         folder = tmp_path_factory.mktemp(kind)
         make(kind, folder)
-        found[kind] = Source(folder, kind, kind, torch.float32)
-    return found
+        sources_by_kind[kind] = Source(folder, kind, kind, torch.float32)
+    return sources_by_kind
 
 
 def batch(lengths: list[int], seed: int) -> dict[str, Tensor]:
-    """Random tokens, padded on the left."""
+    """Return a batch of random tokens, padded on the left."""
     torch.manual_seed(seed)
     longest = max(lengths)
     mask = torch.tensor([[0] * (longest - n) + [1] * n for n in lengths])
@@ -91,7 +91,7 @@ def model_of(source: Source):
 
 
 def flat(value: object) -> list[Tensor]:
-    """The tensors in an argument, in order."""
+    """Return the tensors in an argument, in order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
@@ -99,37 +99,39 @@ def flat(value: object) -> list[Tensor]:
     return [one for item in value for one in flat(item)] if isinstance(value, list | tuple) else []
 
 
-def watch(module: nn.Module, seen: list) -> torch.utils.hooks.RemovableHandle:
-    """Keep all tensors that go into a module and come out of it, without the cache."""
+def record_calls(module: nn.Module, records: list) -> torch.utils.hooks.RemovableHandle:
+    """Append all inputs and outputs of each call of a module to `records`, but no cache."""
 
     def hook(_, args, kwargs, out):
-        kept = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}
-        seen.append([tensor.clone() for tensor in flat([args, kept, out])])
+        recorded_kwargs = {
+            k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")
+        }
+        records.append([tensor.clone() for tensor in flat([args, recorded_kwargs, out])])
 
-    # In front, as the walk's own hook ends the pass.
+    # Runs first, since the hook of the blockwise forward suspends the pass.
     return module.register_forward_hook(hook, with_kwargs=True, prepend=True)
 
 
-def whole(model: nn.Module, names: list[str]) -> dict[str, list]:
-    """What goes in and out of each block in ordinary forward passes."""
-    seen = {name: [] for name in names}
-    handles = [watch(model.get_submodule(name), seen[name]) for name in names]
+def record_whole_passes(model: nn.Module, names: list[str]) -> dict[str, list]:
+    """Return the inputs and outputs of each block in ordinary forward passes."""
+    records = {name: [] for name in names}
+    handles = [record_calls(model.get_submodule(name), records[name]) for name in names]
     with torch.no_grad():
         for one in BATCHES:
             model(**one)
     for handle in handles:
         handle.remove()
-    return seen
+    return records
 
 
-def walked(run) -> dict[str, list]:
-    """The same, block by block."""
-    seen = {}
+def record_blockwise(run) -> dict[str, list]:
+    """Return the inputs and outputs of each block in a blockwise forward."""
+    records = {}
     for block in run:
-        handle = watch(block.module, seen.setdefault(block.name, []))
+        handle = record_calls(block.module, records.setdefault(block.name, []))
         block.run(lambda _: None)
         handle.remove()
-    return seen
+    return records
 
 
 def hooks(model: nn.Module) -> int:
@@ -137,58 +139,58 @@ def hooks(model: nn.Module) -> int:
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
-class Watched(Source):
-    """A source whose skeletons can be looked at."""
+class RecordingSource(Source):
+    """A source that records the skeletons it creates."""
 
-    made: ClassVar[list] = []
+    skeletons: ClassVar[list] = []
 
     def skeleton(self):
-        self.made.append(super().skeleton())
-        return self.made[-1]
+        self.skeletons.append(super().skeleton())
+        return self.skeletons[-1]
 
 
-def watched(source: Source) -> Source:
-    Watched.made.clear()
-    return Watched(source.folder, source.name, source.identity, source.dtype)
+def recording_source(source: Source) -> Source:
+    RecordingSource.skeletons.clear()
+    return RecordingSource(source.folder, source.name, source.identity, source.dtype)
 
 
 @pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "in memory"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_block_takes_and_gives_what_it_does_in_a_whole_pass(sources, kind, streamed):
+def test_inputs_and_outputs_of_each_block_equal_those_of_a_whole_pass(sources, kind, streamed):
     source, names = sources[kind], names_of(kind)
     model = model_of(source)
-    expected = whole(model, names)
+    expected = record_whole_passes(model, names)
     run = (
         iterate_checkpoint(source, BATCHES, names, CPU)
         if streamed
         else iterate_blocks(model, BATCHES, names, CPU)
     )
-    found = walked(run)
-    assert list(found) == names
+    actual = record_blockwise(run)
+    assert list(actual) == names
     for name in names:
-        assert len(found[name]) == len(BATCHES)
-        for ours, theirs in zip(found[name], expected[name], strict=True):
-            # Hidden states, mask, two tables of positions, positions; and what comes out.
+        assert len(actual[name]) == len(BATCHES)
+        for ours, theirs in zip(actual[name], expected[name], strict=True):
+            # Hidden states, mask, two rotary tables, positions; and the output.
             assert len(ours) == len(theirs) >= 4
             assert all(map(torch.equal, ours, theirs))
 
 
 def test_the_fixture_has_masks_and_tables_that_differ_between_layers(sources):
     names = names_of("gemma3")
-    seen = whole(model_of(sources["gemma3"]), names)
-    sliding, full = seen[names[1]][0], seen[names[2]][0]
+    records = record_whole_passes(model_of(sources["gemma3"]), names)
+    sliding, full = records[names[1]][0], records[names[2]][0]
     same = [torch.equal(a, b) for a, b in zip(sliding, full, strict=True) if a.shape == b.shape]
-    assert sum(not one for one in same) >= 4  # states in and out, cosines, sines or mask
+    assert sum(not one for one in same) >= 4  # input and output states, cosines, sines or mask
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_block_is_in_memory_at_a_time(sources, kind):
-    source, names = watched(sources[kind]), names_of(kind)
-    held = []
+    source, names = recording_source(sources[kind]), names_of(kind)
+    loaded_blocks = []
 
     def look(*_):
-        model, *_ = source.made  # of a second one only names are asked
-        held.append(
+        model, *_ = source.skeletons  # a second skeleton is used only for its names
+        loaded_blocks.append(
             [
                 name
                 for name in names
@@ -201,25 +203,25 @@ def test_one_block_is_in_memory_at_a_time(sources, kind):
         block.run(look)
         look()
     per_block = len(BATCHES) + 2
-    assert held == [[name] for name in names for _ in range(per_block)]
+    assert loaded_blocks == [[name] for name in names for _ in range(per_block)]
     look()
-    assert held[-1] == []
-    model, *_ = source.made  # of a second one only names are asked
+    assert loaded_blocks[-1] == []
+    model, *_ = source.skeletons  # a second skeleton is used only for its names
     assert model.lm_head.weight.is_meta
     assert not model.get_input_embeddings().weight.is_meta
 
 
-def test_only_the_blocks_asked_for_are_streamed_the_others_are_there(sources):
-    source, names = watched(sources["gemma3"]), names_of("gemma3")
-    expected = whole(model_of(source), names)
-    found = walked(iterate_checkpoint(source, BATCHES, names[2:3], CPU))
-    assert list(found) == names[2:3]
-    for ours, theirs in zip(found[names[2]], expected[names[2]], strict=True):
+def test_only_the_requested_blocks_are_streamed(sources):
+    source, names = recording_source(sources["gemma3"]), names_of("gemma3")
+    expected = record_whole_passes(model_of(source), names)
+    records = record_blockwise(iterate_checkpoint(source, BATCHES, names[2:3], CPU))
+    assert list(records) == names[2:3]
+    for ours, theirs in zip(records[names[2]], expected[names[2]], strict=True):
         assert all(map(torch.equal, ours, theirs))
 
 
 def test_no_keys_and_values_are_kept(sources):
-    """A cache would grow with every block, until it outweighs the model."""
+    """A cache would grow with each block until it is larger than the model."""
     model = model_of(sources["llama"])
     assert model.config.use_cache
     caches = []
@@ -232,17 +234,19 @@ def test_no_keys_and_values_are_kept(sources):
     assert caches == [None] * 2 * len(BATCHES)
 
 
-def test_what_follows_the_last_block_never_runs(sources):
+def test_modules_after_the_last_block_never_run(sources):
     model = model_of(sources["llama"])
-    ran = []
+    names_of_run_modules = []
     for module in (model.lm_head, model.model.norm, model.model.layers[1]):
-        module.register_forward_hook(lambda module, *_: ran.append(type(module).__name__))
+        module.register_forward_hook(
+            lambda module, *_: names_of_run_modules.append(type(module).__name__)
+        )
     for _ in iterate_blocks(model, BATCHES, names_of("llama")[:1], CPU):
         pass
-    assert ran == []
+    assert names_of_run_modules == []
 
 
-def test_a_block_nobody_runs_is_run_and_none_is_run_twice(sources):
+def test_each_block_runs_exactly_once(sources):
     model, names = model_of(sources["llama"]), names_of("llama")
     counts = {name: [] for name in names}
     for name in names:
@@ -260,7 +264,7 @@ def test_a_block_nobody_runs_is_run_and_none_is_run_twice(sources):
     ]
 
 
-def test_without_a_mask_there_is_none(sources):
+def test_batches_without_a_mask_give_none(sources):
     model = model_of(sources["llama"])
     masks = []
     for block in iterate_blocks(
@@ -274,8 +278,8 @@ def test_without_a_mask_there_is_none(sources):
 
 
 @pytest.fixture
-def untouched(sources):
-    """A model, checked behind the test to be what it was."""
+def model_checked_afterwards(sources):
+    """A model; after the test the fixture checks that the model is unchanged."""
     model = model_of(sources["llama"])
     model.train()
     model.requires_grad_(True)
@@ -291,67 +295,67 @@ def untouched(sources):
     assert model.config.use_cache
     with torch.no_grad():
         assert torch.equal(model(**BATCHES[0]).logits, before)
-    found = walked(iterate_blocks(model, BATCHES, names_of("llama"), CPU))
-    assert [len(found[name]) for name in names_of("llama")] == [3, 3]
+    records = record_blockwise(iterate_blocks(model, BATCHES, names_of("llama"), CPU))
+    assert [len(records[name]) for name in names_of("llama")] == [3, 3]
 
 
-def test_after_a_whole_walk(untouched):
-    walked(iterate_blocks(untouched, BATCHES, names_of("llama"), CPU))
+def test_the_model_is_unchanged_after_all_blocks(model_checked_afterwards):
+    record_blockwise(iterate_blocks(model_checked_afterwards, BATCHES, names_of("llama"), CPU))
 
 
-def test_after_a_consumer_that_stops_early(untouched):
-    for block in iterate_blocks(untouched, BATCHES, names_of("llama"), CPU):
+def test_the_model_is_unchanged_after_a_consumer_stops_early(model_checked_afterwards):
+    for block in iterate_blocks(model_checked_afterwards, BATCHES, names_of("llama"), CPU):
         block.run(lambda _: None)
-        assert hooks(untouched) > 0
+        assert hooks(model_checked_afterwards) > 0
         break
 
 
-def test_after_a_generator_closed_before_its_first_block_is_run(untouched):
-    run = iterate_blocks(untouched, BATCHES, names_of("llama"), CPU)
+def test_the_model_is_unchanged_after_the_generator_is_closed_early(model_checked_afterwards):
+    run = iterate_blocks(model_checked_afterwards, BATCHES, names_of("llama"), CPU)
     assert next(run).name == "model.layers.0"
     run.close()
     assert next(run, None) is None
 
 
-def test_after_a_consumer_that_fails(untouched):
+def test_the_model_is_unchanged_after_a_consumer_fails(model_checked_afterwards):
     def consume():
-        for _ in iterate_blocks(untouched, BATCHES, names_of("llama"), CPU):
+        for _ in iterate_blocks(model_checked_afterwards, BATCHES, names_of("llama"), CPU):
             raise RuntimeError("consumer")
 
     with pytest.raises(RuntimeError, match="consumer"):
         consume()
 
 
-def test_after_a_failure_between_two_batches(untouched):
+def test_the_model_is_unchanged_after_a_failure_between_two_batches(model_checked_afterwards):
     def fail(_):
         raise RuntimeError("between")
 
     def go():
-        for block in iterate_blocks(untouched, BATCHES, names_of("llama"), CPU):
+        for block in iterate_blocks(model_checked_afterwards, BATCHES, names_of("llama"), CPU):
             block.run(fail)
 
     with pytest.raises(RuntimeError, match="between"):
         go()
 
 
-def test_after_a_batch_the_model_refuses(untouched):
+def test_the_model_is_unchanged_after_the_model_refuses_a_batch(model_checked_afterwards):
     bad = [*BATCHES, {"input_ids": torch.tensor([[999]])}]
     with pytest.raises(IndexError):
-        next(iterate_blocks(untouched, bad, names_of("llama"), CPU))
+        next(iterate_blocks(model_checked_afterwards, bad, names_of("llama"), CPU))
 
 
-def test_after_a_block_that_fails(untouched):
+def test_the_model_is_unchanged_after_a_block_fails(model_checked_afterwards):
     def fail(*_):
         raise ArithmeticError("in block 1")
 
-    handle = untouched.model.layers[1].mlp.register_forward_hook(fail)
+    handle = model_checked_afterwards.model.layers[1].mlp.register_forward_hook(fail)
     with pytest.raises(ArithmeticError, match="in block 1"):
-        list(iterate_blocks(untouched, BATCHES, names_of("llama"), CPU))
+        list(iterate_blocks(model_checked_afterwards, BATCHES, names_of("llama"), CPU))
     handle.remove()
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_the_callers_gradient_mode_is_the_callers(sources, enabled):
+def test_the_gradient_mode_of_the_caller_is_kept(sources, enabled):
     model = model_of(sources["llama"])
     modes, outputs = [], []
     for name in names_of("llama")[:1]:
@@ -368,7 +372,9 @@ def test_the_callers_gradient_mode_is_the_callers(sources, enabled):
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
-def test_a_checkpoint_that_lacks_a_tensor_is_refused_before_anything_runs(sources, name, tmp_path):
+def test_a_checkpoint_without_a_needed_tensor_is_refused_before_anything_runs(
+    sources, name, tmp_path
+):
     tensors = load_file(sources["llama"].folder / "model.safetensors")
     del tensors[name]
     save_file(tensors, tmp_path / "model.safetensors")
@@ -385,73 +391,73 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_before_anything_runs(source
 # A look ------------------------------------------------------------------------------------------
 
 
-class Recorded(OffloadPool):
-    """Room that can be asked about while passes are stopped in it."""
+class RecordedPool(OffloadPool):
+    """An offload pool that tests can inspect while passes are suspended."""
 
-    made: ClassVar[list] = []
+    pools: ClassVar[list] = []
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.made.append(self)
+        self.pools.append(self)
 
 
 def in_use() -> tuple[int, int, int]:
-    """Bytes parked in memory and on disk, and those of all tensors there are."""
+    """Return the bytes offloaded to memory and to disk, and the bytes of all live tensors."""
     gc.collect()
-    # By type: some objects do not like to be asked for their class.
+    # Uses the type, since some objects fail when their class is read.
     tensors = [one for one in gc.get_objects() if issubclass(type(one), Tensor)]
     sizes = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in tensors}
-    pool = Recorded.made[-1]
+    pool = RecordedPool.pools[-1]
     return pool.memory, pool.disk, sum(sizes.values())
 
 
 def rounds_of(kind: str, looks: int, host_bytes: int | None, folder: Path) -> dict[str, list]:
-    """Block -> for each look, and then the run: all masks, and what goes in and comes out."""
-    model, names = made(kind)
-    found = {}
+    """Block -> masks, inputs and outputs of each peek and of the final run."""
+    model, names = model_and_blocks(kind)
+    rounds_by_block = {}
     for block in iterate_blocks(
         model, batches_of(kind), names, CPU, host_bytes=host_bytes, folder=folder
     ):
-        rounds = found.setdefault(block.name, [])
+        rounds = rounds_by_block.setdefault(block.name, [])
         for go in (*[block.peek] * looks, block.run):
-            seen, masks = [], []
-            handle = watch(block.module, seen)
+            records, masks = [], []
+            handle = record_calls(block.module, records)
             go(masks.append)
             handle.remove()
-            rounds.append((masks, seen))
-    return found
+            rounds.append((masks, records))
+    return rounds_by_block
 
 
 @pytest.mark.parametrize("host_bytes", [None, 0])
 @pytest.mark.parametrize("kind", ["llama", "internvl"])
-def test_what_was_looked_at_twice_is_run_as_if_it_had_not_been(kind, host_bytes, tmp_path):
+def test_peeks_do_not_change_the_run_of_a_block(kind, host_bytes, tmp_path):
     alone = rounds_of(kind, 0, host_bytes, tmp_path)
-    looked = rounds_of(kind, 2, host_bytes, tmp_path)
-    assert list(looked) == list(alone)
+    rounds_with_peeks = rounds_of(kind, 2, host_bytes, tmp_path)
+    assert list(rounds_with_peeks) == list(alone)
     counts = {name: len(masks) for name, [(masks, _)] in alone.items()}
-    # One of InternVL's batches has no image, and never comes to the blocks of the tower.
+    # One batch of InternVL has no image and never reaches the blocks of the vision tower.
     assert counts == {name: 2 if "vision" in name else 3 for name in alone}
     for name, [(masks, expected)] in alone.items():
-        assert len(looked[name]) == 3
-        for masks_then, seen in looked[name]:
+        assert len(rounds_with_peeks[name]) == 3
+        for masks_then, records in rounds_with_peeks[name]:
             assert [one is None for one in masks_then] == ["vision" in name] * len(masks)
             assert all(map(torch.equal, flat(masks_then), flat(masks)))
-            assert len(masks_then) == len(seen) == len(expected) == len(masks)
-            for ours, theirs in zip(seen, expected, strict=True):
+            assert len(masks_then) == len(records) == len(expected) == len(masks)
+            for ours, theirs in zip(records, expected, strict=True):
                 assert len(ours) == len(theirs) >= 2
                 assert all(map(torch.equal, ours, theirs))
     padded = [one["attention_mask"].bool() for one in batches_of(kind)]
     assert not all(mask.all() for mask in padded)
-    assert all(map(torch.equal, looked[name][0][0], padded))
+    assert all(map(torch.equal, rounds_with_peeks[name][0][0], padded))
 
 
 @pytest.mark.parametrize("host_bytes", [None, 0])
 @pytest.mark.parametrize("kind", ["llama", "internvl"])
-def test_nothing_is_kept_of_a_look(kind, host_bytes, tmp_path, monkeypatch):
-    monkeypatch.setattr("emloc.calibration.blockwise.OffloadPool", Recorded)
-    model, names = made(kind)
-    given = batches_of(kind)
-    for block in iterate_blocks(model, given, names, CPU, host_bytes=host_bytes, folder=tmp_path):
+def test_a_peek_keeps_no_tensors(kind, host_bytes, tmp_path, monkeypatch):
+    monkeypatch.setattr("emloc.calibration.blockwise.OffloadPool", RecordedPool)
+    model, names = model_and_blocks(kind)
+    batches = batches_of(kind)
+    for block in iterate_blocks(model, batches, names, CPU, host_bytes=host_bytes, folder=tmp_path):
         before = in_use()
         assert before[2] > 0
         assert (before[1] > 0) == (host_bytes == 0)
@@ -461,19 +467,19 @@ def test_nothing_is_kept_of_a_look(kind, host_bytes, tmp_path, monkeypatch):
     assert in_use()[:2] == (0, 0)
 
 
-def test_after_a_look_that_fails(untouched):
+def test_the_model_is_unchanged_after_a_peek_fails(model_checked_afterwards):
     def fail(_):
         raise RuntimeError("looking")
 
     def go():
-        for block in iterate_blocks(untouched, BATCHES, names_of("llama"), CPU):
+        for block in iterate_blocks(model_checked_afterwards, BATCHES, names_of("llama"), CPU):
             block.peek(fail)
 
     with pytest.raises(RuntimeError, match="looking"):
         go()
 
 
-def test_a_walk_within_a_coroutine_looks_at_its_last_block_too(sources):
+def test_a_blockwise_forward_works_within_a_greenlet(sources):
     model, names = model_of(sources["llama"]), names_of("llama")
 
     def go():
@@ -498,7 +504,7 @@ def test_a_walk_within_a_coroutine_looks_at_its_last_block_too(sources):
         ("model.vision_tower.layers.1.blocks.2.fc1", "model.vision_tower.layers.1"),
     ],
 )
-def test_a_block_is_the_name_up_to_its_first_number(name, block):
+def test_the_block_of_a_name_ends_at_its_first_number(name, block):
     assert block_of(name) == block
 
 
@@ -513,8 +519,8 @@ def test_layers_by_block_keep_their_order():
     assert by_block(names) == {"m.1": ["m.1.b", "m.1.a"], "m.0": ["m.0.a"], "m.10": ["m.10.a"]}
 
 
-def test_blocks_are_walked_in_the_order_of_the_model_however_they_are_named(sources):
-    """As a file sorts them: none may be passed by."""
+def test_blocks_run_in_the_order_of_the_model(sources):
+    """Names come in the order of a file; no block may be skipped."""
     model, names = model_of(sources["llama"]), names_of("llama")
     reached = []
     for block in iterate_blocks(model, BATCHES, sorted(names, reverse=True), CPU):
@@ -524,7 +530,7 @@ def test_blocks_are_walked_in_the_order_of_the_model_however_they_are_named(sour
     assert reached == [(name, len(BATCHES)) for name in names]
 
 
-def test_a_block_the_model_has_not_is_refused(sources):
+def test_a_block_missing_in_the_model_is_refused(sources):
     model = model_of(sources["llama"])
     with pytest.raises(ValueError, match=r"the model has no block model\.layers\.99"):
         next(iterate_blocks(model, BATCHES, [*names_of("llama"), "model.layers.99"], CPU))
@@ -534,7 +540,7 @@ def test_a_block_the_model_has_not_is_refused(sources):
 
 
 def mixed(ones: list[int]) -> dict[str, Tensor]:
-    """Two rows of 17 tokens, an image of 17 patches in each, and padding before them."""
+    """Return two rows of 17 tokens, padded on the left, each with an image of 17 patches."""
     ids = torch.arange(34).reshape(2, 17) + 10
     ids[:, 8:12] = IMAGE_TOKEN
     mask = torch.tensor([[0] * (17 - n) + [1] * n for n in ones])
@@ -542,11 +548,11 @@ def mixed(ones: list[int]) -> dict[str, Tensor]:
 
 
 def inputs_of(model: nn.Module, batch: dict[str, Tensor], layers: list[str]) -> dict[str, Tensor]:
-    """Layer -> what it takes in an ordinary forward pass (batch, length, n)."""
-    seen = {}
+    """Layer -> its input (batch, length, n) in an ordinary forward pass."""
+    inputs_by_layer = {}
     handles = [
         model.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, name=name: seen.update({name: args[0]})
+            lambda _, args, name=name: inputs_by_layer.update({name: args[0]})
         )
         for name in layers
     ]
@@ -554,31 +560,33 @@ def inputs_of(model: nn.Module, batch: dict[str, Tensor], layers: list[str]) -> 
         model(**batch)
     for handle in handles:
         handle.remove()
-    return seen
+    return inputs_by_layer
 
 
-def test_padding_is_left_out_of_text_and_no_patch_is_though_they_are_as_many():
+def test_padding_is_left_out_but_image_patches_are_not():
     model, batch = tiny_internvl(), mixed([17, 11])
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     layers = by_block(name for name in names if ".layer" in name)
     vision = [name for name in layers if "vision_tower" in name]
     assert (len(vision), len(layers)) == (2, 4)
-    taken = inputs_of(model, batch, [name for group in layers.values() for name in group])
+    inputs = inputs_of(model, batch, [name for group in layers.values() for name in group])
     mask = batch["attention_mask"].bool()
-    seen = []
+    visited = []
     for block in iterate_blocks(model, [batch], list(layers), CPU):
-        found = record_moments(block, layers[block.name], inputs_only=True)
-        seen.append(block.name)
+        statistics = record_moments(block, layers[block.name], inputs_only=True)
+        visited.append(block.name)
         for name in layers[block.name]:
-            assert taken[name].shape[:2] == mask.shape  # the coincidence
-            rows = taken[name].flatten(0, 1) if block.name in vision else taken[name][mask]
-            assert len(rows) == found.tokens == (34 if block.name in vision else 28)
+            assert inputs[name].shape[:2] == mask.shape  # patches and tokens have the same shape
+            rows = inputs[name].flatten(0, 1) if block.name in vision else inputs[name][mask]
+            assert len(rows) == statistics.tokens == (34 if block.name in vision else 28)
             expected = rows.double().T @ rows.double()
-            torch.testing.assert_close(found.of(name)["input_gram"], expected, rtol=1e-5, atol=1e-6)
-    assert seen == list(layers)
+            torch.testing.assert_close(
+                statistics.of(name)["input_gram"], expected, rtol=1e-5, atol=1e-6
+            )
+    assert visited == list(layers)
 
 
-def test_a_block_of_patches_is_run_and_looked_at_without_a_mask():
+def test_blocks_of_image_patches_get_no_mask():
     model, batches = tiny_internvl(), [mixed([17, 11]), mixed([9, 17])]
     names = [f"model.vision_tower.encoder.layer.{i}" for i in range(2)]
     names += [f"model.language_model.layers.{i}" for i in range(2)]
@@ -588,5 +596,5 @@ def test_a_block_of_patches_is_run_and_looked_at_without_a_mask():
         block.run(masks[block.name].append)
     assert all(masks[name] == [None] * 4 for name in names[:2])
     for name in names[2:]:
-        for found, batch in zip(masks[name], batches * 2, strict=True):
-            assert torch.equal(found, batch["attention_mask"].bool())
+        for mask, batch in zip(masks[name], batches * 2, strict=True):
+            assert torch.equal(mask, batch["attention_mask"].bool())

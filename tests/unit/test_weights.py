@@ -1,4 +1,4 @@
-"""Tensors from files, from a seed, or from nowhere: by name, one at a time."""
+"""Single tensors read by name from files, drawn from a seed, or described by their shape alone."""
 
 import copy
 import weakref
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 PROJECTION = "model.language_model.layers.0.mlp.down_proj"
 
 
-def drawn(dtype: torch.dtype = torch.float32, seed: int = 0, **changed) -> Source:
+def random_source(dtype: torch.dtype = torch.float32, seed: int = 0, **changed) -> Source:
     shape = copy.deepcopy(TINY_INTERNVL) | changed
     return Source(None, "tiny", "random", dtype, AutoModelForImageTextToText, shape, seed)
 
@@ -43,7 +43,7 @@ def text(shape: LlamaConfig, folder: Path | None = None) -> Source:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A vision-language checkpoint as transformers writes it, in several files."""
+    """Folder with a vision-language checkpoint in several files, written by transformers."""
     home = tmp_path_factory.mktemp("internvl")
     tiny_internvl().save_pretrained(home, max_shard_size="60KB")
     return home
@@ -62,20 +62,20 @@ def logits(model) -> Tensor:
 # Random ------------------------------------------------------------------------------------------
 
 
-def test_a_random_tensor_is_the_same_at_every_read_alone_or_among_others():
-    source = drawn()
+def test_a_random_tensor_is_equal_at_every_read():
+    source = random_source()
     names = list(source.sizes)
     whole = dict(source.read(names))
     assert list(whole) == names
     for name in names[::-1]:
-        [(_, alone)] = drawn().read([name])
+        [(_, alone)] = random_source().read([name])
         assert torch.equal(alone, whole[name])
     assert torch.equal(source.weight(PROJECTION), whole[f"{PROJECTION}.weight"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_random_model_is_filled_and_loaded_with_what_is_read(dtype):
-    source = drawn(dtype)
+def test_a_random_model_contains_the_tensors_that_are_read(dtype):
+    source = random_source(dtype)
     loaded, filled = source.load(CPU), source.skeleton()
     source.fill(filled, list(source.sizes), CPU)
     read = dict(source.read(list(source.sizes)))
@@ -86,21 +86,21 @@ def test_a_random_model_is_filled_and_loaded_with_what_is_read(dtype):
     assert {tensor.dtype for tensor in read.values()} == {dtype}
 
 
-def test_torchs_own_random_numbers_are_left_alone():
+def test_random_weights_do_not_depend_on_the_torch_generator():
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    first = drawn().weight(PROJECTION)
+    first = random_source().weight(PROJECTION)
     torch.manual_seed(4)
-    assert torch.equal(drawn().weight(PROJECTION), first)
+    assert torch.equal(random_source().weight(PROJECTION), first)
     torch.manual_seed(3)
-    drawn().load(CPU)
+    random_source().load(CPU)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_another_seed_or_name_gives_other_numbers():
-    source = drawn()
+def test_random_weights_depend_on_seed_and_name():
+    source = random_source()
     one = source.weight(PROJECTION)
-    assert (one - drawn(seed=1).weight(PROJECTION)).abs().max() > 0.05
+    assert (one - random_source(seed=1).weight(PROJECTION)).abs().max() > 0.05
     assert (one - source.weight(PROJECTION.replace(".0.", ".1."))).abs().max() > 0.05
 
 
@@ -121,22 +121,22 @@ def test_another_seed_or_name_gives_other_numbers():
         ("model.language_model.layers.0.self_attn.q_proj.bias", 0, 0),
     ],
 )
-def test_each_kind_of_parameter_starts_as_its_half_of_the_configuration_says(name, mean, std):
-    [(_, tensor)] = drawn().read([name])
+def test_each_kind_of_parameter_is_initialised_by_its_configuration(name, mean, std):
+    [(_, tensor)] = random_source().read([name])
     many = tensor.numel()
     assert float(tensor.mean()) == pytest.approx(mean, abs=max(4 * std / many**0.5, 1e-6))
     assert float(tensor.std()) == pytest.approx(std, rel=4 / (2 * many) ** 0.5, abs=1e-6)
 
 
-def test_layer_scales_are_a_tenth_where_the_configuration_says_nothing():
+def test_layer_scales_are_a_tenth_by_default():
     model = tiny_internvl()
     del model.config.vision_config.layer_scale_init_value
     [scale] = {draw.mean for name, draw in tensor_inits(model).items() if "lambda" in name}
     assert scale == 0.1
 
 
-def test_numbers_are_drawn_at_home_and_moved_to_where_they_are_read():
-    """Where reads are from two devices, both have to see one model."""
+def test_random_weights_are_drawn_on_one_device_and_moved():
+    """Reads from two devices must give the same model."""
     draws = tensor_inits(tiny_internvl())
     name = f"{PROJECTION}.weight"
     [(_, here)] = RandomWeights(0, draws, torch.float32, "cpu").read([name], CPU)
@@ -147,15 +147,15 @@ def test_numbers_are_drawn_at_home_and_moved_to_where_they_are_read():
 
 
 def test_a_random_model_reads_images_and_text():
-    model = drawn().load(CPU)
-    found = logits(model)
-    assert found.shape == (2, 10, 261)
-    assert bool(found.isfinite().all())
+    model = random_source().load(CPU)
+    actual = logits(model)
+    assert actual.shape == (2, 10, 261)
+    assert bool(actual.isfinite().all())
     other = image_batch()
     other["pixel_values"] = other["pixel_values"] + 1
     with torch.no_grad():
-        changed = (model(**other).logits - found).abs()
-    assert float(changed[:, :2].max()) == 0  # what stands before the image does not see it
+        changed = (model(**other).logits - actual).abs()
+    assert float(changed[:, :2].max()) == 0  # tokens before the image do not attend to the image
     assert float(changed[:, 6:].max()) > 1e-4
 
 
@@ -167,7 +167,7 @@ def test_a_tied_head_is_the_embedding(tied):
     assert ("lm_head.weight" in source.weights.names) != tied
 
 
-def test_random_weights_have_no_tokenizer_but_that_of_a_folder(checkpoint):
+def test_random_weights_use_the_tokenizer_of_a_folder(checkpoint):
     config = tiny_llama(tiny_tokenizer(True)).config
     assert (
         text(config, checkpoint).tokenizer()("a").input_ids == tiny_tokenizer(True)("a").input_ids
@@ -183,7 +183,7 @@ def test_random_weights_have_no_tokenizer_but_that_of_a_folder(checkpoint):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_vision_language_checkpoint_loads_as_from_pretrained_loads_it(folder, dtype):
+def test_loading_a_vision_language_checkpoint_equals_from_pretrained(folder, dtype):
     ours = Source(folder, "tiny", "folder", dtype, AutoModelForImageTextToText).load(CPU)
     other = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).eval()
     assert type(ours) is type(other)
@@ -192,7 +192,7 @@ def test_a_vision_language_checkpoint_loads_as_from_pretrained_loads_it(folder, 
         assert torch.equal(ours(**batch).logits, other(**batch).logits)
 
 
-def test_tensors_go_by_the_names_of_the_model_whatever_the_files_call_them(stored):
+def test_tensors_have_the_names_of_the_model_although_the_files_differ(stored):
     names = {name for name, _ in tiny_internvl().named_parameters()}
     assert set(stored.weights.names) == names
     files = stored.folder.glob("*.safetensors")
@@ -202,13 +202,13 @@ def test_tensors_go_by_the_names_of_the_model_whatever_the_files_call_them(store
     assert {parameter_name(name) for name in names} == names
 
 
-class Watched:
-    """An open file that keeps book of itself and of the tensors it gave."""
+class RecordingFile:
+    """An open safetensors file that records opened and closed files and returned tensors."""
 
     opened: ClassVar[list[str]] = []
     closed: ClassVar[list[str]] = []
-    given: ClassVar[list[weakref.ref]] = []
-    alive: ClassVar[list[int]] = []  # of the given ones, at each read
+    returned: ClassVar[list[weakref.ref]] = []
+    alive: ClassVar[list[int]] = []  # number of returned tensors still in memory, at each read
 
     def __init__(self, path, framework, device="cpu"):
         assert device == "cpu"
@@ -224,40 +224,45 @@ class Watched:
         return self.file.__exit__(*why)
 
     def get_tensor(self, name):
-        self.alive.append(sum(one() is not None for one in self.given))
+        self.alive.append(sum(one() is not None for one in self.returned))
         tensor = self.file.get_tensor(name)
-        self.given.append(weakref.ref(tensor))
+        self.returned.append(weakref.ref(tensor))
         return tensor
 
 
 @pytest.fixture
-def watched(monkeypatch):
-    for book in (Watched.opened, Watched.closed, Watched.given, Watched.alive):
+def recording_file(monkeypatch):
+    for book in (
+        RecordingFile.opened,
+        RecordingFile.closed,
+        RecordingFile.returned,
+        RecordingFile.alive,
+    ):
         book.clear()
-    monkeypatch.setattr("emloc.models.checkpoint.weights.safe_open", Watched)
-    return Watched
+    monkeypatch.setattr("emloc.models.checkpoint.weights.safe_open", RecordingFile)
+    return RecordingFile
 
 
-def test_one_file_is_open_at_a_time_and_none_behind_a_read(stored, watched):
+def test_one_file_is_open_at_a_time_and_none_after_a_read(stored, recording_file):
     names = list(stored.weights.names)
     stored.weight(PROJECTION, CPU)
-    assert len(watched.opened) == len(watched.closed) == 1
+    assert len(recording_file.opened) == len(recording_file.closed) == 1
     for _ in stored.read(names):
-        assert len(watched.opened) - len(watched.closed) == 1
-    assert len(watched.opened) == 1 + len(list(stored.folder.glob("*.safetensors")))
-    assert watched.closed == watched.opened
+        assert len(recording_file.opened) - len(recording_file.closed) == 1
+    assert len(recording_file.opened) == 1 + len(list(stored.folder.glob("*.safetensors")))
+    assert recording_file.closed == recording_file.opened
 
 
-def test_what_was_read_in_another_dtype_is_let_go_before_the_next_is_read(folder, watched):
+def test_each_converted_tensor_is_freed_before_the_next_read(folder, recording_file):
     source = Source(folder, "tiny", "folder", torch.bfloat16, AutoModelForImageTextToText)
     source.load(CPU)
-    assert len(watched.alive) == len(source.sizes)
-    assert set(watched.alive) == {0}
+    assert len(recording_file.alive) == len(source.sizes)
+    assert set(recording_file.alive) == {0}
 
 
 @pytest.mark.parametrize("random", [True, False], ids=["random", "files"])
-def test_what_is_replaced_is_left_out_of_a_vision_language_model(stored, random):
-    source = drawn() if random else stored
+def test_replaced_layers_of_a_vision_language_model_are_not_read(stored, random):
+    source = random_source() if random else stored
     layer = "model.vision_tower.encoder.layer.1.mlp.fc1"
     weight = source.weight(layer)
     replace = {layer: Factorized(torch.eye(len(weight)), weight, source.bias(layer, CPU))}
@@ -266,7 +271,7 @@ def test_what_is_replaced_is_left_out_of_a_vision_language_model(stored, random)
     torch.testing.assert_close(logits(model), logits(source.load(CPU)), atol=1e-6, rtol=0)
 
 
-def test_an_adapter_is_merged_into_files_with_other_names(stored, tmp_path):
+def test_an_adapter_is_merged_into_files_with_other_tensor_names(stored, tmp_path):
     torch.manual_seed(0)
     pair = LoraPair(torch.randn(3, 48), torch.randn(32, 3), 0.5)
     target = merge(stored, SavedLora({PROJECTION: pair}, {}), tmp_path / "merged")
@@ -277,9 +282,9 @@ def test_an_adapter_is_merged_into_files_with_other_names(stored, tmp_path):
         torch.testing.assert_close(parameter, before.get_parameter(name) + delta)
 
 
-def test_there_is_nothing_to_merge_into_without_files(tmp_path):
+def test_merging_into_random_weights_is_refused(tmp_path):
     with pytest.raises(ConfigError) as caught:
-        merge(drawn(), SavedLora({}, {}), tmp_path / "merged")
+        merge(random_source(), SavedLora({}, {}), tmp_path / "merged")
     assert str(caught.value) == (
         "random weights of seed 0: there is no checkpoint to merge into; set model.source"
     )
@@ -300,7 +305,7 @@ def test_there_is_nothing_to_merge_into_without_files(tmp_path):
     ],
     ids=["read", "weight", "bias", "load", "fill", "require"],
 )
-def test_a_shape_gives_everything_but_weights(read):
+def test_a_shape_without_weights_gives_all_other_facts(read):
     source = Source(
         None, "tiny", "shape", torch.float32, AutoModelForImageTextToText, TINY_INTERNVL
     )
@@ -317,7 +322,7 @@ def test_a_shape_gives_everything_but_weights(read):
     )
 
 
-def test_a_folder_is_the_default(checkpoint):
+def test_weights_are_read_from_a_folder_by_default(checkpoint):
     source = Source(checkpoint, "tiny", "folder", torch.float32)
     assert source.weights.files == SafetensorsWeights(checkpoint).files
     assert source.auto is AutoModelForCausalLM

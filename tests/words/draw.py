@@ -1,10 +1,10 @@
-"""Draw lines of prose from a tree of the repository, to ask a stranger which ones are clear.
+"""Draw lines of prose from a source tree, to ask a reader which lines are clear.
 
     python tests/words/draw.py --tree TREE --seed 0 --count 60 --to lines.csv
 
-A line is what somebody reads in one go: the first sentence of a docstring, a comment, a message of
-an error or a log, a comment in YAML, a paragraph's first sentence in a README. The kinds are drawn
-in fixed shares, so that the many docstrings do not hide the few messages.
+A line is the first sentence of a docstring, a comment, the message of an error or a log, a comment
+in YAML, or the first sentence of a paragraph in a README. Each kind has a fixed share of the
+sample, so that the many docstrings do not crowd out the few messages.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import NamedTuple
 
 SHARES = {"docstring": 0.4, "comment": 0.2, "message": 0.2, "yaml": 0.1, "readme": 0.1}
 LEAST_WORDS = 4
-LEFT_OUT = {".git", ".venv", "faults", "words", "runs", "outputs"}
-CALLS_THAT_SPEAK = {"print", "info", "warning", "error", "debug", "exception", "echo"}
+EXCLUDED_FOLDERS = {".git", ".venv", "faults", "words", "runs", "outputs"}
+PRINTING_CALLS = {"print", "info", "warning", "error", "debug", "exception", "echo"}
 
 
 class Line(NamedTuple):
-    """One piece of prose, and what stands beside it in the file."""
+    """One line of prose, and the code or setting that it belongs to."""
 
     kind: str
     place: str
@@ -36,7 +36,7 @@ class Line(NamedTuple):
 
 
 def main() -> None:
-    """Write the drawn lines as CSV."""
+    """Parse the command line and write the drawn lines as CSV."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tree", type=Path, default=Path())
     parser.add_argument("--seed", type=int, default=0)
@@ -51,22 +51,22 @@ def main() -> None:
 
 
 def draw(tree: Path, seed: int, count: int) -> list[Line]:
-    """`count` lines of a tree in the shares of `SHARES`, chosen by `seed`."""
-    chance = random.Random(seed)
+    """Draw about `count` lines of a tree, in the shares of `SHARES`, with a fixed seed."""
+    generator = random.Random(seed)
     everything = sorted(lines_of(tree))
-    drawn = []
+    sample = []
     for kind, share in SHARES.items():
         candidates = [line for line in everything if line.kind == kind]
-        drawn += chance.sample(candidates, round(count * share))
-    chance.shuffle(drawn)
-    return drawn
+        sample += generator.sample(candidates, round(count * share))
+    generator.shuffle(sample)
+    return sample
 
 
 def lines_of(tree: Path) -> Iterator[Line]:
-    """All prose of at least `LEAST_WORDS` words in package, settings, experiments and READMEs."""
+    """Yield all prose of at least `LEAST_WORDS` words in package, YAML files and READMEs."""
     for path in sorted(tree.rglob("*")):
         place = path.relative_to(tree)
-        if LEFT_OUT & set(place.parts) or not path.is_file():
+        if EXCLUDED_FOLDERS & set(place.parts) or not path.is_file():
             continue
         if path.suffix == ".py" and place.parts[0] == "emloc":
             lines = python_lines(path.read_text(), str(place))
@@ -80,7 +80,7 @@ def lines_of(tree: Path) -> Iterator[Line]:
 
 
 def python_lines(source: str, place: str) -> Iterator[Line]:
-    """Docstrings, messages and comments of a module."""
+    """Yield the docstrings, messages and comments of a Python module."""
     code = source.splitlines()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
@@ -89,14 +89,14 @@ def python_lines(source: str, place: str) -> Iterator[Line]:
                 beside = "" if isinstance(node, ast.Module) else code[node.lineno - 1].strip()
                 yield Line("docstring", place, beside, first_sentence(docstring))
         yield from (Line("message", place, "", text) for text in messages(node))
-    yield from (Line("comment", place, *found) for found in comments(source, code))
+    yield from (Line("comment", place, *comment) for comment in comments(source, code))
 
 
 def messages(node: ast.AST) -> Iterator[str]:
-    """What a `raise`, a log or a print says; values are shown as `{expression}`."""
+    """Yield the message of a `raise`, log or print; values appear as `{expression}`."""
     if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
         arguments = node.exc.args
-    elif isinstance(node, ast.Call) and _name(node.func) in CALLS_THAT_SPEAK:
+    elif isinstance(node, ast.Call) and _name(node.func) in PRINTING_CALLS:
         arguments = node.args
     else:
         return
@@ -112,7 +112,7 @@ def _name(function: ast.expr) -> str:
 
 
 def comments(source: str, code: list[str]) -> Iterator[tuple[str, str]]:
-    """The code beside each comment, and the comment; lines that follow each other are one."""
+    """Yield each comment with the code it belongs to; consecutive comment lines are joined."""
     block: list[str] = []
     start = last = -1
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -135,12 +135,12 @@ def comments(source: str, code: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def code_below(code: list[str], row: int) -> str:
-    """The first line of code after a comment that ends in `row`."""
+    """Return the first line of code after a comment that ends in line `row`."""
     return next((line.strip() for line in code[row:] if line.strip()), "")
 
 
 def yaml_lines(source: str, place: str) -> Iterator[Line]:
-    """Comments of a YAML file; lines that follow each other are one."""
+    """Yield the comments of a YAML file; consecutive comment lines are joined."""
     block: list[str] = []
     for line in [*source.splitlines(), ""]:
         setting, mark, text = line.partition("#")
@@ -155,7 +155,7 @@ def yaml_lines(source: str, place: str) -> Iterator[Line]:
 
 
 def markdown_lines(source: str, place: str) -> Iterator[Line]:
-    """The first sentence of each paragraph and of each point of a list."""
+    """Yield the first sentence of each paragraph and of each list item."""
     prose = re.sub(r"^```.*?^```", "", source, flags=re.DOTALL | re.MULTILINE)
     for paragraph in re.split(r"\n\s*\n|\n(?=\s*[-*] )", prose):
         text = " ".join(paragraph.split())
@@ -164,7 +164,7 @@ def markdown_lines(source: str, place: str) -> Iterator[Line]:
 
 
 def first_sentence(text: str) -> str:
-    """Up to the first full stop that ends a sentence."""
+    """Return the text up to the end of its first sentence."""
     return re.split(r"(?<=[.!?])\s+(?=[A-Z`])", " ".join(text.split("\n\n")[0].split()))[0]
 
 

@@ -1,4 +1,4 @@
-"""Two families that sort into classes, texts and images, with a head made new: a plug-in."""
+"""A plug-in with two model families that classify texts or images with a newly initialised head."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from emloc.models.objectives import Batch, Objective
 
 @dataclass(frozen=True)
 class ClassRow:
-    """An example with the index of its class, and what the model reads of it."""
+    """The tokens or the image of one example, with the index of its class as the label."""
 
     id: str
     label: int
@@ -35,47 +35,47 @@ class ClassRow:
 
     @property
     def length(self) -> int:
-        """Tokens; images are all alike."""
+        """Number of tokens; 1 for images, which all have the same size."""
         return len(self.input_ids) or 1
 
 
 @dataclass(frozen=True)
 class ClassAnswer:
-    """What the model makes of one row."""
+    """The class that the model predicts for one row, beside the true class."""
 
     id: str
     label: int
     predicted: int
-    nll: float  # of the true class, in nats
+    nll: float  # negative log-likelihood of the true class, in nats
 
     @property
     def line(self) -> dict[str, Any]:
-        """Its line in predictions.jsonl."""
+        """The line of this row in predictions.jsonl."""
         return vars(self) | {"right": self.label == self.predicted}
 
 
 @dataclass(frozen=True)
 class Classes(Objective):
-    """Cross-entropy of the true class; an item is a row."""
+    """Cross-entropy of the true class, averaged over rows."""
 
     score_names = ("accuracy", "loss")
 
     @property
     def key(self) -> list[Any]:
-        """It has no settings; the classes are in the reader's key."""
+        """A constant: the objective has no settings, and the reader's key contains the classes."""
         return ["classes"]
 
     def items(self, batch: Batch) -> Tensor:
-        """Rows."""
+        """The number of rows in the batch."""
         return torch.tensor(len(batch["labels"]))
 
     def loss(self, model: Any, batch: Batch, count: Tensor) -> Tensor:
-        """Nats of the true class, summed over rows."""
+        """The cross-entropy of the batch in nats, summed over rows and divided by `count`."""
         logits, labels = _logits(model, batch)
         return functional.cross_entropy(logits, labels, reduction="sum") / count
 
     def answers(self, model: Any, rows: Sequence[ClassRow], batch: Batch) -> list[ClassAnswer]:
-        """The likeliest class of each row."""
+        """The most likely class of each row."""
         logits, labels = _logits(model, batch)
         nll = functional.cross_entropy(logits, labels, reduction="none")
         likeliest = logits.argmax(-1)
@@ -85,7 +85,7 @@ class Classes(Objective):
         ]
 
     def summary(self, answers: Sequence[ClassAnswer], examples: Examples) -> dict[str, float]:
-        """The share of rows that are right, and the mean loss."""
+        """The share of rows with a correct prediction, and the mean loss."""
         right = sum(answer.label == answer.predicted for answer in answers)
         loss = sum(answer.nll for answer in answers)
         return {"accuracy": right / len(answers), "loss": loss / len(answers)}
@@ -97,54 +97,54 @@ def _logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class ClassReading:
-    """The classes by name, in the order of their indices, and what is read: text or image."""
+class ClassReaderSettings:
+    """Names of the classes in the order of their indices, and whether the inputs are images."""
 
     classes: tuple[str, ...]
-    sees: bool
+    reads_images: bool
 
     @property
     def key(self) -> list[Any]:
-        """See emloc.data.reader.Reading."""
-        return ["image" if self.sees else "text", *self.classes]
+        """See emloc.data.reader.ReaderSettings."""
+        return ["image" if self.reads_images else "text", *self.classes]
 
     def reader(self, opened: OpenCheckpoint) -> TextClassReader | ImageClassReader:
-        """See emloc.data.reader.Reading."""
-        if self.sees:
+        """See emloc.data.reader.ReaderSettings."""
+        if self.reads_images:
             return ImageClassReader(self.classes, opened.config.image_size, opened.dtype)
         return TextClassReader(self.classes, opened.tokenizer)
 
 
 @dataclass(frozen=True)
 class TextClassReader:
-    """The prompt is the text, the target the name of its class."""
+    """Reads the prompt as the text to classify and the target as the name of its class."""
 
     classes: tuple[str, ...]
     tokenizer: PreTrainedTokenizerBase
 
     def encode(self, example: Example) -> ClassRow:
-        """The text's tokens."""
+        """Tokenize the text and look up the index of its class."""
         ids = self.tokenizer(example.prompt).input_ids
         return ClassRow(example.id, _index(example, self.classes), tuple(ids))
 
     def collate(self, batch: Sequence[ClassRow], *, answers_only: bool = True) -> Batch:
-        """input_ids and attention_mask (rows, tokens), padded behind; labels (rows,)."""
+        """A batch: input_ids, attention_mask (rows, tokens), right-padded; labels (rows,)."""
         rows = {"input_ids": [list(row.input_ids) for row in batch]}
         padded = self.tokenizer.pad(rows, padding_side="right", return_tensors="pt")
-        made = {name: padded[name] for name in ("input_ids", "attention_mask")}
-        return made | (_labels(batch) if answers_only else {})
+        inputs = {name: padded[name] for name in ("input_ids", "attention_mask")}
+        return inputs | (_labels(batch) if answers_only else {})
 
 
 @dataclass(frozen=True)
 class ImageClassReader:
-    """The image is what is read, the target the name of its class."""
+    """Reads the image to classify, and the target as the name of its class."""
 
     classes: tuple[str, ...]
     side: int
     dtype: torch.dtype
 
     def encode(self, example: Example) -> ClassRow:
-        """The image, to be decoded with its batch."""
+        """Pair the image with the index of its class; `collate` decodes the image."""
         if len(example.images) != 1:
             raise ConfigError(
                 f"{example.id}: {len(example.images)} images, and this model reads one; set task"
@@ -152,7 +152,7 @@ class ImageClassReader:
         return ClassRow(example.id, _index(example, self.classes), image=example.images[0])
 
     def collate(self, batch: Sequence[ClassRow], *, answers_only: bool = True) -> Batch:
-        """pixel_values (rows, 3, side, side) in [-1, 1]; labels (rows,)."""
+        """A batch: pixel_values (rows, 3, side, side) in [-1, 1]; labels (rows,)."""
         pixels = torch.stack([self._pixels(row.image) for row in batch if row.image is not None])
         return {"pixel_values": pixels} | (_labels(batch) if answers_only else {})
 
@@ -177,56 +177,60 @@ def _labels(batch: Sequence[ClassRow]) -> Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Classifier(ModelFamily):
-    """What both families share: the classes, and a head made new for them."""
+    """The settings of both families: the classes, and the newly initialised head."""
 
     unplanned = "sorts into classes"
 
-    classes: list[str]  # the names that targets have, in the order of their indices
-    head: str = "classifier"  # the module that is made new and trained whole
+    classes: list[str]  # class names as in the targets, in the order of their indices
+    head: str = "classifier"  # name of the module that is initialised at random and fully trained
 
     @property
     def objective(self) -> Objective:
-        """Cross-entropy of the class."""
+        """Cross-entropy of the true class."""
         return Classes()
 
     @property
     def fresh_modules(self) -> tuple[str, ...]:
-        """The head."""
+        """The name of the head, which no checkpoint contains."""
         return (self.head,)
 
     @property
     def config_changes(self) -> dict[str, Any]:
-        """As many outputs as classes, by name."""
-        named = dict(enumerate(self.classes))
-        return {"id2label": named, "label2id": {name: index for index, name in named.items()}}
+        """Changes of the configuration: one output for each class name."""
+        id2label = dict(enumerate(self.classes))
+        label2id = {name: index for index, name in id2label.items()}
+        return {"id2label": id2label, "label2id": label2id}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderClassifier(Classifier):
-    """Any `AutoModelForSequenceClassification`."""
+    """A text classifier that `AutoModelForSequenceClassification` can load."""
 
     auto = AutoModelForSequenceClassification
 
     max_length: int  # tokens; a longer example is left out and counted
 
     @property
-    def reader_settings(self) -> ClassReading:
-        """Texts."""
-        return ClassReading(tuple(self.classes), sees=False)
+    def reader_settings(self) -> ClassReaderSettings:
+        """Settings of the reader of texts."""
+        return ClassReaderSettings(tuple(self.classes), reads_images=False)
 
     @property
     def length_limit(self) -> int:
-        """Tokens of an example, at most."""
+        """Largest number of tokens in an example."""
         return self.max_length
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageClassifier(Classifier):
-    """Any `AutoModelForImageClassification` of square images scaled to [-1, 1], as a ViT."""
+    """An image classifier such as a ViT that `AutoModelForImageClassification` can load.
+
+    Images are square, with values scaled to [-1, 1].
+    """
 
     auto = AutoModelForImageClassification
 
     @property
-    def reader_settings(self) -> ClassReading:
-        """Images."""
-        return ClassReading(tuple(self.classes), sees=True)
+    def reader_settings(self) -> ClassReaderSettings:
+        """Settings of the reader of images."""
+        return ClassReaderSettings(tuple(self.classes), reads_images=True)

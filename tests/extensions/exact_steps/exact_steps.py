@@ -1,4 +1,7 @@
-"""A recovery that trains: a few steps through the original model, block by block from the host."""
+"""A plug-in: a recovery that trains the adapter for a few more steps on the original model.
+
+The blocks of the original model stay in host memory and are copied to the device one by one.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ from emloc.stages.training.train import fit_rows
 
 @dataclass(frozen=True, kw_only=True)
 class ExactSteps(Recovery):
-    """Steps with a fresh optimizer, on the rows that the adapter was trained on."""
+    """Train on the training rows for `steps` steps with a new optimizer.
+
+    `rate` is relative to the learning rate of the training.
+    """
 
     reads_pairs = False
     trains = True
@@ -35,7 +41,7 @@ class ExactSteps(Recovery):
             )
 
     def recover(self, folder: Path, inputs: RecoveryInputs) -> dict[str, Any]:
-        """Write the adapter as these steps leave it."""
+        """Train the adapter further and write the result."""
         training_inputs, source = inputs.training_inputs, inputs.built_emulator.source
         assert training_inputs is not None
         recipe = replace(

@@ -1,6 +1,7 @@
-"""A mixture of LoRA experts: a router weighs them for every token, and a loss keeps it even.
+"""A plug-in: a mixture of LoRA experts that a router weighs for each token.
 
-One module and one YAML outside the package, as somebody else would write them.
+An auxiliary loss makes the router use all experts equally. The plug-in is one module and one YAML
+file outside the package, as a user would write them.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ CONFIG = "adapter_config.json"
 
 
 class Experts(nn.Module):
-    """`W x + scale sum_e p_e(x) B_e A_e x`, with p = softmax(router x).
+    """A linear layer with LoRA experts: `W x + scale sum_e p_e(x) B_e A_e x`.
 
-    The experts' matrices are stacked: a (e r, n), b (m, e r).
+    The weights of the experts are p = softmax(router x). The matrices of the experts are stacked:
+    a (e r, n), b (m, e r).
     """
 
     def __init__(
@@ -47,23 +49,23 @@ class Experts(nn.Module):
         nn.init.kaiming_uniform_(self.a, a=5**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., n) to (..., m)."""
-        wide = x.to(self.a.dtype)
-        shares = (wide @ self.router.T).softmax(-1)
+        """Map inputs (..., n) to outputs (..., m) and add the auxiliary loss."""
+        inputs = x.to(self.a.dtype)
+        shares = (inputs @ self.router.T).softmax(-1)
         mean = shares.flatten(0, -2).mean(0)
-        self.losses.add(self.experts * mean.square().sum())  # 1 where all are used evenly
-        hidden = (wide @ self.a.T).unflatten(-1, (self.experts, self.rank)) * shares[..., None]
+        self.losses.add(self.experts * mean.square().sum())  # 1 if all experts are used equally
+        hidden = (inputs @ self.a.T).unflatten(-1, (self.experts, self.rank)) * shares[..., None]
         return self.base(x) + (self.scale * hidden.flatten(-2) @ self.b.T).to(x.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gated(Adapter):
-    """A fixed number of experts on every adapted linear."""
+    """An adapter with a fixed number of experts on each adapted linear layer."""
 
     nonlinear = "weighs its experts by the input"
 
     experts: int
-    balance: float  # weight of the loss that grows where the router prefers some experts
+    balance: float  # weight of the loss that grows if the router prefers some experts
 
     def __post_init__(self) -> None:
         if self.balance < 0:
@@ -78,11 +80,11 @@ class Gated(Adapter):
         layers: Sequence[str],
         modules_to_save: Sequence[str] = (),
     ) -> PreTrainedModel:
-        """The model itself, its layers wrapped."""
+        """Wrap the layers of the model in place and return the model."""
         if modules_to_save:
             raise ConfigError(f"adapter=gated trains no {modules_to_save[0]}; set adapter=lora")
         model.requires_grad_(False)
-        # Not modules, so that nothing of it is in the model's own state.
+        # A plain object, no module, so that the state of the model does not contain the losses.
         model.auxiliary_losses = AuxiliaryLosses(model)
         model.gated = {"rank": lora.rank, "scale": lora.alpha / lora.rank, "layers": list(layers)}
         size = self.experts, lora.rank, lora.alpha / lora.rank
@@ -94,7 +96,7 @@ class Gated(Adapter):
     def load(
         self, model: PreTrainedModel, folder: Path, *, trainable: bool = False
     ) -> PreTrainedModel:
-        """Wrap the layers that the folder names and fill in what was trained."""
+        """Wrap the layers that the folder names and load their trained tensors."""
         config = json.loads((folder / CONFIG).read_text())
         size = LoraSettings(config["rank"], config["scale"] * config["rank"], 0.0)
         self.attach(model, size, config["layers"])
@@ -102,19 +104,23 @@ class Gated(Adapter):
         return model if trainable else model.requires_grad_(False)
 
     def save(self, model: PreTrainedModel, folder: Path, base: str) -> None:
-        """Write the trained tensors and the layers they belong to."""
+        """Write the trained tensors and the names of their layers."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: one.cpu().contiguous() for name, one in self.state(model).items()}
         save_file(tensors, folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps({"base": base, **model.gated}, indent=1))
 
     def merge(self, source: Source, folder: Path, target: Path) -> Path:
-        """Refused: the weights would have to depend on the input."""
+        """Refuse to merge: the merged weights would depend on the input.
+
+        Raises:
+            ConfigError: always.
+        """
         raise ConfigError(
-            f"adapter=gated {self.nonlinear}, which no single weight does; load {folder} with it"
+            f"adapter=gated {self.nonlinear} and cannot be merged; load the adapter in {folder}"
         )
 
     def auxiliary_loss(self, model: Any) -> Tensor | None:
-        """How uneven the experts are used, a mean over the layers."""
+        """The weighted imbalance of the experts, averaged over layers; None before any forward."""
         loss = model.auxiliary_losses.take()
         return None if loss is None else self.balance * loss

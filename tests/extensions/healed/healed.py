@@ -1,4 +1,4 @@
-"""A stage between emulate and train: gradient steps on the factors of an SVD emulator."""
+"""A plug-in: a stage between emulate and train that improves the factors of an SVD emulator."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from emloc.stages import EMULATOR, Context, Stage
 
 @dataclass(frozen=True, kw_only=True)
 class Heal(Stage):
-    """Steps on u (m, k) down the slope of |W - u v|^2, each `rate` of the steepest stable one."""
+    """Gradient descent on u (m, k) for the error |W - u v|^2 of each layer.
+
+    `rate` is the step size as a share of the largest stable step size.
+    """
 
     gives = EMULATOR
 
@@ -34,7 +37,7 @@ class Heal(Stage):
             )
 
     def check(self, context: Context) -> None:
-        """Factors in the model's own dtype are healed, and nothing else."""
+        """Refuse all emulators but an SVD in the model's own dtype."""
         if (
             not isinstance(context.run_config.emulator, Svd)
             or context.run_config.precision is not None
@@ -45,15 +48,15 @@ class Heal(Stage):
             )
 
     def needed(self, context: Context) -> bool:
-        """Always: `check` refuses what has no factors."""
+        """True for all runs, since `check` refuses emulators without factors."""
         return True
 
     def inputs(self, context: Context) -> list[Any]:
-        """The emulator as it was built."""
+        """The emulator that the stage `emulate` has built."""
         return [context.built_emulator]
 
     def work(self, folder: Path, context: Context) -> Facts:
-        """One file of factors per block, in the emulator's own format; goes on where it stopped."""
+        """Write one file of improved factors per block; resume after the last finished block."""
         built_emulator = context.current[EMULATOR].folder
         journal = Journal(folder)
         errors = []
@@ -66,12 +69,12 @@ class Heal(Stage):
         return {"error_left": sum(errors) / len(errors)}
 
     def _heal(self, path: Path, to: Path, context: Context) -> float:
-        """Write the healed block; the mean share of the layers' squared errors that is left."""
+        """Write the improved block and return the mean ratio of its errors after and before."""
         with safe_open(path, framework="pt", device=str(context.device)) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata()
-        left = []
-        for name in [one for one in tensors if one.endswith(".u")]:
+        ratios = []
+        for name in [key for key in tensors if key.endswith(".u")]:
             layer = name.removesuffix(".u")
             weight = context.source.weight(layer, context.device).double()
             u, v = tensors[name].double(), tensors[f"{layer}.v"].double()
@@ -79,7 +82,7 @@ class Heal(Stage):
             scale = self.rate / torch.linalg.matrix_norm(v, 2) ** 2
             for _ in range(self.steps):
                 u = u + scale * (weight - u @ v) @ v.T
-            left.append(float((weight - u @ v).square().sum() / before))
+            ratios.append(float((weight - u @ v).square().sum() / before))
             tensors[name] = u.to(tensors[name].dtype)
         write_safetensors(to, tensors, metadata)
-        return sum(left) / len(left)
+        return sum(ratios) / len(ratios)

@@ -1,4 +1,7 @@
-"""A packed format of three bits: seven even steps from minus to plus the largest of each group."""
+"""A plug-in: a packed format of three bits, with seven evenly spaced levels per group of weights.
+
+The levels range from minus to plus the largest absolute value of the group.
+"""
 
 from dataclasses import dataclass
 
@@ -9,14 +12,17 @@ from torch.nn import functional
 from emloc.errors import ConfigError
 from emloc.precision import Layout, Packed, Precision
 
-BITS, STEPS = 3, 3  # a code less STEPS is a step: -3 to 3
+BITS, STEPS = 3, 3  # code - STEPS is the level, from -3 to 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class ThreeBits(Precision):
-    """A matrix in row-major order is `codes`, eight in three bytes, and `scales`, one a group."""
+    """Stores a matrix in row-major order as `codes` and `scales`.
 
-    group: int  # numbers that share a scale; a multiple of eight
+    Eight codes take three bytes. Each group of weights has one scale.
+    """
+
+    group: int  # weights that share one scale; a multiple of eight
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -28,7 +34,7 @@ class ThreeBits(Precision):
             )
 
     def layout(self, rows: int, columns: int) -> Layout:
-        """Whole groups; scales in 16 bits."""
+        """Shapes and dtypes of the stored tensors; the last group is padded."""
         groups = -(-rows * columns // self.group)
         return {
             "codes": ((groups, self.group * BITS // 8), torch.uint8),
@@ -36,11 +42,11 @@ class ThreeBits(Precision):
         }
 
     def pack(self, matrix: Tensor) -> dict[str, Tensor]:
-        """The nearest steps."""
+        """Round each weight to the nearest level of its group and pack the codes."""
         flat = matrix.reshape(-1).float()
         flat = functional.pad(flat, (0, -flat.numel() % self.group)).view(-1, self.group)
         scales = (flat.abs().amax(1) / STEPS).half()
-        # A group of zeros has a scale of zero, which nothing is divided by.
+        # A group of zeros has the scale 0; the clamp avoids a division by zero.
         steps = flat / scales.float().clamp_min(torch.finfo(torch.float16).tiny)[:, None]
         codes = steps.round().clamp(-STEPS, STEPS).long() + STEPS
         words = (codes.view(len(flat), -1, 8) << _shifts(flat.device)).sum(-1)
@@ -48,7 +54,7 @@ class ThreeBits(Precision):
         return {"codes": data.to(torch.uint8).flatten(1), "scales": scales}
 
     def unpack(self, packed: Packed, out: Tensor | None) -> Tensor:
-        """Steps times scales; `out` is left to who asked."""
+        """Multiply levels by scales and return a new matrix; `out` is not used."""
         codes, scales = packed.parts["codes"], packed.parts["scales"]
         data = codes.view(len(codes), -1, 3).long()
         words = (data[..., 0] << 16) | (data[..., 1] << 8) | data[..., 2]
@@ -59,5 +65,5 @@ class ThreeBits(Precision):
 
 
 def _shifts(device: torch.device) -> Tensor:
-    """Where each of eight codes begins in a word of 24 bits."""
+    """The bit positions of the eight codes in a word of 24 bits."""
     return torch.arange(21, -1, -3, device=device)
