@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from packed import THREE_BITS, held_at
+from packed import THREE_BITS, precision_of
 from tiny import linears, save_checkpoint
 
 from emloc.adapters.fused import fuse
@@ -67,8 +67,8 @@ def opened(run_config, ratio, bits, folder):
     chosen = replace(run_config.compression, ratio=ratio or 0.5, bits=bits)
     emulator = Full() if ratio is None else PLAIN_SVD
     ranks = emulator.plan(source, run_config.model.compressible_layers(source), chosen)
-    emulator.build(folder, source, BuildInputs(ranks, None, None, held_at(bits)), device=CPU)
-    return emulator.open(folder, source, CPU, precision=held_at(bits))
+    emulator.build(folder, source, BuildInputs(ranks, None, None, precision_of(bits)), device=CPU)
+    return emulator.open(folder, source, CPU, precision=precision_of(bits))
 
 
 def held_bytes(model):
@@ -91,7 +91,7 @@ def held_bytes(model):
 def test_weights_are_the_bytes_that_an_opened_model_holds(tmp_path, model, tied, ratio, bits):
     said = ("model.weights=random", f"model.shape.tie_word_embeddings={str(tied).lower()}")
     run_config = cell_of(SMALL, *said, model=model)
-    layout = layout_of(run_config, shaped(run_config), ratio, held_at(bits))
+    layout = layout_of(run_config, shaped(run_config), ratio, precision_of(bits))
     found = opened(run_config, ratio, bits, tmp_path)
     before = held_bytes(found)
     freed = offload_embedding(found)
@@ -104,7 +104,7 @@ def test_weights_are_the_bytes_that_an_opened_model_holds(tmp_path, model, tied,
 @pytest.mark.parametrize(("ratio", "bits"), HELD, ids=NAMES)
 def test_the_adapter_is_its_parameters_moments_and_copies(tmp_path, ratio, bits):
     run_config = cell_of(SMALL, "model.weights=random")
-    layout = layout_of(run_config, shaped(run_config), ratio, held_at(bits))
+    layout = layout_of(run_config, shaped(run_config), ratio, precision_of(bits))
 
     def storages(model, lows=()):
         tensors = [*model.parameters(), *lows]
@@ -139,16 +139,19 @@ def test_the_adapter_is_its_parameters_moments_and_copies(tmp_path, ratio, bits)
 def test_room_for_four_bit_matrices_is_that_of_the_largest_of_both_kinds():
     run_config = cell_of(SMALL)
     assert layout_of(run_config, shaped(run_config), 0.5, None).scratch == 0
-    assert layout_of(run_config, shaped(run_config), None, held_at(4)).scratch == 64 * 96 * 2
+    assert layout_of(run_config, shaped(run_config), None, precision_of(4)).scratch == 64 * 96 * 2
     # Ranks 16 (64 x 64), 10 (32 x 64) and 19 (64 x 96) with 4 of the adapter, in eights.
     assert (
-        layout_of(run_config, shaped(run_config), 0.5, held_at(4)).scratch
+        layout_of(run_config, shaped(run_config), 0.5, precision_of(4)).scratch
         == (24 * 96 + 24 * 96) * 2
     )
     few = cell_of(SMALL, r"model.lora_targets='model\.layers\.\d+\.self_attn\.k_proj'")
     # The adapted one (32, 64), and beside it the largest without an adapter.
-    assert layout_of(few, shaped(few), None, held_at(4)).scratch == (32 * 64 + 64 * 96) * 2
-    assert layout_of(few, shaped(few), 0.5, held_at(4)).scratch == (16 * 64 + 16 * 32 + 19 * 96) * 2
+    assert layout_of(few, shaped(few), None, precision_of(4)).scratch == (32 * 64 + 64 * 96) * 2
+    assert (
+        layout_of(few, shaped(few), 0.5, precision_of(4)).scratch
+        == (16 * 64 + 16 * 32 + 19 * 96) * 2
+    )
 
 
 @pytest.mark.parametrize("model", sorted(path.stem for path in CONF.glob("model/[!_]*.yaml")))
@@ -159,13 +162,14 @@ def test_every_model_can_be_planned_without_its_weights(model):
     parameters = sum(source.sizes.values())
     assert whole.weights + whole.embedding == 2 * parameters
     four, half = (
-        layout_of(run_config, source, *one).weights for one in ((None, held_at(4)), (0.5, None))
+        layout_of(run_config, source, *one).weights
+        for one in ((None, precision_of(4)), (0.5, None))
     )
     linears = sum(rows * columns for rows, columns in whole.compressed.values())
     # Half of 2 bytes each; the ranks of a layer 88 wide are rounded down by up to a 44th.
     assert half - whole.uncompressed == pytest.approx(linears, rel=0.015)
     assert 0.5 * linears < four < whole.weights
-    packed = layout_of(run_config, source, 0.5, held_at(4)).weights - whole.uncompressed
+    packed = layout_of(run_config, source, 0.5, precision_of(4)).weights - whole.uncompressed
     assert packed == pytest.approx((0.5 + 1 / 64) * linears / 2, rel=0.015)
 
 
@@ -279,14 +283,14 @@ def auto(*overrides):
 
 
 def peak(run_config, ratio, bits):
-    return need_of(layout_of(run_config, shaped(run_config), ratio, held_at(bits)), WORK).peak
+    return need_of(layout_of(run_config, shaped(run_config), ratio, precision_of(bits)), WORK).peak
 
 
 @pytest.mark.parametrize("bits", [16, 4])
 def test_a_budget_gets_the_largest_ratio_that_fits(bits, caplog):
     run_config = auto("budget.gpu_gib=0.55" if bits == 16 else "budget.gpu_gib=0.42")
     compression = replace(run_config.compression, bits=bits)
-    run_config = replace(run_config, compression=compression, precision=held_at(bits))
+    run_config = replace(run_config, compression=compression, precision=precision_of(bits))
     with caplog.at_level(logging.INFO):
         chosen = solve_compression(run_config, shaped(run_config), WORK)
     assert (chosen.bits, chosen.of) == (bits, "linears")
@@ -319,7 +323,7 @@ def test_a_format_of_a_plug_in_is_solved_for_and_has_rows_of_its_own(monkeypatch
         <= room
         < peak(run_config, round(chosen.ratio + 0.01, 2), 3)
     )
-    named = replace(run_config, precision=held_at(4))
+    named = replace(run_config, precision=precision_of(4))
     assert solve_compression(named, shaped(named), WORK).bits == 4
     rows = rows_of(plan(cell_of(MIDDLE), WORK, find_gpu("rtx4090")))[2:]
     assert [(row[0], row[2]) for row in rows] == [
@@ -392,7 +396,7 @@ def test_the_table_has_a_row_for_each_method_and_says_what_fits():
         ["emloc_nf4", "0.5", "4"],
     ]
     for row, (ratio, bits) in zip(rows, HELD, strict=True):
-        need = need_of(layout_of(run_config, shaped(run_config), ratio, held_at(bits)), work)
+        need = need_of(layout_of(run_config, shaped(run_config), ratio, precision_of(bits)), work)
         found = dict(zip(HEADER, row, strict=True))
         assert found["peak GiB"] == f"{need.peak / GIB:.2f}"
         parts = sum(float(found[part]) for part in ("weights", "adapter", "activations"))
