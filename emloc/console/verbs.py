@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +78,18 @@ def _report(options: argparse.Namespace) -> None:
         raise ConfigError(
             f"cannot write {error.filename}: {error.strerror}; give another folder, --to FOLDER"
         ) from error
-    print("", *(f"wrote {path}" for path in written), sep="\n")
+    print("", *_written(written, to), sep="\n")
+
+
+def _written(paths: Sequence[Path], folder: Path | None) -> Iterator[str]:
+    """Yield a line for each file, but one in all for the files in a folder below `folder`."""
+    counts: Counter[str] = Counter()
+    for path in paths:
+        if folder is not None and folder in path.parent.parents:
+            counts[path.relative_to(folder).parts[0]] += 1
+        else:
+            yield f"wrote {path}"
+    yield from (f"wrote {count} files in {folder}/{name}" for name, count in counts.items())
 
 
 def _no_arguments(parser: argparse.ArgumentParser) -> None:

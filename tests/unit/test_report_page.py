@@ -298,12 +298,14 @@ def report(*arguments: object) -> None:
 def test_a_report_of_a_folder_is_written_into_it_and_says_so(folder, capsys):
     report(folder)
     said = capsys.readouterr().out
-    written = re.findall("^wrote (.*)$", said, re.M)
+    written = re.findall(r"^wrote (\S+)$", said, re.M)
     assert {
         *("table.md", "table.tex", "table.csv", "by_task_score.md", "by_task_score.tex"),
         *("runs.csv", "report.html", "provenance.json"),
-    } == {path.removeprefix(f"{folder}/report/") for path in written if "/figures/" not in path}
-    assert sorted(map(str, (folder / "report").rglob("*.*"))) == sorted(written)
+    } == {path.removeprefix(f"{folder}/report/") for path in written}
+    assert sorted(map(str, (folder / "report").glob("*.*"))) == sorted(written)
+    figures = list((folder / "report" / "figures").rglob("*.*"))
+    assert f"wrote {len(figures)} files in {folder}/report/figures\n" in said
     assert len(rows_of(folder)) == 5  # what was written is no run
 
 
