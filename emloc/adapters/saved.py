@@ -99,7 +99,7 @@ def read_lora(folder: Path) -> SavedLora:
     adapter = read_adapter(folder)
     for layer in adapter.magnitudes:
         raise ConfigError(
-            f"{folder}: {layer}{_MAGNITUDE} is no LoRA matrix; only plain LoRA can be recovered"
+            f"{folder}: {layer}{_MAGNITUDE} is no LoRA matrix; recovery and merge need plain LoRA"
         )
     return adapter
 
@@ -117,7 +117,7 @@ def read_adapter(folder: Path) -> SavedLora:
     if start in _CHANGES_THE_MODEL:
         raise ConfigError(
             f"{folder}: the adapter was initialised by {start}, which changes the model's own "
-            "weights; only plain LoRA can be recovered"
+            "weights; recovery and merge need plain LoRA"
         )
     parts: dict[str, dict[str, Tensor]] = {}
     magnitudes, extras = {}, {}
@@ -131,7 +131,7 @@ def read_adapter(folder: Path) -> SavedLora:
             extras[name] = tensor
         else:
             raise ConfigError(
-                f"{folder}: {key} is no LoRA matrix; only plain LoRA can be recovered"
+                f"{folder}: {key} is no LoRA matrix; recovery and merge need plain LoRA"
             )
     pairs = {
         layer: LoraPair(matrices["A"], matrices["B"], _scale(config, layer))

@@ -79,8 +79,8 @@ def test_the_examples_keep_the_rules_of_the_package(plugin):
         assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-def test_a_method(go):
-    result = go("method=qlora_corrected")
+def test_a_method(run_cached):
+    result = run_cached("method=qlora_corrected")
     assert result.emulated.facts["precision"] == "nf4"
     assert result.recovered.facts["corrected_layers"] == 14
 
@@ -120,51 +120,51 @@ def test_a_scorer(emloc, one_run):
     assert metrics["score"] == pytest.approx(sum(one["contains"] for one in answers) / 8)
 
 
-def test_a_checkpoint_of_another_family(go, neox):
+def test_a_checkpoint_of_another_family(run_cached, neox):
     model = build(compose(["model=pythia_160m"])).model
     layers = model.adapted_layers(model.shape_source())
     assert len(layers) == 4 * 12
     assert set(layers.values()) == {(2304, 768), (768, 768), (3072, 768), (768, 3072)}
-    result = go("model=pythia_160m", f"model.source={neox}", "method=emloc")
+    result = run_cached("model=pythia_160m", f"model.source={neox}", "method=emloc")
     assert result.recovered.facts["corrected_layers"] == 8
 
 
-def test_a_family_with_other_prompts(go, checkpoint):
+def test_a_family_with_other_prompts(run_cached, checkpoint):
     words = ("model=smollm2_prompted", f"model.source={checkpoint}", "model.dtype=float32")
     source = build(compose(words)).model.open()
     reader = source.reader()
     [example] = build(compose(["task=additions"])).task.held_out(1).rows
     text = reader.tokenizer.decode(reader.encode(example).input_ids)
     assert text.startswith(f"Question: {example.prompt}\nAnswer: {example.target}")
-    result, plain = go(words[0], "method=zero_shot"), go("method=zero_shot")
+    result, plain = run_cached(words[0], "method=zero_shot"), run_cached("method=zero_shot")
     assert result.evaluated.facts["scores"]["loss"] != plain.evaluated.facts["scores"]["loss"]
 
 
-def test_an_emulator(go):
-    result = go("emulator=sketch")
+def test_an_emulator(run_cached):
+    result = run_cached("emulator=sketch")
     facts = result.emulated.facts
     assert 0.4 < facts["share_of_linears"] <= 0.5
     assert result.recovered.facts["corrected_layers"] == 14
     with pytest.raises(ConfigError, match=r"set compression\.bits=16"):
-        go("emulator=sketch", "compression.bits=4")
+        run_cached("emulator=sketch", "compression.bits=4")
 
 
-def test_an_adapter(go):
-    result = go("method=lora", "adapter=gaussian")
+def test_an_adapter(run_cached):
+    result = run_cached("method=lora", "adapter=gaussian")
     config = json.loads((result.trained.folder / "adapter" / "adapter_config.json").read_text())
     assert config["init_lora_weights"] == "gaussian"
 
 
-def test_a_recovery(go):
-    result = go("recovery=shrunk", "recovery.factor=0.25")
+def test_a_recovery(run_cached):
+    result = run_cached("recovery=shrunk", "recovery.factor=0.25")
     trained, shrunk = adapter_of(result.trained), adapter_of(result.recovered)
     for name, tensor in trained.items():
         assert torch.equal(shrunk[name], tensor * (0.25 if "lora_B" in name else 1)), name
     assert "set recovery.factor=0.5" in refused("recovery=shrunk", "recovery.factor=2")
 
 
-def test_a_packed_format(go):
-    result = go("method=emloc", "compression.bits=8")
+def test_a_packed_format(run_cached):
+    result = run_cached("method=emloc", "compression.bits=8")
     assert result.emulated.facts["precision"] == "int8"
     matrix = torch.randn(6, 5)
     packed = build(compose(["compression.bits=8"])).precision.quantize(matrix)
@@ -172,13 +172,13 @@ def test_a_packed_format(go):
     assert ((packed.dequantize() - matrix).abs() <= 0.501 * step).all()
 
 
-def test_a_stage(go):
-    result = go("stage=[standard,distance]")
+def test_a_stage(run_cached):
+    result = run_cached("stage=[standard,distance]")
     assert list(result.stages)[1:3] == ["emulate", "distance"]
     errors = json.loads((result.stages["distance"].folder / "distance.json").read_text())
     assert len(errors) == 14
     assert all(0 < error < 1 for error in errors.values())
-    whole = go("stage=[standard,distance]", "method=lora")
+    whole = run_cached("stage=[standard,distance]", "method=lora")
     assert whole.stages["distance"].facts["largest_error"] == 0
 
 

@@ -30,7 +30,7 @@ class StepTimer(TrainerCallback):
 
     @property
     def median(self) -> float | None:
-        """Seconds of a step, from the end of one to the end of the next; None of a single step."""
+        """Median seconds between the ends of two steps; None if there was only one step."""
         steps = [after - before for before, after in pairwise(self._ends)]
         return round(statistics.median(steps), 4) if steps else None
 
