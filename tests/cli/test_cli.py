@@ -32,7 +32,7 @@ def test_a_run_is_repeated_from_its_results_and_then_merged(
     first = emloc(
         *tiny, "method=emloc", "tracker=wandb", "eval.harness=false", WANDB_MODE="offline"
     )
-    assert first.code == 0, first.said
+    assert first.code == 0, first.output
     run = one_run()
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     assert "| emloc " in first.out
@@ -62,10 +62,10 @@ def test_a_run_is_repeated_from_its_results_and_then_merged(
     assert again.code == 0
     # Libraries have to be imported to compare data and model with those of the finished run.
     assert seconds_of_children() - before < 12
-    assert "done before" in again.said
+    assert "done before" in again.output
 
     merged = emloc("merge", str(run))
-    assert merged.code == 0, merged.said
+    assert merged.code == 0, merged.output
     assert merged.out == f"{run / 'merged'}\n"
     ids = torch.arange(20, 40)[None]
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_a_sweep_continues_after_a_failed_run(emloc, tiny, tmp_path):
     grid = ["-m", "method=zero_shot,lora", "lora.rank=4,99", "name=grid"]
     ran = emloc(*grid, *tiny)
     assert ran.code == 2, (
-        ran.said
+        ran.output
     )  # 2: one run was refused for its settings; 1 would be a run that failed
     paths = (tmp_path / "runs/grid").glob("*/status.json")
     states = sorted(json.loads(path.read_text())["state"] for path in paths)
@@ -88,7 +88,7 @@ def test_a_sweep_continues_after_a_failed_run(emloc, tiny, tmp_path):
     assert "failed(config)" in ran.out
     assert "set lora.rank=16 or less" in ran.err
     repeated = emloc(*grid, *tiny)
-    assert repeated.said.count("done before") == 3
+    assert repeated.output.count("done before") == 3
     report = emloc("report", str(tmp_path / "runs/grid"))
     assert report.code == 0
     assert report.out.count("| zero_shot") == 2
@@ -111,25 +111,25 @@ def test_a_sweep_continues_after_a_failed_run(emloc, tiny, tmp_path):
 )
 def test_bad_input_is_one_line_and_exit_code_2(emloc, override, line):
     ran = emloc("tracker=none", override)
-    assert ran.code == 2, ran.said
+    assert ran.code == 2, ran.output
     assert line in ran.err + ran.out
-    assert "Traceback" not in ran.said
-    said = [text for text in ran.said.splitlines() if "started" not in text]
-    assert len(said) == 1, ran.said
+    assert "Traceback" not in ran.output
+    said = [text for text in ran.output.splitlines() if "started" not in text]
+    assert len(said) == 1, ran.output
 
 
 def test_a_process_that_refuses_its_settings_prints_no_messages_of_libraries(emloc):
     ran = emloc.process("tracker=none", "compression.ratio=1.5")
-    assert ran.code == 2, ran.said
-    said = [text for text in ran.said.splitlines() if "started" not in text]
-    assert len(said) == 1, ran.said
+    assert ran.code == 2, ran.output
+    said = [text for text in ran.output.splitlines() if "started" not in text]
+    assert len(said) == 1, ran.output
     assert "compression.ratio must lie between 0 and 1, got 1.5" in said[0]
 
 
 def test_a_plan_prints_only_a_table(emloc):
     """A plan needs no weights of the model, and messages of libraries are suppressed."""
     ran = emloc.process("plan", "model=internvl2_5_2b", "budget.gpu_gib=6", "--gpu", "rtx3090")
-    assert ran.code == 0, ran.said
+    assert ran.code == 0, ran.output
     assert ran.err == ""
     lines = ran.out.splitlines()
     assert [line.split()[1] for line in lines[2:6]] == ["lora", "qlora", "emloc", "emloc_nf4"]
@@ -140,8 +140,11 @@ def test_a_plan_prints_only_a_table(emloc):
 
 def test_a_plan_that_cannot_be_made_is_one_line_and_exit_code_2(emloc):
     ran = emloc("plan", "model=llama3_8b", "train.lean=false")
-    assert ran.code == 2, ran.said
-    assert ran.said == "emloc: only the lean training is planned with; set train.lean=true\n"
+    assert ran.code == 2, ran.output
+    assert (
+        ran.output
+        == "emloc: only the memory-saving training (train.lean) can be planned; set train.lean=true\n"
+    )
 
 
 def test_each_memory_budget_of_compression_auto_is_a_separate_run(
@@ -155,7 +158,7 @@ def test_each_memory_budget_of_compression_auto_is_a_separate_run(
         *("-m", "method=emloc", "compression=auto", "budget.gpu_gib=0.0696,0.0762", *tiny),
         *(f"model.source={wide}", "train.batch=1", "train.steps=1", "eval.harness=false"),
     )
-    assert ran.code == 0, ran.said
+    assert ran.code == 0, ran.output
     facts_by_solution = {}
     for path in (tmp_path / "runs/adhoc").glob("*/metrics.json"):
         solution = re.search(
@@ -177,7 +180,7 @@ def test_every_long_stage_logs_its_progress(emloc, tiny, one_run, monkeypatch, m
     """As if 30 seconds had passed behind each unit."""
     monkeypatch.setattr("emloc.runtime.progress.SECONDS_BETWEEN_LINES", 0)
     ran = emloc(*tiny, f"method={method}", "eval.limit=2", "eval.harness=true")
-    assert ran.code == 0, ran.said
+    assert ran.code == 0, ran.output
     units = {"emloc_nf4": {"calibrate: block", "recover: layer"}, "upop": {"emulate: batch"}}
     lines = [line[11:] for line in (one_run() / "run.log").read_text().splitlines()]
     assert [line for line in lines if ": step 5 of 5, loss " in line]
@@ -207,7 +210,7 @@ def test_help_and_settings_answer_at_once_without_torch(emloc):
 def test_the_version_is_that_of_the_package(emloc):
     (declared,) = re.findall(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)
     for flag in ("--version", "-V"):
-        assert emloc(flag).said == f"emloc {declared}\n"
+        assert emloc(flag).output == f"emloc {declared}\n"
 
 
 @pytest.mark.parametrize("words", [("help",), ("-h",), ("--help",), ("method=lora", "--help")])
@@ -238,7 +241,7 @@ def test_each_verb_says_what_it_does_with_an_example(emloc, verb):
 def test_a_word_that_is_no_verb_is_answered_in_one_line(emloc, words, line):
     ran = emloc(*words)
     assert ran.code == 2
-    assert ran.said == f"{line}\n"
+    assert ran.output == f"{line}\n"
 
 
 @pytest.mark.parametrize(
@@ -253,7 +256,7 @@ def test_shell_completion_knows_groups_experiments_and_keys(emloc, line, complet
     command = Path(sys.executable).with_name("emloc")
     request = {"COMP_LINE": line, "COMP_POINT": str(len(line))}
     ran = emloc.process("-sc", "query=bash", program=(str(command),), **request)
-    assert set(completions) <= set(ran.out.split()), ran.said
+    assert set(completions) <= set(ran.out.split()), ran.output
 
 
 def test_the_wheel_runs_from_another_folder(tmp_path, emloc):
@@ -285,7 +288,7 @@ def test_the_wheel_runs_from_another_folder(tmp_path, emloc):
     env = {"PYTHONPATH": str(unpacked)}
     assert str(unpacked) in emloc.process("-c", probe, program=(sys.executable,), **env).out
     settings = emloc.process("--cfg", "job", "experiments=demo", **env)
-    assert settings.code == 0, settings.said
+    assert settings.code == 0, settings.output
     assert "name: demo" in settings.out
 
 
@@ -293,4 +296,4 @@ def test_without_a_tracker_wandb_need_not_be_installed(emloc, tiny):
     hide = "import sys; sys.modules['wandb'] = None; sys.argv[0] = 'emloc'; "
     program = (sys.executable, "-c", hide + "from emloc.cli import main; main()")
     ran = emloc.process(*tiny, "method=zero_shot", program=program)
-    assert ran.code == 0, ran.said
+    assert ran.code == 0, ran.output

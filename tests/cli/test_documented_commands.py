@@ -27,7 +27,8 @@ from emloc.stages.run_config import build
 
 EVERY = sorted({tuple(words) for document in DOCUMENTS for words in commands(document)})
 VERBS = [words for words in EVERY if words[0] in cli.VERBS]
-RUNS = [words for words in EVERY if words[0] not in cli.VERBS]
+ANSWERED = {*cli.HELP, *cli.VERSION}  # words that need no configuration
+RUNS = [words for words in EVERY if words[0] not in cli.VERBS and not ANSWERED & {*words}]
 
 
 class ParsedError(Exception):

@@ -17,17 +17,17 @@ def own(tmp_path, sums, checkpoint, tiny):
 
 def test_a_run_is_repeated_after_its_data_has_changed(emloc, own, one_run, tmp_path):
     assert emloc("method=lora", *own).code == 0
-    assert "done before" in emloc("method=lora", *own).said
+    assert "done before" in emloc("method=lora", *own).output
     first = json.loads((one_run() / "metrics.json").read_text())
     rows = (tmp_path / "data" / "test.jsonl").read_text().splitlines()
     (tmp_path / "data" / "test.jsonl").write_text("\n".join(rows[:-1]) + "\n")
     ran = emloc("method=lora", *own)
     assert ran.code == 0
-    assert "done before, but its data has changed since; done again" in ran.said
+    assert "done before, but its data has changed since; done again" in ran.output
     second = json.loads((one_run() / "metrics.json").read_text())
     assert second["data"] != first["data"]
     assert second["model"] == first["model"]
-    assert "data has changed" not in emloc("method=lora", *own).said
+    assert "data has changed" not in emloc("method=lora", *own).output
 
 
 def test_a_run_is_repeated_after_its_model_has_changed(emloc, own, tmp_path):
@@ -35,7 +35,7 @@ def test_a_run_is_repeated_after_its_model_has_changed(emloc, own, tmp_path):
     config = tmp_path / "model" / "config.json"
     config.write_text(config.read_text() + "\n")
     ran = emloc("method=zero_shot", *own)
-    assert "done before, but its model has changed since; done again" in ran.said
+    assert "done before, but its model has changed since; done again" in ran.output
 
 
 def test_a_run_whose_data_was_deleted_keeps_its_results(emloc, own, one_run, tmp_path):
@@ -43,5 +43,5 @@ def test_a_run_whose_data_was_deleted_keeps_its_results(emloc, own, one_run, tmp
     shutil.rmtree(tmp_path / "data")
     ran = emloc("method=zero_shot", *own)
     assert ran.code == 0
-    assert "done before; its data and model cannot be compared: task.path: no folder" in ran.said
+    assert "done before; its data and model cannot be compared: task.path: no folder" in ran.output
     assert json.loads((one_run() / "status.json").read_text())["state"] == "done"

@@ -87,7 +87,7 @@ def test_the_local_launcher_starts_one_process_per_run_and_skips_finished_runs(
 ):
     sweep = ["-m", "name=each", "hydra/launcher=local", "method=lora", "eval.harness=false", *tiny]
     ran = emloc.process(*sweep, "train.learning_rate=1e-4,1e30")
-    assert ran.code == 1, ran.said
+    assert ran.code == 1, ran.output
     assert "| failed(train)" in ran.out
     assert "] 1 of 2 jobs done, 1 failed" in ran.out
     assert states("each", "train", "learning_rate") == {"0.0001": "done", "1.0e+30": "failed"}
@@ -97,7 +97,7 @@ def test_the_local_launcher_starts_one_process_per_run_and_skips_finished_runs(
     done = next(path for path in (tmp_path / "runs/each").glob("*/metrics.json"))
     written = done.stat().st_mtime_ns
     again = emloc.process(*sweep, "train.learning_rate=1e-4")
-    assert again.code == 0, again.said
+    assert again.code == 0, again.output
     assert "] 1 of 1 jobs done" in again.out
     assert done.stat().st_mtime_ns == written
     logs = (tmp_path / "runs/each/.submitit").rglob("*.out")
@@ -136,7 +136,7 @@ def test_slurm_gets_a_job_with_one_gpu_per_run_and_its_out_of_memory_is_recorded
     job_script = (tmp_path / "submitted").read_text()
     for line in ("--partition=short", "--gpus-per-node=1", "--time=720", "--job-name=emloc-far"):
         assert f"#SBATCH {line}\n" in job_script
-    assert ran.code == 1, ran.said
+    assert ran.code == 1, ran.output
     assert "| lora   | OOM" in ran.out
     assert "its process ended without a result (OUT_OF_MEMORY; more in " in ran.err
 
@@ -146,14 +146,14 @@ def test_a_search_ignores_failed_trials_and_the_same_command_repeats_them(emloc,
     search = ["-m", "hydra/sweeper=search", "lora=choice(r4,r64)", "method=lora", "name=best"]
     search += ["eval.harness=false", *settings]
     ran = emloc.process(*search, "hydra.sweeper.n_trials=3")
-    assert ran.code == 2, ran.said  # rank 64 is refused for such a small model
+    assert ran.code == 2, ran.output  # rank 64 is refused for such a small model
     assert "] 1 of 3 jobs done, 2 failed" in ran.out
-    assert "\x1b" not in ran.said
+    assert "\x1b" not in ran.output
     best = (tmp_path / "runs/best/optimization_results.yaml").read_text()
     assert "  lora: r4\n" in best
     assert "Best value: " in ran.out
     again = emloc.process(*search, "hydra.sweeper.n_trials=1")
-    assert again.code == 0, again.said
+    assert again.code == 0, again.output
     assert again.out.count("done before") == 1
     assert len(list((tmp_path / "runs/best").glob("lora-*"))) == 3
 
@@ -172,4 +172,4 @@ def test_a_missing_hydra_plugin_is_reported_with_the_extra_to_install(emloc, cho
     )
     assert ran.code == 2
     assert line in ran.err
-    assert len(ran.said.splitlines()) == 1
+    assert len(ran.output.splitlines()) == 1

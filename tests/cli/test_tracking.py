@@ -33,9 +33,9 @@ def test_all_metrics_and_tables_of_a_run_are_in_its_files_and_in_wandb(
 ):
     run = ("method=emloc_nf4", "eval.harness=false", "tracker=wandb", "tracker.adapter=true")
     done = emloc.process(*tiny, *run, HOME=str(tmp_path / "home"))
-    assert done.code == 0, done.said
+    assert done.code == 0, done.output
     assert not list((tmp_path / "home").rglob("*wandb*"))
-    assert "wandb" not in done.said.lower()
+    assert "wandb" not in done.output.lower()
 
     recorded = lines(one_run())
     assert steps(recorded) == [1, 2, 3, 4, 5]
@@ -77,10 +77,10 @@ def test_an_interrupted_run_resumes_as_the_same_wandb_run_without_repeated_steps
     with monkeypatch.context() as patch:
         interrupt_training(patch)
         first = emloc(*run)
-    assert first.code == 130, first.said
+    assert first.code == 130, first.output
     assert steps(lines(one_run())) == [1, 2, 3]
     second = emloc(*run)
-    assert second.code == 0, second.said
+    assert second.code == 0, second.output
     curve = [json.loads(line) for line in (one_run() / "curve.jsonl").open()]
     recorded = lines(one_run())
     assert [line["train/loss"] for line in recorded if "train/loss" in line] == [
@@ -103,7 +103,7 @@ def test_failed_runs_are_marked_and_a_shared_training_is_recorded_in_each_run(
 ):
     sweep = ("-m", "method=lora", "train.learning_rate=2e-3,1e30", "eval.limit=3,4", "name=rates")
     ran = emloc(*sweep, *tiny, "eval.harness=false", "tracker=wandb")
-    assert ran.code == 1, ran.said
+    assert ran.code == 1, ran.output
     done, failed = [], []
     for path in sorted((tmp_path / "runs/rates").glob("*/status.json")):
         state = json.loads(path.read_text())["state"]

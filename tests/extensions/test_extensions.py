@@ -125,7 +125,7 @@ def test_a_plugin_runs_up_to_the_report_and_resumes_after_a_kill(
 ):
     words = ordered(settings, plugin.overrides)
     straight = emloc(*words)
-    assert straight.code == 0, straight.said
+    assert straight.code == 0, straight.output
     run = one_run()
     expected, metrics = adapter_of(run), json.loads((run / "metrics.json").read_text())
     assert json.loads((run / "status.json").read_text())["state"] == "done"
@@ -145,7 +145,7 @@ def test_a_plugin_runs_up_to_the_report_and_resumes_after_a_kill(
     stage = plugin.killed
     assert list((tmp_path / "cache" / stage).glob("*.partial"))
     resumed = emloc(*words)
-    assert resumed.code == 0, resumed.said
+    assert resumed.code == 0, resumed.output
     again = json.loads((one_run() / "metrics.json").read_text())
     assert again["stages"] == metrics["stages"]
     assert again["scores"] == pytest.approx(metrics["scores"], rel=1e-4)
@@ -187,8 +187,8 @@ def killed_if(method, condition):
 def test_a_plugin_refuses_settings_with_its_own_message(plugin, settings, emloc):
     ran = emloc(*ordered(settings, plugin.refused))
     assert ran.code == 2
-    assert plugin.reason in ran.said
-    assert "Traceback" not in ran.said
+    assert plugin.reason in ran.output
+    assert "Traceback" not in ran.output
 
 
 def test_an_adapter_of_a_plugin_is_merged_or_the_merge_is_refused_with_the_reason(
@@ -200,7 +200,7 @@ def test_an_adapter_of_a_plugin_is_merged_or_the_merge_is_refused_with_the_reaso
         assert merged.code == 2
         assert plugin.merged in merged.err
     else:
-        assert merged.code == 0, merged.said
+        assert merged.code == 0, merged.output
         assert list((one_run() / "merged").glob("*.safetensors"))
 
 
@@ -209,7 +209,7 @@ def test_plan_and_help_find_plugins(emloc, monkeypatch):
     assert "gated" in emloc("--help").out
     assert emloc("--cfg", "job", "adapter=gated").out.count("_target_: gated.Gated") == 1
     planned = emloc("plan", "adapter=gated", "method=lora")
-    assert planned.code == 0, planned.said
+    assert planned.code == 0, planned.output
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "local"])
@@ -220,7 +220,7 @@ def test_workers_of_a_launcher_find_plugins(emloc, tiny, one_run, launcher):
         *("adapter=gated", "stage=[standard,heal]", *tiny, "eval.harness=false"),
         EMLOC_PLUGINS=folders,
     )
-    assert ran.code == 0, ran.said
+    assert ran.code == 0, ran.output
     metrics = json.loads((one_run("swept") / "metrics.json").read_text())
     assert list(metrics["seconds"])[1:4] == ["emulate", "heal", "train"]
     assert 0 < metrics["facts"]["heal"]["error_left"] < 1

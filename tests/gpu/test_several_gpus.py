@@ -44,11 +44,11 @@ def test_two_gpus_give_the_losses_of_one_with_as_many_samples_per_step(
     one = emloc.process(
         *tiny, *settings, *path, "train.accumulate=2", "name=one", CUDA_VISIBLE_DEVICES="0"
     )
-    assert one.code == 0, one.said
+    assert one.code == 0, one.output
     two = emloc.process(
         *tiny, *settings, *path, "name=two", program=TWO, **(SPLIT if split else {})
     )
-    assert two.code == 0, two.said
+    assert two.code == 0, two.output
     ours, theirs = curve(tmp_path / "runs/two"), curve(tmp_path / "runs/one")
     with capsys.disabled():
         apart = max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True))

@@ -94,7 +94,7 @@ def test_a_data_set_with_templates(emloc, one_run, small, tmp_path):
     assert first.prompt == "What is the capital of Land 8?"
     assert first.target == "Town 8"
     ran = emloc(*words, *small)
-    assert ran.code == 0, ran.said
+    assert ran.code == 0, ran.output
     assert len((one_run() / "predictions.jsonl").read_text().splitlines()) == 4
 
 
@@ -106,14 +106,14 @@ def test_a_data_set_with_a_class(emloc, one_run, small):
     assert all(eval(row.prompt.rstrip("=")) == int(row.target) for row in task.train())
     assert "set task.digits=2" in refused("task=additions", "task.digits=4")
     ran = emloc(*words, *small)
-    assert ran.code == 0, ran.said
+    assert ran.code == 0, ran.output
     assert len((one_run() / "predictions.jsonl").read_text().splitlines()) == 20
 
 
 def test_a_scorer(emloc, one_run):
     words = ("task.scorer=contains.score", "task.metric=contains", "method=zero_shot")
     ran = emloc(*ON_IMAGES, *words, "task.limit=16", "eval.limit=8")
-    assert ran.code == 0, ran.said
+    assert ran.code == 0, ran.output
     metrics = json.loads((one_run() / "metrics.json").read_text())
     assert metrics["metric"] == "contains"
     answers = [json.loads(one) for one in (one_run() / "answers.jsonl").read_text().splitlines()]
@@ -185,7 +185,7 @@ def test_a_stage(run_cached):
 def test_an_experiment_and_a_tracker(emloc, tiny, tmp_path):
     words = [word for word in tiny if word != "tracker=none"]
     ran = emloc("experiments=first_look", "method=zero_shot,lora", "tracker=csv", *words)
-    assert ran.code == 0, ran.said
+    assert ran.code == 0, ran.output
     runs = sorted((tmp_path / "runs" / "first_look").glob("*/numbers.csv"))
     assert [path.parent.name.split("-")[0] for path in runs] == ["lora", "zero_shot"]
     lines = runs[0].read_text().splitlines()

@@ -156,7 +156,7 @@ def test_two_processes_train_like_one(emloc, tiny, one_run, run_cached):
     recipe = ["train.batch=2", "train.steps=4", "train.learning_rate=0.02"]
     path = os.pathsep.join([str(PLUGIN), os.environ.get("PYTHONPATH", "")])
     two = emloc.process(*tiny, "method=lora", *CHOSEN, *recipe, program=TWO, PYTHONPATH=path)
-    assert two.code == 0, two.said
+    assert two.code == 0, two.output
     ours = [json.loads(line) for line in (one_run() / "curve.jsonl").open()]
     _, lines = run_cached(*recipe, "train.accumulate=2", balance=10)
     assert len(ours) == 4

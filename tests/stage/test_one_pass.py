@@ -214,7 +214,7 @@ def test_a_run_without_a_budget_for_statistics_has_no_calibrate_stage(tiny, tmp_
 
 def test_the_metrics_of_a_run_without_statistics_name_the_samples(emloc, tiny, one_run):
     ran = emloc(*tiny, "method=emloc", "budget.statistics_gib=0", "name=once")
-    assert ran.code == 0, ran.said
+    assert ran.code == 0, ran.output
     metrics = json.loads((one_run("once") / "metrics.json").read_text())
     assert list(metrics["stages"]) == ["emulate", "train", "recover", "evaluate"]
     assert metrics["seconds"].keys() == metrics["stages"].keys()

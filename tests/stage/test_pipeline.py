@@ -378,7 +378,7 @@ def test_aware_factors_keep_more_of_the_outputs_than_plain_ones(run_cached, tiny
         (["model.emulator_targets=no"], "model.emulator_targets='no' matches no linear layer"),
         (["compression.ratio=0.01"], "leaves rank 0"),
         (["calibration.samples=41"], "has only 40 rows to choose from"),
-        (["task.train_split=dev"], "no split dev; there is"),
+        (["task.train_split=dev"], "has no split dev; "),
         (["task.path=/nowhere"], "no folder /nowhere; set task.path"),
         (["model.source=/nowhere"], "no config.json there; set model.source"),
         (["task.prompt='{{nothing}}'"], "'nothing' is undefined; the columns are question, answer"),

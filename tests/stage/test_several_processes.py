@@ -47,7 +47,7 @@ def assert_same_training(run: Path, single: Path) -> None:
 
 def test_two_processes_train_like_one_and_write_one_run(emloc, tiny, one_run, train_alone):
     first = emloc.process(*tiny, *RECIPE, program=TWO)
-    assert first.code == 0, first.said
+    assert first.code == 0, first.output
     run = one_run()
     assert_same_training(run, train_alone(*RECIPE).folder)
     metrics = json.loads((run / "metrics.json").read_text())
@@ -58,8 +58,8 @@ def test_two_processes_train_like_one_and_write_one_run(emloc, tiny, one_run, tr
     assert first.out.count("| emloc ") == 1
     assert (run / "run.log").read_text().count(": started") == 1
     again = emloc.process(*tiny, *RECIPE, program=TWO)
-    assert again.code == 0, again.said
-    assert again.said.count("done before") == 1
+    assert again.code == 0, again.output
+    assert again.output.count("done before") == 1
 
 
 def test_fsdp_trains_like_one_process_also_after_an_interruption(
@@ -76,7 +76,7 @@ def test_fsdp_trains_like_one_process_also_after_an_interruption(
     checkpoints = list((tmp_path / "cache" / "train").glob("*.partial/checkpoints/checkpoint-*"))
     assert any((path / "pytorch_model_fsdp_0").is_dir() for path in checkpoints)
     ended = emloc.process(*tiny, *RECIPE, program=TWO, **SPLIT)
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.output
     assert_same_training(one_run(), train_alone(*RECIPE).folder)
 
 
@@ -87,4 +87,4 @@ def test_a_loss_that_is_not_finite_ends_all_processes(emloc, tiny, one_run):
     status = json.loads((one_run() / "status.json").read_text())
     assert (status["state"], status["stage"]) == ("failed", "train")
     assert "the loss is nan at step 2; set train.learning_rate lower" in status["error"]
-    assert failed.said.count("the loss is nan") == 1
+    assert failed.output.count("the loss is nan") == 1

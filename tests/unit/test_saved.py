@@ -163,7 +163,8 @@ def test_variants_of_lora_are_refused_by_name(saved, settings, named):
     with pytest.raises(ConfigError) as caught:
         read_lora(folder)
     assert re.fullmatch(
-        rf"{folder}: \S*{re.escape(named)}\S* is no LoRA matrix; recovery and merge need plain LoRA",
+        rf"{folder}: \S*{re.escape(named)}\S* is no LoRA matrix; "
+        "recovery and merge need plain LoRA",
         str(caught.value),
     )
 
