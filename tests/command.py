@@ -38,7 +38,7 @@ class CommandResult:
     err: str
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         """Standard output followed by standard error."""
         return self.out + self.err
 
