@@ -141,11 +141,8 @@ def test_a_plan_prints_only_a_table(emloc):
 def test_a_plan_that_cannot_be_made_is_one_line_and_exit_code_2(emloc):
     ran = emloc("plan", "model=llama3_8b", "train.lean=false")
     assert ran.code == 2, ran.output
-    assert (
-        ran.output
     refusal = "only the memory-saving training (train.lean) can be planned; set train.lean=true"
     assert ran.output == f"emloc: {refusal}\n"
-    )
 
 
 def test_each_memory_budget_of_compression_auto_is_a_separate_run(
