@@ -51,7 +51,8 @@ lora,lora,0,OOM,.,.,.,.,.,.,.
 
 
 def report(*arguments: object) -> None:
-    VERBS["report"]([str(argument) for argument in arguments])
+    verb = VERBS["report"]
+    verb.run(verb.parser.parse_args([str(argument) for argument in arguments]))
 
 
 def cells(text: str) -> list[list[str]]:

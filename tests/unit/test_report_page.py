@@ -291,7 +291,8 @@ def reported(tmp_path_factory) -> Path:
 
 
 def report(*arguments: object) -> None:
-    VERBS["report"]([str(argument) for argument in arguments])
+    verb = VERBS["report"]
+    verb.run(verb.parser.parse_args([str(argument) for argument in arguments]))
 
 
 def test_a_report_of_a_folder_is_written_into_it_and_says_so(folder, capsys):
