@@ -14,7 +14,7 @@ _PRESET = ("emulator", "adapter", "recovery")  # the groups that a method choose
 _SECTIONS = tuple(section for section in DECISIVE if section != "seed")
 
 
-def group_numbers(rows: Sequence[Row]) -> list[int]:
+def group_numbers(rows: Sequence[Row]) -> pd.Series:
     """The number of each run's group: runs that differ in the seed alone share one.
 
     Groups are numbered in the order of their first run. A run without results is a group by itself,
@@ -28,9 +28,9 @@ def group_numbers(rows: Sequence[Row]) -> list[int]:
         )
         for index, row in enumerate(rows)
     ]
-    same = pd.DataFrame({"group": keys, "seed": [row.seed for row in rows]})
-    again = same.groupby(["group", "seed"]).cumcount()
-    return [int(n) for n in pd.factorize(pd.Series(list(zip(keys, again, strict=True))))[0]]
+    runs = pd.DataFrame({"group": keys, "seed": [row.seed for row in rows]})
+    runs["again"] = runs.groupby(["group", "seed"]).cumcount()
+    return runs.groupby(["group", "again"], sort=False).ngroup()
 
 
 def varying(rows: Sequence[Row]) -> list[str]:

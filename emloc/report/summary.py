@@ -41,7 +41,7 @@ def summary_of(rows: Sequence[Row], paper: Paper = NO_PAPER, *, unrun: bool = Tr
         unrun: whether numbers of the paper that no run is about have lines, too.
     """
     paper = paper.of_models(row.model for row in rows)
-    groups = pd.Series(group_numbers(rows))
+    groups = group_numbers(rows)
     firsts = [rows[index] for index in groups.drop_duplicates().index]
     labels = [name for name in varying(rows) if name not in FIELDS]
     seeds = pd.Series([row.seed for row in rows]).sort_values().astype(str).groupby(groups)
