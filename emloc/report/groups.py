@@ -38,13 +38,13 @@ def varying(rows: Sequence[Row]) -> list[str]:
 
     Settings that a method or a cell implies are left out, unless its runs differ in them.
     """
-    settings = pd.DataFrame([row.settings for row in rows]).fillna(EMPTY)
+    no_choice = dict.fromkeys(_SECTIONS, EMPTY)
+    settings = pd.DataFrame([no_choice | dict(row.settings) for row in rows]).fillna(EMPTY)
     cells, methods = (pd.Series([getattr(r, name) for r in rows]) for name in ("cell", "method"))
     names = []
     for section in _SECTIONS:
-        implied = methods if section in _PRESET else pd.Series(EMPTY, index=settings.index)
-        peers = cells.where(cells != EMPTY, implied)
-        choice = settings.get(section, pd.Series(EMPTY, index=settings.index))
+        peers = cells.where(cells != EMPTY, methods if section in _PRESET else EMPTY)
+        choice = settings[section]
         names += [section] if _differs(choice, [peers]) else []
         leaves = [name for name in settings if name.startswith(f"{section}.")]
         names += [leaf for leaf in leaves if _differs(settings[leaf], [peers, choice])]

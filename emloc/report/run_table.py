@@ -117,15 +117,12 @@ def comparisons() -> list[Column]:
 def _labels(summary: pd.DataFrame) -> list[str]:
     """The columns of words that tell lines apart."""
     seeds = {seed for words in summary["seeds"] for seed in words.split()}
-    settings = [
-        name
-        for name in summary
-        if not is_number(name) and name not in (*FACTS, SIZE) and not name.startswith("paper/")
-    ]
-    words = summary.replace(EMPTY, None).nunique()
+    words = [name for name in summary if not is_number(name) and not name.startswith("paper/")]
+    settings = [name for name in words if name not in (*FACTS, SIZE)]
+    counts = summary.replace(EMPTY, None).nunique()
     least = {"cell": 0, "method": -1}  # words of other facts matter where there are several
     facts = ("experiment", "cell", "method", "model", "task")
-    labels = [name for name in facts if words[name] > least.get(name, 1)]
+    labels = [name for name in facts if counts[name] > least.get(name, 1)]
     return [*labels, *settings, *["seeds"] * (len(seeds) > 1)]
 
 

@@ -7,6 +7,7 @@ number is missing where one of the seeds lacks it; a word that does not apply is
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from functools import reduce
@@ -71,12 +72,11 @@ def _means(rows: Sequence[Row], paper: Paper, groups: pd.Series) -> pd.DataFrame
     seconds = [name for stage in stages if (name := f"seconds/{stage}") in frame]
     others = [n for n in frame if is_number(n) and not n.startswith("seconds/") and n != "score"]
     runs = frame.reindex(columns=["score", *others, *seconds]).astype(float)
-    trains = frame.reindex(columns=["seconds/train"])["seconds/train"].notna()
-    for name in {*_TRAINED} & {*runs}:
-        runs[name] = runs[name].where(trains)
+    trained = [name for name in _TRAINED if name in runs]
+    runs.loc[["seconds/train" not in row.numbers for row in rows], trained] = math.nan
     for name in paper.quantities:
         runs[f"ours/{name}"] = pd.Series([QUANTITIES[name].ours(row) for row in rows], dtype=float)
-    by_group = runs.groupby(groups, sort=False)
+    by_group = runs.groupby(groups)
     complete = by_group.count().eq(by_group.size(), axis=0)
     means = by_group.agg(statistics.mean).where(complete)  # exact: 0.265 and 0.266 make 0.2655
     peaks = [name for name in runs if name.startswith("peak_gib/")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -86,7 +85,6 @@ def _measured(heads: Iterable[str]) -> list[str]:
 
 
 def _new_name(head: str, metric: str) -> str:
-    stage = re.fullmatch(r"(\S+) s", head)
-    if head in _OLD_HEADS:
-        return _OLD_HEADS[head]
-    return f"seconds/{stage[1]}" if stage else f"scores/{metric}/{head}"
+    is_stage = head.endswith(" s")
+    new = f"seconds/{head.removesuffix(' s')}" if is_stage else f"scores/{metric}/{head}"
+    return _OLD_HEADS.get(head, new)

@@ -154,16 +154,15 @@ def _rows_of_file(path: Path) -> list[Row]:
 
 
 def _row_of_line(line: Mapping[str, str]) -> Row:
-    fields: dict[str, Any] = {name: line[name] for name in FIELDS}
-    fields["seed"] = int(fields["seed"])
-    rest = {name: word for name, word in line.items() if name not in FIELDS and word}
-    numbers = {name: to_number(word) for name, word in rest.items() if is_number(name)}
-    settings = {name: word for name, word in rest.items() if not is_number(name)}
-    named = {name: line[name] for name in ("cell", "method", "model", "task") if line[name]}
+    words = {name: word for name, word in line.items() if word}
+    numbers = {name: to_number(word) for name, word in words.items() if is_number(name)}
+    named = {name: words[name] for name in ("cell", "method", "model", "task") if name in words}
+    others = {name: words[name] for name in words if name not in (*FIELDS, *numbers)}
     timed = [name.removeprefix(_SECONDS) for name in numbers if name.startswith(_SECONDS)]
     standard = standard_stages()
     stages = {name: standard.get(name, _ADDED) for name in merged([*standard], timed)}
-    return Row(**fields, settings=named | settings, numbers=numbers, stages=stages)
+    fields: dict[str, Any] = {name: line[name] for name in FIELDS} | {"seed": int(line["seed"])}
+    return Row(**fields, settings=named | others, numbers=numbers, stages=stages)
 
 
 def _row(stored: StoredRun, gain: float | None) -> Row:
