@@ -22,8 +22,7 @@ def table(place: Path) -> str:
     Runs that differ in the seed alone are one line.
     """
     if is_summary(place):
-        summary = read_summary(place)
-        runs = table_of(summary)
+        runs = table_of(read_summary(place))
         return "\n".join([markdown(runs), "", *notes_of(runs)])
     rows = rows_of(place)
     return table_with_notes(place, rows, unrun=False) if rows else f"no runs in {place}"

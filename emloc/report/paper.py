@@ -22,22 +22,17 @@ class Quantity:
 
     name: str
     unit: str  # in the paper's file
-    head: str  # of our column, with the unit's sign at its end
+    head: str  # of our column, with the unit at its end
     digits: int
     parts: Sequence[str]  # numbers of a run that are added; a run must have the first
     times: float = 1.0  # from the unit of these numbers to the paper's
     per: float = 1.0
 
-    @property
-    def sign(self) -> str:
-        """The unit in a head."""
-        return self.head.split(" ")[-1]
-
     def ours(self, row: Row) -> float | None:
         """The quantity of a run in the paper's unit; None if the run has no number."""
-        numbers = [row.number(name) or 0.0 for name in self.parts]
-        is_missing = row.number(self.parts[0]) is None
-        return None if is_missing else sum(numbers) * self.times / self.per
+        if row.number(self.parts[0]) is None:
+            return None
+        return sum(row.number(name) or 0.0 for name in self.parts) * self.times / self.per
 
     def word(self, rows: Sequence[Row]) -> str:
         """Mean of these runs, ± the standard deviation of several; empty if one has no number."""

@@ -92,7 +92,7 @@ def columns_of(summary: pd.DataFrame) -> list[Column]:
     score = Column("score", f"{metric}{percent}", form, factor, larger=True)
     prefix = f"scores/{metric}/"
     kinds = sorted(n for n in summary if n.startswith(prefix) and not n.endswith(STD))
-    stages = [name for name in summary if name.startswith("seconds/")]
+    stages = [n for n in summary if n.startswith("seconds/") and not n.endswith(STD)]
     columns = [score]
     if len(kinds) <= KINDS:
         columns += [replace(score, name=name, head=name.removeprefix(prefix)) for name in kinds]
@@ -104,12 +104,12 @@ def comparisons() -> list[Column]:
     """Our numbers in the units of the paper, the paper's numbers, and the differences."""
     columns = []
     for name, quantity in QUANTITIES.items():
-        sign = "" if name == "score" else f" {quantity.sign}"
+        unit = "" if name == "score" else f" {quantity.unit}"
         form = f"z.{quantity.digits}f"
         columns += [
-            *([Column(f"ours/{name}", quantity.head, form)] if sign else []),  # but the score
-            Column(f"paper/{name}", f"paper{sign}"),
-            Column(f"difference/{name}", f"difference{sign}", f"+{form}"),
+            *([Column(f"ours/{name}", quantity.head, form)] if unit else []),  # a score has one
+            Column(f"paper/{name}", f"paper{unit}"),
+            Column(f"difference/{name}", f"difference{unit}", f"+{form}"),
         ]
     return columns
 
@@ -132,11 +132,9 @@ def _printed_labels(summary: pd.DataFrame) -> list[str]:
     is_compressed = SIZE in summary and bool(summary[SIZE].ne(EMPTY).any())
     if is_compressed and not any(name.startswith("compression") for name in labels):
         labels.append(SIZE)
-    without_cell = [name for name in labels if name != "cell"]
-    is_ambiguous = summary.duplicated(without_cell).any()
-    if "cell" in labels and is_ambiguous:
-        return [name for name in labels if name != "method"]
-    return without_cell
+    is_ambiguous = summary.duplicated([name for name in labels if name != "cell"]).any()
+    hidden = "method" if "cell" in labels and is_ambiguous else "cell"
+    return [name for name in labels if name != hidden]
 
 
 def notes_of(table: Table, sources: Sequence[str] = ()) -> list[str]:

@@ -61,8 +61,7 @@ def summary_of(rows: Sequence[Row], paper: Paper = NO_PAPER, *, unrun: bool = Tr
     for name in paper.quantities:
         theirs = pd.to_numeric(table[f"paper/{name}"])
         table[f"difference/{name}"] = table[f"ours/{name}"] - theirs
-    words = {name: EMPTY for name in table if not is_number(name)}
-    return table.fillna(words)
+    return table.fillna({name: EMPTY for name in table if not is_number(name)})
 
 
 def _means(rows: Sequence[Row], paper: Paper, groups: pd.Series) -> pd.DataFrame:

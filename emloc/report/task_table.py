@@ -33,7 +33,7 @@ def task_table(grid: Grid, paper: Paper, quantity: Quantity) -> tuple[Table, lis
     points = pd.concat([grid.requested, _absent(grid, paper), runs], ignore_index=True)
     numbers = [paper.find(quantity.name, facts) for facts in _facts(grid, points)]
     points["number"] = [f"({number.word})" if number else EMPTY for number in numbers]
-    heads = list(points[COLUMN].drop_duplicates())
+    heads = list(points[COLUMN].unique())
     of_line = [*grid.keys, LINE_MODEL]
     names = [*of_line, *grid.extra_keys]
     lines = points[of_line].drop_duplicates().merge(runs[names].drop_duplicates(), how="left")

@@ -73,11 +73,8 @@ class Row:
     @property
     def decisive(self) -> dict[str, str]:
         """The settings that decide the results; trackers and names of sweeps do not."""
-        return {
-            name: word
-            for name, word in self.settings.items()
-            if name not in FIELDS and name.partition(".")[0] in DECISIVE
-        }
+        names = [name for name in self.settings if name.partition(".")[0] in DECISIVE]
+        return {name: self.settings[name] for name in names if name not in FIELDS}
 
     @property
     def columns(self) -> list[str]:
