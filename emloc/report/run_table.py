@@ -92,7 +92,7 @@ def columns_of(summary: pd.DataFrame) -> list[Column]:
     score = Column("score", f"{metric}{percent}", form, factor, larger=True)
     prefix = f"scores/{metric}/"
     kinds = sorted(n for n in summary if n.startswith(prefix) and not n.endswith(STD))
-    stages = [n for n in summary if n.startswith("seconds/") and not n.endswith(STD)]
+    stages = [name for name in summary if name.startswith("seconds/")]
     columns = [score]
     if len(kinds) <= KINDS:
         columns += [replace(score, name=name, head=name.removeprefix(prefix)) for name in kinds]

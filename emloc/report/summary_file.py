@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -41,14 +41,14 @@ def read_summary(path: Path) -> pd.DataFrame:
         ConfigError: it has no score, or a cell in a column of numbers holds no number.
     """
     head, lines = read_words(path)
-    summary = pd.DataFrame(lines, columns=head, dtype=object)
     if "state" not in head:
         if not _measured(head):
             raise ConfigError(
                 f"{path}: no table of runs or means, it has no column of a score; "
                 "give one that emloc report wrote"
             )
-        summary = _of_old(summary)
+        lines = [_of_old(line) for line in lines]
+    summary = pd.DataFrame(lines, dtype=object)
     summary = summary.reindex(columns=summary.columns.union(FACTS, sort=False)).fillna(EMPTY)
     for name in filter(is_number, summary):
         try:
@@ -58,24 +58,25 @@ def read_summary(path: Path) -> pd.DataFrame:
     return summary
 
 
-def _of_old(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of words as a summary, with each number split into mean and standard deviation."""
-    table = table.replace(".", EMPTY)
-    score, *others = _measured(table)
+def _of_old(line: Mapping[str, str]) -> dict[str, str]:
+    """A line of a table of words, with each number split into mean and standard deviation."""
+    words = {head: EMPTY if word == "." else word for head, word in line.items()}
+    score, *others = _measured(words)
     metric = score.removesuffix(" %")
-    is_done = table[score].map(number).notna()
-    summary = table.drop(columns=[score, *others])
-    summary["state"] = table[score].replace(EMPTY, NOT_RUN).mask(is_done, DONE)
-    summary["metric"] = is_done.map({True: metric, False: EMPTY})
-    table[score] = table[score].where(is_done, EMPTY)
-    for head in (score, *others):
+    is_done = number(words[score]) is not None
+    new = {head: word for head, word in words.items() if head not in (score, *others)}
+    new["state"] = DONE if is_done else words[score] or NOT_RUN
+    new["metric"] = metric if is_done else EMPTY
+    for head in (score, *others) if is_done else others:
         name = "score" if head == score else _new_name(head, metric)
         # The unit of the earlier head, as a sign or power of ten that a number may have.
         is_score = name.partition("/")[0] in ("score", "scores") and name != "scores/loss"
         unit = "%" if is_score and score != metric else "e6" if name == "bytes" else EMPTY
-        words = table[head].str.split(" ± ", expand=True).reindex(columns=[0, 1]).fillna(EMPTY)
-        summary[[name, f"{name}{STD}"]] = words.where(words == EMPTY, words + unit)
-    return summary
+        mean, _, spread = words[head].partition(" ± ")
+        new[name] = mean and mean + unit
+        if spread:
+            new[f"{name}{STD}"] = spread + unit
+    return new
 
 
 def _measured(heads: Iterable[str]) -> list[str]:
