@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +11,10 @@ from emloc.config.run_folder import DONE
 from emloc.errors import ConfigError
 from emloc.report.grid import STATES, Grid
 from emloc.report.markdown import markdown
+from emloc.report.notes import sentence
 from emloc.report.paper import QUANTITIES, Paper, paper_of
 from emloc.report.rows import Row, rows_of
 from emloc.report.task_table import HOW_TO_READ, task_table
-
-_ORDER = ("table", "ablate_")  # experiments with these prefixes come first
 
 
 def tables(experiments: Path, runs: Path) -> str:
@@ -24,19 +23,16 @@ def tables(experiments: Path, runs: Path) -> str:
     Runs that are not there are read from `<experiments>/results/<its name>*.csv`. A file belongs to
     the experiment with the longest name that its own name starts with.
     """
-    paths = sorted(experiments.glob("*.yaml"), key=lambda path: (_rank(path.stem), path.stem))
-    names = [path.stem for path in paths]
+    names = sorted(
+        (path.stem for path in experiments.glob("*.yaml")),
+        key=lambda name: (not name.startswith("table"), not name.startswith("ablate_"), name),
+    )
     files: dict[str, list[Path]] = {name: [] for name in names}
     for file in sorted((experiments / "results").glob("*.csv")):
-        owners = sorted((name for name in names if file.stem.startswith(name)), key=len)
-        for owner in owners[-1:]:
-            files[owner].append(file)
-    sections = [_section(path, files[path.stem], runs) for path in paths]
-    return "\n\n".join(["# Results", f"{HOW_TO_READ[0].upper()}{HOW_TO_READ[1:]}.", *sections])
-
-
-def _rank(name: str) -> int:
-    return next((i for i, prefix in enumerate(_ORDER) if name.startswith(prefix)), len(_ORDER))
+        if owners := [name for name in names if file.stem.startswith(name)]:
+            files[max(owners, key=len)].append(file)
+    sections = [_section(experiments / f"{name}.yaml", files[name], runs) for name in names]
+    return "\n\n".join(["# Results", sentence(HOW_TO_READ), *sections])
 
 
 def _section(path: Path, files: Sequence[Path], runs: Path) -> str:
@@ -45,14 +41,12 @@ def _section(path: Path, files: Sequence[Path], runs: Path) -> str:
     paper = paper_of([requested.name], path.parent)
     grid = Grid(requested, rows)
     parts = [f"## {requested.name}", requested.about, _progress(grid)]
-    failures: dict[str, None] = {}
+    failures: list[str] = []
     for name in paper.quantities or ["score"]:
-        quantity = QUANTITIES[name]
-        table, left_out = task_table(grid, paper, quantity)
-        failures |= dict.fromkeys(left_out)
-        parts += [f"{quantity.head}:"] if name != "score" else []
+        table, failures = task_table(grid, paper, QUANTITIES[name])
+        parts += [f"{QUANTITIES[name].head}:"] if name != "score" else []
         parts.append(markdown(table, bold=True))
-    return "\n\n".join(filter(None, [*parts, _notes(rows, paper, [*failures], errors)]))
+    return "\n\n".join(filter(None, [*parts, _notes(rows, paper, failures, errors)]))
 
 
 def _rows(folder: Path, files: Sequence[Path]) -> tuple[list[Row], list[str]]:
@@ -64,24 +58,17 @@ def _rows(folder: Path, files: Sequence[Path]) -> tuple[list[Row], list[str]]:
         except ConfigError as error:
             errors.append(str(error))
             continue
-        present = {row.run: row for row in rows}
-        shared = _shared_settings(stored, present)
+        present = {row.run: row.settings for row in rows}
+        # A file has no column for a setting that all of its runs share: take it from a folder.
+        shared = next((present[row.run] for row in stored if row.run in present), {})
+        columns = {name for row in stored for name in row.settings}
+        shared = {name: word for name, word in shared.items() if name not in columns}
         rows += [
             replace(row, settings={**shared, **row.settings})
             for row in stored
             if row.run not in present
         ]
     return rows, errors
-
-
-def _shared_settings(stored: Sequence[Row], present: Mapping[str, Row]) -> dict[str, str]:
-    """The settings that a file has no column for, because all of its runs share them.
-
-    They are those of a run of the file that is also present as a folder, if there is one.
-    """
-    settings = next((present[row.run].settings for row in stored if row.run in present), {})
-    columns = {name for row in stored for name in row.settings}
-    return {name: word for name, word in settings.items() if name not in columns}
 
 
 def _progress(grid: Grid) -> str:
@@ -102,7 +89,7 @@ def _notes(
     scores = ", ".join(f"{task} {metric}" for task, metric in metrics)
     notes = [
         *([f"Scores: {scores}."] if metrics else []),
-        *(f"{note[0].upper()}{note[1:]}." for note in failures),
+        *map(sentence, failures),
         *(f"Paper: {source}." for source in paper.sources),
         *(f"Not read: {error}." for error in errors),
     ]

@@ -20,7 +20,7 @@ _ACROSS = ("model", "task", "seed")
 _FACTS = ("cell", "method", *_ACROSS)
 # A requested run counts for the first of these states that one of its runs is in.
 STATES = (DONE, "failed", "OOM", "interrupted", "running", "not run")
-LINE_MODEL, COLUMN = "line model", "column"  # added by `Grid.placed`
+LINE_MODEL, COLUMN, POINT = "line model", "column", "point"  # added by `Grid.placed`
 
 
 @dataclass(frozen=True)
@@ -66,56 +66,49 @@ class Grid:
     def runs(self) -> pd.DataFrame:
         """A line for each of `rows`, with labels in the words of the grid."""
         names = [*dict.fromkeys([*_FACTS, *self.keys, *self.extra_keys])]
-        words = [
-            [str(getattr(row, name)) if name in _FACTS else row.word(name) for name in names]
-            for row in self.rows
-        ]
+        words = [[row.word(name) for name in names] for row in self.rows]
         runs = pd.DataFrame(words, columns=names, dtype=object)
         for key in self.keys:
             words_of_grid = {_normal(word): word for word in self._points[key]}
             runs[key] = [words_of_grid.get(_normal(word), word) for word in runs[key]]
         return self.placed(runs)
 
-    @cached_property
-    def models(self) -> dict[tuple[str, ...], list[str]]:
-        """Label of a line -> the models that the grid requests for it."""
-        models = self._points.groupby(tuples(self._points, self.keys))["model"].unique()
-        return {label: list(names) for label, names in models.items()}
-
     def placed(self, points: pd.DataFrame) -> pd.DataFrame:
-        """The points, with the model of their line and the head of their column.
+        """The points, with the model of their line, the head of their column, and both as POINT.
 
         A column is named by its task, and by its model where that is not the model of the line. A
         line has no model where the grid requests several for some line.
         """
-        of_grid = {model for models in self.models.values() for model in models}
-        has_one = all(len(models) == 1 for models in self.models.values())
+        requested = self._points["model"].groupby(tuples(self._points, self.keys))
+        has_one = requested.nunique().eq(1).all()
+        line_models = dict(requested.first())
+        models = {*self._points["model"]}
         lines, heads = [], []
         for *label, model, task in tuples(points, [*self.keys, "model", "task"]):
-            own = [model if model in of_grid else EMPTY]
-            lines.append(self.models.get(tuple(label), own)[0] if has_one else EMPTY)
+            own = model if model in models else EMPTY
+            lines.append(line_models.get(tuple(label), own) if has_one else EMPTY)
             heads.append(task if lines[-1] == model else f"{model}·{task}")
-        return points.assign(**{LINE_MODEL: lines, COLUMN: heads})
+        points = points.assign(**{LINE_MODEL: lines, COLUMN: heads})
+        return points.assign(**{POINT: tuples(points, [*self.keys, LINE_MODEL, COLUMN])})
 
     def states(self) -> Counter[str]:
         """How many of the requested runs are done, failed, running ... and not run."""
-        names = [*self.keys, "model", "task"]
-        states: dict[tuple[str, ...], list[tuple[str, str]]] = {}
-        for point, row in zip(tuples(self.runs, names), self.rows, strict=True):
-            states.setdefault(point, []).append((str(row.seed), row.state.partition("(")[0]))
         counts: Counter[str] = Counter()
-        for *point, seed in tuples(self._points, [*names, "seed"]):
-            own = {state for s, state in states.get(tuple(point), []) if seed in (EMPTY, s)}
+        for point, seed in zip(self.requested[POINT], self.requested["seed"], strict=True):
+            own = {
+                row.state.partition("(")[0]
+                for run, row in zip(self.runs[POINT], self.rows, strict=True)
+                if run == point and seed in (EMPTY, str(row.seed))
+            }
             counts[next((state for state in STATES if state in own), STATES[-1])] += 1
         return counts
 
     def off_grid(self) -> Counter[str]:
         """How many runs with results each model and task has besides the requested runs."""
-        names = [*self.keys, "model", "task"]
-        requested = {*tuples(self._points, names)}
+        requested = {*self.requested[POINT]}
         return Counter(
             f"{row.model} on {row.task}"
-            for point, row in zip(tuples(self.runs, names), self.rows, strict=True)
+            for point, row in zip(self.runs[POINT], self.rows, strict=True)
             if row.done and point not in requested
         )
 

@@ -14,7 +14,7 @@ _PRESET = ("emulator", "adapter", "recovery")  # the groups that a method choose
 _SECTIONS = tuple(section for section in DECISIVE if section != "seed")
 
 
-def group_numbers(rows: Sequence[Row]) -> list[int]:
+def group_numbers(rows: Sequence[Row]) -> pd.Series:
     """The number of each run's group: runs that differ in the seed alone share one.
 
     Groups are numbered in the order of their first run. A run without results is a group by itself,
@@ -28,9 +28,9 @@ def group_numbers(rows: Sequence[Row]) -> list[int]:
         )
         for index, row in enumerate(rows)
     ]
-    same = pd.DataFrame({"group": keys, "seed": [row.seed for row in rows]})
-    again = same.groupby(["group", "seed"]).cumcount()
-    return [int(n) for n in pd.factorize(pd.Series(list(zip(keys, again, strict=True))))[0]]
+    runs = pd.DataFrame({"group": keys, "seed": [row.seed for row in rows]})
+    runs["again"] = runs.groupby(["group", "seed"]).cumcount()
+    return runs.groupby(["group", "again"], sort=False).ngroup()
 
 
 def varying(rows: Sequence[Row]) -> list[str]:
@@ -38,13 +38,13 @@ def varying(rows: Sequence[Row]) -> list[str]:
 
     Settings that a method or a cell implies are left out, unless its runs differ in them.
     """
-    settings = pd.DataFrame([row.settings for row in rows]).fillna(EMPTY)
+    no_choice = dict.fromkeys(_SECTIONS, EMPTY)
+    settings = pd.DataFrame([no_choice | dict(row.settings) for row in rows]).fillna(EMPTY)
     cells, methods = (pd.Series([getattr(r, name) for r in rows]) for name in ("cell", "method"))
     names = []
     for section in _SECTIONS:
-        implied = methods if section in _PRESET else pd.Series(EMPTY, index=settings.index)
-        peers = cells.where(cells != EMPTY, implied)
-        choice = settings.get(section, pd.Series(EMPTY, index=settings.index))
+        peers = cells.where(cells != EMPTY, methods if section in _PRESET else EMPTY)
+        choice = settings[section]
         names += [section] if _differs(choice, [peers]) else []
         leaves = [name for name in settings if name.startswith(f"{section}.")]
         names += [leaf for leaf in leaves if _differs(settings[leaf], [peers, choice])]

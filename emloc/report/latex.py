@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from emloc.report.table import EMPTY, Table, split
+from emloc.report.notes import sentence
+from emloc.report.table import EMPTY, Table
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -25,14 +26,12 @@ _MINUS = re.compile(r"(?<![^\s(])-(?=\d)")
 
 def latex(table: Table, caption: str, notes: Sequence[str], label: str) -> str:
     """A `table` environment: words flush left, numbers flush right, the best cells in bold."""
-    frame = table.frame.copy()
-    for column in frame:
-        is_best = [(index, column) in table.best for index in frame.index]
-        frame[column] = [_cell(*each) for each in zip(frame[column], is_best, strict=True)]
+    frame = Table(table.frame.map(escaped), table.best).marked(r"\textbf{{{}}}")
     tabular = frame.rename(columns=escaped).to_latex(
         index=False,
         column_format="".join("r" if table.numeric(name) else "l" for name in table.columns),
     )
+    sentences = " ".join(sentence(escaped(note)) for note in notes)
     return "\n".join(
         [
             r"% \usepackage{booktabs}",
@@ -41,7 +40,7 @@ def latex(table: Table, caption: str, notes: Sequence[str], label: str) -> str:
             rf"\caption{{{escaped(caption)}}}",
             rf"\label{{tab:{label}}}",
             tabular.rstrip(),
-            *([_notes(notes)] if notes else []),
+            *([r"\par\smallskip", rf"\parbox{{\linewidth}}{{{sentences}}}"] if notes else []),
             r"\end{table}",
             EMPTY,
         ]
@@ -51,15 +50,3 @@ def latex(table: Table, caption: str, notes: Sequence[str], label: str) -> str:
 def escaped(word: str) -> str:
     """The word as LaTeX prints it."""
     return "".join(_SPECIAL.get(sign, sign) for sign in _MINUS.sub("\N{MINUS SIGN}", word))
-
-
-def _cell(word: str, is_best: bool) -> str:
-    if not is_best:
-        return escaped(word)
-    ours, aside = split(word)
-    return rf"\textbf{{{escaped(ours)}}} {escaped(aside)}".rstrip()
-
-
-def _notes(notes: Sequence[str]) -> str:
-    sentences = " ".join(f"{note[:1].upper()}{note[1:]}." for note in map(escaped, notes))
-    return f"\\par\\smallskip\n\\parbox{{\\linewidth}}{{{sentences}}}"

@@ -13,7 +13,7 @@ from emloc.report.rows import Row, rows_of
 from emloc.report.run_table import notes_of, table_of
 from emloc.report.summary import summary_of
 from emloc.report.summary_file import is_summary, read_summary
-from emloc.report.table import Table, split
+from emloc.report.table import Table
 
 
 def table(place: Path) -> str:
@@ -22,8 +22,7 @@ def table(place: Path) -> str:
     Runs that differ in the seed alone are one line.
     """
     if is_summary(place):
-        summary = read_summary(place)
-        runs = table_of(summary)
+        runs = table_of(read_summary(place))
         return "\n".join([markdown(runs), "", *notes_of(runs)])
     rows = rows_of(place)
     return table_with_notes(place, rows, unrun=False) if rows else f"no runs in {place}"
@@ -49,18 +48,8 @@ def is_run(place: Path) -> bool:
 
 def markdown(table: Table, *, bold: bool = False) -> str:
     """The table with columns of one width each, and the best cells in bold if `bold`."""
-
-    def cell(index: int, column: str, word: str) -> str:
-        if not bold or (index, column) not in table.best:
-            return word
-        ours, aside = split(word)
-        return f"**{ours}** {aside}".rstrip()
-
-    cells = (
-        [cell(index, *each) for each in zip(table.columns, words, strict=True)]
-        for index, words in enumerate(table.words())
-    )
-    return markdown_table(table.columns, cells)
+    frame = table.marked("**{}**") if bold else table.frame
+    return markdown_table(table.columns, frame.to_numpy().tolist())
 
 
 def _adapters(place: Path, rows: Sequence[Row]) -> list[str]:

@@ -15,14 +15,19 @@ def left_out(rows: Sequence[Row]) -> list[str]:
         if not row.done:
             column = f" on {row.model}, {row.task}" if several else ""
             names.setdefault(row.state, {})[f"{row.cell or row.method}{column}"] = None
-    by_state = [f"{state}: {'; '.join(of_state)}" for state, of_state in names.items()]
-    return [f"left out, without results: {'. '.join(by_state)}"] if by_state else []
+    by_state = ". ".join(f"{state}: {'; '.join(of_state)}" for state, of_state in names.items())
+    return [f"left out, without results: {by_state}"] if by_state else []
 
 
 def data_digests(rows: Sequence[Row]) -> list[str]:
     """A digest of the data of each task, because local copies of a data set may differ."""
     digests = sorted({(row.task, row.data) for row in rows if row.done})
     return [f"data of {task}: {digest}" for task, digest in digests]
+
+
+def sentence(note: str) -> str:
+    """The note as a sentence of its own."""
+    return f"{note[:1].upper()}{note[1:]}."
 
 
 def are_of_several(rows: Sequence[Row]) -> bool:

@@ -89,11 +89,10 @@ def page(report: Report) -> str:
 
 
 def _cells(table: Table) -> Iterator[list[Cell]]:
-    for index, words in enumerate(table.words()):
-        columns = zip(table.columns, words, strict=True)
+    for index, words in table.frame.iterrows():
         yield [
             Cell(*split(word), number(word), (index, column) in table.best)
-            for column, word in columns
+            for column, word in words.items()
         ]
 
 

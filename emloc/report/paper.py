@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +22,17 @@ class Quantity:
 
     name: str
     unit: str  # in the paper's file
-    head: str  # of our column, with the unit's sign at its end
+    head: str  # of our column, with the unit at its end
     digits: int
-    ours: Callable[[Row], float | None]  # of a run, in the same unit
+    parts: Sequence[str]  # numbers of a run that are added; a run must have the first
+    times: float = 1.0  # from the unit of these numbers to the paper's
+    per: float = 1.0
 
-    @property
-    def sign(self) -> str:
-        """The unit in a head."""
-        return self.head.split(" ")[-1]
+    def ours(self, row: Row) -> float | None:
+        """The quantity of a run in the paper's unit; None if the run has no number."""
+        if row.number(self.parts[0]) is None:
+            return None
+        return sum(row.number(name) or 0.0 for name in self.parts) * self.times / self.per
 
     def word(self, rows: Sequence[Row]) -> str:
         """Mean of these runs, ± the standard deviation of several; empty if one has no number."""
@@ -42,26 +45,11 @@ class Quantity:
         return f"{mean} ± {statistics.stdev(values):.{self.digits}f}"
 
 
-def _score(row: Row) -> float | None:
-    score = row.number("score")
-    return None if score is None else 100 * score
-
-
-def _peak(row: Row) -> float | None:
-    gib = row.number("peak_gib/train")
-    return None if gib is None else gib * 2**30 / 1e9
-
-
-def _build_hours(row: Row) -> float | None:
-    """Hours of emulating, and of calibrating where the run did."""
-    emulate = row.number("seconds/emulate")
-    return None if emulate is None else (emulate + (row.number("seconds/calibrate") or 0)) / 3600
-
-
+_BUILD = ("seconds/emulate", "seconds/calibrate")
 QUANTITIES = {
-    "score": Quantity("score", "percent", "score %", 1, _score),
-    "peak": Quantity("peak", "GB", "peak GB", 1, _peak),
-    "gpu_hours": Quantity("gpu_hours", "h", "build h", 2, _build_hours),
+    "score": Quantity("score", "percent", "score %", 1, ["score"], times=100),
+    "peak": Quantity("peak", "GB", "peak GB", 1, ["peak_gib/train"], times=2**30, per=1e9),
+    "gpu_hours": Quantity("gpu_hours", "h", "build h", 2, _BUILD, per=3600),
 }
 
 
@@ -94,7 +82,8 @@ class Paper:
     @property
     def quantities(self) -> list[str]:
         """The quantities that have numbers, in the order of QUANTITIES."""
-        return [name for name in QUANTITIES if any(n.quantity == name for n in self.numbers)]
+        names = {one.quantity for one in self.numbers}
+        return [name for name in QUANTITIES if name in names]
 
     def of_models(self, models: Iterable[str]) -> Paper:
         """The numbers of these models alone."""
@@ -140,12 +129,15 @@ def _read(path: Path) -> list[Number]:
         raise ConfigError(f"{path}:1: say where the numbers are from, in a line that starts with #")
     table = csv.reader(lines)
     head = next(table, [])
-    unknown = [name for name in head if name not in (*KEYS, *_VALUES)]
-    missing = [name for name in ("model", *_VALUES) if name not in head]
-    if unknown or missing:
+    faults = {
+        "no column": [name for name in ("model", *_VALUES) if name not in head],
+        "unknown column": [name for name in head if name not in (*KEYS, *_VALUES)],
+    }
+    listed = [f"{fault} {', '.join(names)}" for fault, names in faults.items() if names]
+    if listed:
         raise ConfigError(
-            f"{path}:2: {_listed('no column', missing)}{_listed('unknown column', unknown)}"
-            f"it takes {', '.join((*KEYS, *_VALUES))}, and needs all but cell, method and task"
+            f"{path}:2: {'; '.join(listed)}; it takes {', '.join((*KEYS, *_VALUES))}, "
+            "and needs all but cell, method and task"
         )
     source = first.lstrip("# ")
     numbers = []
@@ -160,15 +152,12 @@ def _read(path: Path) -> list[Number]:
     return numbers
 
 
-def _listed(fault: str, names: Sequence[str]) -> str:
-    return f"{fault} {', '.join(names)}; " if names else EMPTY
-
-
 def _check(cells: Mapping[str, str], where: str) -> None:
     name, value, unit = (cells[column] for column in _VALUES)
     if name not in QUANTITIES:
-        names = ", ".join(QUANTITIES)
-        raise ConfigError(f"{where}: quantity {name} is not known; it takes {names}")
+        raise ConfigError(
+            f"{where}: quantity {name} is not known; it takes {', '.join(QUANTITIES)}"
+        )
     if unit != QUANTITIES[name].unit:
         raise ConfigError(f"{where}: {name} is given in {QUANTITIES[name].unit}, not in {unit}")
     if number(value) is None:

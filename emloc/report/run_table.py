@@ -27,20 +27,17 @@ class Column:
     larger: bool | None = None  # whether a larger number is better; None: neither is
     printed: bool = True  # whether a paper prints it
 
-    def words(self, summary: pd.DataFrame) -> list[str]:
+    def words(self, summary: pd.DataFrame) -> pd.Series:
         """The numbers of all lines, each with ± and its standard deviation where there is one."""
         if not self.form:
-            return list(summary[self.name])
-        means = self._words(summary[self.name])
-        spreads = self._words(summary.get(f"{self.name}{STD}", [float("nan")] * len(summary)))
-        pairs = zip(means, spreads, strict=True)
-        return [f"{mean} ± {spread}" if spread else mean for mean, spread in pairs]
-
-    def _words(self, values: Sequence[float]) -> list[str]:
-        return [EMPTY if pd.isna(v) else format(v * self.factor, self.form) for v in values]
+            return summary[self.name]
+        pairs = summary.reindex(columns=[self.name, f"{self.name}{STD}"])
+        pairs = pairs.map(lambda v: EMPTY if pd.isna(v) else format(v * self.factor, self.form))
+        words = [" ± ".join(filter(None, pair)) for pair in pairs.to_numpy()]
+        return pd.Series(words, index=summary.index, dtype=object)
 
 
-_COLUMNS = (
+COLUMNS = (
     Column("scores/loss", "loss", "z.3f", larger=False, printed=False),
     Column("gain_kept", "gain kept", "z.1%", larger=True),
     Column("as_trained/loss", "loss as trained", "z.3f", printed=False),
@@ -48,6 +45,7 @@ _COLUMNS = (
     Column("peak_gib/train", "train GiB", ".2f"),
     Column("step_seconds", "step s", ".3f", printed=False),
 )
+
 # Meanings of measured numbers, by the head of their column.
 NOTES = {
     "loss": "mean negative log-likelihood of an answer token on held-out rows, in nats",
@@ -75,15 +73,14 @@ def table_of(summary: pd.DataFrame, *, printed: bool = False) -> Table:
     labels = _printed_labels(summary) if printed else _labels(summary)
     frame = summary[labels].rename(columns={SIZE: "compression"})
     has_ended = summary["state"].isin([DONE, NOT_RUN])
-    frame[score.head] = pd.Series(score.words(summary)).where(has_ended, summary["state"])
+    frame[score.head] = score.words(summary).where(has_ended, summary["state"])
     for column in others:
-        words = pd.Series(column.words(summary), dtype=object)
-        if words.ne(EMPTY).any():
+        if (words := column.words(summary)).ne(EMPTY).any():
             frame[column.head] = words
     peers = list(summary[["experiment", "model", "task", "data", "metric"]].itertuples(index=False))
-    larger = {c.head: c.larger for c in (score, *others) if c.larger is not None}
-    present = {head: is_larger for head, is_larger in larger.items() if head in frame}
-    return Table(frame, best(frame, peers, present))
+    columns = [column for column in (score, *others) if column.head in frame]
+    larger = {column.head: column.larger for column in columns if column.larger is not None}
+    return Table(frame, best(frame, peers, larger))
 
 
 def columns_of(summary: pd.DataFrame) -> list[Column]:
@@ -99,33 +96,33 @@ def columns_of(summary: pd.DataFrame) -> list[Column]:
     columns = [score]
     if len(kinds) <= KINDS:
         columns += [replace(score, name=name, head=name.removeprefix(prefix)) for name in kinds]
+    columns += [one for one in (*comparisons(), *COLUMNS) if one.name in summary]
+    return columns + [Column(name, f"{name[8:]} s", ".0f", printed=False) for name in stages]
+
+
+def comparisons() -> list[Column]:
+    """Our numbers in the units of the paper, the paper's numbers, and the differences."""
+    columns = []
     for name, quantity in QUANTITIES.items():
-        sign = "" if name == "score" else f" {quantity.sign}"
+        unit = "" if name == "score" else f" {quantity.unit}"
         form = f"z.{quantity.digits}f"
         columns += [
-            *([Column(f"ours/{name}", quantity.head, form)] if sign else []),  # but the score
-            Column(f"paper/{name}", f"paper{sign}"),
-            Column(f"difference/{name}", f"difference{sign}", f"+{form}"),
+            *([Column(f"ours/{name}", quantity.head, form)] if unit else []),  # a score has one
+            Column(f"paper/{name}", f"paper{unit}"),
+            Column(f"difference/{name}", f"difference{unit}", f"+{form}"),
         ]
-    columns += [
-        *_COLUMNS,
-        *(Column(name, f"{name[8:]} s", ".0f", printed=False) for name in stages),
-    ]
-    return [column for column in columns if column.name in summary]
+    return columns
 
 
 def _labels(summary: pd.DataFrame) -> list[str]:
     """The columns of words that tell lines apart."""
     seeds = {seed for words in summary["seeds"] for seed in words.split()}
-    settings = [
-        name
-        for name in summary
-        if not is_number(name) and name not in (*FACTS, SIZE) and not name.startswith("paper/")
-    ]
-    words = summary.replace(EMPTY, None).nunique()
+    words = [name for name in summary if not is_number(name) and not name.startswith("paper/")]
+    settings = [name for name in words if name not in (*FACTS, SIZE)]
+    counts = summary.replace(EMPTY, None).nunique()
     least = {"cell": 0, "method": -1}  # words of other facts matter where there are several
     facts = ("experiment", "cell", "method", "model", "task")
-    labels = [name for name in facts if words[name] > least.get(name, 1)]
+    labels = [name for name in facts if counts[name] > least.get(name, 1)]
     return [*labels, *settings, *["seeds"] * (len(seeds) > 1)]
 
 
@@ -135,11 +132,9 @@ def _printed_labels(summary: pd.DataFrame) -> list[str]:
     is_compressed = SIZE in summary and bool(summary[SIZE].ne(EMPTY).any())
     if is_compressed and not any(name.startswith("compression") for name in labels):
         labels.append(SIZE)
-    without_cell = [name for name in labels if name != "cell"]
-    is_ambiguous = summary.duplicated(without_cell).any()
-    if "cell" in labels and is_ambiguous:
-        return [name for name in labels if name != "method"]
-    return without_cell
+    is_ambiguous = summary.duplicated([name for name in labels if name != "cell"]).any()
+    hidden = "method" if "cell" in labels and is_ambiguous else "cell"
+    return [name for name in labels if name != hidden]
 
 
 def notes_of(table: Table, sources: Sequence[str] = ()) -> list[str]:

@@ -7,6 +7,7 @@ number is missing where one of the seeds lacks it; a word that does not apply is
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from functools import reduce
@@ -41,7 +42,7 @@ def summary_of(rows: Sequence[Row], paper: Paper = NO_PAPER, *, unrun: bool = Tr
         unrun: whether numbers of the paper that no run is about have lines, too.
     """
     paper = paper.of_models(row.model for row in rows)
-    groups = pd.Series(group_numbers(rows))
+    groups = group_numbers(rows)
     firsts = [rows[index] for index in groups.drop_duplicates().index]
     labels = [name for name in varying(rows) if name not in FIELDS]
     seeds = pd.Series([row.seed for row in rows]).sort_values().astype(str).groupby(groups)
@@ -60,8 +61,7 @@ def summary_of(rows: Sequence[Row], paper: Paper = NO_PAPER, *, unrun: bool = Tr
     for name in paper.quantities:
         theirs = pd.to_numeric(table[f"paper/{name}"])
         table[f"difference/{name}"] = table[f"ours/{name}"] - theirs
-    words = {name: EMPTY for name in table if not is_number(name)}
-    return table.fillna(words)
+    return table.fillna({name: EMPTY for name in table if not is_number(name)})
 
 
 def _means(rows: Sequence[Row], paper: Paper, groups: pd.Series) -> pd.DataFrame:
@@ -71,12 +71,11 @@ def _means(rows: Sequence[Row], paper: Paper, groups: pd.Series) -> pd.DataFrame
     seconds = [name for stage in stages if (name := f"seconds/{stage}") in frame]
     others = [n for n in frame if is_number(n) and not n.startswith("seconds/") and n != "score"]
     runs = frame.reindex(columns=["score", *others, *seconds]).astype(float)
-    trains = frame.reindex(columns=["seconds/train"])["seconds/train"].notna()
-    for name in {*_TRAINED} & {*runs}:
-        runs[name] = runs[name].where(trains)
+    trained = [name for name in _TRAINED if name in runs]
+    runs.loc[["seconds/train" not in row.numbers for row in rows], trained] = math.nan
     for name in paper.quantities:
         runs[f"ours/{name}"] = pd.Series([QUANTITIES[name].ours(row) for row in rows], dtype=float)
-    by_group = runs.groupby(groups, sort=False)
+    by_group = runs.groupby(groups)
     complete = by_group.count().eq(by_group.size(), axis=0)
     means = by_group.agg(statistics.mean).where(complete)  # exact: 0.265 and 0.266 make 0.2655
     peaks = [name for name in runs if name.startswith("peak_gib/")]

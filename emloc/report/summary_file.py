@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -11,27 +11,13 @@ import pandas as pd
 from emloc.config.run_folder import DONE
 from emloc.config.settings import DECISIVE
 from emloc.errors import ConfigError
-from emloc.report.paper import QUANTITIES
 from emloc.report.rows.csv_files import STD, is_number, read_words, to_number
+from emloc.report.run_table import COLUMNS, comparisons
 from emloc.report.summary import FACTS, NOT_RUN
 from emloc.report.table import EMPTY, number
 
 # Head in a table of an earlier version -> name of the number in a summary.
-_OLD_HEADS = {
-    "loss": "scores/loss",
-    "gain kept": "gain_kept",
-    "loss as trained": "as_trained/loss",
-    "through MB": "bytes",
-    "train GiB": "peak_gib/train",
-    "step s": "step_seconds",
-    "paper": "paper/score",
-    "difference": "difference/score",
-} | {
-    f"{kind} {quantity.sign}": f"{kind}/{name}"
-    for name, quantity in QUANTITIES.items()
-    for kind in ("paper", "difference")
-}
-_OLD_HEADS |= {quantity.head: f"ours/{name}" for name, quantity in QUANTITIES.items()}
+_OLD_HEADS = {column.head: column.name for column in (*comparisons(), *COLUMNS)}
 
 
 def is_summary(place: Path) -> bool:
@@ -63,16 +49,13 @@ def read_summary(path: Path) -> pd.DataFrame:
             )
         lines = [_of_old(line) for line in lines]
     summary = pd.DataFrame(lines, dtype=object)
-    for name in summary:
-        if is_number(name):
-            try:
-                words = summary[name].fillna(EMPTY)
-                summary[name] = [to_number(word) if word else float("nan") for word in words]
-            except ValueError as error:
-                raise ConfigError(f"{path}: column {name} cannot be read: {error}") from error
-    facts = dict.fromkeys((name for name in FACTS if name not in summary), EMPTY)
-    words = {name: EMPTY for name in summary if not is_number(name)}
-    return summary.assign(**facts).fillna(words)
+    summary = summary.reindex(columns=summary.columns.union(FACTS, sort=False)).fillna(EMPTY)
+    for name in filter(is_number, summary):
+        try:
+            summary[name] = [to_number(word) if word else math.nan for word in summary[name]]
+        except ValueError as error:
+            raise ConfigError(f"{path}: column {name} cannot be read: {error}") from error
+    return summary
 
 
 def _of_old(line: Mapping[str, str]) -> dict[str, str]:
@@ -102,7 +85,6 @@ def _measured(heads: Iterable[str]) -> list[str]:
 
 
 def _new_name(head: str, metric: str) -> str:
-    stage = re.fullmatch(r"(\S+) s", head)
-    if head in _OLD_HEADS:
-        return _OLD_HEADS[head]
-    return f"seconds/{stage[1]}" if stage else f"scores/{metric}/{head}"
+    is_stage = head.endswith(" s")
+    new = f"seconds/{head.removesuffix(' s')}" if is_stage else f"scores/{metric}/{head}"
+    return _OLD_HEADS.get(head, new)

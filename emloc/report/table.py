@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -24,9 +24,13 @@ class Table:
         """The heads of all columns."""
         return [str(name) for name in self.frame]
 
-    def words(self) -> Iterator[list[str]]:
-        """The words of each line."""
-        yield from self.frame.to_numpy().tolist()
+    def marked(self, mark: str) -> pd.DataFrame:
+        """The words, with our number of each best cell set into `mark`, such as `**{}**`."""
+        frame = self.frame.copy()
+        for index, column in self.best:
+            ours, aside = split(frame.at[index, column])
+            frame.at[index, column] = f"{mark.format(ours)} {aside}".rstrip()
+        return frame
 
     def numeric(self, column: str) -> bool:
         """Whether the column has numbers, with or without words between them, or is empty."""
@@ -61,12 +65,11 @@ def best(
         peers: a value for each line.
         larger: column -> whether a larger number is better.
     """
-    names = pd.Series(pd.factorize(pd.Series(list(peers), dtype=object))[0], index=frame.index)
     cells = set()
     for column, is_larger in larger.items():
         numbers = frame[column].map(number).astype(float)
-        among = numbers.groupby(names)
-        leading = numbers.eq(among.transform("max" if is_larger else "min"))
-        leads = leading & among.transform("nunique").gt(1)
+        among = numbers.groupby(pd.Series(peers, index=frame.index, dtype=object))
+        leads = numbers.eq(among.transform("max" if is_larger else "min"))
+        leads &= among.transform("nunique").gt(1)
         cells |= {(int(index), column) for index in frame.index[leads]}
     return cells

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from emloc.report.grid import COLUMN, LINE_MODEL, Grid, tuples
+from emloc.report.grid import COLUMN, LINE_MODEL, POINT, Grid, tuples
 from emloc.report.groups import group_numbers
 from emloc.report.notes import left_out
 from emloc.report.paper import KEYS, Paper, Quantity
@@ -33,7 +33,7 @@ def task_table(grid: Grid, paper: Paper, quantity: Quantity) -> tuple[Table, lis
     points = pd.concat([grid.requested, _absent(grid, paper), runs], ignore_index=True)
     numbers = [paper.find(quantity.name, facts) for facts in _facts(grid, points)]
     points["number"] = [f"({number.word})" if number else EMPTY for number in numbers]
-    heads = list(points[COLUMN].drop_duplicates())
+    heads = list(points[COLUMN].unique())
     of_line = [*grid.keys, LINE_MODEL]
     names = [*of_line, *grid.extra_keys]
     lines = points[of_line].drop_duplicates().merge(runs[names].drop_duplicates(), how="left")
@@ -65,31 +65,27 @@ def task_table(grid: Grid, paper: Paper, quantity: Quantity) -> tuple[Table, lis
 
 def _with_words(grid: Grid, quantity: Quantity) -> pd.DataFrame:
     """The runs, each with the word of all runs that differ from it in the seed alone."""
-    at = [*grid.keys, LINE_MODEL, COLUMN]
-    seeds = dict(grid.requested.groupby(at)["seed"].nunique())
-    extra = tuples(grid.runs, grid.extra_keys)
+    runs = grid.runs.assign(
+        done=pd.Series([row.done for row in grid.rows], dtype=bool),
+        headline=pd.Series([row.headline for row in grid.rows], dtype=bool),
+    )
+    seeds = dict(grid.requested.groupby(POINT)["seed"].nunique())
     # The grid does not say how many seeds it requests of each of several extra settings.
-    variants = extra.groupby(tuples(grid.runs, at)).transform("nunique")
-    groups = pd.Series(group_numbers(grid.rows), dtype=int)
+    variants = tuples(runs, grid.extra_keys).groupby(runs[POINT]).transform("nunique")
+    groups = group_numbers(grid.rows)
     words = []
-    for index, point in enumerate(tuples(grid.runs, at)):
+    for index, point in enumerate(runs[POINT]):
         rows = [grid.rows[i] for i in groups.index[groups == groups[index]]]
         requested = seeds.get(point, 0) if variants[index] == 1 else 0
         missing = f" [{len(rows)}/{requested}]" if len(rows) < requested else EMPTY
         word = quantity.word(rows)
         words.append(word and f"{word}{missing}" if rows[0].done else rows[0].state)
-    done, headline = (
-        pd.Series([getattr(row, name) for row in grid.rows], dtype=bool)
-        for name in ("done", "headline")
-    )
-    return grid.runs.assign(word=words, done=done, headline=headline)
+    return runs.assign(word=words)
 
 
 def _facts(grid: Grid, points: pd.DataFrame) -> list[dict[str, str]]:
     """The facts of each point that a number of the paper may name."""
-    names = (*KEYS, "experiment")
-    facts = tuples(points.assign(experiment=grid.experiment.name), names)
-    return [dict(zip(names, words, strict=True)) for words in facts]
+    return points[list(KEYS)].assign(experiment=grid.experiment.name).to_dict("records")
 
 
 def _absent(grid: Grid, paper: Paper) -> pd.DataFrame:

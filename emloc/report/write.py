@@ -17,7 +17,7 @@ from emloc.report.grid import Grid
 from emloc.report.latex import latex
 from emloc.report.lead import lead_sentence
 from emloc.report.markdown import is_run, markdown
-from emloc.report.notes import are_of_several, data_digests, left_out
+from emloc.report.notes import are_of_several, data_digests, left_out, sentence
 from emloc.report.origin import origin
 from emloc.report.page import Report, Section, page
 from emloc.report.page_figures import write_figures
@@ -107,7 +107,7 @@ def _by_task(common: Experiment | None, rows: Sequence[Row], paper: Paper) -> li
     for quantity in (QUANTITIES[name] for name in paper.quantities or ["score"]):
         table, failures = task_table(Grid(common, rows), paper, quantity)
         name, caption = f"by_task_{quantity.name}", f"{quantity.head} by task"
-        about = f"{common.about} {caption[0].upper()}{caption[1:]}.".strip()
+        about = f"{common.about} {sentence(caption)}".strip()
         notes = [HOW_TO_READ, *failures]
         text = latex(table, about, notes, f"{common.name}-{name}")
         parts.append(_Part(name, caption, table, notes, text, notes))

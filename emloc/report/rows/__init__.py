@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emloc.config.run_folder import DONE, Run, find_runs
+from emloc.config.run_folder import DONE, find_runs
 from emloc.config.settings import DECISIVE
 from emloc.config.stage_order import merged, stages_of, standard_stages
 from emloc.errors import ConfigError
 from emloc.report.rows.csv_files import is_number, read_words, to_number
-from emloc.report.rows.gain import ScoredRun, gain_kept
+from emloc.report.rows.gain import StoredRun, gain_kept
 from emloc.runtime.digest import digest
 
 if TYPE_CHECKING:
@@ -73,11 +73,8 @@ class Row:
     @property
     def decisive(self) -> dict[str, str]:
         """The settings that decide the results; trackers and names of sweeps do not."""
-        return {
-            name: word
-            for name, word in self.settings.items()
-            if name not in FIELDS and name.partition(".")[0] in DECISIVE
-        }
+        names = [name for name in self.settings if name.partition(".")[0] in DECISIVE]
+        return {name: self.settings[name] for name in names if name not in FIELDS}
 
     @property
     def columns(self) -> list[str]:
@@ -95,9 +92,8 @@ class Row:
         return self.numbers.get(name)
 
     def word(self, name: str) -> str:
-        """The run's word for a label: its experiment, cell or method, else a setting, else ''."""
-        named = {"experiment": self.experiment, "cell": self.cell, "method": self.method}
-        return named.get(name, self.settings.get(name, ""))
+        """The run's word for a label: one of FIELDS, else a setting, else ''."""
+        return str(getattr(self, name)) if name in FIELDS else self.settings.get(name, "")
 
 
 def metric_of(rows: Iterable[Row]) -> str:
@@ -114,34 +110,27 @@ def rows_of(place: Path) -> list[Row]:
     """
     if place.is_file():
         return _rows_of_file(place)
-    runs = sorted(find_runs(place), key=lambda run: run.status["time"])
-    results = [run.metrics for run in runs]
-    scored = [ScoredRun(run.config, _loss(one)) for run, one in zip(runs, results, strict=True)]
-    return [
-        _row(run, one.config, metrics, gain_kept(one, scored))
-        for run, one, metrics in zip(runs, scored, results, strict=True)
-    ]
+    by_time = sorted(find_runs(place), key=lambda run: run.status["time"])
+    runs = [StoredRun(run, run.config, run.metrics) for run in by_time]
+    return [_row(run, gain_kept(run, runs)) for run in runs]
 
 
 def frame_of(rows: Sequence[Row]) -> pd.DataFrame:
     """One line for each run: FIELDS, then all settings, then all numbers; empty where missing."""
     import pandas as pd
 
-    facts = [{name: getattr(row, name) for name in FIELDS} for row in rows]
-    frame = pd.DataFrame(
-        {**fact, **row.settings, **fact, **row.numbers}
-        for fact, row in zip(facts, rows, strict=True)
-    )
+    facts = pd.DataFrame([{name: getattr(row, name) for name in FIELDS} for row in rows])
+    rest = pd.DataFrame([{**row.settings, **row.numbers} for row in rows])
+    frame = facts.join(rest[rest.columns.difference(FIELDS, sort=False)])
     return frame[sorted(frame, key=is_number)]
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
     """Write a tidy CSV: one line for each run, the settings in which runs differ, all numbers."""
     frame = frame_of(rows)
-    always = (*FIELDS, *ALWAYS)
-    frame[
-        [n for n in frame if is_number(n) or n in always or frame[n].nunique(dropna=False) > 1]
-    ].to_csv(path, index=False, lineterminator="\n")
+    words = [n for n in frame if not is_number(n) and n not in (*FIELDS, *ALWAYS)]
+    shared = [name for name in words if frame[name].nunique(dropna=False) == 1]
+    frame.drop(columns=shared).to_csv(path, index=False, lineterminator="\n")
 
 
 def _rows_of_file(path: Path) -> list[Row]:
@@ -162,26 +151,19 @@ def _rows_of_file(path: Path) -> list[Row]:
 
 
 def _row_of_line(line: Mapping[str, str]) -> Row:
-    fields: dict[str, Any] = {name: line[name] for name in FIELDS}
-    fields["seed"] = int(fields["seed"])
-    rest = {name: word for name, word in line.items() if name not in FIELDS and word}
-    numbers = {name: to_number(word) for name, word in rest.items() if is_number(name)}
-    settings = {name: word for name, word in rest.items() if not is_number(name)}
-    named = {name: line[name] for name in ("cell", "method", "model", "task") if line[name]}
+    words = {name: word for name, word in line.items() if word}
+    numbers = {name: to_number(word) for name, word in words.items() if is_number(name)}
+    named = {name: words[name] for name in ("cell", "method", "model", "task") if name in words}
+    others = {name: words[name] for name in words if name not in (*FIELDS, *numbers)}
     timed = [name.removeprefix(_SECONDS) for name in numbers if name.startswith(_SECONDS)]
     standard = standard_stages()
     stages = {name: standard.get(name, _ADDED) for name in merged([*standard], timed)}
-    return Row(**fields, settings=named | settings, numbers=numbers, stages=stages)
+    fields: dict[str, Any] = {name: line[name] for name in FIELDS} | {"seed": int(line["seed"])}
+    return Row(**fields, settings=named | others, numbers=numbers, stages=stages)
 
 
-def _loss(metrics: Mapping[str, Any]) -> float | None:
-    loss = metrics["scores"].get("loss") if metrics else None  # some tasks have none
-    return None if loss is None else float(loss)
-
-
-def _row(
-    run: Run, config: Mapping[str, Any], metrics: Mapping[str, Any], gain: float | None
-) -> Row:
+def _row(stored: StoredRun, gain: float | None) -> Row:
+    run, config, metrics = stored.run, stored.config, stored.metrics
     choices = run.choices
     return Row(
         experiment=choices.get("experiments", run.folder.resolve().parent.name),

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from emloc.config.run_folder import Run
+
 # Sections of settings that a run shares with its untouched model, and with its LoRA.
 _SAME_DATA = ("model", "task", "eval")
 _SAME_TRAINING = (*_SAME_DATA, "lora", "train", "seed")
@@ -14,14 +16,20 @@ _NOT_LEARNT = ("checkpointing", "host_activations", "lean", "log_every", "save_e
 
 
 @dataclass(frozen=True)
-class ScoredRun:
-    """A run's resolved settings and its held-out loss; None if it has no results."""
+class StoredRun:
+    """A run with its settings and results, which are read from its folder once."""
 
+    run: Run
     config: Mapping[str, Any]
-    loss: float | None
+    metrics: Mapping[str, Any]  # empty until the run is done
+
+    @property
+    def loss(self) -> float | None:
+        """The held-out loss; None where the run has no results or its task has no loss."""
+        return self.metrics["scores"].get("loss") if self.metrics else None
 
 
-def gain_kept(run: ScoredRun, runs: Sequence[ScoredRun]) -> float | None:
+def gain_kept(run: StoredRun, runs: Sequence[StoredRun]) -> float | None:
     """Share of LoRA's improvement in held-out loss over the untouched model that `run` keeps.
 
     None where the run, its LoRA or its untouched model has no loss, or LoRA improved nothing.
@@ -34,21 +42,20 @@ def gain_kept(run: ScoredRun, runs: Sequence[ScoredRun]) -> float | None:
 
 
 def _loss_of(
-    method: str, run: ScoredRun, runs: Sequence[ScoredRun], sections: Sequence[str]
+    method: str, run: StoredRun, runs: Sequence[StoredRun], sections: Sequence[str]
 ) -> float | None:
     """Loss of the first run of this method that shares these sections with `run`."""
-    settings = [_learnt(run, name) for name in sections]
     losses = (
         one.loss
         for one in runs
         if one.config["method"] == method
         and one.loss is not None
-        and [_learnt(one, name) for name in sections] == settings
+        and all(_learnt(one, name) == _learnt(run, name) for name in sections)
     )
     return next(losses, None)
 
 
-def _learnt(run: ScoredRun, section: str) -> Any:
+def _learnt(run: StoredRun, section: str) -> Any:
     values = run.config.get(section)
     if section != "train" or not isinstance(values, dict):
         return values
