@@ -1,4 +1,4 @@
-"""Results as reports are made of them: rows without runs, and folders of runs."""
+"""Build rows of results for tests of the report, without any run."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,11 @@ from emloc.report.rows import Row
 
 
 def row(method: str = "emloc", score: float | None = 0.5, **changed) -> Row:
-    """A run of an 8B on pmc_vqa; without a score it ran out of memory."""
-    known = {
+    """Return the result of a run of an 8B model on pmc_vqa; score=None means out of memory.
+
+    `changed` overrides fields of `Row`; all other names become numbers of the run.
+    """
+    fields = {
         "experiment": "mine",
         "cell": "",
         "model": "internvl2_5_8b",
@@ -19,16 +22,16 @@ def row(method: str = "emloc", score: float | None = 0.5, **changed) -> Row:
         "seed": 0,
         "state": "done" if score is not None else "OOM",
     } | {key: changed.pop(key) for key in list(changed) if key in Row.__annotations__}
-    settings = {key: known[key] for key in ("model", "task")} | {"method": method}
-    settings |= {"lora.rank": "8"} | known.pop("settings", {})
+    settings = {key: fields[key] for key in ("model", "task")} | {"method": method}
+    settings |= {"lora.rank": "8"} | fields.pop("settings", {})
     numbers = {} if score is None else {"score": score, "scores/loss": 1.0, **changed}
-    done = score is not None
+    is_done = score is not None
     return Row(
-        **known,
-        run=f"{method}-{known['cell']}-{known['model']}-{known['task']}-s{known['seed']}",
+        **fields,
+        run=f"{method}-{fields['cell']}-{fields['model']}-{fields['task']}-s{fields['seed']}",
         method=method,
-        metric="accuracy" if done else "",
-        data="abc" if done else "",
+        metric="accuracy" if is_done else "",
+        data="abc" if is_done else "",
         settings=settings,
         numbers=numbers,
     )

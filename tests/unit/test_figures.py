@@ -1,4 +1,4 @@
-"""What the figures of a report show: read from their axes, not from their pixels."""
+"""The figures of a report; tests read axes and labels instead of pixels."""
 
 import subprocess
 import sys
@@ -27,27 +27,30 @@ SETTINGS = {
 
 
 def row(method: str, score: float = 0.5, seed: int = 0, **more) -> Row:
-    """A run that is done; `more`: settings, with __ for the dot, and fields and numbers of it."""
+    """Return the result of a finished run.
+
+    `more` holds settings, with __ for the dot, and fields and numbers of the row.
+    """
     fields = {name: more.pop(name) for name in ("cell", "model", "task", "state") if name in more}
     numbers = {"score": score} | more.pop("numbers", {})
     settings = SETTINGS | {"emulator": EMULATORS.get(method, "svd")}
     settings |= {name.replace("__", "."): value for name, value in more.items()}
-    done = fields.get("state", "done") == "done"
+    is_done = fields.get("state", "done") == "done"
     return Row(
         **{"experiment": "x", "state": "done", "cell": "", "model": "tiny", "task": "sums"}
         | fields,
         run=f"{method}-{score}-{seed}",
         method=method,
         seed=seed,
-        metric="exact_match" if done else "",
+        metric="exact_match" if is_done else "",
         data="",
         settings=settings,
-        numbers=numbers if done else {},
+        numbers=numbers if is_done else {},
     )
 
 
 def trained(gib: float, mb: float = 100.0, seconds: float = 10.0, **more) -> dict:
-    """Numbers of what was trained."""
+    """Return the numbers of a trained run: peak GiB, MB trained through and seconds."""
     return {"peak_gib/train": gib, "bytes": mb * 1e6, "seconds/train": seconds, **more}
 
 
@@ -56,16 +59,16 @@ def drawn(rows: list[Row], place) -> dict:
 
 
 def lines(axes: Axes) -> dict[str, tuple[list[float], list[float]]]:
-    """Label -> x and y of what is labelled."""
-    found = {}
+    """Label -> x and y values, for all lines with a label."""
+    values_by_label = {}
     for line in axes.get_lines():
         if not str(line.get_label()).startswith("_"):
-            found[line.get_label()] = (list(line.get_xdata()), list(line.get_ydata()))
-    return found
+            values_by_label[line.get_label()] = (list(line.get_xdata()), list(line.get_ydata()))
+    return values_by_label
 
 
 def words(figure) -> list[str]:
-    """All that is written into the panels."""
+    """Return all texts written into the panels."""
     return [word for axes in figure.axes for text in axes.texts if (word := text.get_text())]
 
 
@@ -80,7 +83,7 @@ def ticks(axis) -> list[str]:
 # Score against ratio -----------------------------------------------------------------------------
 
 
-def of_ratios() -> list[Row]:
+def rows_by_ratio() -> list[Row]:
     rows = [row("zero_shot", 0.1), row("lora", 0.9), row("lora", 0.8, seed=1)]
     for ratio, score in (("0.25", 0.2), ("0.5", 0.4)):
         rows += [
@@ -89,13 +92,13 @@ def of_ratios() -> list[Row]:
     return rows
 
 
-def test_a_line_of_means_against_the_ratio_and_the_references_across(tmp_path):
-    figure = drawn(of_ratios(), tmp_path)["score_ratio"]
+def test_means_are_plotted_against_the_ratio_with_references_as_horizontal_lines(tmp_path):
+    figure = drawn(rows_by_ratio(), tmp_path)["score_ratio"]
     (axes,) = figure.axes
-    found = lines(axes)
-    assert found["emloc"] == ([0.25, 0.5], [pytest.approx(0.25), pytest.approx(0.45)])
-    assert found["lora"][1] == [pytest.approx(0.85)] * 2
-    assert found["zero_shot"][1] == [0.1, 0.1]
+    actual = lines(axes)
+    assert actual["emloc"] == ([0.25, 0.5], [pytest.approx(0.25), pytest.approx(0.45)])
+    assert actual["lora"][1] == [pytest.approx(0.85)] * 2
+    assert actual["zero_shot"][1] == [0.1, 0.1]
     assert legend(figure) == ["emloc", "lora", "zero_shot"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("share of parameters kept", "exact_match")
     assert ticks(axes.xaxis) == ["25%", "50%"]
@@ -103,16 +106,19 @@ def test_a_line_of_means_against_the_ratio_and_the_references_across(tmp_path):
     assert figure.get_size_inches()[0] == COLUMN
 
 
-def test_the_spread_over_seeds_is_drawn(tmp_path):
-    (axes,) = drawn(of_ratios(), tmp_path)["score_ratio"].axes
+def test_the_deviation_over_seeds_is_drawn(tmp_path):
+    (axes,) = drawn(rows_by_ratio(), tmp_path)["score_ratio"].axes
     (bars,) = axes.containers
-    low, high = bars.lines[2][0].get_segments()[0][:, 1]
-    assert (low, high) == (pytest.approx(0.25 - 0.0707, abs=1e-4), pytest.approx(0.3207, abs=1e-4))
+    lower, upper = bars.lines[2][0].get_segments()[0][:, 1]
+    assert (lower, upper) == (
+        pytest.approx(0.25 - 0.0707, abs=1e-4),
+        pytest.approx(0.3207, abs=1e-4),
+    )
     spans = sorted(patch.get_height() for patch in axes.patches)
     assert spans == [0.0, pytest.approx(2 * 0.0707, abs=1e-4)]
 
 
-def test_a_cells_ratio_is_no_part_of_its_lines_name(tmp_path):
+def test_the_label_of_a_line_omits_the_ratio_of_its_cells(tmp_path):
     rows = [
         row("emloc", 0.2, cell="svd_r25_sequential", compression__ratio="0.25"),
         row("emloc", 0.3, cell="svd_r50_sequential", compression__ratio="0.5"),
@@ -120,15 +126,15 @@ def test_a_cells_ratio_is_no_part_of_its_lines_name(tmp_path):
     ]
     rows = [replace(one, settings={**one.settings, "cell": f"x/{one.cell}"}) for one in rows]
     figure = drawn(rows, tmp_path)["score_ratio"]
-    found = lines(figure.axes[0])
-    assert found["svd_sequential"] == ([0.25, 0.5], [0.2, 0.3])
-    assert found["svd_nf4"] == ([0.9], [0.4])
+    actual = lines(figure.axes[0])
+    assert actual["svd_sequential"] == ([0.25, 0.5], [0.2, 0.3])
+    assert actual["svd_nf4"] == ([0.9], [0.4])
     faces = {one.get_label(): one.get_markerfacecolor() for one in figure.axes[0].get_lines()}
     assert faces["svd_nf4"] == "white" != faces["svd_sequential"]
     assert figure._supxlabel.get_text() == "hollow: nf4"
 
 
-def test_formats_of_one_width_are_told_apart_by_their_names(tmp_path):
+def test_formats_with_equal_bits_are_labelled_by_their_names(tmp_path):
     named = {"precision": "other", "precision__name": "other", "precision__bits": "4"}
     rows = [
         row("emloc", score, compression__ratio=ratio, **more)
@@ -141,44 +147,44 @@ def test_formats_of_one_width_are_told_apart_by_their_names(tmp_path):
         )
     ]
     figure = drawn(rows, tmp_path)["score_ratio"]
-    found = lines(figure.axes[0])
-    assert sorted(found) == ["emloc 16 bit", "emloc 3 bit", "emloc nf4", "emloc other"]
-    assert found["emloc other"] == ([0.25, 0.5], [0.4, 0.4])
+    actual = lines(figure.axes[0])
+    assert sorted(actual) == ["emloc 16 bit", "emloc 3 bit", "emloc nf4", "emloc other"]
+    assert actual["emloc other"] == ([0.25, 0.5], [0.4, 0.4])
     faces = {one.get_label(): one.get_markerfacecolor() for one in figure.axes[0].get_lines()}
-    assert [faces[name] == "white" for name in sorted(found)] == [False, True, True, True]
+    assert [faces[name] == "white" for name in sorted(actual)] == [False, True, True, True]
     assert figure._supxlabel.get_text() == "hollow: 3 bit, nf4, other"
 
 
-def test_settings_that_differ_within_a_method_are_lines_of_their_own(tmp_path):
+def test_different_settings_of_one_method_are_separate_lines(tmp_path):
     rows = [
         row("emloc", 0.2, emulator__sequential=flag, compression__ratio=ratio)
         for flag in ("True", "False")
         for ratio in ("0.25", "0.5")
     ]
-    found = lines(drawn(rows, tmp_path)["score_ratio"].axes[0])
-    assert set(found) == {"emloc sequential=True", "emloc sequential=False"}
+    actual = lines(drawn(rows, tmp_path)["score_ratio"].axes[0])
+    assert set(actual) == {"emloc sequential=True", "emloc sequential=False"}
 
 
-def test_what_leaves_nothing_out_stands_at_all_of_the_parameters(tmp_path):
-    """Once, however many ratios it was run with, which it ignores."""
-    rows = of_ratios()
+def test_a_method_without_compression_is_drawn_at_all_parameters(tmp_path):
+    """It is drawn once for all its ratios, which it ignores."""
+    rows = rows_by_ratio()
     rows += [row("dora", 0.7, compression__ratio=ratio) for ratio in ("0.25", "0.5")]
     (axes,) = drawn(rows, tmp_path)["score_ratio"].axes
     assert lines(axes)["dora"] == ([1.0], [0.7])
     assert ticks(axes.xaxis) == ["25%", "50%", "100%"]
 
 
-def test_one_ratio_is_no_figure(tmp_path):
+def test_a_single_ratio_gives_no_figure(tmp_path):
     assert "score_ratio" not in drawn([row("lora"), row("emloc"), row("svd_llm")], tmp_path)
 
 
-def test_a_method_has_its_colour_in_every_figure(tmp_path):
-    rows = [replace(one, numbers=one.numbers | trained(1.0)) for one in of_ratios()]
-    found = drawn(rows, tmp_path)
-    assert {"score_ratio", "score_memory"} <= set(found)
+def test_a_method_has_the_same_colour_in_every_figure(tmp_path):
+    rows = [replace(one, numbers=one.numbers | trained(1.0)) for one in rows_by_ratio()]
+    actual = drawn(rows, tmp_path)
+    assert {"score_ratio", "score_memory"} <= set(actual)
     expected = line_styles([("emloc", "emloc", False)])["emloc"].colour
     for name, label in (("score_ratio", "emloc"), ("score_memory", None)):
-        colours = {to_hex(one.get_color()) for one in found[name].axes[0].get_lines()}
+        colours = {to_hex(one.get_color()) for one in actual[name].axes[0].get_lines()}
         assert expected.lower() in colours, (name, label)
 
 
@@ -190,7 +196,7 @@ def test_every_method_has_a_style_and_no_two_the_same():
     assert some["lora"] == styles["lora"]
 
 
-def test_lines_of_one_method_share_the_colour_and_not_the_marker():
+def test_lines_of_one_method_share_the_colour_but_not_the_marker():
     styles = line_styles([("b", "emloc", False), ("a", "emloc", False)])
     assert styles["a"].colour == styles["b"].colour
     assert styles["a"].marker != styles["b"].marker
@@ -201,27 +207,27 @@ def test_lines_of_one_method_share_the_colour_and_not_the_marker():
 
 
 def test_every_model_and_task_is_a_panel(tmp_path):
-    rows = [replace(one, task=task) for task in ("a", "b", "c") for one in of_ratios()]
+    rows = [replace(one, task=task) for task in ("a", "b", "c") for one in rows_by_ratio()]
     figure = drawn(rows, tmp_path)["score_ratio"]
     assert [axes.get_title() for axes in figure.axes] == ["tiny on a", "tiny on b", "tiny on c"]
     assert figure.get_size_inches()[0] == PAGE
 
 
-def test_eight_panels_are_a_page(tmp_path):
-    rows = [replace(one, task=f"t{task}") for task in range(9) for one in of_ratios()]
-    found = drawn(rows, tmp_path)
-    assert [len(found[name].axes) for name in ("score_ratio", "score_ratio_2")] == [8, 1]
+def test_a_figure_has_at_most_eight_panels(tmp_path):
+    rows = [replace(one, task=f"t{task}") for task in range(9) for one in rows_by_ratio()]
+    actual = drawn(rows, tmp_path)
+    assert [len(actual[name].axes) for name in ("score_ratio", "score_ratio_2")] == [8, 1]
 
 
-def test_what_did_not_finish_is_counted_below(tmp_path):
-    rows = [*of_ratios(), row("emloc", state="OOM"), row("qlora", state="failed(train)")]
+def test_unfinished_and_failed_runs_are_counted_below_the_figure(tmp_path):
+    rows = [*rows_by_ratio(), row("emloc", state="OOM"), row("qlora", state="failed(train)")]
     figure = drawn([*rows, row("lora", state="running")], tmp_path)["score_ratio"]
     note = "2 runs failed or ran out of memory; 1 run not finished"
     assert figure._supxlabel.get_text() == note
-    assert note_of(of_ratios()) == ""
+    assert note_of(rows_by_ratio()) == ""
 
 
-def test_a_legend_takes_as_many_columns_as_fit():
+def test_a_legend_uses_as_many_columns_as_fit():
     assert legend_columns(["a" * 5] * 8, 3.3) == 4
     assert legend_columns(["a" * 60] * 3, 3.3) == 1
     assert legend_columns(["a"], 3.3) == 1
@@ -230,25 +236,25 @@ def test_a_legend_takes_as_many_columns_as_fit():
 # Sweeps of other settings ------------------------------------------------------------------------
 
 
-def of_settings(name: str, values: list[str], method: str = "emloc") -> list[Row]:
+def rows_by_setting(name: str, values: list[str], method: str = "emloc") -> list[Row]:
     return [row(method, at / 10, **{name: value}) for at, value in enumerate(values)]
 
 
-def test_a_setting_swept_within_a_method_is_a_figure(tmp_path):
-    rows = [row("lora", 0.9), *of_settings("recovery__clamp", ["1.0", "null", "3.0"])]
-    found = drawn(rows, tmp_path)
-    assert set(found) == {"score_clamp"}
-    (axes,) = found["score_clamp"].axes
+def test_a_setting_swept_within_a_method_gives_a_figure(tmp_path):
+    rows = [row("lora", 0.9), *rows_by_setting("recovery__clamp", ["1.0", "null", "3.0"])]
+    actual = drawn(rows, tmp_path)
+    assert set(actual) == {"score_clamp"}
+    (axes,) = actual["score_clamp"].axes
     assert lines(axes)["emloc"] == ([1.0, 3.0, 5.0], [0.0, 0.2, 0.1])
     assert ticks(axes.xaxis) == ["1", "3", "none"]
     assert lines(axes)["lora"][1] == [0.9, 0.9]
 
 
-def test_two_values_are_no_sweep(tmp_path):
-    assert drawn(of_settings("recovery__clamp", ["1.0", "3.0"]), tmp_path) == {}
+def test_two_values_are_not_a_sweep(tmp_path):
+    assert drawn(rows_by_setting("recovery__clamp", ["1.0", "3.0"]), tmp_path) == {}
 
 
-def test_values_of_other_methods_are_no_sweep(tmp_path):
+def test_values_of_different_methods_are_not_a_sweep(tmp_path):
     rows = [
         row(method, recovery__clamp=value)
         for method, value in (("emloc", "1.0"), ("emloc_nf4", "2.0"), ("mine", "3.0"))
@@ -256,17 +262,17 @@ def test_values_of_other_methods_are_no_sweep(tmp_path):
     assert drawn(rows, tmp_path) == {}
 
 
-def test_lora_is_no_reference_across_ranks(tmp_path):
-    """Alpha goes with the rank, and is no other setting."""
+def test_lora_is_a_line_and_no_reference_in_a_sweep_of_ranks(tmp_path):
+    """Alpha changes with the rank and does not count as another setting."""
     rows = [row("zero_shot", 0.1)]
     for method in ("lora", "emloc"):
         rows += [
             row(method, int(rank) / 100, lora__rank=rank, lora__alpha=rank)
             for rank in ("4", "8", "16")
         ]
-    found = drawn(rows, tmp_path)
-    assert set(found) == {"score_rank"}
-    (axes,) = found["score_rank"].axes
+    actual = drawn(rows, tmp_path)
+    assert set(actual) == {"score_rank"}
+    (axes,) = actual["score_rank"].axes
     assert lines(axes)["lora"] == lines(axes)["emloc"] == ([4.0, 8.0, 16.0], [0.04, 0.08, 0.16])
     assert lines(axes)["zero_shot"][1] == [0.1, 0.1]
     assert axes.get_xscale() == "log"
@@ -281,18 +287,18 @@ def test_gain_against_calibration_size(tmp_path):
     ]
     rows.append(row("lora", 0.9, numbers={"gain_kept": 1.0}))
     rows.append(row("svd_llm", 0.4, numbers={"gain_kept": 0.3}, calibration__samples="64"))
-    found = drawn(rows, tmp_path)
-    (axes,) = found["gain_calibration"].axes
+    actual = drawn(rows, tmp_path)
+    (axes,) = actual["gain_calibration"].axes
     assert lines(axes)["emloc"] == ([16.0, 64.0], [pytest.approx(0.55), pytest.approx(0.75)])
     assert (axes.get_xscale(), ticks(axes.xaxis)) == ("log", ["16", "64"])
     assert axes.get_ylabel() == "share of gain kept"
     assert axes.yaxis.get_major_formatter()(0.5) == "50%"
-    # One value says nothing about a setting.
-    assert legend(found["gain_calibration"]) == ["emloc", "lora"]
+    # A method with one value of the setting has no line.
+    assert legend(actual["gain_calibration"]) == ["emloc", "lora"]
 
 
-def test_without_a_gain_there_is_no_figure_of_it(tmp_path):
-    rows = of_settings("calibration__samples", ["16", "64", "256"])
+def test_without_gains_there_is_no_figure_of_gains(tmp_path):
+    rows = rows_by_setting("calibration__samples", ["16", "64", "256"])
     assert set(drawn(rows, tmp_path)) == {"score_samples"}
 
 
@@ -308,16 +314,16 @@ def test_without_a_gain_there_is_no_figure_of_it(tmp_path):
         (["2.0", "3.0"], [2, 3], False),
     ],
 )
-def test_an_axis_is_logarithmic_where_that_is_more_even(values, where, log):
-    found, is_log = positions(values)
-    assert [found[value] for value in values] == where
+def test_an_axis_is_logarithmic_if_values_are_more_even_then(values, where, log):
+    actual, is_log = positions(values)
+    assert [actual[value] for value in values] == where
     assert is_log == log
 
 
 # Score against what it costs ---------------------------------------------------------------------
 
 
-def of_costs(count: int, **more) -> list[Row]:
+def rows_by_cost(count: int, **more) -> list[Row]:
     return [
         row(f"m{i:02}", i / 100, numbers=trained(1.0 + i, 10.0 + i, 5.0 + i) | more)
         for i in range(count)
@@ -331,45 +337,45 @@ def test_each_cell_is_a_numbered_point_and_the_front_is_joined(tmp_path):
         row("emloc", 0.7, numbers=trained(4.0, 100.0, 20.0, **{"seconds/emulate": 5.0})),
         row("upop", 0.5, numbers=trained(5.0, 90.0, 7.0)),
     ]
-    found = drawn(rows, tmp_path)
-    assert set(found) == {"score_memory", "score_weights", "score_time"}
-    (axes,) = found["score_memory"].axes
+    actual = drawn(rows, tmp_path)
+    assert set(actual) == {"score_memory", "score_weights", "score_time"}
+    (axes,) = actual["score_memory"].axes
     assert lines(axes)["Pareto front"] == ([4.0, 8.0], [0.7, 0.9])
     assert lines(axes)["zero_shot"][1] == [0.1, 0.1]
-    assert sorted(words(found["score_memory"])) == ["1", "2", "3"]
-    assert legend(found["score_memory"])[:3] == ["1  emloc", "2  lora", "3  upop"]
+    assert sorted(words(actual["score_memory"])) == ["1", "2", "3"]
+    assert legend(actual["score_memory"])[:3] == ["1  emloc", "2  lora", "3  upop"]
     assert axes.get_xlabel() == "peak memory of training (GiB)"
-    fronts = {name: lines(figure.axes[0])["Pareto front"][0] for name, figure in found.items()}
+    fronts = {name: lines(figure.axes[0])["Pareto front"][0] for name, figure in actual.items()}
     assert fronts["score_weights"] == [90.0, 100.0, 200.0]
     assert fronts["score_time"] == [7.0, 10.0]
 
 
-def test_the_gain_is_a_second_panel_where_it_is_known(tmp_path):
-    figure = drawn(of_costs(4, gain_kept=0.5), tmp_path)["score_memory"]
+def test_known_gains_are_a_second_panel(tmp_path):
+    figure = drawn(rows_by_cost(4, gain_kept=0.5), tmp_path)["score_memory"]
     names = [axes.get_ylabel() for axes in figure.axes]
     assert names == ["exact_match", "share of gain kept"]
 
 
 def test_each_point_has_a_number_and_the_key_names_it(tmp_path):
-    figure = drawn(of_costs(16), tmp_path)["score_memory"]
+    figure = drawn(rows_by_cost(16), tmp_path)["score_memory"]
     assert sorted(words(figure), key=int) == [str(i) for i in range(1, 17)]
     assert legend(figure)[0] == "1  m00"
     assert legend(figure)[15] == "16  m15"
 
 
-def test_a_recipe_of_two_points_is_no_panel_beside_one_of_more(tmp_path):
-    rows = of_costs(4) + [
-        replace(one, settings={**one.settings, "train.steps": "9"}) for one in of_costs(2)
+def test_a_recipe_with_two_points_has_no_panel_beside_larger_ones(tmp_path):
+    rows = rows_by_cost(4) + [
+        replace(one, settings={**one.settings, "train.steps": "9"}) for one in rows_by_cost(2)
     ]
     figure = drawn(rows, tmp_path)["score_memory"]
     assert [axes.get_title() for axes in figure.axes] == ["tiny on sums, steps=100"]
-    assert len(drawn(of_costs(2), tmp_path)["score_memory"].axes) == 1
+    assert len(drawn(rows_by_cost(2), tmp_path)["score_memory"].axes) == 1
 
 
-def test_costs_far_apart_stand_on_a_logarithmic_axis(tmp_path):
+def test_costs_that_differ_much_have_a_logarithmic_axis(tmp_path):
     rows = [row(f"m{gib}", 0.5, numbers=trained(gib)) for gib in (1.0, 2.0, 9.0)]
-    found = drawn(rows, tmp_path)
-    scales = [found[name].axes[0].get_xscale() for name in ("score_memory", "score_weights")]
+    actual = drawn(rows, tmp_path)
+    scales = [actual[name].axes[0].get_xscale() for name in ("score_memory", "score_weights")]
     assert scales == ["log", "linear"]
 
 
@@ -377,21 +383,21 @@ def test_costs_far_apart_stand_on_a_logarithmic_axis(tmp_path):
 
 
 def test_a_caption_is_sentences_about_what_is_drawn(tmp_path):
-    found = drawings(of_ratios(), tmp_path / "rows.csv")["score_ratio"]
-    assert found.caption == (
+    actual = drawings(rows_by_ratio(), tmp_path / "rows.csv")["score_ratio"]
+    assert actual.caption == (
         "The exact_match against the share of parameters kept, with a line for each method. "
         "lora and zero_shot do not depend on the setting. "
         "Bars and bands are the standard deviation over seeds."
     )
-    assert found.alt == "tiny on sums: exact_match against share of parameters kept"
-    (cost, *_) = drawings(of_costs(4), tmp_path / "rows.csv").values()
+    assert actual.alt == "tiny on sums: exact_match against share of parameters kept"
+    (cost, *_) = drawings(rows_by_cost(4), tmp_path / "rows.csv").values()
     assert cost.caption.startswith("The exact_match against the peak memory of training (GiB).")
     assert "standard deviation" not in cost.caption
 
 
 def test_the_numbers_of_a_figure_are_written_beside_it(tmp_path):
-    found = drawings(of_ratios(), tmp_path / "rows.csv")
-    (path,) = save_records(found, tmp_path)
+    actual = drawings(rows_by_ratio(), tmp_path / "rows.csv")
+    (path,) = save_records(actual, tmp_path)
     assert path.name == "score_ratio.csv"
     head, *table = path.read_text().splitlines()
     assert head == "panel,label,compression.ratio,quantity,mean,standard deviation"
@@ -403,7 +409,7 @@ def test_the_numbers_of_a_figure_are_written_beside_it(tmp_path):
 
 
 def test_a_cost_has_a_record_for_each_point_with_its_number(tmp_path):
-    records = drawings(of_costs(3), tmp_path / "rows.csv")["score_memory"].records
+    records = drawings(rows_by_cost(3), tmp_path / "rows.csv")["score_memory"].records
     assert [(one["number"], one["label"], one["mean"]) for one in records] == [
         (1, "m00", 0.0),
         (2, "m01", 0.01),
@@ -412,7 +418,7 @@ def test_a_cost_has_a_record_for_each_point_with_its_number(tmp_path):
 
 
 def test_panels_stand_below_one_another_on_a_narrow_screen(tmp_path):
-    rows = of_costs(4, gain_kept=0.5)
+    rows = rows_by_cost(4, gain_kept=0.5)
     narrow = drawings(rows, tmp_path / "rows.csv", columns=1)["score_memory"].figure
     wide = drawings(rows, tmp_path / "rows.csv")["score_memory"].figure
     assert narrow.get_size_inches()[0] == COLUMN
@@ -425,13 +431,13 @@ def test_panels_stand_below_one_another_on_a_narrow_screen(tmp_path):
 # Files -------------------------------------------------------------------------------------------
 
 
-def test_nothing_done_is_no_figure(tmp_path):
+def test_without_finished_runs_there_is_no_figure(tmp_path):
     assert drawn([row("emloc", state="running")], tmp_path) == {}
     assert drawn([], tmp_path) == {}
 
 
-def test_a_file_of_rows_gives_the_figures_of_its_folder(tmp_path):
-    rows = [replace(one, numbers=one.numbers | trained(1.0 + one.seed)) for one in of_ratios()]
+def test_a_tidy_file_gives_the_figures_of_its_folder(tmp_path):
+    rows = [replace(one, numbers=one.numbers | trained(1.0 + one.seed)) for one in rows_by_ratio()]
     write_rows(rows, tmp_path / "rows.csv")
     again = rows_of(tmp_path / "rows.csv")
     first, second = drawn(rows, tmp_path), drawn(again, tmp_path)
@@ -443,16 +449,16 @@ def test_a_file_of_rows_gives_the_figures_of_its_folder(tmp_path):
 
 def test_the_files_of_a_figure_are_the_same_every_time(tmp_path):
     forms = ("png", "pdf", "svg")
-    written = save(drawn(of_ratios(), tmp_path), tmp_path / "a" / "figures", forms)
+    written = save(drawn(rows_by_ratio(), tmp_path), tmp_path / "a" / "figures", forms)
     assert [path.name for path in written] == [f"score_ratio.{form}" for form in forms]
-    again = save(drawn(of_ratios(), tmp_path), tmp_path / "b", forms)
+    again = save(drawn(rows_by_ratio(), tmp_path), tmp_path / "b", forms)
     assert [path.read_bytes() for path in written] == [path.read_bytes() for path in again]
     head = written[0].read_bytes()
     assert head.startswith(b"\x89PNG")
     assert int.from_bytes(head[16:20], "big") == round(200 * COLUMN)
 
 
-def test_tables_do_not_wait_for_matplotlib_nor_figures_for_torch():
+def test_tables_do_not_import_matplotlib_and_figures_do_not_import_torch():
     program = (
         "import sys\n"
         "import emloc.report.figures\n"
@@ -460,7 +466,7 @@ def test_tables_do_not_wait_for_matplotlib_nor_figures_for_torch():
         "import emloc.report.draw.cost, emloc.report.draw.layers, emloc.report.draw.sweep\n"
         "print({'matplotlib', 'matplotlib.pyplot', 'torch', 'transformers'} & {*sys.modules})\n"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines() == ["set()", "{'matplotlib'}"]
+    assert process.stdout.splitlines() == ["set()", "{'matplotlib'}"]

@@ -1,4 +1,4 @@
-"""The paper's numbers: how they are read, what of ours they stand beside, and the difference."""
+"""The numbers of the paper: how they are read, and how they are compared with our results."""
 
 import pytest
 from reported import row
@@ -16,7 +16,7 @@ EIGHT = "internvl2_5_8b"
 
 @pytest.fixture
 def paper(tmp_path):
-    """Write the numbers of an experiment called `mine` and read them."""
+    """Function that writes the paper's numbers of an experiment called `mine` and reads them."""
 
     def write(lines: str, head: str = HEAD):
         (tmp_path / "mine.csv").write_text(f"# The paper, Table 9\n{head}{lines}")
@@ -32,7 +32,7 @@ def words(rows, paper, **more) -> list[dict[str, str]]:
 # Reading -----------------------------------------------------------------------------------------
 
 
-def test_a_number_is_of_its_experiment_and_of_all_keys_that_are_filled_in(paper):
+def test_a_number_belongs_to_its_experiment_and_to_the_given_keys(paper):
     (one,) = paper(f"emloc,{EIGHT},,score,52.30,percent\n").numbers
     assert one.keys == {"experiment": "mine", "cell": "emloc", "model": EIGHT}
     assert one.word == "52.30"
@@ -45,7 +45,7 @@ def test_an_experiment_without_a_file_has_no_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("head", "line", "said"),
+    ("head", "line", "message"),
     [
         (
             HEAD,
@@ -61,12 +61,12 @@ def test_an_experiment_without_a_file_has_no_numbers(tmp_path):
         ("", "", r"mine.csv:2: no column model, quantity, value, unit"),
     ],
 )
-def test_a_file_that_cannot_be_right_is_refused_with_its_line(paper, head, line, said):
-    with pytest.raises(ConfigError, match=said):
+def test_an_invalid_file_is_refused_with_the_line_number(paper, head, line, message):
+    with pytest.raises(ConfigError, match=message):
         paper(line, head)
 
 
-def test_a_file_that_names_no_source_is_refused(tmp_path):
+def test_a_file_without_a_source_is_refused(tmp_path):
     for text in (HEAD, ""):
         (tmp_path / "mine.csv").write_text(text)
         with pytest.raises(ConfigError, match=r"mine.csv:1: say where the numbers are from"):
@@ -74,9 +74,9 @@ def test_a_file_that_names_no_source_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.csv")), ids=lambda path: path.stem)
-def test_numbers_that_come_with_an_experiment_are_of_its_models(path):
-    asked = experiment(path.with_suffix(".yaml"))
-    models = {asked.word(point, "model") for point in asked.points}
+def test_numbers_in_the_repository_are_of_models_of_their_experiment(path):
+    experiment_file = experiment(path.with_suffix(".yaml"))
+    models = {experiment_file.word(point, "model") for point in experiment_file.points}
     numbers = paper_of([path.stem], EXPERIMENTS).numbers
     assert len(numbers) >= 6
     assert {one.keys["model"] for one in numbers} <= models
@@ -96,44 +96,47 @@ def test_numbers_that_come_with_an_experiment_are_of_its_models(path):
         ("gpu_hours", {"seconds/calibrate": 1800.0}, None),
     ],
 )
-def test_ours_is_counted_as_the_papers_is(quantity, numbers, ours):
+def test_our_numbers_use_the_units_of_the_paper(quantity, numbers, ours):
     assert QUANTITIES[quantity].ours(row(score=0.52, **numbers)) == ours
 
 
-def test_what_has_no_results_has_no_number():
+def test_a_run_without_results_has_no_number():
     assert [each.ours(row(score=None)) for each in QUANTITIES.values()] == [None, None, None]
 
 
 # Side by side ------------------------------------------------------------------------------------
 
 
-def test_a_score_stands_in_percent_beside_the_papers(paper):
-    found = paper(f"a,{EIGHT},pmc_vqa,score,52.3,percent\na,{EIGHT},websrc,score,85.2,percent\n")
+def test_a_score_is_compared_in_percent(paper):
+    paper_numbers = paper(
+        f"a,{EIGHT},pmc_vqa,score,52.3,percent\na,{EIGHT},websrc,score,85.2,percent\n"
+    )
     runs = [row(score=score, cell="a", seed=seed) for seed, score in enumerate((0.51, 0.52, 0.53))]
     runs.append(row(score=0.86, cell="a", task="websrc"))
-    first, second = words(runs, found)
+    first, second = words(runs, paper_numbers)
     assert list(first)[:4] == ["cell", "method", "task", "seeds"]
     beside = {"accuracy %": "52.0 ± 1.0", "paper": "52.3", "difference": "-0.3"}
     assert list(first.items())[4:7] == list(beside.items())
     assert list(second.values())[4:7] == ["86.0", "85.2", "+0.8"]
 
 
-def test_a_score_of_another_metric_is_not_held_against_the_papers(paper):
+def test_a_score_of_another_metric_is_not_compared(paper):
     numbers = paper(f"emloc,{EIGHT},pmc_vqa,score,52.3,percent\n")
-    rows = [row(cell="emloc", settings={"task.metric": "anls"})]  # scored by accuracy
+    # The paper's metric of this task; our run was scored by accuracy.
+    rows = [row(cell="emloc", settings={"task.metric": "anls"})]
     (line,) = words(rows, numbers)
     assert not {"paper", "difference"} & set(line)
 
 
-def test_no_difference_has_no_minus(paper):
-    found = paper(f"a,{EIGHT},pmc_vqa,score,52.3,percent\n")
-    (line,) = words([row(score=0.52299, cell="a")], found)
+def test_a_zero_difference_has_no_minus_sign(paper):
+    paper_numbers = paper(f"a,{EIGHT},pmc_vqa,score,52.3,percent\n")
+    (line,) = words([row(score=0.52299, cell="a")], paper_numbers)
     assert line["difference"] == "+0.0"
 
 
-def test_what_failed_stands_beside_the_papers_too_and_has_no_difference(paper):
-    found = paper(f"a,{EIGHT},pmc_vqa,score,52.3,percent\n")
-    (line,) = words([row(score=None, cell="a")], found)
+def test_a_failed_run_is_shown_beside_the_paper_without_a_difference(paper):
+    paper_numbers = paper(f"a,{EIGHT},pmc_vqa,score,52.3,percent\n")
+    (line,) = words([row(score=None, cell="a")], paper_numbers)
     assert line == {
         "cell": "a",
         "method": "emloc",
@@ -142,51 +145,51 @@ def test_what_failed_stands_beside_the_papers_too_and_has_no_difference(paper):
     }
 
 
-def test_another_model_has_no_number_of_the_paper(paper):
-    found = paper(f"a,{EIGHT},pmc_vqa,score,52.3,percent\n")
-    (line,) = words([row(score=0.5, cell="a", model="tiny")], found)
+def test_another_model_is_not_compared_with_the_paper(paper):
+    paper_numbers = paper(f"a,{EIGHT},pmc_vqa,score,52.3,percent\n")
+    (line,) = words([row(score=0.5, cell="a", model="tiny")], paper_numbers)
     assert line["accuracy"] == "0.500"
     assert not {"paper", "difference"} & set(line)
-    small, large = words([row(cell="a", model="tiny"), row(cell="a")], found)
+    small, large = words([row(cell="a", model="tiny"), row(cell="a")], paper_numbers)
     assert (small["paper"], small["difference"]) == ("", "")
     assert (large["paper"], large["difference"]) == ("52.3", "-2.3")
 
 
-def test_another_experiment_has_no_number_of_this_one(paper):
-    found = paper(f"a,{EIGHT},pmc_vqa,score,52.3,percent\n")
-    (line,) = words([row(cell="a", experiment="other")], found, unrun=False)
+def test_numbers_of_one_experiment_are_not_used_for_another(paper):
+    paper_numbers = paper(f"a,{EIGHT},pmc_vqa,score,52.3,percent\n")
+    (line,) = words([row(cell="a", experiment="other")], paper_numbers, unrun=False)
     assert "paper" not in line
 
 
-def test_memory_has_columns_of_its_own_in_its_unit(paper):
-    found = paper(f"a,{EIGHT},peak,72.9,GB\n", "cell,model,quantity,value,unit\n")
-    (line,) = words([row(cell="a", **{"peak_gib/train": 60.0})], found)
+def test_memory_has_its_own_columns_with_its_unit(paper):
+    paper_numbers = paper(f"a,{EIGHT},peak,72.9,GB\n", "cell,model,quantity,value,unit\n")
+    (line,) = words([row(cell="a", **{"peak_gib/train": 60.0})], paper_numbers)
     assert line["accuracy"] == "0.500"
     assert line == line | {"peak GB": "64.4", "paper GB": "72.9", "difference GB": "-8.5"}
 
 
 def test_what_the_paper_has_and_was_not_run_is_an_empty_line(paper):
-    found = paper(
+    paper_numbers = paper(
         f"a,{EIGHT},pmc_vqa,score,52.3,percent\n"
         f"b,{EIGHT},pmc_vqa,score,50.1,percent\n"
         f"a,{EIGHT},websrc,score,85.2,percent\n"
         "a,larger,pmc_vqa,score,60.0,percent\n"
     )
     runs = [row(cell="a")]
-    ran, *absent = words(runs, found)
-    assert (ran["cell"], ran["task"], ran["paper"]) == ("a", "pmc_vqa", "52.3")
+    finished, *absent = words(runs, paper_numbers)
+    assert (finished["cell"], finished["task"], finished["paper"]) == ("a", "pmc_vqa", "52.3")
     empty = {"method": "", "accuracy %": "", "difference": "", "loss": ""}
     assert absent == [
         {"cell": "b", "task": "pmc_vqa", "paper": "50.1"} | empty,
         {"cell": "a", "task": "websrc", "paper": "85.2"} | empty,
     ]
-    assert len(words(runs, found, unrun=False)) == 1
+    assert len(words(runs, paper_numbers, unrun=False)) == 1
 
 
-def test_two_numbers_of_one_run_are_refused(paper):
-    found = paper(
+def test_two_numbers_for_one_run_are_refused(paper):
+    paper_numbers = paper(
         f"a,,{EIGHT},score,52.3,percent\n,emloc,{EIGHT},score,50.1,percent\n",
         "cell,method,model,quantity,value,unit\n",
     )
     with pytest.raises(ConfigError, match=r"mine.csv:4: a second score of what .*mine.csv:3 is"):
-        words([row(cell="a")], found)
+        words([row(cell="a")], paper_numbers)

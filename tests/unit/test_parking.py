@@ -1,4 +1,4 @@
-"""Tensors of stopped passes wait off the device, and are what they were when they are needed."""
+"""Tensors of suspended passes are offloaded and restored unchanged."""
 
 import shutil
 from collections import namedtuple
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def mapped(folder: Path) -> int:
-    """Files without a name in `folder` that this process has in memory."""
+    """Return the number of unnamed files in `folder` that this process has mapped to memory."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     return sum(str(folder) in line and line.endswith("(deleted)") for line in lines)
 
@@ -35,7 +35,7 @@ def no_gradients():
 # One pass ----------------------------------------------------------------------------------------
 
 
-def test_what_fits_stays_and_the_rest_goes_to_files_without_names(tmp_path):
+def test_tensors_above_the_limit_are_written_to_unnamed_files(tmp_path):
     pool = pool_of(tmp_path, 500)
     small, large = torch.arange(100.0), torch.arange(300.0)
     where = small.data_ptr()
@@ -47,17 +47,17 @@ def test_what_fits_stays_and_the_rest_goes_to_files_without_names(tmp_path):
     assert torch.equal(large, torch.arange(300.0))
 
 
-def test_without_a_limit_a_cpu_has_nothing_to_do(tmp_path):
+def test_without_a_limit_a_cpu_offloads_nothing(tmp_path):
     assert pool_of(tmp_path, None).is_idle
     assert not pool_of(tmp_path, 10**12).is_idle
 
 
-def test_what_shares_memory_shares_it_on_disk_too_and_takes_it_once(tmp_path):
+def test_views_of_one_tensor_share_one_file(tmp_path):
     pool = pool_of(tmp_path, 0)
     whole = torch.randn(4, 6)
     row, turned, wide = whole[1], whole.T, whole[:, :1].expand(4, 100)
     before = [one.clone() for one in (whole, row, turned, wide)]
-    OffloadedTensors(pool).offload([row, wide, turned])  # `whole` is found as their base
+    OffloadedTensors(pool).offload([row, wide, turned])  # `whole` is recognised as their base
     assert pool.disk == 96
     assert all(map(torch.equal, (whole, row, turned, wide), before))
     assert wide.stride() == (6, 0)
@@ -66,7 +66,7 @@ def test_what_shares_memory_shares_it_on_disk_too_and_takes_it_once(tmp_path):
     assert (turned[:, 1] == -1).all()
 
 
-def test_what_somebody_else_holds_too_stays(tmp_path):
+def test_tensors_with_other_references_stay(tmp_path):
     pool = pool_of(tmp_path, 0)
     whole = torch.arange(24.0)
     other = whole.detach()
@@ -77,7 +77,7 @@ def test_what_somebody_else_holds_too_stays(tmp_path):
     assert pool.disk == 96
 
 
-def test_nothing_of_the_model_moves(tmp_path):
+def test_tensors_of_the_model_stay(tmp_path):
     model = nn.BatchNorm1d(64)
     model.table = torch.ones(64)
     pool = pool_of(tmp_path, 0, model)
@@ -89,7 +89,7 @@ def test_nothing_of_the_model_moves(tmp_path):
     assert mapped(tmp_path) == 0
 
 
-def test_what_is_still_there_at_the_next_stop_is_not_moved_again(tmp_path):
+def test_an_offloaded_tensor_is_not_written_again(tmp_path):
     pool = pool_of(tmp_path, 0)
     table, states = torch.arange(100.0), torch.arange(50.0)
     pass_ = OffloadedTensors(pool)
@@ -111,7 +111,7 @@ def test_what_is_still_there_at_the_next_stop_is_not_moved_again(tmp_path):
     assert mapped(tmp_path) == 0
 
 
-def test_room_that_one_pass_leaves_is_the_others(tmp_path):
+def test_memory_freed_by_one_pass_is_used_by_another(tmp_path):
     pool = pool_of(tmp_path, 400)
     first, second = OffloadedTensors(pool), OffloadedTensors(pool)
     one, two, three = (torch.full((100,), float(i)) for i in range(3))
@@ -124,7 +124,7 @@ def test_room_that_one_pass_leaves_is_the_others(tmp_path):
     assert (pool.memory, pool.disk) == (400, 0)
 
 
-def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_written(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 1, 99))
     with pytest.raises(ConfigError) as caught:
@@ -136,11 +136,11 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tensors_are_found_in_whatever_holds_them():
+def test_tensors_are_found_in_nested_containers():
     a, b, c = torch.zeros(3).unbind()
     pair = namedtuple("pair", "first second")
-    found = list(tensors_in({"x": [a, (1, None)], "y": {"z": pair(b, "word")}, "w": c}))
-    assert all(one is other for one, other in zip(found, [a, b, c], strict=True))
+    actual = list(tensors_in({"x": [a, (1, None)], "y": {"z": pair(b, "word")}, "w": c}))
+    assert all(one is other for one, other in zip(actual, [a, b, c], strict=True))
 
 
 # A model -----------------------------------------------------------------------------------------
@@ -148,36 +148,37 @@ def test_tensors_are_found_in_whatever_holds_them():
 
 @pytest.mark.parametrize("host_bytes", [None, 0, 9000])
 @pytest.mark.parametrize("kind", MODELS)
-def test_blocks_take_and_give_the_very_bits_of_a_whole_pass(kind, host_bytes, tmp_path):
+def test_inputs_and_outputs_of_blocks_equal_those_of_a_whole_pass(kind, host_bytes, tmp_path):
     model, names = model_and_blocks(kind)
     expected = record_block_tensors(model, names)
     for one in batches_of(kind):
         model(**one, use_cache=False)
     twin, _ = model_and_blocks(kind)
-    given, files = batches_of(kind), []
-    run = iterate_blocks(twin, given, names, CPU, host_bytes=host_bytes, folder=tmp_path)
-    found = {}
+    batches, files = batches_of(kind), []
+    run = iterate_blocks(twin, batches, names, CPU, host_bytes=host_bytes, folder=tmp_path)
+    actual = {}
     for block in run:
         files.append(mapped(tmp_path))
-        seen = record_block_tensors(twin, [block.name])
+        recorded = record_block_tensors(twin, [block.name])
         block.run(lambda _: files.append(mapped(tmp_path)))
-        found |= seen
+        actual |= recorded
     assert names[0].startswith("model.vision_tower" if kind == "internvl" else "model.layers.0")
-    assert list(found) == names
+    assert list(actual) == names
     for name in names:
-        assert len(found[name]) == len(expected[name])
-        for ours, theirs in zip(found[name], expected[name], strict=True):
+        assert len(actual[name]) == len(expected[name])
+        for ours, theirs in zip(actual[name], expected[name], strict=True):
             assert len(ours) == len(theirs) >= 2
             assert all(map(torch.equal, ours, theirs))
-    # The stopped passes were in files, and nothing of it is left; the caller's batches never were.
+    # Suspended passes were in files, of which none remains; the caller's batches were never
+    # offloaded.
     assert all(count == 0 for count in files) if host_bytes is None else max(files) >= 6
     assert mapped(tmp_path) == 0
-    for one, same in zip(given, batches_of(kind), strict=True):
+    for one, same in zip(batches, batches_of(kind), strict=True):
         assert all(torch.equal(one[key], same[key]) for key in same)
 
 
-def test_a_limit_on_host_memory_leaves_part_of_it_there(tmp_path):
-    """Fewer files than with none, more than without a limit."""
+def test_a_limit_on_host_memory_keeps_some_tensors_in_memory(tmp_path):
+    """Fewer files than with a limit of 0, and more than without a limit."""
     counts = []
     for host_bytes in (0, 9000, 10**9):
         model, names = model_and_blocks("llama")
@@ -191,8 +192,8 @@ def test_a_limit_on_host_memory_leaves_part_of_it_there(tmp_path):
     assert counts[0] > counts[1] > counts[2] == 0
 
 
-def test_no_keys_and_values_are_kept_where_another_model_would_keep_them():
-    """InternVL's own forward has no `use_cache`; its language model has."""
+def test_no_keys_and_values_are_cached_in_a_nested_language_model():
+    """The forward of InternVL has no argument `use_cache`, but its language model has one."""
     model, names = model_and_blocks("internvl")
     caches = []
     for name in names[2:]:

@@ -1,4 +1,4 @@
-"""Runs on disk, and the table that is made of them: numbers where there are, else words."""
+"""Run folders, and the table of results that is made of them."""
 
 import json
 import mmap
@@ -30,8 +30,8 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def made(folder):
-    """Write a run as `emloc` does; without a loss it has only begun."""
+def write_run(folder):
+    """Function that writes a run folder as `emloc` does; without a loss the run is unfinished."""
     count = iter(range(100))
 
     def make(method: str, loss: float | None = None, *, seed: int = 0, **changed) -> Run:
@@ -68,7 +68,7 @@ def metrics(loss: float, trains: bool = True, metric: str = "exact_match") -> di
 
 
 def lines(folder) -> list[dict[str, str]]:
-    """The table's rows, column -> cell."""
+    """The rows of the table as dictionaries, column -> text."""
     rows = [line for line in table(folder).splitlines() if line.startswith("|")]
     assert len({len(row) for row in rows}) == 1
     head, rule, *body = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
@@ -83,75 +83,75 @@ def column(folder, name: str) -> list[str]:
 # The share of the gain ---------------------------------------------------------------------------
 
 
-def test_the_gain_kept_is_the_share_of_loras_gain_over_the_untouched_model(made, folder):
-    made("zero_shot", 2.0)
-    made("lora", 1.0)
-    made("emloc", 1.25)
-    made("emloc_uncorrected", 2.5)
-    made("emloc_covariance", 0.75)
+def test_gain_kept_is_the_share_of_the_gain_of_lora_over_zero_shot(write_run, folder):
+    write_run("zero_shot", 2.0)
+    write_run("lora", 1.0)
+    write_run("emloc", 1.25)
+    write_run("emloc_uncorrected", 2.5)
+    write_run("emloc_covariance", 0.75)
     rows = rows_of(folder)
     assert [row.number("gain_kept") for row in rows] == [0.0, 1.0, 0.75, -0.5, 1.25]
     assert column(folder, "gain kept") == ["0.0%", "100.0%", "75.0%", "-50.0%", "125.0%"]
 
 
 @pytest.mark.parametrize("absent", ["zero_shot", "lora"])
-def test_without_both_ends_there_is_no_gain(made, folder, absent):
+def test_without_lora_or_zero_shot_there_is_no_gain(write_run, folder, absent):
     for method, loss in (("zero_shot", 2.0), ("lora", 1.0), ("emloc", 1.25)):
-        made(method, None if method == absent else loss)
+        write_run(method, None if method == absent else loss)
     rows = rows_of(folder)
     assert [row.number("gain_kept") for row in rows if row.done] == [None, None]
     assert all("gain kept" not in line for line in lines(folder))
 
 
 @pytest.mark.parametrize("best", [2.0, 2.1])
-def test_where_lora_gains_nothing_there_is_no_share_of_it(made, folder, best):
-    made("zero_shot", 2.0)
-    made("lora", best)
-    made("emloc", 1.25)
+def test_there_is_no_gain_kept_if_lora_gains_nothing(write_run, folder, best):
+    write_run("zero_shot", 2.0)
+    write_run("lora", best)
+    write_run("emloc", 1.25)
     assert all("gain kept" not in line for line in lines(folder))
 
 
 @pytest.mark.parametrize("section", ["model", "task", "eval"])
-def test_runs_on_other_data_are_no_measure(made, folder, section):
+def test_runs_on_other_data_are_no_reference_for_the_gain(write_run, folder, section):
     other = {section: {"name": "sums", "value": 1}}
-    made("zero_shot", 2.0, **other)
-    made("lora", 1.0, **other)
-    made("emloc", 1.25)
+    write_run("zero_shot", 2.0, **other)
+    write_run("lora", 1.0, **other)
+    write_run("emloc", 1.25)
     assert column(folder, "gain kept") == ["0.0%", "100.0%", ""]
 
 
 @pytest.mark.parametrize("section", ["lora", "train"])
-def test_a_lora_trained_otherwise_is_no_measure_but_the_untouched_model_is(made, folder, section):
-    made("zero_shot", 2.0)
-    made("lora", 1.0, **{section: {"value": 1}})
-    made("lora", 1.5)
-    made("emloc", 1.75)
+def test_a_lora_with_another_recipe_is_no_reference_but_zero_shot_is(write_run, folder, section):
+    write_run("zero_shot", 2.0)
+    write_run("lora", 1.0, **{section: {"value": 1}})
+    write_run("lora", 1.5)
+    write_run("emloc", 1.75)
     assert column(folder, "gain kept")[1:] == ["100.0%", "100.0%", "50.0%"]
 
 
-def test_what_is_kept_where_makes_no_other_training(made, folder):
-    """Offloading computes layers again, and is measured by the LoRA that does not."""
-    made("zero_shot", 2.0)
-    made("lora", 1.0, train={"steps": 9, "checkpointing": False})
-    made("offload", 1.0, train={"steps": 9, "checkpointing": True})
-    made("offload", 1.0, train={"steps": 8, "checkpointing": True})
+def test_offloading_and_recomputation_do_not_change_the_recipe(write_run, folder):
+    """An offload run recomputes layers; its reference is the LoRA run without recomputation."""
+    write_run("zero_shot", 2.0)
+    write_run("lora", 1.0, train={"steps": 9, "checkpointing": False})
+    write_run("offload", 1.0, train={"steps": 9, "checkpointing": True})
+    write_run("offload", 1.0, train={"steps": 8, "checkpointing": True})
     assert column(folder, "gain kept") == ["", "100.0%", "100.0%", ""]
 
 
-def test_each_seed_is_measured_by_its_own_lora(made, folder):
-    made("zero_shot", 2.0)
+def test_the_reference_of_a_seed_is_the_lora_of_this_seed(write_run, folder):
+    write_run("zero_shot", 2.0)
     for seed, best in ((0, 1.0), (1, 1.5)):
-        made("lora", best, seed=seed)
-        made("emloc", 1.75, seed=seed)
+        write_run("lora", best, seed=seed)
+        write_run("emloc", 1.75, seed=seed)
     rows = rows_of(folder)
     assert [row.number("gain_kept") for row in rows] == [0.0, 1.0, 0.25, 1.0, 0.5]
 
 
-def test_seeds_are_one_line_of_mean_and_spread(made, folder):
-    made("zero_shot", 2.0)
+def test_seeds_are_joined_to_one_line_with_mean_and_deviation(write_run, folder):
+    write_run("zero_shot", 2.0)
     for seed, best in ((0, 1.0), (1, 1.5)):
-        made("lora", best, seed=seed)
-        made("emloc", 1.75, seed=seed)
+        write_run("lora", best, seed=seed)
+        write_run("emloc", 1.75, seed=seed)
     assert column(folder, "seeds") == ["0", "0 1", "0 1"]
     assert column(folder, "loss") == ["2.000", "1.250 ± 0.354", "1.750 ± 0.000"]
     assert column(folder, "gain kept") == ["0.0%", "100.0% ± 0.0%", "37.5% ± 17.7%"]
@@ -159,54 +159,54 @@ def test_seeds_are_one_line_of_mean_and_spread(made, folder):
     assert "±: standard deviation over seeds" in table(folder)
 
 
-def test_a_seed_that_failed_is_a_line_of_its_own_and_so_is_a_seed_run_twice(made, folder):
-    made("emloc", 1.0)
-    made("emloc", seed=1).mark("failed", stage="train", error="?")
-    made("emloc", 1.5, seed=2)
-    made("emloc", 1.25, seed=2)
+def test_failed_and_repeated_seeds_have_separate_lines(write_run, folder):
+    write_run("emloc", 1.0)
+    write_run("emloc", seed=1).mark("failed", stage="train", error="?")
+    write_run("emloc", 1.5, seed=2)
+    write_run("emloc", 1.25, seed=2)
     assert column(folder, "seeds") == ["0 2", "1", "2"]
     assert column(folder, "exact_match") == ["0.250 ± 0.000", "failed(train)", "0.250"]
 
 
-def test_what_scored_as_trained_says_so_beside_what_was_carried(made, folder):
-    made("lora", 1.0)
-    four = made("qlora", 1.25)
-    four.finish(four.metrics | {"scores_as_trained": {"loss": 1.5}, "step_seconds": 0.1234})
+def test_scores_as_trained_have_a_column_of_their_own(write_run, folder):
+    write_run("lora", 1.0)
+    run = write_run("qlora", 1.25)
+    run.finish(run.metrics | {"scores_as_trained": {"loss": 1.5}, "step_seconds": 0.1234})
     assert column(folder, "loss as trained") == ["", "1.500"]
     assert column(folder, "step s") == ["", "0.123"]
 
 
-def test_cells_are_told_by_their_names_and_what_else_differs(made, folder):
-    """Not by the settings that are what a cell is."""
+def test_cells_are_labelled_by_name_and_by_other_settings_that_differ(write_run, folder):
+    """The settings that define a cell have no columns."""
     for name, value in (("one", 1), ("two", 2)):
         for rate in (3, 4):
             cell = {"method": "emloc", "cell": f"mine/{name}"}
-            made("emloc", 1.5, eval={"value": value}, train={"value": rate}, choices=cell)
+            write_run("emloc", 1.5, eval={"value": value}, train={"value": rate}, choices=cell)
     assert column(folder, "cell") == ["one", "one", "two", "two"]
     assert column(folder, "train.value") == ["3", "4", "3", "4"]
     assert "eval.value" not in lines(folder)[0]
 
 
-def test_a_run_that_another_launch_is_at_is_no_failure_of_this_one(made, folder, capsys):
-    made("emloc", 1.0)
-    going_on = made("lora")
+def test_a_run_of_another_launch_does_not_fail_this_one(write_run, folder, capsys):
+    write_run("emloc", 1.0)
+    running = write_run("lora")
     sweep = OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}})
     ResultsTable().on_multirun_end(sweep)
     assert "| running" in capsys.readouterr().out
-    going_on.mark("interrupted")
+    running.mark("interrupted")
     with pytest.raises(SystemExit) as ended:
         ResultsTable().on_multirun_end(sweep)
     assert ended.value.code == FAILED
-    assert capsys.readouterr().err == f"{going_on.folder.name}: interrupted\n"
+    assert capsys.readouterr().err == f"{running.folder.name}: interrupted\n"
 
 
-def test_who_follows_a_run_makes_it_no_other(made, folder):
-    made("emloc", 1.0)
-    made("emloc", 1.5, seed=1, choices={"tracker": "wandb", "local": "mine"})
+def test_the_tracker_does_not_distinguish_runs(write_run, folder):
+    write_run("emloc", 1.0)
+    write_run("emloc", 1.5, seed=1, choices={"tracker": "wandb", "local": "mine"})
     assert column(folder, "seeds") == ["0 1"]
 
 
-def test_a_run_is_worked_on_by_one_process_at_a_time(tmp_path):
+def test_only_one_process_at_a_time_works_on_a_run(tmp_path):
     program = (
         "import sys, time\n"
         "from pathlib import Path\n"
@@ -229,8 +229,8 @@ def test_a_run_is_worked_on_by_one_process_at_a_time(tmp_path):
     assert second_begins >= first_ends
 
 
-def test_a_number_that_was_not_measured_has_no_column(made, folder, tmp_path):
-    made("emloc", 1.5)
+def test_a_number_that_was_not_measured_has_no_column(write_run, folder, tmp_path):
+    write_run("emloc", 1.5)
     write_rows(rows_of(folder), tmp_path / "rows.csv")
     text = (tmp_path / "rows.csv").read_text()
     (tmp_path / "rows.csv").write_text(text.replace(",bytes", ",other"))
@@ -239,12 +239,12 @@ def test_a_number_that_was_not_measured_has_no_column(made, folder, tmp_path):
     assert line["train GiB"] == "1.23"
 
 
-def test_a_tidy_file_holds_all_that_the_table_is_made_of(made, folder, tmp_path):
-    made("zero_shot", 2.0)
+def test_the_table_can_be_rebuilt_from_the_tidy_file(write_run, folder, tmp_path):
+    write_run("zero_shot", 2.0)
     for seed in (0, 1):
-        made("lora", 1.0, seed=seed, recovery={"clamp": None})
-        made("emloc", 1.5, seed=seed, recovery={"clamp": 3.0})
-    made("qlora").mark("failed", stage="train", error="x")
+        write_run("lora", 1.0, seed=seed, recovery={"clamp": None})
+        write_run("emloc", 1.5, seed=seed, recovery={"clamp": 3.0})
+    write_run("qlora").mark("failed", stage="train", error="x")
     rows = rows_of(folder)
     write_rows(rows, tmp_path / "rows.csv")
     again = rows_of(tmp_path / "rows.csv")
@@ -256,9 +256,9 @@ def test_a_tidy_file_holds_all_that_the_table_is_made_of(made, folder, tmp_path)
 # The table ---------------------------------------------------------------------------------------
 
 
-def test_a_line_of_the_table(made, folder):
-    made("emloc", 1.2345)
-    made("zero_shot", 2.0)
+def test_a_line_of_the_table(write_run, folder):
+    write_run("emloc", 1.2345)
+    write_run("zero_shot", 2.0)
     trained, plain = lines(folder)
     assert trained == {
         "method": "emloc",
@@ -273,36 +273,36 @@ def test_a_line_of_the_table(made, folder):
     assert plain["through MB"] == plain["train GiB"] == plain["train s"] == ""
 
 
-def test_one_seed_needs_no_column(made, folder):
-    made("emloc", 1.0)
-    made("lora", 1.0)
+def test_a_single_seed_has_no_column(write_run, folder):
+    write_run("emloc", 1.0)
+    write_run("lora", 1.0)
     assert "seed" not in lines(folder)[0]
 
 
-def test_groups_that_differ_have_a_column_but_those_a_method_presets(made, folder):
-    made("emloc", 1.0, choices={"lora": "r4"})
-    made("lora", 1.0, choices={"lora": "r8", "emulator": "full", "tracker": "wandb"})
-    made("lora", 1.0, choices={"lora": "r8", "emulator": "full", "compression": "r25"})
-    found = lines(folder)
-    assert list(found[0])[:3] == ["method", "compression", "lora"]
-    assert [line["lora"] for line in found] == ["r4", "r8", "r8"]
-    assert [line["compression"] for line in found] == ["", "", "r25"]
-    assert not {"emulator", "tracker", "model"} & set(found[0])
+def test_differing_groups_have_columns_except_those_that_the_method_selects(write_run, folder):
+    write_run("emloc", 1.0, choices={"lora": "r4"})
+    write_run("lora", 1.0, choices={"lora": "r8", "emulator": "full", "tracker": "wandb"})
+    write_run("lora", 1.0, choices={"lora": "r8", "emulator": "full", "compression": "r25"})
+    rows = lines(folder)
+    assert list(rows[0])[:3] == ["method", "compression", "lora"]
+    assert [line["lora"] for line in rows] == ["r4", "r8", "r8"]
+    assert [line["compression"] for line in rows] == ["", "", "r25"]
+    assert not {"emulator", "tracker", "model"} & set(rows[0])
 
 
-def test_a_setting_swept_under_one_choice_has_a_column(made, folder):
+def test_a_setting_swept_under_one_choice_has_a_column(write_run, folder):
     for clamp in (0, 3, None):
-        made("emloc", 1.0, recovery={"_target_": "x", "clamp": clamp, "metric": "identity"})
-    made("lora", 1.0, recovery={"_target_": "y"})
-    found = lines(folder)
-    assert list(found[0])[:2] == ["method", "recovery.clamp"]
-    assert [line["recovery.clamp"] for line in found] == ["0", "3", "null", ""]
+        write_run("emloc", 1.0, recovery={"_target_": "x", "clamp": clamp, "metric": "identity"})
+    write_run("lora", 1.0, recovery={"_target_": "y"})
+    rows = lines(folder)
+    assert list(rows[0])[:2] == ["method", "recovery.clamp"]
+    assert [line["recovery.clamp"] for line in rows] == ["0", "3", "null", ""]
 
 
-def test_a_method_that_ran_with_two_recoveries_says_which(made, folder):
-    made("emloc", 1.0, choices={"recovery": "correction"})
-    made("emloc", 1.0, choices={"recovery": "none"})
-    made("lora", 1.0, choices={"recovery": "none"})
+def test_a_method_with_two_recoveries_has_a_column_for_the_recovery(write_run, folder):
+    write_run("emloc", 1.0, choices={"recovery": "correction"})
+    write_run("emloc", 1.0, choices={"recovery": "none"})
+    write_run("lora", 1.0, choices={"recovery": "none"})
     assert [line["recovery"] for line in lines(folder)] == ["correction", "none", "none"]
 
 
@@ -316,58 +316,58 @@ def test_a_method_that_ran_with_two_recoveries_says_which(made, folder):
         ("interrupted", {}, "interrupted"),
     ],
 )
-def test_a_run_without_results_is_a_word(made, folder, state, more, word):
-    made("zero_shot", 2.0)
-    made("lora", 1.0)
-    made("emloc").mark(state, **more)
+def test_a_run_without_results_shows_its_state(write_run, folder, state, more, word):
+    write_run("zero_shot", 2.0)
+    write_run("lora", 1.0)
+    write_run("emloc").mark(state, **more)
     line = lines(folder)[-1]
     assert line.pop("method") == "emloc"
     assert line.pop("exact_match") == word
     assert set(line.values()) == {""}
 
 
-def test_a_run_that_never_finished_is_a_table_too(made, folder):
-    made("emloc")
+def test_a_single_unfinished_run_gives_a_table(write_run, folder):
+    write_run("emloc")
     assert lines(folder) == [{"method": "emloc", "score": "running"}]
 
 
-def test_scores_of_two_kinds_are_called_score(made, folder):
-    made("emloc", 1.0)
-    made("lora").finish(metrics(1.0, metric="acc,none"))
+def test_the_column_of_two_different_metrics_is_called_score(write_run, folder):
+    write_run("emloc", 1.0)
+    write_run("lora").finish(metrics(1.0, metric="acc,none"))
     assert column(folder, "score") == ["0.250", "0.250"]
 
 
-def test_runs_stand_in_the_order_they_ended(made, folder):
-    first, second = made("emloc"), made("lora", 1.0)
+def test_runs_are_listed_in_the_order_they_ended(write_run, folder):
+    first, second = write_run("emloc"), write_run("lora", 1.0)
     time.sleep(0.01)
     first.finish(metrics(1.0))
     assert column(folder, "method") == ["lora", "emloc"]
     assert [row.run for row in rows_of(folder)] == [second.folder.name, first.folder.name]
 
 
-def test_an_empty_folder_says_so(folder):
+def test_an_empty_folder_is_reported(folder):
     assert table(folder) == f"no runs in {folder}"
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("no run")
     assert table(folder) == f"no runs in {folder}"
 
 
-def test_a_single_run_is_a_folder_of_one(made, folder):
-    run = made("emloc", 1.0)
-    made("lora", 1.0)
+def test_the_folder_of_a_single_run_gives_a_table(write_run, folder):
+    run = write_run("emloc", 1.0)
+    write_run("lora", 1.0)
     assert find_runs(run.folder) == [run]
     assert [line["method"] for line in lines(run.folder)] == ["emloc"]
     assert len(find_runs(folder)) == 2
 
 
-def test_it_says_where_adapters_are_and_what_the_data_was(made, folder):
-    run = made("emloc", 1.0)
+def test_the_table_names_the_adapter_folders_and_the_data(write_run, folder):
+    run = write_run("emloc", 1.0)
     (run.folder / "adapter").mkdir()
-    made("lora", 1.0)
-    said = table(folder)
-    assert str(run.folder / "adapter") in said
-    assert len(re.findall("^adapter of", said, re.M)) == 1
-    assert re.search(r"^data of sums: [0-9a-f]{16}$", said, re.M)
+    write_run("lora", 1.0)
+    text = table(folder)
+    assert str(run.folder / "adapter") in text
+    assert len(re.findall("^adapter of", text, re.M)) == 1
+    assert re.search(r"^data of sums: [0-9a-f]{16}$", text, re.M)
 
 
 # A run's folder ----------------------------------------------------------------------------------
@@ -393,7 +393,7 @@ def test_a_run_from_start_to_end(tmp_path):
     assert Run(run.folder).done
 
 
-def test_a_run_that_begins_again_forgets_how_it_failed(tmp_path):
+def test_a_restarted_run_clears_its_earlier_failure(tmp_path):
     run = Run(tmp_path)
     run.begin(OmegaConf.create({"seed": 1}), {})
     run.mark("failed", stage="train", error="x")
@@ -422,46 +422,46 @@ def _power_cut(*_):
     raise OSError("cut")
 
 
-def test_results_are_complete_before_a_run_is_done(tmp_path, monkeypatch):
+def test_results_are_written_before_the_state_done(tmp_path, monkeypatch):
     run = Run(tmp_path)
     run.mark("running")
-    seen = []
+    states = []
     mark = Run.mark
-    monkeypatch.setattr(Run, "mark", lambda self, *a: seen.append(self.metrics) or mark(self, *a))
+    monkeypatch.setattr(Run, "mark", lambda self, *a: states.append(self.metrics) or mark(self, *a))
     run.finish({"score": 1})
-    assert seen == [{"score": 1}]
+    assert states == [{"score": 1}]
 
 
 # Memory and provenance ---------------------------------------------------------------------------
 
 
-def _await_a_look(peak: MemoryPeak, held: int) -> None:
-    """Until so much was seen, or would have been: a busy machine takes its time."""
+def _await_measurement(peak: MemoryPeak, expected_bytes: int) -> None:
+    """Wait until the peak has reached `held` bytes; a busy machine measures late."""
     for _ in range(200):
-        if peak._host.bytes >= held - 5e6:
+        if peak._host.bytes >= expected_bytes - 5e6:
             return
         time.sleep(0.05)
 
 
-def test_the_peak_sees_what_is_gone_again():
+def test_the_peak_includes_memory_that_was_freed():
     with MemoryPeak() as peak:
         before = process_bytes()
-        # Of the system itself: an allocator may keep what it is given back.
+        # Allocated from the system directly, since an allocator may keep freed memory.
         block = mmap.mmap(-1, 200_000_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         for page in range(0, len(block), mmap.PAGESIZE):
             block[page] = 1
-        held = process_bytes()
-        _await_a_look(peak, held)
+        bytes_with_block = process_bytes()
+        _await_measurement(peak, bytes_with_block)
         block.close()
-    assert held - before > 180e6
-    assert peak.bytes >= held - 5e6
-    assert process_bytes() < held - 180e6
+    assert bytes_with_block - before > 180e6
+    assert peak.bytes >= bytes_with_block - 5e6
+    assert process_bytes() < bytes_with_block - 180e6
     assert peak.gib == round(peak.bytes / GIB, 3) > 0.2
 
 
-def test_work_too_short_to_be_looked_at_has_a_peak_too():
+def test_work_shorter_than_the_measuring_interval_has_a_peak():
     peak = MemoryPeak()
-    peak._host._stop.set()  # over before the first look
+    peak._host._stop.set()  # ends before the first measurement
     with peak:
         pass
     assert peak.bytes > 50e6
@@ -481,22 +481,22 @@ def test_the_peak_survives_a_failure():
 
 
 def test_provenance_names_code_packages_and_machine():
-    found = provenance()
-    assert set(found) == {"commit", "dirty", "versions", "python", "device"}
-    assert set(found["versions"]) == set(PACKAGES)
-    assert found["versions"]["torch"] == torch.__version__
-    assert found["commit"] is None or re.fullmatch("[0-9a-f]{40}", found["commit"])
-    assert isinstance(found["dirty"], bool)
-    assert found["device"]
-    assert json.loads(json.dumps(found)) == found
+    actual = provenance()
+    assert set(actual) == {"commit", "dirty", "versions", "python", "device"}
+    assert set(actual["versions"]) == set(PACKAGES)
+    assert actual["versions"]["torch"] == torch.__version__
+    assert actual["commit"] is None or re.fullmatch("[0-9a-f]{40}", actual["commit"])
+    assert isinstance(actual["dirty"], bool)
+    assert actual["device"]
+    assert json.loads(json.dumps(actual)) == actual
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(), subprocess.CalledProcessError(128, "git")])
-def test_outside_a_checkout_there_is_no_commit(monkeypatch, error):
+def test_outside_a_git_repository_there_is_no_commit(monkeypatch, error):
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(provenance_module.subprocess, "run", fail)
-    found = provenance()
-    assert found["commit"] is None
-    assert found["dirty"] is False
+    actual = provenance()
+    assert actual["commit"] is None
+    assert actual["dirty"] is False

@@ -1,4 +1,4 @@
-"""What a report is written as: the best in bold, LaTeX that compiles, a page, and the files."""
+"""The files of a report: Markdown and LaTeX tables with the best in bold, an HTML page, figures."""
 
 import json
 import re
@@ -49,18 +49,18 @@ WORDS = Table(
         (["0.3", "0.5 ± 0.1", "0.4"], True, [1]),
         (["0.3", "0.5", "0.4"], False, [0]),
         (["-10.0%", "9.0%", "100.0%"], True, [2]),
-        (["0.5", "0.5", "0.4"], True, [0, 1]),  # equals as they are shown
+        (["0.5", "0.5", "0.4"], True, [0, 1]),  # equal after rounding
         (["0.5", "OOM", ""], True, []),
         (["0.5", "0.5"], True, []),
         (["failed(train)", ""], True, []),
     ],
 )
-def test_the_best_is_the_leading_number_among_several(words, up, expected):
+def test_the_best_value_is_chosen_by_the_leading_number(words, up, expected):
     frame = DataFrame({"score": words})
     assert best(frame, [""] * len(words), {"score": up}) == {(i, "score") for i in expected}
 
 
-def test_the_best_is_found_among_runs_on_the_same_model_and_data():
+def test_the_best_value_is_chosen_among_runs_with_equal_model_and_data():
     rows = [row("lora", 0.6, **{"scores/loss": 1.0}), row("emloc", 0.5, **{"scores/loss": 0.5})]
     rows += [row("lora", 0.1, task="websrc"), row("emloc", 0.2, task="websrc")]
     rows += [row("lora", 0.9, model="tiny")]
@@ -82,11 +82,11 @@ def test_the_best_is_found_among_runs_on_the_same_model_and_data():
         ("r8", None),
     ],
 )
-def test_a_number_is_what_a_word_starts_with(word, value):
+def test_the_value_of_a_text_is_its_leading_number(word, value):
     assert number(word) == value
 
 
-def test_ours_is_apart_from_what_stands_in_brackets():
+def test_our_result_is_split_from_the_number_in_brackets():
     assert split("52.1 ± 0.3 [2/3] (52.3)") == ("52.1 ± 0.3 [2/3]", "(52.3)")
     assert split("failed(train)") == ("failed(train)", "")
     assert split("(52.3)") == ("", "(52.3)")
@@ -95,13 +95,13 @@ def test_ours_is_apart_from_what_stands_in_brackets():
 # Markdown and LaTeX ------------------------------------------------------------------------------
 
 
-def test_the_best_is_bold_where_it_is_asked_for():
+def test_the_best_value_is_bold_on_request():
     assert "| **52.0 ± 1.0** (52.9) |" in markdown(WORDS, bold=True)
     assert "**" not in markdown(WORDS)
     assert len({len(line) for line in markdown(WORDS, bold=True).splitlines()}) == 1
 
 
-def test_a_bar_within_a_word_is_no_column():
+def test_a_bar_in_a_text_is_escaped():
     assert markdown(Table(DataFrame({"a|b": ["c|d"]}))).splitlines()[2] == "| c\\|d |"
 
 
@@ -128,7 +128,7 @@ def test_latex_is_a_table_in_the_manner_of_booktabs_with_its_notes():
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "expected"),
     [
         ("-14.1% ± 0.2%", r"$-$14.1\% $\pm$ 0.2\%"),
         ("(-3.0)", r"($-$3.0)"),
@@ -138,15 +138,15 @@ def test_latex_is_a_table_in_the_manner_of_booktabs_with_its_notes():
         (r"a\b~c^d{e}#$&", r"a\textbackslash{}b\textasciitilde{}c\textasciicircum{}d\{e\}\#\$\&"),
     ],
 )
-def test_words_are_escaped_for_latex(word, said):
-    assert escaped(word) == said
+def test_texts_are_escaped_for_latex(word, expected):
+    assert escaped(word) == expected
 
 
 # The page ----------------------------------------------------------------------------------------
 
 
 class Reader(HTMLParser):
-    """Start tags with attributes, those left open, and the words of every cell of tables."""
+    """Parses HTML: start tags with attributes, unclosed tags, and the texts of table cells."""
 
     VOID = ("meta", "img", "link", "source", "wbr")
 
@@ -176,8 +176,8 @@ class Reader(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def made(**changed) -> Report:
-    known = {
+def make_report(**changed) -> Report:
+    fields = {
         "title": "mine <i>",
         "lead": ["3 runs"],
         "sections": [Section("Runs", WORDS, ["a & b"], ["table.md", "runs.csv"])],
@@ -185,11 +185,11 @@ def made(**changed) -> Report:
         "figures": [PageFigure("score_memory", "It grows.", 'accuracy against "GiB"', 900)],
         "origin": {"commit": ["abc"], "versions": {"torch": ["2.13", "2.14"]}, "settings": {}},
     }
-    return Report(**known | changed)
+    return Report(**fields | changed)
 
 
 def test_the_page_is_whole_and_refers_only_to_files_of_its_folder():
-    text = page(made())
+    text = page(make_report())
     read = Reader(text)
     assert read.open == read.strange == []
     links = re.findall(r"""(?:src|srcset|href)=["']([^"']*)""", text)
@@ -202,8 +202,8 @@ def test_the_page_is_whole_and_refers_only_to_files_of_its_folder():
     assert "prefers-color-scheme: dark" in text
 
 
-def test_the_page_has_the_tables_words_and_what_they_are_sorted_by():
-    read = Reader(page(made()))
+def test_the_page_has_the_texts_of_the_table_and_their_sort_values():
+    read = Reader(page(make_report()))
     head, *lines = [[cell.strip() for cell in line] for line in read.cells]
     assert head == WORDS.columns
     assert lines == WORDS.frame.to_numpy().tolist()
@@ -216,13 +216,13 @@ def test_the_page_has_the_tables_words_and_what_they_are_sorted_by():
 
 
 def test_each_cell_names_its_column_and_each_head_its_scope():
-    read = Reader(page(made()))
+    read = Reader(page(make_report()))
     assert [one["data-column"] for one in read.named("td")] == WORDS.columns[1:] * 3
     assert [one["scope"] for one in read.named("th")] == ["col"] * 3 + ["row"] * 3
 
 
 def test_a_figure_has_a_caption_a_text_and_a_link_to_its_largest_form():
-    text = page(made())
+    text = page(make_report())
     (image,) = Reader(text).named("img")
     assert image["alt"] == 'accuracy against "GiB"'
     assert image["src"] == "figures/score_memory.svg"
@@ -231,11 +231,11 @@ def test_a_figure_has_a_caption_a_text_and_a_link_to_its_largest_form():
 
 
 def test_the_page_says_what_each_column_means():
-    assert "<dt>loss</dt><dd>Lower is &lt;better&gt;.</dd>" in page(made())
+    assert "<dt>loss</dt><dd>Lower is &lt;better&gt;.</dd>" in page(make_report())
 
 
-def test_the_page_says_what_it_was_made_with_and_escapes_it():
-    text = page(made())
+def test_the_page_shows_its_provenance_with_escaped_texts():
+    text = page(make_report())
     assert "<title>mine &lt;i&gt;</title>" in text
     assert "<li>a &amp; b</li>" in text
     assert "<dt>versions.torch</dt><dd>2.13, 2.14</dd>" in text
@@ -246,7 +246,7 @@ def test_the_page_says_what_it_was_made_with_and_escapes_it():
 
 
 def make_runs(place: Path) -> Path:
-    """Runs of table3_nlp: two seeds of one cell, one out of memory, one on another model."""
+    """A folder with runs of table3_nlp: two seeds of a cell, an OOM run, and another model."""
 
     def make(cell: str, score: float | None, seed: int = 0, model: str = "llama3_8b") -> None:
         choices = {"cell": f"table3_nlp/{cell}", "model": model, "task": "gsm8k", "lora": "r8"}
@@ -295,7 +295,7 @@ def report(*arguments: object) -> None:
     verb.run(verb.parser.parse_args([str(argument) for argument in arguments]))
 
 
-def test_a_report_of_a_folder_is_written_into_it_and_says_so(folder, capsys):
+def test_a_report_of_a_folder_is_written_into_the_folder(folder, capsys):
     report(folder)
     said = capsys.readouterr().out
     written = re.findall(r"^wrote (\S+)$", said, re.M)
@@ -306,10 +306,10 @@ def test_a_report_of_a_folder_is_written_into_it_and_says_so(folder, capsys):
     assert sorted(map(str, (folder / "report").glob("*.*"))) == sorted(written)
     figures = list((folder / "report" / "figures").rglob("*.*"))
     assert f"wrote {len(figures)} files in {folder}/report/figures\n" in said
-    assert len(rows_of(folder)) == 5  # what was written is no run
+    assert len(rows_of(folder)) == 5  # the written files do not count as runs
 
 
-def test_the_papers_numbers_are_in_every_form_of_the_table(reported):
+def test_all_forms_of_the_table_contain_the_numbers_of_the_paper(reported):
     lines = read_csv(reported / "report" / "table.csv").set_index("seeds")
     ours = lines.loc["0 1"]
     assert list(ours[["score", "score_std"]].round(6)) == [0.31, 0.014142]
@@ -330,19 +330,19 @@ def test_the_tidy_file_of_a_report_gives_the_same_table(reported):
     assert_frame_equal(summary_of(again), summary_of(rows_of(reported)))
 
 
-def test_what_runs_were_made_with_is_said_once(folder):
-    found = origin(folder, rows_of(folder))
-    assert json.loads(json.dumps(found)) == found
-    assert found["commit"] == ["abc"]
-    assert found["versions"] == {"torch": ["2.0", "2.1"]}
-    assert found["dirty"] == []
-    assert found["experiments"] == ["table3_nlp"]
-    assert found["settings"]["lora"] == "r8"
-    assert "model" not in found["settings"]
-    assert found["runs"] == 5
+def test_the_provenance_that_runs_share_is_listed_once(folder):
+    shared_origin = origin(folder, rows_of(folder))
+    assert json.loads(json.dumps(shared_origin)) == shared_origin
+    assert shared_origin["commit"] == ["abc"]
+    assert shared_origin["versions"] == {"torch": ["2.0", "2.1"]}
+    assert shared_origin["dirty"] == []
+    assert shared_origin["experiments"] == ["table3_nlp"]
+    assert shared_origin["settings"]["lora"] == "r8"
+    assert "model" not in shared_origin["settings"]
+    assert shared_origin["runs"] == 5
 
 
-def test_the_same_runs_give_the_same_files(reported, tmp_path):
+def test_equal_runs_give_identical_files(reported, tmp_path):
     again = write_report(reported, rows_of(reported), tmp_path)
     assert len(again) > 10
     for path in again:
@@ -350,20 +350,20 @@ def test_the_same_runs_give_the_same_files(reported, tmp_path):
         assert path.read_bytes() == (reported / "report" / name).read_bytes(), name
 
 
-def test_the_printed_table_is_plain_and_has_what_was_not_run(folder):
+def test_the_printed_table_is_plain_and_lists_missing_runs(folder):
     said = table_with_notes(folder, rows_of(folder), unrun=True)
-    assert "zero_shot" not in table(folder)  # as it is printed when a sweep has ended
+    assert "zero_shot" not in table(folder)  # the table at the end of a sweep omits missing runs
     assert "**" not in said
     assert re.search(r"^\|  +\| zero_shot +\| .*\| 24\.3 +\|  ", said, re.M)
     assert "paper: EMLoC, Table 3" in said
 
 
-def test_of_one_run_and_of_a_file_nothing_is_written_unless_asked_for(folder, tmp_path, capsys):
+def test_a_report_of_a_run_or_file_is_written_only_on_request(folder, tmp_path, capsys):
     file = tmp_path / "rows.csv"
     write_rows(rows_of(folder), file)
     before = sorted(tmp_path.rglob("*"))
     report(folder / "emloc-llama3_8b-s0")
-    assert "zero_shot" not in capsys.readouterr().out  # no run is answerable for the others
+    assert "zero_shot" not in capsys.readouterr().out  # the report of one run lists no missing runs
     report(file)
     assert "31.0 ± 1.4" in capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
@@ -372,7 +372,7 @@ def test_of_one_run_and_of_a_file_nothing_is_written_unless_asked_for(folder, tm
     assert json.loads((tmp_path / "there" / "provenance.json").read_text())["runs"] == 5
 
 
-def test_a_file_of_numbers_is_written_besides_where_asked_for(folder, tmp_path, capsys):
+def test_the_option_csv_writes_a_file_of_rows(folder, tmp_path, capsys):
     report(folder, "--csv", tmp_path / "rows.csv")
     assert f"wrote {tmp_path / 'rows.csv'}\n" in capsys.readouterr().out
     assert len(rows_of(tmp_path / "rows.csv")) == 5
@@ -385,7 +385,7 @@ def test_a_file_of_numbers_is_written_besides_where_asked_for(folder, tmp_path, 
         ("", "no table of runs, it has no column experiment"),
     ],
 )
-def test_a_file_that_is_no_table_of_runs_is_refused(tmp_path, text, said):
+def test_a_file_without_the_columns_of_runs_is_refused(tmp_path, text, said):
     (tmp_path / "rows.csv").write_text(text)
     with pytest.raises(ConfigError, match=rf"rows.csv: {said}"):
         report(tmp_path / "rows.csv")
@@ -394,7 +394,7 @@ def test_a_file_that_is_no_table_of_runs_is_refused(tmp_path, text, said):
 @pytest.mark.parametrize(
     ("old", "new"), [(",0,accuracy", ",zero,accuracy"), (",1.0\n", ",low\n"), (",1.0\n", "\n")]
 )
-def test_a_line_that_cannot_be_read_is_named(tmp_path, old, new):
+def test_an_invalid_line_is_refused_with_its_number(tmp_path, old, new):
     file = tmp_path / "rows.csv"
     write_rows([row(), row("lora")], file)
     text = file.read_text()
@@ -404,7 +404,7 @@ def test_a_line_that_cannot_be_read_is_named(tmp_path, old, new):
         report(file)
 
 
-def test_a_place_that_is_not_there_or_cannot_be_written_is_said_in_one_line(folder, tmp_path):
+def test_a_missing_or_unwritable_folder_is_refused_in_one_line(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"no folder or file .*nowhere; give one such as"):
         report(tmp_path / "nowhere")
     (tmp_path / "taken").write_text("a file")
@@ -412,7 +412,7 @@ def test_a_place_that_is_not_there_or_cannot_be_written_is_said_in_one_line(fold
         report(folder, "--to", tmp_path / "taken")
 
 
-def test_a_folder_without_runs_is_refused_and_left_as_it_is(tmp_path):
+def test_a_folder_without_runs_is_refused_and_unchanged(tmp_path):
     with pytest.raises(ConfigError, match=f"no runs in {tmp_path}; give one such as runs/demo"):
         report(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""What an experiment asks for, and the page on which all of them stand with what there is of it."""
+"""The runs of an experiment, its table, and the page with the tables of all experiments."""
 
 import math
 import shutil
@@ -54,8 +54,8 @@ cells:
 
 
 @pytest.fixture
-def written(tmp_path):
-    """Write an experiment called `mine` into a folder of its own."""
+def write_experiment(tmp_path):
+    """Function that writes an experiment called `mine` into a folder of its own."""
     folder = tmp_path / "experiments"
     (folder / "results").mkdir(parents=True)
 
@@ -71,11 +71,11 @@ def written(tmp_path):
 
 
 @pytest.fixture
-def shown(written):
-    """Column -> word, of the lines of an experiment's table."""
+def table_rows(write_experiment):
+    """Function that returns the rows of an experiment's table, column -> text."""
 
     def show(rows, text: str = MINE, numbers: str = "", quantity: str = "score"):
-        path = written(text, numbers)
+        path = write_experiment(text, numbers)
         paper = paper_of(["mine"], path.parent)
         table, _ = task_table(Grid(experiment(path), rows), paper, QUANTITIES[quantity])
         return table.frame.to_dict("records")
@@ -86,79 +86,81 @@ def shown(written):
 # What is asked for -------------------------------------------------------------------------------
 
 
-def test_the_points_are_every_combination_in_the_command_lines_words(written):
-    found = points(written())
-    assert len(found) == 12
-    assert found[0] == {"task": "pmc_vqa", "seed": "0", "cell": "mine/lora"}
-    assert found[-1] == {"task": "websrc", "seed": "2", "cell": "mine/emloc_r50"}
+def test_the_points_are_all_combinations_of_the_swept_values(write_experiment):
+    grid_points = points(write_experiment())
+    assert len(grid_points) == 12
+    assert grid_points[0] == {"task": "pmc_vqa", "seed": "0", "cell": "mine/lora"}
+    assert grid_points[-1] == {"task": "websrc", "seed": "2", "cell": "mine/emloc_r50"}
 
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_points_are_those_that_hydra_sweeps(path):
-    """Whatever is done to an experiment before Hydra sees it."""
+def test_the_points_equal_the_runs_of_hydra(path):
+    """Holds for all experiment files, also after the package has changed them for Hydra."""
     register([path.stem])
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         chosen = [f"experiments={path.stem}"]
         params = hydra_compose("config", chosen, return_hydra_config=True).hydra.sweeper.params
-    found = points(path)
+    grid_points = points(path)
     counts = [len(str(words).split(",")) for words in params.values()]
-    assert len(found) == math.prod(counts)
+    assert len(grid_points) == math.prod(counts)
     for key, words in params.items():
-        assert {point[key] for point in found} == set(str(words).split(","))
+        assert {point[key] for point in grid_points} == set(str(words).split(","))
 
 
-def test_a_point_has_its_own_word_or_its_cells_or_the_experiments_or_the_defaults(written):
-    asked = experiment(written())
-    point = asked.points[-1]
-    assert asked.word(point, "task") == "websrc"
-    assert asked.word(point, "compression") == "r50"
-    assert asked.word(point, "model") == EIGHT
-    assert asked.word(point, "lora") == "r8"
-    assert asked.word(asked.points[0], "compression") == "r50"
-    assert asked.word(point, "train.steps") == ""
+def test_a_value_comes_from_the_point_or_its_cell_or_the_experiment_or_the_defaults(
+    write_experiment,
+):
+    experiment_file = experiment(write_experiment())
+    point = experiment_file.points[-1]
+    assert experiment_file.word(point, "task") == "websrc"
+    assert experiment_file.word(point, "compression") == "r50"
+    assert experiment_file.word(point, "model") == EIGHT
+    assert experiment_file.word(point, "lora") == "r8"
+    assert experiment_file.word(experiment_file.points[0], "compression") == "r50"
+    assert experiment_file.word(point, "train.steps") == ""
 
 
-def test_an_experiment_is_told_by_its_first_sentence(written):
-    assert experiment(written()).about == "What the .75 is for."
-    assert experiment(written(SWEPT)).about == "A product"
-    assert experiment(written(FIXED)).about == ""
+def test_the_caption_of_an_experiment_is_its_first_sentence(write_experiment):
+    assert experiment(write_experiment()).about == "What the .75 is for."
+    assert experiment(write_experiment(SWEPT)).about == "A product"
+    assert experiment(write_experiment(FIXED)).about == ""
 
 
-def test_a_sweep_that_cannot_be_read_is_refused_with_the_file(written):
+def test_a_sweep_that_cannot_be_read_is_refused_with_the_file(write_experiment):
     with pytest.raises(ConfigError, match=r"mine.yaml: hydra.sweeper.params cannot be read"):
-        points(written("hydra: {sweeper: {params: {seed: 'range(3'}}}"))
+        points(write_experiment("hydra: {sweeper: {params: {seed: 'range(3'}}}"))
 
 
 # The table of one experiment ---------------------------------------------------------------------
 
 
-def test_a_grid_point_without_a_run_has_the_papers_number_alone(shown):
-    assert shown([], numbers=f"lora,{EIGHT},websrc,score,87.4,percent\n") == [
+def test_a_grid_point_without_a_run_has_the_papers_number_alone(table_rows):
+    assert table_rows([], numbers=f"lora,{EIGHT},websrc,score,87.4,percent\n") == [
         {"cell": "lora", "pmc_vqa": "", "websrc": "(87.4)"},
         {"cell": "emloc_r50", "pmc_vqa": "", "websrc": ""},
     ]
 
 
-def test_seeds_are_one_word_and_missing_ones_are_counted(shown):
+def test_seeds_are_joined_and_missing_seeds_are_counted(table_rows):
     runs = [row("lora", score, cell="lora", seed=s) for s, score in enumerate((0.5, 0.51, 0.52))]
     runs += [row(score=0.5, cell="emloc_r50", seed=seed) for seed in (0, 2)]
     runs.append(row(score=None, cell="emloc_r50", task="websrc", seed=1))
-    lora, emloc = shown(runs, numbers=f"lora,{EIGHT},pmc_vqa,score,52.9,percent\n")
+    lora, emloc = table_rows(runs, numbers=f"lora,{EIGHT},pmc_vqa,score,52.9,percent\n")
     assert lora == {"cell": "lora", "pmc_vqa": "51.0 ± 1.0 (52.9)", "websrc": ""}
     assert emloc == {"cell": "emloc_r50", "pmc_vqa": "50.0 ± 0.0 [2/3]", "websrc": "OOM"}
 
 
-def test_a_seed_that_failed_is_said_beside_those_that_did_not(shown):
+def test_a_failed_seed_is_shown_beside_the_finished_ones(table_rows):
     runs = [row(cell="lora", seed=0), row(cell="lora", seed=2)]
     runs += [row(score=None, cell="lora", seed=1, state="failed(train)")]
-    assert shown(runs)[0]["pmc_vqa"] == "50.0 ± 0.0 [2/3]; failed(train)"
+    assert table_rows(runs)[0]["pmc_vqa"] == "50.0 ± 0.0 [2/3]; failed(train)"
 
 
-def test_another_model_and_another_task_have_columns_of_their_own(shown):
+def test_other_models_and_tasks_have_columns_of_their_own(table_rows):
     runs = [row(score=0.5, cell="lora", model="tiny", task="easy_vqa")]
     runs.append(row(score=0.25, cell="lora", task="docvqa"))
-    lora, _ = shown(runs, numbers=f"lora,{EIGHT},pmc_vqa,score,52.9,percent\n")
+    lora, _ = table_rows(runs, numbers=f"lora,{EIGHT},pmc_vqa,score,52.9,percent\n")
     assert lora == {
         "cell": "lora",
         "pmc_vqa": "(52.9)",
@@ -168,98 +170,98 @@ def test_another_model_and_another_task_have_columns_of_their_own(shown):
     }
 
 
-def test_runs_that_differ_in_a_setting_besides_are_lines_apart(shown):
+def test_runs_that_differ_in_a_further_setting_have_separate_lines(table_rows):
     rates = [{"train.learning_rate": rate} for rate in ("0.0001", "0.0004")]
     runs = [row(score=0.5, cell="lora", settings=rates[0], seed=seed) for seed in (0, 1, 2)]
     runs.append(row(score=0.6, cell="lora", settings=rates[1]))
-    first, second, other = shown(runs)
+    first, second, other = table_rows(runs)
     assert list(first) == ["cell", "train.learning_rate", "pmc_vqa", "websrc"]
     assert list(first.values()) == ["lora", "0.0001", "50.0 ± 0.0", ""]
     assert list(second.values()) == ["lora", "0.0004", "60.0", ""]
     assert list(other.values()) == ["emloc_r50", "", "", ""]
 
 
-def test_a_product_is_matched_whatever_way_its_numbers_are_written(shown):
-    """A run's settings are what became of the command line's words: 1.0 of 1."""
+def test_runs_match_points_although_numbers_are_written_differently(table_rows):
+    """The settings of a run are parsed values: 1.0 for the word 1."""
     runs = [
         row(score=0.6, settings={"recovery.clamp": "1.0", "emulator.sequential": "True"}),
         row(score=0.7, settings={"recovery.clamp": "null", "emulator.sequential": "True"}),
         row("lora", 0.8, settings={"recovery.clamp": "1.0", "emulator.sequential": "True"}),
     ]
-    assert [list(line.values()) for line in shown(runs, SWEPT)] == [
+    assert [list(line.values()) for line in table_rows(runs, SWEPT)] == [
         ["emloc", "1", "True", "60.0"],
         ["emloc", "null", "True", "70.0"],
         ["lora", "1", "True", "80.0"],
     ]
 
 
-def test_a_run_that_is_of_no_cell_is_told_by_its_method(shown):
-    *_, last = shown([row(cell="lora"), row("dora", 0.4)])
+def test_a_run_outside_all_cells_is_labelled_by_its_method(table_rows):
+    *_, last = table_rows([row(cell="lora"), row("dora", 0.4)])
     assert (last["cell"], last["method"], last["pmc_vqa"]) == ("", "dora", "40.0")
 
 
-def test_cells_that_fix_their_model_share_columns_and_say_which(shown):
+def test_cells_that_set_their_model_share_columns_and_name_the_model(table_rows):
     runs = [row(score=score, cell=cell, model=f"internvl2_5_{size}b") for score, cell, size in (
         (0.5, "small", 26), (0.6, "large", 38)
     )]  # fmt: skip
     runs.append(row(score=0.7, cell="large", model="tiny"))
-    assert shown(runs, FIXED) == [
+    assert table_rows(runs, FIXED) == [
         {"cell": "small", "model": "internvl2_5_26b", "pmc_vqa": "50.0", "tiny·pmc_vqa": ""},
         {"cell": "large", "model": "internvl2_5_38b", "pmc_vqa": "60.0", "tiny·pmc_vqa": "70.0"},
     ]
 
 
-def test_models_that_are_swept_are_columns(shown):
+def test_swept_models_have_one_column_each(table_rows):
     text = "name: mine\nhydra: {sweeper: {params: {method: 'lora,emloc', model: 'a,b', task: t}}}"
     runs = [row("lora", 0.5, model="b", task="t")]
-    assert shown(runs, text) == [
+    assert table_rows(runs, text) == [
         {"method": "lora", "a·t": "", "b·t": "50.0"},
         {"method": "emloc", "a·t": "", "b·t": ""},
     ]
 
 
-def test_what_only_the_paper_has_is_a_line_or_a_column_too(shown):
+def test_results_of_the_paper_alone_have_lines_and_columns(table_rows):
     numbers = f"dora,{EIGHT},pmc_vqa,score,53.5,percent\nlora,{EIGHT},wc_vqa,score,53.4,percent\n"
-    lora, _, dora = shown([], numbers=numbers)
+    lora, _, dora = table_rows([], numbers=numbers)
     assert lora == {"cell": "lora", "pmc_vqa": "", "websrc": "", "wc_vqa": "(53.4)"}
     assert dora == {"cell": "dora", "pmc_vqa": "(53.5)", "websrc": "", "wc_vqa": ""}
 
 
-def test_a_number_of_no_task_in_particular_is_beside_every_task(shown):
+def test_a_number_without_a_task_is_shown_for_each_task(table_rows):
     numbers = f"lora,{EIGHT},,peak,72.9,GB\nqlora,{EIGHT},,peak,38.1,GB\n"
     runs = [row("lora", cell="lora", **{"peak_gib/train": 50.0})]
-    lora, _, qlora = shown(runs, numbers=numbers, quantity="peak")
+    lora, _, qlora = table_rows(runs, numbers=numbers, quantity="peak")
     assert lora == {"cell": "lora", "pmc_vqa": "53.7 [1/3] (72.9)", "websrc": "(72.9)"}
     assert qlora == {"cell": "qlora", "pmc_vqa": "(38.1)", "websrc": "(38.1)"}
 
 
-def test_a_run_without_the_quantity_keeps_its_line_and_a_failure_the_papers_number(shown):
+def test_a_run_without_the_quantity_keeps_its_line_and_a_failure_the_papers_number(table_rows):
     numbers = f"emloc_r50,{EIGHT},pmc_vqa,peak,72.9,GB\n"
-    lora, emloc = shown([row("lora", cell="lora")], numbers=numbers, quantity="peak")
+    lora, emloc = table_rows([row("lora", cell="lora")], numbers=numbers, quantity="peak")
     assert lora == {"cell": "lora", "pmc_vqa": "", "websrc": ""}
     of_task = {"settings": {"task.metric": "accuracy"}}
     runs = [row(score=None, cell="emloc_r50", **of_task), row(cell="emloc_r50", task="websrc")]
-    _, emloc = shown(runs, numbers=numbers.replace("peak,72.9,GB", "score,52.3,percent"))
+    _, emloc = table_rows(runs, numbers=numbers.replace("peak,72.9,GB", "score,52.3,percent"))
     assert emloc == {"cell": "emloc_r50", "pmc_vqa": "OOM (52.3)", "websrc": "50.0 [1/3]"}
 
 
-def test_the_best_of_a_column_is_the_best_score_of_ours(written):
+def test_the_best_score_of_a_column_ignores_the_paper(write_experiment):
     runs = [row("lora", 0.6, cell="lora"), row(score=0.5, cell="emloc_r50")]
     runs.append(row(score=0.5, cell="emloc_r50", task="websrc"))
     runs = [*runs, row("lora", 0.1, cell="lora", model="tiny")]
-    table, _ = task_table(Grid(experiment(written()), runs), Paper(), QUANTITIES["score"])
-    assert table.best == {(0, "pmc_vqa")}  # nothing is best where it is alone
+    table, _ = task_table(Grid(experiment(write_experiment()), runs), Paper(), QUANTITIES["score"])
+    assert table.best == {(0, "pmc_vqa")}  # a single value is never marked as best
 
 
 # The page of all ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def page(written, tmp_path):
-    """The page over one experiment, and how it is written."""
+def page(write_experiment, tmp_path):
+    """Function that writes the page for one experiment and returns its text."""
 
     def make(numbers: str = "") -> str:
-        return tables(written(numbers=numbers).parent, tmp_path / "runs")
+        return tables(write_experiment(numbers=numbers).parent, tmp_path / "runs")
 
     return make
 
@@ -269,17 +271,17 @@ def results(tmp_path, name: str):
 
 
 def line(page: str, start: str) -> list[str]:
-    (found,) = [line for line in page.splitlines() if line.startswith(f"| {start} ")]
-    return [word.strip() for word in found.strip("|").split("|")]
+    (row_text,) = [line for line in page.splitlines() if line.startswith(f"| {start} ")]
+    return [word.strip() for word in row_text.strip("|").split("|")]
 
 
-def test_an_experiment_without_results_stands_on_the_page(page):
-    said = page()
+def test_an_experiment_without_results_is_on_the_page(page):
+    text = page()
     assert (
         "## mine\n\nWhat the .75 is for.\n\ninternvl2_5_8b: 0 of 12 runs done, 12 not run.\n"
-        in said
+        in text
     )
-    assert line(said, "lora") == ["lora", "", ""]
+    assert line(text, "lora") == ["lora", "", ""]
 
 
 def test_the_states_of_the_requested_runs_add_up(page, tmp_path):
@@ -299,38 +301,38 @@ def test_a_line_without_any_result_is_named_below_the_table(page, tmp_path):
     runs = [row("lora", 0.6, cell="lora"), row("lora", None, cell="lora", task="websrc")]
     runs += [row(score=None, cell="emloc_r50", state="failed(config)", seed=s) for s in (0, 1)]
     write_rows(runs, results(tmp_path, "mine.csv"))
-    said = page()
-    assert line(said, "lora") == ["lora", "60.0 [1/3]", "OOM"]
-    assert "| emloc_r50" not in said
-    assert "\nLeft out, without results: failed(config): emloc_r50." in said
+    text = page()
+    assert line(text, "lora") == ["lora", "60.0 [1/3]", "OOM"]
+    assert "| emloc_r50" not in text
+    assert "\nLeft out, without results: failed(config): emloc_r50." in text
     with_paper = page(f"emloc_r50,{EIGHT},pmc_vqa,score,52.9,percent\n")
     assert line(with_paper, "emloc_r50") == ["emloc_r50", "(52.9)", ""]
 
 
-def test_experiments_stand_tables_first_then_ablations(tmp_path, written):
-    path = written()
+def test_the_page_lists_tables_before_ablations(tmp_path, write_experiment):
+    path = write_experiment()
     for name in ("another", "ablate_b", "table2", "table1"):
         shutil.copy(path, path.with_name(f"{name}.yaml"))
     heads = [line for line in tables(path.parent, tmp_path).splitlines() if line.startswith("## ")]
     assert heads == ["## table1", "## table2", "## ablate_b", "## another", "## mine"]
 
 
-def test_results_are_taken_from_the_tidy_file_where_no_run_is_there(page, tmp_path):
+def test_results_come_from_the_tidy_file_if_there_are_no_runs(page, tmp_path):
     page()
     stored = [row("lora", 0.6, cell="lora", seed=seed) for seed in (0, 1, 2)]
     stored.append(row("lora", 0.1, cell="lora", experiment="mine_small", model="tiny"))
     write_rows(stored, results(tmp_path, "mine_small.csv"))
-    said = page(f"lora,{EIGHT},pmc_vqa,score,52.9,percent\n")
+    text = page(f"lora,{EIGHT},pmc_vqa,score,52.9,percent\n")
     assert (
         "internvl2_5_8b: 3 of 12 runs done, 9 not run; besides these runs: 1 of tiny on pmc_vqa."
-        in said
+        in text
     )
-    assert line(said, "lora") == ["lora", "60.0 ± 0.0 (52.9)", "", "10.0"]
-    assert "Scores: pmc_vqa accuracy." in said
-    assert "Paper: The paper, Table 9." in said
+    assert line(text, "lora") == ["lora", "60.0 ± 0.0 (52.9)", "", "10.0"]
+    assert "Scores: pmc_vqa accuracy." in text
+    assert "Paper: The paper, Table 9." in text
 
 
-def test_a_run_that_is_there_takes_the_place_of_the_one_in_the_file(page, tmp_path):
+def test_a_run_replaces_its_row_in_the_tidy_file(page, tmp_path):
     page()
     for seed in (0, 1, 2):
         make_run(tmp_path, seed, score=0.6)
@@ -343,11 +345,11 @@ def test_a_run_that_is_there_takes_the_place_of_the_one_in_the_file(page, tmp_pa
     make_run(tmp_path, 0, score=0.9)
     assert line(page(), "lora") == ["lora", "70.0 ± 17.3", ""]
     make_run(tmp_path, 0, score=None)
-    said = page()
-    assert line(said, "lora") == ["lora", "60.0 ± 0.0 [2/3]; running", ""]
-    assert "internvl2_5_8b: 2 of 12 runs done, 1 running, 9 not run." in said
+    text = page()
+    assert line(text, "lora") == ["lora", "60.0 ± 0.0 [2/3]; running", ""]
+    assert "internvl2_5_8b: 2 of 12 runs done, 1 running, 9 not run." in text
     shutil.rmtree(folder)
-    make_run(tmp_path, 7, score=0.9)  # as far as the file says, of another recipe
+    make_run(tmp_path, 7, score=0.9)  # the file does not show that the recipes are equal
     assert line(page(), "lora") == ["lora", "90.0 [1/3]; 60.0 ± 0.0", ""]
 
 
@@ -361,7 +363,7 @@ def make_run(tmp_path, seed: int, score: float | None) -> None:
         run.finish({**scores, "seconds": {}, "peak_gib": {}})
 
 
-def test_a_file_is_of_the_experiment_with_the_longest_name_that_it_starts_with(page, tmp_path):
+def test_a_file_belongs_to_the_experiment_with_the_longest_matching_name(page, tmp_path):
     page()
     more = tmp_path / "experiments" / "mine_small.yaml"
     more.write_text("name: mine_small\ncells: {lora: method=lora}\n")
@@ -374,21 +376,21 @@ def test_a_file_is_of_the_experiment_with_the_longest_name_that_it_starts_with(p
     ]
 
 
-def test_a_file_of_results_that_is_not_tidy_is_said_and_the_page_goes_on(page, tmp_path):
+def test_an_invalid_file_of_results_is_reported_on_the_page(page, tmp_path):
     page()
     results(tmp_path, "mine.csv").write_text("cell,loss\nlora,1.0\n")
-    said = page()
-    assert line(said, "lora") == ["lora", "", ""]
-    assert "mine.csv: no table of runs, it has no column experiment, run, state" in said
+    text = page()
+    assert line(text, "lora") == ["lora", "", ""]
+    assert "mine.csv: no table of runs, it has no column experiment, run, state" in text
 
 
-def test_memory_has_a_table_of_its_own_where_the_paper_has_it(page):
-    said = page(f"lora,{EIGHT},,peak,72.9,GB\n")
-    assert "peak GB:\n\n| cell " in said
-    assert line(said, "lora") == ["lora", "(72.9)", "(72.9)"]
+def test_memory_has_its_own_table_if_the_paper_reports_it(page):
+    text = page(f"lora,{EIGHT},,peak,72.9,GB\n")
+    assert "peak GB:\n\n| cell " in text
+    assert line(text, "lora") == ["lora", "(72.9)", "(72.9)"]
 
 
-def test_the_page_of_the_shipped_experiments_has_a_line_for_each(tmp_path):
-    said = tables(EXPERIMENTS, tmp_path)
+def test_the_page_contains_all_experiments_of_the_repository(tmp_path):
+    text = tables(EXPERIMENTS, tmp_path)
     for path in EXPERIMENTS.glob("*.yaml"):
-        assert f"\n## {path.stem}\n\n" in said
+        assert f"\n## {path.stem}\n\n" in text

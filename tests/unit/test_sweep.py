@@ -1,4 +1,4 @@
-"""What a sweep knows of itself."""
+"""The count of runs in a sweep, and the environment of its workers."""
 
 import pickle
 from collections.abc import Iterator

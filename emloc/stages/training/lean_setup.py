@@ -75,12 +75,14 @@ def savings(fused: bool, modules: Sequence[str], embedding_bytes: int, chunked: 
     """
     gigabytes = f"{embedding_bytes / 1e9:.2f} GB"
     ways = [
-        "each layer and its adapter are one operation" if fused else "",
-        f"fused {', '.join(modules)}" if modules else "",
-        f"the embedding table is in host memory ({gigabytes} less on the GPU)"
+        "each layer and its adapter run as one operation" if fused else "",
+        f"{' and '.join(modules)} are fused" if modules else "",
+        f"the embedding table stays in host memory ({gigabytes} less on the GPU)"
         if embedding_bytes
         else "",
         "the loss is computed in chunks" if chunked else "",
     ]
-    words = "; ".join(way for way in ways if way)
-    return f"train: less memory and time by train.lean=true: {words or 'nothing applies'}"
+    words = ", ".join(way for way in ways if way)
+    if not words:
+        return "train: train.lean=true saves no memory with this model and adapter"
+    return f"train: train.lean=true saves memory and time: {words}"
