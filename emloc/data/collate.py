@@ -62,10 +62,13 @@ def collate(
     }
     if answers_only:
         # One more position, because the model predicts the first answer token at the one before.
-        kept = max(row.length - row.answer_start for row in batch) + 1
+        positions = max(row.length - row.answer_start for row in batch) + 1
         # Indices, since for a number the model would slice its hidden states. The product of this
         # view with the head would copy the head's weight once per row.
-        result |= {"labels": labels[:, -kept:], "logits_to_keep": torch.arange(length)[-kept:]}
+        result |= {
+            "labels": labels[:, -positions:],
+            "logits_to_keep": torch.arange(length)[-positions:],
+        }
     return result
 
 

@@ -132,20 +132,20 @@ def encode_all(reader: Reader, examples: Examples, max_length: int | None) -> li
     encoded = [reader.encode(example) for example in examples]
     if max_length is None:
         return encoded
-    kept = [row for row in encoded if row.length <= max_length]
-    if len(kept) < len(encoded):
+    short_rows = [row for row in encoded if row.length <= max_length]
+    if len(short_rows) < len(encoded):
         log.warning(
             "%s: left out %d of %d examples longer than %d tokens (model.max_length)",
             examples.name,
-            len(encoded) - len(kept),
+            len(encoded) - len(short_rows),
             len(encoded),
             max_length,
         )
-    if not kept:
+    if not short_rows:
         raise ConfigError(
             f"{examples.name}: no example within {max_length} tokens; set model.max_length"
         )
-    return kept
+    return short_rows
 
 
 def batches(

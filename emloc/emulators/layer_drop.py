@@ -97,15 +97,15 @@ class LayerDrop(Emulator):
                 f"compression.ratio={smallest:g} or higher"
                 + (", or emulator.first=1 emulator.last=1" if ends_help else "")
             )
-        kept = {
+        kept_blocks = {
             blocks[index]
             for index in kept_block_indices(len(blocks), self.first, self.last, middle)
         }
         ends = [*blocks[: self.first], *blocks[-self.last :]]
         return {
             "adapted": ends,
-            "kept": [block for block in blocks if block in kept and block not in ends],
-            "dropped": [block for block in blocks if block not in kept],
+            "kept": [block for block in blocks if block in kept_blocks and block not in ends],
+            "dropped": [block for block in blocks if block not in kept_blocks],
         }
 
     def _shares(self, sizes: Sequence[int], fixed: int, total: int) -> dict[int, float]:

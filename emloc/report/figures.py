@@ -47,16 +47,16 @@ def drawings(rows: Sequence[Row], place: Path, columns: int = 2) -> dict[str, Dr
     from emloc.report.draw import correction, cost, curve, layers, sweep
     from emloc.report.draw.style import RC
 
-    drawn: dict[str, Drawing] = {}
+    drawings: dict[str, Drawing] = {}
     with rc_context(RC):
-        drawn |= curve.draw(rows, place, columns)
+        drawings |= curve.draw(rows, place, columns)
         for one in sweep.sweeps(rows):
-            drawn |= sweep.draw(rows, one, columns)
+            drawings |= sweep.draw(rows, one, columns)
         for each in cost.COSTS:
-            drawn |= cost.draw(rows, each, columns)
-        drawn |= correction.draw(rows, place, columns)
-        drawn |= layers.draw(rows, place, columns)
-    return drawn
+            drawings |= cost.draw(rows, each, columns)
+        drawings |= correction.draw(rows, place, columns)
+        drawings |= layers.draw(rows, place, columns)
+    return drawings
 
 
 def save(

@@ -133,10 +133,10 @@ def _read(path: Path) -> list[Number]:
         "no column": [name for name in ("model", *_VALUES) if name not in head],
         "unknown column": [name for name in head if name not in (*KEYS, *_VALUES)],
     }
-    listed = [f"{fault} {', '.join(names)}" for fault, names in faults.items() if names]
-    if listed:
+    messages = [f"{fault} {', '.join(names)}" for fault, names in faults.items() if names]
+    if messages:
         raise ConfigError(
-            f"{path}:2: {'; '.join(listed)}; it takes {', '.join((*KEYS, *_VALUES))}, "
+            f"{path}:2: {'; '.join(messages)}; it takes {', '.join((*KEYS, *_VALUES))}, "
             "and needs all but cell, method and task"
         )
     source = first.lstrip("# ")

@@ -30,8 +30,8 @@ def is_summary(place: Path) -> bool:
 
 def write_summary(summary: pd.DataFrame, path: Path) -> None:
     """Write numbers at full precision and missing ones as empty cells; no column is empty."""
-    used = [name for name in summary if summary[name].replace(EMPTY, None).notna().any()]
-    summary[used].to_csv(path, index=False, lineterminator="\n")
+    filled_columns = [name for name in summary if summary[name].replace(EMPTY, None).notna().any()]
+    summary[filled_columns].to_csv(path, index=False, lineterminator="\n")
 
 
 def read_summary(path: Path) -> pd.DataFrame:

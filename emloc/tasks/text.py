@@ -69,20 +69,20 @@ class TextTask:
         """Training rows that are no evaluation rows, read once."""
         eval_prompts = {row.prompt for row in self._eval_rows}
         rows = self._examples(self.train_split)
-        kept = tuple(row for row in rows if row.prompt not in eval_prompts)
-        if len(kept) < len(rows):
+        examples = tuple(row for row in rows if row.prompt not in eval_prompts)
+        if len(examples) < len(rows):
             log.warning(
                 "task %s: dropped %d of %d training rows whose prompt is also an evaluation prompt",
                 self.name,
-                len(rows) - len(kept),
+                len(rows) - len(examples),
                 len(rows),
             )
-        if not kept:
+        if not examples:
             raise ConfigError(
                 f"task {self.name}: every row of task.train_split={self.train_split} is also in "
                 f"task.eval_split={self.eval_split}; set task.train_split to another split"
             )
-        return kept
+        return examples
 
     def held_out(self, limit: int | None) -> Examples:
         """The first `limit` rows of the evaluation split in file order; all if `limit` is None."""
@@ -126,21 +126,21 @@ class TextTask:
         stored = self._stored.of(split)
         prompt = compile_template("prompt", self.prompt)
         target = compile_template("target", self.target)
-        kept = []
+        examples = []
         for index, row in enumerate(stored):
             # The prompt gets no derived columns, because lm-eval renders it without them.
             question = render_template("prompt", prompt, row)
             columns = self.derived_columns(row)
             if columns is not None:
                 answer = render_template("target", target, row | columns)
-                kept.append(Example(f"{split}/{index}", question, answer))
+                examples.append(Example(f"{split}/{index}", question, answer))
         total = len(stored)
-        if len(kept) < total:
+        if len(examples) < total:
             log.warning("task %s: left out %d of %d rows of %s that have no usable answer",
-                        self.name, total - len(kept), total, split)  # fmt: skip
-        if not kept:
+                        self.name, total - len(examples), total, split)  # fmt: skip
+        if not examples:
             raise ConfigError(
                 f"task.{field}: split {split} of {self.name} has no rows; "
                 f"set task.{field} to another split"
             )
-        return tuple(kept)
+        return tuple(examples)

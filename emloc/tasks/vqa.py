@@ -201,14 +201,14 @@ class VqaTask:
         eval_by_prompt = defaultdict(list)
         for question in self._eval_read[0]:
             eval_by_prompt[question.example.prompt].append(question)
-        kept, dropped, stats = [], 0, ReadStats()
+        training_questions, dropped, stats = [], 0, ReadStats()
         for question in self._reader.read(self._stored["train_split"], self.train_split, stats):
             same_prompt = eval_by_prompt.get(question.example.prompt, ())
             if any(question.is_same(other) for other in same_prompt):
                 dropped += 1
                 continue
-            kept.append(question)
-            if len(kept) == self.limit:
+            training_questions.append(question)
+            if len(training_questions) == self.limit:
                 break
         # One error lists the missing files of both splits, so that the user can add all at once.
         self._refuse_missing(self._eval_read[1].missing | stats.missing)
@@ -219,14 +219,14 @@ class VqaTask:
                 dropped,
                 stats.rows,
             )
-        if dropped and not kept:
+        if dropped and not training_questions:
             raise ConfigError(
                 f"task {self.name}: every row of task.train_split={self.train_split} is also in "
                 f"task.eval_split={self.eval_split}; set task.train_split to another split, or to "
                 f"{self.eval_split} too, which is then divided by image"
             )
-        self._report_skipped("train_split", stats, kept)
-        return tuple(kept)
+        self._report_skipped("train_split", stats, training_questions)
+        return tuple(training_questions)
 
     @cached_property
     def _halves(self) -> tuple[tuple[StoredQuestion, ...], tuple[StoredQuestion, ...]]:

@@ -180,6 +180,28 @@ def test_no_module_has_a_vague_name():
     assert not {w for w in words if re.search(r"utils?$|helpers?$|^base_|^common$|^misc$", w)}
 
 
+def test_no_value_is_named_by_a_bare_participle():
+    """Such a name does not say what the value is; see the style page of CONTRIBUTING.md."""
+    participles = set(
+        "asked chosen drawn found given held kept known listed made said seen shown taken told "
+        "used wanted".split()
+    )
+    names = [
+        f"{where(module)}: {name}"
+        for module in MODULES
+        for node in ast.walk(tree(module))
+        if (name := value_name(node)) in participles
+    ]
+    assert names == []
+
+
+def value_name(node: ast.AST) -> str | None:
+    """The name that a node gives to a value: an assigned variable or a parameter."""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        return node.id
+    return node.arg if isinstance(node, ast.arg) else None
+
+
 def test_nothing_is_unpickled():
     for module in MODULES:
         assert not {"pickle", "dill", "joblib", "shelve"} & {*imported(module)}, where(module)

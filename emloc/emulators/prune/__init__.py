@@ -254,11 +254,14 @@ def _kept_indices(
     """Kept indices as `<layer>.rows` and `<layer>.columns`, for modules that lose any unit."""
     indices: dict[str, Tensor] = {}
     for name, group in units.items():
-        kept = kept_units[name]
-        if len(kept) < group.count:
-            indices |= {f"{n}.rows": unit_indices(kept, size) for n, size in group.rows.items()}
+        unit_numbers = kept_units[name]
+        if len(unit_numbers) < group.count:
             indices |= {
-                f"{n}.columns": unit_indices(kept, size) for n, size in group.columns.items()
+                f"{n}.rows": unit_indices(unit_numbers, size) for n, size in group.rows.items()
+            }
+            indices |= {
+                f"{n}.columns": unit_indices(unit_numbers, size)
+                for n, size in group.columns.items()
             }
     return indices
 

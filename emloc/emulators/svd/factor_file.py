@@ -65,8 +65,8 @@ def load_factors(
             if f"{layer}.u" in parts:
                 modules[layer] = Factorized(parts[f"{layer}.u"], parts[f"{layer}.v"], bias)
             else:
-                read = require_format(precision).from_tensors
-                v, ut = (read(f"{layer}.{name}", parts) for name in ("v", "ut"))
+                read_matrix = require_format(precision).from_tensors
+                v, ut = (read_matrix(f"{layer}.{name}", parts) for name in ("v", "ut"))
                 modules[layer] = PackedFactorized(v, ut, bias)
     return modules
 

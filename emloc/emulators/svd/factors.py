@@ -57,8 +57,8 @@ def spectrum_record(factors: Factors) -> dict[str, Any]:
     spectrum, rank = factors.spectrum.cpu(), factors.v.shape[0]
     count = len(spectrum)
     index = sorted({round(count ** (step / (POINTS - 1))) for step in range(POINTS)})
-    kept = factors.kept_share
-    total = float(spectrum[:rank].sum()) / kept if kept > 0 else 0.0
+    kept_share = factors.kept_share
+    total = float(spectrum[:rank].sum()) / kept_share if kept_share > 0 else 0.0
     return {
         "index": index,
         "energy": [float(f"{spectrum[i - 1]:.5g}") for i in index],

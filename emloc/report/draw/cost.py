@@ -97,21 +97,25 @@ def draw(rows: Sequence[Row], cost: Cost, columns: int) -> Mapping[str, Drawing]
         for score in _SCORES
     ]
     most = max((len(one.points) for one in every), default=0)
-    drawn = [one for one in every if len(one.points) >= max(2, min(most, _FEW))]
-    pages = [_page(drawn[part], cost, columns, rows) for part in page_slices(len(drawn))]
+    cost_panels = [one for one in every if len(one.points) >= max(2, min(most, _FEW))]
+    pages = [
+        _page(cost_panels[part], cost, columns, rows) for part in page_slices(len(cost_panels))
+    ]
     return numbered_pages(cost.stem, pages)
 
 
-def _page(drawn: Sequence[CostPanel], cost: Cost, columns: int, rows: Sequence[Row]) -> Drawing:
-    lines = [point.line for one in drawn for point in one.points]
+def _page(
+    cost_panels: Sequence[CostPanel], cost: Cost, columns: int, rows: Sequence[Row]
+) -> Drawing:
+    lines = [point.line for one in cost_panels for point in one.points]
     numbers = {label: str(i) for i, label in enumerate(sorted({line.label for line in lines}), 1)}
     methods = line_styles((line.method, line.method, False) for line in lines)
     styles = {
         line.label: methods[line.method]._replace(marker="o", is_hollow=bool(line.packed))
         for line in lines
     }
-    figure, places = panel_grid(len(drawn), columns, height=2.8)
-    for one, axes in zip(drawn, places, strict=True):
+    figure, places = panel_grid(len(cost_panels), columns, height=2.8)
+    for one, axes in zip(cost_panels, places, strict=True):
         axes.set(title=wrapped(one.panel.title), xlabel=cost.caption, ylabel=one.score_label)
         if one.score == "gain_kept":
             percent(axes.yaxis)
@@ -123,14 +127,16 @@ def _page(drawn: Sequence[CostPanel], cost: Cost, columns: int, rows: Sequence[R
     add_legend(figure, note_of(rows, [line.packed for line in lines]), key)
     settle_layout(figure)
     is_moved = False
-    for one, axes in zip(drawn, places, strict=True):
+    for one, axes in zip(cost_panels, places, strict=True):
         markers = [
             Marker(point.cost, point.score, styles[label], numbers[label])
             for point in one.points
             for label in [point.line.label]
         ]
         is_moved |= draw_markers(axes, markers)
-    return Drawing(figure, _caption(drawn, cost, is_moved), _records(drawn, cost, numbers))
+    return Drawing(
+        figure, _caption(cost_panels, cost, is_moved), _records(cost_panels, cost, numbers)
+    )
 
 
 def _points(lines: Sequence[Series], cost: Measure, score: Measure) -> list[CostPoint]:
@@ -197,23 +203,23 @@ def _draw_untrained(axes: Axes, one: CostPanel) -> None:
             axes.axhline(value.mean, label=ZERO_SHOT, color=GREY, linestyle=":", zorder=1)
 
 
-def _caption(drawn: Sequence[CostPanel], cost: Cost, is_moved: bool) -> str:
-    scores = " and the ".join(dict.fromkeys(one.score_label for one in drawn))
+def _caption(cost_panels: Sequence[CostPanel], cost: Cost, is_moved: bool) -> str:
+    scores = " and the ".join(dict.fromkeys(one.score_label for one in cost_panels))
     sentences = [
         f"The {scores} against the {cost.caption}.",
         "Each number is one method or cell; the key above the panels names it.",
         *([MOVED] if is_moved else []),
         "Grey steps are the Pareto front: no other point costs less and scores higher.",
     ]
-    if any(point.spread for one in drawn for point in one.points):
+    if any(point.spread for one in cost_panels for point in one.points):
         sentences.append("Vertical bars are the standard deviation over seeds.")
-    if any(point.line.packed for one in drawn for point in one.points):
+    if any(point.line.packed for one in cost_panels for point in one.points):
         sentences.append("Hollow markers train through packed weights.")
     return " ".join(sentences)
 
 
 def _records(
-    drawn: Sequence[CostPanel], cost: Cost, numbers: Mapping[str, str]
+    cost_panels: Sequence[CostPanel], cost: Cost, numbers: Mapping[str, str]
 ) -> list[dict[str, object]]:
     return [
         {
@@ -225,6 +231,6 @@ def _records(
             "mean": point.score,
             "standard deviation": point.spread,
         }
-        for one in drawn
+        for one in cost_panels
         for point in one.points
     ]

@@ -34,10 +34,10 @@ class Curve:
 
 def draw(rows: Sequence[Row], place: Path, columns: int) -> Mapping[str, Drawing]:
     """Return `training_curve` -> page of panels, one for each model, task and recipe."""
-    drawn = [
+    curve_panels = [
         (panel, curves) for panel in panels(rows) if (curves := _curves(series(panel.rows), place))
     ]
-    pages = [_page(drawn[part], columns, rows) for part in page_slices(len(drawn))]
+    pages = [_page(curve_panels[part], columns, rows) for part in page_slices(len(curve_panels))]
     return numbered_pages("training_curve", pages)
 
 
@@ -60,12 +60,12 @@ def _losses(place: Path, row: Row) -> dict[int, float]:
 
 
 def _page(
-    drawn: Sequence[tuple[Panel, Sequence[Curve]]], columns: int, rows: Sequence[Row]
+    curve_panels: Sequence[tuple[Panel, Sequence[Curve]]], columns: int, rows: Sequence[Row]
 ) -> Drawing:
-    curves = [curve for _, some in drawn for curve in some]
+    curves = [curve for _, some in curve_panels for curve in some]
     styles = line_styles((c.line.label, c.line.method, bool(c.line.packed)) for c in curves)
-    figure, places = panel_grid(len(drawn), columns, is_wide=len(styles) > _LEGEND_LABELS)
-    for (panel, some), axes in zip(drawn, places, strict=True):
+    figure, places = panel_grid(len(curve_panels), columns, is_wide=len(styles) > _LEGEND_LABELS)
+    for (panel, some), axes in zip(curve_panels, places, strict=True):
         axes.set(title=wrapped(panel.title), xlabel="training step", ylabel="training loss (nats)")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         for curve, dashes in zip(some, _dashes(some), strict=True):
@@ -87,7 +87,7 @@ def _page(
                 )
                 axes.fill_between(steps, low, high, color=style.colour, alpha=FADED, linewidth=0)
     add_legend(figure, note_of(rows), sorted(styles))
-    return Drawing(figure, _caption(curves), _records(drawn))
+    return Drawing(figure, _caption(curves), _records(curve_panels))
 
 
 def _dashes(curves: Sequence[Curve]) -> list[Dashes | None]:
@@ -112,7 +112,7 @@ def _caption(curves: Sequence[Curve]) -> str:
     return " ".join(sentences)
 
 
-def _records(drawn: Sequence[tuple[Panel, Sequence[Curve]]]) -> list[dict[str, object]]:
+def _records(curve_panels: Sequence[tuple[Panel, Sequence[Curve]]]) -> list[dict[str, object]]:
     return [
         {
             "panel": panel.title,
@@ -122,7 +122,7 @@ def _records(drawn: Sequence[tuple[Panel, Sequence[Curve]]]) -> list[dict[str, o
             "standard deviation": value.spread,
             "seeds": curve.seeds,
         }
-        for panel, curves in drawn
+        for panel, curves in curve_panels
         for curve in curves
         for step, value in curve.losses.items()
     ]

@@ -31,15 +31,17 @@ def panels(rows: Sequence[Row], swept: str = "", dependent: Sequence[str] = ()) 
         swept: a setting whose values stand in one panel.
         dependent: settings that follow from the swept one.
     """
-    done = [row for row in rows if row.done]
-    names = [name for name in _comparable_settings(done) if name not in (swept, *dependent)]
-    names = _informative([name for name in names if _differs_within_methods(name, done)], done)
+    done_runs = [row for row in rows if row.done]
+    names = [name for name in _comparable_settings(done_runs) if name not in (swept, *dependent)]
+    names = _informative(
+        [name for name in names if _differs_within_methods(name, done_runs)], done_runs
+    )
     data, recipe = ([n for n in names if _is_in(n, group)] for group in (_DATA, _RECIPE))
     runs_of: dict[tuple[str, ...], list[Row]] = {}
-    for row in done:
+    for row in done_runs:
         if _is_trained(row):
             runs_of.setdefault(_key(row, [*data, *recipe]), []).append(row)
-    for row in done:
+    for row in done_runs:
         if not _is_trained(row):
             same_data = [
                 runs for runs in runs_of.values() if _key(runs[0], data) == _key(row, data)
@@ -51,15 +53,15 @@ def panels(rows: Sequence[Row], swept: str = "", dependent: Sequence[str] = ()) 
 
 def _informative(names: Sequence[str], rows: Sequence[Row]) -> list[str]:
     """Return those of the settings that separate runs which the settings before do not."""
-    kept: list[str] = []
+    informative: list[str] = []
     for name in names:
         before, after = (
             len({tuple(row.settings.get(one, "") for one in some) for row in rows})
-            for some in (kept, [*kept, name])
+            for some in (informative, [*informative, name])
         )
         if after > before:
-            kept.append(name)
-    return kept
+            informative.append(name)
+    return informative
 
 
 def _comparable_settings(rows: Sequence[Row]) -> list[str]:

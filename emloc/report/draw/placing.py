@@ -61,22 +61,26 @@ def marker_offsets(
         inside: the rectangle that markers must not leave.
         level: whether markers may only move to the left and to the right.
     """
-    placed: dict[int, tuple[float, float]] = {}
+    places_by_index: dict[int, tuple[float, float]] = {}
     for index in sorted(range(len(points)), key=lambda i: (_crowding(points, i, size), i)):
         anchors = [Box.around(*point, _ANCHOR) for point in points if point != points[index]]
-        markers = [Box.around(*place, size / 2) for place in placed.values()]
+        markers = [Box.around(*place, size / 2) for place in places_by_index.values()]
         surroundings = _Surroundings(
             point=points[index],
             size=size,
             inside=inside,
             anchors=anchors,
             markers=markers,
-            lines=[(points[i], place) for i, place in placed.items() if place != points[i]],
+            lines=[
+                (points[i], place) for i, place in places_by_index.items() if place != points[i]
+            ],
         )
         places = list(_places(*points[index], size, level))
         free = next((place for place in places if surroundings.cost(place) == (0, 0)), None)
-        placed[index] = free or min(places, key=surroundings.cost)
-    return [(placed[i][0] - x, placed[i][1] - y) for i, (x, y) in enumerate(points)]
+        places_by_index[index] = free or min(places, key=surroundings.cost)
+    return [
+        (places_by_index[i][0] - x, places_by_index[i][1] - y) for i, (x, y) in enumerate(points)
+    ]
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,11 @@ def panel_grid(
         height: of one panel, in inches.
         is_wide: whether a single panel takes the width of two.
     """
-    used = min(columns, count)
-    rows = math.ceil(count / used)
-    width = PAGE if used == 2 or (is_wide and columns == 2) else COLUMN
+    column_count = min(columns, count)
+    rows = math.ceil(count / column_count)
+    width = PAGE if column_count == 2 or (is_wide and columns == 2) else COLUMN
     figure = Figure((width, rows * height), layout="constrained")
-    axes: list[Axes] = list(figure.subplots(rows, used, squeeze=False).flat)
+    axes: list[Axes] = list(figure.subplots(rows, column_count, squeeze=False).flat)
     for unused in axes[count:]:
         unused.remove()
     for one in axes[:count]:

@@ -100,24 +100,24 @@ def sweeps(rows: Sequence[Row]) -> list[Sweep]:
 def draw(rows: Sequence[Row], sweep: Sweep, columns: int) -> Mapping[str, Drawing]:
     """Return file stem -> page of panels, one for each model, task and recipe with a sweep."""
     dependent = dependent_settings(rows, sweep.setting)
-    drawn = []
+    sweep_panels = []
     for panel in panels(rows, sweep.setting, dependent):
         lines = series(panel.rows, sweep.setting, dependent)
         if any(len(_values(line, sweep)) >= sweep.least for line in lines):
             relevant = [row for line in lines if _is_relevant(line, sweep) for row in line.rows]
             # Labels are computed again, because fewer lines need shorter labels.
             lines = series(relevant, sweep.setting, dependent)
-            drawn.append(SweepPanel(panel, lines, sweep))
-    pages = [_page(drawn[part], columns, rows) for part in page_slices(len(drawn))]
+            sweep_panels.append(SweepPanel(panel, lines, sweep))
+    pages = [_page(sweep_panels[part], columns, rows) for part in page_slices(len(sweep_panels))]
     return numbered_pages(sweep.stem, pages)
 
 
-def _page(drawn: Sequence[SweepPanel], columns: int, rows: Sequence[Row]) -> Drawing:
-    lines = [line for one in drawn for line in one.lines]
+def _page(sweep_panels: Sequence[SweepPanel], columns: int, rows: Sequence[Row]) -> Drawing:
+    lines = [line for one in sweep_panels for line in one.lines]
     styles = line_styles((line.label, line.method, bool(line.packed)) for line in lines)
-    figure, places = panel_grid(len(drawn), columns, is_wide=len(styles) > _LEGEND_LABELS)
+    figure, places = panel_grid(len(sweep_panels), columns, is_wide=len(styles) > _LEGEND_LABELS)
     markers = []
-    for one, axes in zip(drawn, places, strict=True):
+    for one, axes in zip(sweep_panels, places, strict=True):
         axes.set(title=wrapped(one.panel.title), ylabel=one.score_label)
         markers.append(_draw_lines(axes, one, styles))
     order = sorted(styles, key=lambda label: (label in REFERENCES, label))
@@ -125,7 +125,9 @@ def _page(drawn: Sequence[SweepPanel], columns: int, rows: Sequence[Row]) -> Dra
     settle_layout(figure)
     moved = [draw_markers(*each, level=True) for each in zip(places, markers, strict=True)]
     return Drawing(
-        figure, _caption(drawn, any(moved)), [record for one in drawn for record in _records(one)]
+        figure,
+        _caption(sweep_panels, any(moved)),
+        [record for one in sweep_panels for record in _records(one)],
     )
 
 
@@ -272,14 +274,14 @@ def _set_axis(axes: Axes, sweep: Sweep, places: Mapping[str, float], is_log: boo
         axes.margins(x=0.5)
 
 
-def _caption(drawn: Sequence[SweepPanel], is_moved: bool) -> str:
-    score = " and the ".join(dict.fromkeys(one.score_label for one in drawn))
-    lines = [line for one in drawn for line in one.lines]
+def _caption(sweep_panels: Sequence[SweepPanel], is_moved: bool) -> str:
+    score = " and the ".join(dict.fromkeys(one.score_label for one in sweep_panels))
+    lines = [line for one in sweep_panels for line in one.lines]
     sentences = [
-        f"The {score} against the {drawn[0].sweep.name}, with a line for each method.",
+        f"The {score} against the {sweep_panels[0].sweep.name}, with a line for each method.",
         *([MOVED] if is_moved else []),
     ]
-    constant = dict.fromkeys(one.label for one in lines if _is_constant(one, drawn[0].sweep))
+    constant = dict.fromkeys(one.label for one in lines if _is_constant(one, sweep_panels[0].sweep))
     if constant:
         verb = "does" if len(constant) == 1 else "do"
         sentences.append(f"{' and '.join(constant)} {verb} not depend on the setting.")

@@ -55,7 +55,7 @@ def keep_best(
     """
     _check_budget(groups, budget)
     standard_scores = _standardise(groups, scores)
-    kept = {name: [int(values.argmax())] for name, values in standard_scores.items()}
+    kept_units = {name: [int(values.argmax())] for name, values in standard_scores.items()}
     remaining = budget - minimum_parameters(groups)
     smallest = min(group.size for group in groups.values())
     units = [(name, unit) for name, group in groups.items() for unit in range(group.count)]
@@ -64,10 +64,10 @@ def keep_best(
         if remaining < smallest:
             break
         name, unit = units[index]
-        if unit != kept[name][0] and groups[name].size <= remaining:
-            kept[name].append(unit)
+        if unit != kept_units[name][0] and groups[name].size <= remaining:
+            kept_units[name].append(unit)
             remaining -= groups[name].size
-    return {name: torch.tensor(sorted(indices)) for name, indices in kept.items()}
+    return {name: torch.tensor(sorted(indices)) for name, indices in kept_units.items()}
 
 
 def keep_evenly(

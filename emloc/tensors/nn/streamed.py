@@ -148,7 +148,7 @@ def _host_pieces(size: int, buffer: Tensor, pinned: bool) -> Iterator[tuple[Tens
     """Yield pieces of host memory, `size` bytes in total, with the part of the buffer of each."""
     start = 0
     for piece in piece_sizes(size) if pinned else (size,):
-        used = min(piece, size - start)
+        length = min(piece, size - start)
         host = torch.empty(piece, dtype=torch.uint8, pin_memory=pinned)
-        yield host[:used], buffer[start : start + used]
-        start += used
+        yield host[:length], buffer[start : start + length]
+        start += length
