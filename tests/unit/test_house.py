@@ -182,27 +182,10 @@ def test_no_module_has_a_vague_name():
 
 def test_no_value_is_named_by_a_bare_participle():
     """Such a name does not say what the value is; see the style page of CONTRIBUTING.md."""
-    participles = set(
-        [
-            "asked",
-            "chosen",
-            "drawn",
-            "found",
-            "given",
-            "held",
-            "kept",
-            "known",
-            "listed",
-            "made",
-            "said",
-            "seen",
-            "shown",
-            "taken",
-            "told",
-            "used",
-            "wanted",
-        ]
-    )
+    participles = {
+        *("asked", "chosen", "drawn", "found", "given", "held", "kept", "known", "listed"),
+        *("made", "said", "seen", "shown", "taken", "told", "used", "wanted"),
+    }
     names = [
         f"{where(module)}: {name}"
         for module in MODULES
