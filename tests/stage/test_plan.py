@@ -390,8 +390,8 @@ def test_the_table_has_a_row_for_each_method_and_says_what_fits():
     assert tuple(header) == HEADER
     assert set("".join(dashes)) == {"-"}
     assert [row[:3] for row in rows] == [
-        ["lora", ".", "16"],
-        ["qlora", ".", "4"],
+        ["lora", "", "16"],
+        ["qlora", "", "4"],
         ["emloc", "0.5", "16"],
         ["emloc_nf4", "0.5", "4"],
     ]

@@ -116,7 +116,7 @@ def _cells(row: PlanRow) -> list[str]:
     sizes = (need.weights, adapter, need.activations, row.logits, need.peak)
     return [
         row.method,
-        "." if row.ratio is None else f"{row.ratio:g}",
+        "" if row.ratio is None else f"{row.ratio:g}",
         str(row.bits),
         *(f"{size / GIB:.2f}" for size in sizes),
         "yes" if row.fits else "no",
