@@ -105,24 +105,28 @@ def test_a_unit_that_takes_long_is_logged_before_it_ends(clock, lines):
 def test_a_thread_looks_at_a_unit_that_takes_long_until_the_stage_ends(lines, monkeypatch):
     monkeypatch.setattr("emloc.runtime.progress.POLL_SECONDS", 0.01)
     monkeypatch.setattr("emloc.runtime.progress.SECONDS_BETWEEN_LINES", 0.02)
-    before = threading.active_count()
+    before = {*threading.enumerate()}
     with StageProgress("train", 4, "step"):
+        (watcher,) = watchers_since(before)
         while not lines():
             time.sleep(0.01)
-        assert threading.active_count() > before
+        assert watcher.is_alive()
     assert lines()[0] == "train: step 0 of 4, step 1 has taken 1 s so far"
-    while threading.active_count() > before:  # a hanging thread would hang this test
-        time.sleep(0.01)
+    watcher.join()  # a thread that hangs would hang this test
 
 
 def test_the_thread_ends_with_a_stage_that_nobody_closed(monkeypatch):
     monkeypatch.setattr("emloc.runtime.progress.POLL_SECONDS", 0.01)
-    before = threading.active_count()
+    before = {*threading.enumerate()}
     progress = StageProgress("train", 4, "step")
-    assert threading.active_count() > before
+    (watcher,) = watchers_since(before)
     del progress
-    while threading.active_count() > before:
-        time.sleep(0.01)
+    watcher.join()
+
+
+def watchers_since(before):
+    """The threads that watch a stage and are not among the threads of `before`."""
+    return [one for one in {*threading.enumerate()} - before if "_watch" in one.name]
 
 
 def test_the_items_pass_through_and_their_loop_is_timed(clock, lines):
