@@ -33,6 +33,13 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_collection_modifyitems(items):
+    """Run folders with long tests first, so that short tests fill up both workers at the end."""
+    order = ["notebook", "cli", "extensions", "stage"]
+    folders = {item: item.path.relative_to(Path(__file__).parent).parts[0] for item in items}
+    items.sort(key=lambda item: [folders[item] != folder for folder in order])
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _freeze_existing_objects():
     """Exclude all existing objects, mostly those of libraries, from garbage collection.
