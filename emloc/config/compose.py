@@ -147,6 +147,11 @@ def _nearest(word: str, options: Sequence[str]) -> str:
     return f"; there is {', '.join(options)}" if 0 < len(options) < 20 else ""
 
 
+def experiment_names() -> list[str]:
+    """Name of every experiment of the project, in alphabetical order."""
+    return sorted(path.stem for path in EXPERIMENTS.glob("*.yaml"))
+
+
 def cell_names() -> Iterator[str]:
     """Name of every cell of every experiment, such as `demo_vqa/lora`."""
     for path in sorted(EXPERIMENTS.glob("*.yaml")):

@@ -42,9 +42,9 @@ def conf_folders() -> list[Path]:
 
 
 def choices(group: str) -> dict[str, Path]:
-    """Return the choices of a configuration group: name -> YAML file.
+    """Return the choices of a configuration group: name -> YAML file, without bases (`_x.yaml`).
 
     If several folders have a file of that name, the first folder counts.
     """
     files = [file for folder in conf_folders() for file in sorted(folder.glob(f"{group}/*.yaml"))]
-    return {file.stem: file for file in reversed(files)}
+    return {file.stem: file for file in reversed(files) if not file.stem.startswith("_")}

@@ -116,9 +116,14 @@ class Run:
         self.mark(DONE)
 
 
+def is_run(folder: Path) -> bool:
+    """Whether the folder is that of a single run."""
+    return (folder / "status.json").exists()
+
+
 def find_runs(folder: Path) -> list[Run]:
     """Return the runs whose folders are in `folder`, or `folder` itself if it is a run's folder."""
-    if (folder / "status.json").exists():
+    if is_run(folder):
         return [Run(folder)]
     return [Run(path.parent) for path in sorted(folder.glob("*/status.json"))]
 

@@ -16,8 +16,8 @@ from hydra.errors import HydraException
 from hydra.plugins.completion_plugin import CompletionPlugin
 from omegaconf.errors import OmegaConfBaseException
 
-from emloc.config.compose import cell_names, compose
-from emloc.config.paths import EXPERIMENTS, choices, conf_folders
+from emloc.config.compose import cell_names, compose, experiment_names
+from emloc.config.paths import choices, conf_folders
 from emloc.console.verbs import VERBS
 from emloc.errors import ConfigError
 
@@ -108,9 +108,9 @@ def _choices(group: str) -> list[str]:
     if group == "cell":
         return list(cell_names())
     if group == "experiments":
-        return [path.stem for path in EXPERIMENTS.glob("*.yaml")]
+        return experiment_names()
     extra = ["basic", "joblib"] if group == "hydra/launcher" else []
-    return [*(name for name in choices(group) if not name.startswith("_")), *extra]
+    return [*choices(group), *extra]
 
 
 def _settings(words: list[str], word: str) -> list[str]:

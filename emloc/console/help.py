@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from emloc.config.compose import compose
+from emloc.config.compose import compose, experiment_names
 from emloc.config.descriptions import field_comments
-from emloc.config.paths import EXPERIMENTS, choices
+from emloc.config.paths import choices
 from emloc.config.settings import SECTIONS, Config
 from emloc.console.verbs import VERBS
 
@@ -74,15 +74,11 @@ def _verbs(width: int) -> Iterator[str]:
 def _groups(width: int) -> Iterator[str]:
     """Each group with what it decides and its choices."""
     comments = field_comments(f"{Config.__module__}.{Config.__name__}")
-    options = {name: _choices(name) for name in comments if _choices(name)}
-    options["experiments"] = sorted(path.stem for path in EXPERIMENTS.glob("*.yaml"))
+    options = {name: sorted(files) for name in comments if (files := choices(name))}
+    options["experiments"] = experiment_names()
     comments["experiments"] = "sweeps that are prepared in files"
     for name, words in options.items():
         yield from _entry(name, f"{comments[name]}: {', '.join(words)}", 13, width)
-
-
-def _choices(group: str) -> list[str]:
-    return sorted(name for name in choices(group) if not name.startswith("_"))
 
 
 def _settings(config: Mapping[str, Any], width: int) -> Iterator[str]:
@@ -99,7 +95,7 @@ def _settings(config: Mapping[str, Any], width: int) -> Iterator[str]:
             yield from _entry("", f"the same for {others}", _KEY_WIDTH, width)
         elif isinstance(value, Mapping) and "_target_" in value:
             yield from _fields(section, value, value["_target_"], width)
-        elif not _choices(section):
+        elif not choices(section):
             yield from _entry(_assignment(section, value), own[section], _KEY_WIDTH, width)
 
 

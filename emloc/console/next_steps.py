@@ -6,7 +6,7 @@ import os
 import shlex
 from pathlib import Path
 
-from emloc.config.run_folder import Run, find_runs
+from emloc.config.run_folder import Run, find_runs, is_run
 
 
 def next_steps(folder: Path) -> str:
@@ -14,9 +14,8 @@ def next_steps(folder: Path) -> str:
     runs = [run for run in find_runs(folder) if run.done]
     if not runs:
         return ""
-    is_run = (folder / "status.json").exists()
-    steps = _of_run(runs[0]) if is_run else []
-    several = folder.parent if is_run else folder
+    steps = _of_run(runs[0]) if is_run(folder) else []
+    several = folder.parent if is_run(folder) else folder
     steps.insert(0, ("tables, figures and a page", f"emloc report {_shown(several)}"))
     steps.insert(1, ("", f"writes {_shown(several / 'report' / 'report.html')}"))
     width = max(len(what) for what, _ in steps)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emloc.config.compose import compose
+from emloc.config.run_folder import is_run
 from emloc.errors import ConfigError
 from emloc.runtime.progress import BesideBarFilter
 from emloc.runtime.quiet_libraries import quiet
@@ -45,7 +46,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from emloc.report.markdown import is_run, table, table_with_notes
+    from emloc.report.markdown import table, table_with_notes
     from emloc.report.rows import rows_of, write_rows
     from emloc.report.summary_file import is_summary, read_summary, write_summary
 

@@ -47,16 +47,16 @@ def drawings(rows: Sequence[Row], place: Path, columns: int = 2) -> dict[str, Dr
     from emloc.report.draw import correction, cost, curve, layers, sweep
     from emloc.report.draw.style import RC
 
-    drawings: dict[str, Drawing] = {}
+    by_stem: dict[str, Drawing] = {}
     with rc_context(RC):
-        drawings |= curve.draw(rows, place, columns)
+        by_stem |= curve.draw(rows, place, columns)
         for one in sweep.sweeps(rows):
-            drawings |= sweep.draw(rows, one, columns)
+            by_stem |= sweep.draw(rows, one, columns)
         for each in cost.COSTS:
-            drawings |= cost.draw(rows, each, columns)
-        drawings |= correction.draw(rows, place, columns)
-        drawings |= layers.draw(rows, place, columns)
-    return drawings
+            by_stem |= cost.draw(rows, each, columns)
+        by_stem |= correction.draw(rows, place, columns)
+        by_stem |= layers.draw(rows, place, columns)
+    return by_stem
 
 
 def save(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from emloc.report.notes import sentence
 from emloc.report.run_table import COST_NOTES, NOTES, Column, columns_of
 from emloc.report.table import Table
 
@@ -51,4 +52,4 @@ def _meaning(column: Column) -> str:
         unit = column.head.partition(" ")[2]
         return _COMPARED[kind].format(f" in {unit}" if unit else "")
     note = (NOTES | COST_NOTES).get(column.head)
-    return f"{note[0].upper()}{note[1:]}." if note else _KIND.format(name.rpartition("/")[2])
+    return sentence(note) if note else _KIND.format(name.rpartition("/")[2])

@@ -10,6 +10,7 @@ from emloc.report.markdown_table import markdown_table
 from emloc.report.notes import data_digests
 from emloc.report.paper import paper_of
 from emloc.report.rows import Row, rows_of
+from emloc.report.rows.run_files import run_folder
 from emloc.report.run_table import notes_of, table_of
 from emloc.report.summary import summary_of
 from emloc.report.summary_file import is_summary, read_summary
@@ -41,11 +42,6 @@ def table_with_notes(place: Path, rows: Sequence[Row], *, unrun: bool) -> str:
     return "\n".join([markdown(runs), "", *notes])
 
 
-def is_run(place: Path) -> bool:
-    """Whether the folder is that of a single run."""
-    return (place / "status.json").exists()
-
-
 def markdown(table: Table, *, bold: bool = False) -> str:
     """The table with columns of one width each, and the best cells in bold if `bold`."""
     frame = table.marked("**{}**") if bold else table.frame
@@ -53,5 +49,5 @@ def markdown(table: Table, *, bold: bool = False) -> str:
 
 
 def _adapters(place: Path, rows: Sequence[Row]) -> list[str]:
-    paths = ((row, (place if is_run(place) else place / row.run) / "adapter") for row in rows)
+    paths = ((row, run_folder(place, row) / "adapter") for row in rows)
     return [f"adapter of {row.method}: {path}" for row, path in paths if path.exists()]

@@ -11,12 +11,12 @@ import pandas as pd
 
 from emloc.config.experiments import Experiment, experiment
 from emloc.config.paths import EXPERIMENTS
-from emloc.config.run_folder import DONE
+from emloc.config.run_folder import DONE, is_run
 from emloc.report.glossary import column_meanings
 from emloc.report.grid import Grid
 from emloc.report.latex import latex
 from emloc.report.lead import lead_sentence
-from emloc.report.markdown import is_run, markdown
+from emloc.report.markdown import markdown
 from emloc.report.notes import are_of_several, data_digests, left_out, sentence
 from emloc.report.origin import origin
 from emloc.report.page import Report, Section, page

@@ -50,10 +50,10 @@ class StageProgress:
         self._line_time = self._unit_time = clock()  # of the last line and of the last unit's end
         self._speed_time, self._speed_done = self._unit_time, done  # when the speed was measured
         self._unit_seconds: float | None = None  # the speed: a unit takes so long
-        silent = not (is_first() and total)
-        self._bar = tqdm(desc=stage, total=total, initial=done, unit=unit, disable=silent)
+        self._is_silent = not (is_first() and total)
+        self._bar = tqdm(desc=stage, total=total, initial=done, unit=unit, disable=self._is_silent)
         self._lock, self._is_closed = Lock(), Event()
-        if not silent:
+        if not self._is_silent:
             watched = (weakref.ref(self), self._is_closed)
             Thread(target=_watch, args=watched, daemon=True).start()
 
@@ -67,12 +67,12 @@ class StageProgress:
 
     def log_if_due(self) -> None:
         """Log a line if the last one is 30 seconds old."""
+        if self._is_silent:
+            return
         with self._lock:
             now = self._clock()
             if now - self._line_time >= SECONDS_BETWEEN_LINES and not self._is_closed.is_set():
-                if is_first():
-                    extra = {"beside_bar": not self._bar.disable}
-                    log.info("%s", self._line(now), extra=extra)
+                log.info("%s", self._line(now), extra={"beside_bar": not self._bar.disable})
                 self._line_time = now
 
     def show(self, **values: float) -> None:

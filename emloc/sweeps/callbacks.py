@@ -14,7 +14,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from emloc.config.run_folder import DONE, RUNNING, Run, find_runs
+from emloc.config.run_folder import DONE, RUNNING, Run, find_runs, is_run
 from emloc.console.next_steps import next_steps
 from emloc.report.tracking.trackers import compare
 from emloc.runtime.distributed import is_first, process_start, silence_other_processes
@@ -51,7 +51,7 @@ class ResultsTable(Callback):
 
     def _close(self, folder: Path) -> None:
         bad = [run for run in find_runs(folder) if _ended_badly(run)]
-        if (folder / "status.json").exists() and bad:
+        if is_run(folder) and bad:
             sys.exit(_code(bad))  # the one line of a single run is printed already
         if is_first():
             from emloc.report.markdown import table  # it imports pandas, which takes a while

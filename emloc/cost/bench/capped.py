@@ -14,7 +14,7 @@ from emloc.cost.bench.rows import BenchRow, row
 from emloc.cost.bench.setting import BenchSetup, RandomSamples, is_out_of_memory, reset_memory
 from emloc.emulators import BuildInputs, BuiltEmulator
 from emloc.errors import StageError
-from emloc.recovery import Recovery, RecoveryInputs
+from emloc.recovery import Recovery, RecoveryInputs, ignore_log
 from emloc.runtime.memory import GIB, HostMemoryPeak, limit_device_memory
 from emloc.runtime.stage_cache import Artifact, Store
 from emloc.stages.training.callbacks import Report
@@ -92,7 +92,7 @@ def stages_of(setup: BenchSetup, store: Store) -> list[Artifact]:
         built_emulator,
         setup.training_inputs,
         setup=setup,
-        report=_ignore,
+        report=ignore_log,
     )
     recovered = store.stage(
         "recover", recover, run_config.recovery, trained, built_emulator, device=device
@@ -137,7 +137,3 @@ def fit_random(
         device=setup.device,
         report=report,
     )
-
-
-def _ignore(step: int, values: dict[str, float]) -> None:
-    """Ignore a line of the training log."""

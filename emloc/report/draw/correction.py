@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from emloc.report.draw.drawing import Drawing
 from emloc.report.draw.layers import split_layer_name, tower_name
-from emloc.report.draw.series import series
+from emloc.report.draw.series import Series, series
 from emloc.report.draw.sheet import add_legend, panel_grid, percent
 from emloc.report.draw.style import BLACK, FADED, GREY, Style, line_styles
 from emloc.report.rows import Row
@@ -59,22 +60,24 @@ def draw(rows: Sequence[Row], place: Path, columns: int) -> Mapping[str, Drawing
 
 def _layers(rows: Sequence[Row], place: Path) -> list[CorrectedLayer]:
     """Return the layers of the first corrected run of each line."""
-    layers = []
-    lines = 0
-    for line in series(rows):
-        for row in line.rows:
-            table = json.loads(read_run_file(place, row, "correction.json") or "{}")
-            members = [
-                CorrectedLayer(line.label, line.method, row.run, name, *parts[:2], facts)
-                for name, facts in table.items()
-                if isinstance(facts, dict) and {"clamped", "mismatch_before"} <= facts.keys()
-                if (parts := split_layer_name(name))
-            ]
-            if members and lines < LINES:
-                layers += members
-                lines += 1
-                break
-    return layers
+    by_line = (_layers_of_line(line, place) for line in series(rows))
+    corrected = (layers for layers in by_line if layers)
+    return [layer for layers in islice(corrected, LINES) for layer in layers]
+
+
+def _layers_of_line(line: Series, place: Path) -> list[CorrectedLayer]:
+    """Return the layers of the first corrected run of a line; none if no run was corrected."""
+    for row in line.rows:
+        table = json.loads(read_run_file(place, row, "correction.json") or "{}")
+        layers = [
+            CorrectedLayer(line.label, line.method, row.run, name, *parts[:2], facts)
+            for name, facts in table.items()
+            if isinstance(facts, dict) and {"clamped", "mismatch_before"} <= facts.keys()
+            if (parts := split_layer_name(name))
+        ]
+        if layers:
+            return layers
+    return []
 
 
 def _figure(layers: Sequence[CorrectedLayer], title: str, columns: int) -> Figure:

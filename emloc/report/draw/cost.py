@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from emloc.report.draw.drawing import Drawing, numbered_pages
-from emloc.report.draw.markers import DISC, MOVED, Marker, draw_markers
+from emloc.report.draw.markers import DISC, HOLLOW, MOVED, Marker, draw_markers
 from emloc.report.draw.panels import Panel, panels
 from emloc.report.draw.pareto import front
 from emloc.report.draw.series import ZERO_SHOT, Measure, Series, number, series
@@ -77,7 +77,7 @@ class CostPanel:
     @property
     def score_label(self) -> str:
         """Label of the vertical axis."""
-        return "share of gain kept" if self.score == "gain_kept" else self.panel.metric
+        return self.panel.score_label(self.score)
 
     @property
     def coordinates(self) -> list[tuple[float, float]]:
@@ -214,7 +214,7 @@ def _caption(cost_panels: Sequence[CostPanel], cost: Cost, is_moved: bool) -> st
     if any(point.spread for one in cost_panels for point in one.points):
         sentences.append("Vertical bars are the standard deviation over seeds.")
     if any(point.line.packed for one in cost_panels for point in one.points):
-        sentences.append("Hollow markers train through packed weights.")
+        sentences.append(HOLLOW)
     return " ".join(sentences)
 
 

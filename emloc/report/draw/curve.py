@@ -12,12 +12,18 @@ from matplotlib.ticker import MaxNLocator
 from emloc.report.draw.drawing import Drawing, numbered_pages
 from emloc.report.draw.panels import Panel, panels
 from emloc.report.draw.series import Series, Value, series
-from emloc.report.draw.sheet import add_legend, note_of, page_slices, panel_grid, wrapped
+from emloc.report.draw.sheet import (
+    LEGEND_LABELS,
+    add_legend,
+    note_of,
+    page_slices,
+    panel_grid,
+    wrapped,
+)
 from emloc.report.draw.style import FADED, line_styles
 from emloc.report.rows import Row
 from emloc.report.rows.run_files import read_run_file
 
-_LEGEND_LABELS = 12  # that fit above a panel of one column
 _DASH = 4.0  # widths of a line
 
 Dashes = tuple[float, tuple[float, float]]  # offset, and lengths of dash and gap
@@ -64,7 +70,7 @@ def _page(
 ) -> Drawing:
     curves = [curve for _, some in curve_panels for curve in some]
     styles = line_styles((c.line.label, c.line.method, bool(c.line.packed)) for c in curves)
-    figure, places = panel_grid(len(curve_panels), columns, is_wide=len(styles) > _LEGEND_LABELS)
+    figure, places = panel_grid(len(curve_panels), columns, is_wide=len(styles) > LEGEND_LABELS)
     for (panel, some), axes in zip(curve_panels, places, strict=True):
         axes.set(title=wrapped(panel.title), xlabel="training step", ylabel="training loss (nats)")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))

@@ -18,6 +18,7 @@ _EDGE = 1.0  # points: edge of a marker and half the gap to the next one
 _FONT = 5.0
 _ABOVE_LINES = 4
 
+HOLLOW = "Hollow markers train through packed weights."
 MOVED = "A marker that has no room at its point stands beside it, with a thin line to the point."
 
 

@@ -20,6 +20,10 @@ class Panel:
     metric: str
     rows: tuple[Row, ...]
 
+    def score_label(self, measure: str) -> str:
+        """Label of an axis with this number: `score`, the panel's metric, or `gain_kept`."""
+        return self.metric if measure == "score" else "share of gain kept"
+
 
 def panels(rows: Sequence[Row], swept: str = "", dependent: Sequence[str] = ()) -> list[Panel]:
     """Return the runs with results, in panels if a method ran with two models, tasks or recipes.

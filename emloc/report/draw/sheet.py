@@ -17,6 +17,7 @@ from emloc.report.draw.style import COLUMN, GREY, PAGE, RC
 from emloc.report.rows import Row
 
 PANELS_PER_PAGE = 8
+LEGEND_LABELS = 12  # that fit above a panel of one column
 _LEGEND_LINES = 8  # that may stand above a narrow figure
 _LINE = 0.135  # inches: height of a line of the legend
 _MARGIN = 0.6  # inches: ticks and label beside a panel

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from emloc.report.draw.drawing import Drawing, numbered_pages
-from emloc.report.draw.markers import MOVED, Marker, draw_markers
+from emloc.report.draw.markers import HOLLOW, MOVED, Marker, draw_markers
 from emloc.report.draw.panels import Panel, panels
 from emloc.report.draw.series import (
     RATIO,
@@ -24,6 +24,7 @@ from emloc.report.draw.series import (
     series,
 )
 from emloc.report.draw.sheet import (
+    LEGEND_LABELS,
     add_legend,
     note_of,
     page_slices,
@@ -49,7 +50,6 @@ _CHANGES_LORA = ("lora", "train")  # sections of settings that also change a LoR
 _SWEPT = ("calibration", "compression", "lora", "emulator", "adapter", "recovery", "train")
 _DEPENDENT = {"lora.rank": "lora.alpha"}  # setting -> the one that usually follows it
 _NONE = "null"
-_LEGEND_LABELS = 12  # that fit above a panel of one column
 _TICKS = 9  # that are readable below an axis
 
 
@@ -79,7 +79,7 @@ class SweepPanel:
     @property
     def score_label(self) -> str:
         """Label of the vertical axis."""
-        return self.panel.metric if self.sweep.measure == "score" else "share of gain kept"
+        return self.panel.score_label(self.sweep.measure)
 
 
 def sweeps(rows: Sequence[Row]) -> list[Sweep]:
@@ -115,7 +115,7 @@ def draw(rows: Sequence[Row], sweep: Sweep, columns: int) -> Mapping[str, Drawin
 def _page(sweep_panels: Sequence[SweepPanel], columns: int, rows: Sequence[Row]) -> Drawing:
     lines = [line for one in sweep_panels for line in one.lines]
     styles = line_styles((line.label, line.method, bool(line.packed)) for line in lines)
-    figure, places = panel_grid(len(sweep_panels), columns, is_wide=len(styles) > _LEGEND_LABELS)
+    figure, places = panel_grid(len(sweep_panels), columns, is_wide=len(styles) > LEGEND_LABELS)
     markers = []
     for one, axes in zip(sweep_panels, places, strict=True):
         axes.set(title=wrapped(one.panel.title), ylabel=one.score_label)
@@ -288,7 +288,7 @@ def _caption(sweep_panels: Sequence[SweepPanel], is_moved: bool) -> str:
     if any(len(point.rows) > 1 for line in lines for point in line.points.values()):
         sentences.append("Bars and bands are the standard deviation over seeds.")
     if any(line.packed for line in lines):
-        sentences.append("Hollow markers train through packed weights.")
+        sentences.append(HOLLOW)
     return " ".join(sentences)
 
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from emloc.config.run_folder import is_run
 from emloc.report.rows import Row
+
+
+def run_folder(place: Path, row: Row) -> Path:
+    """Return the folder of a run. Of a run in a file of rows there is no such folder."""
+    return place if is_run(place) else place / row.run
 
 
 def read_run_file(place: Path, row: Row, name: str) -> str:
@@ -15,6 +21,5 @@ def read_run_file(place: Path, row: Row, name: str) -> str:
         row: the run.
         name: of the file.
     """
-    folder = place if (place / "status.json").exists() else place / row.run
-    path = folder / name
+    path = run_folder(place, row) / name
     return path.read_text(encoding="utf-8") if row.done and path.exists() else ""
