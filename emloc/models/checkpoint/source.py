@@ -24,22 +24,34 @@ from transformers import (
 
 from emloc.data.reader import OpenCheckpoint, Reader, ReaderSettings, TextReaderSettings
 from emloc.errors import ConfigError
+from emloc.models.checkpoint.files import StoredTensor
 from emloc.models.checkpoint.internvl_chat import InternVLChat, read_internvl_chat
-from emloc.models.checkpoint.tokenizer import tokenizer_of
-from emloc.models.checkpoint.weights import (
-    AbsentWeights,
+from emloc.models.checkpoint.origins import Layout
+from emloc.models.checkpoint.quantized import (
+    dequantizer_of,
+    quantization_of,
+    without_quantization,
+)
+from emloc.models.checkpoint.random_weights import (
     RandomWeights,
-    SafetensorsWeights,
-    Weights,
-    layout_of,
     random_device_type,
     tensor_inits,
 )
+from emloc.models.checkpoint.renaming import layout_of
+from emloc.models.checkpoint.state import (
+    checked_layout,
+    optional_names,
+    persistent_buffers,
+    state_dtypes,
+)
+from emloc.models.checkpoint.tokenizer import tokenizer_of
+from emloc.models.checkpoint.tying import is_stored_untied, untied
+from emloc.models.checkpoint.weights import AbsentWeights, SafetensorsWeights, Weights
 from emloc.models.objectives import Objective
 from emloc.models.objectives.tokens import Tokens
 from emloc.runtime.digest import digest
 from emloc.tensors.nn.fresh import compute_in_float32
-from emloc.tensors.nn.surgery import replace_parameter
+from emloc.tensors.nn.surgery import replace_buffer, replace_parameter
 
 CPU = torch.device("cpu")
 # Seed of a fresh module's weights, until a training run draws them again from its own seed.
@@ -75,19 +87,48 @@ class Source:
         family = [*self.reader_settings.key, *self.objective.key]
         changes = [*self.fresh_modules, digest(dict(self.config_changes))]
         own = changes if self.fresh_modules or self.config_changes else []
-        return [self.identity, str(self.dtype), self.auto.__name__, *family, *own]
+        return [self.identity, str(self.dtype), self.auto.__name__, *family, *own, *self._reading]
+
+    @cached_property
+    def _reading(self) -> list[str]:
+        """How the weights are read, as far as it is not by the name of a parameter alone.
+
+        Models that need none of these rules keep the cache keys that they had before the rules.
+        """
+        if not isinstance(self.weights, SafetensorsWeights):
+            return []
+        parameters = [name for name in self.sizes if not self._is_fresh(name)]
+        rules = {
+            "buffers": self.buffers,
+            "dtypes": any(self.dtypes[name] != self.dtype for name in parameters),
+            "dequantised": self._quantizer is not None,
+            "untied": self._is_untied,
+            "single": self.weights.ignores_index,
+        }
+        return [rule for rule, applies in rules.items() if applies]
 
     @cached_property
     def weights(self) -> Weights:
         """The origin of the weights: safetensors files, a random generator, or none."""
         if self.seed is not None:
-            inits = tensor_inits(self.meta_model)
+            inits = tensor_inits(self._declared_model)
             return RandomWeights(self.seed, inits, self.dtype, random_device_type())
         if self.folder is None:
             return AbsentWeights(self.name)
-        chat = self._internvl_chat
-        layout = chat.layout() if chat else layout_of(self.meta_model)
+        layout = checked_layout(self._layout, self._declared_model, self.fresh_modules)
         return SafetensorsWeights(self.folder, layout)
+
+    @cached_property
+    def _layout(self) -> Layout:
+        """Where a checkpoint in the format of `folder` stores parameters."""
+        chat = self._internvl_chat
+        return chat.layout() if chat else layout_of(self._declared_model, self._quantizer)
+
+    def stores_by_name(self, name: str) -> bool:
+        """Whether a tensor of this name in the files would be the parameter of this name."""
+        tensor = StoredTensor(Path(), name, "", ())
+        origin = self._layout([tensor]).get(name)
+        return origin is not None and getattr(origin, "part", None) is None
 
     @cached_property
     def _internvl_chat(self) -> InternVLChat | None:
@@ -96,7 +137,39 @@ class Source:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The model's configuration in transformers.
+        """The model's configuration in transformers, that of the dequantised model.
+
+        Parameters that the files store with different values are not tied.
+
+        Raises:
+            ConfigError: transformers does not implement the model or one of its settings.
+        """
+        config = self._declared_config
+        return untied(copy.deepcopy(config)) if self._is_untied else config
+
+    @cached_property
+    def _is_untied(self) -> bool:
+        """Whether the files store different values for parameters that the configuration ties."""
+        return (
+            isinstance(self.weights, SafetensorsWeights)
+            and self.weights.has_files
+            and is_stored_untied(self._declared_model, self.weights, self.dtype)
+        )
+
+    @cached_property
+    def _quantizer(self) -> Any:
+        """transformers' quantizer that dequantises the files; None if they hold plain weights."""
+        settings = None if self.folder is None else quantization_of(self._stored_config)
+        return settings and dequantizer_of(settings, self.folder)
+
+    @cached_property
+    def _declared_config(self) -> PretrainedConfig:
+        """The configuration in the files, without the settings of a quantisation."""
+        return without_quantization(copy.deepcopy(self._stored_config))
+
+    @cached_property
+    def _stored_config(self) -> PretrainedConfig:
+        """The configuration in the files.
 
         Raises:
             ConfigError: transformers does not implement the model or one of its settings.
@@ -158,7 +231,11 @@ class Source:
         Raises:
             ConfigError: the configuration does not fit the model family.
         """
-        config = copy.deepcopy(self.config)  # the trainer changes the configuration of its model
+        return self._new_model(self.config)
+
+    def _new_model(self, config: PretrainedConfig) -> PreTrainedModel:
+        """A new model without weights of this configuration; see `skeleton`."""
+        config = copy.deepcopy(config)  # the trainer changes the configuration of its model
         try:
             with init_empty_weights(include_buffers=False):
                 model = self.auto.from_config(config, dtype=self.dtype)
@@ -190,9 +267,32 @@ class Source:
     @cached_property
     def meta_model(self) -> PreTrainedModel:
         """A shared skeleton with tied parameters, to look up names and shapes; never changed."""
+        if not self._is_untied:
+            return self._declared_model
         model = self.skeleton()
         model.tie_weights()
         return model
+
+    @cached_property
+    def _declared_model(self) -> PreTrainedModel:
+        """The model of the configuration in the files, without weights; never changed."""
+        model = self._new_model(self._declared_config)
+        model.tie_weights()
+        return model
+
+    @cached_property
+    def buffers(self) -> list[str]:
+        """Names of the buffers that are read with the weights; random models compute them."""
+        if not isinstance(self.weights, SafetensorsWeights):
+            return []
+        names = [name for name in persistent_buffers(self.meta_model) if not self._is_fresh(name)]
+        unread = optional_names(self.meta_model, names) - set(self.weights.names)
+        return [name for name in names if name not in unread]
+
+    @cached_property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Name of a parameter or persistent buffer -> its dtype in the loaded model."""
+        return state_dtypes(self.meta_model, self.dtype)
 
     def require(self, names: list[str]) -> None:
         """Check that the weights contain all named tensors.
@@ -210,7 +310,7 @@ class Source:
             )
 
     def read(self, names: list[str], device: torch.device = CPU) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, tensor) of the named tensors, one at a time, in the source's dtype.
+        """Yield (name, tensor) of parameters and buffers, one at a time, in the model's dtypes.
 
         Stored tensors come in the order of the files and are read straight to `device`. The
         generator keeps no reference to a tensor while it reads the next one.
@@ -222,7 +322,7 @@ class Source:
         fresh_names = [name for name in names if self._is_fresh(name)]
         stored_names = [name for name in names if name not in fresh_names] if fresh_names else names
         for name, tensor in self.weights.read(stored_names, device):
-            tensor = tensor.to(self.dtype)
+            tensor = tensor.to(self.dtypes[name])
             yield name, tensor
             del tensor  # otherwise this variable keeps the memory while the next tensor is read
         yield from self._draw(FRESH_SEED, fresh_names, device)
@@ -241,14 +341,15 @@ class Source:
         return tensor
 
     def fill(self, model: nn.Module, names: Iterable[str], device: torch.device) -> None:
-        """Load the named parameters of `model` to `device`, and move the model's buffers there.
+        """Load named parameters and buffers of `model` to `device`; move all buffers there.
 
-        Parameters that the weights do not contain are left as they are.
+        Tensors that the weights do not contain are left as they are.
         """
         stored_names = self.weights.names
         available = [name for name in names if name in stored_names or self._is_fresh(name)]
+        buffers = set(self.buffers)
         for name, tensor in self.read(available, device):
-            replace_parameter(model, name, tensor)
+            (replace_buffer if name in buffers else replace_parameter)(model, name, tensor)
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.device != device and not buffer.is_meta:
@@ -270,9 +371,13 @@ class Source:
         model = self.skeleton()
         for name, module in (replace or {}).items():
             model.set_submodule(name, module)
-        self.fill(model, [n for n, p in model.named_parameters() if p.is_meta], device)
+        replaced = tuple(f"{name}." for name in replace or ())
+        buffers = [name for name in self.buffers if not name.startswith(replaced)]
+        parameters = [n for n, p in model.named_parameters() if p.is_meta]
+        self.fill(model, [*parameters, *buffers], device)
         model.tie_weights()
-        self.require([name for name, parameter in model.named_parameters() if parameter.is_meta])
+        parameters = [n for n, p in model.named_parameters() if p.is_meta]
+        self.require([*parameters, *buffers])
         return model.to(device).requires_grad_(False)
 
     def redraw_fresh_modules(self, model: nn.Module, seed: int) -> None:
