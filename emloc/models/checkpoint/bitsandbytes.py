@@ -15,7 +15,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
 
-class Dequantize4bit(ConversionOps):  # type: ignore[misc]
+class Dequantize4bit(ConversionOps):
     """Computes a weight from its packed codes and the tensors of its quantisation state."""
 
     def __init__(self, hf_quantizer: Any) -> None:
@@ -33,7 +33,7 @@ class Dequantize4bit(ConversionOps):  # type: ignore[misc]
         return {"weight": dequantize_4bit(weight, quant_state)}
 
 
-class Dequantize8bit(ConversionOps):  # type: ignore[misc]
+class Dequantize8bit(ConversionOps):
     """Computes a weight from its 8-bit numbers and one scale per row."""
 
     def __init__(self, hf_quantizer: Any) -> None:
@@ -49,7 +49,7 @@ class Dequantize8bit(ConversionOps):  # type: ignore[misc]
         return {"weight": int8_vectorwise_dequant(weight, scales.float())}
 
 
-class Dequantizer4bit(Bnb4BitHfQuantizer):  # type: ignore[misc]
+class Dequantizer4bit(Bnb4BitHfQuantizer):
     """transformers' quantizer for 4 bits, which dequantises instead of reading packed weights."""
 
     def get_load_operations(self) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class Dequantizer4bit(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return {"dequantize": Dequantize4bit}
 
 
-class Dequantizer8bit(Bnb8BitHfQuantizer):  # type: ignore[misc]
+class Dequantizer8bit(Bnb8BitHfQuantizer):
     """transformers' quantizer for 8 bits, which dequantises instead of reading packed weights."""
 
     def get_load_operations(self) -> dict[str, Any]:

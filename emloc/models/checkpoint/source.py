@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,13 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,33 +19,14 @@ from transformers import (
 
 from emloc.data.reader import OpenCheckpoint, Reader, ReaderSettings, TextReaderSettings
 from emloc.errors import ConfigError
-from emloc.models.checkpoint.files import StoredTensor
-from emloc.models.checkpoint.internvl_chat import InternVLChat, read_internvl_chat
-from emloc.models.checkpoint.origins import Layout
-from emloc.models.checkpoint.quantized import (
-    dequantizer_of,
-    quantization_of,
-    without_quantization,
-)
-from emloc.models.checkpoint.random_weights import (
-    RandomWeights,
-    random_device_type,
-    tensor_inits,
-)
-from emloc.models.checkpoint.renaming import layout_of
-from emloc.models.checkpoint.state import (
-    checked_layout,
-    optional_names,
-    persistent_buffers,
-    state_dtypes,
-)
+from emloc.models.checkpoint.checkpoint import Checkpoint
+from emloc.models.checkpoint.random_weights import RandomWeights, tensor_inits
+from emloc.models.checkpoint.state import optional_names, persistent_buffers, state_dtypes
 from emloc.models.checkpoint.tokenizer import tokenizer_of
-from emloc.models.checkpoint.tying import is_stored_untied, untied
 from emloc.models.checkpoint.weights import AbsentWeights, SafetensorsWeights, Weights
 from emloc.models.objectives import Objective
 from emloc.models.objectives.tokens import Tokens
 from emloc.runtime.digest import digest
-from emloc.tensors.nn.fresh import compute_in_float32
 from emloc.tensors.nn.surgery import replace_buffer, replace_parameter
 
 CPU = torch.device("cpu")
@@ -87,110 +63,45 @@ class Source:
         family = [*self.reader_settings.key, *self.objective.key]
         changes = [*self.fresh_modules, digest(dict(self.config_changes))]
         own = changes if self.fresh_modules or self.config_changes else []
-        return [self.identity, str(self.dtype), self.auto.__name__, *family, *own, *self._reading]
+        rules = [*self._state_rules, *self._checkpoint.rules]
+        return [self.identity, str(self.dtype), self.auto.__name__, *family, *own, *rules]
 
     @cached_property
-    def _reading(self) -> list[str]:
-        """How the weights are read, as far as it is not by the name of a parameter alone.
-
-        Models that need none of these rules keep the cache keys that they had before the rules.
-        """
-        if not isinstance(self.weights, SafetensorsWeights):
+    def _state_rules(self) -> list[str]:
+        """What the state has beside parameters in the dtype of the source; part of the key."""
+        if isinstance(self.weights, AbsentWeights):
             return []
-        parameters = [name for name in self.sizes if not self._is_fresh(name)]
-        rules = {
-            "buffers": self.buffers,
-            "dtypes": any(self.dtypes[name] != self.dtype for name in parameters),
-            "dequantised": self._quantizer is not None,
-            "untied": self._is_untied,
-            "single": self.weights.ignores_index,
-        }
+        dtypes = {self.dtypes[name] for name in self.sizes if not self._is_fresh(name)}
+        rules = {"buffers": bool(self.buffers), "dtypes": bool(dtypes - {self.dtype})}
         return [rule for rule, applies in rules.items() if applies]
 
     @cached_property
-    def weights(self) -> Weights:
-        """The origin of the weights: safetensors files, a random generator, or none."""
-        if self.seed is not None:
-            inits = tensor_inits(self._declared_model)
-            return RandomWeights(self.seed, inits, self.dtype, random_device_type())
-        if self.folder is None:
-            return AbsentWeights(self.name)
-        layout = checked_layout(self._layout, self._declared_model, self.fresh_modules)
-        return SafetensorsWeights(self.folder, layout)
-
-    @cached_property
-    def _layout(self) -> Layout:
-        """Where a checkpoint in the format of `folder` stores parameters."""
-        chat = self._internvl_chat
-        return chat.layout() if chat else layout_of(self._declared_model, self._quantizer)
-
-    def stores_by_name(self, name: str) -> bool:
-        """Whether a tensor of this name in the files would be the parameter of this name."""
-        tensor = StoredTensor(Path(), name, "", ())
-        origin = self._layout([tensor]).get(name)
-        return origin is not None and getattr(origin, "part", None) is None
-
-    @cached_property
-    def _internvl_chat(self) -> InternVLChat | None:
-        """The checkpoint in the format of InternVL's authors; None if it has another format."""
-        return None if self.folder is None else read_internvl_chat(self.folder)
-
-    @cached_property
-    def config(self) -> PretrainedConfig:
-        """The model's configuration in transformers, that of the dequantised model.
-
-        Parameters that the files store with different values are not tied.
-
-        Raises:
-            ConfigError: transformers does not implement the model or one of its settings.
-        """
-        config = self._declared_config
-        return untied(copy.deepcopy(config)) if self._is_untied else config
-
-    @cached_property
-    def _is_untied(self) -> bool:
-        """Whether the files store different values for parameters that the configuration ties."""
-        return (
-            isinstance(self.weights, SafetensorsWeights)
-            and self.weights.has_files
-            and is_stored_untied(self._declared_model, self.weights, self.dtype)
+    def _checkpoint(self) -> Checkpoint:
+        """The model's configuration and weights."""
+        return Checkpoint(
+            self.folder,
+            self.name,
+            self.dtype,
+            self.auto,
+            self.shape,
+            self.seed,
+            self.fresh_modules,
+            self.config_changes,
         )
 
-    @cached_property
-    def _quantizer(self) -> Any:
-        """transformers' quantizer that dequantises the files; None if they hold plain weights."""
-        settings = None if self.folder is None else quantization_of(self._stored_config)
-        return settings and dequantizer_of(settings, self.folder)
+    @property
+    def weights(self) -> Weights:
+        """The origin of the weights: safetensors files, a random generator, or none."""
+        return self._checkpoint.weights
 
-    @cached_property
-    def _declared_config(self) -> PretrainedConfig:
-        """The configuration in the files, without the settings of a quantisation."""
-        return without_quantization(copy.deepcopy(self._stored_config))
+    @property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration in transformers; see `Checkpoint.config`."""
+        return self._checkpoint.config
 
-    @cached_property
-    def _stored_config(self) -> PretrainedConfig:
-        """The configuration in the files.
-
-        Raises:
-            ConfigError: transformers does not implement the model or one of its settings.
-        """
-        origin = "model.shape" if self.folder is None else f"{self.folder}: config.json"
-        chat_shape = None if self._internvl_chat is None else self._internvl_chat.shape()
-        try:
-            if chat_shape is not None:
-                return AutoConfig.for_model(**chat_shape)
-            if self.folder is not None:
-                # Code in a checkpoint is never run. Without the flag transformers asks the user.
-                return AutoConfig.from_pretrained(
-                    self.folder, trust_remote_code=False, **self.config_changes
-                )
-            return AutoConfig.for_model(**copy.deepcopy({**self.shape, **self.config_changes}))
-        except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(
-                f"{origin}: transformers cannot build this model: {reason[:160]}; "
-                "set model.source to a checkpoint in transformers' format"
-            ) from error
+    def stores_by_name(self, parameter: str) -> bool:
+        """Whether files of this format store the parameter in a tensor of its own name."""
+        return self._checkpoint.stores_by_name(parameter)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer; the end token serves as padding token if there is none.
@@ -200,7 +111,9 @@ class Source:
         """
         if self.folder is None:
             raise _no_tokenizer_error(self.name)
-        tokenizer = tokenizer_of(self.folder, self.config if self._internvl_chat else None)
+        tokenizer = tokenizer_of(
+            self.folder, self.config if self._checkpoint.internvl_chat else None
+        )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -231,24 +144,7 @@ class Source:
         Raises:
             ConfigError: the configuration does not fit the model family.
         """
-        return self._new_model(self.config)
-
-    def _new_model(self, config: PretrainedConfig) -> PreTrainedModel:
-        """A new model without weights of this configuration; see `skeleton`."""
-        config = copy.deepcopy(config)  # the trainer changes the configuration of its model
-        try:
-            with init_empty_weights(include_buffers=False):
-                model = self.auto.from_config(config, dtype=self.dtype)
-        except ValueError as error:
-            raise ConfigError(
-                f"{self.folder or self.name}: {self.auto.__name__} cannot build a model of type "
-                f"{config.model_type}; set model or model.source"
-            ) from error
-        if self.folder is not None and (self.folder / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(self.folder)
-        for name in self.fresh_modules:
-            compute_in_float32(model.get_submodule(name))
-        return model.eval()
+        return self._checkpoint.new_model(self.config)
 
     @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -267,16 +163,9 @@ class Source:
     @cached_property
     def meta_model(self) -> PreTrainedModel:
         """A shared skeleton with tied parameters, to look up names and shapes; never changed."""
-        if not self._is_untied:
-            return self._declared_model
+        if not self._checkpoint.is_untied:
+            return self._checkpoint.declared_model
         model = self.skeleton()
-        model.tie_weights()
-        return model
-
-    @cached_property
-    def _declared_model(self) -> PreTrainedModel:
-        """The model of the configuration in the files, without weights; never changed."""
-        model = self._new_model(self._declared_config)
         model.tie_weights()
         return model
 
