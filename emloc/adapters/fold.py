@@ -65,7 +65,7 @@ def _write_checkpoint(
         if path.is_file() and path.suffix != ".safetensors":
             shutil.copy(path, folder)
     if weights.ignores_index:
-        (folder / INDEX).unlink()
+        (folder / INDEX).unlink(missing_ok=True)
     sizes: dict[str, dict[str, int]] = {}
     for shard in tracked(weights.files, "merge", len(weights.files), "file"):
         tensors, metadata = _merged_file(shard, source, weights, adapter)
@@ -99,14 +99,34 @@ def _merged_file(
             if stored.file == shard and adapter.changes(parameter):
                 _merge_rows(tensors, origin, adapter, parameter)
         elif is_quantised(origin):
-            scales = {tensor.name for tensor in origin.inputs if tensor != origin.main_input}
-            tensors = {name: tensor for name, tensor in tensors.items() if name not in scales}
+            quantised_names = {tensor.name for tensor in origin.inputs}
+            tensors = {n: tensor for n, tensor in tensors.items() if n not in quantised_names}
             if origin.main_input.file == shard:
-                [(_, weight)] = source.read([parameter])
-                tensors[origin.main_input.name] = _merged_weight(weight, adapter, parameter)
+                tensors |= _dequantised_weight(source, origin, adapter)
         elif parameter == origin.first and stored.file == shard:  # all targets at once
             tensors[stored.name] = _merged_conversion(source, origin, adapter, tensors[stored.name])
     return tensors, metadata
+
+
+def _dequantised_weight(source: Source, origin: Converted, adapter: SavedLora) -> dict[str, Tensor]:
+    """Name and value of a weight that is stored quantised, with the adapter merged in.
+
+    Raises:
+        ConfigError: the weight is put together from several quantised tensors.
+    """
+    [(_, weight)] = source.read([origin.first])
+    try:
+        return {origin.dequantised_name: _merged_weight(weight, adapter, origin.first)}
+    except ValueError as error:
+        raise _unmerged_error(origin, error) from error
+
+
+def _unmerged_error(origin: Converted, error: Exception) -> ConfigError:
+    """The error for a parameter that cannot be written in the way in which it is stored."""
+    return ConfigError(
+        f"{origin.inputs[0].file}: {origin.first} cannot be written to a merged checkpoint: "
+        f"{error}; set model.source to a checkpoint that transformers wrote unquantised"
+    )
 
 
 def _merge_rows(
@@ -138,10 +158,7 @@ def _merged_conversion(
     try:
         return origin.store(merged).contiguous()
     except (ValueError, RuntimeError, NotImplementedError) as error:
-        raise ConfigError(
-            f"{origin.inputs[0].file}: {origin.first} cannot be merged: {error}; "
-            "set model.source to a checkpoint that save_pretrained of this transformers wrote"
-        ) from error
+        raise _unmerged_error(origin, error) from error
 
 
 def _added_parameters(

@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from emloc.errors import ConfigError
-from emloc.models.checkpoint.files import StoredTensor
+from emloc.models.checkpoint.files import StoredTensor, has_weight_files
 from emloc.models.checkpoint.internvl_chat import InternVLChat, read_internvl_chat
 from emloc.models.checkpoint.origins import Layout
 from emloc.models.checkpoint.quantized import (
@@ -108,7 +108,7 @@ class Checkpoint:
         """Whether the files store different values for parameters that the configuration ties."""
         return (
             isinstance(self.weights, SafetensorsWeights)
-            and self.weights.has_files
+            and has_weight_files(self.weights.folder)
             and is_stored_untied(self.declared_model, self.weights, self.dtype)
         )
 

@@ -45,14 +45,13 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         ConfigError: the folder has no such file, or one that the index names is missing.
     """
-    named_file = _settings(folder / "config.json").get("transformers_weights")
+    named_file = _named_file(folder)
     if named_file is not None and Path(named_file).name != named_file:
         raise ConfigError(
             f"{folder}: config.json: transformers_weights={named_file} is no file of this folder; "
             "set model.source to another checkpoint"
         )
-    names = [named_file] if named_file else [SINGLE, INDEX]
-    path = next((folder / name for name in names if (folder / name).exists()), None)
+    path = _first_file(folder, named_file)
     if path is None:
         raise ConfigError(f"{folder}: {_absence(folder, named_file)}")
     if path.suffix != ".json":
@@ -64,6 +63,11 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder}: shard {missing[0]} is missing; set model.source to a complete checkpoint"
         )
     return [folder / name for name in shards]
+
+
+def has_weight_files(folder: Path) -> bool:
+    """Whether the folder has weights; a folder for planning may have none."""
+    return _first_file(folder, _named_file(folder)) is not None
 
 
 def stored_tensors(path: Path) -> list[StoredTensor]:
@@ -84,6 +88,18 @@ def stored_tensors(path: Path) -> list[StoredTensor]:
             f"{path}: the file is damaged or incomplete ({' '.join(str(error).split())}); "
             "download or write it again, or set model.source to another checkpoint"
         ) from error
+
+
+def _named_file(folder: Path) -> str | None:
+    """The file of weights that config.json names; None if it names none."""
+    named_file: str | None = _settings(folder / "config.json").get("transformers_weights")
+    return named_file
+
+
+def _first_file(folder: Path, named_file: str | None) -> Path | None:
+    """The file with the weights or their index; None if there is none."""
+    names = [named_file] if named_file else [SINGLE, INDEX]
+    return next((folder / name for name in names if (folder / name).exists()), None)
 
 
 def _absence(folder: Path, named_file: str | None) -> str:

@@ -52,6 +52,18 @@ class Converted:
         inputs = zip(self.patterns, self.inputs, strict=True)
         return next((tensor for pattern, tensor in inputs if pattern in names), self.inputs[0])
 
+    @property
+    def dequantised_name(self) -> str:
+        """Name that a checkpoint without quantisation gives to this quantised weight.
+
+        Raises:
+            ValueError: several quantised tensors are put together to one parameter.
+        """
+        if len(self.converter.operations) > 1:
+            raise ValueError("it is put together from several quantised tensors")
+        pattern = self.patterns[self.inputs.index(self.main_input)]
+        return self.main_input.name.removesuffix(pattern) + self.converter.target_patterns[0]
+
     def compute(self, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
         """Parameter name -> value, from the values of `inputs` in the same order.
 

@@ -69,11 +69,6 @@ class SafetensorsWeights:
         return weight_files(self.folder)
 
     @property
-    def has_files(self) -> bool:
-        """Whether the folder has weights; a folder for planning may have none."""
-        return any((self.folder / name).exists() for name in (SINGLE, INDEX))
-
-    @property
     def ignores_index(self) -> bool:
         """Whether one file holds all weights although there is an index of several."""
         return self.files == [self.folder / SINGLE] and (self.folder / INDEX).exists()
