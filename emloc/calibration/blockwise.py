@@ -74,6 +74,7 @@ def iterate_checkpoint(
     head = model.get_output_embeddings()
     unread_ids = {id(parameter) for parameter in head.parameters()} if head is not None else set()
     names = [name for name, weight in model.named_parameters() if id(weight) not in unread_ids]
+    names += source.buffers
     source.require(names)
     block_prefixes = tuple(f"{name}." for name in blocks)
     source.fill(model, [name for name in names if not name.startswith(block_prefixes)], device)
@@ -150,9 +151,9 @@ def iterate_blocks(
             remaining.remove(name)
             module = modules[name]
             if source is not None:
-                source.fill(
-                    model, [f"{name}.{leaf}" for leaf, _ in module.named_parameters()], device
-                )
+                parameters = [f"{name}.{leaf}" for leaf, _ in module.named_parameters()]
+                buffers = [leaf for leaf in source.buffers if leaf.startswith(f"{name}.")]
+                source.fill(model, parameters + buffers, device)
             # A batch without images never enters the blocks of a vision tower.
             at_block = [forward for forward in forwards if forward.block_name == name]
             block = Block(name, module, at_block, has_mask=id(module) in decoder_ids)

@@ -15,8 +15,8 @@ import torch
 from emloc.data.reader import ReaderSettings
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.locate import locate_checkpoint
+from emloc.models.checkpoint.random_weights import random_device_type
 from emloc.models.checkpoint.source import Source
-from emloc.models.checkpoint.weights import random_device_type
 from emloc.models.objectives import Objective
 from emloc.runtime.digest import digest
 
