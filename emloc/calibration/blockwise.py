@@ -93,7 +93,7 @@ def iterate_blocks(
     host_bytes: int | None = None,
     folder: Path | None = None,
 ) -> Iterator[Block]:
-    """Yield the blocks in the order of computation; all batches are suspended at the entry of each block.
+    """Yield the blocks in the order of computation; all batches wait at the entry of each block.
 
     The forward passes end after the last block: final norm and output head are not computed.
 

@@ -47,7 +47,8 @@ class TokenMask:
         raise ConfigError(
             f"{layer}: its inputs have the shape {tuple(inputs.shape)}, in which the padding of a "
             f"batch of {batch} x {length} tokens cannot be found; set model.emulator_targets "
-            "(targets in emloc.build_emulator) to layers without it, or pass batches without padding"
+            "(targets in emloc.build_emulator) to layers without it, or pass batches "
+            "without padding"
         )
 
 

@@ -21,10 +21,16 @@ from emloc.calibration.blockwise import block_of, by_block
 from emloc.calibration.calibrate import Layers
 from emloc.config.settings import MODEL_BITS, Compression
 from emloc.emulators import BuildInputs, Emulator, Plan
-from emloc.emulators.full import block_linears, load_quantized, quantization_residual
+from emloc.emulators.full import (
+    block_linears,
+    load_quantized,
+    quantization_residual,
+    require_packable,
+)
 from emloc.emulators.size import require_solved, size_facts
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import CPU, Source
+from emloc.models.coverage import log_share
 from emloc.models.decoder import Decoder
 from emloc.precision import Precision
 
@@ -68,13 +74,18 @@ class LayerDrop(Emulator):
         the model, or those in `layers`.
 
         Raises:
-            ConfigError: the ratio leaves fewer than two blocks in the middle, or the model has no
-                blocks to drop.
+            ConfigError: the ratio leaves fewer than two blocks in the middle, the model has no
+                blocks to drop, or the weights are packed and most are in no linear layer.
         """
         ratio = require_solved(budget.ratio)
+        require_packable(source, require_solved(budget.bits))
         counted = {f"{layer}.weight": rows * columns for layer, (rows, columns) in layers.items()}
         if budget.of == "model":
             counted = source.sizes
+        else:
+            log_share(
+                source.meta_model, by_block(layers), "compression.of=linears counts linear layers"
+            )
         blocks = block_stack(source)
         sizes = [_size(counted, block) for block in blocks]
         total = sum(counted.values())

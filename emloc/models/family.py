@@ -17,6 +17,7 @@ from emloc.errors import ConfigError
 from emloc.models.checkpoint.locate import locate_checkpoint
 from emloc.models.checkpoint.random_weights import random_device_type
 from emloc.models.checkpoint.source import Source
+from emloc.models.coverage import no_linear_reason
 from emloc.models.objectives import Objective
 from emloc.runtime.digest import digest
 
@@ -193,6 +194,11 @@ class ModelFamily(ABC):
             and not any(re.fullmatch(exception, name) for exception in exceptions)
         }
         if not layers:
+            if reason := no_linear_reason(source.meta_model):
+                raise ConfigError(
+                    f"model={self.name}: {reason}, so nothing can be adapted or compressed; "
+                    "set model to another"
+                )
             example = next((name for name in source.linears if "." in name), "none")
             raise ConfigError(
                 f"model.{key}={getattr(self, key)!r} matches no linear layer of {self.name} "

@@ -32,6 +32,9 @@ from emloc.tensors.nn.surgery import replace_buffer, replace_parameter
 CPU = torch.device("cpu")
 # Seed of a fresh module's weights, until a training run draws them again from its own seed.
 FRESH_SEED = 0
+# Families whose decoder flattens its tokens: statistics once had their padding, so that artifacts
+# with the former key must not be used.
+FLAT_TOKENS = ("opt",)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Source:
             return []
         dtypes = {self.dtypes[name] for name in self.sizes if not self._is_fresh(name)}
         rules = {"buffers": bool(self.buffers), "dtypes": bool(dtypes - {self.dtype})}
+        rules["flat"] = self.config.get_text_config().model_type in FLAT_TOKENS
         return [rule for rule, applies in rules.items() if applies]
 
     @cached_property
