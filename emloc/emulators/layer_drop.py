@@ -41,16 +41,28 @@ MIN_MIDDLE = 2
 class IdentityBlock(nn.Module):
     """Replaces a dropped block and returns the hidden states unchanged.
 
-    It fits models whose blocks return a tensor: all of transformers, except for a few hybrids.
+    Blocks of some families, such as Falcon, return a tuple with the hidden states first. `follow`
+    makes this block return the same.
     """
 
     def __init__(self, attention_type: str | None) -> None:
         super().__init__()
         self.attention_type = attention_type  # read by models that choose a mask per block
+        self._tuple_size: int | None = None  # None: the blocks of the model return a tensor
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Return the hidden states (batch, length, width) unchanged."""
-        return hidden_states
+    def follow(self, block: nn.Module) -> None:
+        """Return what `block`, which runs before this one, returns: a tensor or a tuple."""
+        block.register_forward_hook(self._record_output)
+
+    def _record_output(self, _: nn.Module, __: Any, output: Any) -> None:
+        """Forward hook that records whether a block returns a tuple."""
+        self._tuple_size = len(output) if isinstance(output, tuple) else None
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        """Return the hidden states (batch, length, width) unchanged, alone or first in a tuple."""
+        if self._tuple_size is None:
+            return hidden_states
+        return (hidden_states, *[None] * (self._tuple_size - 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +192,11 @@ class LayerDrop(Emulator):
             for index, block in enumerate(block_stack(source))
             if block in dropped
         }
-        return load_quantized(source, _quantized(folder, source), device, precision, identities)
+        model = load_quantized(source, _quantized(folder, source), device, precision, identities)
+        first_block = model.get_submodule(block_stack(source)[0])
+        for identity in identities.values():
+            identity.follow(first_block)
+        return model
 
     def residual(
         self,
