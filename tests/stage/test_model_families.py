@@ -1,4 +1,4 @@
-"""Families of transformers: weights, blocks, and the whole pipeline, on the models of `families`."""
+"""Families of transformers: weights, blocks and whole runs, on the models of `families`."""
 
 import json
 import re
@@ -166,7 +166,7 @@ def test_a_packed_format_or_whole_blocks_fit_any_family_in_16_bits(source_of):
     assert Full().plan(source_of("mixtral"), {}, Compression(0.5, "linears", 16)) is None
 
 
-# Whole runs ----------------------------------------------------------------------------------------
+# Whole runs ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
