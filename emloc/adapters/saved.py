@@ -169,6 +169,15 @@ def copy_adapter(folder: Path, target: Path) -> None:
     shutil.copytree(folder, target)
 
 
+def name_base(folder: Path, base: str, revision: str | None) -> None:
+    """Write the base model's name and revision into a PEFT folder; other adapters have none."""
+    path = folder / CONFIG
+    config = json.loads(path.read_text()) if path.exists() else {}
+    if "base_model_name_or_path" in config:
+        config |= {"base_model_name_or_path": base, "revision": revision}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True))
+
+
 def _scale(config: dict[str, Any], layer: str) -> float:
     """Scale of one layer's LoRA by PEFT's rules: alpha / r, or alpha / sqrt(r) for rsLoRA."""
 
