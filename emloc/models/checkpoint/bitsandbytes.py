@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
@@ -28,9 +30,16 @@ class Dequantize4bit(ConversionOps):
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         state = {name: _only(tensors) for name, tensors in input_dict.items()}
-        weight = state.pop("weight")
-        quant_state = QuantState.from_dict(state, device=weight.device)
-        return {"weight": dequantize_4bit(weight, quant_state)}
+        codes = state.pop("weight").flatten()
+        quant_state = QuantState.from_dict(state, device=codes.device)
+        # One full block per row: for widths that are no multiple of a block, the CPU kernel of
+        # bitsandbytes takes the scales of other blocks.
+        shape, block = torch.Size(quant_state.shape), quant_state.blocksize
+        blocks = -(-shape.numel() // block)
+        codes = functional.pad(codes, (0, blocks * block // 2 - codes.numel()))
+        quant_state.shape = torch.Size((blocks, block))
+        weight = dequantize_4bit(codes[:, None], quant_state)
+        return {"weight": weight.flatten()[: shape.numel()].reshape(shape)}
 
 
 class Dequantize8bit(ConversionOps):

@@ -41,8 +41,8 @@ FLAT_TOKENS = ("opt",)
 class Source:
     """The original model: its configuration, its model class and the origin of its weights.
 
-    `name` becomes `base_model_name_or_path` of an adapter. `identity` identifies the content of the
-    weights, so that the cache key changes with the weights.
+    `identity` identifies the content of the weights, so that the cache key changes with the
+    weights. `name` and `base` are in no key.
     """
 
     folder: Path | None  # configuration, tokenizer and safetensors; None: only `shape` is available
@@ -59,6 +59,9 @@ class Source:
     fresh_modules: tuple[str, ...] = ()
     # Values of the configuration that replace the checkpoint's, such as the number of classes.
     config_changes: Mapping[str, Any] = field(default_factory=dict)
+    # Name under which other libraries load the model, for the adapter of a run; "": `name`.
+    base: str = ""
+    base_revision: str | None = None  # revision of `base` on the hub; None: the newest
 
     @property
     def key(self) -> list[str]:
