@@ -119,11 +119,12 @@ def correct(
     if (metric == "covariance") != (batches is not None):
         raise ConfigError("batches belong to metric='covariance': pass both or neither")
     trained = read_lora(Path(adapter)) if isinstance(adapter, str | Path) else lora_of(adapter)
+    factorized_layers = _factorized_layers(emulator)
     moments: dict[str, ActivationMoments] = {}
     if batches is not None:
-        block_iterator = _iterate_blocks(model, batches, by_block(trained.pairs))
-        moments = moments_by_layer(block_iterator, trained.pairs)
-    factorized_layers = _factorized_layers(emulator)
+        compressed = {n: pair for n, pair in trained.pairs.items() if n in factorized_layers}
+        block_iterator = _iterate_blocks(model, batches, by_block(compressed))
+        moments = moments_by_layer(block_iterator, compressed)
 
     def correct_layer(layer: str, pair: LoraPair) -> LoraPair:
         if layer not in factorized_layers:
