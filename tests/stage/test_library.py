@@ -227,7 +227,7 @@ def test_layers_outside_the_blocks_need_no_moments():
         is_unchanged = torch.equal(pair.delta, trained.pairs[name].delta)
         assert is_unchanged == ("multi_modal_projector" in name)
     text = {name: batch[name][:, 6:] for name in ("input_ids", "attention_mask")}
-    with pytest.raises(ConfigError, match="no calibration token reaches .*vision_tower"):
+    with pytest.raises(ConfigError, match=r"no calibration token reaches .*vision_tower"):
         emloc.correct(tuned, model, emulator, batches=[text], **settings)
 
 
