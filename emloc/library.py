@@ -22,6 +22,7 @@ from emloc.calibration.calibrate import record_moments
 from emloc.emulators.size import ranks_at
 from emloc.emulators.svd.factors import factorize, refine
 from emloc.errors import ConfigError
+from emloc.models.coverage import no_linear_reason, require_linear_blocks
 from emloc.recovery.correction import Correction, moments_by_layer
 from emloc.tensors.linalg.correct import ActivationMoments, LoraPair
 from emloc.tensors.nn.factorized import Factorized
@@ -54,9 +55,11 @@ def build_emulator(
         A model of the same class, which shares all uncompressed parameters with `model`.
 
     Raises:
-        ConfigError: no layer matches, `batches` is empty, or the ratio leaves a layer without rank.
+        ConfigError: no layer matches, most parameters of the blocks are in no linear layer,
+            `batches` is empty or has padding alone, or the ratio leaves a layer without rank.
     """
     layers = _target_linears(model, targets)
+    require_linear_blocks(model, by_block(layers), "build_emulator", "pass another model")
     if not batches:
         raise ConfigError(
             "batches is empty: an emulator is built from samples of the task; pass a few dozen"
@@ -116,11 +119,12 @@ def correct(
     if (metric == "covariance") != (batches is not None):
         raise ConfigError("batches belong to metric='covariance': pass both or neither")
     trained = read_lora(Path(adapter)) if isinstance(adapter, str | Path) else lora_of(adapter)
+    factorized_layers = _factorized_layers(emulator)
     moments: dict[str, ActivationMoments] = {}
     if batches is not None:
-        block_iterator = _iterate_blocks(model, batches, by_block(trained.pairs))
-        moments = moments_by_layer(block_iterator, trained.pairs)
-    factorized_layers = _factorized_layers(emulator)
+        compressed = {n: pair for n, pair in trained.pairs.items() if n in factorized_layers}
+        block_iterator = _iterate_blocks(model, batches, by_block(compressed))
+        moments = moments_by_layer(block_iterator, compressed)
 
     def correct_layer(layer: str, pair: LoraPair) -> LoraPair:
         if layer not in factorized_layers:
@@ -145,6 +149,8 @@ def _target_linears(model: nn.Module, targets: str | None) -> dict[str, nn.Linea
         if isinstance(module, nn.Linear) and pattern.fullmatch(name)
     }
     if not linears:
+        if reason := no_linear_reason(model):
+            raise ConfigError(f"the model cannot be emulated: {reason}; pass another model")
         raise ConfigError(f"targets={pattern.pattern!r} matches no linear layer of the model")
     return linears
 

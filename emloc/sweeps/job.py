@@ -281,13 +281,19 @@ def _as_trained(result: Result) -> dict[str, Any]:
 
 
 def _collect(run_config: RunConfig, result: Result, folder: Path) -> None:
-    """Copy adapters, and the files that each stage names, from the store to the run's folder."""
-    from emloc.adapters.saved import copy_adapter
+    """Copy adapters, and the files that each stage names, from the store to the run's folder.
+
+    Runs share an adapter in the store if their models have the same content. The copies name the
+    model that this run has read, for PEFT and other libraries.
+    """
+    from emloc.adapters.saved import copy_adapter, name_base
 
     if result.trained and result.recovered:
-        copy_adapter(result.trained.folder / "adapter", folder / "adapter_trained")
-        copy_adapter(result.recovered.folder / "adapter", folder / "adapter")
-    for name, artifact in result.stages.items():
-        for file, target in run_config.stage[name].collected.items():
+        source = run_config.emulator.model(run_config.model, run_config.compression).open()
+        for artifact, name in ((result.trained, "adapter_trained"), (result.recovered, "adapter")):
+            copy_adapter(artifact.folder / "adapter", folder / name)
+            name_base(folder / name, source.base or source.name, source.base_revision)
+    for stage, artifact in result.stages.items():
+        for file, target in run_config.stage[stage].collected.items():
             if (artifact.folder / file).exists():
                 shutil.copy(artifact.folder / file, folder / target)
