@@ -95,7 +95,8 @@ def _download_failure(error: Exception) -> str:
 def _package_folder(package: str) -> Path | None:
     """Folder of the installed package; None if the package is not installed."""
     # The package is not imported: its __init__ needs a C++ runtime that nothing here uses.
-    spec = importlib.util.find_spec(package)
+    # To find a module in a package would import the package, so a name with a dot is none.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
     locations = spec.submodule_search_locations if spec else None
     return Path(locations[0]) if locations else None
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emloc.config.folder_words import safe_word
 from emloc.config.run_folder import DONE, find_runs
 from emloc.config.settings import DECISIVE
 from emloc.config.stage_order import merged, stages_of, standard_stages
@@ -166,7 +167,7 @@ def _row(stored: StoredRun, gain: float | None) -> Row:
     run, config, metrics = stored.run, stored.config, stored.metrics
     choices = run.choices
     return Row(
-        experiment=choices.get("experiments", run.folder.resolve().parent.name),
+        experiment=safe_word(str(choices.get("experiments", run.folder.resolve().parent.name))),
         run=run.folder.name,
         state=_state(run.status),
         cell=choices.get("cell", "").rpartition("/")[2],

@@ -14,11 +14,51 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from hydra.core.utils import JobReturn
+from hydra._internal.core_plugins import basic_launcher
+from hydra.core.utils import JobReturn, JobStatus
 
 log = logging.getLogger("emloc")
 
 Jobs = Sequence[Sequence[str]]
+
+
+class OwnBasicLauncher(basic_launcher.BasicLauncher):
+    """One job after the other in this process, also after a job that could not start."""
+
+    def launch(self, job_overrides: Jobs, initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs."""
+        with _failures_as_results():
+            return super().launch(job_overrides, initial_job_idx)
+
+
+@contextmanager
+def _failures_as_results() -> Iterator[None]:
+    """Log why a job could not start, such as a folder that cannot be made, and give no score.
+
+    Hydra would end the sweep with the traceback of that job.
+    """
+    from emloc.runtime.failures import reason_of, refusal_of
+
+    run_job = basic_launcher.run_job
+
+    def run_job_or_log(*, hydra_context: Any, config: Any, **settings: Any) -> JobReturn:
+        try:
+            returned = run_job(hydra_context=hydra_context, config=config, **settings)
+        except Exception as error:  # why: the other jobs go on, whatever is wrong with this one
+            words = " ".join(config.hydra.overrides.task)
+            log.error("%s: could not start: %s", words, refusal_of(error) or reason_of(error))
+            returned = JobReturn(status=JobStatus.FAILED)
+            hydra_context.callbacks.on_job_end(config=config, job_return=returned)
+        if returned.status == JobStatus.FAILED:  # it is logged, and the callbacks have counted it
+            returned = JobReturn(returned.overrides, status=JobStatus.COMPLETED, _return_value=None)
+        return returned
+
+    basic_launcher.run_job = run_job_or_log
+    try:
+        yield
+    finally:
+        basic_launcher.run_job = run_job
+
 
 if find_spec("hydra_plugins.hydra_joblib_launcher"):
     from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
