@@ -46,7 +46,9 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """Yield the error and the errors that it was raised from."""
     while error is not None:
         yield error
-        error = error.__cause__
+        # OmegaConf hides the error of a resolver, but does not forget it.
+        is_hidden = type(error).__module__.startswith("omegaconf.")
+        error = error.__context__ if is_hidden else error.__cause__
 
 
 def _remedy(error: OSError) -> str:

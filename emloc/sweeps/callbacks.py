@@ -14,6 +14,7 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from emloc.config.run_folder import DONE, RUNNING, Run, find_runs, is_run
 from emloc.console.next_steps import next_steps
@@ -136,11 +137,11 @@ class ProgressLines(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Begin to watch the jobs."""
         if is_first():
-            sweep = Path(config.hydra.sweep.dir)
             try:
+                sweep = Path(config.hydra.sweep.dir)
                 sweep.mkdir(parents=True, exist_ok=True)
                 self._watcher = ProgressWatcher(sweep, PlannedJobs(config))
-            except OSError:  # the sweep itself writes there in a moment, and its error is shown
+            except (OSError, OmegaConfBaseException):  # the sweep itself fails there in a moment
                 return
             self._progress = self._watcher.progress
             if not config.hydra.launcher._target_.endswith("BasicLauncher"):

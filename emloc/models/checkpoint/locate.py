@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from emloc.config.paths import EXPERIMENTS
 from emloc.errors import ConfigError
+from emloc.models.checkpoint.damaged import check_settings
 from emloc.runtime.atomic import atomic_folder
 from emloc.runtime.digest import digest
 from emloc.runtime.manifest import seal
@@ -65,6 +66,7 @@ def _from_folder(folder: Path) -> tuple[Path, str]:
             f"model.source={folder}: no config.json there; set model.source to a checkpoint "
             "folder, or to auto, wheel, hub or shipped"
         )
+    check_settings(folder)
     files = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES)
     stamps = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return folder.resolve(), digest([(folder / "config.json").read_text(), stamps])
@@ -80,6 +82,7 @@ def _from_hub(hub_id: str, revision: str | None, wheel: str | None) -> tuple[Pat
             f"model: cannot get {hub_id} from the hub: {_download_failure(error)}; "
             f"set model.source=/path/to/checkpoint{hint}"
         ) from error
+    check_settings(Path(folder))
     return Path(folder), f"{hub_id}@{Path(folder).name}"  # the folder is named after the commit
 
 

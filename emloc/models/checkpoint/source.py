@@ -24,6 +24,7 @@ from transformers import (
 
 from emloc.data.reader import OpenCheckpoint, Reader, ReaderSettings, TextReaderSettings
 from emloc.errors import ConfigError
+from emloc.models.checkpoint.damaged import require_finite
 from emloc.models.checkpoint.internvl_chat import InternVLChat, read_internvl_chat
 from emloc.models.checkpoint.tokenizer import tokenizer_of
 from emloc.models.checkpoint.weights import (
@@ -216,13 +217,15 @@ class Source:
         generator keeps no reference to a tensor while it reads the next one.
 
         Raises:
-            ConfigError: a tensor is missing.
+            ConfigError: a tensor is missing, or has NaN or infinite values.
         """
         self.require(names)
         fresh_names = [name for name in names if self._is_fresh(name)]
         stored_names = [name for name in names if name not in fresh_names] if fresh_names else names
         for name, tensor in self.weights.read(stored_names, device):
             tensor = tensor.to(self.dtype)
+            if self.seed is None:
+                require_finite(self.weights.description, name, tensor)
             yield name, tensor
             del tensor  # otherwise this variable keeps the memory while the next tensor is read
         yield from self._draw(FRESH_SEED, fresh_names, device)

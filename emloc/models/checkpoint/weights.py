@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from emloc.errors import ConfigError
+from emloc.models.checkpoint.damaged import check_safetensors, read_index, unfinished_download
 from emloc.models.checkpoint.fused_tensors import Layout, TensorSlice
 
 # Start of a tensor name in the files of vision-language models -> start of the parameter name. The
@@ -129,20 +129,25 @@ class SafetensorsWeights:
         index = self.folder / "model.safetensors.index.json"
         single = self.folder / "model.safetensors"
         if index.exists():
-            stored: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            stored = read_index(index)
             shards = set(stored.values())
             missing = sorted(file for file in shards if not (self.folder / file).exists())
             if missing:
                 raise ConfigError(
-                    f"{self.folder}: shard {missing[0]} is missing; "
+                    f"{self.folder}: shard {missing[0]} is missing"
+                    f"{unfinished_download(self.folder)}; "
                     "set model.source to a complete checkpoint"
                 )
+            for file in sorted(shards):
+                check_safetensors(self.folder / file)
         elif single.exists():
-            with safe_open(single, framework="pt") as file:
-                stored = dict.fromkeys(file.keys(), single.name)
+            check_safetensors(single)
+            with safe_open(single, framework="pt") as opened:
+                stored = dict.fromkeys(opened.keys(), single.name)
         else:
             raise ConfigError(
-                f"{self.folder}: no model.safetensors; set model.source to a checkpoint folder"
+                f"{self.folder}: no model.safetensors{unfinished_download(self.folder)}; "
+                "set model.source to a checkpoint folder"
             )
         return {
             name: TensorLocation(self.folder / file, tensor, part)
