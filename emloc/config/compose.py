@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import secrets
 from collections.abc import Iterator, Sequence
 
 from hydra import compose as hydra_compose
@@ -34,6 +35,11 @@ EXTRAS = {
     "hydra/launcher/submitit_slurm": "slurm",
     "hydra/sweeper/optuna": "search",
 }
+
+
+# Word that nobody knows before this launch. Files that workers return are read by pickle, so they
+# lie in a folder of this name, and never in one that came with the folder of a sweep.
+_LAUNCH = secrets.token_hex(4)
 
 
 class PluginGroups(SearchPathPlugin):
@@ -80,6 +86,7 @@ def register(words: Sequence[str] = ()) -> None:
     OmegaConf.register_new_resolver(
         "emloc.runs", lambda *, _root_: _experiment_folder(_root_.name), replace=True
     )
+    OmegaConf.register_new_resolver("emloc.launch", lambda: _LAUNCH, replace=True)
     OmegaConf.register_new_resolver(
         "emloc.folder", lambda *, _root_: folder_name(_root_), replace=True
     )

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from emloc.config.run_folder import Run
 from emloc.config.settings import Compression
 from emloc.errors import ConfigError
+from emloc.models.checkpoint.damaged import check_safetensors, read_json
 from emloc.stages.run_config import section_of
 
 
@@ -25,8 +26,9 @@ def merge_run(run: Path, target: Path) -> Path:
         The folder of the merged checkpoint.
 
     Raises:
-        ConfigError: `run` is no run folder or has no adapter, weights cannot hold the update of
-            this kind of adapter, or `target` exists.
+        ConfigError: `run` is no run folder or has no adapter, one of its files is damaged or names
+            code that is not trusted, weights cannot hold the update of this kind of adapter, or
+            `target` exists.
     """
     if not (run / "config.yaml").exists():
         raise ConfigError(f"{run} is not a run folder; pass one such as runs/demo/<run>")
@@ -35,10 +37,25 @@ def merge_run(run: Path, target: Path) -> Path:
             f"{run} has no adapter: its method trains none, or the run is not finished"
         )
     cfg = _settings_of(run)
+    _check_adapter(run / "adapter")
     compression = Compression(**cfg.compression)
     adapted_model = section_of(cfg, "emulator").model(section_of(cfg, "model"), compression)
     merged: Path = section_of(cfg, "adapter").merge(adapted_model.open(), run / "adapter", target)
     return merged
+
+
+def _check_adapter(folder: Path) -> None:
+    """Check the files of an adapter, since libraries do not name a damaged one.
+
+    Raises:
+        ConfigError: names the file.
+    """
+    remedy = f"delete the folder {folder.parent.name} and run its command again"
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors":
+            check_safetensors(path, remedy)
+        elif path.suffix == ".json":
+            read_json(path, remedy)
 
 
 def _settings_of(run: Path) -> DictConfig:

@@ -192,3 +192,13 @@ def test_other_words_of_a_folder_with_a_slash_are_refused(emloc, tiny, tmp_path,
     (status,) = tmp_path.rglob("status.json")
     assert status.parent.parent == tmp_path / "runs/adhoc"
     assert not [path for path in tmp_path.parent.iterdir() if path.name == "x"]
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_damaged_file_of_an_adapter_is_named_before_the_model_is_read(tmp_path, name):
+    run = write_foreign_run(tmp_path / "run", merged_sections())
+    (run / "adapter" / name).write_bytes(b"{" * 20)
+    with pytest.raises(ConfigError) as caught:
+        merge_run(run, tmp_path / "merged")
+    assert str(caught.value).startswith(f"{run / 'adapter' / name}: the file is damaged: ")
+    assert str(caught.value).endswith("; delete the folder run and run its command again")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,7 @@ from emloc.cost.bench.rows import BenchRow, read_rows, replace_rows, table, writ
 from emloc.cost.bench.training import Target, training
 from emloc.errors import ConfigError
 from emloc.runtime.distributed import own_device
+from emloc.runtime.failures import reason_of
 from emloc.runtime.provenance import provenance
 
 M8, M38, M78 = "internvl2_5_8b", "internvl2_5_38b", "internvl2_5_78b"
@@ -69,7 +72,10 @@ def bench(names: Sequence[str], path: Path) -> str:
         if process.returncode:
             failures.append(name)
     if failures:
-        raise ConfigError(f"failed: {', '.join(failures)}; see the error messages above")
+        raise ConfigError(
+            f"failed: {', '.join(failures)}; see the error messages above "
+            "(HYDRA_FULL_ERROR=1 shows where in the code)"
+        )
     return table(read_rows(path))
 
 
@@ -91,5 +97,17 @@ def table_path() -> Path:
     return Path("experiments/results/bench.csv" if is_full_size else "runs/bench.csv")
 
 
+def main(benchmark: str, path: Path) -> None:
+    """Run one benchmark as the work of a process, and say in one line why it failed."""
+    try:
+        run_benchmark(benchmark, path)
+    except Exception as error:  # why: the process that started this one only sees an exit code
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            traceback.print_exception(error)
+        reason = str(error) if isinstance(error, ConfigError) else reason_of(error)
+        print(f"emloc bench {benchmark}: {reason}", file=sys.stderr)
+        sys.exit(1)
+
+
 if __name__ == "__main__":
-    run_benchmark(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]))

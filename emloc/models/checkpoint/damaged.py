@@ -23,6 +23,7 @@ _LFS_POINTER = b"version https://git-lfs"
 _LENGTH = 8
 # Suffixes of small files that a checkpoint is read from, besides its weights.
 _SETTINGS = (".json", ".model", ".txt", ".jinja")
+_REMEDY = "download it again, or set model.source to another checkpoint"
 # Longest message of a library that an error repeats.
 _LONGEST = 200
 
@@ -48,17 +49,17 @@ def _check_settings_file(path: Path, size: int, modified: int) -> None:
         _refuse_pointer(path)
 
 
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file.
+def read_json(path: Path, remedy: str = _REMEDY) -> Any:
+    """Return the content of a JSON file; `remedy` ends the message of an error.
 
     Raises:
         ConfigError: the file cannot be parsed, or git has a pointer in its place.
     """
-    _refuse_pointer(path)
+    _refuse_pointer(path, remedy)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise damaged(path, error) from error
+        raise damaged(path, error, remedy) from error
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -74,26 +75,29 @@ def read_index(path: Path) -> dict[str, str]:
     return files
 
 
-def check_safetensors(path: Path) -> None:
+def check_safetensors(path: Path, remedy: str = _REMEDY) -> None:
     """Check the header of a safetensors file, and that the file has all bytes that it names.
+
+    `remedy` ends the message of an error.
 
     Raises:
         ConfigError: names the file and the flaw.
     """
-    _refuse_pointer(path)
+    _refuse_pointer(path, remedy)
     size, _ = _stat(path)
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(_LENGTH), "little")
             if _LENGTH + length > size:
-                raise damaged(path, f"it has {size} bytes, fewer than its header")
+                raise damaged(path, f"it has {size} bytes, fewer than its header", remedy)
             header = json.loads(file.read(length))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name[:2] != "__"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise damaged(path, f"its header cannot be read ({type(error).__name__})") from error
+        reason = f"its header cannot be read ({type(error).__name__})"
+        raise damaged(path, reason, remedy) from error
     expected = _LENGTH + length + max(ends, default=0)
     if size != expected:
-        raise damaged(path, f"it has {size} of {expected} bytes")
+        raise damaged(path, f"it has {size} of {expected} bytes", remedy)
 
 
 def unfinished_download(folder: Path) -> str:
@@ -104,12 +108,11 @@ def unfinished_download(folder: Path) -> str:
     return f" (the download of {count} of its files was not finished)" if count else ""
 
 
-def damaged(path: Path, reason: object) -> ConfigError:
+def damaged(path: Path, reason: object, remedy: str = _REMEDY) -> ConfigError:
     """Return the error for a damaged file of a checkpoint."""
     text = " ".join(str(reason).split())[:_LONGEST]
     return ConfigError(
-        f"{path}: the file is damaged: {text}{unfinished_download(path.parent)}; download it "
-        "again, or set model.source to another checkpoint"
+        f"{path}: the file is damaged: {text}{unfinished_download(path.parent)}; {remedy}"
     )
 
 
@@ -143,26 +146,26 @@ def require_finite(origin: str, name: str, tensor: Tensor) -> None:
     Raises:
         ConfigError: it has such values.
     """
-    if tensor.is_meta or not tensor.is_floating_point():
+    if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
         return
-    # A sum takes no further memory, and is finite unless a value is not.
-    if torch.isfinite(tensor.sum(dtype=torch.float32)):
+    # A NaN is both the smallest and the largest value. This reads the tensor once, at the speed of
+    # memory, while `isfinite` and sums in float32 take more than ten times as long on a CPU.
+    smallest, largest = torch.aminmax(tensor)
+    if smallest.isfinite() & largest.isfinite():
         return
-    count = int((~torch.isfinite(tensor)).sum())
-    if count:
-        raise ConfigError(
-            f"{origin}: {name} has NaN or infinite values in {_word(tensor)} ({count} of "
-            f"{tensor.numel()}); "
-            "set model.source to another checkpoint, or model.dtype=bfloat16 or float32 if the "
-            "values are too large for float16"
-        )
+    count = int((~tensor.isfinite()).sum())
+    raise ConfigError(
+        f"{origin}: {name} has NaN or infinite values in {_word(tensor)} ({count} of "
+        f"{tensor.numel()}); set model.source to another checkpoint, or model.dtype=bfloat16 or "
+        "float32 if the values are too large for float16"
+    )
 
 
 def _word(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _refuse_pointer(path: Path) -> None:
+def _refuse_pointer(path: Path, remedy: str = _REMEDY) -> None:
     """Refuse a text that git keeps in place of the file, and an empty file.
 
     Raises:
@@ -172,14 +175,14 @@ def _refuse_pointer(path: Path) -> None:
         with path.open("rb") as file:
             start = file.read(len(_LFS_POINTER))
     except OSError as error:
-        raise damaged(path, error.strerror or error) from error
+        raise damaged(path, error.strerror or error, remedy) from error
     if start == _LFS_POINTER:
         raise ConfigError(
             f"{path}: git has a pointer in place of this file; run `git lfs pull` in "
             f"{path.parent}, or set model.source to another checkpoint"
         )
     if not start:
-        raise damaged(path, "it is empty")
+        raise damaged(path, "it is empty", remedy)
 
 
 def _stat(path: Path) -> tuple[int, int]:

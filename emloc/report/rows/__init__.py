@@ -113,7 +113,7 @@ def rows_of(place: Path) -> list[Row]:
         return _rows_of_file(place)
     by_time = sorted(find_runs(place), key=lambda run: run.status["time"])
     runs = [StoredRun(run, run.config, run.metrics) for run in by_time]
-    return [_row(run, gain_kept(run, runs)) for run in runs]
+    return [_checked_row(run, runs) for run in runs]
 
 
 def frame_of(rows: Sequence[Row]) -> pd.DataFrame:
@@ -161,6 +161,21 @@ def _row_of_line(line: Mapping[str, str]) -> Row:
     stages = {name: standard.get(name, _ADDED) for name in merged([*standard], timed)}
     fields: dict[str, Any] = {name: line[name] for name in FIELDS} | {"seed": int(line["seed"])}
     return Row(**fields, settings=named | others, numbers=numbers, stages=stages)
+
+
+def _checked_row(stored: StoredRun, runs: Sequence[StoredRun]) -> Row:
+    """The row of a run.
+
+    Raises:
+        ConfigError: its files lack something that every run has.
+    """
+    try:
+        return _row(stored, gain_kept(stored, runs))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{stored.run.folder}: its files are not those of a run ({type(error).__name__}: "
+            f"{error}); move this folder away"
+        ) from error
 
 
 def _row(stored: StoredRun, gain: float | None) -> Row:

@@ -68,15 +68,31 @@ if find_spec("hydra_plugins.hydra_joblib_launcher"):
 
         def launch(self, job_overrides: Jobs, initial_job_idx: int) -> Sequence[JobReturn]:
             """Run the jobs, `n_jobs` at a time."""
+            from emloc.runtime.failures import reason_of, refusal_of
+            from emloc.sweeps.lost_jobs import LostJob, launch_again
+
             start = time.time()
             try:
-                return super().launch(job_overrides, initial_job_idx)
+                returned = super().launch(job_overrides, initial_job_idx)
+                return [self._without_failure(one) for one in returned]
             except BrokenProcessPool as error:
-                from emloc.sweeps.lost_jobs import LostJob, launch_again
-
                 codes = re.search(r"exit codes? of the workers are \{(.*)\}", str(error))
                 lost = LostJob(reason=f"was killed ({codes[1]})" if codes else "ended")
-                return launch_again(self, job_overrides, initial_job_idx, start, lost)
+            except Exception as error:  # why: one job could not start, and the others go on
+                reason = str(refusal_of(error) or reason_of(error))
+                if len(job_overrides) == 1:
+                    log.error("%s: could not start: %s", " ".join(job_overrides[0]), reason)
+                    return [self._without_failure(JobReturn(status=JobStatus.FAILED))]
+                lost = LostJob(reason=f"could not start a job ({reason})")
+            return launch_again(self, job_overrides, initial_job_idx, start, lost)
+
+        def _without_failure(self, returned: JobReturn) -> JobReturn:
+            """Count a failure that no folder records, and return a result without a score."""
+            if returned.status != JobStatus.FAILED:
+                return returned
+            assert self.hydra_context is not None
+            self.hydra_context.callbacks.on_job_end(config=self.config, job_return=returned)
+            return JobReturn(returned.overrides, status=JobStatus.COMPLETED, _return_value=None)
 
 
 if find_spec("hydra_plugins.hydra_submitit_launcher"):
