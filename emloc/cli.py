@@ -18,27 +18,26 @@ from emloc.config.paths import CONF, choices
 from emloc.console.completion import complete
 from emloc.console.help import help_text, version_line
 from emloc.console.verbs import VERBS
-from emloc.errors import ConfigError, SaidError
-from emloc.runtime.failures import reason_of, refusal_of
+from emloc.errors import ConfigError, FailedWorkError, SaidError
+from emloc.runtime.failures import TRACEBACK, refusal_of, unexpected, wants_traceback
 from emloc.sweeps.job import run_job
 
 FAILURE, USER_ERROR, INTERRUPTED = 1, 2, 130
-
-# Environment variable: with the value 1 the traceback of an unexpected error is printed, too.
-TRACEBACK = "HYDRA_FULL_ERROR"
 
 HELP, VERSION = ("help", "-h", "--help"), ("--version", "-V")
 
 
 def main() -> None:
     """Run `emloc <overrides>` (Hydra's command line), or a verb, or print help."""
-    # Hydra's own variable. Afterwards it is always set, see `_hydra`.
-    wants_traceback = os.environ.get(TRACEBACK) == "1"
+    tracebacks = os.environ.get(TRACEBACK)
     logging.raiseExceptions = False  # on a full disk each line of a log would print a traceback
     # Without this, blocks of many sizes leave gaps in device memory that no other tensor fits into.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:
         _run(sys.argv[1:])
+    except FailedWorkError as error:
+        print(f"emloc: {error}", file=sys.stderr)
+        sys.exit(FAILURE)
     except ConfigError as error:
         _refuse(str(error))
     except (HydraException, OmegaConfBaseException) as error:
@@ -53,7 +52,8 @@ def main() -> None:
     except Exception as error:  # why: of any failure one line is printed
         if _of_hydra(error) and isinstance(error, ValueError):
             _refuse(f"{str(error).strip()}; a group takes one of its choices, as in tracker=none")
-        _fail(error, wants_traceback)
+        os.environ[TRACEBACK] = tracebacks or ""  # what the user has set, and not `_hydra`
+        _fail(error)
 
 
 def _run(words: list[str]) -> None:
@@ -109,17 +109,16 @@ def _refuse(message: str) -> None:
     sys.exit(USER_ERROR)
 
 
-def _fail(error: Exception, wants_traceback: bool) -> None:
+def _fail(error: Exception) -> None:
     """Print one line about an error that no run has recorded, and end the command."""
-    if wants_traceback:
+    if wants_traceback():
         traceback.print_exception(error)
     if refusal := refusal_of(error):
         _refuse(str(refusal))
     if isinstance(error, yaml.YAMLError):
         _refuse(f"a YAML file cannot be read: {' '.join(str(error).split())}; correct that file")
     words = [word for word in sys.argv[1:2] if word in VERBS]
-    more = "" if wants_traceback else f"; {TRACEBACK}=1 shows where in the code"
-    print(f"{' '.join(['emloc', *words])}: {reason_of(error)}{more}", file=sys.stderr)
+    print(f"{' '.join(['emloc', *words])}: {unexpected(error)}", file=sys.stderr)
     sys.exit(FAILURE)
 
 

@@ -5,6 +5,10 @@ class ConfigError(Exception):
     """A setting is wrong or missing; the message names an override that fixes it."""
 
 
+class FailedWorkError(ConfigError):
+    """Work of the command failed, though its settings were right."""
+
+
 class SaidError(Exception):
     """A failure that is logged already; the command only ends with `code`."""
 

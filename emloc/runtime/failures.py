@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from emloc.errors import ConfigError
 from emloc.runtime.folders import CACHE, RUNS, cache_folder, runs_folder
+
+# Environment variable of Hydra: with the value 1 tracebacks of unexpected errors are printed.
+TRACEBACK = "HYDRA_FULL_ERROR"
 
 # Longest message of another library that a line repeats; run.log has all of it.
 LONGEST = 400
@@ -27,6 +31,17 @@ def reason_of(error: BaseException) -> str:
     message = " ".join(str(error).split())
     start = message if len(message) <= LONGEST else f"{message[:LONGEST]}..."
     return f"{type(error).__name__}: {start}" if start else type(error).__name__
+
+
+def wants_traceback() -> bool:
+    """Return whether the user wants to see the traceback of an unexpected error."""
+    return os.environ.get(TRACEBACK) == "1"
+
+
+def unexpected(error: BaseException) -> str:
+    """Return the line about an error that no run records, with the way to its traceback."""
+    more = "" if wants_traceback() else f"; {TRACEBACK}=1 shows where in the code"
+    return f"{reason_of(error)}{more}"
 
 
 def refusal_of(error: BaseException) -> ConfigError | None:

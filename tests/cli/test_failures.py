@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from emloc.errors import FailedWorkError
 from emloc.sweeps import job
 
 
@@ -140,3 +141,15 @@ def test_a_damaged_file_of_a_run_folder_is_named(emloc, tmp_path):
     ran = emloc("report", "runs/demo")
     assert ran.err.startswith("emloc: runs/demo/one/config.yaml: the file is damaged: ")
     assert len(ran.err.splitlines()) == 1
+
+
+def test_a_benchmark_that_failed_is_a_failure_and_not_a_wrong_setting(emloc, monkeypatch):
+    def bench(*_):
+        raise FailedWorkError("failed: train_8b; see the error messages above")
+
+    monkeypatch.setattr("emloc.cost.bench.run.bench", bench)
+    ran = emloc("bench", "train_8b")
+    assert (ran.code, ran.output) == (
+        1,
+        "emloc: failed: train_8b; see the error messages above\n",
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -20,9 +19,9 @@ from emloc.cost.bench.host import host_memory
 from emloc.cost.bench.offload import offload
 from emloc.cost.bench.rows import BenchRow, read_rows, replace_rows, table, write_facts
 from emloc.cost.bench.training import Target, training
-from emloc.errors import ConfigError
+from emloc.errors import ConfigError, FailedWorkError
 from emloc.runtime.distributed import own_device
-from emloc.runtime.failures import reason_of
+from emloc.runtime.failures import unexpected, wants_traceback
 from emloc.runtime.provenance import provenance
 
 M8, M38, M78 = "internvl2_5_8b", "internvl2_5_38b", "internvl2_5_78b"
@@ -58,7 +57,8 @@ def bench(names: Sequence[str], path: Path) -> str:
     """Run the named benchmarks one after the other, or all, and return the table with all rows.
 
     Raises:
-        ConfigError: there is no benchmark of such a name, or a benchmark failed.
+        ConfigError: there is no benchmark of such a name.
+        FailedWorkError: a benchmark failed.
     """
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
@@ -72,10 +72,7 @@ def bench(names: Sequence[str], path: Path) -> str:
         if process.returncode:
             failures.append(name)
     if failures:
-        raise ConfigError(
-            f"failed: {', '.join(failures)}; see the error messages above "
-            "(HYDRA_FULL_ERROR=1 shows where in the code)"
-        )
+        raise FailedWorkError(f"failed: {', '.join(failures)}; see the error messages above")
     return table(read_rows(path))
 
 
@@ -102,9 +99,9 @@ def main(benchmark: str, path: Path) -> None:
     try:
         run_benchmark(benchmark, path)
     except Exception as error:  # why: the process that started this one only sees an exit code
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        if wants_traceback():
             traceback.print_exception(error)
-        reason = str(error) if isinstance(error, ConfigError) else reason_of(error)
+        reason = str(error) if isinstance(error, ConfigError) else unexpected(error)
         print(f"emloc bench {benchmark}: {reason}", file=sys.stderr)
         sys.exit(1)
 

@@ -25,6 +25,9 @@ Line = Mapping[str, float | None]
 # Horizontal axis of all training numbers.
 STEP = "train/step"
 
+# By so many seconds the clock of another machine may be ahead. A later status is made up.
+CLOCK_SECONDS = 3600
+
 MODES = ("offline", "online")
 
 # Exit codes by state; 1 for a run that failed.
@@ -135,7 +138,7 @@ def compare(folder: Path) -> None:
     Nothing happens if this launch has finished no run, since nothing would be new. The folder may
     also hold runs that somebody else made, so only a tracker of this package or a plug-in is used.
     """
-    launch = (process_start(), time.time())
+    launch = (process_start(), time.time() + CLOCK_SECONDS)
     new = [
         run
         for run in find_runs(folder)
