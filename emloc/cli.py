@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import sys
+import traceback
 
 import hydra
+import yaml
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -15,33 +18,42 @@ from emloc.config.paths import CONF, choices
 from emloc.console.completion import complete
 from emloc.console.help import help_text, version_line
 from emloc.console.verbs import VERBS
-from emloc.errors import ConfigError
+from emloc.errors import ConfigError, FailedWorkError, SaidError
+from emloc.runtime.failures import TRACEBACK, refusal_of, unexpected, wants_traceback
 from emloc.sweeps.job import run_job
 
-USER_ERROR, INTERRUPTED = 2, 130
+FAILURE, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 HELP, VERSION = ("help", "-h", "--help"), ("--version", "-V")
 
 
 def main() -> None:
     """Run `emloc <overrides>` (Hydra's command line), or a verb, or print help."""
+    tracebacks = os.environ.get(TRACEBACK)
+    logging.raiseExceptions = False  # on a full disk each line of a log would print a traceback
     # Without this, blocks of many sizes leave gaps in device memory that no other tensor fits into.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:
         _run(sys.argv[1:])
+    except FailedWorkError as error:
+        print(f"emloc: {error}", file=sys.stderr)
+        sys.exit(FAILURE)
     except ConfigError as error:
         _refuse(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         _refuse(explain(error))
-    except ValueError as error:
-        if not _of_hydra(error):
-            raise
-        _refuse(f"{str(error).strip()}; a group takes one of its choices, as in tracker=none")
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("emloc: interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except SaidError as error:
+        sys.exit(error.code)
+    except Exception as error:  # why: of any failure one line is printed
+        if _of_hydra(error) and isinstance(error, ValueError):
+            _refuse(f"{str(error).strip()}; a group takes one of its choices, as in tracker=none")
+        os.environ[TRACEBACK] = tracebacks or ""  # what the user has set, and not `_hydra`
+        _fail(error)
 
 
 def _run(words: list[str]) -> None:
@@ -63,7 +75,7 @@ def _run(words: list[str]) -> None:
 
 def _hydra(words: list[str]) -> None:
     # With it Hydra raises errors instead of printing them, and ours is the only line.
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    os.environ.setdefault(TRACEBACK, "1")
     register(words)
     hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(run_job)()
 
@@ -95,6 +107,19 @@ def _of_hydra(error: Exception) -> bool:
 def _refuse(message: str) -> None:
     print(f"emloc: {message}", file=sys.stderr)
     sys.exit(USER_ERROR)
+
+
+def _fail(error: Exception) -> None:
+    """Print one line about an error that no run has recorded, and end the command."""
+    if wants_traceback():
+        traceback.print_exception(error)
+    if refusal := refusal_of(error):
+        _refuse(str(refusal))
+    if isinstance(error, yaml.YAMLError):
+        _refuse(f"a YAML file cannot be read: {' '.join(str(error).split())}; correct that file")
+    words = [word for word in sys.argv[1:2] if word in VERBS]
+    print(f"{' '.join(['emloc', *words])}: {unexpected(error)}", file=sys.stderr)
+    sys.exit(FAILURE)
 
 
 if __name__ == "__main__":

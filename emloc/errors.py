@@ -5,6 +5,18 @@ class ConfigError(Exception):
     """A setting is wrong or missing; the message names an override that fixes it."""
 
 
+class FailedWorkError(ConfigError):
+    """Work of the command failed, though its settings were right."""
+
+
+class SaidError(Exception):
+    """A failure that is logged already; the command only ends with `code`."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
 class StageError(Exception):
     """A stage failed; the message names the stage, and `__cause__` is the original error."""
 

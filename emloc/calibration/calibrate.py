@@ -94,7 +94,7 @@ def record_moments(
     `calibrate` for `inputs_only`.
 
     Raises:
-        ConfigError: no token reaches one of the layers.
+        ConfigError: no token reaches one of the layers, or its values are NaN or infinite.
     """
     linears = linears_of(block, layers)
     weights = {name: linear.weight for name, linear in linears.items()}
@@ -109,6 +109,12 @@ def record_moments(
                 "reach no layer of a vision tower: set calibration=downstream_64 and a task with "
                 "images, or set model.emulator_targets to other layers"
             )
+    if overflowing := statistics.overflowing():
+        raise ConfigError(
+            f"calibration: the inputs or outputs of {overflowing[0]} in block {block.name} have "
+            "NaN or infinite values; set model.dtype=bfloat16 or float32, or model.source to "
+            "another checkpoint"
+        )
     return statistics
 
 

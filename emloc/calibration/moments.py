@@ -66,6 +66,11 @@ class Statistics:
                         self.outputs[layer] = gram(outputs, total=self.outputs.get(layer))
         self.tokens += max((len(rows) for rows in inputs.values()), default=0)
 
+    def overflowing(self) -> list[str]:
+        """Layers with NaN or infinite values, which every such value leaves on the diagonal."""
+        grams = self.inputs | self.outputs
+        return [name for name, total in grams.items() if not total.diagonal().isfinite().all()]
+
     def save(self, path: Path) -> None:
         """Write the second moments to a safetensors file."""
         tensors = {f"input.{site}": total for site, total in self.inputs.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import secrets
 from collections.abc import Iterator, Sequence
 
 from hydra import compose as hydra_compose
@@ -20,9 +21,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from emloc.config.choices import hide_bases, refuse_bases
 from emloc.config.experiments import read_experiment
+from emloc.config.folder_words import require_word
 from emloc.config.paths import CONF, EXPERIMENTS, conf_folders, plugin_folders
 from emloc.config.run_folder import folder_name
 from emloc.config.settings import schema
+from emloc.runtime.failures import refusal_of
+from emloc.runtime.folders import runs_folder
 
 # Choice of a group of Hydra -> the extra of this package that installs its plugin.
 EXTRAS = {
@@ -31,6 +35,11 @@ EXTRAS = {
     "hydra/launcher/submitit_slurm": "slurm",
     "hydra/sweeper/optuna": "search",
 }
+
+
+# Word that nobody knows before this launch. Files that workers return are read by pickle, so they
+# lie in a folder of this name, and never in one that came with the folder of a sweep.
+_LAUNCH = secrets.token_hex(4)
 
 
 class PluginGroups(SearchPathPlugin):
@@ -73,15 +82,32 @@ def register(words: Sequence[str] = ()) -> None:
                 cell = _preset(overrides.split())
                 store.store(group=f"cell/{path.stem}", name=name, node=cell, package="_global_")
         store.store(group="experiments", name=path.stem, node=node, package="_global_")
-    _replace_joblib(store)
+    _replace_launchers(store)
+    OmegaConf.register_new_resolver(
+        "emloc.runs", lambda *, _root_: _experiment_folder(_root_.name), replace=True
+    )
+    OmegaConf.register_new_resolver("emloc.launch", lambda: _LAUNCH, replace=True)
     OmegaConf.register_new_resolver(
         "emloc.folder", lambda *, _root_: folder_name(_root_), replace=True
     )
 
 
-def _replace_joblib(store: ConfigStore) -> None:
-    """Make `hydra/launcher=joblib` our own launcher, which survives a killed worker."""
-    Plugins.instance()  # registers the plugin's own settings first, which ours replace
+def _experiment_folder(name: str) -> str:
+    """The folder of the runs with the setting `name`.
+
+    Raises:
+        ConfigError: the name would lead out of the folder of all experiments.
+    """
+    require_word("name", name, "demo")
+    return str(runs_folder() / name)
+
+
+def _replace_launchers(store: ConfigStore) -> None:
+    """Make the launchers `basic` and `joblib` our own, which survive a job that cannot start."""
+    Plugins.instance()  # registers the plugins' own settings first, which ours replace
+    basic = store.load("hydra/launcher/basic.yaml").node
+    basic._target_ = "hydra_plugins.emloc_sweeps.OwnBasicLauncher"
+    store.store(group="hydra/launcher", name="basic", node=basic, provider="emloc")
     try:
         node = store.load("hydra/launcher/joblib.yaml").node
     except ConfigLoadError:
@@ -120,6 +146,8 @@ def compose(overrides: Sequence[str] = (), *, with_hydra: bool = False) -> DictC
 def explain(error: Exception) -> str:
     """One line about a configuration that cannot be composed, with the nearest possible name."""
     text = str(error)
+    if refusal := refusal_of(error):
+        return str(refusal)
     if isinstance(error, MissingConfigException) and (
         match := re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text)
     ):

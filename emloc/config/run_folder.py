@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from emloc.config.paths import plugin_folders
+from emloc.config.folder_words import safe_word
+from emloc.config.named_class import import_named
 from emloc.config.settings import DECISIVE, SECTIONS
 from emloc.config.stage_order import standard_stages
+from emloc.errors import ConfigError
 from emloc.runtime.atomic import write_json
 from emloc.runtime.digest import digest
 from emloc.runtime.distributed import POLL_SECONDS, process_start, world_size
@@ -43,8 +45,18 @@ class Run:
 
     @property
     def status(self) -> dict[str, Any]:
-        """Content of status.json; empty if the run never began."""
-        return _read_json(self.folder / "status.json")
+        """Content of status.json; empty if the run never began.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        path = self.folder / "status.json"
+        status = _read_json(path)
+        if status and not (
+            isinstance(status.get("state"), str) and isinstance(status.get("time"), int | float)
+        ):
+            raise _unreadable(path, "it has no state or no time")
+        return status
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -53,8 +65,19 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Resolved settings of the run."""
-        return _plain(OmegaConf.load(self.folder / "config.yaml"))
+        """Settings of the run as its folder has them: plain values, no reference is followed.
+
+        Raises:
+            ConfigError: the file cannot be read.
+        """
+        path = self.folder / "config.yaml"
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise _unreadable(path, error) from error
+        if not isinstance(values, dict):
+            raise _unreadable(path, "it has no settings")
+        return values
 
     @property
     def done(self) -> bool:
@@ -144,8 +167,9 @@ def folder_name(config: DictConfig) -> str:
         decisive["gpu_gib"] = config.budget.gpu_gib
     if world_size() > 1:  # more processes make an optimizer step larger
         decisive["processes"] = world_size()
-    words = (config.method, config.model.name, config.task.name, f"s{config.seed}")
-    return "-".join([*words, digest(decisive)[:8]])
+    words = (config.method, config.model.name, config.task.name)
+    names = (safe_word(str(word)) for word in words)  # the run itself refuses a word with a slash
+    return "-".join([*names, f"s{config.seed}", digest(decisive)[:8]])
 
 
 def _key_value(name: str, value: Any) -> Any:
@@ -176,13 +200,13 @@ def _part_key(value: Any, excluded: Sequence[str] = ()) -> Any:
 
 
 def _import_class(target: str) -> type | None:
-    """Return the class with the dotted name `target`; None if it cannot be imported."""
-    plugin_folders()
+    """Return the class with the dotted name `target`; None if it cannot or may not be imported."""
     quiet()  # importing the part may import libraries that print
     try:
-        return get_class(target)
-    except ImportError:
+        cls = import_named(target)
+    except (ImportError, AttributeError):
         return None
+    return cls if isinstance(cls, type) else None
 
 
 def _plain(node: Any) -> Any:
@@ -191,6 +215,25 @@ def _plain(node: Any) -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file; empty if the file does not exist."""
-    value: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    """Return the content of a JSON file; empty if the file does not exist.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(value, dict):
+        raise _unreadable(path, "it is no mapping")
     return value
+
+
+def _unreadable(path: Path, reason: object) -> ConfigError:
+    """The error for a file of a run folder that was cut off or changed by hand."""
+    return ConfigError(
+        f"{path}: the file is damaged: {' '.join(str(reason).split())}; "
+        f"delete the folder {path.parent.name} and run its command again"
+    )

@@ -37,6 +37,7 @@ Flags of Hydra
   -m runs a sweep, also with hydra/launcher=joblib (processes side by side), local or slurm, or with
   hydra/sweeper=search (Optuna). `emloc --cfg job [overrides]` prints the settings of a run without
   running it, and --resolve also fills in references. `emloc --hydra-help` lists the other flags.
+  HYDRA_FULL_ERROR=1 prints the traceback of an unexpected error; that of a run is in its run.log.
   Completion in bash and zsh: eval "$(emloc -sc install=bash)"
   Completion in fish: emloc -sc install=fish | source"""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -100,8 +99,9 @@ def _no_arguments(parser: argparse.ArgumentParser) -> None:
 def _tables(options: argparse.Namespace) -> None:
     from emloc.config.paths import EXPERIMENTS
     from emloc.report.all_experiments import tables
+    from emloc.runtime.folders import runs_folder
 
-    print(tables(EXPERIMENTS, Path(os.environ.get("EMLOC_RUNS", "runs"))))
+    print(tables(EXPERIMENTS, runs_folder()))
 
 
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:

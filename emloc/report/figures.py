@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emloc.config.folder_words import file_name
 from emloc.report.rows import Row
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def drawings(rows: Sequence[Row], place: Path, columns: int = 2) -> dict[str, Dr
             by_stem |= cost.draw(rows, each, columns)
         by_stem |= correction.draw(rows, place, columns)
         by_stem |= layers.draw(rows, place, columns)
-    return by_stem
+    # Stems have names of models and tasks, which the folders of runs from elsewhere may choose.
+    return {file_name(stem): drawing for stem, drawing in by_stem.items()}
 
 
 def save(

@@ -31,6 +31,7 @@ from filelock import FileLock
 from emloc.errors import ConfigError, StageError
 from emloc.runtime.digest import digest
 from emloc.runtime.distributed import POLL_SECONDS, StatusFile, is_first, world_size
+from emloc.runtime.folders import cache_folder
 from emloc.runtime.keys import key_of
 from emloc.runtime.manifest import DamagedError, flaw_of, seal, set_aside
 from emloc.runtime.memory import MemoryPeak
@@ -232,4 +233,4 @@ def _raise_failure(name: str, status: StatusFile) -> None:
 
 def open_store() -> Store:
     """Return the cache of this machine: the folder `EMLOC_CACHE`, or else `~/.cache/emloc`."""
-    return Store(Path(os.environ.get("EMLOC_CACHE", "~/.cache/emloc")).expanduser())
+    return Store(cache_folder())

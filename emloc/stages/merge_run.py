@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from emloc.config.run_folder import Run
 from emloc.config.settings import Compression
 from emloc.errors import ConfigError
-from emloc.stages.run_config import instantiate
+from emloc.models.checkpoint.damaged import check_safetensors, read_json
+from emloc.stages.run_config import section_of
 
 
 def merge_run(run: Path, target: Path) -> Path:
@@ -22,8 +26,9 @@ def merge_run(run: Path, target: Path) -> Path:
         The folder of the merged checkpoint.
 
     Raises:
-        ConfigError: `run` is no run folder or has no adapter, weights cannot hold the update of
-            this kind of adapter, or `target` exists.
+        ConfigError: `run` is no run folder or has no adapter, one of its files is damaged or names
+            code that is not trusted, weights cannot hold the update of this kind of adapter, or
+            `target` exists.
     """
     if not (run / "config.yaml").exists():
         raise ConfigError(f"{run} is not a run folder; pass one such as runs/demo/<run>")
@@ -31,9 +36,60 @@ def merge_run(run: Path, target: Path) -> Path:
         raise ConfigError(
             f"{run} has no adapter: its method trains none, or the run is not finished"
         )
-    cfg = OmegaConf.load(run / "config.yaml")
-    adapted_model = instantiate(cfg.emulator).model(
-        instantiate(cfg.model), Compression(**cfg.compression)
-    )
-    merged: Path = instantiate(cfg.adapter).merge(adapted_model.open(), run / "adapter", target)
+    cfg = _settings_of(run)
+    _check_adapter(run / "adapter")
+    compression = Compression(**cfg.compression)
+    adapted_model = section_of(cfg, "emulator").model(section_of(cfg, "model"), compression)
+    merged: Path = section_of(cfg, "adapter").merge(adapted_model.open(), run / "adapter", target)
     return merged
+
+
+def _check_adapter(folder: Path) -> None:
+    """Check the files of an adapter, since libraries do not name a damaged one.
+
+    Raises:
+        ConfigError: names the file.
+    """
+    remedy = f"delete the folder {folder.parent.name} and run its command again"
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors":
+            check_safetensors(path, remedy)
+        elif path.suffix == ".json":
+            read_json(path, remedy)
+
+
+def _settings_of(run: Path) -> DictConfig:
+    """The settings of the run, which may come from somebody else, as plain values.
+
+    Raises:
+        ConfigError: config.yaml is damaged, lacks a section, or refers to something outside.
+    """
+    values = Run(run).config
+    path = run / "config.yaml"
+    missing = [
+        name
+        for name in ("emulator", "model", "adapter", "compression")
+        if not isinstance(values.get(name), Mapping)
+    ]
+    if missing:
+        raise ConfigError(f"{path}: it has no section {missing[0]}; give another run")
+    # OmegaConf would follow a reference: ${oc.env:X} reads a variable of the environment.
+    for text in _texts(values):
+        if "${" in text:
+            raise ConfigError(
+                f"{path}: {text!r} refers to something outside the run; write the value there"
+            )
+    return OmegaConf.create(values)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in nested mappings and lists, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _texts(key)
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from emloc.adapters import Adapter
 from emloc.adapters.none import NoAdapter
+from emloc.config.folder_words import require_word
 from emloc.config.formats import format_of, widths
-from emloc.config.paths import choices, plugin_folders
+from emloc.config.named_class import import_named
+from emloc.config.paths import choices
 from emloc.config.settings import (
     MODEL_BITS,
     Budget,
@@ -69,12 +70,27 @@ def build(cfg: DictConfig) -> RunConfig:
     unknown = [str(key) for key in cfg if key not in names]
     if unknown:
         raise ConfigError(f"{unknown[0]}: there is no such setting")
-    values = {name: _value(cfg, name) for name in names}
+    values = {name: section_of(cfg, name) for name in names}
+    _require_folder_words(values)
     order = order_stages({name: stage.after for name, stage in values["stage"].items()})
     run_config = RunConfig(**values | {"stage": {name: values["stage"][name] for name in order}})
     return replace(
         run_config, precision=precision_of(run_config.compression.bits, run_config.precision)
     )
+
+
+def _require_folder_words(values: Mapping[str, Any]) -> None:
+    """Check the settings that are part of the names of folders.
+
+    Raises:
+        ConfigError: one of them is no name of a folder.
+    """
+    require_word("name", values["name"], "demo")
+    require_word("method", values["method"], "emloc")
+    require_word("model.name", values["model"].name, "my_model")
+    require_word("task.name", values["task"].name, "my_task")
+    for stage in values["stage"]:
+        require_word("stage", stage, "standard")
 
 
 def precision_of(bits: int | None, named: Precision | None = None) -> Precision | None:
@@ -116,16 +132,16 @@ def formats(named: Precision | None = None) -> list[Precision]:
 def _read_format(name: str) -> Precision:
     """Return the packed format that `precision/<name>.yaml` describes."""
     node = OmegaConf.load(choices("precision")[name])
-    precision = _value(OmegaConf.create({"precision": node}), "precision")
+    precision = section_of(OmegaConf.create({"precision": node}), "precision")
     assert isinstance(precision, Precision)
     return precision
 
 
-def _value(cfg: DictConfig, name: str) -> Any:
+def section_of(cfg: DictConfig, name: str) -> Any:
     """Return the value or the object of the section `name`, with errors that name the setting.
 
     Raises:
-        ConfigError: the section is missing or wrong, or the module of its class cannot be imported.
+        ConfigError: the section is missing or wrong, or its class cannot or may not be imported.
     """
     try:
         node = cfg[name]
@@ -148,10 +164,7 @@ def instantiate(node: DictConfig) -> Any:
     of the section are checked against the fields of the class. A mapping of parts becomes a mapping
     of objects. Classes of plug-ins are found in the folders of `EMLOC_PLUGINS`.
     """
-    plugin_folders()
-    cls = (
-        get_class(current_target(node._target_)) if "_target_" in node else OmegaConf.get_type(node)
-    )
+    cls = _class_of(str(node._target_)) if "_target_" in node else OmegaConf.get_type(node)
     values = {key: value for key, value in node.items() if key != "_target_"}
     parts = {
         str(key): {name: instantiate(part) for name, part in value.items()}
@@ -163,6 +176,21 @@ def instantiate(node: DictConfig) -> Any:
     plain_values = values | {key: {} for key in parts}
     instance: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), plain_values))
     return replace(instance, **parts)
+
+
+def _class_of(target: str) -> type:
+    """Return the class with today's or a former dotted name.
+
+    Raises:
+        ImportError: there is no such class, or it is of code that is not trusted.
+    """
+    try:
+        cls = import_named(current_target(target))
+    except AttributeError as error:
+        raise ImportError(f"No module named {target!r}, and no such class: {error}") from None
+    if not (isinstance(cls, type) and is_dataclass(cls)):
+        raise ImportError("it is no class with fields")
+    return cls
 
 
 # Former module -> module today, of classes that older run folders and settings name.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event, Lock, Thread
@@ -12,12 +13,16 @@ from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from emloc.config.run_folder import DONE, RUNNING, Run, find_runs, is_run
 from emloc.console.next_steps import next_steps
+from emloc.errors import ConfigError
 from emloc.report.tracking.trackers import compare
 from emloc.runtime.distributed import is_first, process_start, silence_other_processes
+from emloc.runtime.failures import reason_of
+from emloc.sweeps.job import CONFIG
 from emloc.sweeps.planned_jobs import PlannedJobs
 from emloc.sweeps.progress import JobKind, SweepProgress, sweep_line
 
@@ -34,46 +39,85 @@ class ResultsTable(Callback):
     Of several processes each one exits with that code, and the first one prints.
     """
 
+    def __init__(self) -> None:
+        self._unrecorded = 0  # jobs of this process that failed and left no record
+
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Silence all processes but the first."""
         silence_other_processes()
 
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        """Count a job whose folder cannot say that it failed."""
+        self._unrecorded += job_return.status == JobStatus.FAILED
+
     def on_run_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """Close a single run."""
+        """Close a single run. A failure that is not recorded reaches the command line."""
         assert job_return.hydra_cfg is not None
-        self._close(Path(job_return.hydra_cfg.hydra.runtime.output_dir))
+        if job_return.status == JobStatus.COMPLETED:
+            self._close(Path(job_return.hydra_cfg.hydra.runtime.output_dir))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Close a sweep."""
+        folder = Path(config.hydra.sweep.dir)
         if is_first():
-            compare(Path(config.hydra.sweep.dir))
-        self._close(Path(config.hydra.sweep.dir))
+            _try(f"tracker: the comparison of the runs in {folder}", lambda: compare(folder))
+        self._close(folder)
 
     def _close(self, folder: Path) -> None:
         bad = [run for run in find_runs(folder) if _ended_badly(run)]
         if is_run(folder) and bad:
             sys.exit(_code(bad))  # the one line of a single run is printed already
+        is_shown = True
         if is_first():
-            from emloc.report.markdown import table  # it imports pandas, which takes a while
-
-            print(f"\n{table(folder)}\n")
+            is_shown = _try(f"the table of {folder}", lambda: print(f"\n{_table(folder)}\n"))
             for run in bad:
                 error = run.status.get("error", run.status["state"])
                 print(f"{run.folder.name}: {error}", file=sys.stderr)
-            if steps := next_steps(folder):
-                print(f"{steps}\n")
+            if self._unrecorded:
+                print(f"{self._unrecorded} failed without a record, see above", file=sys.stderr)
+            is_shown &= _try("the next steps", lambda: print(_next_steps(folder), end=""))
+        if self._unrecorded or not is_shown:
+            sys.exit(FAILED)
         if bad:
             sys.exit(_code(bad))
 
 
+def _table(folder: Path) -> str:
+    from emloc.report.markdown import table  # it imports pandas, which takes a while
+
+    return table(folder)
+
+
+def _next_steps(folder: Path) -> str:
+    steps = next_steps(folder)
+    return f"{steps}\n\n" if steps else ""
+
+
+def _try(subject: str, action: Callable[[], None]) -> bool:
+    """Do what comes after the last run, and return whether it worked; say why it did not.
+
+    Hydra would turn an error into a warning of Python, and the exit code would be 0.
+    """
+    try:
+        action()
+    except Exception as error:  # why: the runs have ended, and their exit code counts
+        reason = str(error) if isinstance(error, ConfigError) else reason_of(error)
+        print(f"emloc: {subject} cannot be shown: {reason}", file=sys.stderr)
+        return False
+    return True
+
+
 def _ended_badly(run: Run) -> bool:
     """Whether the run failed in this launch. A run that is older or still running is not ours."""
-    status = run.status
+    try:
+        status = run.status
+    except ConfigError:  # a damaged folder of an earlier launch, which the table names
+        return False
     return status["state"] not in (DONE, RUNNING) and status["time"] >= process_start()
 
 
 def _code(bad: list[Run]) -> int:
-    return REFUSED if all(run.status.get("stage") == "config" for run in bad) else FAILED
+    return REFUSED if all(run.status.get("stage") == CONFIG for run in bad) else FAILED
 
 
 class ProgressLines(Callback):
@@ -93,11 +137,14 @@ class ProgressLines(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Begin to watch the jobs."""
         if is_first():
-            sweep = Path(config.hydra.sweep.dir)
-            sweep.mkdir(parents=True, exist_ok=True)
-            self._watcher = ProgressWatcher(sweep, PlannedJobs(config))
+            try:
+                sweep = Path(config.hydra.sweep.dir)
+                sweep.mkdir(parents=True, exist_ok=True)
+                self._watcher = ProgressWatcher(sweep, PlannedJobs(config))
+            except (OSError, OmegaConfBaseException):  # the sweep itself fails there in a moment
+                return
             self._progress = self._watcher.progress
-            if not config.hydra.launcher._target_.endswith(".BasicLauncher"):
+            if not config.hydra.launcher._target_.endswith("BasicLauncher"):
                 self._watcher.start()
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
@@ -108,11 +155,13 @@ class ProgressLines(Callback):
             self._progress.start(number, run.folder.name, kind, run.done)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """Record how a job has ended."""
-        if self._progress is not None:
+        """Record how a job has ended. A job without a folder is not among those that started."""
+        if self._progress is not None and not OmegaConf.is_missing(
+            config.hydra.runtime, "output_dir"
+        ):
             run = Run(Path(config.hydra.runtime.output_dir))
             is_complete = job_return.status == JobStatus.COMPLETED
-            state = run.status["state"] if is_complete else "failed"
+            state = run.status.get("state", "failed") if is_complete else "failed"
             number, kind = config.hydra.job.num, JobKind.of(config)
             self._progress.end(number, run.folder.name, kind, state)
         if self._watcher is not None:

@@ -9,15 +9,15 @@ import shutil
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from emloc.config.run_folder import Run
-from emloc.errors import ConfigError, StageError
+from emloc.errors import ConfigError, SaidError, StageError
 from emloc.report.tracking.metrics_log import Record, stage_line, training_line
 from emloc.runtime.distributed import (
     is_first,
@@ -26,6 +26,7 @@ from emloc.runtime.distributed import (
     silence_other_processes,
     world_size,
 )
+from emloc.runtime.failures import reason_of, refusal_of
 from emloc.runtime.quiet_libraries import quiet
 from emloc.sweeps.named_lines import name_console_lines
 
@@ -43,6 +44,10 @@ _NAMED_STAGES = ("calibrate", "emulate", "train", "recover", "evaluate", "evalua
 # When another process fails, the first one has so many seconds to fail, too, and to record it.
 RECORD_SECONDS = 10
 
+# Stand in status.json in place of the stage of an error: of a refusal, and of an error between
+# stages, such as in a file of the model.
+CONFIG, START = "config", "start"
+
 
 def run_job(cfg: DictConfig) -> float | None:
     """Return the headline score of one run; None if it failed, which its status.json explains.
@@ -55,9 +60,17 @@ def run_job(cfg: DictConfig) -> float | None:
             The other processes may hang in the training, so this launch has to end.
     """
     silence_other_processes()
-    hydra = HydraConfig.get()
-    run = Run(Path(hydra.runtime.output_dir))
+    run = Run(Path(HydraConfig.get().runtime.output_dir))
     name_console_lines(run.folder.name)
+    try:
+        return _run(cfg, run)
+    except Exception as error:  # why: each failure is said, and the other jobs of a sweep go on
+        _failed(run, error)
+        return None
+
+
+def _run(cfg: DictConfig, run: Run) -> float | None:
+    """Skip the run, take part in it, or lead it."""
     if run.done and _still_holds(cfg, run):
         log.info("%s: done before, skipped", run.folder.name)
         return float(run.metrics["score"])
@@ -67,7 +80,7 @@ def run_job(cfg: DictConfig) -> float | None:
     with run.exclusive():
         if run.done and run.status["time"] >= start:  # by another process, while this one waited
             return float(run.metrics["score"])
-        begin(run, cfg, hydra.runtime.choices)
+        begin(run, cfg, HydraConfig.get().runtime.choices)
         log.info("%s: started", run.folder.name)
         with Record(run) as record:
             return _lead(cfg, run, record)
@@ -114,17 +127,11 @@ def _lead(cfg: DictConfig, run: Run, record: Record) -> float | None:
     """Run all stages in the first process, and record how the run ended."""
     try:
         metrics = _work(cfg, run, record)
-    except (ConfigError, StageError) as error:
-        _failed(run, error)
-        return None
     except KeyboardInterrupt:
         run.mark("interrupted")
         raise
-    except Exception as error:  # why: the status must not stay "running"
-        _crashed(run, error)
-        if HydraConfig.get().mode != RunMode.MULTIRUN:
-            raise
-        log.exception("%s", run.folder.name)  # the other jobs of a sweep go on
+    except Exception as error:  # why: the record has to know of it before it is closed
+        _failed(run, error)
         return None
     run.finish(metrics)
     log.info("%s: done", run.folder.name)
@@ -139,39 +146,71 @@ def _follow(cfg: DictConfig, run: Run) -> float | None:
         _failed(run, error)
         return None
     except Exception as error:  # why: as in the first process
-        _crashed(run, error)
-        raise
+        is_common = _recorded(run)
+        _failed(run, error)
+        if not is_common:  # the other processes may wait for this one
+            raise SystemExit(1) from error
+        return None
     run.wait_until_ended(within=math.inf)
     return float(run.metrics["score"]) if run.done else None
 
 
-def _failed(run: Run, error: ConfigError | StageError) -> None:
-    """Record and log the error, unless another process did."""
-    state, stage, message = "failed", "config", str(error)
-    if isinstance(error, StageError):
-        state, stage = "oom" if _out_of_memory(error) else "failed", error.stage
-        message = f"{error} (more in {run.folder / 'run.log'})"
+def _failed(run: Run, error: Exception) -> None:
+    """Log and record the error, unless another process did.
+
+    Raises:
+        SaidError: the error is logged, but it cannot be recorded in the run's folder.
+        SystemExit: see `run_job`.
+    """
+    ending = _ending(run, refusal_of(error) or error)
     if not _recorded(run):
-        if stage != "config":
-            with (run.folder / "run.log").open("a") as file:
-                traceback.print_exception(error, file=file)
-        run.mark(state, stage=stage, error=_process() + message)
-        log.error("%s", _process() + " ".join(message.split()))
+        log.error("%s", " ".join(ending.error.split()))
+        try:
+            _record_ending(run, ending, error)
+        except OSError as unwritable:
+            log.error("%s: not recorded: %s", run.folder.name, reason_of(unwritable))
+            raise SaidError(2 if ending.stage == CONFIG else 1) from error
     if _out_of_step(error):
         message = "emloc: ended, since the other processes may hang in the failed training"
         raise SystemExit(message if is_first() else 1) from error
 
 
-def _crashed(run: Run, error: Exception) -> None:
-    if not _recorded(run):
-        run.mark("failed", stage="start", error=f"{_process()}{type(error).__name__}: {error}")
+@dataclass(frozen=True)
+class _Ending:
+    """How a run ended without results, as status.json has it."""
+
+    state: str
+    stage: str
+    error: str
+
+
+def _ending(run: Run, error: Exception) -> _Ending:
+    """The state, the stage and the line of an error."""
+    if isinstance(error, ConfigError):
+        return _Ending("failed", CONFIG, f"{_process()}{error}")
+    more = f"(more in {run.folder / 'run.log'})"
+    if isinstance(error, StageError):
+        state = "oom" if _out_of_memory(error) else "failed"
+        return _Ending(state, error.stage, f"{_process()}{error} {more}")
+    return _Ending("failed", START, f"{_process()}{reason_of(error)} {more}")
+
+
+def _record_ending(run: Run, ending: _Ending, error: Exception) -> None:
+    """Write the traceback of anything but a refusal into run.log, then status.json."""
+    if ending.stage != CONFIG:
+        with (run.folder / "run.log").open("a") as file:
+            traceback.print_exception(error, file=file)
+    run.mark(ending.state, stage=ending.stage, error=ending.error)
 
 
 def _recorded(run: Run) -> bool:
     """Whether the end of the run is recorded. An error of one process also occurs in the first
     one, which records it, or makes that process wait: then the other process records the error.
     """
-    return run.wait_until_ended(within=0 if is_first() else RECORD_SECONDS)
+    try:
+        return run.wait_until_ended(within=0 if is_first() else RECORD_SECONDS)
+    except ConfigError:  # status.json is damaged, and is now written again
+        return False
 
 
 def _process() -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 
+from emloc.config.named_class import import_named
 from emloc.data.examples import Example
 from emloc.errors import ConfigError
 from emloc.tasks import GenerativeTask
@@ -17,12 +17,12 @@ def find_scorer(name: str) -> Scorer:
     """Import a scorer by its name in this package, such as `anls`, or by a dotted path.
 
     Raises:
-        ConfigError: the module or function does not exist.
+        ConfigError: the module or function does not exist, or it is of other code than this
+            package and the plug-ins.
     """
-    module, _, function = scorer_path(name).rpartition(".")
     try:
-        attribute = getattr(import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+        attribute = import_named(scorer_path(name))
+    except (ImportError, AttributeError) as error:
         raise _scorer_error(name, " ".join(str(error).split())) from error
     if not callable(attribute):
         raise _scorer_error(name, "it is no function")

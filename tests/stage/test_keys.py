@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, make_dataclass
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -56,7 +57,8 @@ class Grown(Svd):
     polished: bool = neutral(False)
 
 
-def test_an_added_setting_with_its_neutral_value_keeps_keys_and_folders():
+def test_an_added_setting_with_its_neutral_value_keeps_keys_and_folders(monkeypatch):
+    monkeypatch.setenv("EMLOC_PLUGINS", str(Path(__file__).parent))
     config = compose()
     before = folder_name(config)
     OmegaConf.set_struct(config, False)
@@ -72,8 +74,14 @@ def test_an_added_setting_with_its_neutral_value_keeps_keys_and_folders():
 
 def test_moving_a_part_to_another_module_changes_neither_keys_nor_folders(monkeypatch):
     moved = make_dataclass(
-        "Svd", [], bases=(Svd,), frozen=True, kw_only=True, namespace={"key_name": "svd.Svd"}
+        "Svd",
+        [],
+        bases=(Svd,),
+        frozen=True,
+        kw_only=True,
+        namespace={"key_name": "svd.Svd", "__module__": __name__},
     )
+    monkeypatch.setenv("EMLOC_PLUGINS", str(Path(__file__).parent))
     monkeypatch.setattr(f"{__name__}.Moved", moved, raising=False)
     config = compose()
     before = folder_name(config)

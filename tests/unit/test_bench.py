@@ -13,7 +13,7 @@ import torch
 
 from emloc.cost.bench import run
 from emloc.cost.bench.rows import BenchRow, read_rows, replace_rows, row, table, write_facts
-from emloc.cost.bench.run import BENCHMARKS, bench, run_benchmark
+from emloc.cost.bench.run import BENCHMARKS, bench, main, run_benchmark
 from emloc.cost.bench.setting import BenchSetup, is_out_of_memory
 from emloc.cost.bench.training import (
     OUT_OF_MEMORY,
@@ -131,6 +131,21 @@ def test_a_failed_benchmark_is_named_after_the_others_have_run(tmp_path, monkeyp
         bench(["factorise_8b", "train_8b", "host_memory"], path)
     assert [result.work for result in read_rows(path)] == ["factorise_8b", "host_memory"]
     assert "| host_memory  | time |" in bench(["host_memory"], path)
+
+
+def test_a_benchmark_that_fails_says_why_in_one_line(tmp_path, monkeypatch, capsys):
+    def breaks() -> Iterator[BenchRow]:
+        raise ArithmeticError("half way")
+
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.setitem(run.BENCHMARKS, "cap24_38b", breaks)
+    with pytest.raises(SystemExit) as ended:
+        main("cap24_38b", tmp_path / "bench.csv")
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == (
+        "emloc bench cap24_38b: ArithmeticError: half way; HYDRA_FULL_ERROR=1 shows where in the "
+        "code\n"
+    )
 
 
 def test_a_failed_benchmark_leaves_the_table_unchanged(tmp_path, monkeypatch):

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import save_checkpoint
 from torch import Tensor
 
 from emloc.calibration.calibrate import calibrate
 from emloc.calibration.samples import Samples
 from emloc.data.examples import Example, Examples
+from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 
 CPU = torch.device("cpu")
@@ -47,6 +48,21 @@ def same(ours: dict, theirs: dict) -> None:
     for block in BLOCKS:
         assert ours[block].keys() == theirs[block].keys()
         assert all(torch.equal(ours[block][name], one) for name, one in theirs[block].items())
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_a_block_whose_activations_overflow_is_named(tmp_path, block):
+    folder = save_checkpoint(tmp_path / "llama", num_hidden_layers=3)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"model.layers.{block}.mlp.up_proj.weight"].fill_(1e38)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError) as caught:
+        run(Source(folder, "llama", "llama", torch.float32), tmp_path / "statistics")
+    assert str(caught.value) == (
+        f"calibration: the inputs or outputs of model.layers.{block}.mlp.down_proj in block "
+        f"model.layers.{block} have NaN or infinite values; set model.dtype=bfloat16 or float32, "
+        "or model.source to another checkpoint"
+    )
 
 
 def test_the_journal_has_one_line_per_block(source, tmp_path):

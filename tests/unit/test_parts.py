@@ -1,6 +1,7 @@
 """A part with missing methods is refused by their names when it is created."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -60,7 +61,8 @@ def test_a_part_with_missing_methods_is_refused_by_their_names(cls, missing, gro
     )
 
 
-def test_a_configured_part_with_missing_methods_is_refused():
+def test_a_configured_part_with_missing_methods_is_refused(monkeypatch):
+    monkeypatch.setenv("EMLOC_PLUGINS", str(Path(__file__).parent))
     node = OmegaConf.create({"_target_": f"{__name__}.HalfEmulator", "width": 4})
     with pytest.raises(ConfigError, match=r"HalfEmulator does not define open, residual, which"):
         instantiate(node)

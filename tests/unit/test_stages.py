@@ -1,6 +1,7 @@
 """Stages: their order, their keys, and their columns in reports."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -77,8 +78,9 @@ def test_a_stage_without_its_methods_is_refused():
         Idle(after=None)
 
 
-def test_standard_stages_do_not_change_the_name_of_a_run_folder():
+def test_standard_stages_do_not_change_the_name_of_a_run_folder(monkeypatch):
     """Runs from before a further stage existed keep their folders."""
+    monkeypatch.setenv("EMLOC_PLUGINS", str(Path(__file__).parent))
     config = compose()
     OmegaConf.set_struct(config, False)
     name = folder_name(config)

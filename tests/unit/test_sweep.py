@@ -3,11 +3,14 @@
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
+from hydra_plugins import emloc_sweeps
 from omegaconf import DictConfig, OmegaConf
 
 from emloc.config.compose import compose, register
@@ -91,3 +94,48 @@ def test_a_worker_records_its_jobs_and_does_not_log(tmp_path):
     assert folder.exists()
     progress.on_multirun_end(config)
     assert list(tmp_path.iterdir()) == []
+
+
+class Callbacks:
+    """Callbacks of Hydra that remember the results of jobs."""
+
+    def __init__(self) -> None:
+        self.ended: list[JobStatus] = []
+
+    def on_job_end(self, config: object, job_return: JobReturn) -> None:
+        self.ended.append(job_return.status)
+
+
+@pytest.fixture
+def joblib(monkeypatch):
+    """Our launcher of worker processes, whose jobs cannot start."""
+
+    def launch(*_: object) -> None:
+        raise NotADirectoryError(20, "Not a directory", "/runs/demo/run")
+
+    monkeypatch.setattr(emloc_sweeps.JoblibLauncher, "launch", launch)
+    launcher = emloc_sweeps.Joblib.__new__(emloc_sweeps.Joblib)
+    launcher.config, launcher.hydra_context = None, SimpleNamespace(callbacks=Callbacks())
+    return launcher
+
+
+def test_a_worker_that_cannot_start_its_job_fails_this_job_alone(joblib, caplog, monkeypatch):
+    (returned,) = joblib.launch([["seed=1"]], 0)
+    assert returned.return_value is None
+    assert joblib.hydra_context.callbacks.ended == [JobStatus.FAILED]
+    assert "seed=1: could not start: /runs/demo/run: Not a directory; " in caplog.text
+    again = []
+    monkeypatch.setattr(
+        "emloc.sweeps.lost_jobs.launch_again",
+        lambda *arguments: again.append(arguments) or ["each"],
+    )
+    assert joblib.launch([["seed=1"], ["seed=2"]], 0) == ["each"]
+    assert again[0][1] == [["seed=1"], ["seed=2"]]
+
+
+def test_a_failure_without_a_record_is_counted_at_the_end_of_a_sweep(joblib, monkeypatch):
+    failed = JobReturn(["seed=1"], status=JobStatus.FAILED, _return_value=OSError("full"))
+    monkeypatch.setattr(emloc_sweeps.JoblibLauncher, "launch", lambda *_: [failed])
+    (returned,) = joblib.launch([["seed=1"]], 0)
+    assert (returned.status, returned.return_value) == (JobStatus.COMPLETED, None)
+    assert joblib.hydra_context.callbacks.ended == [JobStatus.FAILED]

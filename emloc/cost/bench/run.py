@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,9 @@ from emloc.cost.bench.host import host_memory
 from emloc.cost.bench.offload import offload
 from emloc.cost.bench.rows import BenchRow, read_rows, replace_rows, table, write_facts
 from emloc.cost.bench.training import Target, training
-from emloc.errors import ConfigError
+from emloc.errors import ConfigError, FailedWorkError
 from emloc.runtime.distributed import own_device
+from emloc.runtime.failures import unexpected, wants_traceback
 from emloc.runtime.provenance import provenance
 
 M8, M38, M78 = "internvl2_5_8b", "internvl2_5_38b", "internvl2_5_78b"
@@ -55,7 +57,8 @@ def bench(names: Sequence[str], path: Path) -> str:
     """Run the named benchmarks one after the other, or all, and return the table with all rows.
 
     Raises:
-        ConfigError: there is no benchmark of such a name, or a benchmark failed.
+        ConfigError: there is no benchmark of such a name.
+        FailedWorkError: a benchmark failed.
     """
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
@@ -69,7 +72,7 @@ def bench(names: Sequence[str], path: Path) -> str:
         if process.returncode:
             failures.append(name)
     if failures:
-        raise ConfigError(f"failed: {', '.join(failures)}; see the error messages above")
+        raise FailedWorkError(f"failed: {', '.join(failures)}; see the error messages above")
     return table(read_rows(path))
 
 
@@ -91,5 +94,17 @@ def table_path() -> Path:
     return Path("experiments/results/bench.csv" if is_full_size else "runs/bench.csv")
 
 
+def main(benchmark: str, path: Path) -> None:
+    """Run one benchmark as the work of a process, and say in one line why it failed."""
+    try:
+        run_benchmark(benchmark, path)
+    except Exception as error:  # why: the process that started this one only sees an exit code
+        if wants_traceback():
+            traceback.print_exception(error)
+        reason = str(error) if isinstance(error, ConfigError) else unexpected(error)
+        print(f"emloc bench {benchmark}: {reason}", file=sys.stderr)
+        sys.exit(1)
+
+
 if __name__ == "__main__":
-    run_benchmark(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from emloc.errors import ConfigError
+from emloc.models.checkpoint.damaged import (
+    check_safetensors,
+    read_index,
+    read_json,
+    unfinished_download,
+)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -56,11 +60,12 @@ def weight_files(folder: Path) -> list[Path]:
         raise ConfigError(f"{folder}: {_absence(folder, named_file)}")
     if path.suffix != ".json":
         return [path]
-    shards = sorted(set(_settings(path).get("weight_map", {}).values()))
+    shards = sorted(set(read_index(path).values()))
     missing = [name for name in shards if not (folder / name).exists()]
     if missing:
         raise ConfigError(
-            f"{folder}: shard {missing[0]} is missing; set model.source to a complete checkpoint"
+            f"{folder}: shard {missing[0]} is missing{unfinished_download(folder)}; "
+            "set model.source to a complete checkpoint"
         )
     return [folder / name for name in shards]
 
@@ -76,23 +81,20 @@ def stored_tensors(path: Path) -> list[StoredTensor]:
     Raises:
         ConfigError: the file is damaged or incomplete.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return [
-                StoredTensor(path, name, piece.get_dtype(), tuple(piece.get_shape()))
-                for name, piece in slices.items()
-            ]
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(
-            f"{path}: the file is damaged or incomplete ({' '.join(str(error).split())}); "
-            "download or write it again, or set model.source to another checkpoint"
-        ) from error
+    check_safetensors(path)
+    with safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return [
+            StoredTensor(path, name, piece.get_dtype(), tuple(piece.get_shape()))
+            for name, piece in slices.items()
+        ]
 
 
 def _named_file(folder: Path) -> str | None:
     """The file of weights that config.json names; None if it names none."""
-    named_file: str | None = _settings(folder / "config.json").get("transformers_weights")
+    path = folder / "config.json"
+    settings = read_json(path) if path.exists() else {}
+    named_file: str | None = settings.get("transformers_weights")
     return named_file
 
 
@@ -106,26 +108,11 @@ def _absence(folder: Path, named_file: str | None) -> str:
     """Why a folder has no weights to read, and what to do about it."""
     others = [path.name for pattern in _OTHER_WEIGHTS for path in sorted(folder.glob(pattern))]
     if not others:
-        return f"no {named_file or SINGLE}; set model.source to a checkpoint folder"
+        return (
+            f"no {named_file or SINGLE}{unfinished_download(folder)}; "
+            "set model.source to a checkpoint folder"
+        )
     return (
         f"no {named_file or SINGLE}, only {others[0]}, which is not read; load it once with "
         "transformers and write it with save_pretrained, then set model.source to the new folder"
     )
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    """The content of a JSON file of the checkpoint; empty if there is no such file.
-
-    Raises:
-        ConfigError: the file is damaged.
-    """
-    if not path.exists():
-        return {}
-    try:
-        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(
-            f"{path}: the file is damaged ({error}); download or write it again, or set "
-            "model.source to another checkpoint"
-        ) from error
-    return settings

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from emloc.config.paths import EXPERIMENTS
 from emloc.errors import ConfigError
+from emloc.models.checkpoint.damaged import check_settings
 from emloc.runtime.atomic import atomic_folder
 from emloc.runtime.digest import digest
 from emloc.runtime.manifest import seal
@@ -83,6 +84,7 @@ def _from_folder(folder: Path) -> tuple[Path, str]:
             f"model.source={folder}: no config.json there; set model.source to a checkpoint "
             "folder, or to auto, wheel, hub or shipped"
         )
+    check_settings(folder)
     files = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES)
     stamps = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return folder.resolve(), digest([(folder / "config.json").read_text(), stamps])
@@ -98,6 +100,7 @@ def _from_hub(hub_id: str, revision: str | None, wheel: str | None) -> tuple[Pat
             f"model: cannot get {hub_id} from the hub: {_download_failure(error)}; "
             f"set model.source=/path/to/checkpoint{hint}"
         ) from error
+    check_settings(Path(folder))
     return Path(folder), f"{hub_id}@{Path(folder).name}"  # the folder is named after the commit
 
 
@@ -113,7 +116,8 @@ def _download_failure(error: Exception) -> str:
 def _package_folder(package: str) -> Path | None:
     """Folder of the installed package; None if the package is not installed."""
     # The package is not imported: its __init__ needs a C++ runtime that nothing here uses.
-    spec = importlib.util.find_spec(package)
+    # To find a module in a package would import the package, so a name with a dot is none.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
     locations = spec.submodule_search_locations if spec else None
     return Path(locations[0]) if locations else None
 

@@ -20,6 +20,7 @@ from transformers import (
 from emloc.data.reader import OpenCheckpoint, Reader, ReaderSettings, TextReaderSettings
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.checkpoint import Checkpoint
+from emloc.models.checkpoint.damaged import require_finite
 from emloc.models.checkpoint.random_weights import RandomWeights, tensor_inits
 from emloc.models.checkpoint.state import optional_names, persistent_buffers, state_dtypes
 from emloc.models.checkpoint.tokenizer import tokenizer_of
@@ -212,13 +213,15 @@ class Source:
         generator keeps no reference to a tensor while it reads the next one.
 
         Raises:
-            ConfigError: a tensor is missing.
+            ConfigError: a tensor is missing, or has NaN or infinite values.
         """
         self.require(names)
         fresh_names = [name for name in names if self._is_fresh(name)]
         stored_names = [name for name in names if name not in fresh_names] if fresh_names else names
         for name, tensor in self.weights.read(stored_names, device):
             tensor = tensor.to(self.dtypes[name])
+            if self.seed is None and name in self.sizes:  # a buffer may hold a mask of -inf
+                require_finite(self.weights.description, name, tensor)
             yield name, tensor
             del tensor  # otherwise this variable keeps the memory while the next tensor is read
         yield from self._draw(FRESH_SEED, fresh_names, device)

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import import_protobuf
 
 from emloc.errors import ConfigError
+from emloc.models.checkpoint.damaged import naming
 
 # Tokenizer class of InternLM2: Python code in the checkpoint that wraps a SentencePiece model.
 INTERNLM2 = "InternLM2Tokenizer"
@@ -41,13 +42,15 @@ def tokenizer_of(folder: Path, config: PretrainedConfig | None = None) -> PreTra
     `config` is the model's configuration, for folders whose config.json transformers cannot read.
 
     Raises:
-        ConfigError: the files of an InternLM2 tokenizer are missing or inconsistent.
+        ConfigError: the files of an InternLM2 tokenizer are missing or inconsistent, or
+            transformers cannot read the files.
     """
     if _read_settings(folder).get("tokenizer_class") == INTERNLM2:
         return _internlm2(folder)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        folder, config=config, trust_remote_code=False
-    )
+    with naming(folder, "the tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, config=config, trust_remote_code=False
+        )
     return tokenizer
 
 

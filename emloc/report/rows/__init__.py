@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emloc.config.folder_words import safe_word
 from emloc.config.run_folder import DONE, find_runs
 from emloc.config.settings import DECISIVE
 from emloc.config.stage_order import merged, stages_of, standard_stages
@@ -112,7 +113,7 @@ def rows_of(place: Path) -> list[Row]:
         return _rows_of_file(place)
     by_time = sorted(find_runs(place), key=lambda run: run.status["time"])
     runs = [StoredRun(run, run.config, run.metrics) for run in by_time]
-    return [_row(run, gain_kept(run, runs)) for run in runs]
+    return [_checked_row(run, runs) for run in runs]
 
 
 def frame_of(rows: Sequence[Row]) -> pd.DataFrame:
@@ -162,11 +163,26 @@ def _row_of_line(line: Mapping[str, str]) -> Row:
     return Row(**fields, settings=named | others, numbers=numbers, stages=stages)
 
 
+def _checked_row(stored: StoredRun, runs: Sequence[StoredRun]) -> Row:
+    """The row of a run.
+
+    Raises:
+        ConfigError: its files lack something that every run has.
+    """
+    try:
+        return _row(stored, gain_kept(stored, runs))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{stored.run.folder}: its files are not those of a run ({type(error).__name__}: "
+            f"{error}); move this folder away"
+        ) from error
+
+
 def _row(stored: StoredRun, gain: float | None) -> Row:
     run, config, metrics = stored.run, stored.config, stored.metrics
     choices = run.choices
     return Row(
-        experiment=choices.get("experiments", run.folder.resolve().parent.name),
+        experiment=safe_word(str(choices.get("experiments", run.folder.resolve().parent.name))),
         run=run.folder.name,
         state=_state(run.status),
         cell=choices.get("cell", "").rpartition("/")[2],

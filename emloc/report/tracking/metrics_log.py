@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from emloc.config.run_folder import Run
+from emloc.errors import ConfigError
 from emloc.report.tracking.trackers import STEP, Line, Nothing, Session, Tracker
 from emloc.runtime.atomic import write_text
 
@@ -120,4 +121,9 @@ def _read(path: Path) -> list[Line]:
     if not path.exists():
         return []
     *whole, _ = path.read_text().split("\n")
-    return [json.loads(line) for line in whole]
+    try:
+        return [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise ConfigError(
+            f"{path}: the file is damaged: {error}; delete this file and run the command again"
+        ) from error

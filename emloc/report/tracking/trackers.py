@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib import import_module
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from emloc.config.named_class import import_named
 from emloc.config.run_folder import DONE, Run, find_runs
 from emloc.errors import ConfigError
 from emloc.report.tracking.artifacts import pictures_of, table_of_runs, tables_of_run
@@ -23,6 +24,9 @@ Line = Mapping[str, float | None]
 
 # Horizontal axis of all training numbers.
 STEP = "train/step"
+
+# By so many seconds the clock of another machine may be ahead. A later status is made up.
+CLOCK_SECONDS = 3600
 
 MODES = ("offline", "online")
 
@@ -131,15 +135,35 @@ class Wandb:
 def compare(folder: Path) -> None:
     """Show the runs in `folder` side by side, in the tracker of the last one.
 
-    Nothing happens if this launch has finished no run, since nothing would be new.
+    Nothing happens if this launch has finished no run, since nothing would be new. The folder may
+    also hold runs that somebody else made, so only a tracker of this package or a plug-in is used.
     """
-    new = [run for run in find_runs(folder) if run.done and run.status["time"] >= process_start()]
+    launch = (process_start(), time.time() + CLOCK_SECONDS)
+    new = [
+        run
+        for run in find_runs(folder)
+        if run.done and launch[0] <= run.status["time"] <= launch[1]
+    ]
     if new:
         config = max(new, key=lambda run: run.status["time"]).config
         settings = dict(config["tracker"])
-        module, _, name = settings.pop("_target_").rpartition(".")
-        tracker: Tracker = getattr(import_module(module), name)(**settings)
+        tracker: Tracker = _class_of(str(settings.pop("_target_")))(**settings)
         tracker.compare(folder, config["name"])
+
+
+def _class_of(target: str) -> type:
+    """The class of a tracker.
+
+    Raises:
+        ConfigError: there is no such class, or it is of code that is not trusted.
+    """
+    try:
+        cls = import_named(target)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"tracker._target_={target}: {error}") from error
+    if not (isinstance(cls, type) and is_dataclass(cls) and hasattr(cls, "compare")):
+        raise ConfigError(f"tracker._target_={target}: it is no tracker; set tracker=none")
+    return cls
 
 
 class WandbSession:

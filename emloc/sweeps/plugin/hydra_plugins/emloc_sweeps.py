@@ -14,11 +14,51 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from hydra.core.utils import JobReturn
+from hydra._internal.core_plugins import basic_launcher
+from hydra.core.utils import JobReturn, JobStatus
 
 log = logging.getLogger("emloc")
 
 Jobs = Sequence[Sequence[str]]
+
+
+class OwnBasicLauncher(basic_launcher.BasicLauncher):
+    """One job after the other in this process, also after a job that could not start."""
+
+    def launch(self, job_overrides: Jobs, initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs."""
+        with _failures_as_results():
+            return super().launch(job_overrides, initial_job_idx)
+
+
+@contextmanager
+def _failures_as_results() -> Iterator[None]:
+    """Log why a job could not start, such as a folder that cannot be made, and give no score.
+
+    Hydra would end the sweep with the traceback of that job.
+    """
+    from emloc.runtime.failures import reason_of, refusal_of
+
+    run_job = basic_launcher.run_job
+
+    def run_job_or_log(*, hydra_context: Any, config: Any, **settings: Any) -> JobReturn:
+        try:
+            returned = run_job(hydra_context=hydra_context, config=config, **settings)
+        except Exception as error:  # why: the other jobs go on, whatever is wrong with this one
+            words = " ".join(config.hydra.overrides.task)
+            log.error("%s: could not start: %s", words, refusal_of(error) or reason_of(error))
+            returned = JobReturn(status=JobStatus.FAILED)
+            hydra_context.callbacks.on_job_end(config=config, job_return=returned)
+        if returned.status == JobStatus.FAILED:  # it is logged, and the callbacks have counted it
+            returned = JobReturn(returned.overrides, status=JobStatus.COMPLETED, _return_value=None)
+        return returned
+
+    basic_launcher.run_job = run_job_or_log
+    try:
+        yield
+    finally:
+        basic_launcher.run_job = run_job
+
 
 if find_spec("hydra_plugins.hydra_joblib_launcher"):
     from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
@@ -28,15 +68,31 @@ if find_spec("hydra_plugins.hydra_joblib_launcher"):
 
         def launch(self, job_overrides: Jobs, initial_job_idx: int) -> Sequence[JobReturn]:
             """Run the jobs, `n_jobs` at a time."""
+            from emloc.runtime.failures import reason_of, refusal_of
+            from emloc.sweeps.lost_jobs import LostJob, launch_again
+
             start = time.time()
             try:
-                return super().launch(job_overrides, initial_job_idx)
+                returned = super().launch(job_overrides, initial_job_idx)
+                return [self._without_failure(one) for one in returned]
             except BrokenProcessPool as error:
-                from emloc.sweeps.lost_jobs import LostJob, launch_again
-
                 codes = re.search(r"exit codes? of the workers are \{(.*)\}", str(error))
                 lost = LostJob(reason=f"was killed ({codes[1]})" if codes else "ended")
-                return launch_again(self, job_overrides, initial_job_idx, start, lost)
+            except Exception as error:  # why: one job could not start, and the others go on
+                reason = str(refusal_of(error) or reason_of(error))
+                if len(job_overrides) == 1:
+                    log.error("%s: could not start: %s", " ".join(job_overrides[0]), reason)
+                    return [self._without_failure(JobReturn(status=JobStatus.FAILED))]
+                lost = LostJob(reason=f"could not start a job ({reason})")
+            return launch_again(self, job_overrides, initial_job_idx, start, lost)
+
+        def _without_failure(self, returned: JobReturn) -> JobReturn:
+            """Count a failure that no folder records, and return a result without a score."""
+            if returned.status != JobStatus.FAILED:
+                return returned
+            assert self.hydra_context is not None
+            self.hydra_context.callbacks.on_job_end(config=self.config, job_return=returned)
+            return JobReturn(returned.overrides, status=JobStatus.COMPLETED, _return_value=None)
 
 
 if find_spec("hydra_plugins.hydra_submitit_launcher"):
