@@ -56,7 +56,7 @@ def _write_checkpoint(
     """Write all files of the merged checkpoint; `added` are parameters the source's files lack."""
     for path in weights.folder.iterdir():
         if path.is_file() and path.suffix != ".safetensors":
-            shutil.copy(path, folder)
+            shutil.copyfile(path, folder / path.name)
     shards = sorted(set(weights.files.values()))
     for shard in tracked(shards, "merge", len(shards), "file"):
         with safe_open(shard, framework="pt") as file:

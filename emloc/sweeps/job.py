@@ -290,4 +290,4 @@ def _collect(run_config: RunConfig, result: Result, folder: Path) -> None:
     for name, artifact in result.stages.items():
         for file, target in run_config.stage[name].collected.items():
             if (artifact.folder / file).exists():
-                shutil.copy(artifact.folder / file, folder / target)
+                shutil.copyfile(artifact.folder / file, folder / target)

@@ -164,14 +164,16 @@ def test_relaxed_accuracy_uses_the_best_reference():
         ("total\n  amount", ["Total amount"], 1),
         ("invoise", ["invoice"], 1 - 1 / 7),
         ("invoic", ["invoice"], 1 - 1 / 7),
-        # A distance of exactly half counts as wrong, slightly less as a misread label.
-        ("abcd", ["abxy"], 0),
+        # Half of the characters are enough, as in the official script, and slightly less is wrong.
+        ("abcd", ["abxy"], 1 / 2),
+        ("ab", ["abcd"], 1 / 2),
+        ("abcdefg", ["abcwxyz"], 0),
+        ("abc", ["abcdefg"], 0),
         ("abc", ["abx"], 1 - 1 / 3),
         ("abcde", ["abcxy"], 1 - 2 / 5),
-        ("ab", ["abcd"], 0),
         ("abc", ["abcde"], 1 - 2 / 5),
         # Collapsed spaces do not add to the length of the answer.
-        ("abcd" + " " * 40, ["abxy"], 0),
+        ("abcdefg" + " " * 40, ["abcwxyz"], 0),
         ("no", ["yes"], 0),
         ("the answer is invoice", ["invoice"], 0),
         ("1,000", ["1000"], 1 - 1 / 5),

@@ -13,6 +13,7 @@ from typing import Any
 
 from emloc.errors import ConfigError
 from emloc.report.tracking.artifacts import Table
+from emloc.runtime.permissions import apply_umask
 
 log = logging.getLogger("emloc")
 
@@ -156,6 +157,7 @@ class WandbRun:
             self._log_how_to_send("run-*")
         finally:
             self._restore_environment()
+            apply_umask(self._home)  # W&B's copies of artifacts can be read by their owner alone
 
     def _log_how_to_send(self, runs: str) -> None:
         log.warning("`wandb sync %s` sends it later", self._home / runs)
