@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import shutil
+import logging
 from pathlib import Path
 
 import torch
@@ -11,6 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from emloc.adapters.companion_files import copy_companions, write_config, write_index
+from emloc.adapters.rounding import Rounding
 from emloc.adapters.saved import SavedLora
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
@@ -18,21 +19,32 @@ from emloc.models.checkpoint.weights import SafetensorsWeights
 from emloc.runtime.atomic import atomic_folder
 from emloc.runtime.progress import tracked
 
+log = logging.getLogger(__name__)
 
-def merge(source: Source, adapter: SavedLora, target: Path) -> Path:
+
+def merge(
+    source: Source, adapter: SavedLora, target: Path, dtype: torch.dtype | None = None
+) -> Path:
     """Write a copy of the checkpoint of `source` with `W + s B A` instead of each adapted weight W.
 
-    The copy has the file names of the source. For a DoRA, each row of the sum is scaled to the
-    trained magnitude. Sums are computed in float32 and rounded once, to the dtype of the weight.
-    Modules that were trained in full replace those of the source; parameters that the source's
-    files lack are added to its last file.
+    The copy has the file names of the source, and no other weights than the merged ones. For a
+    DoRA, each row of the sum is scaled to the trained magnitude. Sums are computed in float32 and
+    rounded once, to the dtype of the weight. In 16 bits a small update is lost in part; the log
+    says how much survives (`emloc.adapters.rounding`). Modules that were trained in full replace
+    those of the source; parameters that the source's files lack are added to its last file.
+
+    Args:
+        source: the original model.
+        adapter: recovered for the original model.
+        target: folder to write.
+        dtype: of all weights that are written; None: as they are stored.
 
     Returns:
         `target`.
 
     Raises:
-        ConfigError: `target` exists, the source has no checkpoint, or the adapter names a layer or
-            parameter that the model does not have.
+        ConfigError: `target` exists, the source has no checkpoint, the adapter names a layer or
+            parameter that the model does not have, or one that shares its values with another.
     """
     if target.exists():
         raise ConfigError(f"{target} is already there; give another folder with --to")
@@ -41,41 +53,94 @@ def merge(source: Source, adapter: SavedLora, target: Path) -> Path:
         raise ConfigError(
             f"{weights.description}: there is no checkpoint to merge into; set model.source"
         )
+    _refuse_tied(source, adapter)
     missing = [name for name in adapter.pairs if f"{name}.weight" not in weights.names]
     if missing:
         raise ConfigError(f"the model has no layer {missing[0]}; the adapter is for another model")
     added = _added_parameters(source, weights, adapter)
     with atomic_folder(target) as draft:
-        _write_checkpoint(draft, weights, adapter, added)
+        copy_companions(weights.folder, draft)
+        write_config(source, draft, dtype)
+        rounding = _write_weights(draft, weights, adapter, added, dtype)
+    if rounding.line:
+        log.info("%s", rounding.line)
     return target
 
 
-def _write_checkpoint(
-    folder: Path, weights: SafetensorsWeights, adapter: SavedLora, added: dict[str, Tensor]
-) -> None:
-    """Write all files of the merged checkpoint; `added` are parameters the source's files lack."""
-    for path in weights.folder.iterdir():
-        if path.is_file() and path.suffix != ".safetensors":
-            shutil.copyfile(path, folder / path.name)
+def _write_weights(
+    folder: Path,
+    weights: SafetensorsWeights,
+    adapter: SavedLora,
+    added: dict[str, Tensor],
+    dtype: torch.dtype | None,
+) -> Rounding:
+    """Write the merged weights and their index; `added` are parameters the source's files lack.
+
+    Returns:
+        What the merged weights lost when they were rounded.
+    """
+    rounding, files, size = Rounding(), dict[str, str](), 0
     shards = sorted(set(weights.files.values()))
     for shard in tracked(shards, "merge", len(shards), "file"):
         with safe_open(shard, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            originals = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata()
-        for name, weight in tensors.items():
-            for parameter, rows in weights.layout(name).items():
-                if not adapter.changes(parameter):
-                    continue
-                if rows is None:
-                    tensors[name] = _merged_weight(weight, adapter, parameter)
-                else:
-                    part = rows.extract(weight, len(weight))
-                    rows.insert(weight, _merged_weight(part, adapter, parameter))
         if shard == shards[-1]:
-            tensors |= added
-        save_file(tensors, folder / shard.name, metadata=metadata)
-    if added:
-        _extend_index(folder, added, shards[-1].name)
+            originals |= added
+        tensors = {}
+        while originals:
+            name, weight = originals.popitem()
+            tensors[name] = _merged_tensor(name, weight, weights, adapter, dtype, rounding)
+        files |= dict.fromkeys(tensors, shard.name)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+        save_file(tensors, folder / shard.name, metadata=metadata or {"format": "pt"})
+    new = sum(tensor.numel() for tensor in added.values())
+    write_index(weights.folder, folder, files, size, new)
+    return rounding
+
+
+def _merged_tensor(
+    name: str,
+    weight: Tensor,
+    weights: SafetensorsWeights,
+    adapter: SavedLora,
+    dtype: torch.dtype | None,
+    rounding: Rounding,
+) -> Tensor:
+    """The stored tensor `name` with the adapter merged into its parameters."""
+    merged = weight.to(dtype) if dtype is not None and weight.is_floating_point() else weight
+    for parameter, rows in weights.layout(name).items():
+        if not adapter.changes(parameter):
+            continue
+        if rows is None:
+            merged = _merged_weight(weight, adapter, parameter, merged.dtype, rounding)
+        else:
+            part = rows.extract(weight, len(weight))
+            part = _merged_weight(part, adapter, parameter, merged.dtype, rounding)
+            rows.insert(merged, part)
+    return merged
+
+
+def _refuse_tied(source: Source, adapter: SavedLora) -> None:
+    """Refuse an adapter of a weight that is also the weight of another module, such as a tied head.
+
+    The adapter is for one of the modules, while a merged weight would change both.
+
+    Raises:
+        ConfigError: the adapter changes such a weight.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in source.meta_model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for tied in names.values():
+        for name in tied:
+            if len(tied) > 1 and adapter.changes(name):
+                other = next(one for one in tied if one != name).removesuffix(".weight")
+                raise ConfigError(
+                    f"the model has no layer {name.removesuffix('.weight')} with a weight of its "
+                    f"own: it shares the weight of {other}, and a merge would change both; use the "
+                    "adapter unmerged, or train without this layer (model.lora_targets)"
+                )
 
 
 def _added_parameters(
@@ -101,26 +166,17 @@ def _added_parameters(
     return {name: adapter.extras[name].to(source.dtype).contiguous() for name in names}
 
 
-def _extend_index(folder: Path, added: dict[str, Tensor], shard: str) -> None:
-    """List the added tensors in the checkpoint's index file; a single-file checkpoint has none."""
-    path = folder / "model.safetensors.index.json"
-    if not path.exists():
-        return
-    index = json.loads(path.read_text())
-    index["weight_map"] |= dict.fromkeys(added, shard)
-    size = sum(tensor.nbytes for tensor in added.values())
-    metadata = index.setdefault("metadata", {})
-    metadata["total_size"] = metadata.get("total_size", 0) + size
-    path.write_text(json.dumps(index, indent=2))
-
-
-def _merged_weight(weight: Tensor, adapter: SavedLora, parameter: str) -> Tensor:
-    """The parameter with the adapter merged in, in its own dtype; the original is `weight`."""
+def _merged_weight(
+    weight: Tensor, adapter: SavedLora, parameter: str, dtype: torch.dtype, rounding: Rounding
+) -> Tensor:
+    """The parameter with the adapter merged in, in `dtype`; the original is `weight`."""
     if parameter in adapter.extras:
-        return adapter.extras[parameter].to(weight.dtype).contiguous()
+        return adapter.extras[parameter].to(dtype).contiguous()
     layer = parameter.removesuffix(".weight")
     pair, magnitude = adapter.pairs[layer], adapter.magnitudes.get(layer)
     total = weight.float() + pair.scale * (pair.b.float() @ pair.a.float())
     if magnitude is not None:
         total *= (magnitude.float() / torch.linalg.vector_norm(total, dim=1))[:, None]
-    return total.to(weight.dtype)
+    merged = total.to(dtype)
+    rounding.add(layer, weight, total, merged)
+    return merged

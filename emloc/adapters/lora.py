@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
@@ -94,9 +95,11 @@ class Lora(Adapter):
         config.target_modules = sorted(_adapted_layers(model))
         model.save_pretrained(folder, save_embedding_layers=False)
 
-    def merge(self, source: Source, folder: Path, target: Path) -> Path:
+    def merge(
+        self, source: Source, folder: Path, target: Path, dtype: torch.dtype | None = None
+    ) -> Path:
         """Merge the saved LoRA into the weights of `source`; see `emloc.adapters.fold.merge`."""
-        return merge(source, read_adapter(folder), target)
+        return merge(source, read_adapter(folder), target, dtype)
 
 
 def _adapted_layers(model: nn.Module) -> list[str]:

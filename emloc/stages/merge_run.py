@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from omegaconf import OmegaConf
 
 from emloc.config.settings import Compression
@@ -11,12 +12,13 @@ from emloc.errors import ConfigError
 from emloc.stages.run_config import instantiate
 
 
-def merge_run(run: Path, target: Path) -> Path:
+def merge_run(run: Path, target: Path, dtype: torch.dtype | None = None) -> Path:
     """Merge the recovered adapter of a finished run into the model that it adapts.
 
     Args:
         run: the folder of the run.
         target: the folder for the merged checkpoint, which must not exist yet.
+        dtype: of the weights in the merged checkpoint; None: as the original stores them.
 
     Returns:
         The folder of the merged checkpoint.
@@ -35,5 +37,9 @@ def merge_run(run: Path, target: Path) -> Path:
     adapted_model = instantiate(cfg.emulator).model(
         instantiate(cfg.model), Compression(**cfg.compression)
     )
-    merged: Path = instantiate(cfg.adapter).merge(adapted_model.open(), run / "adapter", target)
+    # Plug-ins may have been written before adapters knew `dtype`.
+    options = {} if dtype is None else {"dtype": dtype}
+    merged: Path = instantiate(cfg.adapter).merge(
+        adapted_model.open(), run / "adapter", target, **options
+    )
     return merged

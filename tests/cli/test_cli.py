@@ -77,6 +77,9 @@ def test_a_run_is_repeated_from_its_results_and_then_merged(
         merged_logits = AutoModelForCausalLM.from_pretrained(run / "merged")(input_ids=ids).logits
     torch.testing.assert_close(merged_logits, adapted, atol=1e-5, rtol=0)
     assert "already there" in emloc("merge", str(run)).err
+    long = emloc("merge", str(run), "--to", "long", "--dtype", "float32")
+    assert (long.code, long.out) == (0, "long\n")
+    assert json.loads((tmp_path / "long/config.json").read_text())["dtype"] == "float32"
 
 
 def test_a_sweep_continues_after_a_failed_run(emloc, tiny, tmp_path):
