@@ -24,7 +24,7 @@ from transformers import (
 
 from emloc.data.reader import OpenCheckpoint, Reader, ReaderSettings, TextReaderSettings
 from emloc.errors import ConfigError
-from emloc.models.checkpoint.internvl_chat import InternVLChat, read_internvl_chat
+from emloc.models.checkpoint.internvl_chat import FORMAT, InternVLChat, read_internvl_chat
 from emloc.models.checkpoint.tokenizer import tokenizer_of
 from emloc.models.checkpoint.weights import (
     AbsentWeights,
@@ -93,6 +93,14 @@ class Source:
     def _internvl_chat(self) -> InternVLChat | None:
         """The checkpoint in the format of InternVL's authors; None if it has another format."""
         return None if self.folder is None else read_internvl_chat(self.folder)
+
+    @property
+    def authors_format(self) -> str | None:
+        """Format of a checkpoint whose layers are not those of transformers' model; None: they are.
+
+        Servers load such a checkpoint with its authors' layers, which an adapter does not fit.
+        """
+        return FORMAT if self.seed is None and self._internvl_chat else None
 
     @cached_property
     def config(self) -> PretrainedConfig:
