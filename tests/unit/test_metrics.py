@@ -103,6 +103,9 @@ def test_exact_match_ignores_only_case_and_outer_spaces(prediction, references, 
         ("100", "100", 1),
         ("105", "100", 1),
         ("95", "100", 1),
+        ("21", "20", 1),
+        ("19", "20", 1),
+        ("2.1", "2", 0),  # floats: 2.1 - 2 is more than 0.1, as in the rule of lmms-eval
         ("105.1", "100", 0),
         ("94.9", "100", 0),
         ("-105", "-100", 1),
@@ -318,6 +321,11 @@ def test_the_normalisation_of_the_vqa_challenge(answer, normalised):
 def test_answer_and_references_are_normalised_alike():
     references = ["2 dogs", "two dogs", "Two Dogs.", "the two dogs!"] + ["cats"] * 6
     assert vqa_accuracy.score("two dogs", references) == {"vqa_accuracy": 1}
+
+
+def test_an_answer_that_all_people_gave_is_normalised_too():
+    """TextVQA normalises it; the script of the VQA challenge would compare `Cats.` as it is."""
+    assert vqa_accuracy.score("Cats.", ["cats"] * 10) == {"vqa_accuracy": 1}
 
 
 def test_the_scorers_import_no_other_part_of_the_package():
