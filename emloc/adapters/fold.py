@@ -44,7 +44,8 @@ def merge(
 
     Raises:
         ConfigError: `target` exists, the source has no checkpoint, the adapter names a layer or
-            parameter that the model does not have, or one that shares its values with another.
+            parameter that the model does not have, or one that shares its values with another, or
+            a merged weight is not finite.
     """
     if target.exists():
         raise ConfigError(f"{target} is already there; give another folder with --to")
@@ -169,7 +170,11 @@ def _added_parameters(
 def _merged_weight(
     weight: Tensor, adapter: SavedLora, parameter: str, dtype: torch.dtype, rounding: Rounding
 ) -> Tensor:
-    """The parameter with the adapter merged in, in `dtype`; the original is `weight`."""
+    """The parameter with the adapter merged in, in `dtype`; the original is `weight`.
+
+    Raises:
+        ConfigError: a value of the sum is not finite, or too large for `dtype`.
+    """
     if parameter in adapter.extras:
         return adapter.extras[parameter].to(dtype).contiguous()
     layer = parameter.removesuffix(".weight")
@@ -178,5 +183,10 @@ def _merged_weight(
     if magnitude is not None:
         total *= (magnitude.float() / torch.linalg.vector_norm(total, dim=1))[:, None]
     merged = total.to(dtype)
+    if not torch.isfinite(merged).all():
+        remedy = "--dtype float32" if torch.isfinite(total).all() else "a new training"
+        raise ConfigError(
+            f"{parameter}: weight plus adapter is not finite in {merged.dtype}; this needs {remedy}"
+        )
     rounding.add(layer, weight, total, merged)
     return merged

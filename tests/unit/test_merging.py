@@ -29,6 +29,7 @@ from emloc.config.settings import LoraSettings
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.stages.merge_run import merge_run
+from emloc.tensors.linalg.correct import LoraPair
 
 IDS = torch.arange(24).reshape(2, 12) + 5
 KINDS = {
@@ -375,6 +376,26 @@ def test_a_module_trained_in_full_that_shares_its_weight_is_refused(tmp_path, la
         f"the model has no layer {layer} with a weight of its own: it shares the weight of {other},"
         " and a merge would change both; use the adapter unmerged, or train without this layer "
         "(model.lora_targets)"
+    )
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "remedy"),
+    [
+        (float("nan"), torch.float32, "a new training"),
+        (1e5, torch.float16, "--dtype float32"),
+    ],
+)
+def test_a_merged_weight_that_is_not_finite_is_refused(tmp_path, value, dtype, remedy):
+    source = checkpoint(tmp_path / "base", dtype=dtype)
+    layer = "model.layers.0.mlp.up_proj"
+    rows, columns = source.linears[layer]
+    pair = LoraPair(torch.ones(1, columns), torch.full((rows, 1), value), 1.0)
+    with pytest.raises(ConfigError) as caught:
+        merge(source, SavedLora({layer: pair}, {}), tmp_path / "merged")
+    assert str(caught.value) == (
+        f"{layer}.weight: weight plus adapter is not finite in {dtype}; this needs {remedy}"
     )
     assert not (tmp_path / "merged").exists()
 
