@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import emloc.tasks.metrics
 from emloc.tasks.metrics import Scorer, anls, exact, relaxed_accuracy, squad, vqa_accuracy
+from emloc.tasks.scorers import scorer_key
 
 NAMES = {
     "anls": {"anls"},
@@ -326,6 +327,14 @@ def test_answer_and_references_are_normalised_alike():
 def test_an_answer_that_all_people_gave_is_normalised_too():
     """TextVQA normalises it; the script of the VQA challenge would compare `Cats.` as it is."""
     assert vqa_accuracy.score("Cats.", ["cats"] * 10) == {"vqa_accuracy": 1}
+
+
+def test_a_scorer_that_has_changed_has_a_new_key_and_all_others_keep_theirs():
+    """Scores that were cached before the change are not used again."""
+    keys = {"anls": "anls:2"}
+    for name in NAMES:
+        assert scorer_key(name) == keys.get(name, name)
+        assert scorer_key(f"emloc.metrics.{name}.score") == keys.get(name, name)
 
 
 def test_the_scorers_import_no_other_part_of_the_package():
