@@ -57,8 +57,12 @@ class Adapter(Part):
         """Write the adapter into `folder`; `base` is the name of the original model it is for."""
 
     @abstractmethod
-    def merge(self, source: Source, folder: Path, target: Path) -> Path:
+    def merge(
+        self, source: Source, folder: Path, target: Path, dtype: torch.dtype | None = None
+    ) -> Path:
         """Merge the adapter saved in `folder` into the weights of `source`; write a checkpoint.
+
+        `dtype` is that of the weights that are written; None: as the source's files store them.
 
         Returns:
             `target`, the checkpoint's folder.

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
@@ -95,9 +96,11 @@ class Lora(Adapter):
         # PEFT's card names the folder that the model was loaded from, on this machine.
         name_base(folder, base)
 
-    def merge(self, source: Source, folder: Path, target: Path) -> Path:
+    def merge(
+        self, source: Source, folder: Path, target: Path, dtype: torch.dtype | None = None
+    ) -> Path:
         """Merge the saved LoRA into the weights of `source`; see `emloc.adapters.fold.merge`."""
-        return merge(source, read_adapter(folder), target)
+        return merge(source, read_adapter(folder), target, dtype)
 
 
 def _adapted_layers(model: nn.Module) -> list[str]:

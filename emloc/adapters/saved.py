@@ -14,10 +14,11 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from emloc.errors import ConfigError
+from emloc.runtime.safetensors_file import write_safetensors
 from emloc.tensors.linalg.correct import LoraPair
 
 WEIGHTS = "adapter_model.safetensors"
@@ -85,7 +86,7 @@ class SavedLora:
         for layer, magnitude in self.magnitudes.items():
             tensors[f"{PREFIX}{layer}{_MAGNITUDE}"] = magnitude
         tensors |= {f"{PREFIX}{name}": tensor for name, tensor in self.extras.items()}
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(self.config, indent=2))
         if self.recovered is not None:
             (folder / RECOVERY_FILE).write_text(json.dumps(self.recovered, indent=2))
@@ -165,9 +166,18 @@ def copy_unchanged(folder: Path, target: Path, recovered: dict[str, Any]) -> Non
 
 
 def copy_adapter(folder: Path, target: Path) -> None:
-    """Copy an adapter folder to `target`, replacing a folder of that name."""
+    """Copy an adapter folder to `target`, replacing a folder of that name.
+
+    The copies have the permissions of new files, not those of the files in `folder`.
+    """
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(folder, target)
+    target.mkdir(parents=True)
+    for path in sorted(folder.rglob("*")):
+        copy = target / path.relative_to(folder)
+        if path.is_dir():
+            copy.mkdir()
+        else:
+            shutil.copyfile(path, copy)
 
 
 def name_base(folder: Path, base: str, revision: str | None = None) -> None:

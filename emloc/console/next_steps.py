@@ -27,6 +27,9 @@ def _of_run(run: Run) -> list[tuple[str, str]]:
     adapter = run.folder / "adapter"
     if not (adapter / "adapter_config.json").exists():
         return []  # there is none, or it is of a kind that PEFT cannot load and nobody can merge
+    if run.metrics.get("authors_format"):
+        reason = "PEFT and vLLM cannot put the adapter on the authors' layers of this checkpoint"
+        return [("a checkpoint to serve", f"emloc merge {_shown(run.folder)}"), ("", reason)]
     load = f'PeftModel.from_pretrained(model, "{_relative(adapter)}")'
     steps = [("the adapter in Python", load)]
     if run.config["model"].get("weights") != "random":

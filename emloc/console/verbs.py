@@ -107,14 +107,23 @@ def _tables(options: argparse.Namespace) -> None:
 def _merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="folder of a finished run: runs/<name>/<run>")
     parser.add_argument("--to", type=Path, help="folder to write (default: <run>/merged)")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32"],
+        help="write all weights in 32 bits, so that nothing of the adapter is rounded away "
+        "(default: as the original stores them)",
+    )
 
 
 def _merge(options: argparse.Namespace) -> None:
     quiet()
     _log_to_stderr()
+    import torch
+
     from emloc.stages.merge_run import merge_run
 
-    print(merge_run(options.run, options.to or options.run / "merged"))
+    dtype = torch.float32 if options.dtype else None
+    print(merge_run(options.run, options.to or options.run / "merged", dtype))
 
 
 def _log_to_stderr() -> None:

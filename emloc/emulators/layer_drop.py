@@ -219,8 +219,10 @@ class LayerDrop(Emulator):
 def kept_block_indices(count: int, first: int, last: int, middle: int) -> list[int]:
     """Indices of the kept blocks: `first` and `last` at the ends, `middle` >= 2 evenly between.
 
-    Of M blocks in the middle, S are kept; the j-th of these is round(j (M - 1) / (S - 1)), with
-    halves rounded to even, as in the authors' code.
+    Of M blocks in the middle, S are kept. The j-th of these is round(j * stride), where the stride
+    (M - 1) / (S - 1) is a rounded float, and exact halves are rounded to even. So is it in the
+    authors' code (`uniform_choose_layers`). To divide last would choose another block where the
+    rounded stride moves a half, as for 15 of 30 blocks.
 
     Args:
         count: number of all blocks.
@@ -229,7 +231,8 @@ def kept_block_indices(count: int, first: int, last: int, middle: int) -> list[i
         middle: blocks kept between these, S.
     """
     between = count - first - last
-    steps = (round(j * (between - 1) / (middle - 1)) for j in range(middle))
+    stride = (between - 1) / (middle - 1)
+    steps = (round(j * stride) for j in range(middle))
     return [*range(first), *(first + step for step in steps), *range(count - last, count)]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from emloc.config.paths import EXPERIMENTS
 from emloc.report.markdown_table import markdown_table
-from emloc.report.notes import data_digests
+from emloc.report.notes import data_digests, how_to_serve
 from emloc.report.paper import paper_of
 from emloc.report.rows import Row, rows_of
 from emloc.report.rows.run_files import run_folder
@@ -38,7 +38,8 @@ def table_with_notes(place: Path, rows: Sequence[Row], *, unrun: bool) -> str:
     summary = summary_of(rows, paper, unrun=unrun)
     runs = table_of(summary)
     sources = paper.of_models(row.model for row in rows).sources
-    notes = [*notes_of(runs, sources), *data_digests(rows), *_adapters(place, rows)]
+    of_runs = [*data_digests(rows), *_adapters(place, rows), *how_to_serve(place, rows)]
+    notes = [*notes_of(runs, sources), *of_runs]
     return "\n".join([markdown(runs), "", *notes])
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from emloc.config.run_folder import Run
 from emloc.report.rows import Row
+from emloc.report.rows.run_files import run_folder
 
 
 def left_out(rows: Sequence[Row]) -> list[str]:
@@ -23,6 +26,26 @@ def data_digests(rows: Sequence[Row]) -> list[str]:
     """A digest of the data of each task, because local copies of a data set may differ."""
     digests = sorted({(row.task, row.data) for row in rows if row.done})
     return [f"data of {task}: {digest}" for task, digest in digests]
+
+
+def how_to_serve(place: Path, rows: Sequence[Row]) -> list[str]:
+    """A note for models whose checkpoint has its authors' layers, which no adapter fits.
+
+    Args:
+        place: a folder of runs, one run, or a file of rows, beside which no runs lie.
+        rows: the rows of `place`.
+    """
+    folders = [(row.model, run_folder(place, row)) for row in rows if row.done]
+    models = {
+        model
+        for model, folder in folders
+        if (folder / "adapter").exists() and Run(folder).metrics.get("authors_format")
+    }
+    return [
+        f"to serve {model}, merge first (emloc merge RUN): its checkpoint has the authors' layers, "
+        "such as a fused wqkv, so vLLM and PEFT cannot load the adapter beside it"
+        for model in sorted(models)
+    ]
 
 
 def sentence(note: str) -> str:

@@ -17,7 +17,7 @@ from emloc.report.grid import Grid
 from emloc.report.latex import latex
 from emloc.report.lead import lead_sentence
 from emloc.report.markdown import markdown
-from emloc.report.notes import are_of_several, data_digests, left_out, sentence
+from emloc.report.notes import are_of_several, data_digests, how_to_serve, left_out, sentence
 from emloc.report.origin import origin
 from emloc.report.page import Report, Section, page
 from emloc.report.page_figures import write_figures
@@ -60,7 +60,7 @@ def write_report(place: Path, rows: Sequence[Row], to: Path) -> list[Path]:
     common = _experiment_of(facts["experiments"])
     title = ", ".join(facts["experiments"])
     about = (common.about if common else "") or title
-    parts = [*_by_task(common, rows, paper), _runs(about, summary, rows, paper)]
+    parts = [*_by_task(common, rows, paper), _runs(place, about, summary, rows, paper)]
     to.mkdir(parents=True, exist_ok=True)
     figures, saved = write_figures(rows, place, to)
     report = Report(
@@ -86,15 +86,18 @@ def _markdown(part: _Part) -> str:
     return "\n".join([markdown(part.table, bold=True), "", *notes, ""])
 
 
-def _runs(about: str, summary: pd.DataFrame, rows: Sequence[Row], paper: Paper) -> _Part:
+def _runs(
+    place: Path, about: str, summary: pd.DataFrame, rows: Sequence[Row], paper: Paper
+) -> _Part:
     """The table with a line for each method or cell that has results."""
     summary = summary[summary["state"].isin([DONE, NOT_RUN])]
     sources = paper.of_models(row.model for row in rows).sources
     table, printed = table_of(summary), table_of(summary, printed=True)
-    notes = [*notes_of(table, sources), *left_out(rows), *data_digests(rows)]
+    of_runs = [*left_out(rows), *data_digests(rows), *how_to_serve(place, rows)]
+    notes = [*notes_of(table, sources), *of_runs]
     printed_notes = [*notes_of(printed, sources), *left_out(rows)]
     label = f"{rows[0].experiment}-table"
-    page_notes = [*number_notes(table, sources), *left_out(rows), *data_digests(rows)]
+    page_notes = [*number_notes(table, sources), *of_runs]
     text = latex(printed, about, printed_notes, label)
     return _Part("table", "Runs", table, notes, text, page_notes)
 

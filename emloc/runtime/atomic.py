@@ -2,7 +2,8 @@
 
 The content is written to a draft next to the final path, flushed to disk (fsync) and renamed; then
 the parent folder is flushed. Each path has one writer at a time. The next attempt overwrites the
-draft of a process that was killed.
+draft of a process that was killed. Files and folders get the permissions that the umask gives to
+new ones, whichever library writes them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from emloc.runtime.permissions import apply_umask, set_permissions
+
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
@@ -23,8 +26,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
     If the block raises, `path` is unchanged.
     """
     draft = path.with_name(path.name + ".draft")
+    draft.unlink(missing_ok=True)
+    draft.touch()
+    permissions = draft.stat().st_mode & 0o777
     try:
         yield draft
+        set_permissions(draft, permissions)
         _flush(draft)
         os.replace(draft, path)
         _flush(path.parent)
@@ -73,6 +80,7 @@ def publish(draft: Path, path: Path) -> None:
     Raises:
         OSError: `path` exists and is not an empty folder.
     """
+    apply_umask(draft)
     for item in draft.rglob("*"):
         _flush(item)
     _flush(draft)

@@ -20,6 +20,7 @@ from typing import Any
 import xxhash
 
 from emloc.runtime.atomic import write_json
+from emloc.runtime.permissions import apply_umask
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -46,7 +47,11 @@ class _Entry:
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest of `folder` to disk; afterwards its files must not change."""
+    """Write the manifest of `folder` to disk; afterwards its files must not change.
+
+    All files in the folder get the permissions of new files.
+    """
+    apply_umask(folder)
     entries = {
         name: {"bytes": (folder / name).stat().st_size, "xxh3": file_hash(folder / name)}
         for name in _names(folder)

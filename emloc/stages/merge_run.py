@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from emloc.config.run_folder import Run
@@ -15,12 +16,13 @@ from emloc.models.checkpoint.damaged import check_safetensors, read_json
 from emloc.stages.run_config import section_of
 
 
-def merge_run(run: Path, target: Path) -> Path:
+def merge_run(run: Path, target: Path, dtype: torch.dtype | None = None) -> Path:
     """Merge the recovered adapter of a finished run into the model that it adapts.
 
     Args:
         run: the folder of the run.
         target: the folder for the merged checkpoint, which must not exist yet.
+        dtype: of the weights in the merged checkpoint; None: as the original stores them.
 
     Returns:
         The folder of the merged checkpoint.
@@ -40,7 +42,11 @@ def merge_run(run: Path, target: Path) -> Path:
     _check_adapter(run / "adapter")
     compression = Compression(**cfg.compression)
     adapted_model = section_of(cfg, "emulator").model(section_of(cfg, "model"), compression)
-    merged: Path = section_of(cfg, "adapter").merge(adapted_model.open(), run / "adapter", target)
+    # Plug-ins may have been written before adapters knew `dtype`.
+    options = {} if dtype is None else {"dtype": dtype}
+    merged: Path = section_of(cfg, "adapter").merge(
+        adapted_model.open(), run / "adapter", target, **options
+    )
     return merged
 
 

@@ -22,6 +22,7 @@ from emloc.errors import ConfigError
 from emloc.report.tracking.trackers import compare
 from emloc.runtime.distributed import is_first, process_start, silence_other_processes
 from emloc.runtime.failures import reason_of
+from emloc.runtime.permissions import apply_umask
 from emloc.sweeps.job import CONFIG
 from emloc.sweeps.planned_jobs import PlannedJobs
 from emloc.sweeps.progress import JobKind, SweepProgress, sweep_line
@@ -179,6 +180,7 @@ class ProgressWatcher:
     def __init__(self, sweep: Path, planned: PlannedJobs) -> None:
         self._planned = planned
         self._folder = TemporaryDirectory(prefix=".progress-", dir=sweep.resolve())
+        apply_umask(Path(self._folder.name))
         self.progress = SweepProgress(Path(self._folder.name))
         self._ended_jobs = 0  # as of the last line
         self._lock = Lock()

@@ -108,13 +108,14 @@ def _still_holds(cfg: DictConfig, run: Run) -> bool:
 
 
 def identities(run_config: RunConfig) -> dict[str, Any]:
-    """Keys of the data and of the model, which the run's results record.
+    """Keys of the data and of the model, and the model's format if it is the authors' own.
 
     Raises:
         ConfigError: data or model cannot be found.
     """
-    model = run_config.emulator.model(run_config.model, run_config.compression)
-    return {"data": run_config.task.key, "model": model.open().key}
+    source = run_config.emulator.model(run_config.model, run_config.compression).open()
+    authors_format = {"authors_format": source.authors_format} if source.authors_format else {}
+    return {"data": run_config.task.key, "model": source.key, **authors_format}
 
 
 def begin(run: Run, cfg: DictConfig, choices: Mapping[str, str | None]) -> None:
@@ -335,4 +336,4 @@ def _collect(run_config: RunConfig, result: Result, folder: Path) -> None:
     for stage, artifact in result.stages.items():
         for file, target in run_config.stage[stage].collected.items():
             if (artifact.folder / file).exists():
-                shutil.copy(artifact.folder / file, folder / target)
+                shutil.copyfile(artifact.folder / file, folder / target)

@@ -11,6 +11,9 @@ from emloc.tasks import GenerativeTask
 from emloc.tasks.metrics import Scorer
 
 _METRICS_PACKAGE = "emloc.tasks.metrics."
+# Scorers of this package that have given other scores before, with their versions. Raise the number
+# when a scorer changes, so that no earlier score is used again.
+_VERSIONS = {"anls": 2}
 
 
 def find_scorer(name: str) -> Scorer:
@@ -40,11 +43,12 @@ def scorer_path(name: str) -> str:
 
 
 def scorer_key(name: str) -> str:
-    """Name of a scorer in cache keys: short for a scorer of this package, else its dotted path."""
+    """Name of a scorer in cache keys: its dotted path; for one of this package name and version."""
     path = scorer_path(name)
     if not path.startswith(_METRICS_PACKAGE):
         return path
-    return path.removeprefix(_METRICS_PACKAGE).removesuffix(".score")
+    short = path.removeprefix(_METRICS_PACKAGE).removesuffix(".score")
+    return f"{short}:{_VERSIONS[short]}" if short in _VERSIONS else short
 
 
 def score_names(task: GenerativeTask, rows: Sequence[Example]) -> list[str]:

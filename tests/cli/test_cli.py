@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from permitted import new_permissions, permissions
 from tiny import save_checkpoint
 from transformers import AutoModelForCausalLM
 
@@ -42,6 +43,8 @@ def test_a_run_is_repeated_from_its_results_and_then_merged(
     ).groups()
     assert emloc("report", str(run.parent)).code == 0
     assert (tmp_path / page).exists()
+    modes = permissions(run.parent)  # also of the files of W&B and of the report
+    assert modes == new_permissions(modes)
     assert merge == f"emloc merge {run.relative_to(tmp_path)}"
     assert tmp_path / load == run / "adapter"
     for name in ("config.yaml", "metrics.json", "metrics.jsonl", "curve.jsonl", "run.log"):
@@ -74,6 +77,9 @@ def test_a_run_is_repeated_from_its_results_and_then_merged(
         merged_logits = AutoModelForCausalLM.from_pretrained(run / "merged")(input_ids=ids).logits
     torch.testing.assert_close(merged_logits, adapted, atol=1e-5, rtol=0)
     assert "already there" in emloc("merge", str(run)).err
+    long = emloc("merge", str(run), "--to", "long", "--dtype", "float32")
+    assert (long.code, long.out) == (0, "long\n")
+    assert json.loads((tmp_path / "long/config.json").read_text())["dtype"] == "float32"
 
 
 def test_a_sweep_continues_after_a_failed_run(emloc, tiny, tmp_path):

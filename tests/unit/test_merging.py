@@ -1,10 +1,13 @@
 """A merged checkpoint is the original with its adapter added, in files with the same names."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -20,11 +23,13 @@ from transformers import (
 
 from emloc.adapters.fold import merge
 from emloc.adapters.lora import Lora
-from emloc.adapters.saved import SavedLora, copy_adapter, read_lora
+from emloc.adapters.rounding import Rounding
+from emloc.adapters.saved import SavedLora, copy_adapter, read_adapter, read_lora
 from emloc.config.settings import LoraSettings
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.stages.merge_run import merge_run
+from emloc.tensors.linalg.correct import LoraPair
 
 IDS = torch.arange(24).reshape(2, 12) + 5
 KINDS = {
@@ -287,3 +292,191 @@ def test_a_parameter_missing_in_the_model_is_refused(tmp_path):
         "the model has no parameter score.weight; the adapter is for another model"
     )
     assert not (tmp_path / "merged.partial").exists()
+
+
+def test_a_fresh_head_gives_the_merged_model_a_configuration_of_its_own(tmp_path):
+    """The original has two classes and another task."""
+    plain = classifier(tmp_path / "base", head=False)
+    path = plain.folder / "config.json"
+    settings = json.loads(path.read_text()) | {"architectures": ["RobertaForMaskedLM"]}
+    labels = {name: settings.pop(name) for name in ("id2label", "label2id")}
+    assert len(labels["id2label"]) == 3
+    path.write_text(json.dumps(settings))
+    changed = {"fresh_modules": ("classifier",), "config_changes": {"num_labels": 3}}
+    source = replace(plain, **changed)
+    head = {
+        name: torch.randn(tensor.shape)
+        for name, tensor in source.meta_model.named_parameters()
+        if name.startswith("classifier.")
+    }
+    merge(source, SavedLora({}, {}, extras=head), tmp_path / "merged")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged.config.num_labels == 3
+    assert merged.config.architectures == ["RobertaForSequenceClassification"]
+    assert all(torch.equal(merged.state_dict()[name], tensor) for name, tensor in head.items())
+
+
+# Other files of the original ---------------------------------------------------------------------
+
+OTHER_WEIGHTS = [
+    *("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"),
+    *("consolidated.safetensors", "model.fp16.safetensors", "consolidated.00.pth", "weights.pt"),
+    *("model-q4.gguf", "model.onnx", "model.onnx_data", "tf_model.h5", "flax_model.msgpack"),
+    *("model.fp16.safetensors.index.json", "rust_model.ot", "weights.npz", "model.ckpt"),
+    *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "manifest.json"),
+    *("original/consolidated.00.pth", "original/params.json", "onnx/model.onnx"),
+]
+COMPANIONS = [
+    *("README.md", "LICENSE", "modeling_own.py", "chat_template.jinja", "processor_config.json"),
+    *("preprocessor_config.json", "tokenizer.model", "vocab.json", "merges.txt", "qwen.tiktoken"),
+    *("special_tokens_map.json", "additional_chat_templates/tool_use.jinja"),
+]
+
+
+def test_other_weights_of_the_original_are_not_copied_and_all_other_files_are(tmp_path):
+    source = checkpoint(tmp_path / "base")
+    read = read_lora(adapter(source, tmp_path / "adapter"))
+    own = {path.name for path in source.folder.iterdir()}
+    for name in {*OTHER_WEIGHTS, *COMPANIONS} - own:
+        (source.folder / name).parent.mkdir(exist_ok=True)
+        (source.folder / name).write_text("{}")
+    target = merge(source, read, tmp_path / "merged")
+    files = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+    assert files == own | {*COMPANIONS}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
+def test_the_index_lists_every_tensor_of_every_file_with_the_size_of_all(tmp_path, dtype):
+    source = checkpoint(tmp_path / "base", max_shard_size="15KB", dtype=torch.bfloat16)
+    target = merge(source, read_lora(adapter(source, tmp_path / "adapter")), tmp_path / "m", dtype)
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    tensors = {path.name: load_file(path) for path in target.glob("*.safetensors")}
+    assert len(tensors) > 1
+    assert index["weight_map"] == {name: file for file, one in tensors.items() for name in one}
+    size = sum(tensor.nbytes for one in tensors.values() for tensor in one.values())
+    assert index["metadata"]["total_size"] == size
+    old = json.loads((source.folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_parameters"] == old["metadata"]["total_parameters"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "other"),
+    [("lm_head", "model.embed_tokens"), ("model.embed_tokens", "lm_head")],
+)
+def test_a_module_trained_in_full_that_shares_its_weight_is_refused(tmp_path, layer, other):
+    source = checkpoint(tmp_path / "base", tie_word_embeddings=True)
+    shape = source.meta_model.get_parameter("model.embed_tokens.weight").shape
+    with pytest.raises(ConfigError) as caught:
+        merge(
+            source,
+            SavedLora({}, {}, extras={f"{layer}.weight": torch.ones(shape)}),
+            tmp_path / "merged",
+        )
+    assert str(caught.value) == (
+        f"the model has no layer {layer} with a weight of its own: it shares the weight of {other},"
+        " and a merge would change both; use the adapter unmerged, or train without this layer "
+        "(model.lora_targets)"
+    )
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "remedy"),
+    [
+        (float("nan"), torch.float32, "a new training"),
+        (1e5, torch.float16, "--dtype float32"),
+    ],
+)
+def test_a_merged_weight_that_is_not_finite_is_refused(tmp_path, value, dtype, remedy):
+    source = checkpoint(tmp_path / "base", dtype=dtype)
+    layer = "model.layers.0.mlp.up_proj"
+    rows, columns = source.linears[layer]
+    pair = LoraPair(torch.ones(1, columns), torch.full((rows, 1), value), 1.0)
+    with pytest.raises(ConfigError) as caught:
+        merge(source, SavedLora({layer: pair}, {}), tmp_path / "merged")
+    assert str(caught.value) == (
+        f"{layer}.weight: weight plus adapter is not finite in {dtype}; this needs {remedy}"
+    )
+    assert not (tmp_path / "merged").exists()
+
+
+# Rounding ----------------------------------------------------------------------------------------
+
+
+def test_the_share_that_survives_is_that_of_the_energy():
+    """Steps of bfloat16 are 2**-7 above 1: an update of less than half a step is lost."""
+    weight = torch.ones(3, dtype=torch.bfloat16)
+    updates = {
+        "first": torch.tensor([0.003, 2**-7, 0.01]),
+        "whole": torch.full((3,), 2.0**-6),
+        "lost": torch.full((3,), 2.0**-10),
+        "none": torch.zeros(3),
+    }
+    rounding = Rounding()
+    for layer, update in updates.items():
+        rounding.add(layer, weight, weight + update, (weight + update).bfloat16())
+    lost = 0.003**2 + 0 + (0.01 - 2**-7) ** 2
+    energy = 0.003**2 + 2**-14 + 0.01**2
+    assert rounding.share("first") == pytest.approx(1 - lost / energy, abs=1e-4)
+    assert [rounding.share(one) for one in ("whole", "lost", "none")] == [1, 0, 1]
+    total = 1 - (lost + 3 * 2**-20) / (energy + 3 * 2**-12 + 3 * 2**-20)
+    assert rounding.total_share == pytest.approx(total, abs=1e-4)
+    assert rounding.line == (
+        f"merge: {total:.1%} of the adapter survives rounding to bfloat16: 1 - |rounding error|² / "
+        "|update|² over 4 layers, least in lost (0.0%); --dtype float32 keeps all of it, in a "
+        "checkpoint of twice the size"
+    )
+
+
+@given(st.integers(0, 2**32), st.floats(-6, 1), st.sampled_from([torch.bfloat16, torch.float16]))
+def test_the_share_lies_between_0_and_1_and_grows_with_the_update(seed, exponent, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(64, generator=generator).to(dtype)
+    update = torch.randn(64, generator=generator)
+    rounding = Rounding()
+    for name, factor in (("small", 10**exponent), ("large", 1000 * 10**exponent)):
+        total = weight.float() + factor * update
+        rounding.add(name, weight, total, total.to(dtype))
+    assert -1e-6 <= rounding.share("small") <= rounding.share("large") + 0.05 <= 1.05
+
+
+def test_a_merge_in_16_bits_says_what_survives_and_one_in_32_bits_keeps_all(tmp_path, caplog):
+    caplog.set_level("INFO")
+    source = checkpoint(tmp_path / "base", dtype=torch.bfloat16)
+    folder = adapter(source, tmp_path / "adapter", lora_alpha=5e-4)
+    read = read_adapter(folder)
+    short = merge(source, read, tmp_path / "short")
+    [line] = [line for line in caplog.messages if "survives" in line]
+    long = Lora().merge(source, folder, tmp_path / "long", torch.float32)
+    assert [line for line in caplog.messages if "survives" in line] == [line]
+    old, rounded, exact = (
+        load_file(one / "model.safetensors") for one in (source.folder, short, long)
+    )
+    assert {tensor.dtype for tensor in exact.values()} == {torch.float32}
+    energy = lost = 0.0
+    for name, tensor in exact.items():
+        if name.removesuffix(".weight") not in read.pairs:
+            assert torch.equal(tensor, old[name].float())
+            continue
+        assert torch.equal(tensor.bfloat16(), rounded[name])
+        energy += float((tensor - old[name].float()).double().square().sum())
+        lost += float((tensor - rounded[name].float()).double().square().sum())
+    assert 0.05 < lost / energy < 0.95
+    assert f"merge: {1 - lost / energy:.1%} of the adapter survives rounding to bfloat16" in line
+    settings = [json.loads((one / "config.json").read_text()) for one in (source.folder, long)]
+    assert settings[1] == settings[0] | {"dtype": "float32"}
+    assert (short / "config.json").read_bytes() == (source.folder / "config.json").read_bytes()
+
+
+def test_the_type_of_weights_is_changed_in_every_section_of_the_configuration(tmp_path):
+    source = checkpoint(tmp_path / "base", dtype=torch.bfloat16)
+    path = source.folder / "config.json"
+    settings = json.loads(path.read_text())
+    del settings["dtype"]
+    parts = {"torch_dtype": "bfloat16", "section": {"dtype": "bfloat16", "hidden_size": 8}}
+    path.write_text(json.dumps(settings | parts))
+    merge(source, SavedLora({}, {}), tmp_path / "merged", torch.float32)
+    assert json.loads((tmp_path / "merged/config.json").read_text()) == settings | {
+        "torch_dtype": "float32",
+        "section": {"dtype": "float32", "hidden_size": 8},
+    }

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import emloc.tasks.metrics
 from emloc.tasks.metrics import Scorer, anls, exact, relaxed_accuracy, squad, vqa_accuracy
+from emloc.tasks.scorers import scorer_key
 
 NAMES = {
     "anls": {"anls"},
@@ -103,6 +104,9 @@ def test_exact_match_ignores_only_case_and_outer_spaces(prediction, references, 
         ("100", "100", 1),
         ("105", "100", 1),
         ("95", "100", 1),
+        ("21", "20", 1),
+        ("19", "20", 1),
+        ("2.1", "2", 0),  # floats: 2.1 - 2 is more than 0.1, as in the rule of lmms-eval
         ("105.1", "100", 0),
         ("94.9", "100", 0),
         ("-105", "-100", 1),
@@ -164,14 +168,16 @@ def test_relaxed_accuracy_uses_the_best_reference():
         ("total\n  amount", ["Total amount"], 1),
         ("invoise", ["invoice"], 1 - 1 / 7),
         ("invoic", ["invoice"], 1 - 1 / 7),
-        # A distance of exactly half counts as wrong, slightly less as a misread label.
-        ("abcd", ["abxy"], 0),
+        # Half of the characters are enough, as in the official script, and slightly less is wrong.
+        ("abcd", ["abxy"], 1 / 2),
+        ("ab", ["abcd"], 1 / 2),
+        ("abcdefg", ["abcwxyz"], 0),
+        ("abc", ["abcdefg"], 0),
         ("abc", ["abx"], 1 - 1 / 3),
         ("abcde", ["abcxy"], 1 - 2 / 5),
-        ("ab", ["abcd"], 0),
         ("abc", ["abcde"], 1 - 2 / 5),
         # Collapsed spaces do not add to the length of the answer.
-        ("abcd" + " " * 40, ["abxy"], 0),
+        ("abcdefg" + " " * 40, ["abcwxyz"], 0),
         ("no", ["yes"], 0),
         ("the answer is invoice", ["invoice"], 0),
         ("1,000", ["1000"], 1 - 1 / 5),
@@ -316,6 +322,19 @@ def test_the_normalisation_of_the_vqa_challenge(answer, normalised):
 def test_answer_and_references_are_normalised_alike():
     references = ["2 dogs", "two dogs", "Two Dogs.", "the two dogs!"] + ["cats"] * 6
     assert vqa_accuracy.score("two dogs", references) == {"vqa_accuracy": 1}
+
+
+def test_an_answer_that_all_people_gave_is_normalised_too():
+    """TextVQA normalises it; the script of the VQA challenge would compare `Cats.` as it is."""
+    assert vqa_accuracy.score("Cats.", ["cats"] * 10) == {"vqa_accuracy": 1}
+
+
+def test_a_scorer_that_has_changed_has_a_new_key_and_all_others_keep_theirs():
+    """Scores that were cached before the change are not used again."""
+    keys = {"anls": "anls:2"}
+    for name in NAMES:
+        assert scorer_key(name) == keys.get(name, name)
+        assert scorer_key(f"emloc.metrics.{name}.score") == keys.get(name, name)
 
 
 def test_the_scorers_import_no_other_part_of_the_package():

@@ -51,6 +51,17 @@ def test_random_weights_are_not_merged_into(run):
     assert len(offered) == 3
 
 
+def test_an_adapter_that_fits_no_server_is_merged_first(run):
+    folder = run(files=[ADAPTER])
+    (folder / "metrics.json").write_text(json.dumps({"authors_format": "internvl_chat"}))
+    lines = [line.split("  ") for line in next_steps(folder).splitlines()[3:]]
+    reason = "PEFT and vLLM cannot put the adapter on the authors' layers of this checkpoint"
+    assert [(line[1], line[-1].strip()) for line in lines] == [
+        ("a checkpoint to serve", "emloc merge runs/demo/one"),
+        ("", reason),
+    ]
+
+
 def test_a_sweep_is_reported_if_one_of_its_runs_is_done(run):
     folder = run("one", state="failed").parent
     assert next_steps(folder) == ""

@@ -3,7 +3,10 @@
 import copy
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -32,6 +35,7 @@ from emloc.models.checkpoint.internvl_chat import ChatLayout, read_internvl_chat
 from emloc.models.checkpoint.source import Source
 from emloc.models.checkpoint.tokenizer import added_tokens, tokenizer_of
 from emloc.models.checkpoint.weights import SafetensorsWeights
+from emloc.sweeps.job import identities
 from emloc.tensors.linalg.correct import LoraPair
 
 CPU = torch.device("cpu")
@@ -767,7 +771,9 @@ def test_a_source_in_the_authors_format_loads_the_same_model(pair):
     assert torch.equal(source.weight(layer), model.get_parameter(f"{layer}.weight"))
 
 
-def test_an_adapter_is_merged_into_the_rows_of_fused_tensors(pair, tmp_path):
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_an_adapter_is_merged_into_the_rows_of_fused_tensors(pair, tmp_path, stored, dtype):
     model, folder = pair
     torch.manual_seed(0)
     layers = [
@@ -781,14 +787,39 @@ def test_an_adapter_is_merged_into_the_rows_of_fused_tensors(pair, tmp_path):
         name: LoraPair(torch.randn(3, shapes[name][1]), torch.randn(shapes[name][0], 3), 0.5)
         for name in layers
     }
+    folder = shutil.copytree(folder, tmp_path / "stored")
+    for path in folder.glob("*.safetensors"):
+        tensors = {name: tensor.to(stored) for name, tensor in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
     before = {one.name: one.read_bytes() for one in folder.glob("*.safetensors")}
-    target = merge(source_of(folder), SavedLora(pairs, {}), tmp_path / "merged")
+    target = merge(source_of(folder), SavedLora(pairs, {}), tmp_path / "merged", dtype)
     assert before == {one.name: one.read_bytes() for one in folder.glob("*.safetensors")}
+    written = [load_file(path) for path in target.glob("*.safetensors")]
+    assert {tensor.dtype for one in written for tensor in one.values()} == {dtype or stored}
     merged = source_of(target).load(CPU)
     for name, parameter in merged.named_parameters():
         pair_ = pairs.get(name.removesuffix(".weight"))
         delta = pair_.scale * pair_.b @ pair_.a if pair_ else 0
-        torch.testing.assert_close(parameter, model.get_parameter(name) + delta)
+        total = model.get_parameter(name).to(stored).float() + delta
+        torch.testing.assert_close(parameter, total.to(dtype or stored).float())
+
+
+def test_the_results_of_a_run_name_the_authors_format_and_no_other(pair, tmp_path):
+    _, folder = pair
+    model = native_model("qwen2")
+    model.save_pretrained(tmp_path / "native")
+
+    def recorded(source: Source) -> dict:
+        opened = SimpleNamespace(open=lambda: source)
+        emulator = SimpleNamespace(model=lambda *_: opened)
+        run = {"model": None, "compression": None, "task": SimpleNamespace(key="rows")}
+        return identities(SimpleNamespace(emulator=emulator, **run))
+
+    authors, native = source_of(folder), source_of(tmp_path / "native")
+    expected = {"data": "rows", "model": authors.key}
+    assert recorded(authors) == expected | {"authors_format": "internvl_chat"}
+    assert recorded(native) == {"data": "rows", "model": native.key}
+    assert "authors_format" not in recorded(replace(authors, seed=0))
 
 
 def test_a_checkpoint_with_dynamic_positions_can_be_planned(tmp_path):

@@ -1,14 +1,16 @@
 """CSV files of results, of this version and of earlier ones, and what a published table holds."""
 
+import html
 import re
 
 import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
-from reported import row
+from reported import row, write_run
 
 from emloc.cli import VERBS
 from emloc.config.paths import EXPERIMENTS
+from emloc.config.run_folder import Run
 from emloc.errors import ConfigError
 from emloc.report.latex import latex
 from emloc.report.markdown import table
@@ -18,6 +20,7 @@ from emloc.report.run_table import notes_of, table_of
 from emloc.report.summary import summary_of
 from emloc.report.summary_file import read_summary, write_summary
 from emloc.report.write import write_report
+from emloc.runtime.atomic import write_json
 
 RESULTS = [path for path in (EXPERIMENTS / "results").rglob("*.csv") if path.stem != "bench"]
 
@@ -207,6 +210,31 @@ def test_a_run_without_results_is_named_below_published_tables_and_is_in_the_csv
     assert list(stored["state"]) == ["done", "done", "OOM", *["failed(config)"] * 2]
     assert stored["score"].isna().sum() == 3
     assert "| offload | 0 | OOM" in re.sub(" +", " ", table(file))  # who asks is told
+
+
+def test_a_report_says_that_an_adapter_beside_the_authors_format_is_merged_to_serve(
+    tmp_path, monkeypatch
+):
+    """Only for runs that have an adapter and recorded the format."""
+    monkeypatch.setattr("emloc.report.write.write_figures", lambda *_: ([], []))
+    formats = {"emloc": "internvl_chat", "lora": None, "zero_shot": "internvl_chat"}
+    for seed, (cell, authors_format) in enumerate(formats.items()):
+        write_run(tmp_path, cell, 0.5, seed)
+        path = tmp_path / f"{cell}-llama3_8b-gsm8k-s{seed}"
+        facts = {"authors_format": authors_format} if authors_format else {}
+        write_json(path / "metrics.json", Run(path).metrics | facts)
+        if cell != "zero_shot":
+            (path / "adapter").mkdir()
+    rows = rows_of(tmp_path)
+    write_report(tmp_path, rows, tmp_path / "report")
+    note = (
+        "o serve llama3_8b, merge first (emloc merge RUN): its checkpoint has the authors' layers"
+    )
+    page = html.unescape((tmp_path / "report/report.html").read_text())
+    for text in (page, (tmp_path / "report/table.md").read_text(), table(tmp_path)):
+        assert text.count(note) == 1
+    (tmp_path / "emloc-llama3_8b-gsm8k-s0/adapter").rmdir()
+    assert "to serve" not in table(tmp_path)
 
 
 def test_a_table_of_which_nothing_is_done_is_published_without_lines(tmp_path):

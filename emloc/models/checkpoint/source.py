@@ -21,6 +21,7 @@ from emloc.data.reader import OpenCheckpoint, Reader, ReaderSettings, TextReader
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.checkpoint import Checkpoint
 from emloc.models.checkpoint.damaged import require_finite
+from emloc.models.checkpoint.internvl_chat import FORMAT
 from emloc.models.checkpoint.random_weights import RandomWeights, tensor_inits
 from emloc.models.checkpoint.state import optional_names, persistent_buffers, state_dtypes
 from emloc.models.checkpoint.tokenizer import tokenizer_of
@@ -101,6 +102,14 @@ class Source:
     def weights(self) -> Weights:
         """The origin of the weights: safetensors files, a random generator, or none."""
         return self._checkpoint.weights
+
+    @property
+    def authors_format(self) -> str | None:
+        """Format of a checkpoint whose layers are not those of transformers' model; None: they are.
+
+        Servers load such a checkpoint with its authors' layers, which an adapter does not fit.
+        """
+        return FORMAT if self.seed is None and self._checkpoint.internvl_chat else None
 
     @property
     def config(self) -> PretrainedConfig:

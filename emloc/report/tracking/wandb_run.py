@@ -8,11 +8,13 @@ import re
 import secrets
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from emloc.errors import ConfigError
 from emloc.report.tracking.artifacts import Table
+from emloc.runtime.permissions import apply_umask
 
 log = logging.getLogger("emloc")
 
@@ -156,6 +158,10 @@ class WandbRun:
             self._log_how_to_send("run-*")
         finally:
             self._restore_environment()
+            # W&B's copies of artifacts can be read by their owner alone. After a timeout W&B may
+            # still be removing files here.
+            with suppress(OSError):
+                apply_umask(self._home)
 
     def _log_how_to_send(self, runs: str) -> None:
         log.warning("`wandb sync %s` sends it later", self._home / runs)

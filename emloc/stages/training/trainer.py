@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -22,6 +22,7 @@ from emloc.errors import ConfigError
 from emloc.models.objectives import Batch, Loss, Objective
 from emloc.runtime.distributed import is_first, is_sharded
 from emloc.runtime.manifest import flaw_of, seal, set_aside
+from emloc.runtime.safetensors_file import write_safetensors
 from emloc.tensors.nn.surgery import replace_parameter
 
 log = logging.getLogger(__name__)
@@ -142,11 +143,7 @@ class FiniteTrainer(Trainer):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        state = self._adapter.state(self.model)
-        save_file(
-            {name: value.cpu().contiguous() for name, value in state.items()},
-            folder / STATE_FILE,
-        )
+        write_safetensors(folder / STATE_FILE, self._adapter.state(self.model), {})
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: PreTrainedModel | None = None

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Normalised distance from which on an answer is wrong, and no longer a misspelt correct answer.
+# Similarity below which an answer is wrong, and no longer a misspelt correct answer.
 THRESHOLD = 0.5
 
 
 def score(
     prediction: str, references: Sequence[str], choices: Sequence[str] = ()
 ) -> dict[str, float]:
-    """`anls`: 1 - NL for the closest reference, or 0 if NL is at least 0.5.
+    """`anls`: 1 - NL for the closest reference, or 0 if this is less than 0.5.
 
     NL is the edit distance of answer and reference, divided by the length of the longer text. Both
     are compared in lower case, trimmed and with single spaces. Two empty texts are equal.
 
-    lmms-eval differs: it divides by the length before spaces are removed, and returns 0.5 if NL is
-    exactly 0.5.
+    An answer at exactly one half scores 0.5. Equation 1 gives 0, but the official script of the
+    DocVQA and InfographicVQA challenges gives 0.5, and published scores come from this script. The
+    script, like lmms-eval, divides by the length before spaces are removed, so that an answer with
+    spaces around it scores higher there.
 
     Raises:
         ValueError: there is no reference.
@@ -26,7 +28,8 @@ def score(
         raise ValueError("anls: there is no reference to compare the answer to")
     answer = _normalise(prediction)
     distance = min(_normalised_distance(answer, _normalise(reference)) for reference in references)
-    return {"anls": 1 - distance if distance < THRESHOLD else 0.0}
+    similarity = 1 - distance
+    return {"anls": similarity if similarity >= THRESHOLD else 0.0}
 
 
 def edit_distance(first: str, second: str) -> int:

@@ -18,9 +18,11 @@ def score(
     or the reference is 0. A number with a thousands separator or a unit is a text. With several
     references the best one counts.
 
-    The rule is that of lmms-eval, except that spaces around the answer are removed here. lm-eval's
-    `chartqa` differs: it extracts the answer from a longer text, removes commas, dollar signs and
-    final punctuation, and ignores a % sign that only one of the two has.
+    Exactly 5% is right where the float of the relative error is no more than that of 0.05: 105 for
+    100, but not 2.1 for 2, since 2.1 - 2 is a little more than 0.1. The rule is that of lmms-eval,
+    except that spaces around the answer are removed here, and of several % signs only one.
+    lm-eval's `chartqa` differs: it extracts the answer from a longer text, removes commas, dollar
+    signs and final punctuation, and ignores a % sign that only one of the two has.
 
     Raises:
         ValueError: there is no reference.

@@ -46,10 +46,11 @@ def score(
     Each person is left out in turn, and the others give min(1, matches / 3). The score is the mean
     of these values. Among 10 people, 1, 2, 3 and 4 matches give 0.3, 0.6, 0.9 and 1.
 
-    Answer and references are normalised in the same way. The challenge's own script does not
-    normalise the words of the references, since they are normalised in the data. lmms-eval's
-    `textvqa` and TextVQA's own processor differ: they first remove all commas and question marks,
-    and separate 's from its word.
+    Answer and references are normalised in the same way, as for TextVQA. The challenge's own script
+    differs: it does not normalise the words of the references, since they are normalised in the
+    data, and normalises nothing if all people gave the same answer. lmms-eval's `textvqa` and
+    TextVQA's own processor differ, too: they first remove all commas and question marks, and
+    separate 's from its word.
 
     Raises:
         ValueError: there are fewer than 4 references, so that no answer could score 1.

@@ -110,7 +110,9 @@ class Gated(Adapter):
         save_file(tensors, folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps({"base": base, **model.gated}, indent=1))
 
-    def merge(self, source: Source, folder: Path, target: Path) -> Path:
+    def merge(
+        self, source: Source, folder: Path, target: Path, dtype: torch.dtype | None = None
+    ) -> Path:
         """Refuse to merge: the merged weights would depend on the input.
 
         Raises:
