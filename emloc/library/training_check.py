@@ -1,0 +1,71 @@
+"""The emulator's own guards: what cannot be recovered or saved is refused before it costs time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emloc.adapters.recoverable import has_adapter, require_plain_lora
+from emloc.calibration.offload import tensors_in
+from emloc.errors import ConfigError
+from emloc.library.identity import require_trained_on, stamp_of
+
+
+def guard(emulator: nn.Module) -> None:
+    """Let the emulator check its adapter at each training step, and refuse `save_pretrained`.
+
+    Both guards are functions without a state, so that an emulator can be copied and pickled.
+    """
+    # PEFT looks for the vocabulary of the base model under the emulator's name, at each save.
+    warnings.filterwarnings("ignore", r"Could not find a config file in .* \(emulator ")
+    emulator.register_forward_pre_hook(check_before_training, with_kwargs=True)
+    if hasattr(emulator, "save_pretrained"):
+        vars(emulator)["save_pretrained"] = _refuse_to_save
+
+
+def check_before_training(
+    emulator: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuse a training step with an adapter that cannot be recovered; a forward pre-hook.
+
+    Raises:
+        ConfigError: the adapter is no plain LoRA, or was not attached to this emulator.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    if not has_adapter(emulator):
+        if emulator.training and any(tensor.requires_grad for tensor in _inputs(args, kwargs)):
+            raise ConfigError(
+                "the emulator is trained by its inputs (prompt or prefix tuning), which cannot be "
+                "recovered for the original model; use peft.get_peft_model with a LoraConfig"
+            )
+        return
+    if not any(parameter.requires_grad for parameter in emulator.parameters()):
+        return
+    if getattr(emulator, "_hf_peft_config_loaded", False):
+        raise ConfigError(
+            "the adapter was attached by add_adapter; use peft.get_peft_model(emulator, ...)"
+        )
+    name, config = require_plain_lora(emulator)
+    stamp = stamp_of(emulator)
+    assert stamp is not None
+    require_trained_on(config, stamp, f"adapter {name!r}")
+
+
+def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Yield the tensors among the arguments of a forward pass, and those of a cache of keys."""
+    yield from tensors_in((args, kwargs))
+    for layer in getattr(kwargs.get("past_key_values"), "layers", ()):
+        yield from tensors_in([getattr(layer, "keys", None), getattr(layer, "values", None)])
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    """Take the place of `save_pretrained`, whose files would load as random layers."""
+    raise ConfigError(
+        "save_pretrained would write factors that from_pretrained replaces by random weights; use "
+        "emloc.save_emulator(emulator, folder), and tuned.save_pretrained(folder) for the adapter"
+    )
