@@ -61,6 +61,14 @@ def has_adapter(model: nn.Module) -> bool:
     return any(isinstance(module, kinds) for module in model.modules())
 
 
+def without_adapter(model: nn.Module) -> nn.Module:
+    """Return the model inside a PEFT model; its adapted layers stay."""
+    if not isinstance(model, PeftModel):
+        return model
+    inner: nn.Module = model.get_base_model()
+    return inner
+
+
 def active_adapter(model: PeftModel) -> str:
     """Return the name of the model's active adapter.
 

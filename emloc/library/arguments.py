@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from emloc.adapters.recoverable import has_adapter
+from emloc.adapters.recoverable import has_adapter, without_adapter
 from emloc.calibration.blockwise import Batch, block_of
 from emloc.errors import ConfigError
 from emloc.library.identity import Stamp, stamp_of
@@ -51,9 +51,7 @@ def emulator_and_stamp(emulator: Any) -> tuple[nn.Module, Stamp]:
 def base_model(model: nn.Module) -> nn.Module:
     """Return the transformer inside a model of PEFT and other wrappers."""
     model = unwrapped(model)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    assert isinstance(inner, nn.Module)
-    return unwrapped(inner)
+    return unwrapped(without_adapter(model))
 
 
 def original_model(model: Any) -> nn.Module:
@@ -66,13 +64,15 @@ def original_model(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a model (nn.Module), got {type(model).__name__}")
     model = unwrapped(model)
+    if stamp_of(base_model(model)) or any(
+        isinstance(module, Factorized) for module in model.modules()
+    ):
+        raise ConfigError("model is an emulator; pass the original model that it was built from")
     if has_adapter(model):
         raise ConfigError(
             "model has a PEFT adapter; pass the original without one: tuned.unload() takes an "
             "adapter off, tuned.merge_and_unload() merges it"
         )
-    if stamp_of(model) or any(isinstance(module, Factorized) for module in model.modules()):
-        raise ConfigError("model is an emulator; pass the original model that it was built from")
     for name, module in model.named_modules():
         if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
             raise ConfigError(

@@ -35,25 +35,35 @@ def check_before_training(
     Raises:
         ConfigError: the adapter is no plain LoRA, or was not attached to this emulator.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled():
         return
-    if not has_adapter(emulator):
-        if emulator.training and any(tensor.requires_grad for tensor in _inputs(args, kwargs)):
-            raise ConfigError(
-                "the emulator is trained by its inputs (prompt or prefix tuning), which cannot be "
-                "recovered for the original model; use peft.get_peft_model with a LoraConfig"
-            )
+    if (reason := _reason_to_refuse(emulator)) is not None:
+        raise ConfigError(reason)
+    if torch.compiler.is_compiling() or not emulator.training or has_adapter(emulator):
         return
-    if not any(parameter.requires_grad for parameter in emulator.parameters()):
-        return
-    if getattr(emulator, "_hf_peft_config_loaded", False):
+    if any(tensor.requires_grad for tensor in _inputs(args, kwargs)):
         raise ConfigError(
-            "the adapter was attached by add_adapter; use peft.get_peft_model(emulator, ...)"
+            "the emulator is trained by its inputs (prompt or prefix tuning), which cannot be "
+            "recovered for the original model; use peft.get_peft_model with a LoraConfig"
         )
-    name, config = require_plain_lora(emulator)
-    stamp = stamp_of(emulator)
-    assert stamp is not None
-    require_trained_on(config, stamp, f"adapter {name!r}")
+
+
+# Without the decorator, torch.compile would compile the check. It runs it once instead.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _reason_to_refuse(emulator: nn.Module) -> str | None:
+    """Return why the adapter on the emulator cannot be recovered; None if it can, or if none is."""
+    if not has_adapter(emulator) or not any(one.requires_grad for one in emulator.parameters()):
+        return None
+    if getattr(emulator, "_hf_peft_config_loaded", False):
+        return "the adapter was attached by add_adapter; use peft.get_peft_model(emulator, ...)"
+    try:
+        name, config = require_plain_lora(emulator)
+        stamp = stamp_of(emulator)
+        assert stamp is not None
+        require_trained_on(config, stamp, f"adapter {name!r}")
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
