@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from emloc.adapters.recoverable import has_adapter, without_adapter
-from emloc.calibration.blockwise import Batch, block_of
+from emloc.calibration.blockwise import Batch, block_of, by_block
 from emloc.errors import ConfigError
 from emloc.library.identity import Stamp, stamp_of
 from emloc.tensors.nn.factorized import Factorized
@@ -131,7 +131,12 @@ def target_linears(model: nn.Module, targets: str | None) -> dict[str, nn.Linear
         if type(module) is nn.Linear and pattern.fullmatch(name)
     }
     if not linears:
-        raise ConfigError(f"targets={pattern.pattern!r} matches no linear layer of the model")
+        reason = ""
+        if any(type(module).__name__ == "Conv1D" for module in model.modules()):
+            reason = "; its blocks are of Conv1D (as in GPT-2), which is no nn.Linear"
+        raise ConfigError(
+            f"targets={pattern.pattern!r} matches no linear layer of the model{reason}"
+        )
     for name in linears:
         try:
             block_of(name)
@@ -140,7 +145,27 @@ def target_linears(model: nn.Module, targets: str | None) -> dict[str, nn.Linear
                 f"targets={pattern.pattern!r} matches {name}, which lies in no numbered block; "
                 "choose layers of blocks, such as targets=r'.*\\.layers\\.\\d+\\..*'"
             ) from error
+    if targets is None:
+        _require_share(model, linears)
     return linears
+
+
+def _require_share(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
+    """Check that the linear layers hold at least half of the parameters in the blocks.
+
+    Raises:
+        ConfigError: they hold less, as in a mixture whose experts share one parameter.
+    """
+    blocks = tuple(f"{name}." for name in by_block(linears))
+    sizes = {n: p.numel() for n, p in model.named_parameters() if n.startswith(blocks)}
+    share = sum(layer.weight.numel() for layer in linears.values()) / sum(sizes.values())
+    if share < 0.5:
+        compressed = {f"{name}.weight" for name in linears}
+        largest = max(sizes.keys() - compressed, key=lambda name: sizes[name])
+        raise ConfigError(
+            f"model: only {share:.0%} of the blocks' parameters are weights of nn.Linear and can "
+            f"be compressed ({largest} is none, for one); set targets to compress these alone"
+        )
 
 
 def batches_of(batches: Any, model: nn.Module) -> list[Batch]:

@@ -23,8 +23,9 @@ def guard(emulator: nn.Module) -> None:
     # PEFT looks for the vocabulary of the base model under the emulator's name, at each save.
     warnings.filterwarnings("ignore", r"Could not find a config file in .* \(emulator ")
     emulator.register_forward_pre_hook(check_before_training, with_kwargs=True)
-    if hasattr(emulator, "save_pretrained"):
-        vars(emulator)["save_pretrained"] = _refuse_to_save
+    for method in ("save_pretrained", "push_to_hub"):
+        if hasattr(emulator, method):
+            vars(emulator)[method] = _refuse_to_save
 
 
 def check_before_training(
@@ -74,7 +75,7 @@ def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor
 
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
-    """Take the place of `save_pretrained`, whose files would load as random layers."""
+    """Stand in for `save_pretrained` and `push_to_hub`, whose files would load as random layers."""
     raise ConfigError(
         "save_pretrained would write factors that from_pretrained replaces by random weights; use "
         "emloc.save_emulator(emulator, folder), and tuned.save_pretrained(folder) for the adapter"

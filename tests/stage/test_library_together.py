@@ -1,4 +1,4 @@
-"""`correct` takes the adapter, the model and the emulator that belong together, or says what differs."""
+"""`correct` takes an adapter, a model and an emulator that belong together, or says what differs."""
 
 import copy
 import json
@@ -17,6 +17,9 @@ import emloc
 from emloc import ConfigError, Factorized
 from emloc.library.correct import residual_of
 from emloc.library.identity import stamp_of, tensor_digest
+
+# PEFT looks for the emulator's vocabulary; pytest shows what the library has silenced.
+pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in")
 
 IDS = torch.randint(5, 200, (6, 12), generator=torch.Generator().manual_seed(1))
 BATCHES = [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}]
@@ -77,7 +80,7 @@ def refusal(*arguments, **settings) -> str:
 
 
 def test_a_journey_with_another_adapter_name_and_the_trainer(model, emulator, tmp_path):
-    """Train with transformers' Trainer, correct, merge with plain PEFT: the logits are as computed."""
+    """Train with transformers' Trainer, correct, merge with plain PEFT: the logits are exact."""
     rows = [{"input_ids": row, "labels": row} for row in IDS]
     tuned = get_peft_model(emulator, lora(task_type="CAUSAL_LM"), adapter_name="task")
     tuned.add_adapter("unused", lora(r=2))
@@ -167,7 +170,7 @@ def test_other_kinds_of_adapters_are_refused_at_the_first_step(emulator):
 
 def test_an_adapter_of_transformers_is_refused_at_the_first_step(emulator):
     emulator.add_adapter(lora())
-    with pytest.raises(ConfigError, match="attached by add_adapter; use peft.get_peft_model"):
+    with pytest.raises(ConfigError, match=r"attached by add_adapter; use peft\.get_peft_model"):
         emulator(input_ids=IDS, labels=IDS)
 
 
@@ -296,9 +299,13 @@ def test_the_original_in_place_of_the_emulator_and_swapped_arguments_are_refused
     assert "adapter must be a PEFT model with a LoRA" in refusal(model, model, emulator)
 
 
-def test_the_wrapped_emulator_is_as_good_as_the_emulator(model, emulator):
+@pytest.mark.parametrize(
+    "wrap", [lambda m: m, nn.DataParallel, lambda m: torch.compile(m, backend="eager")]
+)
+def test_wrapped_models_are_taken_out_of_their_wrappers(model, emulator, wrap):
     tuned = attach(emulator)
-    one, two = emloc.correct(tuned, model, tuned), emloc.correct(tuned, model, emulator)
+    one = emloc.correct(wrap(tuned), wrap(model), wrap(tuned))
+    two = emloc.correct(tuned, model, emulator)
     assert all(torch.equal(one.pairs[name].b, pair.b) for name, pair in two.pairs.items())
 
 
@@ -350,9 +357,7 @@ def test_weight_and_factors_may_be_on_two_devices(places):
     """On tensors without numbers, since most machines have one device."""
     with FakeTensorMode():
         weight = torch.empty(6, 5, device=places[0], dtype=torch.bfloat16)
-        layer = Factorized(
-            torch.empty(6, 2, device=places[1]), torch.empty(2, 5, device=places[1])
-        )
+        layer = Factorized(torch.empty(6, 2, device=places[1]), torch.empty(2, 5, device=places[1]))
         residual = residual_of(weight, layer)
         assert residual.shape == (6, 5)
         assert residual.dtype == torch.float64
