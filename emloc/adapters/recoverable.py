@@ -61,6 +61,14 @@ def has_adapter(model: nn.Module) -> bool:
     return any(isinstance(module, kinds) for module in model.modules())
 
 
+def adapters_of(model: nn.Module) -> tuple[list[str], list[Any]]:
+    """Return the active adapters of the model's first adapted layer, and all configurations."""
+    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    first = next(layers, None)
+    configs = getattr(model, "peft_config", {})
+    return list(first.active_adapters) if first is not None else [], list(configs.values())
+
+
 def without_adapter(model: nn.Module) -> nn.Module:
     """Return the model inside a PEFT model; its adapted layers stay."""
     if not isinstance(model, PeftModel):

@@ -36,8 +36,8 @@ def build_emulator(
 ) -> Model:
     """Build an emulator of `model`, a smaller model to train a LoRA on (EMLoC paper, stage 1).
 
-    The emulator checks the adapter that it is trained with at each training step: settings of PEFT
-    that `correct` cannot recover are refused at the first one.
+    The emulator checks the adapter that it is trained with: settings of PEFT that `correct` cannot
+    recover are refused at the first training step, if not by `get_peft_model` itself.
 
     Args:
         model: any transformer whose blocks consist of `nn.Linear` layers; it is not changed. A

@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emloc.adapters.recoverable import has_adapter, require_plain_lora
+from emloc.adapters.recoverable import adapters_of, has_adapter, require_plain_lora
 from emloc.calibration.offload import tensors_in
 from emloc.errors import ConfigError
 from emloc.library.identity import require_trained_on, stamp_of
 
+# Attribute of an emulator: the active adapters and the configurations that were checked last.
+_CHECKED = "_emloc_checked"
+
 
 def guard(emulator: nn.Module) -> None:
-    """Let the emulator check its adapter at each training step, and refuse `save_pretrained`.
+    """Let the emulator check its adapter at its first training step, and refuse `save_pretrained`.
 
-    Both guards are functions without a state, so that an emulator can be copied and pickled.
+    Both guards are functions of a module, so that an emulator can be copied and pickled.
     """
     # PEFT looks for the vocabulary of the base model under the emulator's name, at each save.
     warnings.filterwarnings("ignore", r"Could not find a config file in .* \(emulator ")
@@ -52,7 +55,19 @@ def check_before_training(
 # Without the decorator, torch.compile would compile the check. It runs it once instead.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _reason_to_refuse(emulator: nn.Module) -> str | None:
-    """Return why the adapter on the emulator cannot be recovered; None if it can, or if none is."""
+    """Return why the adapter on the emulator cannot be recovered; None if it can, or if none is.
+
+    The answer is looked for once for each adapter, not at each step.
+    """
+    active, configs = adapters_of(emulator)
+    checked_active, checked_configs = vars(emulator).get(_CHECKED, ([], []))
+    pairs = zip(configs, checked_configs, strict=False)
+    if (
+        active == checked_active
+        and len(configs) == len(checked_configs)
+        and all(one is other for one, other in pairs)
+    ):
+        return None
     if not has_adapter(emulator) or not any(one.requires_grad for one in emulator.parameters()):
         return None
     if getattr(emulator, "_hf_peft_config_loaded", False):
@@ -64,6 +79,7 @@ def _reason_to_refuse(emulator: nn.Module) -> str | None:
         require_trained_on(config, stamp, f"adapter {name!r}")
     except ConfigError as error:
         return str(error)
+    vars(emulator)[_CHECKED] = active, configs
     return None
 
 

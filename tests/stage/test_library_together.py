@@ -1,4 +1,4 @@
-"""`correct` takes an adapter, a model and an emulator that belong together, or says what differs."""
+"""`correct` takes an adapter, a model and an emulator that belong together, or names the other."""
 
 import copy
 import json
@@ -180,6 +180,20 @@ def test_several_active_adapters_are_refused_at_the_first_step(emulator):
     tuned.base_model.set_adapter(["first", "second"])
     with pytest.raises(ConfigError, match="several adapters are active: first, second; choose"):
         tuned(input_ids=IDS, labels=IDS)
+
+
+def test_an_adapter_that_is_chosen_later_is_checked_too(emulator):
+    tuned = attach(emulator)
+    tuned(input_ids=IDS, labels=IDS)
+    tuned.add_adapter("other", lora(lora_bias=True, target_modules=["lm_head"]))
+    tuned(input_ids=IDS, labels=IDS)
+    tuned.set_adapter("other")
+    with pytest.raises(ConfigError, match="'other': a LoRA with lora_bias=True cannot be"):
+        tuned(input_ids=IDS, labels=IDS)
+    tuned.unload()
+    again = get_peft_model(emulator, lora(bias="all"))
+    with pytest.raises(ConfigError, match="'default': a LoRA with bias='all' cannot be"):
+        again(input_ids=IDS, labels=IDS)
 
 
 @pytest.mark.parametrize("allowed", [{}, {"modules_to_save": ["lm_head"]}, {"use_rslora": True}])
