@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -126,7 +127,7 @@ def read_adapter(folder: Path) -> SavedLora:
         raise ConfigError(
             f"{folder}: the file {WEIGHTS} is missing; this is no adapter folder{advice}"
         )
-    config = json.loads((folder / CONFIG).read_text())
+    config, tensors = _read_files(folder)
     start = str(config.get("init_lora_weights")).split("_niter")[0].lower()
     if start in _CHANGES_THE_MODEL:
         raise ConfigError(
@@ -135,7 +136,7 @@ def read_adapter(folder: Path) -> SavedLora:
         )
     parts: dict[str, dict[str, Tensor]] = {}
     magnitudes, extras = {}, {}
-    for key, tensor in load_file(folder / WEIGHTS).items():
+    for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         if match := _KEY.fullmatch(key):
             parts.setdefault(match["layer"], {})[match["part"]] = tensor
@@ -151,6 +152,9 @@ def read_adapter(folder: Path) -> SavedLora:
         raise ConfigError(
             f"{folder}: a LoRA with {option} is no plain LoRA; recovery and merge need plain LoRA"
         )
+    for layer, matrices in parts.items():
+        for part in {"A", "B"} - matrices.keys():
+            raise ConfigError(f"{folder}: {layer}.lora_{part}.weight is missing; save it again")
     pairs = {
         layer: LoraPair(matrices["A"], matrices["B"], _scale(config, layer))
         for layer, matrices in parts.items()
@@ -158,6 +162,21 @@ def read_adapter(folder: Path) -> SavedLora:
     path = folder / RECOVERY_FILE
     recovered = json.loads(path.read_text()) if path.exists() else None
     return SavedLora(pairs, config, recovered, magnitudes, extras)
+
+
+def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the configuration and the tensors of an adapter folder.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text())
+        path = folder / WEIGHTS
+        return config, load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); save the adapter again") from error
 
 
 def _is_extra(config: dict[str, Any], parameter: str) -> bool:

@@ -1,4 +1,4 @@
-"""`correct` takes an adapter, a model and an emulator that belong together, or names the other."""
+"""`correct` takes an adapter, a model and an emulator that belong together, or refuses them."""
 
 import copy
 import json
