@@ -138,7 +138,7 @@ def checked(run_config: RunConfig, store: Store, report: Report) -> tuple[str, C
     run_config = replace(run_config, model=emulator.model(run_config.model, run_config.compression))
     source = run_config.model.open()
     reader = source.reader()  # random weights may have none
-    source.require(list(source.sizes))
+    source.require([*source.sizes, *source.buffers])
     layers = run_config.model.compressible_layers(source)
     run_config = solve_auto_compression(run_config, source)
     planned = emulator.plan(source, layers, run_config.compression)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from emloc.adapters import Adapter
 from emloc.adapters.fold import merge
 from emloc.adapters.fused import fuse
-from emloc.adapters.saved import PREFIX, read_adapter
+from emloc.adapters.saved import PREFIX, name_base, read_adapter
 from emloc.config.settings import LoraSettings
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
@@ -87,12 +87,13 @@ class Lora(Adapter):
     def save(self, model: PeftModel, folder: Path, base: str) -> None:
         """Write adapter_model.safetensors and adapter_config.json for the model called `base`."""
         config = model.peft_config["default"]
-        # PEFT would write the path the model was loaded from, a cache folder of this machine.
-        config.base_model_name_or_path = base
         # PEFT shortens a long list of layers to suffixes that are unique within this model. In the
         # original a suffix may match more layers, so the file lists every full name.
         config.target_modules = sorted(_adapted_layers(model))
+        config.base_model_name_or_path = base
         model.save_pretrained(folder, save_embedding_layers=False)
+        # PEFT's card names the folder that the model was loaded from, on this machine.
+        name_base(folder, base)
 
     def merge(self, source: Source, folder: Path, target: Path) -> Path:
         """Merge the saved LoRA into the weights of `source`; see `emloc.adapters.fold.merge`."""

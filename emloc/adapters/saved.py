@@ -12,6 +12,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -211,6 +212,24 @@ def copy_adapter(folder: Path, target: Path) -> None:
     """Copy an adapter folder to `target`, replacing a folder of that name."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(folder, target)
+
+
+def name_base(folder: Path, base: str, revision: str | None = None) -> None:
+    """Write the base model's name into the configuration and the model card of a PEFT folder.
+
+    Folders of other adapters are left as they are.
+    """
+    path, card_path = folder / CONFIG, folder / "README.md"
+    config = json.loads(path.read_text()) if path.exists() else {}
+    if "base_model_name_or_path" not in config:
+        return
+    config |= {"base_model_name_or_path": base, "revision": revision}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True))
+    if card_path.exists():
+        card = ModelCard.load(card_path)
+        tags = [tag for tag in card.data.tags or [] if not tag.startswith("base_model:")]
+        card.data.base_model, card.data.tags = base, [f"base_model:adapter:{base}", *tags]
+        card.save(card_path)
 
 
 def _scale(config: dict[str, Any], layer: str) -> float:

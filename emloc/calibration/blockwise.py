@@ -22,14 +22,16 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from emloc.calibration.block_order import next_block, ordered_blocks
 from emloc.calibration.offload import OffloadedTensors, OffloadPool, tensors_in
+from emloc.calibration.padding import TokenMask, other_sequences, read_mask
 from emloc.models.checkpoint.source import Source
 from emloc.models.decoder import decoder_of
 
 Batch = Mapping[str, Any]
-# Called after each batch with the batch's attention mask (batch, length), true for real tokens and
-# false for padding. The mask is None for blocks that do not process tokens, such as a vision tower.
-AfterBatch = Callable[[Tensor | None], None]
+# Called after each batch with the mask of the batch's real tokens. The mask is None for blocks that
+# do not process tokens, such as those of a vision tower.
+AfterBatch = Callable[[TokenMask | None], None]
 
 
 def block_of(name: str) -> str:
@@ -72,6 +74,7 @@ def iterate_checkpoint(
     head = model.get_output_embeddings()
     unread_ids = {id(parameter) for parameter in head.parameters()} if head is not None else set()
     names = [name for name, weight in model.named_parameters() if id(weight) not in unread_ids]
+    names += source.buffers
     source.require(names)
     block_prefixes = tuple(f"{name}." for name in blocks)
     source.fill(model, [name for name in names if not name.startswith(block_prefixes)], device)
@@ -90,7 +93,7 @@ def iterate_blocks(
     host_bytes: int | None = None,
     folder: Path | None = None,
 ) -> Iterator[Block]:
-    """Yield the blocks in model order; all batches are suspended at the entry of each block.
+    """Yield the blocks in the order of computation; all batches wait at the entry of each block.
 
     The forward passes end after the last block: final norm and output head are not computed.
 
@@ -105,7 +108,7 @@ def iterate_blocks(
 
     Raises:
         ValueError: a name in `blocks` is no module of the model.
-        ConfigError: the disk is full.
+        ConfigError: the disk is full, or a batch has no token beside its padding.
     """
     caller = getcurrent()
 
@@ -128,24 +131,29 @@ def iterate_blocks(
     modules = {name: module for name, module in model.named_modules() if name in requested_names}
     if missing := requested_names - modules.keys():
         raise ValueError(f"the model has no block {min(missing)}")
+    decoder = decoder_of(model) if isinstance(model, PreTrainedModel) else model
+    modules = ordered_blocks(modules, decoder)
     handles = [
         module.register_forward_pre_hook(suspend_at(name), with_kwargs=True)
         for name, module in modules.items()
     ]
     handles.append(list(modules.values())[-1].register_forward_hook(exit_forward))
     pool = OffloadPool(model, device, host_bytes, folder)
-    decoder = decoder_of(model) if isinstance(model, PreTrainedModel) else model
     decoder_ids = {id(module) for module in decoder.modules()}
     forwards = [SuspendedForward(model, batch, pool) for batch in batches]
     try:
         for forward in forwards:
             forward.advance()
             forward.offload()
-        for name, module in modules.items():
+        remaining = list(modules)
+        while remaining:
+            name = next_block(remaining, {forward.block_name for forward in forwards})
+            remaining.remove(name)
+            module = modules[name]
             if source is not None:
-                source.fill(
-                    model, [f"{name}.{leaf}" for leaf, _ in module.named_parameters()], device
-                )
+                parameters = [f"{name}.{leaf}" for leaf, _ in module.named_parameters()]
+                buffers = [leaf for leaf in source.buffers if leaf.startswith(f"{name}.")]
+                source.fill(model, parameters + buffers, device)
             # A batch without images never enters the blocks of a vision tower.
             at_block = [forward for forward in forwards if forward.block_name == name]
             block = Block(name, module, at_block, has_mask=id(module) in decoder_ids)
@@ -186,7 +194,7 @@ class Block:
         for mask in self.peek_batches():
             after_batch(mask)
 
-    def peek_batches(self) -> Iterator[Tensor | None]:
+    def peek_batches(self) -> Iterator[TokenMask | None]:
         """Run the block on one batch after the other, discard its outputs and yield each mask.
 
         A caller can alternate between the blocks of two models, so that both process the same
@@ -194,16 +202,18 @@ class Block:
         """
         for forward in self._forwards:
             forward.peek(self.module)
-            yield forward.mask if self._has_mask else None
+            yield forward.token_mask() if self._has_mask else None
             forward.offload()
 
     def run(self, after_batch: AfterBatch) -> None:
         """Advance every batch through this block to the next one; a second call does nothing."""
         forwards, self._forwards = self._forwards, []
         for forward in forwards:
+            # Before the pass proceeds, since it forgets the inputs of this block then.
+            mask = forward.token_mask() if self._has_mask else None
             forward.advance()
             # Before the offload, so that `after_batch` reads tensors on the device.
-            after_batch(forward.mask if self._has_mask else None)
+            after_batch(mask)
             forward.offload()
 
 
@@ -211,7 +221,7 @@ class SuspendedForward:
     """The forward pass of one batch, suspended at the entry of the block `block_name`."""
 
     def __init__(self, model: nn.Module, batch: Batch, pool: OffloadPool) -> None:
-        self.mask: Tensor | None = None
+        self._is_real: Tensor | None = None  # (batch, length), false for padding
         self.block_name: str | None = None
         self._block_inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._model = model
@@ -229,8 +239,8 @@ class SuspendedForward:
         }
         if accepts_use_cache(self._model):
             inputs["use_cache"] = False  # or the keys and values of all blocks would stay in memory
-        if "attention_mask" in inputs:
-            self.mask = inputs["attention_mask"].bool()
+        if inputs.get("attention_mask") is not None:
+            self._is_real = read_mask(inputs["attention_mask"])
         self._model(**inputs)
 
     def advance(self) -> None:
@@ -243,6 +253,12 @@ class SuspendedForward:
         if isinstance(suspension, tuple):
             self.block_name, *block_inputs = suspension
             self._block_inputs = block_inputs[0], block_inputs[1]
+
+    def token_mask(self) -> TokenMask | None:
+        """The mask of the real tokens at this block; None if the batch has no attention mask."""
+        if self._is_real is None:
+            return None
+        return TokenMask(self._is_real, other_sequences(self._block_inputs[1]))
 
     def peek(self, block: nn.Module) -> None:
         """Run `block`, at which the pass is suspended, and discard the output."""

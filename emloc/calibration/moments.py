@@ -12,10 +12,12 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from emloc.calibration.padding import TokenMask
 from emloc.runtime.manifest import verified_file
 from emloc.runtime.safetensors_file import write_safetensors
 from emloc.tensors.linalg.gram import gram, product
@@ -87,12 +89,13 @@ class Statistics:
 class InputRecorder:
     """Context manager whose forward hooks record the inputs of linear layers, batch by batch.
 
-    Call `rows(mask)` once after each batch to read the inputs.
+    Call `rows(mask)` once after each batch to read the inputs. A layer that runs several times in a
+    batch has the inputs of all its runs.
     """
 
     def __init__(self, layers: dict[str, nn.Linear]) -> None:
         self._layers = layers
-        self._inputs: dict[str, Tensor] = {}
+        self._inputs: dict[str, list[Tensor]] = {}
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> InputRecorder:
@@ -108,26 +111,33 @@ class InputRecorder:
         """A forward pre-hook that records the input of the layer `name`."""
 
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._inputs[name] = args[0]
+            self._inputs.setdefault(name, []).append(args[0])
 
         return hook
 
-    def rows(self, mask: Tensor | None) -> dict[str, Tensor]:
+    def rows(self, mask: TokenMask | None) -> dict[str, Tensor]:
         """Return layer -> its input tokens (N, n) in the last batch, and clear the recorder.
 
-        Padding is removed by the attention mask (batch, length). Layers with the same input tensor
+        `mask` tells which tokens are padding; these are left out. Layers with the same input tensor
         get the same tensor object.
+
+        Raises:
+            ConfigError: the padding cannot be found in the inputs of a layer.
         """
         inputs, self._inputs = self._inputs, {}
-        rows_by_id: dict[int, Tensor] = {}
-        for tensor in inputs.values():
-            if id(tensor) not in rows_by_id:
-                rows_by_id[id(tensor)] = _real_tokens(tensor, mask)
-        return {name: rows_by_id[id(tensor)] for name, tensor in inputs.items()}
+        rows_by_ids: dict[tuple[int, ...], Tensor] = {}
+        rows: dict[str, Tensor] = {}
+        for name, tensors in inputs.items():
+            ids = tuple(id(tensor) for tensor in tensors)
+            if ids not in rows_by_ids:
+                pieces = [_real_tokens(name, tensor, mask) for tensor in tensors]
+                rows_by_ids[ids] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            rows[name] = rows_by_ids[ids]
+        return rows
 
 
-def _real_tokens(tensor: Tensor, mask: Tensor | None) -> Tensor:
-    """Flatten (batch, length, n) to (N, n), without padding if the mask has the tensor's shape."""
-    if mask is not None and tensor.shape[:-1] == mask.shape:
-        return tensor[mask]
-    return tensor.reshape(-1, tensor.shape[-1])
+def _real_tokens(layer: str, inputs: Tensor, mask: TokenMask | None) -> Tensor:
+    """Return the input tokens (N, n) of a layer, without padding if there is a mask."""
+    if mask is None:
+        return inputs.reshape(-1, inputs.shape[-1])
+    return mask.rows(layer, inputs)

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from emloc.calibration.blockwise import by_block
 from emloc.calibration.calibrate import Layers
-from emloc.config.settings import Compression
+from emloc.config.settings import MODEL_BITS, Compression
 from emloc.emulators import BuildInputs, Emulator
 from emloc.emulators.size import require_solved, size_facts
 from emloc.models.checkpoint.source import CPU, Source
+from emloc.models.coverage import require_linear_blocks
 from emloc.precision import PackedLayer, Precision, require_format
 from emloc.runtime.progress import tracked
 
@@ -36,9 +38,10 @@ class Full(Emulator):
         """Return None: every layer is kept.
 
         Raises:
-            ConfigError: the bits are still `auto`.
+            ConfigError: the bits are still `auto`, or the weights are packed and most parameters
+                are in no linear layer.
         """
-        require_solved(budget.bits)
+        require_packable(source, require_solved(budget.bits))
 
     def build(
         self,
@@ -93,6 +96,21 @@ def quantization_residual(
     weight = source.weight(layer, device)
     packed = require_format(precision).quantize(weight)
     return weight.double().sub_(packed.dequantize().double())
+
+
+def require_packable(source: Source, bits: int) -> None:
+    """Check that a packed format holds most parameters of the blocks.
+
+    Raises:
+        ConfigError: most of them are in no linear layer.
+    """
+    if bits != MODEL_BITS:
+        require_linear_blocks(
+            source.meta_model,
+            by_block(block_linears(source)),
+            f"compression.bits={bits}",
+            f"set model to another, or compression.bits={MODEL_BITS}",
+        )
 
 
 def block_linears(source: Source) -> list[str]:

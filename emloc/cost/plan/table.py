@@ -17,6 +17,7 @@ from emloc.cost.plan.fit import (
     layout_of,
     need_from_trace,
     refuse_unplanned,
+    require_plannable,
     solve_emulator_compression,
     usable_bytes,
 )
@@ -55,12 +56,14 @@ def plan(run_config: RunConfig, step_shape: StepShape, gpu: Gpu) -> str:
     """Return the table in Markdown, with a last line about the choice of `compression=auto`.
 
     Raises:
-        ConfigError: the model's shape is unknown, a pattern matches no layer, or the training does
-            not use the memory-saving path.
+        ConfigError: the model's shape is unknown, a pattern matches no layer, the training does
+            not use the memory-saving path, or most parameters of the blocks are in no linear layer.
     """
     refuse_unplanned(run_config.model, "model=smollm2_135m")
     limit = run_config.budget.gpu_gib or gpu.memory_gib
-    full_layout = layout_of(run_config, run_config.model.shape_source(), None, None)
+    source = run_config.model.shape_source()
+    require_plannable(run_config.model, source)
+    full_layout = layout_of(run_config, source, None, None)
     rows = list(_plan_rows(run_config, full_layout, step_shape, gpu, limit))
     table = markdown_table(HEADER, [_cells(row) for row in rows])
     passes = f"{step_shape.accumulate} x " if step_shape.accumulate > 1 else ""

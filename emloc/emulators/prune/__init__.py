@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from emloc.calibration.blockwise import by_block
 from emloc.calibration.calibrate import Layers
 from emloc.config.settings import MODEL_BITS, Compression
 from emloc.emulators import BuildInputs, Emulator, Plan
@@ -27,6 +28,7 @@ from emloc.emulators.prune.units import Units, units_of
 from emloc.emulators.size import require_solved, share_of_linears, size_facts
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import CPU, Source
+from emloc.models.coverage import require_linear_blocks
 from emloc.precision import Precision, require_format
 from emloc.runtime.manifest import verified_file
 from emloc.runtime.safetensors_file import write_safetensors
@@ -83,8 +85,12 @@ class Prune(Emulator):
         """Number of parameters to keep in `layers`, including layers that cannot be pruned.
 
         Raises:
-            ConfigError: the budget cannot be met, or nothing can be pruned.
+            ConfigError: the budget cannot be met, nothing can be pruned, or most parameters are in
+                no linear layer.
         """
+        require_linear_blocks(
+            source.meta_model, by_block(layers), "emulator=prune", "set model to another"
+        )
         share = ratio = require_solved(budget.ratio)
         if budget.of == "model":
             share = share_of_linears(source, layers, ratio)

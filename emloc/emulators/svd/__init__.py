@@ -26,6 +26,7 @@ from emloc.emulators.svd.factors import LayerFactors, factorize, refine, spectra
 from emloc.emulators.svd.sequential import BlockPair, fit_block, lock_step
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import CPU, Source
+from emloc.models.coverage import require_linear_blocks
 from emloc.precision import Precision
 from emloc.runtime.journal import Journal
 from emloc.runtime.keys import neutral
@@ -81,7 +82,14 @@ class Svd(Emulator):
             )
 
     def plan(self, source: Source, layers: Layers, budget: Compression) -> Ranks:
-        """Return uniform ranks; greedy ranks, chosen in the build, cost no more parameters."""
+        """Return uniform ranks; greedy ranks, chosen in the build, cost no more parameters.
+
+        Raises:
+            ConfigError: the budget cannot be met, or most parameters are in no linear layer.
+        """
+        require_linear_blocks(
+            source.meta_model, by_block(layers), "emulator=svd", "set model to another"
+        )
         return uniform_ranks(source, layers, budget, self.multiple)
 
     keeps_weights = False

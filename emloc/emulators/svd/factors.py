@@ -13,6 +13,7 @@ from torch import Tensor
 from emloc.calibration.blockwise import Block
 from emloc.calibration.calibrate import linears_of
 from emloc.calibration.moments import PIECE, InputRecorder, Statistics
+from emloc.calibration.padding import TokenMask
 from emloc.emulators import Ranks
 from emloc.precision import Packed, Precision
 from emloc.tensors.linalg.allocate import spectrum
@@ -172,7 +173,7 @@ def refine(
     linears = linears_of(block, layers)
     sums: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def add(mask: Tensor | None) -> None:
+    def add(mask: TokenMask | None) -> None:
         for layer, rows in recorder.rows(mask).items():
             for piece in rows.split(PIECE):  # type: ignore[no-untyped-call]
                 z = product(piece, factors[layer].factors.v.T)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +50,3 @@ class TensorSlice:
         slices = self.rows(len(stored))
         for rows, piece in zip(slices, tensor.chunk(len(slices)), strict=True):
             stored[rows] = piece
-
-
-# Maps the name of a stored tensor to its parameters and their rows; None stands for all rows.
-Layout = Callable[[str], Mapping[str, TensorSlice | None]]

@@ -17,6 +17,7 @@ from typing import Any
 
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.fused_tensors import TensorSlice
+from emloc.models.checkpoint.origins import Layout, layout_by_name
 from emloc.models.checkpoint.tokenizer import added_tokens
 
 FORMAT = "internvl_chat"
@@ -145,7 +146,7 @@ class InternVLChat:
     folder: Path
     settings: Mapping[str, Any]
 
-    def layout(self) -> ChatLayout:
+    def layout(self) -> Layout:
         """The mapping from stored tensors to parameters.
 
         Raises:
@@ -157,7 +158,7 @@ class InternVLChat:
             raise self._error(
                 f"{heads} attention heads are not divisible by {key_value_heads} key/value heads"
             )
-        return ChatLayout(heads // key_value_heads, key_value_heads)
+        return layout_by_name(ChatLayout(heads // key_value_heads, key_value_heads))
 
     def shape(self) -> dict[str, Any]:
         """The settings as a transformers InternVL configuration, with `model_type`.

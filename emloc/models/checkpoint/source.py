@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,13 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,34 +19,30 @@ from transformers import (
 
 from emloc.data.reader import OpenCheckpoint, Reader, ReaderSettings, TextReaderSettings
 from emloc.errors import ConfigError
-from emloc.models.checkpoint.internvl_chat import InternVLChat, read_internvl_chat
+from emloc.models.checkpoint.checkpoint import Checkpoint
+from emloc.models.checkpoint.random_weights import RandomWeights, tensor_inits
+from emloc.models.checkpoint.state import optional_names, persistent_buffers, state_dtypes
 from emloc.models.checkpoint.tokenizer import tokenizer_of
-from emloc.models.checkpoint.weights import (
-    AbsentWeights,
-    RandomWeights,
-    SafetensorsWeights,
-    Weights,
-    layout_of,
-    random_device_type,
-    tensor_inits,
-)
+from emloc.models.checkpoint.weights import AbsentWeights, SafetensorsWeights, Weights
 from emloc.models.objectives import Objective
 from emloc.models.objectives.tokens import Tokens
 from emloc.runtime.digest import digest
-from emloc.tensors.nn.fresh import compute_in_float32
-from emloc.tensors.nn.surgery import replace_parameter
+from emloc.tensors.nn.surgery import replace_buffer, replace_parameter
 
 CPU = torch.device("cpu")
 # Seed of a fresh module's weights, until a training run draws them again from its own seed.
 FRESH_SEED = 0
+# Families whose decoder flattens its tokens: statistics once had their padding, so that artifacts
+# with the former key must not be used.
+FLAT_TOKENS = ("opt",)
 
 
 @dataclass(frozen=True)
 class Source:
     """The original model: its configuration, its model class and the origin of its weights.
 
-    `name` becomes `base_model_name_or_path` of an adapter. `identity` identifies the content of the
-    weights, so that the cache key changes with the weights.
+    `identity` identifies the content of the weights, so that the cache key changes with the
+    weights. `name` and `base` are in no key.
     """
 
     folder: Path | None  # configuration, tokenizer and safetensors; None: only `shape` is available
@@ -68,6 +59,9 @@ class Source:
     fresh_modules: tuple[str, ...] = ()
     # Values of the configuration that replace the checkpoint's, such as the number of classes.
     config_changes: Mapping[str, Any] = field(default_factory=dict)
+    # Name under which other libraries load the model, for the adapter of a run; "": `name`.
+    base: str = ""
+    base_revision: str | None = None  # revision of `base` on the hub; None: the newest
 
     @property
     def key(self) -> list[str]:
@@ -75,49 +69,46 @@ class Source:
         family = [*self.reader_settings.key, *self.objective.key]
         changes = [*self.fresh_modules, digest(dict(self.config_changes))]
         own = changes if self.fresh_modules or self.config_changes else []
-        return [self.identity, str(self.dtype), self.auto.__name__, *family, *own]
+        rules = [*self._state_rules, *self._checkpoint.rules]
+        return [self.identity, str(self.dtype), self.auto.__name__, *family, *own, *rules]
 
     @cached_property
+    def _state_rules(self) -> list[str]:
+        """What the state has beside parameters in the dtype of the source; part of the key."""
+        if isinstance(self.weights, AbsentWeights):
+            return []
+        dtypes = {self.dtypes[name] for name in self.sizes if not self._is_fresh(name)}
+        rules = {"buffers": bool(self.buffers), "dtypes": bool(dtypes - {self.dtype})}
+        rules["flat"] = self.config.get_text_config().model_type in FLAT_TOKENS
+        return [rule for rule, applies in rules.items() if applies]
+
+    @cached_property
+    def _checkpoint(self) -> Checkpoint:
+        """The model's configuration and weights."""
+        return Checkpoint(
+            self.folder,
+            self.name,
+            self.dtype,
+            self.auto,
+            self.shape,
+            self.seed,
+            self.fresh_modules,
+            self.config_changes,
+        )
+
+    @property
     def weights(self) -> Weights:
         """The origin of the weights: safetensors files, a random generator, or none."""
-        if self.seed is not None:
-            inits = tensor_inits(self.meta_model)
-            return RandomWeights(self.seed, inits, self.dtype, random_device_type())
-        if self.folder is None:
-            return AbsentWeights(self.name)
-        chat = self._internvl_chat
-        layout = chat.layout() if chat else layout_of(self.meta_model)
-        return SafetensorsWeights(self.folder, layout)
+        return self._checkpoint.weights
 
-    @cached_property
-    def _internvl_chat(self) -> InternVLChat | None:
-        """The checkpoint in the format of InternVL's authors; None if it has another format."""
-        return None if self.folder is None else read_internvl_chat(self.folder)
-
-    @cached_property
+    @property
     def config(self) -> PretrainedConfig:
-        """The model's configuration in transformers.
+        """The model's configuration in transformers; see `Checkpoint.config`."""
+        return self._checkpoint.config
 
-        Raises:
-            ConfigError: transformers does not implement the model or one of its settings.
-        """
-        origin = "model.shape" if self.folder is None else f"{self.folder}: config.json"
-        chat_shape = None if self._internvl_chat is None else self._internvl_chat.shape()
-        try:
-            if chat_shape is not None:
-                return AutoConfig.for_model(**chat_shape)
-            if self.folder is not None:
-                # Code in a checkpoint is never run. Without the flag transformers asks the user.
-                return AutoConfig.from_pretrained(
-                    self.folder, trust_remote_code=False, **self.config_changes
-                )
-            return AutoConfig.for_model(**copy.deepcopy({**self.shape, **self.config_changes}))
-        except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(
-                f"{origin}: transformers cannot build this model: {reason[:160]}; "
-                "set model.source to a checkpoint in transformers' format"
-            ) from error
+    def stores_by_name(self, parameter: str) -> bool:
+        """Whether files of this format store the parameter in a tensor of its own name."""
+        return self._checkpoint.stores_by_name(parameter)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer; the end token serves as padding token if there is none.
@@ -127,7 +118,9 @@ class Source:
         """
         if self.folder is None:
             raise _no_tokenizer_error(self.name)
-        tokenizer = tokenizer_of(self.folder, self.config if self._internvl_chat else None)
+        tokenizer = tokenizer_of(
+            self.folder, self.config if self._checkpoint.internvl_chat else None
+        )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -158,20 +151,7 @@ class Source:
         Raises:
             ConfigError: the configuration does not fit the model family.
         """
-        config = copy.deepcopy(self.config)  # the trainer changes the configuration of its model
-        try:
-            with init_empty_weights(include_buffers=False):
-                model = self.auto.from_config(config, dtype=self.dtype)
-        except ValueError as error:
-            raise ConfigError(
-                f"{self.folder or self.name}: {self.auto.__name__} cannot build a model of type "
-                f"{config.model_type}; set model or model.source"
-            ) from error
-        if self.folder is not None and (self.folder / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(self.folder)
-        for name in self.fresh_modules:
-            compute_in_float32(model.get_submodule(name))
-        return model.eval()
+        return self._checkpoint.new_model(self.config)
 
     @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -190,9 +170,25 @@ class Source:
     @cached_property
     def meta_model(self) -> PreTrainedModel:
         """A shared skeleton with tied parameters, to look up names and shapes; never changed."""
+        if not self._checkpoint.is_untied:
+            return self._checkpoint.declared_model
         model = self.skeleton()
         model.tie_weights()
         return model
+
+    @cached_property
+    def buffers(self) -> list[str]:
+        """Names of the buffers that are read with the weights; random models compute them."""
+        if not isinstance(self.weights, SafetensorsWeights):
+            return []
+        names = [name for name in persistent_buffers(self.meta_model) if not self._is_fresh(name)]
+        unread = optional_names(self.meta_model, names) - set(self.weights.names)
+        return [name for name in names if name not in unread]
+
+    @cached_property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Name of a parameter or persistent buffer -> its dtype in the loaded model."""
+        return state_dtypes(self.meta_model, self.dtype)
 
     def require(self, names: list[str]) -> None:
         """Check that the weights contain all named tensors.
@@ -210,7 +206,7 @@ class Source:
             )
 
     def read(self, names: list[str], device: torch.device = CPU) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, tensor) of the named tensors, one at a time, in the source's dtype.
+        """Yield (name, tensor) of parameters and buffers, one at a time, in the model's dtypes.
 
         Stored tensors come in the order of the files and are read straight to `device`. The
         generator keeps no reference to a tensor while it reads the next one.
@@ -222,7 +218,7 @@ class Source:
         fresh_names = [name for name in names if self._is_fresh(name)]
         stored_names = [name for name in names if name not in fresh_names] if fresh_names else names
         for name, tensor in self.weights.read(stored_names, device):
-            tensor = tensor.to(self.dtype)
+            tensor = tensor.to(self.dtypes[name])
             yield name, tensor
             del tensor  # otherwise this variable keeps the memory while the next tensor is read
         yield from self._draw(FRESH_SEED, fresh_names, device)
@@ -241,14 +237,15 @@ class Source:
         return tensor
 
     def fill(self, model: nn.Module, names: Iterable[str], device: torch.device) -> None:
-        """Load the named parameters of `model` to `device`, and move the model's buffers there.
+        """Load named parameters and buffers of `model` to `device`; move all buffers there.
 
-        Parameters that the weights do not contain are left as they are.
+        Tensors that the weights do not contain are left as they are.
         """
         stored_names = self.weights.names
         available = [name for name in names if name in stored_names or self._is_fresh(name)]
+        buffers = set(self.buffers)
         for name, tensor in self.read(available, device):
-            replace_parameter(model, name, tensor)
+            (replace_buffer if name in buffers else replace_parameter)(model, name, tensor)
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.device != device and not buffer.is_meta:
@@ -270,9 +267,13 @@ class Source:
         model = self.skeleton()
         for name, module in (replace or {}).items():
             model.set_submodule(name, module)
-        self.fill(model, [n for n, p in model.named_parameters() if p.is_meta], device)
+        replaced = tuple(f"{name}." for name in replace or ())
+        buffers = [name for name in self.buffers if not name.startswith(replaced)]
+        parameters = [n for n, p in model.named_parameters() if p.is_meta]
+        self.fill(model, [*parameters, *buffers], device)
         model.tie_weights()
-        self.require([name for name, parameter in model.named_parameters() if parameter.is_meta])
+        parameters = [n for n, p in model.named_parameters() if p.is_meta]
+        self.require([*parameters, *buffers])
         return model.to(device).requires_grad_(False)
 
     def redraw_fresh_modules(self, model: nn.Module, seed: int) -> None:

@@ -127,7 +127,10 @@ class FusedLora(torch.autograd.Function):
         # Contiguous, because saving a view would keep the whole tensor behind it in memory.
         ctx.save_for_backward(flat, hidden.contiguous())
         ctx.base, ctx.lora = base, lora
-        return y.view(*x.shape[:-1], -1)
+        # Not a view of y: some models, such as Falcon, add to the output in place, and autograd
+        # forbids that for a view which a custom function returns.
+        output: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

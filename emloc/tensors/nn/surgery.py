@@ -25,6 +25,22 @@ def replace_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
 
 
+def replace_buffer(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace the buffer called `name` by `tensor`.
+
+    Raises:
+        ValueError: the shapes of tensor and buffer differ.
+    """
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if (shape := module.get_buffer(leaf).shape) != tensor.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(shape)} in the model, but {tuple(tensor.shape)} in the "
+            "checkpoint"
+        )
+    setattr(module, leaf, tensor)
+
+
 def with_modules(
     model: nn.Module, replace: Mapping[str, nn.Module], *, share: bool = True
 ) -> nn.Module:

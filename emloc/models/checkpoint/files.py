@@ -1,0 +1,131 @@
+"""The files of a checkpoint: which of them hold the weights, and what each one contains."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from emloc.errors import ConfigError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Weights that other tools write; reading the first two would run code that they contain.
+_OTHER_WEIGHTS = (
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.safetensors",
+    "*.gguf",
+    "*.msgpack",
+    "*.h5",
+)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file, as the header of the file describes it."""
+
+    file: Path
+    name: str
+    dtype: str  # in the words of safetensors: F32, BF16, F8_E4M3
+    shape: tuple[int, ...]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with the weights in a checkpoint's folder, as `from_pretrained` selects them.
+
+    A file that config.json names comes first, then `model.safetensors`, then the files in the
+    index.
+
+    Raises:
+        ConfigError: the folder has no such file, or one that the index names is missing.
+    """
+    named_file = _named_file(folder)
+    if named_file is not None and Path(named_file).name != named_file:
+        raise ConfigError(
+            f"{folder}: config.json: transformers_weights={named_file} is no file of this folder; "
+            "set model.source to another checkpoint"
+        )
+    path = _first_file(folder, named_file)
+    if path is None:
+        raise ConfigError(f"{folder}: {_absence(folder, named_file)}")
+    if path.suffix != ".json":
+        return [path]
+    shards = sorted(set(_settings(path).get("weight_map", {}).values()))
+    missing = [name for name in shards if not (folder / name).exists()]
+    if missing:
+        raise ConfigError(
+            f"{folder}: shard {missing[0]} is missing; set model.source to a complete checkpoint"
+        )
+    return [folder / name for name in shards]
+
+
+def has_weight_files(folder: Path) -> bool:
+    """Whether the folder has weights; a folder for planning may have none."""
+    return _first_file(folder, _named_file(folder)) is not None
+
+
+def stored_tensors(path: Path) -> list[StoredTensor]:
+    """The tensors in a safetensors file; only the file's header is read.
+
+    Raises:
+        ConfigError: the file is damaged or incomplete.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return [
+                StoredTensor(path, name, piece.get_dtype(), tuple(piece.get_shape()))
+                for name, piece in slices.items()
+            ]
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"{path}: the file is damaged or incomplete ({' '.join(str(error).split())}); "
+            "download or write it again, or set model.source to another checkpoint"
+        ) from error
+
+
+def _named_file(folder: Path) -> str | None:
+    """The file of weights that config.json names; None if it names none."""
+    named_file: str | None = _settings(folder / "config.json").get("transformers_weights")
+    return named_file
+
+
+def _first_file(folder: Path, named_file: str | None) -> Path | None:
+    """The file with the weights or their index; None if there is none."""
+    names = [named_file] if named_file else [SINGLE, INDEX]
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+def _absence(folder: Path, named_file: str | None) -> str:
+    """Why a folder has no weights to read, and what to do about it."""
+    others = [path.name for pattern in _OTHER_WEIGHTS for path in sorted(folder.glob(pattern))]
+    if not others:
+        return f"no {named_file or SINGLE}; set model.source to a checkpoint folder"
+    return (
+        f"no {named_file or SINGLE}, only {others[0]}, which is not read; load it once with "
+        "transformers and write it with save_pretrained, then set model.source to the new folder"
+    )
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The content of a JSON file of the checkpoint; empty if there is no such file.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(
+            f"{path}: the file is damaged ({error}); download or write it again, or set "
+            "model.source to another checkpoint"
+        ) from error
+    return settings
