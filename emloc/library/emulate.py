@@ -50,7 +50,8 @@ def build_emulator(
             linear layer in a numbered block.
         multiple: ranks are rounded down to a multiple of this number.
         share: whether uncompressed parameters use the memory of those of `model`. They are frozen,
-            and to cast or move the emulator does not change `model`. False: copy them.
+            and to cast or move the emulator does not change `model`; only what is written into
+            them in place, as by `load_state_dict`, reaches it. False: copy them.
 
     Returns:
         A model of the same class, in the same mode (`training`) as `model`.

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoftQConfig, LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from tiny import tiny_llama, tiny_tokenizer
 from torch import nn
@@ -140,8 +140,9 @@ def test_merging_an_adapter_into_factors_is_refused(emulator, safe):
         {"init_lora_weights": "pissa_niter_4"},
         {"init_lora_weights": "olora"},
         {"init_lora_weights": "mica"},
+        {"init_lora_weights": "loftq", "loftq_config": LoftQConfig()},
     ],
-    ids=lambda options: str(*options.values()),
+    ids=lambda options: str(next(iter(options.values()))),
 )
 def test_an_option_that_reads_the_weight_is_refused_while_peft_wraps_the_model(emulator, options):
     before = {name: p.clone() for name, p in emulator.named_parameters()}
