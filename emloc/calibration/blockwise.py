@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from emloc.calibration.block_order import next_block, ordered_blocks
 from emloc.calibration.offload import OffloadedTensors, OffloadPool, tensors_in
 from emloc.calibration.padding import TokenMask, other_sequences, read_mask
+from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.models.decoder import decoder_of
 
@@ -41,11 +42,14 @@ def block_of(name: str) -> str:
     `model.layers.3`.
 
     Raises:
-        ValueError: the name has no number.
+        ConfigError: the name has no number.
     """
     match = re.match(r"(.*?\.\d+)(\.|$)", name)
     if match is None:
-        raise ValueError(f"{name} lies in no numbered block")
+        raise ConfigError(
+            f"{name} lies in no numbered block, and only layers of blocks are compressed; "
+            "set model.emulator_targets (targets in emloc.build_emulator) to layers of blocks"
+        )
     return match[1]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from emloc.adapters.recoverable import has_adapter, without_adapter
-from emloc.calibration.blockwise import Batch, block_of, by_block
+from emloc.calibration.blockwise import Batch, by_block
 from emloc.errors import ConfigError
 from emloc.library.identity import Stamp, stamp_of
 from emloc.models.coverage import log_share, no_linear_reason, require_linear_blocks
@@ -136,19 +136,12 @@ def target_linears(model: nn.Module, targets: str | None) -> dict[str, nn.Linear
         if reason := no_linear_reason(model):
             raise ConfigError(f"the model cannot be emulated: {reason}; pass another model")
         raise ConfigError(f"targets={pattern.pattern!r} matches no linear layer of the model")
-    for name in linears:
-        try:
-            block_of(name)
-        except ValueError as error:
-            raise ConfigError(
-                f"targets={pattern.pattern!r} matches {name}, which lies in no numbered block; "
-                "choose layers of blocks, such as targets=r'.*\\.layers\\.\\d+\\..*'"
-            ) from error
+    blocks = by_block(linears)
     if targets is None:
         override = "pass targets to compress these alone"
-        require_linear_blocks(model, by_block(linears), "build_emulator", override)
+        require_linear_blocks(model, blocks, "build_emulator", override)
     else:
-        log_share(model, by_block(linears), "build_emulator works on linear layers")
+        log_share(model, blocks, "build_emulator works on linear layers")
     return linears
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from emloc.adapters.saved import read_lora
+from emloc.calibration.block_order import is_in_block
 from emloc.calibration.blockwise import Block, by_block, iterate_checkpoint
 from emloc.calibration.calibrate import linears_of
 from emloc.calibration.moments import InputRecorder
@@ -78,12 +79,18 @@ class Correction(Recovery):
         """
         built_emulator, samples, device = inputs.built_emulator, inputs.samples, inputs.device
         adapter = read_lora(inputs.trained.folder / "adapter")
-        blocks = None
+        pairs, blocks = adapter.pairs, None
         if samples is not None:
+            # The LoRA of a layer outside the blocks, such as a projector, needs no moments.
+            pairs = {
+                name: pair
+                for name, pair in pairs.items()
+                if is_in_block(name) or built_emulator.residual(name, device) is not None
+            }
             blocks = iterate_checkpoint(
                 built_emulator.source,
                 samples.batches(built_emulator.source),
-                list(by_block(adapter.pairs)),
+                list(by_block(pairs)),
                 device,
                 host_bytes=inputs.host_bytes,
                 folder=folder,
@@ -91,9 +98,9 @@ class Correction(Recovery):
         corrected: dict[str, LoraPair] = {}
         corrections: dict[str, LayerCorrection] = {}
         layers = _adapted_layers(
-            blocks, adapter.pairs, lambda layer: built_emulator.residual(layer, device)
+            blocks, pairs, lambda layer: built_emulator.residual(layer, device)
         )
-        for layer in tracked(layers, "recover", len(adapter.pairs), "layer"):
+        for layer in tracked(layers, "recover", len(pairs), "layer"):
             if layer.residual is not None:
                 pair = _on_device(adapter.pairs[layer.name], device)
                 pair, effect = self.correct(pair, layer.residual, layer.moments)
@@ -156,22 +163,17 @@ def _adapted_layers(
     pairs: Mapping[str, LoraPair],
     residual_of: Callable[[str], Tensor | None],
 ) -> Iterator[AdaptedLayer]:
-    """Yield every adapted layer; with `blocks`, together with its activation moments."""
+    """Yield every adapted layer; with `blocks`, its activation moments too if it has a residual."""
     if blocks is None:
         yield from (AdaptedLayer(name, residual_of(name)) for name in pairs)
         return
     names_by_block = by_block(pairs)
     for block in blocks:
-        names = names_by_block[block.name]
-        residuals = {name: residual_of(name) for name in names}
-        moments = _block_moments(block, {name: pairs[name] for name in names}, residuals)
-        for name in names:
-            if name not in moments:
-                raise ConfigError(
-                    f"recovery=correction: no calibration token reaches {name}, so its "
-                    "inputs have no covariance; set recovery.metric=identity recovery.clamp=3"
-                )
-            yield AdaptedLayer(name, residuals.pop(name), *moments.pop(name))
+        residuals = {name: residual_of(name) for name in names_by_block[block.name]}
+        compressed = [name for name, residual in residuals.items() if residual is not None]
+        moments = _block_moments(block, {name: pairs[name] for name in compressed}, residuals)
+        for name in list(residuals):
+            yield AdaptedLayer(name, residuals.pop(name), *moments.pop(name, ()))
 
 
 def moments_by_layer(
@@ -181,12 +183,18 @@ def moments_by_layer(
 
     Args:
         blocks: of a blockwise forward of the original model.
-        pairs: layer name -> LoRA.
+        pairs: layer name -> LoRA, for the compressed layers.
+
+    Raises:
+        ConfigError: no token reaches one of the layers.
     """
+    names_by_block = by_block(pairs)
     return {
-        layer.name: replace(layer.moments, aca=layer.moments.aca.cpu(), ca=layer.moments.ca.cpu())
-        for layer in _adapted_layers(blocks, pairs, lambda _: None)
-        if layer.moments is not None
+        name: replace(moments, aca=moments.aca.cpu(), ca=moments.ca.cpu())
+        for block in blocks
+        for name, (moments, _) in _block_moments(
+            block, {name: pairs[name] for name in names_by_block[block.name]}, {}
+        ).items()
     }
 
 
@@ -195,7 +203,8 @@ def _block_moments(
 ) -> dict[str, tuple[ActivationMoments, float]]:
     """Run a block: layer name -> its moments and the mean of ||residual x||^2 over the tokens.
 
-    Layers that no token reaches are left out.
+    Raises:
+        ConfigError: no token reaches one of the layers.
     """
     linears = linears_of(block, pairs)
     a = {layer: pairs[layer].a.to(linear.weight.device) for layer, linear in linears.items()}
@@ -203,7 +212,7 @@ def _block_moments(
     narrow = {
         layer: residual.to(linears[layer].weight.dtype)
         for layer, residual in residuals.items()
-        if residual is not None
+        if residual is not None and layer in linears
     }
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}
     errors = dict.fromkeys(pairs, 0.0)
@@ -223,10 +232,15 @@ def _block_moments(
 
     with InputRecorder(linears) as recorder:
         block.run(add)
+    for layer in pairs:
+        if layer not in sums or not sums[layer][2]:
+            raise ConfigError(
+                f"recovery=correction: no calibration token reaches {layer}, so its "
+                "inputs have no covariance; set recovery.metric=identity recovery.clamp=3"
+            )
     return {
         layer: (ActivationMoments(aca, ca, tokens), errors[layer] / tokens)
         for layer, (aca, ca, tokens) in sums.items()
-        if tokens
     }
 
 

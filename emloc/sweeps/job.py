@@ -290,13 +290,10 @@ def _collect(run_config: RunConfig, result: Result, folder: Path) -> None:
 
     if result.trained and result.recovered:
         source = run_config.emulator.model(run_config.model, run_config.compression).open()
-        for artifact, target in (
-            (result.trained, folder / "adapter_trained"),
-            (result.recovered, folder / "adapter"),
-        ):
-            copy_adapter(artifact.folder / "adapter", target)
-            name_base(target, source.base or source.name, source.base_revision)
-    for name, artifact in result.stages.items():
-        for file, target in run_config.stage[name].collected.items():
+        for artifact, name in ((result.trained, "adapter_trained"), (result.recovered, "adapter")):
+            copy_adapter(artifact.folder / "adapter", folder / name)
+            name_base(folder / name, source.base or source.name, source.base_revision)
+    for stage, artifact in result.stages.items():
+        for file, target in run_config.stage[stage].collected.items():
             if (artifact.folder / file).exists():
                 shutil.copy(artifact.folder / file, folder / target)

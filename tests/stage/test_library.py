@@ -6,7 +6,7 @@ import pytest
 import torch
 from documents import ROOT, python_blocks
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import image_batch, tiny_internvl, tiny_llama, tiny_tokenizer
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import emloc
@@ -212,6 +212,26 @@ def test_covariance_needs_batches(model, batches):
         emloc.correct(tuned, model, emulator, metric="covariance")
     with pytest.raises(ConfigError, match="clamp must be at least 0"):
         emloc.correct(tuned, model, emulator, clamp=-1)
+
+
+def test_layers_outside_the_blocks_need_no_moments():
+    """A LoRA on every linear layer of InternVL includes its projector, which is not compressed."""
+    model, batch = tiny_internvl(), image_batch()
+    emulator = emloc.build_emulator(model, [batch], ratio=0.5)
+    tuned = get_peft_model(emulator, lora())
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    trained = emloc.correct(tuned, model, emulator, clamp=0)
+    settings = {"metric": "covariance", "clamp": None}
+    corrected = emloc.correct(tuned, model, emulator, batches=[batch], **settings)
+    assert corrected.pairs.keys() == trained.pairs.keys()
+    for name, pair in corrected.pairs.items():
+        is_unchanged = torch.equal(pair.delta, trained.pairs[name].delta)
+        assert is_unchanged == ("multi_modal_projector" in name)
+    text = {name: batch[name][:, 6:] for name in ("input_ids", "attention_mask")}
+    with pytest.raises(ConfigError, match=r"no calibration token reaches .*vision_tower"):
+        emloc.correct(tuned, model, emulator, batches=[text], **settings)
 
 
 def test_a_fully_trained_module_is_kept_with_the_lora(model, batches, tmp_path):

@@ -130,7 +130,7 @@ def test_a_layer_that_no_batch_reaches_is_named():
     [
         ("nothing", "targets='nothing' matches no linear layer"),
         ("", "targets='' matches no linear layer"),
-        (".*(up_proj|lm_head)", "matches lm_head, which lies in no numbered block"),
+        (".*(up_proj|lm_head)", "lm_head lies in no numbered block"),
         ("(", "targets='(' is no regular expression"),
     ],
 )

@@ -16,13 +16,18 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 
 import emloc
 from emloc.calibration.blockwise import by_block, iterate_checkpoint
+from emloc.config.compose import compose
 from emloc.config.settings import Compression
+from emloc.cost.plan.gpus import find_gpu
+from emloc.cost.plan.layout import StepShape
+from emloc.cost.plan.table import plan
 from emloc.emulators.full import Full, block_linears
 from emloc.emulators.layer_drop import LayerDrop
 from emloc.emulators.prune import Prune
 from emloc.emulators.svd import Svd
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
+from emloc.stages.run_config import build
 
 CPU = torch.device("cpu")
 FAMILIES = [*families.TEXT, *families.WITH_IMAGES]
@@ -193,6 +198,15 @@ def test_the_whole_pipeline_runs_on_a_family_that_changes_outputs_in_place(run_f
     layers = json.loads((fused.recovered.folder / "layers.json").read_text())
     assert len(layers) == 8
     assert fused.evaluated.facts["scores"]["loss"] > 0
+
+
+def test_no_plan_is_made_for_blocks_with_few_linear_layers(tiny, source_of):
+    target = f"model.emulator_targets='{PATTERN}'"
+    run_config = build(
+        compose([*tiny, f"model.source={source_of('mixtral').folder}", target, "method=emloc"])
+    )
+    with pytest.raises(ConfigError, match=r"linear layers, which have \d+% of .*MixtralExperts"):
+        plan(run_config, StepShape.of(run_config.train, 64, 8), find_gpu("rtx4090"))
 
 
 def test_a_run_on_conv1d_is_refused_with_its_reason(run_family):

@@ -510,7 +510,7 @@ def test_the_block_of_a_name_ends_at_its_first_number(name, block):
 
 @pytest.mark.parametrize("name", ["lm_head", "model.norm2.weight", "3.mlp"])
 def test_a_name_without_a_number_is_in_no_block(name):
-    with pytest.raises(ValueError, match=f"{name} lies in no numbered block"):
+    with pytest.raises(ConfigError, match=f"{name} lies in no numbered block"):
         block_of(name)
 
 
