@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from emloc.adapters.fold import merge
     from emloc.adapters.saved import SavedLora, read_lora
     from emloc.errors import ConfigError, StageError
-    from emloc.library import build_emulator, correct
+    from emloc.library.correct import correct
+    from emloc.library.emulate import build_emulator
+    from emloc.library.storage import load_emulator, save_emulator
     from emloc.pipeline import run
     from emloc.report.markdown import table
     from emloc.runtime.stage_cache import Store
@@ -28,11 +30,13 @@ _MODULES = {
     "StageError": "emloc.errors",
     "Store": "emloc.runtime.stage_cache",
     "build": "emloc.stages.run_config",
-    "build_emulator": "emloc.library",
-    "correct": "emloc.library",
+    "build_emulator": "emloc.library.emulate",
+    "correct": "emloc.library.correct",
+    "load_emulator": "emloc.library.storage",
     "merge": "emloc.adapters.fold",
     "read_lora": "emloc.adapters.saved",
     "run": "emloc.pipeline",
+    "save_emulator": "emloc.library.storage",
     "table": "emloc.report.markdown",
 }
 
@@ -46,9 +50,11 @@ __all__ = [
     "build_emulator",
     "compose",
     "correct",
+    "load_emulator",
     "merge",
     "read_lora",
     "run",
+    "save_emulator",
     "table",
 ]
 

@@ -14,9 +14,11 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from emloc.adapters.recoverable import active_adapter, option_to_drop
 from emloc.errors import ConfigError
 from emloc.runtime.safetensors_file import write_safetensors
 from emloc.tensors.linalg.correct import LoraPair
@@ -67,13 +69,21 @@ class SavedLora:
         Raises:
             ConfigError: the adapter was recovered before.
         """
+        self.require_as_trained()
+        pairs = {layer: change(layer, pair) for layer, pair in self.pairs.items()}
+        return replace(self, pairs=pairs, recovered=recovered)
+
+    def require_as_trained(self) -> None:
+        """Check that the adapter is as it was trained.
+
+        Raises:
+            ConfigError: the adapter was recovered before.
+        """
         if self.recovered is not None:
             raise ConfigError(
                 f"this adapter was already recovered for the original model by {self.recovered}; "
                 "pass the adapter as it was trained (folder adapter_trained)"
             )
-        pairs = {layer: change(layer, pair) for layer, pair in self.pairs.items()}
-        return replace(self, pairs=pairs, recovered=recovered)
 
     def save(self, folder: str | Path) -> None:
         """Write an adapter folder that `PeftModel.from_pretrained` loads on the original model."""
@@ -113,8 +123,13 @@ def read_adapter(folder: Path) -> SavedLora:
         ConfigError: the folder holds no adapter, or tensors that neither of them has.
     """
     if not (folder / WEIGHTS).exists():
-        raise ConfigError(f"{folder}: the file {WEIGHTS} is missing; this is no adapter folder")
-    config = json.loads((folder / CONFIG).read_text())
+        # PEFT saves an adapter with a name of its own into a folder of that name.
+        named = [path.parent for path in sorted(folder.glob(f"*/{WEIGHTS}"))]
+        advice = f"; pass {named[0]}" if named else ""
+        raise ConfigError(
+            f"{folder}: the file {WEIGHTS} is missing; this is no adapter folder{advice}"
+        )
+    config, tensors = _read_files(folder)
     start = str(config.get("init_lora_weights")).split("_niter")[0].lower()
     if start in _CHANGES_THE_MODEL:
         raise ConfigError(
@@ -123,7 +138,7 @@ def read_adapter(folder: Path) -> SavedLora:
         )
     parts: dict[str, dict[str, Tensor]] = {}
     magnitudes, extras = {}, {}
-    for key, tensor in load_file(folder / WEIGHTS).items():
+    for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         if match := _KEY.fullmatch(key):
             parts.setdefault(match["layer"], {})[match["part"]] = tensor
@@ -135,6 +150,13 @@ def read_adapter(folder: Path) -> SavedLora:
             raise ConfigError(
                 f"{folder}: {key} is no LoRA matrix; recovery and merge need plain LoRA"
             )
+    if option := option_to_drop(config | {"use_dora": False}):
+        raise ConfigError(
+            f"{folder}: a LoRA with {option} is no plain LoRA; recovery and merge need plain LoRA"
+        )
+    for layer, matrices in parts.items():
+        for part in {"A", "B"} - matrices.keys():
+            raise ConfigError(f"{folder}: {layer}.lora_{part}.weight is missing; save it again")
     pairs = {
         layer: LoraPair(matrices["A"], matrices["B"], _scale(config, layer))
         for layer, matrices in parts.items()
@@ -144,6 +166,21 @@ def read_adapter(folder: Path) -> SavedLora:
     return SavedLora(pairs, config, recovered, magnitudes, extras)
 
 
+def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the configuration and the tensors of an adapter folder.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text())
+        path = folder / WEIGHTS
+        return config, load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}); save the adapter again") from error
+
+
 def _is_extra(config: dict[str, Any], parameter: str) -> bool:
     """Whether a parameter belongs to a module in PEFT's modules_to_save (suffixes of names)."""
     modules = config.get("modules_to_save") or []
@@ -151,12 +188,19 @@ def _is_extra(config: dict[str, Any], parameter: str) -> bool:
 
 
 def lora_of(model: nn.Module) -> SavedLora:
-    """Return the LoRA of a PEFT model in memory, as `read_lora` would read it from a folder."""
+    """Return the active LoRA of a PEFT model, as `read_lora` would read it from a folder.
+
+    Raises:
+        ConfigError: `model` is no PEFT model, no adapter or several are active, or the active one
+            is no plain LoRA.
+    """
+    if not isinstance(model, PeftModel):
+        raise ConfigError("adapter must be a PEFT model or the folder of one")
+    name = active_adapter(model)
     with tempfile.TemporaryDirectory() as folder:
-        if not isinstance(model, PeftModel):
-            raise ConfigError("adapter must be a PEFT model or the folder of one")
-        model.save_pretrained(folder, save_embedding_layers=False)
-        return read_lora(Path(folder))
+        model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=[name])
+        # PEFT saves an adapter with a name of its own into a folder of that name.
+        return read_lora(Path(folder) if name == "default" else Path(folder) / name)
 
 
 def copy_unchanged(folder: Path, target: Path, recovered: dict[str, Any]) -> None:

@@ -22,6 +22,18 @@ from emloc.runtime.progress import tracked
 Layers = dict[str, tuple[int, int]]
 
 
+class UnreachedLayerError(ConfigError):
+    """No token of the calibration samples reaches the layer `layer`."""
+
+    def __init__(self, layer: str) -> None:
+        super().__init__(
+            f"calibration: no sample reaches {layer}; samples without images, for one, "
+            "reach no layer of a vision tower: set calibration=downstream_64 and a task with "
+            "images, or set model.emulator_targets to other layers"
+        )
+        self.layer = layer
+
+
 def statistics_bytes(layers: Layers, inputs_only: bool) -> int:
     """Upper bound on the bytes of all second moments in float64.
 
@@ -94,7 +106,7 @@ def record_moments(
     `calibrate` for `inputs_only`.
 
     Raises:
-        ConfigError: no token reaches one of the layers, or its values are NaN or infinite.
+        UnreachedLayerError: no token reaches one of the layers, or its values are NaN or infinite.
     """
     linears = linears_of(block, layers)
     weights = {name: linear.weight for name, linear in linears.items()}
@@ -104,11 +116,7 @@ def record_moments(
         run_block(lambda mask: statistics.add(recorder.rows(mask), weights, inputs_only))
     for name in linears:
         if name not in statistics.sites and name not in statistics.outputs:
-            raise ConfigError(
-                f"calibration: no sample reaches {name}; samples without images, for one, "
-                "reach no layer of a vision tower: set calibration=downstream_64 and a task with "
-                "images, or set model.emulator_targets to other layers"
-            )
+            raise UnreachedLayerError(name)
     if overflowing := statistics.overflowing():
         raise ConfigError(
             f"calibration: the inputs or outputs of {overflowing[0]} in block {block.name} have "

@@ -28,9 +28,11 @@ PUBLIC = [
     "build_emulator",
     "compose",
     "correct",
+    "load_emulator",
     "merge",
     "read_lora",
     "run",
+    "save_emulator",
     "table",
 ]
 

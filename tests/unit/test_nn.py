@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoftQConfig, LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from tiny import tiny_llama, tiny_tokenizer
 from torch import nn
 
+from emloc.errors import ConfigError
 from emloc.tensors.nn.factorized import Factorized
 from emloc.tensors.nn.surgery import replace_parameter, with_modules
 
@@ -125,14 +126,49 @@ def test_peft_trains_only_the_adapter(emulator):
 def test_merging_an_adapter_into_factors_is_refused(emulator, safe):
     """Added to a temporary product, the adapter would be lost silently."""
     model = adapted(emulator)
-    with pytest.raises(RuntimeError, match="size of tensor"):
+    factors = {name: p.clone() for name, p in model.named_parameters() if "base_layer" in name}
+    with pytest.raises(ConfigError, match="no weight to compute with: train a plain LoRA"):
         model.merge_and_unload(safe_merge=safe)
+    assert all(torch.equal(dict(model.named_parameters())[name], p) for name, p in factors.items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "mica"},
+        {"init_lora_weights": "loftq", "loftq_config": LoftQConfig()},
+    ],
+    ids=lambda options: str(next(iter(options.values()))),
+)
+def test_an_option_that_reads_the_weight_is_refused_while_peft_wraps_the_model(emulator, options):
+    before = {name: p.clone() for name, p in emulator.named_parameters()}
+    config = LoraConfig(r=2, target_modules=r".*_proj", **options)
+    with pytest.raises(ConfigError) as refused:
+        get_peft_model(emulator, config)
+    assert "plain LoRA (no use_dora; init_lora_weights=True)" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    after = dict(emulator.named_parameters())
+    assert all(torch.equal(after[name], p) for name, p in before.items())
+
+
+def test_the_weight_of_a_factorised_layer_describes_itself_only():
+    layer = Factorized(*factors())
+    assert layer.weight.device == layer.v.device
+    assert layer.weight.dtype == torch.float32
+    assert layer.weight.is_floating_point()
+    for use in (lambda w: w.data, lambda w: w.float(), lambda w: w @ w.T, lambda w: w.add_(1)):
+        with pytest.raises(ConfigError, match="has no weight to compute with"):
+            use(layer.weight)
 
 
 # Surgery -----------------------------------------------------------------------------------------
 
 
-def test_a_copy_shares_all_tensors_except_replaced_ones(llama):
+def test_a_copy_shares_the_memory_of_all_parameters_except_replaced_ones(llama):
     before, own = logits(llama), dict(llama.named_modules())
     replacement = replace_by_factors(llama, LAYER)
     twin = with_modules(llama, {LAYER: replacement})
@@ -146,10 +182,17 @@ def test_a_copy_shares_all_tensors_except_replaced_ones(llama):
         if name.startswith(LAYER):
             assert name in (f"{LAYER}.u", f"{LAYER}.v")
         else:
-            assert parameter is theirs[name]
+            assert parameter is not theirs[name]
+            assert parameter.data_ptr() == theirs[name].data_ptr()
+            assert not parameter.requires_grad
+            assert theirs[name].requires_grad
     buffers = dict(llama.named_buffers())
     assert len(buffers) > 0
-    assert all(buffer is buffers[name] for name, buffer in twin.named_buffers())
+    for name, buffer in twin.named_buffers():
+        assert torch.equal(buffer, buffers[name])
+        assert buffer.data_ptr() != buffers[name].data_ptr()
+    tied = twin.lm_head.weight is twin.model.embed_tokens.weight
+    assert tied == llama.config.tie_word_embeddings
     assert not {id(module) for module in twin.modules()} & {id(m) for m in llama.modules()}
 
 
@@ -160,6 +203,32 @@ def test_changes_of_the_copy_do_not_change_the_original(llama):
     assert [name for name, _ in llama.named_modules()] == names
     assert not llama.training
     assert torch.equal(logits(llama), before)
+
+
+@pytest.mark.parametrize("change", [lambda m: m.half(), lambda m: m.to("meta")])
+def test_to_cast_or_move_the_copy_does_not_change_the_original(llama, change):
+    before, types = logits(llama), {p.dtype for p in llama.parameters()}
+    change(with_modules(llama, {LAYER: replace_by_factors(llama, LAYER)}))
+    assert {p.dtype for p in llama.parameters()} == types == {torch.float32}
+    assert torch.equal(logits(llama), before)
+
+
+def test_a_copy_of_its_own_shares_no_memory(llama):
+    replacement = replace_by_factors(llama, LAYER)
+    twin = with_modules(llama, {LAYER: replacement}, share=False)
+    assert twin.get_submodule(LAYER) is replacement
+    theirs = {p.data_ptr() for p in llama.parameters()}
+    assert not {p.data_ptr() for p in twin.parameters()} & theirs
+    tied = twin.lm_head.weight is twin.model.embed_tokens.weight
+    assert tied == llama.config.tie_word_embeddings
+
+
+def test_a_module_with_two_parents_is_replaced_at_both():
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Sequential(shared), nn.Sequential(shared))
+    new = Factorized(*factors(4, 4))
+    twin = with_modules(model, {"0.0": new})
+    assert twin[0][0] is twin[1][0] is new
 
 
 def test_a_copy_without_replacements_gives_equal_outputs(llama):

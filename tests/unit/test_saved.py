@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import linears, tiny_llama, tiny_tokenizer
 from torch import nn
 from transformers import LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
@@ -167,6 +167,62 @@ def test_variants_of_lora_are_refused_by_name(saved, settings, named):
         "recovery and merge need plain LoRA",
         str(caught.value),
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "option"),
+    [
+        ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens=[5, 6]"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication=[[0, 2], [1, 2]]"),
+    ],
+)
+def test_an_option_that_keeps_the_names_of_a_lora_is_refused(saved, settings, option):
+    folder = saved(tuned(**settings))
+    with pytest.raises(ConfigError) as caught:
+        read_lora(folder)
+    assert str(caught.value) == (
+        f"{folder}: a LoRA with {option} is no plain LoRA; recovery and merge need plain LoRA"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("adapter_config.json", "{"), ("adapter_model.safetensors", "")]
+)
+def test_a_damaged_file_is_named(saved, name, content):
+    folder = saved(tuned())
+    (folder / name).write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        read_lora(folder)
+    assert str(caught.value).startswith(f"{folder / name} cannot be read (")
+    assert str(caught.value).endswith("); save the adapter again")
+
+
+def test_a_missing_matrix_is_named(saved):
+    folder = saved(tuned())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = "model.layers.1.mlp.down_proj.lora_B.weight"
+    del tensors[f"base_model.model.{name}"]
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(ConfigError) as caught:
+        read_lora(folder)
+    assert str(caught.value) == f"{folder}: {name} is missing; save it again"
+
+
+def test_the_active_adapter_of_a_model_in_memory_is_read(saved):
+    model = tuned()
+    other = LoraConfig(r=2, target_modules=["q_proj"], lora_alpha=1)
+    model.add_adapter("other", other)
+    model.set_adapter("other")
+    read = lora_of(model)
+    assert len(read.pairs) == 2
+    assert {pair.scale for pair in read.pairs.values()} == {0.5}
+    folder = saved(model)
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=rf"this is no adapter folder; pass {folder}/other$"):
+        read_lora(folder)
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ConfigError, match="several adapters are active: default, other"):
+        lora_of(model)
 
 
 @pytest.mark.parametrize("start", ["pissa_niter_4", "olora"])

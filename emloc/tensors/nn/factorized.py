@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional
 
+from emloc.errors import ConfigError
 from emloc.precision import Packed, multiply, register_parts, registered_parts
 
 
@@ -23,13 +27,12 @@ class Factorized(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """Return v, since PEFT reads the device and dtype of a linear layer's weight.
+        """Return a stand-in with v's device and dtype, which PEFT reads from a linear layer.
 
-        The product u v is never computed here. If somebody merges an adapter (out, in) into this
-        weight, the shapes mismatch and raise an error; a merge into a temporary product would be
-        lost silently.
+        The product u v is never computed here, and the stand-in refuses to be computed with: what
+        is merged into a temporary product, or started from its singular vectors, would be lost.
         """
-        return self.v
+        return _FactorizedWeight(self.v, requires_grad=False)
 
     @property
     def rank(self) -> int:
@@ -106,3 +109,39 @@ def _register_bias(layer: nn.Module, bias: Tensor | None) -> None:
     if bias is not None and not isinstance(bias, nn.Parameter):
         bias = nn.Parameter(bias, requires_grad=False)
     layer.register_parameter("bias", bias)
+
+
+# Attributes and methods that describe a weight without reading its numbers.
+_DESCRIPTIONS = frozenset(
+    {
+        *("device", "dtype", "shape", "layout", "ndim", "requires_grad", "is_leaf", "is_meta"),
+        *("is_cpu", "is_cuda", "is_sparse", "is_quantized", "is_mkldnn", "grad_fn", "names"),
+        *("size", "dim", "numel", "element_size", "is_floating_point", "is_complex", "get_device"),
+    }
+)
+
+
+class _FactorizedWeight(nn.Parameter):
+    """Stand-in for the weight of a factorised layer: it has a device and a dtype, no numbers."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Answer what describes the weight, and refuse everything that computes with it.
+
+        Raises:
+            ConfigError: the numbers of the weight are read or written.
+        """
+        # The getter of an attribute is a method `__get__` of the attribute's descriptor.
+        attribute = getattr(getattr(func, "__self__", None), "__name__", None)
+        if (attribute if func.__name__ == "__get__" else func.__name__) in _DESCRIPTIONS:
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        raise ConfigError(
+            "a layer of the emulator is factorised and has no weight to compute with: train a "
+            "plain LoRA (no use_dora; init_lora_weights=True), and merge it into the original model"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -40,13 +41,24 @@ def replace_buffer(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(module, leaf, tensor)
 
 
-def with_modules(model: nn.Module, replace: Mapping[str, nn.Module]) -> nn.Module:
-    """Return a copy of `model` in which the named modules are replaced.
+def with_modules(
+    model: nn.Module, replace: Mapping[str, nn.Module], *, share: bool = True
+) -> nn.Module:
+    """Return a copy of `model` in which the named modules are replaced; `model` does not change.
 
-    The copy shares all other parameters and buffers with `model`, which does not change.
+    Args:
+        model: the model to copy.
+        replace: name of a module -> its replacement.
+        share: whether the copy's other parameters use the memory of the model's. They are frozen
+            parameters of the copy's own, so that to cast or move the copy does not change `model`.
+            Buffers are always copied.
     """
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, memo=shared)
-    for name, module in replace.items():
-        twin.set_submodule(name, module)
-    return twin
+    memo: dict[int, Any] = {id(model.get_submodule(name)): new for name, new in replace.items()}
+    if share:
+        memo |= {id(parameter): alias_of(parameter) for parameter in model.parameters()}
+    return copy.deepcopy(model, memo=memo)
+
+
+def alias_of(tensor: Tensor) -> nn.Parameter:
+    """Return a new frozen parameter that uses the memory of `tensor`."""
+    return nn.Parameter(tensor.detach(), requires_grad=False)
