@@ -9,6 +9,7 @@ from pathlib import Path
 from emloc.adapters import Adapter
 from emloc.adapters.training_inputs import TrainingInputs
 from emloc.calibration.samples import Samples, choose_examples
+from emloc.config.compatibility import check_compatible
 from emloc.cost.plan.solve import solve_auto_compression
 from emloc.data.examples import Examples
 from emloc.data.reader import Reader
@@ -27,7 +28,6 @@ from emloc.stages import (
     TRAINED,
     Context,
 )
-from emloc.stages.compatibility import check_compatible
 from emloc.stages.evaluation.evaluate import headline
 from emloc.stages.run_config import RunConfig
 from emloc.stages.training.callbacks import Report

@@ -16,12 +16,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from emloc.config.values import SEED, Range
 from emloc.data.examples import Example, Examples
 from emloc.errors import ConfigError
 from emloc.runtime.digest import digest
-from emloc.tasks.checks import refuse_limit
 from emloc.tasks.templates import compile_template, render_template
 
 # The public modules with the most documented objects, among those in every Python from 3.11 to
@@ -58,20 +58,18 @@ class StdlibModule:
     lm_eval: ClassVar[None] = None
 
     name: str  # short name for run folders and reports; the stem of the YAML file
-    seed: int = 0  # decides the order of the texts and which of them are held out
-    eval_rows: int = 512  # number of held-out texts; all others are for training
-    limit: int | None = None  # maximum number of training rows; null: all
+    # decides the order of the texts and which of them are held out
+    seed: Annotated[int, SEED] = 0
+    # number of held-out texts; all others are for training
+    eval_rows: Annotated[int, Range(least=1, usual=512)] = 512
+    # maximum number of training rows; null: all
+    limit: Annotated[int | None, Range(least=1, usual=256)] = None
     prompt: str  # Jinja template over `text`
     target: str = "{{module}}"  # Jinja template of the answer to learn
     metric: str = "exact_match"  # main score: greedy exact match
 
     def __post_init__(self) -> None:
         """Check the settings, as far as possible without reading the source files."""
-        if self.eval_rows < 1:
-            raise ConfigError(
-                f"task.eval_rows must be at least 1, got {self.eval_rows}; set task.eval_rows=512"
-            )
-        refuse_limit(self.limit)
         compile_template("prompt", self.prompt)
         compile_template("target", self.target)
 

@@ -7,11 +7,11 @@ from itertools import product
 import pytest
 
 from emloc.adapters.lora import Lora
+from emloc.config.compatibility import check_compatible
 from emloc.config.compose import compose
 from emloc.config.paths import CONF
 from emloc.config.settings import TrainSettings
 from emloc.errors import ConfigError
-from emloc.stages.compatibility import check_compatible
 from emloc.stages.run_config import build, instantiate
 
 CHOICES = {

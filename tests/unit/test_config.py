@@ -16,7 +16,8 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from transformers import SchedulerType
 
-from emloc.config.compose import compose, explain
+from emloc.config.compose import compose
+from emloc.config.explain import explain
 from emloc.config.paths import CONF
 from emloc.config.run_folder import folder_name
 from emloc.config.settings import DECISIVE, SCHEDULES, Config

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 from emloc.config.run_folder import DONE, Run, find_runs
-from emloc.errors import ConfigError
+from emloc.config.values import OneOf
 from emloc.report.tracking.artifacts import pictures_of, table_of_runs, tables_of_run
 from emloc.report.tracking.wandb_run import WandbRun
 from emloc.runtime.distributed import process_start
@@ -24,7 +24,6 @@ Line = Mapping[str, float | None]
 # Horizontal axis of all training numbers.
 STEP = "train/step"
 
-MODES = ("offline", "online")
 
 # Exit codes by state; 1 for a run that failed.
 _EXIT = {DONE: 0, "interrupted": 130}
@@ -80,15 +79,9 @@ class Wandb:
 
     project: str  # project of W&B
     entity: str | None  # user or team; null: WANDB_ENTITY, else the account's own
-    mode: str  # offline: files in the run folder, no account, no network; online
+    # offline: files in the run folder, no account, no network; online
+    mode: Annotated[str, OneOf("offline", "online")]
     adapter: bool  # also upload the recovered adapter as an artifact
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ConfigError(
-                f"tracker.mode={self.mode}: one of {', '.join(MODES)}; "
-                "set tracker.mode=offline, or tracker=none"
-            )
 
     def start(self, folder: Path, config: Mapping[str, Any], last: int) -> WandbSession:
         """Open the run. An interrupted run is resumed, and lines that it has are not sent again.

@@ -6,20 +6,17 @@ changes nothing in this file. Only combinations with wrong results are refused.
 
 from __future__ import annotations
 
-from emloc.adapters import Adapter
-from emloc.adapters.none import NoAdapter
+from typing import Any
+
 from emloc.config.settings import TrainSettings
-from emloc.emulators import Emulator
 from emloc.errors import ConfigError
-from emloc.recovery import Recovery
 
 
-def check_compatible(
-    emulator: Emulator, adapter: Adapter | NoAdapter, recovery: Recovery, recipe: TrainSettings
-) -> None:
+def check_compatible(emulator: Any, adapter: Any, recovery: Any, recipe: TrainSettings) -> None:
     """Refuse an emulator, adapter, recovery and training recipe that do not work together.
 
-    A run that trains nothing passes every check.
+    A run that trains nothing passes every check. The parts are objects of their classes, or
+    stand-ins with the same traits (`emloc.config.declared`), so that torch is not needed.
 
     Raises:
         ConfigError: names the reason and an override that resolves the conflict.
