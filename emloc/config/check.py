@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from emloc.config.compatibility import check_compatible
+from emloc.config.compatibility import check_compatible, refuse_training_in_float16
 from emloc.config.declared import declared_class
 from emloc.config.formats import format_of
 from emloc.config.settings import MODEL_BITS, Config
@@ -38,6 +38,7 @@ def check_settings(cfg: DictConfig) -> None:
     # A class may compute a trait, or have no source file; and no adapter has no further traits.
     if all(hasattr(parts[group], name) for group, names in _TRAITS.items() for name in names):
         check_compatible(**parts, recipe=sections["train"])
+        refuse_training_in_float16(getattr(sections["model"], "dtype", ""), parts["adapter"])
 
 
 def check_values(cfg: DictConfig) -> dict[str, Any]:
@@ -137,12 +138,12 @@ def _section(cfg: DictConfig, name: str) -> Any:
 
 def _stand_in(node: DictConfig, section: str) -> Any:
     """A stand-in with the values of a section; None if the source of its class is not found."""
-    cls = OmegaConf.get_type(node)
     if "_target_" in node:
-        declared = declared_class(current_target(str(node._target_)))
-        if declared is None:
-            return None
-        cls = declared
+        cls = declared_class(current_target(str(node._target_)))
+    else:
+        cls = OmegaConf.get_type(node)
+    if cls is None:
+        return None
     values = {str(key): value for key, value in node.items() if key != "_target_"}
     nested = parts_in(values)
     for key, parts in nested.items():

@@ -65,6 +65,19 @@ def check_compatible(emulator: Any, adapter: Any, recovery: Any, recipe: TrainSe
             raise ConfigError(message.format(**names))
 
 
+def refuse_training_in_float16(dtype: str, adapter: Any) -> None:
+    """Refuse to train in float16; a run that trains nothing may read its model so.
+
+    Raises:
+        ConfigError: the model is in float16, and the adapter is trained.
+    """
+    if dtype == "float16" and adapter.trains:
+        raise ConfigError(
+            "model.dtype=float16 is for runs that train nothing, since small gradients are 0 in "
+            "it; set model.dtype=bfloat16, which takes the same memory, or model.dtype=float32"
+        )
+
+
 def _choice_name(part: object) -> str:
     """Name of a part in its configuration group: the name of the file that defines its class."""
     return type(part).__module__.rpartition(".")[2]

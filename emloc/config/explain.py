@@ -159,9 +159,9 @@ def _nearest(word: str, options: Sequence[str]) -> str:
 
 def _settings(words: Sequence[str]) -> Iterator[str]:
     """Every group and every dotted key, with the choices that the command line makes."""
-    made = [word for word in words if choices(word.partition("=")[0]) and "," not in word]
+    overrides = [word for word in words if choices(word.partition("=")[0]) and "," not in word]
     try:
-        node = OmegaConf.to_container(compose(made))
+        node = OmegaConf.to_container(compose(overrides))
     except (HydraException, OmegaConfBaseException):  # one of the choices is wrong, too
         node = OmegaConf.to_container(compose())
 

@@ -121,7 +121,8 @@ class Text:
         """Return the line that refuses an empty text."""
         if self.may_be_empty or str(value).strip():
             return None
-        return f"{key} is empty; set {key}={'null, or to' if or_null else 'to'} a text"
+        null = f"set {key}=null, or " * or_null
+        return f"{key} is empty; {null}give it a text, as in {key}=..."
 
 
 @dataclass(frozen=True)
@@ -160,9 +161,10 @@ def refuse_wrong_values(section: str, settings: Any) -> None:
     Raises:
         ConfigError: names the setting, its value and one that is right.
     """
-    for name in field_rules(type(settings)):
+    cls: type = type(settings)
+    for name in field_rules(cls):
         key = f"{section}.{name}" if section else name
-        refuse_wrong_value(type(settings), name, getattr(settings, name), key)
+        refuse_wrong_value(cls, name, getattr(settings, name), key)
     for combination, line in getattr(settings, "conflicts", ()):
         if all(getattr(settings, name) == value for name, value in combination.items()):
             raise ConfigError(line)

@@ -48,9 +48,8 @@ def unknown_flag(words: Sequence[str]) -> str | None:
         if word.startswith("-") and not is_known:
             key = flag.lstrip("-")
             setting = own_name(key.replace("-", "_")) or key
-            given = value if equals else "VALUE"
             return (
-                f"there is no flag {flag}; settings have no dashes, as in {setting}={given}; "
+                f"there is no flag {flag}; settings have no dashes, as in {setting}={value if equals else 'VALUE'}; "
                 "emloc --help lists settings and flags"
             )
     return None

@@ -21,7 +21,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from emloc.config.values import SEED, OneOf, Range
+from emloc.config.values import SEED, Checked, OneOf, Range
 from emloc.data.examples import Example, Examples
 from emloc.data.image import LazyImage
 from emloc.errors import ConfigError
@@ -36,7 +36,7 @@ NOISE = 20.0  # standard deviation of the noise in grey levels, of 255
 
 
 @dataclass(frozen=True, kw_only=True)
-class EasyVqa:
+class EasyVqa(Checked):
     """Questions about the shape in an image of 64 x 64 pixels, and its colour.
 
     The columns of a row are `question` and `answer`. `part` selects the images: `plain` are the
@@ -44,6 +44,7 @@ class EasyVqa:
     the plain images.
     """
 
+    section: ClassVar[str] = "task"
     lm_eval: ClassVar[None] = None
 
     name: str  # short name for run folders and reports; the stem of the YAML file
@@ -62,6 +63,7 @@ class EasyVqa:
 
     def __post_init__(self) -> None:
         """Check the settings, as far as possible without reading the data."""
+        super().__post_init__()
         compile_template("prompt", self.prompt)
         compile_template("target", self.target)
 

@@ -18,7 +18,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from emloc.config.values import SEED, Range
+from emloc.config.values import SEED, Checked, Range
 from emloc.data.examples import Example, Examples
 from emloc.errors import ConfigError
 from emloc.runtime.digest import digest
@@ -49,12 +49,13 @@ SHORTEST_GENERIC = 200  # minimum characters of a docstring in the generic text
 
 
 @dataclass(frozen=True, kw_only=True)
-class StdlibModule:
+class StdlibModule(Checked):
     """Name the top-level module (one of 30) that the first paragraph of a docstring comes from.
 
     The columns of a row are `text`, the paragraph, and `module`.
     """
 
+    section: ClassVar[str] = "task"
     lm_eval: ClassVar[None] = None
 
     name: str  # short name for run folders and reports; the stem of the YAML file
@@ -70,6 +71,7 @@ class StdlibModule:
 
     def __post_init__(self) -> None:
         """Check the settings, as far as possible without reading the source files."""
+        super().__post_init__()
         compile_template("prompt", self.prompt)
         compile_template("target", self.target)
 

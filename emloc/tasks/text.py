@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
-from emloc.config.values import Range
+from emloc.config.values import Checked, Range
 from emloc.data.examples import Example, Examples
 from emloc.errors import ConfigError
 from emloc.tasks.rows import Rows
@@ -18,8 +18,10 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextTask:
+class TextTask(Checked):
     """A text data set: templates turn each row into a prompt and an answer."""
+
+    section: ClassVar[str] = "task"
 
     name: str  # short name for run folders and reports; the stem of the YAML file
     id: str | None = None  # data set on the hub; not used if `path` is set
@@ -46,6 +48,7 @@ class TextTask:
 
     def __post_init__(self) -> None:
         """Check the settings, as far as possible without reading data."""
+        super().__post_init__()
         if self.train_split == self.eval_split:
             raise ConfigError(
                 f"task.train_split and task.eval_split are both {self.eval_split}: evaluation rows "

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from emloc.config.values import OneOf, Range
+from emloc.config.values import Checked, OneOf, Range
 from emloc.data.examples import Examples
 from emloc.errors import ConfigError
 from emloc.tasks.images import ImageSource
@@ -24,13 +24,14 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class VqaTask:
+class VqaTask(Checked):
     """A data set whose rows have one or more images, a question and its correct answers.
 
     If `train_split` equals `eval_split` or is a copy of it, the split is divided by image: the
     questions about the first half of the images are training rows, the others are held out.
     """
 
+    section: ClassVar[str] = "task"
     lm_eval: ClassVar[None] = None
 
     name: str  # short name for run folders and reports; the stem of the YAML file
@@ -67,6 +68,7 @@ class VqaTask:
 
     def __post_init__(self) -> None:
         """Check the settings, as far as possible without reading data."""
+        super().__post_init__()
         _ = self._expressions  # raises for syntax errors
 
     @property

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 from emloc.config.run_folder import DONE, Run, find_runs
-from emloc.config.values import OneOf
+from emloc.config.values import Checked, OneOf
 from emloc.report.tracking.artifacts import pictures_of, table_of_runs, tables_of_run
 from emloc.report.tracking.wandb_run import WandbRun
 from emloc.runtime.distributed import process_start
@@ -71,11 +71,13 @@ class Nothing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wandb:
+class Wandb(Checked):
     """Weights & Biases: group = experiment, name = run folder, config = the resolved settings.
 
     All of its files are in `wandb/` of the run folder.
     """
+
+    section: ClassVar[str] = "tracker"
 
     project: str  # project of W&B
     entity: str | None  # user or team; null: WANDB_ENTITY, else the account's own
