@@ -44,7 +44,7 @@ class Range:
     above: float | None = None
     most: float | None = None
     below: float | None = None
-    usual: float = 1  # a right value, which the refusal suggests
+    usual: float | None = 1  # a right value, which the refusal suggests; None: null
 
     def fault(self, key: str, value: Any, *, or_null: bool) -> str | None:
         """Return the line that refuses a number outside the bounds."""
@@ -60,28 +60,29 @@ class Range:
         )
         if inside:
             return None
-        bounds = self._bounds
+        bounds = [self._bounds] if self._bounds else []
         if not math.isfinite(value) and most is None and self.below is None:
-            bounds += " and finite" if bounds else "be finite"
+            bounds.append("finite")
         elif most != self.most and value > LARGEST_COUNT:
-            bounds += f" and at most {LARGEST_COUNT}"
-        null = " or null" * or_null
-        return f"{key} must {bounds}{null}, got {_number(value)}; set {key}={_number(self.usual)}"
+            bounds.append(f"at most {LARGEST_COUNT}")
+        phrase = " and ".join(bounds) + " or null" * or_null
+        verb = "lie" if phrase.startswith("between") else "be"
+        return f"{key} must {verb} {phrase}, got {_number(value)}; set {key}={_number(self.usual)}"
 
     @property
     def _bounds(self) -> str:
-        """The bounds as a phrase that follows `must`."""
+        """The bounds as a phrase that follows `must be`, or `must lie`; empty if there are none."""
         low = self.least if self.above is None else self.above
         high = self.most if self.below is None else self.below
         if low is not None and high is not None:
             if self.above is not None and self.below is not None:
-                return f"lie between {_number(low)} and {_number(high)}"
+                return f"between {_number(low)} and {_number(high)}"
             left, right = "(["[self.above is None], ")]"[self.below is None]
-            return f"be in {left}{_number(low)}, {_number(high)}{right}"
+            return f"in {left}{_number(low)}, {_number(high)}{right}"
         if low is not None:
-            return f"be {'at least' if self.above is None else 'above'} {_number(low)}"
+            return f"{'at least' if self.above is None else 'above'} {_number(low)}"
         if high is not None:
-            return f"be {'at most' if self.below is None else 'below'} {_number(high)}"
+            return f"{'at most' if self.below is None else 'below'} {_number(high)}"
         return ""
 
 
@@ -222,5 +223,8 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
     return (hint,)
 
 
-def _number(value: float) -> str:
+def _number(value: float | None) -> str:
+    """The number as it is written on a command line."""
+    if value is None:
+        return "null"
     return str(value) if isinstance(value, int) else f"{value:g}"

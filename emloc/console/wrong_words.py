@@ -48,8 +48,9 @@ def unknown_flag(words: Sequence[str]) -> str | None:
         if word.startswith("-") and not is_known:
             key = flag.lstrip("-")
             setting = own_name(key.replace("-", "_")) or key
+            example = f"{setting}={value if equals else 'VALUE'}"
             return (
-                f"there is no flag {flag}; settings have no dashes, as in {setting}={value if equals else 'VALUE'}; "
+                f"there is no flag {flag}; settings have no dashes, as in {example}; "
                 "emloc --help lists settings and flags"
             )
     return None

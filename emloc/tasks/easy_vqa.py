@@ -53,7 +53,7 @@ class EasyVqa(Checked):
     # decides the order of the questions, and the noise
     seed: Annotated[int, SEED] = 0
     # maximum number of training rows; null: all
-    limit: Annotated[int | None, Range(least=1, usual=256)] = None
+    limit: Annotated[int | None, Range(least=1, usual=None)] = None
     prompt: str  # Jinja template over `question`
     target: str = "{{answer}}"  # Jinja template of the answer to learn
     scorer: str  # scorer of one answer, such as exact or anls; your own by its dotted path

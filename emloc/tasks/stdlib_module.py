@@ -64,7 +64,7 @@ class StdlibModule(Checked):
     # number of held-out texts; all others are for training
     eval_rows: Annotated[int, Range(least=1, usual=512)] = 512
     # maximum number of training rows; null: all
-    limit: Annotated[int | None, Range(least=1, usual=256)] = None
+    limit: Annotated[int | None, Range(least=1, usual=None)] = None
     prompt: str  # Jinja template over `text`
     target: str = "{{module}}"  # Jinja template of the answer to learn
     metric: str = "exact_match"  # main score: greedy exact match

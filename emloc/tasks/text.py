@@ -37,7 +37,7 @@ class TextTask(Checked):
     # solved examples that lm-eval puts before each question
     shots: Annotated[int, Range(least=0, usual=0)] = 0
     # maximum number of training rows, the first ones; null: all
-    limit: Annotated[int | None, Range(least=1, usual=256)] = None
+    limit: Annotated[int | None, Range(least=1, usual=None)] = None
 
     conflicts: ClassVar[Any] = (
         (

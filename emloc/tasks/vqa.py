@@ -55,7 +55,7 @@ class VqaTask(Checked):
     # maximum number of tokens to generate per answer
     answer_tokens: Annotated[int, Range(least=1, usual=32)]
     # maximum number of training rows, the first ones; null: all
-    limit: Annotated[int | None, Range(least=1, usual=256)] = None
+    limit: Annotated[int | None, Range(least=1, usual=None)] = None
     # if the image of a row cannot be read: fail | skip
     unreadable: Annotated[str, OneOf("fail", "skip")] = "fail"
 

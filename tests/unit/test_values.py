@@ -143,7 +143,8 @@ def test_a_refusal_suggests_a_value_that_is_accepted(name):
     for field, (rule, _) in field_rules(cls).items():
         if isinstance(rule, Range):
             refuse_wrong_value(cls, field, rule.usual, field)
-            with pytest.raises(ConfigError, match=f"set {field}={rule.usual:g}"):
+            usual = "null" if rule.usual is None else f"{rule.usual:g}"
+            with pytest.raises(ConfigError, match=f"set {field}={usual}"):
                 refuse_wrong_value(cls, field, math.nan, field)
         if isinstance(rule, OneOf):
             with pytest.raises(ConfigError, match=f"set {field}={rule.options[0]}"):
@@ -208,6 +209,8 @@ def test_names_of_options_are_those_of_the_code():
             "k must be at least 1 and at most 2147483647, got 2147483648; set k=8",
         ),
         (Range(), math.nan, "k must be finite, got nan; set k=1"),
+        (Range(), 2**63, f"k must be at most 2147483647, got {2**63}; set k=1"),
+        (Range(least=1, usual=None), 0, "k must be at least 1, got 0; set k=null"),
         (OneOf("cosine", "linear"), "Linear", "k=Linear is none of cosine, linear; set k=linear"),
         (OneOf("cosine", "linear"), "x", "k=x is none of cosine, linear; set k=cosine"),
         (Text(), " ", "k is empty; give it a text, as in k=..."),
