@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from emloc.config.compatibility import check_compatible, refuse_training_in_float16
+from emloc.config.compatibility import check_compatible, refuse_training_in_float16, required_budget
 from emloc.config.declared import declared_class
 from emloc.config.formats import format_of
 from emloc.config.settings import MODEL_BITS, Config
@@ -39,6 +39,9 @@ def check_settings(cfg: DictConfig) -> None:
     if all(hasattr(parts[group], name) for group, names in _TRAITS.items() for name in names):
         check_compatible(**parts, recipe=sections["train"])
         refuse_training_in_float16(getattr(sections["model"], "dtype", ""), parts["adapter"])
+        compression = sections["compression"]
+        if parts["adapter"].trains and None in (compression.ratio, compression.bits):
+            required_budget(sections["budget"].gpu_gib)
 
 
 def check_values(cfg: DictConfig) -> dict[str, Any]:

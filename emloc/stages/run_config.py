@@ -144,7 +144,7 @@ def instantiate(node: DictConfig, section: str = "") -> Any:
     `section` is the name that begins the names of settings in errors.
     """
     plugin_folders()
-    cls = (
+    cls: Any = (
         get_class(current_target(node._target_)) if "_target_" in node else OmegaConf.get_type(node)
     )
     values = {str(key): value for key, value in node.items() if key != "_target_"}

@@ -52,6 +52,7 @@ def test_a_wrong_setting_is_refused_within_two_seconds_without_a_folder(
         (["emulator.sequential=true", "emulator.algorithm=whiten"], "emulator.algorithm=whiten "),
         (["emulator=prune", "recovery=scatter", "emulator.seed=1"], "emulator.seed=1 has an eff"),
         (["task.prompt='{{text'"], "task.prompt: "),
+        (["compression=auto"], "compression=auto needs budget.gpu_gib; set budget.gpu_gib=24"),
         (["model.dtype=float16"], "model.dtype=float16 is for runs that train nothing, since sm"),
         (["train=quick", "+recovery.typo=1"], "recovery.typo: Key 'typo' not in 'Correction'"),
         (["plan", "train.clip=-1"], "train.clip must be at least 0, got -1; set train.clip=1"),

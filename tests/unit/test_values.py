@@ -170,7 +170,7 @@ def test_a_trait_that_is_computed_is_not_guessed(tmp_path, monkeypatch):
     text = (
         "from dataclasses import dataclass\nfrom emloc.adapters.lora import Lora\nimport nowhere\n"
         "@dataclass(frozen=True, kw_only=True)\nclass Own(Lora):\n"
-        "    size: nowhere.Size\n    other: int = nowhere.SIZE\n"
+        "    size: nowhere.Size\n    other: int = nowhere.SIZE\n    third: 'Size' | None = None\n"
         "    @property\n    def nonlinear(self): return None\n"
     )
     (tmp_path / "own_adapter.py").write_text(text)
