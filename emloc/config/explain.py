@@ -31,7 +31,7 @@ def explain(error: Exception, words: Sequence[str] = ()) -> str:
     text = str(error)
     if isinstance(error, OverrideParseException):
         return _unreadable(error.override, words)
-    if match := re.match(r"Ambiguous value for argument '(.*)'", text):
+    if match := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*)'", text):
         return _several_values(match[1], words)
     if isinstance(error, MissingConfigException) and (
         match := re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text)
@@ -60,11 +60,10 @@ def no_setting(key: str, words: Sequence[str] = ()) -> str:
     if name and (owners := _choices_with(group, name)):
         others = " and others" * (len(owners) > 3)
         return f"{line}; {group}={', '.join(owners[:3])}{others} have it"
-    names = [one for one in _settings(words) if one != key]
     if own := own_name(key):
         note = difference(key)
         return f"{line}; did you mean {own}?" + (f" ({note})" if note else "")
-    return line + _nearest(key, names)
+    return line + _nearest(key, list(_settings(words)))
 
 
 def _unreadable(override: str, words: Sequence[str]) -> str:
@@ -88,9 +87,10 @@ def _unreadable(override: str, words: Sequence[str]) -> str:
 def _several_values(override: str, words: Sequence[str]) -> str:
     """The line about a value with commas in a single run."""
     others = [word for word in words if word != override]
-    sweep = shlex.join(["emloc", "-m", override, *others])
-    line = f"{override} names several values; add -m to run each of them: {sweep}"
-    if choices(override.partition("=")[0]):
+    verb = next((word for word in words[:1] if not re.search("^-|=", word)), None)
+    sweep = f"add -m to run each of them: {shlex.join(['emloc', '-m', override, *others])}"
+    line = f"{override} names several values; {f'{verb} takes one' if verb else sweep}"
+    if choices(override.partition("=")[0]) or "," not in override:
         return line
     return f"{line}; or quote one value with commas: {quoted_override(override)}"
 

@@ -440,7 +440,10 @@ def test_limits_of_ranges_are_accepted(override):
         ),
         ("eval.harness=perhaps", "eval.harness: Value 'perhaps' is not a valid bool (type str)"),
         ("~train.steps", "train.steps: TrainSettings (DictConfig) does not support deletion"),
-        ("lora.rank", "Error parsing override 'lora.rank'"),
+        (
+            "lora.rank",
+            "lora.rank is no override, which is written setting=value without spaces around =",
+        ),
     ],
 )
 def test_explain_describes_a_composition_error_in_one_line(override, message):

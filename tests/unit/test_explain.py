@@ -102,6 +102,11 @@ def test_several_values_without_a_sweep_name_its_flag():
         "method=lora,emloc names several values; add -m to run each of them: "
         "emloc -m method=lora,emloc seed=1"
     )
+    assert explanation("lora.rank=range(1,4)").startswith("lora.rank=range(1,4) names several ")
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - Hydra's are of several kinds
+        compose(["method=lora,emloc"])
+    line = explain(caught.value, ["plan", "method=lora,emloc"])
+    assert line == "method=lora,emloc names several values; plan takes one"
     line = explanation("task=gsm8k", "task.metric=exact_match,flexible-extract")
     assert "emloc -m task.metric=exact_match,flexible-extract task=gsm8k" in line
     quoted = line.rpartition("quote one value with commas: ")[2]
