@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import sys
@@ -13,11 +12,13 @@ import yaml
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from emloc.config.compose import explain, register
-from emloc.config.paths import CONF, choices
+from emloc.config.compose import register
+from emloc.config.explain import explain
+from emloc.config.paths import CONF
 from emloc.console.completion import complete
 from emloc.console.help import help_text, version_line
 from emloc.console.verbs import VERBS
+from emloc.console.wrong_words import no_verb, unknown_flag
 from emloc.errors import ConfigError, FailedWorkError, SaidError
 from emloc.runtime.failures import TRACEBACK, refusal_of, unexpected, wants_traceback
 from emloc.sweeps.job import run_job
@@ -41,7 +42,7 @@ def main() -> None:
     except ConfigError as error:
         _refuse(str(error))
     except (HydraException, OmegaConfBaseException) as error:
-        _refuse(explain(error))
+        _refuse(explain(error, sys.argv[1:]))
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
@@ -51,7 +52,7 @@ def main() -> None:
         sys.exit(error.code)
     except Exception as error:  # why: of any failure one line is printed
         if _of_hydra(error) and isinstance(error, ValueError):
-            _refuse(f"{str(error).strip()}; a group takes one of its choices, as in tracker=none")
+            _refuse(explain(error, sys.argv[1:]))
         os.environ[TRACEBACK] = tracebacks or ""  # what the user has set, and not `_hydra`
         _fail(error)
 
@@ -69,7 +70,9 @@ def _run(words: list[str]) -> None:
         print(complete(os.environ.get("COMP_LINE", ""), os.environ.get("COMP_POINT", ""), shell))
     else:
         if name and "=" not in name and not name.startswith(("-", "~")):
-            _refuse(_no_verb(name))
+            _refuse(no_verb(words))
+        if flag := unknown_flag(words):
+            _refuse(flag)
         _hydra(words)
 
 
@@ -85,15 +88,6 @@ def _queried_shell(words: list[str]) -> str:
     if len(words) == 2 and words[0] in ("-sc", "--shell-completion", "--shell_completion"):
         return words[1].partition("query=")[2]
     return ""
-
-
-def _no_verb(word: str) -> str:
-    """The line that refuses a first word which is neither a verb nor an override."""
-    if choices(word):
-        return f"{word} is a group; choose as in {word}={next(iter(sorted(choices(word))))}"
-    close = difflib.get_close_matches(word, VERBS, n=1, cutoff=0.5)
-    mended = f"did you mean {close[0]}?" if close else f"the verbs are {', '.join(VERBS)}"
-    return f"there is no verb {word}; {mended}"
 
 
 def _of_hydra(error: Exception) -> bool:

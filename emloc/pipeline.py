@@ -9,6 +9,7 @@ from pathlib import Path
 from emloc.adapters import Adapter
 from emloc.adapters.training_inputs import TrainingInputs
 from emloc.calibration.samples import Samples, choose_examples
+from emloc.config.compatibility import check_compatible, refuse_training_in_float16
 from emloc.cost.plan.solve import solve_auto_compression
 from emloc.data.examples import Examples
 from emloc.data.reader import Reader
@@ -27,7 +28,6 @@ from emloc.stages import (
     TRAINED,
     Context,
 )
-from emloc.stages.compatibility import check_compatible
 from emloc.stages.evaluation.evaluate import headline
 from emloc.stages.run_config import RunConfig
 from emloc.stages.training.callbacks import Report
@@ -135,6 +135,7 @@ def checked(run_config: RunConfig, store: Store, report: Report) -> tuple[str, C
     limit_device_memory(device, run_config.budget.gpu_gib)
     emulator, adapter, recovery = run_config.emulator, run_config.adapter, run_config.recovery
     check_compatible(emulator, adapter, recovery, run_config.train)
+    refuse_training_in_float16(run_config.model.dtype, adapter)
     run_config = replace(run_config, model=emulator.model(run_config.model, run_config.compression))
     source = run_config.model.open()
     reader = source.reader()  # random weights may have none

@@ -24,6 +24,8 @@ class Adapter(Part):
     trait. Error messages quote the reason behind "adapter=<name>".
     """
 
+    section: ClassVar[str] = "adapter"
+
     trains: ClassVar[Literal[True]] = True
     # Why the adapter changes a weight by anything else than s B A.
     nonlinear: ClassVar[str | None] = None

@@ -12,4 +12,5 @@ from emloc.config.part import Part
 class NoAdapter(Part):
     """The choice `adapter=none`. It is no `Adapter`, because it can neither be saved nor loaded."""
 
+    section: ClassVar[str] = "adapter"
     trains: ClassVar[Literal[False]] = False

@@ -1,9 +1,7 @@
-"""Compose a configuration, and explain in one line why one cannot be composed."""
+"""Compose a configuration."""
 
 from __future__ import annotations
 
-import difflib
-import re
 import secrets
 from collections.abc import Iterator, Sequence
 
@@ -13,11 +11,9 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
-from hydra.errors import MissingConfigException
 from hydra.plugins.config_source import ConfigLoadError
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from emloc.config.choices import hide_bases, refuse_bases
 from emloc.config.experiments import read_experiment
@@ -25,7 +21,6 @@ from emloc.config.folder_words import require_word
 from emloc.config.paths import CONF, EXPERIMENTS, conf_folders, plugin_folders
 from emloc.config.run_folder import folder_name
 from emloc.config.settings import schema
-from emloc.runtime.failures import refusal_of
 from emloc.runtime.folders import runs_folder
 
 # Choice of a group of Hydra -> the extra of this package that installs its plugin.
@@ -143,38 +138,6 @@ def compose(overrides: Sequence[str] = (), *, with_hydra: bool = False) -> DictC
         return hydra_compose("config", list(overrides), return_hydra_config=with_hydra)
 
 
-def explain(error: Exception) -> str:
-    """One line about a configuration that cannot be composed, with the nearest possible name."""
-    text = str(error)
-    if refusal := refusal_of(error):
-        return str(refusal)
-    if isinstance(error, MissingConfigException) and (
-        match := re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text)
-    ):
-        group, choice = match.groups()
-        if extra := EXTRAS.get(f"{group}/{choice}"):
-            return f"{group}={choice} is not installed; pip install 'emloc[{extra}]'"
-        if group.partition("/")[0] == "cell":  # Hydra knows those of named experiments alone
-            word = f"{group}/{choice}".removeprefix("cell/")
-            return f"cell={word}: there is no such choice{_nearest(word, list(cell_names()))}"
-        return f"{group}={choice}: there is no such choice{_nearest(choice, error.options or [])}"
-    if re.search(r"Could not override 'cell'", text):
-        return "cell: there is no such choice; it is experiment/cell, such as demo_vqa/lora"
-    if match := re.search(r"Could not override '([^'@]+)", text):
-        return f"{match[1]}: there is no such setting{_nearest(match[1], list(_settings()))}"
-    if isinstance(error.__cause__, OmegaConfBaseException):
-        cause = error.__cause__
-        return f"{cause.full_key}: {str(cause).splitlines()[0]}"
-    return text.splitlines()[0]
-
-
-def _nearest(word: str, options: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]}?"
-    return f"; there is {', '.join(options)}" if 0 < len(options) < 20 else ""
-
-
 def experiment_names() -> list[str]:
     """Name of every experiment of the project, in alphabetical order."""
     return sorted(path.stem for path in EXPERIMENTS.glob("*.yaml"))
@@ -184,17 +147,3 @@ def cell_names() -> Iterator[str]:
     """Name of every cell of every experiment, such as `demo_vqa/lora`."""
     for path in sorted(EXPERIMENTS.glob("*.yaml")):
         yield from (f"{path.stem}/{name}" for name in read_experiment(path).cells)
-
-
-def _settings() -> Iterator[str]:
-    """Every group and every dotted key of the default configuration."""
-    node = OmegaConf.to_container(compose())
-
-    def keys(value: object, path: str) -> Iterator[str]:
-        if path:
-            yield path
-        if isinstance(value, dict):
-            for key, below in value.items():
-                yield from keys(below, f"{path}.{key}" if path else str(key))
-
-    return keys(node, "")

@@ -1,7 +1,4 @@
-"""Explanations of settings, read from the comments at their fields in the classes of the package.
-
-The source files are parsed and not imported: `emloc --help` must not wait for torch.
-"""
+"""Explanations of settings, read from the comments at the fields of their classes."""
 
 from __future__ import annotations
 
@@ -9,8 +6,8 @@ import ast
 import io
 import tokenize
 from functools import cache
-from importlib.machinery import PathFinder
-from pathlib import Path
+
+from emloc.config.class_source import ClassSource, find_class
 
 
 @cache
@@ -23,51 +20,16 @@ def field_comments(cls: str) -> dict[str, str]:
         cls: dotted name, such as `emloc.emulators.svd.Svd`; a class that is not found has no
             fields.
     """
-    module, _, name = cls.rpartition(".")
-    path = _source_file(module)
-    if path is None:
-        return {}
-    text = path.read_text(encoding="utf-8")
-    tree = ast.parse(text)
-    node = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
-    if node is None:  # the package of a class may only import it
-        home = _imports(tree).get(name)
-        return field_comments(home) if home else {}
+    source = find_class(cls)
+    return _comments_of(source) if source else {}
+
+
+def _comments_of(source: ClassSource) -> dict[str, str]:
     explanations: dict[str, str] = {}
-    imports = _imports(tree)
-    for base in node.bases:
-        word = ast.unparse(base)
-        explanations |= field_comments(imports.get(word, f"{module}.{word}"))
-    comments = _comments(text)
-    for field in node.body:
-        if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
-            continue
-        if not ast.unparse(field.annotation).startswith("ClassVar"):
-            explanations[field.target.id] = _comment_of(field, comments)
-    return explanations
-
-
-def _source_file(module: str) -> Path | None:
-    """The file of a module. Unlike `importlib.util.find_spec`, this imports no parent package."""
-    path: list[str] | None = None
-    spec = None
-    parts = module.split(".")
-    for depth in range(1, len(parts) + 1):
-        spec = PathFinder.find_spec(".".join(parts[:depth]), path)
-        if spec is None:
-            return None
-        path = list(spec.submodule_search_locations or ())
-    return Path(spec.origin) if spec is not None and spec.origin else None
-
-
-def _imports(tree: ast.Module) -> dict[str, str]:
-    """Name in the module -> dotted name of what it imports from elsewhere."""
-    return {
-        alias.asname or alias.name: f"{node.module}.{alias.name}"
-        for node in tree.body
-        if isinstance(node, ast.ImportFrom) and node.module
-        for alias in node.names
-    }
+    for base in source.bases:
+        explanations |= _comments_of(base)
+    comments = _comments(source.module.text)
+    return explanations | {name: _comment_of(field, comments) for name, field in source.fields}
 
 
 def _comments(text: str) -> dict[int, tuple[str, bool]]:

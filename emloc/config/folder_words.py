@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from emloc.errors import ConfigError
@@ -43,3 +44,21 @@ def require_word(key: str, value: Any, example: str) -> None:
         f"{key}={start}: it names a folder or a file, so it has 1 to {LONGEST} bytes and no slash, "
         f"and it is not .. or empty; set {key}={example}"
     )
+
+
+def require_words(sections: Mapping[str, Any]) -> None:
+    """Check the settings that are part of the names of folders.
+
+    Args:
+        sections: section -> its object or plain value; a section that is None is not checked.
+
+    Raises:
+        ConfigError: one of them is no name of a folder.
+    """
+    require_word("name", sections["name"], "demo")
+    require_word("method", sections["method"], "emloc")
+    for section, example in (("model", "my_model"), ("task", "my_task")):
+        if sections[section] is not None:
+            require_word(f"{section}.name", sections[section].name, example)
+    for stage in sections["stage"]:
+        require_word("stage", stage, "standard")

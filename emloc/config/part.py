@@ -5,13 +5,15 @@ from __future__ import annotations
 from abc import ABC
 from typing import Any, Self
 
+from emloc.config.values import Checked
 from emloc.errors import ConfigError
 
 
-class Part(ABC):  # noqa: B024 - the classes of the groups have abstract methods
+class Part(Checked, ABC):
     """A choice of a configuration group, such as an emulator, an adapter or a recovery.
 
-    Each group has a base class that marks the methods of every choice with `@abstractmethod`.
+    Each group has a base class that names the group (`section`) and marks the methods of every
+    choice with `@abstractmethod`.
     """
 
     def __new__(cls, *_: Any, **__: Any) -> Self:

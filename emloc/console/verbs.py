@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from emloc.config.check import check_settings
 from emloc.config.compose import compose
 from emloc.config.run_folder import is_run
 from emloc.errors import ConfigError
@@ -147,6 +148,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     cfg = compose(options.overrides)
+    check_settings(cfg)
 
     quiet()
     from emloc.cost.plan.gpus import find_gpu

@@ -68,6 +68,8 @@ class Emulator(Part):
     """
 
     # Whether each adapted layer always has its weight (out, in) in memory.
+    section: ClassVar[str] = "emulator"
+
     keeps_weights: ClassVar[bool] = True
     # Whether adapted layers have the same input and output widths as in the original.
     same_shapes: ClassVar[bool] = True

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from emloc.calibration.blockwise import block_of, by_block
 from emloc.calibration.calibrate import Layers
 from emloc.config.settings import MODEL_BITS, Compression
+from emloc.config.values import Range
 from emloc.emulators import BuildInputs, Emulator, Plan
 from emloc.emulators.full import (
     block_linears,
@@ -69,15 +70,10 @@ class IdentityBlock(nn.Module):
 class LayerDrop(Emulator):
     """Drops evenly spaced blocks in the middle; all other blocks keep their names and weights."""
 
-    first: int  # number of blocks at the beginning that are kept and adapted
-    last: int  # number of blocks at the end that are kept and adapted
-
-    def __post_init__(self) -> None:
-        for name in ("first", "last"):
-            if (count := getattr(self, name)) < 1:
-                raise ConfigError(
-                    f"emulator.{name} must be at least 1, got {count}; set emulator.{name}=2"
-                )
+    # number of blocks at the beginning that are kept and adapted
+    first: Annotated[int, Range(least=1, usual=2)]
+    # number of blocks at the end that are kept and adapted
+    last: Annotated[int, Range(least=1, usual=2)]
 
     def plan(self, source: Source, layers: Layers, budget: Compression) -> Plan:
         """Return the names of all blocks in three lists: adapted, kept unadapted, and dropped.

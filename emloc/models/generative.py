@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from emloc.errors import ConfigError
+from emloc.config.values import Range
 from emloc.models.family import ModelFamily
 from emloc.models.objectives import Objective
 from emloc.models.objectives.tokens import Tokens
@@ -16,15 +17,8 @@ class GenerativeModel(ModelFamily):
 
     unplanned = None
 
-    max_length: int  # tokens; longer examples are skipped, and their number is logged
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_length < 2:
-            raise ConfigError(
-                f"model.max_length must be at least 2, got {self.max_length}; "
-                "set model.max_length=2048"
-            )
+    # tokens; longer examples are skipped, and their number is logged
+    max_length: Annotated[int, Range(least=2, usual=2048)]
 
     @property
     def objective(self) -> Objective:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
+from emloc.config.values import Range, Text
 from emloc.data.collate import collate
 from emloc.data.examples import Example
 from emloc.data.prompts import EncodedExample, encode
@@ -32,15 +33,10 @@ class InternVL(VisionLanguageModel):
     ratio best. If there are several tiles, a thumbnail of the whole image is added.
     """
 
-    system: str | None  # system message; null: no system message
-    tiles: int = 6  # maximum number of tiles per image, without the thumbnail
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.tiles < 1:
-            raise ConfigError(
-                f"model.tiles must be at least 1, got {self.tiles}; set model.tiles=6"
-            )
+    # system message; null: no system message
+    system: Annotated[str | None, Text(may_be_empty=True)]
+    # maximum number of tiles per image, without the thumbnail
+    tiles: Annotated[int, Range(least=1, usual=6)] = 6
 
     @property
     def reader_settings(self) -> ReaderSettings:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from emloc.config.part import Part
 from emloc.config.settings import MODEL_BITS
-from emloc.errors import ConfigError
+from emloc.config.values import Range
 from emloc.runtime.keys import without_neutral
 
 # Name of a part -> shape (at least one dimension) and dtype of the tensor.
@@ -82,20 +82,16 @@ class Precision(Part):
     Further fields of a subclass are settings of the format, and keys of its YAML file.
     """
 
+    section: ClassVar[str] = "precision"
+
     name: str  # of the choice in the config group, which is also the name of its YAML file
-    bits: int  # per number, without scales that a group of numbers shares
+    # per number, without scales that a group of numbers shares
+    bits: Annotated[int, Range(least=1, below=16, usual=4)]
 
     # Operations per number to dequantise a matrix; the estimate of a step's time uses it.
     dequantize_operations: ClassVar[int] = 10
     # Attributes that other libraries expect of a model with layers in this format.
     attributes: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-
-    def __post_init__(self) -> None:
-        if not 0 < self.bits < MODEL_BITS:
-            raise ConfigError(
-                f"precision.bits must be at least 1 and below {MODEL_BITS}, got {self.bits}; "
-                f"set precision=null compression.bits={MODEL_BITS}"
-            )
 
     @abstractmethod
     def layout(self, rows: int, columns: int) -> Layout:

@@ -37,6 +37,8 @@ class RecoveryInputs:
 class Recovery(Part):
     """One method of adapting a trained adapter to the original model."""
 
+    section: ClassVar[str] = "recovery"
+
     reads_pairs: ClassVar[bool] = True  # whether it reads the LoRA matrices A and B
     scatters: ClassVar[bool] = False  # whether it enlarges an adapter of pruned layers
     trains: ClassVar[bool] = False  # whether it runs training steps, on all processes of a launch

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from emloc.calibration.blockwise import Block, by_block, iterate_checkpoint
 from emloc.calibration.calibrate import linears_of
 from emloc.calibration.moments import InputRecorder
 from emloc.calibration.padding import TokenMask
+from emloc.config.values import OneOf, Range
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import CPU
 from emloc.recovery import Recovery, RecoveryInputs
@@ -32,34 +33,17 @@ from emloc.tensors.linalg.correct import (
 )
 from emloc.tensors.linalg.gram import cross, gram, product
 
-METRICS = ("identity", "covariance")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Correction(Recovery):
     """Corrects B of each LoRA for the residual between original and emulator (EMLoC, stage 3)."""
 
-    metric: str  # identity: the paper; covariance: weights directions by the calibration tokens
-    clamp: float | None  # the paper's lambda, per rank direction; 0: uncorrected, null: no clamp
-    strength: float  # multiplies the clamped correction, in [0, 1]
-
-    def __post_init__(self) -> None:
-        where = "recovery=correction"
-        if self.metric not in METRICS:
-            raise ConfigError(
-                f"{where}: metric={self.metric} is none of {', '.join(METRICS)}; "
-                "set recovery.metric=identity"
-            )
-        if self.clamp is not None and self.clamp < 0:
-            raise ConfigError(
-                f"{where}: clamp must be at least 0 or null, got {self.clamp:g}; "
-                "set recovery.clamp=3"
-            )
-        if not 0 <= self.strength <= 1:
-            raise ConfigError(
-                f"{where}: strength must be in [0, 1], got {self.strength:g}; "
-                "set recovery.strength=1"
-            )
+    # identity: the paper; covariance: weights directions by the calibration tokens
+    metric: Annotated[str, OneOf("identity", "covariance")]
+    # the paper's lambda, per rank direction; 0: uncorrected, null: no clamp
+    clamp: Annotated[float | None, Range(least=0, usual=3)]
+    # multiplies the clamped correction, in [0, 1]
+    strength: Annotated[float, Range(least=0, most=1, usual=1)]
 
     @property
     def statistics(self) -> bool:

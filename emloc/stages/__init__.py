@@ -70,6 +70,8 @@ class Stage(Part):
     subclass are its settings, which are part of its cache key.
     """
 
+    section: ClassVar[str] = "stage"
+
     version: ClassVar[int] = 1  # raise this number when the meaning of the artifact's files changes
     gives: ClassVar[str]  # kind of its artifact: a kind from above, or a new one
     reads_samples: ClassVar[bool] = False  # whether the stage itself reads calibration samples

@@ -7,11 +7,11 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from emloc.adapters import Adapter
 from emloc.adapters.none import NoAdapter
-from emloc.config.folder_words import require_word
+from emloc.config.check import check_values, errors_of, fill, parts_in, refuse_width
+from emloc.config.folder_words import require_words
 from emloc.config.formats import format_of, widths
 from emloc.config.named_class import import_named
 from emloc.config.paths import choices
@@ -25,6 +25,7 @@ from emloc.config.settings import (
     TrainSettings,
 )
 from emloc.config.stage_order import order_stages
+from emloc.config.targets import current_target
 from emloc.emulators import Emulator
 from emloc.errors import ConfigError
 from emloc.models.family import ModelFamily
@@ -66,31 +67,14 @@ def build(cfg: DictConfig) -> RunConfig:
     Raises:
         ConfigError: a key is unknown, or a value has a wrong type or is out of range.
     """
-    names = [field.name for field in fields(RunConfig)]
-    unknown = [str(key) for key in cfg if key not in names]
-    if unknown:
-        raise ConfigError(f"{unknown[0]}: there is no such setting")
-    values = {name: section_of(cfg, name) for name in names}
-    _require_folder_words(values)
+    check_values(cfg)
+    values = {field.name: section_of(cfg, field.name) for field in fields(RunConfig)}
+    require_words(values)
     order = order_stages({name: stage.after for name, stage in values["stage"].items()})
     run_config = RunConfig(**values | {"stage": {name: values["stage"][name] for name in order}})
     return replace(
         run_config, precision=precision_of(run_config.compression.bits, run_config.precision)
     )
-
-
-def _require_folder_words(values: Mapping[str, Any]) -> None:
-    """Check the settings that are part of the names of folders.
-
-    Raises:
-        ConfigError: one of them is no name of a folder.
-    """
-    require_word("name", values["name"], "demo")
-    require_word("method", values["method"], "emloc")
-    require_word("model.name", values["model"].name, "my_model")
-    require_word("task.name", values["task"].name, "my_task")
-    for stage in values["stage"]:
-        require_word("stage", stage, "standard")
 
 
 def precision_of(bits: int | None, named: Precision | None = None) -> Precision | None:
@@ -101,12 +85,7 @@ def precision_of(bits: int | None, named: Precision | None = None) -> Precision 
     Raises:
         ConfigError: no format or more than one has that width, or `named` has another width.
     """
-    if named is not None and bits not in (None, named.bits):
-        raise ConfigError(
-            f"precision={named.name} is a format of {named.bits} bits, and "
-            f"compression.bits={bits}; set compression.bits={named.bits}"
-            + (", or precision=null" if bits == MODEL_BITS else "")
-        )
+    refuse_width(bits, named)
     if named is not None or bits in (None, MODEL_BITS):
         return named
     assert bits is not None
@@ -144,38 +123,37 @@ def section_of(cfg: DictConfig, name: str) -> Any:
         ConfigError: the section is missing or wrong, or its class cannot or may not be imported.
     """
     try:
-        node = cfg[name]
-        if name == "stage":
-            return {str(stage): instantiate(settings) for stage, settings in node.items()}
-        return instantiate(node) if isinstance(node, DictConfig) else node
-    except OmegaConfBaseException as error:
-        key = str(error.full_key or error.key)
-        key = key if key.split(".")[0] == name else f"{name}.{key}"
-        raise ConfigError(f"{key}: {(error.msg or str(error)).splitlines()[0]}") from error
+        with errors_of(name):
+            node = cfg[name]
+            if name == "stage":
+                return {
+                    str(stage): instantiate(settings, f"stage.{stage}")
+                    for stage, settings in node.items()
+                }
+            return instantiate(node, name) if isinstance(node, DictConfig) else node
     except ImportError as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise ConfigError(f"{name}._target_={cfg[name]._target_}: {reason}") from error
 
 
-def instantiate(node: DictConfig) -> Any:
+def instantiate(node: DictConfig, section: str = "") -> Any:
     """Return the object that a section of the configuration describes.
 
     Its class is the one that `_target_` names, or else the class of the section's schema. The keys
     of the section are checked against the fields of the class. A mapping of parts becomes a mapping
     of objects. Classes of plug-ins are found in the folders of `EMLOC_PLUGINS`.
+
+    `section` is the name that begins the names of settings in errors.
     """
-    cls = _class_of(str(node._target_)) if "_target_" in node else OmegaConf.get_type(node)
-    values = {key: value for key, value in node.items() if key != "_target_"}
+    cls: Any = _class_of(str(node._target_)) if "_target_" in node else OmegaConf.get_type(node)
+    values = {str(key): value for key, value in node.items() if key != "_target_"}
     parts = {
-        str(key): {name: instantiate(part) for name, part in value.items()}
-        for key, value in values.items()
-        if isinstance(value, DictConfig) and any(_is_part(item) for item in value.values())
+        key: {name: instantiate(part, f"{section}.{key}.{name}") for name, part in parts.items()}
+        for key, parts in parts_in(values).items()
     }
     # OmegaConf cannot merge objects into a schema. Empty mappings in their place let the schema
     # check the keys.
-    plain_values = values | {key: {} for key in parts}
-    instance: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), plain_values))
-    return replace(instance, **parts)
+    return replace(fill(cls, values | {key: {} for key in parts}, section), **parts)
 
 
 def _class_of(target: str) -> type:
@@ -191,20 +169,3 @@ def _class_of(target: str) -> type:
     if not (isinstance(cls, type) and is_dataclass(cls)):
         raise ImportError("it is no class with fields")
     return cls
-
-
-# Former module -> module today, of classes that older run folders and settings name.
-_MOVED_MODULES = {"emloc.tracking.track.": "emloc.report.tracking.trackers."}
-
-
-def current_target(target: str) -> str:
-    """Return today's dotted name of a class, given its present or its former name."""
-    for former, current in _MOVED_MODULES.items():
-        if target.startswith(former):
-            return current + target.removeprefix(former)
-    return target
-
-
-def _is_part(value: Any) -> bool:
-    """Return whether a value of the configuration is a section with a class (`_target_`)."""
-    return isinstance(value, DictConfig) and "_target_" in value

@@ -59,9 +59,14 @@ class PlannedJobs:
         except HydraException:  # the sweeper itself refuses this kind of sweep in a moment
             return None
 
+    def composed(self) -> Iterator[DictConfig | None]:
+        """Compose one job after the other; None for a job that cannot be composed."""
+        for overrides in self._overrides or ():
+            yield _compose(self.config, overrides)
+
     @cached_property
     def _composed(self) -> list[DictConfig | None]:
-        return [_compose(self.config, overrides) for overrides in self._overrides or ()]
+        return list(self.composed())
 
 
 def _swept(config: DictConfig) -> Iterator[str]:

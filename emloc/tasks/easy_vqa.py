@@ -16,28 +16,27 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
+from emloc.config.values import SEED, Checked, OneOf, Range
 from emloc.data.examples import Example, Examples
 from emloc.data.image import LazyImage
 from emloc.errors import ConfigError
 from emloc.runtime.digest import digest
-from emloc.tasks.checks import refuse_answer_tokens, refuse_limit
 from emloc.tasks.metrics import Scorer
 from emloc.tasks.scorers import find_scorer, scorer_key
 from emloc.tasks.templates import compile_template, render_template
 
-PARTS = ("plain", "recoloured")
 SPLITS = ("train", "test")
 SHAPES = ("circle", "rectangle", "triangle")
 NOISE = 20.0  # standard deviation of the noise in grey levels, of 255
 
 
 @dataclass(frozen=True, kw_only=True)
-class EasyVqa:
+class EasyVqa(Checked):
     """Questions about the shape in an image of 64 x 64 pixels, and its colour.
 
     The columns of a row are `question` and `answer`. `part` selects the images: `plain` are the
@@ -45,26 +44,26 @@ class EasyVqa:
     the plain images.
     """
 
+    section: ClassVar[str] = "task"
     lm_eval: ClassVar[None] = None
 
     name: str  # short name for run folders and reports; the stem of the YAML file
-    part: str  # plain | recoloured
-    seed: int = 0  # decides the order of the questions, and the noise
-    limit: int | None = None  # maximum number of training rows; null: all
+    # plain | recoloured
+    part: Annotated[str, OneOf("recoloured", "plain")]
+    # decides the order of the questions, and the noise
+    seed: Annotated[int, SEED] = 0
+    # maximum number of training rows; null: all
+    limit: Annotated[int | None, Range(least=1, usual=None)] = None
     prompt: str  # Jinja template over `question`
     target: str = "{{answer}}"  # Jinja template of the answer to learn
     scorer: str  # scorer of one answer, such as exact or anls; your own by its dotted path
     metric: str  # main score: one of the scorer's metrics
-    answer_tokens: int  # maximum number of tokens to generate per answer
+    # maximum number of tokens to generate per answer
+    answer_tokens: Annotated[int, Range(least=1, usual=4)]
 
     def __post_init__(self) -> None:
         """Check the settings, as far as possible without reading the data."""
-        if self.part not in PARTS:
-            raise ConfigError(
-                f"task.part={self.part} is none of {', '.join(PARTS)}; set task.part=recoloured"
-            )
-        refuse_limit(self.limit)
-        refuse_answer_tokens(self.answer_tokens, usual=4)
+        super().__post_init__()
         compile_template("prompt", self.prompt)
         compile_template("target", self.target)
 

@@ -16,12 +16,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from emloc.config.values import SEED, Checked, Range
 from emloc.data.examples import Example, Examples
 from emloc.errors import ConfigError
 from emloc.runtime.digest import digest
-from emloc.tasks.checks import refuse_limit
 from emloc.tasks.templates import compile_template, render_template
 
 # The public modules with the most documented objects, among those in every Python from 3.11 to
@@ -49,29 +49,29 @@ SHORTEST_GENERIC = 200  # minimum characters of a docstring in the generic text
 
 
 @dataclass(frozen=True, kw_only=True)
-class StdlibModule:
+class StdlibModule(Checked):
     """Name the top-level module (one of 30) that the first paragraph of a docstring comes from.
 
     The columns of a row are `text`, the paragraph, and `module`.
     """
 
+    section: ClassVar[str] = "task"
     lm_eval: ClassVar[None] = None
 
     name: str  # short name for run folders and reports; the stem of the YAML file
-    seed: int = 0  # decides the order of the texts and which of them are held out
-    eval_rows: int = 512  # number of held-out texts; all others are for training
-    limit: int | None = None  # maximum number of training rows; null: all
+    # decides the order of the texts and which of them are held out
+    seed: Annotated[int, SEED] = 0
+    # number of held-out texts; all others are for training
+    eval_rows: Annotated[int, Range(least=1, usual=512)] = 512
+    # maximum number of training rows; null: all
+    limit: Annotated[int | None, Range(least=1, usual=None)] = None
     prompt: str  # Jinja template over `text`
     target: str = "{{module}}"  # Jinja template of the answer to learn
     metric: str = "exact_match"  # main score: greedy exact match
 
     def __post_init__(self) -> None:
         """Check the settings, as far as possible without reading the source files."""
-        if self.eval_rows < 1:
-            raise ConfigError(
-                f"task.eval_rows must be at least 1, got {self.eval_rows}; set task.eval_rows=512"
-            )
-        refuse_limit(self.limit)
+        super().__post_init__()
         compile_template("prompt", self.prompt)
         compile_template("target", self.target)
 

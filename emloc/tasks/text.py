@@ -6,11 +6,11 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
+from emloc.config.values import Checked, Range
 from emloc.data.examples import Example, Examples
 from emloc.errors import ConfigError
-from emloc.tasks.checks import refuse_limit
 from emloc.tasks.rows import Rows
 from emloc.tasks.templates import compile_template, render_template
 
@@ -18,8 +18,10 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextTask:
+class TextTask(Checked):
     """A text data set: templates turn each row into a prompt and an answer."""
+
+    section: ClassVar[str] = "task"
 
     name: str  # short name for run folders and reports; the stem of the YAML file
     id: str | None = None  # data set on the hub; not used if `path` is set
@@ -32,21 +34,26 @@ class TextTask:
     target: str  # Jinja template of the answer to learn
     metric: str  # main score: exact_match (greedy exact match), or lm-eval's "metric,filter"
     lm_eval: str | None = None  # lm-eval task that scores; null: only greedy exact match
-    shots: int = 0  # solved examples that lm-eval puts before each question
-    limit: int | None = None  # maximum number of training rows, the first ones; null: all
+    # solved examples that lm-eval puts before each question
+    shots: Annotated[int, Range(least=0, usual=0)] = 0
+    # maximum number of training rows, the first ones; null: all
+    limit: Annotated[int | None, Range(least=1, usual=None)] = None
+
+    conflicts: ClassVar[Any] = (
+        (
+            {"id": None, "path": None},
+            "task.id and task.path are both null; set task.path=/path/to/copy",
+        ),
+    )
 
     def __post_init__(self) -> None:
         """Check the settings, as far as possible without reading data."""
-        if self.id is None and self.path is None:
-            raise ConfigError("task.id and task.path are both null; set task.path=/path/to/copy")
+        super().__post_init__()
         if self.train_split == self.eval_split:
             raise ConfigError(
                 f"task.train_split and task.eval_split are both {self.eval_split}: evaluation rows "
                 "would be trained on; set task.train_split=train"
             )
-        refuse_limit(self.limit)
-        if self.shots < 0:
-            raise ConfigError(f"task.shots must be at least 0, got {self.shots}; set task.shots=0")
         if self.shots and self.lm_eval is None:
             raise ConfigError(
                 f"task.shots={self.shots} needs lm-eval, but task.lm_eval is null; set task.shots=0"

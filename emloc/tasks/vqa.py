@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from emloc.config.values import Checked, OneOf, Range
 from emloc.data.examples import Examples
 from emloc.errors import ConfigError
-from emloc.tasks.checks import refuse_answer_tokens, refuse_limit
 from emloc.tasks.images import ImageSource
 from emloc.tasks.metrics import Scorer
 from emloc.tasks.questions import Questions, ReadStats, StoredQuestion, split_by_image
@@ -24,13 +24,14 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class VqaTask:
+class VqaTask(Checked):
     """A data set whose rows have one or more images, a question and its correct answers.
 
     If `train_split` equals `eval_split` or is a copy of it, the split is divided by image: the
     questions about the first half of the images are training rows, the others are held out.
     """
 
+    section: ClassVar[str] = "task"
     lm_eval: ClassVar[None] = None
 
     name: str  # short name for run folders and reports; the stem of the YAML file
@@ -51,20 +52,23 @@ class VqaTask:
     group: str | None = None  # Jinja expression: group of the row; each group gets its own scores
     scorer: str  # scorer of one answer, such as exact or anls; your own by its dotted path
     metric: str  # main score: one of the scorer's metrics
-    answer_tokens: int  # maximum number of tokens to generate per answer
-    limit: int | None = None  # maximum number of training rows, the first ones; null: all
-    unreadable: str = "fail"  # if the image of a row cannot be read: fail | skip
+    # maximum number of tokens to generate per answer
+    answer_tokens: Annotated[int, Range(least=1, usual=32)]
+    # maximum number of training rows, the first ones; null: all
+    limit: Annotated[int | None, Range(least=1, usual=None)] = None
+    # if the image of a row cannot be read: fail | skip
+    unreadable: Annotated[str, OneOf("fail", "skip")] = "fail"
+
+    conflicts: ClassVar[Any] = (
+        (
+            {"id": None, "path": None},
+            "task.id and task.path are both null; set task.path=/path/to/copy",
+        ),
+    )
 
     def __post_init__(self) -> None:
         """Check the settings, as far as possible without reading data."""
-        if self.id is None and self.path is None:
-            raise ConfigError("task.id and task.path are both null; set task.path=/path/to/copy")
-        if self.unreadable not in ("fail", "skip"):
-            raise ConfigError(
-                f"task.unreadable={self.unreadable}: set task.unreadable=fail or skip"
-            )
-        refuse_limit(self.limit)
-        refuse_answer_tokens(self.answer_tokens, usual=32)
+        super().__post_init__()
         _ = self._expressions  # raises for syntax errors
 
     @property

@@ -111,7 +111,7 @@ def test_a_sweep_continues_after_a_failed_run(emloc, tiny, tmp_path):
         ("compression=r26", "compression=r26: there is no such choice; did you mean r25?"),
         ("lora.rank=two", "lora.rank: Value 'two' of type 'str' could not be converted to Integer"),
         ("compression.ratio=1.5", "compression.ratio must lie between 0 and 1, got 1.5"),
-        ("tracker=null", "a group takes one of its choices, as in tracker=none"),
+        ("tracker=null", "tracker takes one of none, wandb"),
         ("model.source=/nowhere", "no config.json there; set model.source"),
     ],
 )
@@ -238,7 +238,10 @@ def test_each_verb_says_what_it_does_with_an_example(emloc, verb):
     ("words", "line"),
     [
         (("reprot", "x"), "emloc: there is no verb reprot; did you mean report?"),
-        (("xyz",), "emloc: there is no verb xyz; the verbs are report, tables, merge, plan, bench"),
+        (
+            ("xyz",),
+            "emloc: there is no verb xyz; the verbs are help, report, tables, merge, plan, bench",
+        ),
         (("method", "lora"), "emloc: method is a group; choose as in method=dora"),
     ],
 )

@@ -7,8 +7,9 @@ from hydra.core.object_type import ObjectType
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
-from emloc.config.compose import compose, explain, register
+from emloc.config.compose import compose, register
 from emloc.config.experiments import split_sweep
+from emloc.config.explain import explain
 from emloc.config.paths import CONF
 from emloc.errors import ConfigError
 

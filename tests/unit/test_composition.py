@@ -7,11 +7,11 @@ from itertools import product
 import pytest
 
 from emloc.adapters.lora import Lora
+from emloc.config.compatibility import check_compatible, refuse_training_in_float16
 from emloc.config.compose import compose
 from emloc.config.paths import CONF
 from emloc.config.settings import TrainSettings
 from emloc.errors import ConfigError
-from emloc.stages.compatibility import check_compatible
 from emloc.stages.run_config import build, instantiate
 
 CHOICES = {
@@ -121,6 +121,14 @@ def test_host_activations_work_with_each_adapter(parts, adapter):
 @pytest.mark.parametrize("emulator", CHOICES["emulator"])
 def test_all_combinations_without_training_are_accepted(parts, recipe, emulator):
     assert {refusal(parts, recipe, emulator, "none", one) for one in CHOICES["recovery"]} == {None}
+
+
+@pytest.mark.parametrize("adapter", ["lora", "rslora", "dora"])
+def test_no_adapter_is_trained_in_float16(parts, adapter):
+    with pytest.raises(ConfigError, match=r"float16 is for .*; set model\.dtype=bfloat16"):
+        refuse_training_in_float16("float16", parts["adapter", adapter])
+    refuse_training_in_float16("bfloat16", parts["adapter", adapter])
+    refuse_training_in_float16("float16", parts["adapter", "none"])
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from transformers import SchedulerType
 
-from emloc.config.compose import compose, explain
+from emloc.config.compose import compose
+from emloc.config.explain import explain
 from emloc.config.paths import CONF
 from emloc.config.run_folder import folder_name
 from emloc.config.settings import DECISIVE, SCHEDULES, Config
@@ -439,7 +440,10 @@ def test_limits_of_ranges_are_accepted(override):
         ),
         ("eval.harness=perhaps", "eval.harness: Value 'perhaps' is not a valid bool (type str)"),
         ("~train.steps", "train.steps: TrainSettings (DictConfig) does not support deletion"),
-        ("lora.rank", "Error parsing override 'lora.rank'"),
+        (
+            "lora.rank",
+            "lora.rank is no override, which is written setting=value without spaces around =",
+        ),
     ],
 )
 def test_explain_describes_a_composition_error_in_one_line(override, message):

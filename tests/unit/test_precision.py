@@ -267,7 +267,7 @@ def test_bits_that_a_format_does_not_support_are_refused():
     assert refusal("precision=nf4", "precision.bits=5", "compression.bits=5") == (
         "precision.bits=5: precision=nf4 has 4 bits; set precision.bits=4"
     )
-    with pytest.raises(ConfigError, match=r"bits must be at least 1 and below 16, got 16"):
+    with pytest.raises(ConfigError, match=r"bits must be in \[1, 16\), got 16"):
         replace(TOY, bits=16)
 
 

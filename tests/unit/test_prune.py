@@ -586,11 +586,11 @@ def test_all_tokens_of_running_text_are_labels(source):
     [
         (
             {"importance": "act"},
-            "emulator.importance=act: must be one of upop, taylor, random; set ",
+            "emulator.importance=act is none of upop, taylor, random; set ",
         ),
         (
             {"spread": "block"},
-            "emulator.spread=block: must be one of global, layer; set emulator.spread=",
+            "emulator.spread=block is none of global, layer; set emulator.spread=",
         ),
         ({"first": -1}, "emulator.first must be at least 0, got -1; set emulator.first=0"),
         ({"last": -2}, "emulator.last must be at least 0, got -2; set emulator.last=0"),

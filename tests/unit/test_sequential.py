@@ -534,8 +534,7 @@ def test_required_statistics_and_samples(settings, statistics, samples):
         ),
         (
             {"allocation": "best"},
-            "emulator.allocation=best: must be one of uniform, greedy; "
-            "set emulator.allocation=uniform",
+            "emulator.allocation=best is none of uniform, greedy; set emulator.allocation=uniform",
         ),
     ],
 )

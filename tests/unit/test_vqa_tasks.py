@@ -634,7 +634,10 @@ def test_splits_of_two_data_sets_with_one_name_differ():
             {"answer_tokens": 0},
             "task.answer_tokens must be at least 1, got 0; set task.answer_tokens=32",
         ),
-        ({"unreadable": "drop"}, "task.unreadable=drop: set task.unreadable=fail or skip"),
+        (
+            {"unreadable": "drop"},
+            "task.unreadable=drop is none of fail, skip; set task.unreadable=fail",
+        ),
         (
             {"references": "label["},
             "task.references: unexpected 'end of template' in 'label['; correct task.references",

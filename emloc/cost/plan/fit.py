@@ -11,6 +11,7 @@ from functools import partial
 from math import ceil
 
 from emloc.calibration.blockwise import by_block
+from emloc.config.compatibility import required_budget
 from emloc.config.settings import MODEL_BITS, Compression
 from emloc.cost.plan.blocks import DecoderBlocks
 from emloc.cost.plan.layout import StepShape, TrainingLayout
@@ -308,9 +309,7 @@ def budget_bytes(run_config: RunConfig) -> int:
     Raises:
         ConfigError: `budget.gpu_gib` is null.
     """
-    if run_config.budget.gpu_gib is None:
-        raise ConfigError("compression=auto needs budget.gpu_gib; set budget.gpu_gib=24")
-    return usable_bytes(run_config.budget.gpu_gib)
+    return usable_bytes(required_budget(run_config.budget.gpu_gib))
 
 
 def usable_bytes(gib: float) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from safetensors import safe_open
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from emloc.calibration.blockwise import by_block
 from emloc.calibration.calibrate import Layers
 from emloc.config.settings import MODEL_BITS, Compression
+from emloc.config.values import SEED, OneOf, Range
 from emloc.emulators import BuildInputs, Emulator, Plan
 from emloc.emulators.full import block_linears, load_quantized
 from emloc.emulators.offload import load_streamed
@@ -47,34 +48,25 @@ class Prune(Emulator):
     Unlike LoRAM, it does not align the pruned model by further training on much data.
     """
 
-    importance: str  # upop: signed gradient of a mask; taylor: |w dL/dw|; random
-    spread: str  # global: the best units of the whole model; layer: the same share of each module
-    first: int  # number of blocks at the start of the decoder that are not pruned
-    last: int  # number of blocks at the end of the decoder that are not pruned
-    seed: int  # of importance=random
+    # upop: signed gradient of a mask; taylor: |w dL/dw|; random
+    importance: Annotated[str, OneOf(*KINDS, "random")]
+    # global: the best units of the whole model; layer: the same share of each module
+    spread: Annotated[str, OneOf("global", "layer")]
+    # number of blocks at the start of the decoder that are not pruned
+    first: Annotated[int, Range(least=0, usual=0)]
+    # number of blocks at the end of the decoder that are not pruned
+    last: Annotated[int, Range(least=0, usual=0)]
+    seed: Annotated[int, SEED]  # of importance=random
 
     same_shapes = False
 
     def __post_init__(self) -> None:
-        for key, value, choices in (
-            ("importance", self.importance, (*KINDS, "random")),
-            ("spread", self.spread, tuple(SPREADS)),
-        ):
-            if value not in choices:
-                raise ConfigError(
-                    f"emulator.{key}={value}: must be one of {', '.join(choices)}; "
-                    f"set emulator.{key}={choices[0]}"
-                )
+        super().__post_init__()
         if self.seed and self.importance != "random":
             raise ConfigError(
                 f"emulator.seed={self.seed} has an effect with emulator.importance=random only; "
                 "set emulator.seed=0"
             )
-        for key, number in (("first", self.first), ("last", self.last)):
-            if number < 0:
-                raise ConfigError(
-                    f"emulator.{key} must be at least 0, got {number}; set emulator.{key}=0"
-                )
 
     @property
     def samples(self) -> bool:

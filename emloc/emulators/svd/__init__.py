@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
@@ -19,12 +19,12 @@ from emloc.calibration.calibrate import Layers, record_moments
 from emloc.calibration.moments import Statistics
 from emloc.calibration.named_blocks import named_blocks, weights_of
 from emloc.config.settings import Compression
+from emloc.config.values import OneOf, Range
 from emloc.emulators import BuildInputs, Emulator, Ranks
 from emloc.emulators.size import size_facts, stored_shapes, uniform_ranks
 from emloc.emulators.svd.factor_file import load_factors, read_facts, save_factors
 from emloc.emulators.svd.factors import LayerFactors, factorize, refine, spectra
 from emloc.emulators.svd.sequential import BlockPair, fit_block, lock_step
-from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import CPU, Source
 from emloc.models.coverage import require_linear_blocks
 from emloc.precision import Precision
@@ -35,51 +35,35 @@ from emloc.runtime.progress import tracked
 from emloc.runtime.safetensors_file import write_safetensors
 from emloc.tensors.linalg.allocate import greedy
 
-ALGORITHMS = ("subspace", "eigen", "whiten")
-ALLOCATIONS = ("uniform", "greedy")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Svd(Emulator):
     """Low-rank factors that keep the most output energy of each layer (EMLoC, stage 1)."""
 
     # subspace: fast iteration; eigen: one eigendecomposition; whiten: the authors' whitened SVD
-    algorithm: str
+    algorithm: Annotated[str, OneOf("subspace", "eigen", "whiten")]
     aware: bool  # weight by the calibration activations; false: plain truncated SVD of the weight
-    multiple: int  # ranks are rounded down to a multiple of this
+    multiple: Annotated[int, Range(least=1, usual=1)]  # ranks are rounded down to a multiple of it
     sequential: bool = neutral(False)  # fit each layer to the outputs of compressed earlier layers
-    allocation: str = neutral("uniform")  # greedy: higher ranks for layers that lose more energy
+    # greedy: higher ranks for layers that lose more energy
+    allocation: Annotated[str, OneOf("uniform", "greedy")] = neutral("uniform")
 
-    def __post_init__(self) -> None:
-        if self.algorithm not in ALGORITHMS:
-            raise ConfigError(
-                f"emulator.algorithm={self.algorithm}: must be one of {', '.join(ALGORITHMS)}; "
-                "set emulator.algorithm=subspace"
-            )
-        if self.algorithm == "whiten" and not self.aware:
-            raise ConfigError(
-                "emulator.aware=false leaves no activations to whiten; set emulator.algorithm=eigen"
-            )
-        if self.allocation not in ALLOCATIONS:
-            raise ConfigError(
-                f"emulator.allocation={self.allocation}: must be one of {', '.join(ALLOCATIONS)}; "
-                "set emulator.allocation=uniform"
-            )
-        if self.sequential and not self.aware:
-            raise ConfigError(
-                "emulator.sequential=true needs calibration activations, which "
-                "emulator.aware=false does not use; set emulator.sequential=false"
-            )
-        if self.sequential and self.algorithm == "whiten":
-            raise ConfigError(
-                "emulator.algorithm=whiten cannot be combined with emulator.sequential=true; "
-                "set emulator.algorithm=eigen, or emulator.sequential=false"
-            )
-        if self.multiple < 1:
-            raise ConfigError(
-                f"emulator.multiple must be at least 1, got {self.multiple}; "
-                "set emulator.multiple=1"
-            )
+    conflicts: ClassVar[Any] = (
+        (
+            {"algorithm": "whiten", "aware": False},
+            "emulator.aware=false leaves no activations to whiten; set emulator.algorithm=eigen",
+        ),
+        (
+            {"sequential": True, "aware": False},
+            "emulator.sequential=true needs calibration activations, which "
+            "emulator.aware=false does not use; set emulator.sequential=false",
+        ),
+        (
+            {"sequential": True, "algorithm": "whiten"},
+            "emulator.algorithm=whiten cannot be combined with emulator.sequential=true; "
+            "set emulator.algorithm=eigen, or emulator.sequential=false",
+        ),
+    )
 
     def plan(self, source: Source, layers: Layers, budget: Compression) -> Ranks:
         """Return uniform ranks; greedy ranks, chosen in the build, cost no more parameters.

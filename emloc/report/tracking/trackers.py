@@ -8,10 +8,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 from emloc.config.named_class import import_named
 from emloc.config.run_folder import DONE, Run, find_runs
+from emloc.config.values import Checked, OneOf
 from emloc.errors import ConfigError
 from emloc.report.tracking.artifacts import pictures_of, table_of_runs, tables_of_run
 from emloc.report.tracking.wandb_run import WandbRun
@@ -27,8 +28,6 @@ STEP = "train/step"
 
 # By so many seconds the clock of another machine may be ahead. A later status is made up.
 CLOCK_SECONDS = 3600
-
-MODES = ("offline", "online")
 
 # Exit codes by state; 1 for a run that failed.
 _EXIT = {DONE: 0, "interrupted": 130}
@@ -76,23 +75,19 @@ class Nothing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wandb:
+class Wandb(Checked):
     """Weights & Biases: group = experiment, name = run folder, config = the resolved settings.
 
     All of its files are in `wandb/` of the run folder.
     """
 
+    section: ClassVar[str] = "tracker"
+
     project: str  # project of W&B
     entity: str | None  # user or team; null: WANDB_ENTITY, else the account's own
-    mode: str  # offline: files in the run folder, no account, no network; online
+    # offline: files in the run folder, no account, no network; online
+    mode: Annotated[str, OneOf("offline", "online")]
     adapter: bool  # also upload the recovered adapter as an artifact
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ConfigError(
-                f"tracker.mode={self.mode}: one of {', '.join(MODES)}; "
-                "set tracker.mode=offline, or tracker=none"
-            )
 
     def start(self, folder: Path, config: Mapping[str, Any], last: int) -> WandbSession:
         """Open the run. An interrupted run is resumed, and lines that it has are not sent again.

@@ -6,20 +6,17 @@ changes nothing in this file. Only combinations with wrong results are refused.
 
 from __future__ import annotations
 
-from emloc.adapters import Adapter
-from emloc.adapters.none import NoAdapter
+from typing import Any
+
 from emloc.config.settings import TrainSettings
-from emloc.emulators import Emulator
 from emloc.errors import ConfigError
-from emloc.recovery import Recovery
 
 
-def check_compatible(
-    emulator: Emulator, adapter: Adapter | NoAdapter, recovery: Recovery, recipe: TrainSettings
-) -> None:
+def check_compatible(emulator: Any, adapter: Any, recovery: Any, recipe: TrainSettings) -> None:
     """Refuse an emulator, adapter, recovery and training recipe that do not work together.
 
-    A run that trains nothing passes every check.
+    A run that trains nothing passes every check. The parts are objects of their classes, or
+    stand-ins with the same traits (`emloc.config.declared`), so that torch is not needed.
 
     Raises:
         ConfigError: names the reason and an override that resolves the conflict.
@@ -66,6 +63,30 @@ def check_compatible(
     ):
         if is_conflict:
             raise ConfigError(message.format(**names))
+
+
+def refuse_training_in_float16(dtype: str, adapter: Any) -> None:
+    """Refuse to train in float16; a run that trains nothing may read its model so.
+
+    Raises:
+        ConfigError: the model is in float16, and the adapter is trained.
+    """
+    if dtype == "float16" and adapter.trains:
+        raise ConfigError(
+            "model.dtype=float16 is for runs that train nothing, since small gradients are 0 in "
+            "it; set model.dtype=bfloat16, which takes the same memory, or model.dtype=float32"
+        )
+
+
+def required_budget(gpu_gib: float | None) -> float:
+    """Return the device memory, in GiB, that `compression=auto` solves for.
+
+    Raises:
+        ConfigError: `budget.gpu_gib` is null.
+    """
+    if gpu_gib is None:
+        raise ConfigError("compression=auto needs budget.gpu_gib; set budget.gpu_gib=24")
+    return gpu_gib
 
 
 def _choice_name(part: object) -> str:
