@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from emloc.data.collate import EncodedRow, collate, group_by_length
 from emloc.data.examples import Example, Examples
-from emloc.data.prompts import EncodedExample, encode
+from emloc.data.prompts import EncodedExample, encode, encoding_key, frame_of
 from emloc.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,13 @@ class TokenReader(Reader, Protocol):
         """Encode prompt, answer and end token as token ids, with image tokens in the prompt."""
 
 
+def end_token_id(reader: TokenReader) -> int:
+    """Id of the token that ends an answer of the reader's examples."""
+    end_token = getattr(reader, "end_token", None) or frame_of(reader.tokenizer).end_token
+    token_id: int = reader.tokenizer.convert_tokens_to_ids(end_token)
+    return token_id
+
+
 class ReaderSettings(Protocol):
     """Settings of a reader; part of a model's configuration."""
 
@@ -88,6 +95,11 @@ class TextReader:
     """Reader for models that read only text."""
 
     tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def encoding_key(self) -> list[Any]:
+        """Cache key of the encoding; empty if tokens are as in earlier releases."""
+        return encoding_key(self.tokenizer)
 
     def encode(self, example: Example) -> EncodedExample:
         """Encode prompt, answer and end token as token ids.
