@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from emloc.data.collate import EncodedRow, collate, group_by_length
 from emloc.data.examples import Example, Examples
@@ -68,11 +68,18 @@ class TokenReader(Reader, Protocol):
         """Encode prompt, answer and end token as token ids, with image tokens in the prompt."""
 
 
-def end_token_id(reader: TokenReader) -> int:
-    """Id of the token that ends an answer of the reader's examples."""
-    end_token = getattr(reader, "end_token", None) or frame_of(reader.tokenizer).end_token
-    token_id: int = reader.tokenizer.convert_tokens_to_ids(end_token)
-    return token_id
+def stop_ids(generation_config: GenerationConfig | None, reader: TokenReader) -> list[int]:
+    """Ids of all tokens that end a generated answer.
+
+    These are the end tokens of the model's generation settings, the tokenizer's end token, and the
+    token that ends a turn of the chat template.
+    """
+    named = None if generation_config is None else generation_config.eos_token_id
+    ids = [] if named is None else named if isinstance(named, list) else [named]
+    tokenizer = reader.tokenizer
+    end_token = getattr(reader, "end_token", None) or frame_of(tokenizer).end_token
+    own = [tokenizer.convert_tokens_to_ids(end_token), tokenizer.eos_token_id]
+    return sorted({*ids, *(token_id for token_id in own if token_id is not None)})
 
 
 class ReaderSettings(Protocol):

@@ -13,7 +13,12 @@ from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
 
 from emloc.data.prompts import encode, render
 from emloc.errors import ConfigError
-from emloc.stages.evaluation.harness.lm_eval_tasks import SAMPLES_FILE, TASK_FILE, score
+from emloc.stages.evaluation.harness.lm_eval_tasks import (
+    SAMPLES_FILE,
+    TASK_FILE,
+    LoggedModel,
+    score,
+)
 from emloc.tasks.mathqa import MathQA, options
 from emloc.tasks.text import TextTask
 
@@ -117,14 +122,14 @@ def test_generation_requests_are_our_prompts(gsm8k, tokenizer, tmp_path, generat
 
 def test_choice_requests_are_our_examples(mathqa, tokenizer, tmp_path, monkeypatch):
     requests = []
-    original = HFLM._encode_pair
+    original = LoggedModel._encode_pair
 
     def spy(self, context, continuation):
         before, after = original(self, context, continuation)
         requests.append(before + after)
         return before, after
 
-    monkeypatch.setattr(HFLM, "_encode_pair", spy)
+    monkeypatch.setattr(LoggedModel, "_encode_pair", spy)
     ask(mathqa, tokenizer, tmp_path / "run")
     rows = [encode(tokenizer, row) for row in mathqa.held_out(None)]
     assert len(requests) == 5 * len(rows)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -22,7 +22,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from emloc.data.reader import OpenCheckpoint, Reader, ReaderSettings, TextReaderSettings
+from emloc.data.reader import (
+    OpenCheckpoint,
+    Reader,
+    ReaderSettings,
+    TextReaderSettings,
+    TokenReader,
+    stop_ids,
+)
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.internvl_chat import InternVLChat, read_internvl_chat
 from emloc.models.checkpoint.tokenizer import tokenizer_of
@@ -44,6 +51,8 @@ from emloc.tensors.nn.surgery import replace_parameter
 CPU = torch.device("cpu")
 # Seed of a fresh module's weights, until a training run draws them again from its own seed.
 FRESH_SEED = 0
+# Names of files that hold a tokenizer.
+_TOKENIZER_FILES = ("tokenizer*", "*vocab*", "*.model")
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,26 @@ class Source:
         family = [*self.reader_settings.key, *self.objective.key]
         changes = [*self.fresh_modules, digest(dict(self.config_changes))]
         own = changes if self.fresh_modules or self.config_changes else []
-        return [self.identity, str(self.dtype), self.auto.__name__, *family, *own]
+        return [
+            self.identity, str(self.dtype), self.auto.__name__, *family, *own, *self._encoding_key
+        ]  # fmt: skip
+
+    @property
+    def _encoding_key(self) -> list[Any]:
+        """Cache key of tokens that differ from those of earlier releases; see `encoding_key`."""
+        if self.folder is None or not self.objective.writes_text:
+            return []
+        has_tokenizer = any(any(self.folder.glob(name)) for name in _TOKENIZER_FILES)
+        return list(getattr(self.reader(), "encoding_key", ())) if has_tokenizer else []
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """Ids of all tokens that end a generated answer: the checkpoint's and the turn's own.
+
+        The checkpoint names its tokens in generation_config.json, or else in config.json.
+        """
+        reader = cast("TokenReader", self.reader())
+        return stop_ids(self.meta_model.generation_config, reader)
 
     @cached_property
     def weights(self) -> Weights:
