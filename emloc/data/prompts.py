@@ -153,9 +153,7 @@ def encode_pair(
     """
     text = prompt + answer
     if tokenizer.is_fast:
-        encoding = tokenizer(
-            text, add_special_tokens=special_tokens, return_offsets_mapping=True
-        )
+        encoding = tokenizer(text, add_special_tokens=special_tokens, return_offsets_mapping=True)
         ids, ends = encoding.input_ids, [end for _, end in encoding.offset_mapping]
         start = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
         return EncodedPair(ids, start, max(ends[:start], default=0))
@@ -167,9 +165,7 @@ def encode_pair(
     return EncodedPair(ids, start, len(prompt))
 
 
-def shorten_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, *, special_tokens: bool
-) -> str:
+def shorten_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, special_tokens: bool) -> str:
     """Return a prompt for generation without characters that the answer's first token would hold.
 
     A model that was trained on `Answer: Paris` has seen the tokens `Answer`, `:` and ` Paris`. The

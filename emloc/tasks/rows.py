@@ -16,6 +16,7 @@ from emloc.errors import ConfigError
 from emloc.runtime.digest import digest
 from emloc.runtime.manifest import has_complete_manifest, seal
 from emloc.runtime.stage_cache import set_aside_if_damaged
+from emloc.tasks.columns import refuse_duplicate_columns, restore_integers
 
 # File name extension -> loader of `datasets`. If a split has several files, the first one counts.
 LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -166,8 +167,13 @@ class Rows:
                 f"task.path: {names} in {self.folder} must have the same format; "
                 "set task.path to a folder with files of one format"
             )
+        for file in split_files.values():
+            refuse_duplicate_columns(file)
         data_files = {split: str(file) for split, file in split_files.items()}
-        return {"path": loaders.pop(), "name": None, "data_files": data_files}
+        loader = loaders.pop()
+        # Only an empty cell is missing. The words None and NA can be labels.
+        words = {"keep_default_na": False, "na_values": [""]} if loader == "csv" else {}
+        return {"path": loader, "name": None, "data_files": data_files} | words
 
     def _require(self, field: str, split: str, available: Mapping[str, Any]) -> None:
         """Raise `ConfigError` if the split that the setting `field` names is not available."""
@@ -186,7 +192,7 @@ class Rows:
         origin = self.path or self.id
         try:
             with _prepared(source):
-                return dict(datasets.load_dataset(**source))
+                data = dict(datasets.load_dataset(**source))
         except ConnectionError as err:
             raise ConfigError(
                 f"task.{self.setting}: cannot reach the hub for {origin}; "
@@ -202,6 +208,7 @@ class Rows:
                 f"task {self.name}: cannot load {origin}: {reason}; "
                 f"correct {settings} or task.config"
             ) from err
+        return restore_integers(data, source["data_files"]) if source["path"] == "csv" else data
 
 
 @contextmanager

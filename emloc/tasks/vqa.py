@@ -12,9 +12,11 @@ from typing import Any, ClassVar
 
 from emloc.data.examples import Examples
 from emloc.errors import ConfigError
+from emloc.runtime.keys import neutral
 from emloc.tasks.checks import refuse_answer_tokens, refuse_limit
 from emloc.tasks.images import ImageSource
 from emloc.tasks.metrics import Scorer
+from emloc.tasks.missing import refuse_policy
 from emloc.tasks.questions import Questions, ReadStats, StoredQuestion, split_by_image
 from emloc.tasks.rows import Rows
 from emloc.tasks.scorers import find_scorer, scorer_key
@@ -54,6 +56,7 @@ class VqaTask:
     answer_tokens: int  # maximum number of tokens to generate per answer
     limit: int | None = None  # maximum number of training rows, the first ones; null: all
     unreadable: str = "fail"  # if the image of a row cannot be read: fail | skip
+    missing: str = neutral("fail")  # if a row has no value that a template writes: fail | skip
 
     def __post_init__(self) -> None:
         """Check the settings, as far as possible without reading data."""
@@ -63,6 +66,7 @@ class VqaTask:
             raise ConfigError(
                 f"task.unreadable={self.unreadable}: set task.unreadable=fail or skip"
             )
+        refuse_policy(self.missing)
         refuse_limit(self.limit)
         refuse_answer_tokens(self.answer_tokens, usual=32)
         _ = self._expressions  # raises for syntax errors
@@ -201,11 +205,11 @@ class VqaTask:
         eval_by_prompt = defaultdict(list)
         for question in self._eval_read[0]:
             eval_by_prompt[question.example.prompt].append(question)
-        training_questions, dropped, stats = [], 0, ReadStats()
+        training_questions, dropped, stats = [], [], ReadStats()
         for question in self._reader.read(self._stored["train_split"], self.train_split, stats):
             same_prompt = eval_by_prompt.get(question.example.prompt, ())
             if any(question.is_same(other) for other in same_prompt):
-                dropped += 1
+                dropped.append(question.example.id)
                 continue
             training_questions.append(question)
             if len(training_questions) == self.limit:
@@ -214,10 +218,12 @@ class VqaTask:
         self._refuse_missing(self._eval_read[1].missing | stats.missing)
         if dropped:
             log.warning(
-                "task %s: dropped %d of %d training rows that are also evaluation rows",
+                "task %s: dropped %d of %d training rows that are also evaluation rows, the first "
+                "is %s",
                 self.name,
-                dropped,
+                len(dropped),
                 stats.rows,
+                dropped[0],
             )
         if dropped and not training_questions:
             raise ConfigError(
@@ -270,12 +276,16 @@ class VqaTask:
         """Log how many rows of the split in the setting `field` were skipped, and why.
 
         Raises:
-            ConfigError: no row of the split is left.
+            ConfigError: no row of the split is left, or rows lack a value and `missing` is `fail`.
         """
         split, total = getattr(self, field), stats.rows
+        stats.incomplete.report(self.name, split, total, self.missing)
         if stats.unanswered:
-            log.warning("task %s: left out %d of %d rows of %s that have no usable answer",
-                        self.name, stats.unanswered, total, split)  # fmt: skip
+            log.warning(
+                "task %s: left out %d of %d rows of %s that have no usable answer "
+                "(task.references), the first is %s",
+                self.name, stats.unanswered, total, split, stats.first_unanswered,
+            )  # fmt: skip
         if stats.unreadable:
             log.warning("task %s: left out %d of %d rows of %s whose images cannot be read: %s",
                         self.name, len(stats.unreadable), total, split,
