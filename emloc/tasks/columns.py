@@ -1,18 +1,19 @@
-"""Columns of local data files: each name occurs once, and integers stay integers."""
+"""Columns of local data files: each name occurs once, and cells keep their texts."""
 
 from __future__ import annotations
 
 import csv
 import json
-import re
+import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from emloc.errors import ConfigError
 
-_INTEGER = re.compile(r"\s*[+-]?\d+\s*")
+# Types of columns that the reader of CSV files makes of texts.
+_PARSED = ("int64", "float64", "bool")
 
 
 def refuse_duplicate_columns(file: Path) -> None:
@@ -56,47 +57,43 @@ def _repeated_json_keys(file: Path) -> list[str]:
     return [*repeated, *repeated]
 
 
-def restore_integers(data: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
-    """The splits of CSV files with integers where the files have integers.
+def written_cells(rows: Any, file: Path) -> dict[str, list[str]]:
+    """Cells of a CSV file as they are written, where Python would write their values otherwise.
 
-    The reader of CSV files turns a column of integers with empty cells into fractions: `1` becomes
-    `1.0`.
+    `1` is read as 1.0 in a column with empty cells, `007` as 7, `0.50` as 0.5 and `true` as True.
 
     Args:
-        data: split -> its rows as a `datasets.Dataset`.
-        files: split -> its CSV file.
+        rows: the rows of the file as a `datasets.Dataset`.
+        file: the CSV file.
+
+    Returns:
+        Column -> its cells without surrounding spaces, for the columns with such a cell.
     """
-    return {split: _with_integers(rows, Path(files[split])) for split, rows in data.items()}
+    names = [name for name, kind in rows.features.items() if getattr(kind, "dtype", "") in _PARSED]
+    cells = _cells(file, names) if names else {}
+    return {
+        name: texts
+        for name, texts in cells.items()
+        if len(texts) == len(rows)
+        and any(
+            value is not None and str(value) != text
+            for value, text in zip(rows[name], texts, strict=True)
+        )
+    }
 
 
-def _with_integers(rows: Any, file: Path) -> Any:
-    """The rows with integers in the columns of fractions whose cells are integers or empty."""
-    import datasets
-
-    table = rows.data.table
-    gapped = [
-        name
-        for name in table.column_names
-        if str(table.schema.field(name).type) == "double" and table[name].null_count
-    ]
-    integers = _integer_columns(file, gapped) if gapped else []
-    if not integers:
-        return rows
-    for name in integers:
-        column = table[name].cast("int64")
-        table = table.set_column(table.column_names.index(name), name, column)
-    return datasets.Dataset(datasets.table.InMemoryTable(table.replace_schema_metadata(None)))
-
-
-def _integer_columns(file: Path, names: list[str]) -> list[str]:
-    """Those of the named columns of a CSV file whose cells are integers or empty."""
-    integers = set(names)
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        for row in csv.DictReader(stream):
-            integers -= {name for name in integers if row.get(name) and not _is_integer(row[name])}
-    return [name for name in names if name in integers]
-
-
-def _is_integer(cell: str) -> bool:
-    """Whether a cell is empty or an integer that 64 bits hold exactly as a fraction, too."""
-    return not cell.strip() or (bool(_INTEGER.fullmatch(cell)) and abs(int(cell)) < 2**53)
+def _cells(file: Path, names: list[str]) -> dict[str, list[str]]:
+    """Column -> its cells without surrounding spaces, for the named columns of a CSV file."""
+    limit = csv.field_size_limit(sys.maxsize)  # a cell may hold an image as text
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream)
+            cells: dict[str, list[str]] = {
+                name: [] for name in names if name in (reader.fieldnames or ())
+            }
+            for row in reader:
+                for name, texts in cells.items():
+                    texts.append((row[name] or "").strip())
+    finally:
+        csv.field_size_limit(limit)
+    return cells

@@ -10,8 +10,9 @@ from typing import NamedTuple
 from emloc.data.examples import Example
 from emloc.errors import ConfigError
 from emloc.tasks.images import ImageSource, LazyRow, NoImageError, StoredImage
+from emloc.tasks.marked_rows import MarkedRow, MissingValueError
 from emloc.tasks.metrics import Scorer
-from emloc.tasks.missing import IncompleteRows, MarkedRow, MissingValueError, class_columns
+from emloc.tasks.missing import IncompleteRows
 from emloc.tasks.rows import Rows
 from emloc.tasks.templates import RowExpression
 
@@ -73,12 +74,12 @@ class Questions:
         # Identifies the content of a data set on the hub, even if no revision is set.
         version = None if rows.path is not None else data._fingerprint
         origin = [rows.origin, version, split, self.expressions["image"].source]
-        table, columns, classes = data.data, tuple(data.column_names), class_columns(data)
+        table, columns, marks = data.data, tuple(data.column_names), rows.marks(split)
         for index in range(len(data)):
             stats.rows += 1
             name = f"{split}/{index}"
             try:
-                row = MarkedRow(LazyRow(table, columns, index), classes)
+                row = marks.mark(LazyRow(table, columns, index), index)
                 example = self._example(name, row, stats.incomplete)
                 lazy_row = LazyRow(table, columns, index, keep_text_refs=True)
                 has_answer = isinstance(example, Example)

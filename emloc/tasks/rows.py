@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ from emloc.errors import ConfigError
 from emloc.runtime.digest import digest
 from emloc.runtime.manifest import has_complete_manifest, seal
 from emloc.runtime.stage_cache import set_aside_if_damaged
-from emloc.tasks.columns import refuse_duplicate_columns, restore_integers
+from emloc.tasks.columns import refuse_duplicate_columns, written_cells
+from emloc.tasks.marked_rows import RowMarks, class_columns
 
 # File name extension -> loader of `datasets`. If a split has several files, the first one counts.
 LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -35,6 +37,10 @@ class Rows:
     files: Mapping[str, str] | None = None  # split -> file, if the data set declares no splits
     image_folder: Path | None = None  # folder below `path`; its images have cache keys of their own
     setting: str = "id"  # name of the setting in `task` that has the value `id`
+    # Split -> column -> its cells as they are written; see `written_cells`.
+    _written_by_split: dict[str, dict[str, list[str]]] = dataclasses.field(
+        default_factory=dict, repr=False
+    )
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -68,6 +74,25 @@ class Rows:
         field = next(name for name, value in reversed([*self.splits.items()]) if value == split)
         self._require(field, split, self._loaded)
         return self._loaded[split]
+
+    def marks(self, split: str) -> RowMarks:
+        """What templates must know of the rows of a split beside their values."""
+        rows = self.of(split)
+        return RowMarks(class_columns(rows), self._written(split))
+
+    def written_columns(self) -> list[str]:
+        """Names of columns whose cells templates write as the CSV files do; see `written_cells`."""
+        return sorted({name for split in self.splits.values() for name in self._written(split)})
+
+    def _written(self, split: str) -> dict[str, list[str]]:
+        """Column -> its cells as the local CSV file of a split has them; see `written_cells`."""
+        if split not in self._written_by_split:
+            source = self.source() if self.path is not None else {}
+            is_csv = source.get("path") == "csv"
+            files = source["data_files"] if is_csv else {}
+            cells = written_cells(self.of(split), Path(files[split])) if is_csv else {}
+            self._written_by_split[split] = cells
+        return self._written_by_split[split]
 
     @property
     def folder(self) -> Path:
@@ -192,7 +217,7 @@ class Rows:
         origin = self.path or self.id
         try:
             with _prepared(source):
-                data = dict(datasets.load_dataset(**source))
+                return dict(datasets.load_dataset(**source))
         except ConnectionError as err:
             raise ConfigError(
                 f"task.{self.setting}: cannot reach the hub for {origin}; "
@@ -208,7 +233,6 @@ class Rows:
                 f"task {self.name}: cannot load {origin}: {reason}; "
                 f"correct {settings} or task.config"
             ) from err
-        return restore_integers(data, source["data_files"]) if source["path"] == "csv" else data
 
 
 @contextmanager

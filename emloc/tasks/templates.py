@@ -18,7 +18,7 @@ from jinja2 import (
 )
 
 from emloc.errors import ConfigError
-from emloc.tasks.missing import MarkedRow, MissingValue, unmark_missing
+from emloc.tasks.marked_rows import MarkedRow, MissingValue, unmark_missing
 
 # The settings of lm-eval's Jinja environment, so that a template gives the same text in both.
 _JINJA = Environment(undefined=StrictUndefined, keep_trailing_newline=True)

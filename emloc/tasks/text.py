@@ -12,14 +12,8 @@ from emloc.data.examples import Example, Examples
 from emloc.errors import ConfigError
 from emloc.runtime.keys import neutral
 from emloc.tasks.checks import refuse_limit
-from emloc.tasks.missing import (
-    SKIP,
-    IncompleteRows,
-    MarkedRow,
-    MissingValueError,
-    class_columns,
-    refuse_policy,
-)
+from emloc.tasks.marked_rows import MarkedRow, MissingValueError
+from emloc.tasks.missing import SKIP, IncompleteRows, refuse_policy
 from emloc.tasks.rows import Rows
 from emloc.tasks.templates import RowExpression, text_expression
 
@@ -70,7 +64,9 @@ class TextTask:
         """Cache key of the task: origin of the rows (content of a local copy) and templates."""
         names = ("train_split", "eval_split", "prompt", "target", "lm_eval", "shots")
         skipped = {"missing": SKIP} if self.missing == SKIP else {}
-        return self._stored.origin | {name: getattr(self, name) for name in names} | skipped
+        written = self._stored.written_columns()
+        read = skipped | ({"written": written} if written else {})
+        return self._stored.origin | {name: getattr(self, name) for name in names} | read
 
     def train(self) -> Examples:
         """The first `limit` training rows whose prompt is no prompt of an evaluation row."""
@@ -143,13 +139,13 @@ class TextTask:
         field = "eval_split" if split == self.eval_split else "train_split"
         stored = self._stored.of(split)
         incomplete, examples, unusable = IncompleteRows(), [], 0
-        classes = class_columns(stored)
+        marks = self._stored.marks(split)
         for index, row in enumerate(stored):
             name = f"{split}/{index}"
             columns = self.derived_columns(row)
             if columns is None:
                 unusable += 1
-            elif pair := self._render(name, MarkedRow(row, classes), columns, incomplete):
+            elif pair := self._render(name, marks.mark(row, index), columns, incomplete):
                 examples.append(Example(name, *pair))
         total = len(stored)
         incomplete.report(self.name, split, total, self.missing)
