@@ -7,7 +7,7 @@ import string
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-WORDS = ("Paris", "Answer", "Which", "town", "of", "Lyon")
+WORDS = ("Paris", "Answer", "Which", "town", "of", "So")
 SPACE = "▁"
 
 
