@@ -10,10 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from emloc.errors import ConfigError
 
 # Types of columns that the reader of CSV files makes of texts.
-_PARSED = ("int64", "float64", "bool")
+_DOUBLE = "float64"
+_PARSED = ("int64", _DOUBLE, "bool")
 
 
 def refuse_duplicate_columns(file: Path) -> None:
@@ -79,6 +82,27 @@ def written_cells(rows: Any, file: Path) -> dict[str, list[str]]:
             value is not None and str(value) != text
             for value, text in zip(rows[name], texts, strict=True)
         )
+    }
+
+
+def integer_cells(rows: Any) -> dict[str, list[str]]:
+    """Integers of the columns that are stored as fractions because they have gaps.
+
+    Tables of numbers have no gap in a column of integers. Many programs therefore store the
+    integer 1 as 1.0 if another row has no value.
+
+    Args:
+        rows: the rows as a `datasets.Dataset`.
+
+    Returns:
+        Column -> its values as integers, and an empty text for each gap.
+    """
+    names = [name for name, kind in rows.features.items() if getattr(kind, "dtype", "") == _DOUBLE]
+    values = {name: rows.data.table[name].to_numpy() for name in names}
+    return {
+        name: ["" if np.isnan(value) else str(int(value)) for value in column]
+        for name, column in values.items()
+        if np.isnan(column).any() and (column[~np.isnan(column)] % 1 == 0).all()
     }
 
 

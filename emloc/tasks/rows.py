@@ -17,7 +17,7 @@ from emloc.errors import ConfigError
 from emloc.runtime.digest import digest
 from emloc.runtime.manifest import has_complete_manifest, seal
 from emloc.runtime.stage_cache import set_aside_if_damaged
-from emloc.tasks.columns import refuse_duplicate_columns, written_cells
+from emloc.tasks.columns import integer_cells, refuse_duplicate_columns, written_cells
 from emloc.tasks.marked_rows import RowMarks, class_columns
 
 # File name extension -> loader of `datasets`. If a split has several files, the first one counts.
@@ -81,18 +81,22 @@ class Rows:
         return RowMarks(class_columns(rows), self._written(split))
 
     def written_columns(self) -> list[str]:
-        """Names of columns whose cells templates write as the CSV files do; see `written_cells`."""
-        return sorted({name for split in self.splits.values() for name in self._written(split)})
+        """Names of columns of local CSV files that templates write as the files do."""
+        splits = [split for split in self.splits.values() if self._csv_file(split)]
+        return sorted({name for split in splits for name in self._written(split)})
 
     def _written(self, split: str) -> dict[str, list[str]]:
-        """Column -> its cells as the local CSV file of a split has them; see `written_cells`."""
+        """Column -> its cells as texts; see `written_cells` and `integer_cells`."""
         if split not in self._written_by_split:
-            source = self.source() if self.path is not None else {}
-            is_csv = source.get("path") == "csv"
-            files = source["data_files"] if is_csv else {}
-            cells = written_cells(self.of(split), Path(files[split])) if is_csv else {}
+            rows, file = self.of(split), self._csv_file(split)
+            cells = written_cells(rows, file) if file else integer_cells(rows)
             self._written_by_split[split] = cells
         return self._written_by_split[split]
+
+    def _csv_file(self, split: str) -> Path | None:
+        """The local CSV file of a split; None for other data."""
+        source = self.source() if self.path is not None else {}
+        return Path(source["data_files"][split]) if source.get("path") == "csv" else None
 
     @property
     def folder(self) -> Path:

@@ -166,6 +166,18 @@ def test_the_setting_is_checked_and_keeps_keys(tmp_path):
     assert skipping.key != failing.key
 
 
+@pytest.mark.parametrize("kind", ["parquet", "json"])
+def test_integers_that_are_stored_as_fractions_because_of_gaps_are_integers(tmp_path, kind):
+    rows = [{"q": "one", "label": 1.0}, {"q": "two", "label": None}, {"q": "three", "label": -3.0}]
+    kept = task(tmp_path / "a", rows, kind, missing="skip").train()
+    assert pairs(kept) == [("one", "1"), ("three", "-3")]
+    rows[0]["label"] = 0.5
+    kept = task(tmp_path / "b", rows, kind, missing="skip").train()
+    assert pairs(kept) == [("one", "0.5"), ("three", "-3.0")]
+    whole = [{"q": "one", "label": 1.0}, {"q": "two", "label": 2.0}]
+    assert pairs(task(tmp_path / "c", whole, kind).train()) == [("one", "1.0"), ("two", "2.0")]
+
+
 # CSV files ---------------------------------------------------------------------------------------
 
 
