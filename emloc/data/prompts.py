@@ -54,7 +54,6 @@ class EncodedPair:
 
     input_ids: list[int]
     answer_start: int  # position of the first token with a character of the answer
-    prompt_end: int  # characters of the prompt in the tokens before `answer_start`
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -139,7 +138,7 @@ def encode_answer(
         raise _empty_answer_error(example)
     end_id = tokenizer.convert_tokens_to_ids(frame.end_token)
     ids = pair.input_ids if pair.input_ids[-1] == end_id else [*pair.input_ids, end_id]
-    return EncodedPair(ids, pair.answer_start, pair.prompt_end)
+    return EncodedPair(ids, pair.answer_start)
 
 
 def encode_pair(
@@ -156,24 +155,25 @@ def encode_pair(
         encoding = tokenizer(text, add_special_tokens=special_tokens, return_offsets_mapping=True)
         ids, ends = encoding.input_ids, [end for _, end in encoding.offset_mapping]
         start = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
-        return EncodedPair(ids, start, max(ends[:start], default=0))
+        return EncodedPair(ids, start)
     ids = tokenizer(text, add_special_tokens=special_tokens).input_ids
     prompt_ids = tokenizer(prompt, add_special_tokens=special_tokens).input_ids
     pairs = zip(ids, prompt_ids, strict=False)
     same = min(len(ids), len(prompt_ids))
     start = next((i for i, (a, b) in enumerate(pairs) if a != b), same)
-    return EncodedPair(ids, start, len(prompt))
+    return EncodedPair(ids, start)
 
 
-def shorten_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, special_tokens: bool) -> str:
-    """Return a prompt for generation without characters that the answer's first token would hold.
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, *, special_tokens: bool
+) -> list[int]:
+    """Token ids of a rendered prompt for generation, as a model sees them before an answer.
 
     A model that was trained on `Answer: Paris` has seen the tokens `Answer`, `:` and ` Paris`. The
-    prompt `Answer: ` is therefore cut to `Answer:`.
+    prompt `Answer: ` therefore ends with `:`.
     """
-    lead = frame_of(tokenizer).lead
-    pair = encode_pair(tokenizer, prompt, lead + PROBES[0], special_tokens=special_tokens)
-    return prompt[: pair.prompt_end] if pair.prompt_end else prompt
+    answer = frame_of(tokenizer).lead + PROBES[0]
+    return encode_pair(tokenizer, prompt, answer, special_tokens=special_tokens).prompt_ids
 
 
 def encoding_key(tokenizer: PreTrainedTokenizerBase) -> list[Any]:

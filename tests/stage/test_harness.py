@@ -95,7 +95,7 @@ def tokenizer(request):
 def generation_requests(monkeypatch) -> list[tuple[str, list[int]]]:
     """Text and token ids of each generation request; answers are limited to one token."""
     requests = []
-    original = HFLM.tok_batch_encode
+    original = LoggedModel.tok_batch_encode
 
     def spy(self, strings, **kwargs):
         ids, attention = original(self, strings, **kwargs)
@@ -103,7 +103,7 @@ def generation_requests(monkeypatch) -> list[tuple[str, list[int]]]:
             requests.append((text, row[mask.bool()].tolist()))
         return ids, attention
 
-    monkeypatch.setattr(HFLM, "tok_batch_encode", spy)
+    monkeypatch.setattr(LoggedModel, "tok_batch_encode", spy)
     monkeypatch.setattr(HFLM, "max_gen_toks", 1)
     return requests
 
@@ -267,7 +267,7 @@ def test_an_untrained_adapter_is_scored_like_its_model(mathqa, tmp_path):
     with torch.no_grad():
         for name, weight in wrapped.named_parameters():
             if "lora_B" in name:
-                weight.fill_(1.0)
+                weight.fill_(4.0)
     ask(mathqa, tokenizer, tmp_path / "moved", wrapped)
     before, after = (samples(tmp_path / run)[0]["response"] for run in ("new", "moved"))
     assert before == samples(tmp_path / "base")[0]["response"]
@@ -379,6 +379,17 @@ def test_choices_have_the_tokens_of_training(mathqa, pieces, tmp_path, monkeypat
         assert after == row.input_ids[row.answer_start :][: len(after)]
         rest = row.input_ids[row.answer_start + len(after) :]
         assert pieces.convert_ids_to_tokens(rest) == END_OF_TURN[pieces.chat_template]
+
+
+def test_a_template_without_system_messages_gets_the_other_turns(gsm8k, tmp_path, monkeypatch):
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.chat_template = refusing + CHAT_TEMPLATE
+    model = LoggedModel(pretrained=tiny_llama(tokenizer), tokenizer=tokenizer)
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which?"}]
+    assert model.apply_chat_template(chat) == render(tokenizer, "Which?")
+    with pytest.raises(ConfigError, match="no"):
+        model.apply_chat_template([chat[0]])
 
 
 def stops_of(monkeypatch) -> list[list[int]]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from pieces import piece_tokenizer
 from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
+from tokenizers import processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from emloc.data import chat_template as templates
@@ -15,10 +16,10 @@ from emloc.data.examples import Example
 from emloc.data.prompts import (
     encode,
     encode_pair,
+    encode_prompt,
     encoding_key,
     frame_of,
     render,
-    shorten_prompt,
 )
 from emloc.data.reader import TextReader, stop_ids
 from emloc.errors import ConfigError
@@ -144,10 +145,23 @@ def test_a_prompt_for_generation_lacks_the_space_of_the_answers_token():
     tokenizer = piece_tokenizer("{% for m in messages %}{{ m['content'] }} {% endfor %}")
     prompt = render(tokenizer, "Answer:")
     assert prompt == "Answer: "
-    assert shorten_prompt(tokenizer, prompt, special_tokens=False) == "Answer:"
+    ids = encode_prompt(tokenizer, prompt, special_tokens=False)
+    assert ids == tokenizer("Answer:", add_special_tokens=False).input_ids
     for other in (chat(GEMMA), tiny_tokenizer(chat=True)):
         prompt = render(other, "Which?")
-        assert shorten_prompt(other, prompt, special_tokens=False) == prompt
+        ids = encode_prompt(other, prompt, special_tokens=False)
+        assert ids == other(prompt, add_special_tokens=False).input_ids
+
+
+def test_a_prompt_for_generation_does_not_end_with_the_end_token():
+    """Some tokenizers end every text with it. Training puts it after the answer alone."""
+    tokenizer = piece_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    assert tokenizer("Answer:").input_ids[-1] == 2
+    assert encode_prompt(tokenizer, "Answer:", special_tokens=True)[-1] != 2
+    assert encode(tokenizer, replace(TOWN, prompt="Answer:")).input_ids.count(2) == 1
 
 
 @pytest.mark.parametrize("target", ["", " ", "\n"])

@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from emloc.data.chat_template import Message, has_template, render_messages
-from emloc.data.prompts import encode_pair, frame_of, shorten_prompt
+from emloc.data.prompts import encode_pair, encode_prompt, frame_of
 from emloc.data.reader import TextReader, stop_ids
 from emloc.errors import ConfigError
 from emloc.stages.evaluation.harness.answer_progress import LoggedAnswers
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from emloc.tasks.text import TextTask
+
+log = logging.getLogger(__name__)
 
 SEED = 1234  # lm-eval's default; it selects the examples of a few-shot prompt
 TASK_FILE = "lm_eval_task.yaml"
@@ -39,23 +41,47 @@ class LoggedModel(LoggedAnswers, HFLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Render a chat as in training: with a fixed date, and with the text of every turn."""
-        return render_messages(
-            self.tokenizer,
-            [Message(turn["role"], turn["content"]) for turn in chat_history],
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        """Render a chat as in training: with a fixed date, and with the text of every turn.
+
+        As in lm-eval, a template that takes no system message gets the other turns alone.
+        """
+        messages = [Message(turn["role"], turn["content"]) for turn in chat_history]
+        options = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+        }
+        try:
+            return render_messages(self.tokenizer, messages, **options)
+        except ConfigError:
+            others = [message for message in messages if message.role != "system"]
+            if len(others) == len(messages):
+                raise
+            return render_messages(self.tokenizer, others, **options)
 
     def tok_batch_encode(
-        self, strings: Sequence[str], *arguments: Any, **options: Any
+        self,
+        strings: Sequence[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        **_: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Encode prompts for generation, without characters that belong to the answer's token."""
-        prompts = [
-            shorten_prompt(self.tokenizer, text, special_tokens=self._adds_special_tokens(text))
+        """Encode prompts for generation with the tokens that precede an answer in training."""
+        rows = [
+            encode_prompt(self.tokenizer, text, special_tokens=self._adds_special_tokens(text))
             for text in strings
         ]
-        return super().tok_batch_encode(prompts, *arguments, **options)
+        batch = self.tokenizer.pad(
+            {"input_ids": rows}, padding_side=padding_side, return_tensors="pt"
+        )
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        if left_truncate_len and ids.shape[1] > left_truncate_len:
+            log.warning(
+                "evaluate: a prompt of lm-eval has %d tokens, and the model reads its last %d",
+                ids.shape[1],
+                left_truncate_len,
+            )
+            ids, mask = ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
+        return ids, mask
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Encode a prompt and a possible answer as in training, as one text."""
