@@ -76,7 +76,7 @@ def render_messages(
     Raises:
         ConfigError: the rendered prompt contains the messages' text in neither form.
     """
-    template = pin_date(chat_template(renderer))
+    template = pinned_template(renderer)
     forms = [Message.as_text, Message.as_parts] if not _has_images(messages) else [Message.as_parts]
     reason = "its prompt does not contain the text of the row"
     for form in reversed(forms) if parts_first else forms:
@@ -201,9 +201,18 @@ def reads_date(template: str) -> bool:
     return "strftime_now(" in template
 
 
+def pinned_template(renderer: Any) -> str:
+    """The chat template of a tokenizer or processor with `PROMPT_DATE` as today's date.
+
+    Raises:
+        ConfigError: there is no template, or its date cannot be replaced.
+    """
+    return pin_date(chat_template(renderer), _name(renderer))
+
+
 @lru_cache(maxsize=8)
-def pin_date(template: str) -> str:
-    """The template with `PROMPT_DATE` in place of today's date.
+def pin_date(template: str, name: str) -> str:
+    """The template of the checkpoint `name` with `PROMPT_DATE` in place of today's date.
 
     Raises:
         ConfigError: the template computes the format of the date, so that it cannot be replaced.
@@ -216,8 +225,9 @@ def pin_date(template: str) -> str:
     pinned = _TODAY.sub(date_text, template)
     if reads_date(pinned):
         raise ConfigError(
-            "the chat template writes today's date in a format that it computes, so that prompts "
-            "would change from day to day; set model.source to a checkpoint with another template"
+            f"{name}: the chat template writes today's date in a format that it computes, so that "
+            "prompts would change from day to day; set model.source to a checkpoint with another "
+            "template"
         )
     return pinned
 

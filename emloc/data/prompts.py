@@ -13,7 +13,7 @@ from emloc.data.chat_template import (
     answer_frame,
     chat_template,
     has_template,
-    pin_date,
+    pinned_template,
     reads_date,
     render_messages,
     require_end_token,
@@ -197,24 +197,30 @@ def changes_key(encoded: list[list[int]], former: Any, renderer: Any) -> list[An
     return key
 
 
+def render_formerly(renderer: Any, turn: dict[str, Any]) -> str | None:
+    """A prompt as earlier releases rendered it, in one form alone; None if that fails."""
+    try:
+        return str(
+            renderer.apply_chat_template(
+                [turn],
+                chat_template=pinned_template(renderer),
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        )
+    except RENDER_ERRORS:
+        return None
+
+
 def _encode_apart(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int | None] | None:
     """Token ids of an example as in earlier releases; None if those could not encode it."""
     prompt, answer = example.prompt, DELIMITER + example.target
     chat = has_template(tokenizer)
     if chat:
-        message = Message("user", example.prompt).as_text()
-        try:
-            prompt = str(
-                tokenizer.apply_chat_template(
-                    [message],
-                    chat_template=pin_date(chat_template(tokenizer)),
-                    tokenize=False,
-                    add_generation_prompt=True,
-                )
-            )
-        except RENDER_ERRORS:
+        rendered = render_formerly(tokenizer, Message("user", example.prompt).as_text())
+        if rendered is None:
             return None
-        answer = example.target
+        prompt, answer = rendered, example.target
     prompt_ids = tokenizer(prompt, add_special_tokens=not chat).input_ids
     answer_ids = tokenizer(answer, add_special_tokens=False).input_ids
     return [*prompt_ids, *answer_ids, tokenizer.eos_token_id]

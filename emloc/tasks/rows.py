@@ -196,8 +196,6 @@ class Rows:
                 f"task.path: {names} in {self.folder} must have the same format; "
                 "set task.path to a folder with files of one format"
             )
-        for file in split_files.values():
-            refuse_duplicate_columns(file)
         data_files = {split: str(file) for split, file in split_files.items()}
         loader = loaders.pop()
         # Only an empty cell is missing. The words None and NA can be labels.
@@ -219,6 +217,8 @@ class Rows:
 
         source = self.source()
         origin = self.path or self.id
+        for file in source.get("data_files", {}).values() if self.path is not None else ():
+            refuse_duplicate_columns(Path(file))
         try:
             with _prepared(source):
                 return dict(datasets.load_dataset(**source))

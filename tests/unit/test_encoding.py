@@ -313,9 +313,9 @@ def test_the_key_contains_the_date_of_templates_that_write_one(monkeypatch):
 
 def test_a_date_in_any_written_format_is_replaced():
     template = "{{ strftime_now('%Y-%m-%d') }}{{ strftime_now( \"%B %d, %Y\" ) }}"
-    assert pin_date(template) == "{{ ('2024-07-26') }}{{ (\"July 26, 2024\") }}"
-    with pytest.raises(ConfigError, match="in a format that it computes"):
-        pin_date("{{ strftime_now(format) }}")
+    assert pin_date(template, "org/model") == "{{ ('2024-07-26') }}{{ (\"July 26, 2024\") }}"
+    with pytest.raises(ConfigError, match=r"^org/model: the chat template writes today"):
+        pin_date("{{ strftime_now(format) }}", "org/model")
 
 
 # The key -----------------------------------------------------------------------------------------

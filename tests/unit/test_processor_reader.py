@@ -7,7 +7,7 @@ import pytest
 import torch
 from pictured import CHAT_TEMPLATE_WITH_IMAGES, image_bytes, lazy_image, save_gemma
 from pieces import piece_tokenizer
-from tiny import save_checkpoint
+from tiny import CHAT_TEMPLATE, save_checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -240,20 +240,13 @@ def test_a_token_that_prompt_and_answer_share_belongs_to_the_answer(pieces, tmp_
     assert types == [int(name == "<image>") for name in before]
 
 
-def test_a_processor_whose_template_expects_a_text_gets_one(pieces, tmp_path):
-    processor = AutoProcessor.from_pretrained(pieces)
-    processor.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|turn|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    processor.save_pretrained(tmp_path)
-    AutoConfig.from_pretrained(pieces).save_pretrained(tmp_path)
-    reader = read_by(tmp_path)
-    text = reader.tokenizer.decode(reader.encode(replace(TOWN, images=())).input_ids)
-    assert "type" not in text
-    assert "Which town?" in text
+def test_a_processor_whose_template_expects_a_text_gets_one(folder, tmp_path):
+    reader = with_template(folder, tmp_path, CHAT_TEMPLATE_WITH_IMAGES, CHAT_TEMPLATE)
+    text = reader.tokenizer.decode(reader.encode(ROWS[2]).input_ids)
+    assert text == f"<s><|im_start|>user\nIs 3 a prime?{END}\n<|im_start|>assistant\nno{END}"
+    assert reader.encoding_key  # earlier releases wrote the list of parts as Python does
     with pytest.raises(ConfigError, match="the chat template cannot be used"):
-        reader.encode(TOWN)
+        reader.encode(ROWS[0])
 
 
 # Refusals ----------------------------------------------------------------------------------------
