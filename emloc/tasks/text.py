@@ -149,10 +149,13 @@ class TextTask:
                 examples.append(Example(name, *pair))
         total = len(stored)
         incomplete.report(self.name, split, total, self.missing)
-        if incomplete.rows and self.lm_eval is not None and split == self.eval_split:
+        is_read_by_lm_eval = self.lm_eval is not None and (
+            split == self.eval_split or self.shots > 0
+        )
+        if incomplete.rows and is_read_by_lm_eval:
             raise ConfigError(
-                f"task.missing=skip: lm-eval reads {split} itself and would score the rows without "
-                "a value, too; correct the rows, or set task.lm_eval=null task.metric=exact_match"
+                f"task.missing=skip: lm-eval reads {split} itself, with the rows without a value; "
+                "correct the rows, or set task.lm_eval=null task.shots=0 task.metric=exact_match"
             )
         if unusable:
             log.warning("task %s: left out %d of %d rows of %s that have no usable answer",

@@ -102,6 +102,10 @@ def test_lm_eval_would_score_the_rows_that_we_skip(tmp_path):
     rows = [*HELD_OUT, {"q": "x", "label": None}]
     gapped = task(tmp_path / "a", GAPS[:1], test=rows, missing="skip", lm_eval="gsm8k")
     assert refusal(gapped.held_out, None).startswith("task.missing=skip: lm-eval reads test itself")
+    settings = {"missing": "skip", "lm_eval": "gsm8k"}
+    assert len(task(tmp_path / "b", GAPS, **settings).train()) == 2
+    shots = task(tmp_path / "c", GAPS, shots=1, **settings)
+    assert refusal(shots.train).startswith("task.missing=skip: lm-eval reads train itself")
 
 
 @pytest.mark.parametrize("label", ["", "  ", "\n"])
