@@ -33,6 +33,7 @@ from emloc.stages.run_config import RunConfig
 from emloc.stages.training.callbacks import Report
 from emloc.stages.training.lean_setup import required_override
 from emloc.tasks.generic import generic_text
+from emloc.tasks.overlap import refuse_overlap
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +147,8 @@ def checked(run_config: RunConfig, store: Store, report: Report) -> tuple[str, C
     training_inputs = _fit(run_config, adapter, source) if adapter.trains else None
     metric = headline(run_config.task, run_config.eval, source.objective)
     _refuse_unreadable(store, source, reader, run_config)
+    if training_inputs is not None:
+        refuse_overlap(training_inputs.examples, run_config.task.held_out(None))
     needs_samples = emulator.samples or recovery.statistics
     needs_samples |= any(stage.reads_samples for stage in run_config.stage.values())
     samples = _samples(run_config) if needs_samples else None

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from emloc.data.collate import EncodedRow, collate, group_by_length
 from emloc.data.examples import Example, Examples
-from emloc.data.prompts import EncodedExample, encode
+from emloc.data.prompts import EncodedExample, encode, encoding_key, frame_of
 from emloc.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,20 @@ class TokenReader(Reader, Protocol):
         """Encode prompt, answer and end token as token ids, with image tokens in the prompt."""
 
 
+def stop_ids(generation_config: GenerationConfig | None, reader: TokenReader) -> list[int]:
+    """Ids of all tokens that end a generated answer.
+
+    These are the end tokens of the model's generation settings, the tokenizer's end token, and the
+    token that ends a turn of the chat template.
+    """
+    named = None if generation_config is None else generation_config.eos_token_id
+    ids = [] if named is None else named if isinstance(named, list) else [named]
+    tokenizer = reader.tokenizer
+    end_token = getattr(reader, "end_token", None) or frame_of(tokenizer).end_token
+    own = [tokenizer.convert_tokens_to_ids(end_token), tokenizer.eos_token_id]
+    return sorted({*ids, *(token_id for token_id in own if token_id is not None)})
+
+
 class ReaderSettings(Protocol):
     """Settings of a reader; part of a model's configuration."""
 
@@ -88,6 +102,11 @@ class TextReader:
     """Reader for models that read only text."""
 
     tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def encoding_key(self) -> list[Any]:
+        """Cache key of the encoding; empty if tokens are as in earlier releases."""
+        return encoding_key(self.tokenizer)
 
     def encode(self, example: Example) -> EncodedExample:
         """Encode prompt, answer and end token as token ids.

@@ -13,9 +13,25 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerBase
 
+from emloc.data.chat_template import (
+    AnswerFrame,
+    Message,
+    end_tokens,
+    find_answer_frame,
+    has_template,
+    render_messages,
+)
 from emloc.data.collate import collate
 from emloc.data.examples import Example
-from emloc.data.prompts import EncodedExample, encode
+from emloc.data.prompts import (
+    PROBES,
+    EncodedExample,
+    EncodedPair,
+    changes_key,
+    encode,
+    encode_answer,
+    render_formerly,
+)
 from emloc.data.reader import OpenCheckpoint, Reader, ReaderSettings
 from emloc.errors import ConfigError
 from emloc.models.generative import GenerativeModel
@@ -94,23 +110,72 @@ class ProcessorReader:
                 )
         if not example.prompt and not example.images:  # plain text without a chat turn
             return encode(self.tokenizer, example)
-        image_parts = [{"type": "image"} for _ in example.images]
-        content = [*image_parts, {"type": "text", "text": example.prompt}]
-        turns = [{"role": "user", "content": content}]
-        prompt = self._processor.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True
-        )
+        message = Message("user", example.prompt, len(example.images))
+        prompt = self._render([message], add_generation_prompt=True)
+        pair = self._encode_answer(prompt, example)
         images = [image.open() for image in example.images]
+        text = prompt + self._frame.around(example.target)
         try:
-            [prompt_ids] = self._process([images] if images else None, [prompt])["input_ids"]
+            [ids] = self._process([images] if images else None, [text])["input_ids"]
         except (ValueError, IndexError) as error:
             raise ConfigError(
                 f"{example.id}: {len(images)} images do not fit their places in the prompt: "
                 f"{' '.join(str(error).split())[:160]}; correct the row or task.prompt"
             ) from error
-        answer_ids = self.tokenizer(example.target, add_special_tokens=False).input_ids
-        ids = [*prompt_ids, *answer_ids, self.tokenizer.eos_token_id]
-        return EncodedExample(example.id, ids, len(prompt_ids), example.images, prompt)
+        end_id = pair.input_ids[-1]
+        ids = [*ids] if ids[-1] == end_id else [*ids, end_id]
+        # The processor replaces the image tokens of the prompt. The answer's tokens are last.
+        start = len(ids) - len(pair.answer_ids)
+        if ids[start:] != pair.answer_ids:
+            raise ConfigError(
+                f"{example.id}: the processor changes the tokens of the answer; "
+                "set model.source to another checkpoint"
+            )
+        return EncodedExample(example.id, ids, start, example.images, prompt)
+
+    @property
+    def end_token(self) -> str:
+        """The token that ends an answer."""
+        return self._frame.end_token
+
+    @cached_property
+    def encoding_key(self) -> list[Any]:
+        """Cache key of the encoding; empty if tokens are as in earlier releases."""
+        probe, ids = Message("user", "What is it?"), self.tokenizer.convert_tokens_to_ids
+        prompt = self._render([probe], add_generation_prompt=True)
+        former_prompt = render_formerly(self._template_owner, probe.as_parts()) or ""
+        special = self._adds_special_tokens(prompt)
+        encoded, former = [], []
+        for answer in PROBES:
+            encoded.append(self._encode_answer(prompt, Example("probe", "", answer)).input_ids)
+            before = self.tokenizer(former_prompt, add_special_tokens=special).input_ids
+            after = self.tokenizer(answer, add_special_tokens=False).input_ids
+            former.append([*before, *after, ids(self.tokenizer.eos_token)])
+        return changes_key(encoded, former, self._template_owner)
+
+    @property
+    def _template_owner(self) -> Any:
+        """The processor, or its tokenizer if only that has a chat template."""
+        return self._processor if has_template(self._processor) else self.tokenizer
+
+    def _render(self, messages: Sequence[Message], **options: Any) -> str:
+        """Render messages with the chat template."""
+        return render_messages(self._template_owner, messages, parts_first=True, **options)
+
+    @cached_property
+    def _frame(self) -> AnswerFrame:
+        """The text that the chat template writes around an answer."""
+        return find_answer_frame(
+            self._render,
+            end_tokens(self.tokenizer),
+            self.tokenizer.eos_token,
+            str(self._checkpoint.folder),
+        )
+
+    def _encode_answer(self, prompt: str, example: Example) -> EncodedPair:
+        """Encode a rendered prompt with one token per image, and the answer of an example."""
+        special = self._adds_special_tokens(prompt)
+        return encode_answer(self.tokenizer, prompt, example, self._frame, special_tokens=special)
 
     def collate(
         self, batch: Sequence[EncodedExample], *, answers_only: bool = True
@@ -137,8 +202,10 @@ class ProcessorReader:
         for name, values in types.items():
             tensors[name] = torch.zeros_like(tensors["input_ids"])
             for index, prompt_types, length in zip(indices, values, lengths, strict=True):
-                start = tensors["input_ids"].shape[1] - len(batch[index].input_ids)
-                tensors[name][index, start : start + length] = prompt_types[-length:]
+                row_types = tensors[name][index, -len(batch[index].input_ids) :]
+                # The last token of a prompt can be part of the answer's first token.
+                shared = min(length, len(row_types))
+                row_types[:shared] = prompt_types[-length:][:shared]
         dtype = self._checkpoint.dtype
         pixels = {
             name: value.to(dtype) if value.is_floating_point() else value
@@ -147,15 +214,14 @@ class ProcessorReader:
         return tensors | pixels
 
     def _process(self, images: list[list[Image]] | None, prompts: list[str], **options: Any) -> Any:
-        """Run the processor on rendered prompts and their images.
+        """Run the processor on rendered prompts and their images."""
+        special = self._adds_special_tokens(prompts[0])
+        return self._processor(images=images, text=prompts, add_special_tokens=special, **options)
 
-        The begin token is added only if the chat template has not written it already.
-        """
+    def _adds_special_tokens(self, prompt: str) -> bool:
+        """Whether the tokenizer adds special tokens: only if the template has written none."""
         begin = self.tokenizer.bos_token
-        has_begin = bool(begin) and prompts[0].startswith(begin)
-        return self._processor(
-            images=images, text=prompts, add_special_tokens=not has_begin, **options
-        )
+        return not (begin and prompt.startswith(begin))
 
 
 def _processor_of(folder: Path) -> Any:

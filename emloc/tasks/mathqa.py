@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from emloc.errors import ConfigError
 from emloc.tasks.text import TextTask
 
 LETTERS = "abcde"
@@ -30,8 +31,15 @@ class MathQA(TextTask):
 
     def derived_columns(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
         """The column `answer` with the correct option; None if the row is malformed."""
-        texts = options(row["options"])
-        if len(texts) != len(LETTERS) or row["correct"] not in LETTERS:
+        for column in ("options", "correct"):
+            if column not in row:
+                raise ConfigError(
+                    f"task {self.name}: the rows have no column {column}, but {', '.join(row)}; "
+                    "set task.path or task.id to a copy of MathQA"
+                )
+        texts = options(row["options"] or "")
+        # A letter must be exactly one of the five: "" and "ab" are contained in "abcde", too.
+        if len(texts) != len(LETTERS) or row["correct"] not in tuple(LETTERS):
             return None
         return {"answer": texts[LETTERS.index(row["correct"])]}
 

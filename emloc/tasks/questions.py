@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import NamedTuple
 
 from emloc.data.examples import Example
 from emloc.errors import ConfigError
 from emloc.tasks.images import ImageSource, LazyRow, NoImageError, StoredImage
+from emloc.tasks.marked_rows import MarkedRow, MissingValueError
 from emloc.tasks.metrics import Scorer
+from emloc.tasks.missing import IncompleteRows
 from emloc.tasks.rows import Rows
 from emloc.tasks.templates import RowExpression
 
@@ -28,6 +31,15 @@ class StoredQuestion(NamedTuple):
         return all(a.is_same(b) for a, b in zip(self.images, other.images, strict=True))
 
 
+class Incomplete(Enum):
+    """Stands for a row that lacks a value."""
+
+    ROW = "row"
+
+
+INCOMPLETE = Incomplete.ROW
+
+
 @dataclass
 class ReadStats:
     """Counts of the rows of a split that were read or skipped; updated while rows are read."""
@@ -36,6 +48,8 @@ class ReadStats:
     unanswered: int = 0  # rows without an answer that can be scored
     unreadable: list[str] = field(default_factory=list)  # rows with unreadable images, and reasons
     missing: dict[str, None] = field(default_factory=dict)  # names of missing image files
+    first_unanswered: str = ""  # name of the first row without such an answer
+    incomplete: IncompleteRows = field(default_factory=IncompleteRows)  # rows that lack a value
 
 
 @dataclass(frozen=True)
@@ -60,20 +74,26 @@ class Questions:
         # Identifies the content of a data set on the hub, even if no revision is set.
         version = None if rows.path is not None else data._fingerprint
         origin = [rows.origin, version, split, self.expressions["image"].source]
-        table, columns = data.data, tuple(data.column_names)
+        table, columns, marks = data.data, tuple(data.column_names), rows.marks(split)
         for index in range(len(data)):
             stats.rows += 1
             name = f"{split}/{index}"
             try:
-                example = self._example(name, LazyRow(table, columns, index))
+                row = marks.mark(LazyRow(table, columns, index), index)
+                example = self._example(name, row, stats.incomplete)
                 lazy_row = LazyRow(table, columns, index, keep_text_refs=True)
-                has_answer = example is not None
+                has_answer = isinstance(example, Example)
                 image_expression = self.expressions["image"]
                 values = image_expression.evaluate_to_list(lazy_row) if has_answer else []
+            except MissingValueError as error:
+                stats.incomplete.add_column(name, error, "image")
+                continue
             except ConfigError as error:
                 raise ConfigError(f"task {self.task}: {name}: {error}") from error
             if example is None:
                 stats.unanswered += 1
+                stats.first_unanswered = stats.first_unanswered or name
+            if not isinstance(example, Example):
                 continue
             try:
                 images = self.image_source.images(values, name, [*origin, index])
@@ -93,31 +113,49 @@ class Questions:
             else:
                 yield StoredQuestion(replace(example, images=images), images)
 
-    def _example(self, name: str, row: LazyRow) -> Example | None:
-        """The row as an example without images; None if it has no answer that can be scored."""
+    def _example(
+        self, name: str, row: MarkedRow, incomplete: IncompleteRows
+    ) -> Example | Incomplete | None:
+        """The row as an example without images; None if it has no answer that can be scored.
+
+        A row that lacks another value is counted in `incomplete`.
+        """
         expressions = self.expressions
-        references = _texts(expressions["references"], row)
-        if not references:
-            return None
-        choices = _texts(expressions["choices"], row) if "choices" in expressions else ()
+        setting = "references"
         try:
-            self.score(references[0], references, choices)
-        except ValueError:
-            return None
-        return Example(
-            id=name,
-            prompt=expressions["prompt"].evaluate(row),
-            target=expressions["target"].evaluate(row, references=references),
-            references=references,
-            choices=choices,
-            group=str(expressions["group"].evaluate(row)) if "group" in expressions else "",
-        )
+            references = _texts(expressions["references"], row)
+            if not references:
+                return None
+            setting = "choices"
+            choices = _texts(expressions["choices"], row) if "choices" in expressions else ()
+            try:
+                self.score(references[0], references, choices)
+            except ValueError:
+                return None
+            setting = "prompt"
+            texts = {"prompt": expressions["prompt"].evaluate(row)}
+            setting = "target"
+            texts["target"] = expressions["target"].evaluate(row, references=references)
+            setting = "group"
+            group = expressions["group"].evaluate(row) if "group" in expressions else ""
+            if group is None:
+                raise MissingValueError(expressions["group"].source)
+        except MissingValueError as error:
+            incomplete.add_column(name, error, setting)
+            return INCOMPLETE
+        for setting, text in texts.items():
+            if not text.strip() and expressions[setting].source.strip():
+                incomplete.add(name, f"an empty text for task.{setting}")
+                return INCOMPLETE
+        return Example(id=name, **texts, references=references, choices=choices, group=str(group))
 
 
-def _texts(expression: RowExpression, row: LazyRow) -> tuple[str, ...]:
-    """Values of the expression as texts, without empty ones."""
+def _texts(expression: RowExpression, row: MarkedRow) -> tuple[str, ...]:
+    """Values of the expression as texts, without missing and empty ones."""
     return tuple(
-        str(value) for value in expression.evaluate_to_list(row) if value not in (None, "")
+        str(value)
+        for value in expression.evaluate_to_list(row)
+        if value is not None and str(value).strip()
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from emloc.errors import ConfigError
 from emloc.runtime.digest import digest
 from emloc.runtime.manifest import has_complete_manifest, seal
 from emloc.runtime.stage_cache import set_aside_if_damaged
+from emloc.tasks.columns import integer_cells, refuse_duplicate_columns, written_cells
+from emloc.tasks.marked_rows import RowMarks, class_columns
 
 # File name extension -> loader of `datasets`. If a split has several files, the first one counts.
 LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -34,6 +37,10 @@ class Rows:
     files: Mapping[str, str] | None = None  # split -> file, if the data set declares no splits
     image_folder: Path | None = None  # folder below `path`; its images have cache keys of their own
     setting: str = "id"  # name of the setting in `task` that has the value `id`
+    # Split -> column -> its cells as they are written; see `written_cells`.
+    _written_by_split: dict[str, dict[str, list[str]]] = dataclasses.field(
+        default_factory=dict, repr=False
+    )
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -67,6 +74,29 @@ class Rows:
         field = next(name for name, value in reversed([*self.splits.items()]) if value == split)
         self._require(field, split, self._loaded)
         return self._loaded[split]
+
+    def marks(self, split: str) -> RowMarks:
+        """What templates must know of the rows of a split beside their values."""
+        rows = self.of(split)
+        return RowMarks(class_columns(rows), self._written(split))
+
+    def written_columns(self) -> list[str]:
+        """Names of columns of local CSV files that templates write as the files do."""
+        splits = [split for split in self.splits.values() if self._csv_file(split)]
+        return sorted({name for split in splits for name in self._written(split)})
+
+    def _written(self, split: str) -> dict[str, list[str]]:
+        """Column -> its cells as texts; see `written_cells` and `integer_cells`."""
+        if split not in self._written_by_split:
+            rows, file = self.of(split), self._csv_file(split)
+            cells = written_cells(rows, file) if file else integer_cells(rows)
+            self._written_by_split[split] = cells
+        return self._written_by_split[split]
+
+    def _csv_file(self, split: str) -> Path | None:
+        """The local CSV file of a split; None for other data."""
+        source = self.source() if self.path is not None else {}
+        return Path(source["data_files"][split]) if source.get("path") == "csv" else None
 
     @property
     def folder(self) -> Path:
@@ -167,7 +197,10 @@ class Rows:
                 "set task.path to a folder with files of one format"
             )
         data_files = {split: str(file) for split, file in split_files.items()}
-        return {"path": loaders.pop(), "name": None, "data_files": data_files}
+        loader = loaders.pop()
+        # Only an empty cell is missing. The words None and NA can be labels.
+        words = {"keep_default_na": False, "na_values": [""]} if loader == "csv" else {}
+        return {"path": loader, "name": None, "data_files": data_files} | words
 
     def _require(self, field: str, split: str, available: Mapping[str, Any]) -> None:
         """Raise `ConfigError` if the split that the setting `field` names is not available."""
@@ -184,6 +217,8 @@ class Rows:
 
         source = self.source()
         origin = self.path or self.id
+        for file in source.get("data_files", {}).values() if self.path is not None else ():
+            refuse_duplicate_columns(Path(file))
         try:
             with _prepared(source):
                 return dict(datasets.load_dataset(**source))

@@ -18,9 +18,11 @@ from jinja2 import (
 )
 
 from emloc.errors import ConfigError
+from emloc.tasks.marked_rows import MarkedRow, MissingValue, unmark_missing
 
 # The settings of lm-eval's Jinja environment, so that a template gives the same text in both.
 _JINJA = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+_JINJA.tests["none"] = lambda value: value is None or isinstance(value, MissingValue)
 
 
 def compile_template(field: str, source: str) -> Template:
@@ -65,7 +67,9 @@ class RowExpression:
 
         Raises:
             ConfigError: a column is missing, or the value does not support an operation.
+            MissingValueError: the row has no value in a column that the expression writes.
         """
+        row = row if isinstance(row, MarkedRow) else MarkedRow(row)
         columns = {name: row[name] for name in self.names if name in row}
         try:
             value = self.function(columns | {"row": row} | extra)
@@ -73,7 +77,7 @@ class RowExpression:
                 str(value)  # raises an error with the missing name
         except (TemplateError, TypeError, ValueError, LookupError) as err:
             raise _evaluation_error(self.field, " ".join(str(err).split()), row) from err
-        return value
+        return unmark_missing(value)
 
     def evaluate_to_list(self, row: Mapping[str, Any]) -> list[Any]:
         """Value of the expression as a list: [value] for a single value, [] for None."""

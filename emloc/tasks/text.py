@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
-from emloc.config.values import Checked, Range
+from emloc.config.values import Checked, OneOf, Range
 from emloc.data.examples import Example, Examples
 from emloc.errors import ConfigError
+from emloc.runtime.keys import neutral
+from emloc.tasks.marked_rows import MarkedRow, MissingValueError
+from emloc.tasks.missing import SKIP, IncompleteRows
 from emloc.tasks.rows import Rows
-from emloc.tasks.templates import compile_template, render_template
+from emloc.tasks.templates import RowExpression, text_expression
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +41,8 @@ class TextTask(Checked):
     shots: Annotated[int, Range(least=0, usual=0)] = 0
     # maximum number of training rows, the first ones; null: all
     limit: Annotated[int | None, Range(least=1, usual=None)] = None
+    # if a row has no value that a template writes: fail | skip
+    missing: Annotated[str, OneOf("fail", "skip")] = neutral("fail")
 
     conflicts: ClassVar[Any] = (
         (
@@ -58,14 +63,17 @@ class TextTask(Checked):
             raise ConfigError(
                 f"task.shots={self.shots} needs lm-eval, but task.lm_eval is null; set task.shots=0"
             )
-        compile_template("prompt", self.prompt)
-        compile_template("target", self.target)
+        text_expression("prompt", self.prompt)
+        text_expression("target", self.target)
 
     @property
     def key(self) -> dict[str, Any]:
         """Cache key of the task: origin of the rows (content of a local copy) and templates."""
         names = ("train_split", "eval_split", "prompt", "target", "lm_eval", "shots")
-        return self._stored.origin | {name: getattr(self, name) for name in names}
+        skipped = {"missing": SKIP} if self.missing == SKIP else {}
+        written = self._stored.written_columns()
+        read = skipped | ({"written": written} if written else {})
+        return self._stored.origin | {name: getattr(self, name) for name in names} | read
 
     def train(self) -> Examples:
         """The first `limit` training rows whose prompt is no prompt of an evaluation row."""
@@ -74,15 +82,17 @@ class TextTask(Checked):
     @cached_property
     def _train_rows(self) -> tuple[Example, ...]:
         """Training rows that are no evaluation rows, read once."""
-        eval_prompts = {row.prompt for row in self._eval_rows}
+        eval_prompts = {_question(row) for row in self._eval_rows}
         rows = self._examples(self.train_split)
-        examples = tuple(row for row in rows if row.prompt not in eval_prompts)
+        examples = tuple(row for row in rows if _question(row) not in eval_prompts)
         if len(examples) < len(rows):
             log.warning(
-                "task %s: dropped %d of %d training rows whose prompt is also an evaluation prompt",
+                "task %s: dropped %d of %d training rows whose prompt is also an evaluation "
+                "prompt, the first is %s",
                 self.name,
                 len(rows) - len(examples),
                 len(rows),
+                next(row.id for row in rows if _question(row) in eval_prompts),
             )
         if not examples:
             raise ConfigError(
@@ -128,26 +138,67 @@ class TextTask(Checked):
         return self._examples(self.eval_split)
 
     def _examples(self, split: str) -> tuple[Example, ...]:
-        """Read a split and render its rows; rows without a usable answer are skipped."""
+        """Read a split and render its rows; rows without a usable answer are skipped.
+
+        Raises:
+            ConfigError: no row is left, or rows lack a value and `missing` is `fail`.
+        """
         field = "eval_split" if split == self.eval_split else "train_split"
         stored = self._stored.of(split)
-        prompt = compile_template("prompt", self.prompt)
-        target = compile_template("target", self.target)
-        examples = []
+        incomplete, examples, unusable = IncompleteRows(), [], 0
+        marks = self._stored.marks(split)
         for index, row in enumerate(stored):
-            # The prompt gets no derived columns, because lm-eval renders it without them.
-            question = render_template("prompt", prompt, row)
+            name = f"{split}/{index}"
             columns = self.derived_columns(row)
-            if columns is not None:
-                answer = render_template("target", target, row | columns)
-                examples.append(Example(f"{split}/{index}", question, answer))
+            if columns is None:
+                unusable += 1
+            elif pair := self._render(name, marks.mark(row, index), columns, incomplete):
+                examples.append(Example(name, *pair))
         total = len(stored)
-        if len(examples) < total:
+        incomplete.report(self.name, split, total, self.missing)
+        is_read_by_lm_eval = self.lm_eval is not None and (
+            split == self.eval_split or self.shots > 0
+        )
+        if incomplete.rows and is_read_by_lm_eval:
+            raise ConfigError(
+                f"task.missing=skip: lm-eval reads {split} itself, with the rows without a value; "
+                "correct the rows, or set task.lm_eval=null task.shots=0 task.metric=exact_match"
+            )
+        if unusable:
             log.warning("task %s: left out %d of %d rows of %s that have no usable answer",
-                        self.name, total - len(examples), total, split)  # fmt: skip
+                        self.name, unusable, total, split)  # fmt: skip
         if not examples:
             raise ConfigError(
                 f"task.{field}: split {split} of {self.name} has no rows; "
                 f"set task.{field} to another split"
             )
         return tuple(examples)
+
+    def _render(
+        self, name: str, row: MarkedRow, columns: Mapping[str, Any], incomplete: IncompleteRows
+    ) -> tuple[str, str] | None:
+        """Prompt and answer of a row; None for a row that lacks a value, which is counted."""
+        setting = "prompt"
+        try:
+            # The prompt gets no derived columns, because lm-eval renders it without them.
+            prompt = str(self._templates["prompt"].evaluate(row))
+            setting = "target"
+            answer = str(self._templates["target"].evaluate(row, **columns))
+        except MissingValueError as error:
+            incomplete.add_column(name, error, setting)
+            return None
+        for setting, text in (("prompt", prompt), ("target", answer)):
+            if not text.strip() and getattr(self, setting).strip():
+                incomplete.add(name, f"an empty text for task.{setting}")
+                return None
+        return prompt, answer
+
+    @cached_property
+    def _templates(self) -> dict[str, RowExpression]:
+        """Setting -> compiled template."""
+        return {name: text_expression(name, getattr(self, name)) for name in ("prompt", "target")}
+
+
+def _question(row: Example) -> str:
+    """The prompt of a row, or the text itself if the task has no prompt."""
+    return row.prompt or row.target

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar
 from emloc.config.values import Checked, OneOf, Range
 from emloc.data.examples import Examples
 from emloc.errors import ConfigError
+from emloc.runtime.keys import neutral
 from emloc.tasks.images import ImageSource
 from emloc.tasks.metrics import Scorer
 from emloc.tasks.questions import Questions, ReadStats, StoredQuestion, split_by_image
@@ -58,6 +59,8 @@ class VqaTask(Checked):
     limit: Annotated[int | None, Range(least=1, usual=None)] = None
     # if the image of a row cannot be read: fail | skip
     unreadable: Annotated[str, OneOf("fail", "skip")] = "fail"
+    # if a row has no value that a template writes: fail | skip
+    missing: Annotated[str, OneOf("fail", "skip")] = neutral("fail")
 
     conflicts: ClassVar[Any] = (
         (
@@ -205,11 +208,11 @@ class VqaTask(Checked):
         eval_by_prompt = defaultdict(list)
         for question in self._eval_read[0]:
             eval_by_prompt[question.example.prompt].append(question)
-        training_questions, dropped, stats = [], 0, ReadStats()
+        training_questions, dropped, stats = [], [], ReadStats()
         for question in self._reader.read(self._stored["train_split"], self.train_split, stats):
             same_prompt = eval_by_prompt.get(question.example.prompt, ())
             if any(question.is_same(other) for other in same_prompt):
-                dropped += 1
+                dropped.append(question.example.id)
                 continue
             training_questions.append(question)
             if len(training_questions) == self.limit:
@@ -218,10 +221,12 @@ class VqaTask(Checked):
         self._refuse_missing(self._eval_read[1].missing | stats.missing)
         if dropped:
             log.warning(
-                "task %s: dropped %d of %d training rows that are also evaluation rows",
+                "task %s: dropped %d of %d training rows that are also evaluation rows, the first "
+                "is %s",
                 self.name,
-                dropped,
+                len(dropped),
                 stats.rows,
+                dropped[0],
             )
         if dropped and not training_questions:
             raise ConfigError(
@@ -274,12 +279,16 @@ class VqaTask(Checked):
         """Log how many rows of the split in the setting `field` were skipped, and why.
 
         Raises:
-            ConfigError: no row of the split is left.
+            ConfigError: no row of the split is left, or rows lack a value and `missing` is `fail`.
         """
         split, total = getattr(self, field), stats.rows
+        stats.incomplete.report(self.name, split, total, self.missing)
         if stats.unanswered:
-            log.warning("task %s: left out %d of %d rows of %s that have no usable answer",
-                        self.name, stats.unanswered, total, split)  # fmt: skip
+            log.warning(
+                "task %s: left out %d of %d rows of %s that have no usable answer "
+                "(task.references), the first is %s",
+                self.name, stats.unanswered, total, split, stats.first_unanswered,
+            )  # fmt: skip
         if stats.unreadable:
             log.warning("task %s: left out %d of %d rows of %s whose images cannot be read: %s",
                         self.name, len(stats.unreadable), total, split,

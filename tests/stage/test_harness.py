@@ -1,7 +1,8 @@
 """Tasks of lm-eval on tiny models: requests, scores and written files."""
 
 import json
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import datasets
 import pytest
@@ -9,12 +10,25 @@ import torch
 import yaml
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
-from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
+from pieces import piece_tokenizer
+from tiny import CHAT_TEMPLATE, save_checkpoint, tiny_llama, tiny_tokenizer
+from transformers import GenerationConfig, LlamaForCausalLM
 
+from emloc.data.examples import Example, Examples
 from emloc.data.prompts import encode, render
+from emloc.data.reader import TextReader
 from emloc.errors import ConfigError
-from emloc.stages.evaluation.harness.lm_eval_tasks import SAMPLES_FILE, TASK_FILE, score
+from emloc.models.checkpoint.source import Source
+from emloc.stages.evaluation.evaluate import further_stops
+from emloc.stages.evaluation.harness import generated_answers
+from emloc.stages.evaluation.harness.lm_eval_tasks import (
+    SAMPLES_FILE,
+    TASK_FILE,
+    LoggedModel,
+    score,
+)
 from emloc.tasks.mathqa import MathQA, options
+from emloc.tasks.scorers import find_scorer
 from emloc.tasks.text import TextTask
 
 TRAIN = [{"question": f"Say {n}.", "answer": f"So it is {n}.\n#### {n}"} for n in range(10, 14)]
@@ -81,7 +95,7 @@ def tokenizer(request):
 def generation_requests(monkeypatch) -> list[tuple[str, list[int]]]:
     """Text and token ids of each generation request; answers are limited to one token."""
     requests = []
-    original = HFLM.tok_batch_encode
+    original = LoggedModel.tok_batch_encode
 
     def spy(self, strings, **kwargs):
         ids, attention = original(self, strings, **kwargs)
@@ -89,7 +103,7 @@ def generation_requests(monkeypatch) -> list[tuple[str, list[int]]]:
             requests.append((text, row[mask.bool()].tolist()))
         return ids, attention
 
-    monkeypatch.setattr(HFLM, "tok_batch_encode", spy)
+    monkeypatch.setattr(LoggedModel, "tok_batch_encode", spy)
     monkeypatch.setattr(HFLM, "max_gen_toks", 1)
     return requests
 
@@ -117,14 +131,14 @@ def test_generation_requests_are_our_prompts(gsm8k, tokenizer, tmp_path, generat
 
 def test_choice_requests_are_our_examples(mathqa, tokenizer, tmp_path, monkeypatch):
     requests = []
-    original = HFLM._encode_pair
+    original = LoggedModel._encode_pair
 
     def spy(self, context, continuation):
         before, after = original(self, context, continuation)
         requests.append(before + after)
         return before, after
 
-    monkeypatch.setattr(HFLM, "_encode_pair", spy)
+    monkeypatch.setattr(LoggedModel, "_encode_pair", spy)
     ask(mathqa, tokenizer, tmp_path / "run")
     rows = [encode(tokenizer, row) for row in mathqa.held_out(None)]
     assert len(requests) == 5 * len(rows)
@@ -253,7 +267,7 @@ def test_an_untrained_adapter_is_scored_like_its_model(mathqa, tmp_path):
     with torch.no_grad():
         for name, weight in wrapped.named_parameters():
             if "lora_B" in name:
-                weight.fill_(1.0)
+                weight.fill_(4.0)
     ask(mathqa, tokenizer, tmp_path / "moved", wrapped)
     before, after = (samples(tmp_path / run)[0]["response"] for run in ("new", "moved"))
     assert before == samples(tmp_path / "base")[0]["response"]
@@ -313,3 +327,140 @@ def test_an_unknown_task_of_lm_eval_is_refused(gsm8k, tmp_path):
         "task.lm_eval: the installed lm-eval has no file gsm9k.yaml; "
         "set task.lm_eval=null to score without lm-eval"
     )
+
+
+# Tokenizers with pieces, and chat templates of other families ------------------------------------
+
+PARTS = (
+    "{{ bos_token }}{{ strftime_now('%d %b %Y') }}{% for m in messages %}<|turn|>{{ m['role'] }}\n"
+    "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
+SPACED = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[{{ m['content'] }}]"
+    "{% else %} {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+# The space after the prompt belongs to the first token of the answer.
+OPEN = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+
+END_OF_TURN = {None: ["</s>"], PARTS: ["<|end|>"], SPACED: ["▁", "</s>"], OPEN: ["</s>"]}
+
+
+@pytest.fixture(params=[None, PARTS, SPACED, OPEN], ids=["plain", "parts", "spaced", "open"])
+def pieces(request):
+    return piece_tokenizer(request.param, ("<|turn|>", "<|end|>"))
+
+
+def test_generation_requests_have_the_tokens_of_training(
+    gsm8k, pieces, tmp_path, generation_requests
+):
+    ask(gsm8k, pieces, tmp_path / "run")
+    rows = [encode(pieces, row) for row in gsm8k.held_out(None)]
+    assert sorted(ids for _, ids in generation_requests) == sorted(
+        row.input_ids[: row.answer_start] for row in rows
+    )
+
+
+def test_choices_have_the_tokens_of_training(mathqa, pieces, tmp_path, monkeypatch):
+    requests = []
+    original = LoggedModel._encode_pair
+
+    def spy(self, context, continuation):
+        requests.append(original(self, context, continuation))
+        return requests[-1]
+
+    monkeypatch.setattr(LoggedModel, "_encode_pair", spy)
+    ask(mathqa, pieces, tmp_path / "run")
+    rows = [encode(pieces, row) for row in mathqa.held_out(None)]
+    right = [requests[5 * index + "abcde".index(PROBLEMS[index]["correct"])] for index in range(4)]
+    for (before, after), row in zip(right, rows, strict=True):
+        assert before == row.input_ids[: row.answer_start]
+        # Training also learns the end of the turn, which lm-eval does not score.
+        assert after == row.input_ids[row.answer_start :][: len(after)]
+        rest = row.input_ids[row.answer_start + len(after) :]
+        assert pieces.convert_ids_to_tokens(rest) == END_OF_TURN[pieces.chat_template]
+
+
+def test_a_template_without_system_messages_gets_the_other_turns(gsm8k, tmp_path, monkeypatch):
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.chat_template = refusing + CHAT_TEMPLATE
+    model = LoggedModel(pretrained=tiny_llama(tokenizer), tokenizer=tokenizer)
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which?"}]
+    assert model.apply_chat_template(chat) == render(tokenizer, "Which?")
+    with pytest.raises(ConfigError, match="no"):
+        model.apply_chat_template([chat[0]])
+
+
+def stops_of(monkeypatch) -> list[list[int]]:
+    """Return a list that receives the end tokens of each call of `generate`."""
+    stops: list[list[int]] = []
+    original = LlamaForCausalLM.generate
+
+    def spy(self, *arguments, **options):
+        stops.append(options["eos_token_id"])
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", spy)
+    return stops
+
+
+@pytest.fixture
+def several_ends():
+    """A model with its own end token, and a tokenizer whose turns end with a third one."""
+    tokenizer = piece_tokenizer(PARTS, ("<|turn|>", "<|end|>"))
+    model = tiny_llama(tokenizer)
+    model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids("Z")]
+    return model, tokenizer
+
+
+ENDS = ["Z", "</s>", "<|end|>"]
+
+
+def test_tasks_of_lm_eval_stop_at_every_end_token(
+    gsm8k, several_ends, tmp_path, monkeypatch, generation_requests
+):
+    model, tokenizer = several_ends
+    stops = stops_of(monkeypatch)
+    ask(gsm8k, tokenizer, tmp_path / "run", model)
+    assert {tuple(ids) for ids in stops} == {tuple(sorted(tokenizer.convert_tokens_to_ids(ENDS)))}
+
+
+def test_generated_answers_stop_at_every_end_token(several_ends, tmp_path, monkeypatch):
+    model, tokenizer = several_ends
+    reader, stops = TextReader(tokenizer), stops_of(monkeypatch)
+    rows = [Example("0", "Which town?", "Paris", references=("Paris",))]
+    encoded = [(row, reader.encode(row)) for row in rows]
+    generated_answers.score(
+        model, reader, Towns(Examples("towns", tuple(rows))), encoded, batch_size=1, folder=tmp_path
+    )
+    assert stops == [sorted(tokenizer.convert_tokens_to_ids(ENDS))]
+
+
+@dataclass(frozen=True)
+class Towns:
+    """A task whose answers are generated."""
+
+    rows: Examples
+    name: str = "towns"
+    metric: str = "accuracy"
+    answer_tokens: int = 2
+
+    @property
+    def score(self) -> Callable:
+        return find_scorer("exact")
+
+    def held_out(self, limit: int | None) -> Examples:
+        return self.rows
+
+
+def test_further_end_tokens_are_part_of_the_evaluations_key(tmp_path):
+    """Text tasks have always stopped at them."""
+    source = Source(save_checkpoint(tmp_path), "tiny", "tiny", torch.float32)
+    towns = Towns(Examples("towns", ()))
+    assert further_stops(source, towns) == []
+    GenerationConfig(eos_token_id=[2, 4]).save_pretrained(tmp_path)
+    again = Source(tmp_path, "tiny", "tiny", torch.float32)
+    assert further_stops(again, towns) == [[2, 4]]
+    assert further_stops(again, None) == []
+    assert again.key == source.key

@@ -5,13 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from pictured import image_bytes, lazy_image, save_gemma
-from tiny import save_checkpoint
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from pictured import CHAT_TEMPLATE_WITH_IMAGES, image_bytes, lazy_image, save_gemma
+from pieces import piece_tokenizer
+from tiny import CHAT_TEMPLATE, save_checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    Gemma3Processor,
+    PreTrainedTokenizerFast,
+)
 
 from emloc.data.collate import IGNORE
 from emloc.data.examples import Example
-from emloc.data.reader import OpenCheckpoint
+from emloc.data.reader import OpenCheckpoint, stop_ids
 from emloc.errors import ConfigError
 from emloc.models.vision_language import ProcessorReader, ProcessorReaderSettings
 
@@ -164,6 +172,81 @@ def test_pixels_have_the_dtype_of_the_model_and_the_order_of_the_images(folder, 
     half = read_by(folder, torch.bfloat16).collate(rows)
     assert torch.equal(half["pixel_values"], expected.to(torch.bfloat16))
     assert half["input_ids"].dtype == half["token_type_ids"].dtype == torch.int64
+
+
+# Tokenizers with pieces, and other templates ------------------------------------------------------
+
+PIECES_TEMPLATE = CHAT_TEMPLATE_WITH_IMAGES.replace("<|im_end|>", "<|turn|>")
+
+
+@pytest.fixture(scope="module")
+def pieces(folder, tmp_path_factory) -> Path:
+    """A processor with SentencePiece's pieces, whose turns do not end with the end token."""
+    marks = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}
+    special = (*marks.values(), "<|im_start|>", "<|turn|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=piece_tokenizer(special=special).backend_tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<unk>",
+        extra_special_tokens=marks,
+    )
+    home = tmp_path_factory.mktemp("pieces")
+    processor = AutoProcessor.from_pretrained(folder)
+    Gemma3Processor(
+        image_processor=processor.image_processor,
+        tokenizer=tokenizer,
+        chat_template=PIECES_TEMPLATE,
+        image_seq_length=4,
+    ).save_pretrained(home)
+    config = AutoConfig.from_pretrained(folder)
+    config.image_token_id = tokenizer.image_token_id
+    config.save_pretrained(home)
+    return home
+
+
+TOWN = row("Which town?", "Paris", 1)
+
+
+def tokens_of(reader: ProcessorReader, one) -> tuple[list[str], list[str]]:
+    names = reader.tokenizer.convert_ids_to_tokens(one.input_ids)
+    return names[: one.answer_start], names[one.answer_start :]
+
+
+def test_an_answer_after_images_has_the_pieces_of_running_text_and_ends_its_turn(pieces):
+    reader = read_by(pieces)
+    for example in (TOWN, replace(TOWN, images=())):
+        before, answer = tokens_of(reader, reader.encode(example))
+        assert answer == ["Paris", "<|turn|>"]
+        assert before.count("<image>") == 4 * len(example.images)
+        assert "▁Which" in before or "Which" in before
+    assert reader.end_token == "<|turn|>"
+    ids = reader.tokenizer.convert_tokens_to_ids(["</s>", "<|turn|>"])
+    assert stop_ids(None, reader) == sorted(ids)
+    assert reader.encoding_key[0] == "encoding"
+
+
+def test_the_key_of_a_processor_is_empty_where_tokens_are_as_in_earlier_releases(reader):
+    assert reader.encoding_key == []
+
+
+def test_a_token_that_prompt_and_answer_share_belongs_to_the_answer(pieces, tmp_path):
+    """The prompt for generation then lacks it, and token types still fit the row."""
+    reader = with_template(pieces, tmp_path, "<|im_start|>assistant\n", "<|im_start|>assistant: ")
+    one = reader.encode(TOWN)
+    before, answer = tokens_of(reader, one)
+    assert (before[-1], answer) == (":", ["▁Paris", "<|turn|>"])
+    types = reader.collate([cut(one)], answers_only=False)["token_type_ids"][0].tolist()
+    assert types == [int(name == "<image>") for name in before]
+
+
+def test_a_processor_whose_template_expects_a_text_gets_one(folder, tmp_path):
+    reader = with_template(folder, tmp_path, CHAT_TEMPLATE_WITH_IMAGES, CHAT_TEMPLATE)
+    text = reader.tokenizer.decode(reader.encode(ROWS[2]).input_ids)
+    assert text == f"<s><|im_start|>user\nIs 3 a prime?{END}\n<|im_start|>assistant\nno{END}"
+    assert reader.encoding_key  # earlier releases wrote the list of parts as Python does
+    with pytest.raises(ConfigError, match="the chat template cannot be used"):
+        reader.encode(ROWS[0])
 
 
 # Refusals ----------------------------------------------------------------------------------------

@@ -228,7 +228,8 @@ def test_a_row_whose_label_is_no_choice_has_no_answer(tmp_path, caplog):
         file.write("a.png,Which?,E,A:1,B:2,C:3,D:4,E\n")
     assert len(build("pmc_vqa", path=str(folder)).train()) == 1
     assert caplog.messages == [
-        "task pmc_vqa: left out 1 of 2 rows of train that have no usable answer"
+        "task pmc_vqa: left out 1 of 2 rows of train that have no usable answer "
+        "(task.references), the first is train/1"
     ]
 
 
@@ -440,7 +441,8 @@ def test_training_rows_that_are_also_held_out_are_dropped_and_counted(chartqa, c
     assert len(png(2)) == len(png(3))
     assert [row.id for row in task.train()] == ["train/1", "train/2"]
     assert caplog.messages == [
-        "task chartqa: dropped 1 of 3 training rows that are also evaluation rows"
+        "task chartqa: dropped 1 of 3 training rows that are also evaluation rows, the first is "
+        "train/0"
     ]
 
 
@@ -512,7 +514,8 @@ def test_rows_without_an_answer_are_skipped_and_counted(tmp_path, caplog):
     assert [row.id for row in task.held_out(None)] == ["validation/1"]
     assert [row.id for row in task.train()] == ["train/1"]
     assert caplog.messages == [
-        f"task docvqa: left out 2 of 3 rows of {split} that have no usable answer"
+        f"task docvqa: left out 2 of 3 rows of {split} that have no usable answer "
+        f"(task.references), the first is {split}/0"
         for split in ("validation", "train")
     ]
 

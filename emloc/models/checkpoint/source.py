@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from emloc.data.reader import OpenCheckpoint, Reader, ReaderSettings, TextReaderSettings
+from emloc.data.chat_template import PROMPT_DATE
+from emloc.data.reader import (
+    OpenCheckpoint,
+    Reader,
+    ReaderSettings,
+    TextReaderSettings,
+    TokenReader,
+    stop_ids,
+)
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.checkpoint import Checkpoint
 from emloc.models.checkpoint.damaged import require_finite
@@ -25,7 +33,7 @@ from emloc.models.checkpoint.internvl_chat import FORMAT
 from emloc.models.checkpoint.random_weights import RandomWeights, tensor_inits
 from emloc.models.checkpoint.state import optional_names, persistent_buffers, state_dtypes
 from emloc.models.checkpoint.tokenizer import tokenizer_of
-from emloc.models.checkpoint.weights import AbsentWeights, SafetensorsWeights, Weights
+from emloc.models.checkpoint.weights import SafetensorsWeights, Weights
 from emloc.models.objectives import Objective
 from emloc.models.objectives.tokens import Tokens
 from emloc.runtime.digest import digest
@@ -34,9 +42,8 @@ from emloc.tensors.nn.surgery import replace_buffer, replace_parameter
 CPU = torch.device("cpu")
 # Seed of a fresh module's weights, until a training run draws them again from its own seed.
 FRESH_SEED = 0
-# Families whose decoder flattens its tokens: statistics once had their padding, so that artifacts
-# with the former key must not be used.
-FLAT_TOKENS = ("opt",)
+# Raised when a checkpoint is read, or its examples are encoded, in another way than before.
+READING = 2
 
 
 @dataclass(frozen=True)
@@ -71,18 +78,19 @@ class Source:
         family = [*self.reader_settings.key, *self.objective.key]
         changes = [*self.fresh_modules, digest(dict(self.config_changes))]
         own = changes if self.fresh_modules or self.config_changes else []
-        rules = [*self._state_rules, *self._checkpoint.rules]
-        return [self.identity, str(self.dtype), self.auto.__name__, *family, *own, *rules]
+        return [
+            READING, PROMPT_DATE.isoformat(), self.identity, str(self.dtype), self.auto.__name__,
+            *family, *own
+        ]  # fmt: skip
 
     @cached_property
-    def _state_rules(self) -> list[str]:
-        """What the state has beside parameters in the dtype of the source; part of the key."""
-        if isinstance(self.weights, AbsentWeights):
-            return []
-        dtypes = {self.dtypes[name] for name in self.sizes if not self._is_fresh(name)}
-        rules = {"buffers": bool(self.buffers), "dtypes": bool(dtypes - {self.dtype})}
-        rules["flat"] = self.config.get_text_config().model_type in FLAT_TOKENS
-        return [rule for rule, applies in rules.items() if applies]
+    def stop_ids(self) -> list[int]:
+        """Ids of all tokens that end a generated answer: the checkpoint's and the turn's own.
+
+        The checkpoint names its tokens in generation_config.json, or else in config.json.
+        """
+        reader = cast("TokenReader", self.reader())
+        return stop_ids(self.meta_model.generation_config, reader)
 
     @cached_property
     def _checkpoint(self) -> Checkpoint:

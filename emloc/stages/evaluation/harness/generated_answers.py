@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from emloc.data.examples import Example
 from emloc.data.prompts import EncodedExample
-from emloc.data.reader import TokenReader
+from emloc.data.reader import TokenReader, stop_ids
 from emloc.stages.evaluation.harness.answer_progress import LoggedAnswers
 from emloc.stages.evaluation.harness.lm_eval_tasks import quiet
 from emloc.tasks import GenerativeTask
@@ -85,7 +85,8 @@ def score(
         return scores | (group_scores if example.group else {})
 
     with quiet():
-        lm_eval_task = _lm_eval_task(task, rows, score_answer, reader.tokenizer.eos_token_id)
+        stops = stop_ids(model.generation_config, reader)
+        lm_eval_task = _lm_eval_task(task, rows, score_answer, stops)
         results = evaluate(
             lm=HarnessModel(model, reader, batch_size),
             task_dict={task.name: lm_eval_task},
@@ -104,7 +105,7 @@ def _lm_eval_task(
     task: GenerativeTask,
     rows: Sequence[tuple[Example, EncodedExample]],
     score_answer: Callable[[dict[str, int], list[str]], dict[str, float]],
-    end_token: int,
+    stops: list[int],
 ) -> ConfigurableTask:
     """Define the task for lm-eval: its documents are row numbers, its answers decoded greedily."""
 
@@ -134,7 +135,7 @@ def _lm_eval_task(
                 "do_sample": False,
                 "temperature": 0.0,
                 "max_gen_toks": task.answer_tokens,
-                "eos_token_id": end_token,
+                "eos_token_id": stops,
                 "repetition_penalty": 1.0,  # overrides a penalty in the checkpoint
             },
             "num_fewshot": 0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,11 @@ import torch
 import yaml
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
+from torch import Tensor
 
+from emloc.data.chat_template import Message, has_template, render_messages
+from emloc.data.prompts import encode_pair, encode_prompt, frame_of
+from emloc.data.reader import TextReader, stop_ids
 from emloc.errors import ConfigError
 from emloc.stages.evaluation.harness.answer_progress import LoggedAnswers
 
@@ -24,13 +28,73 @@ if TYPE_CHECKING:
 
     from emloc.tasks.text import TextTask
 
+log = logging.getLogger(__name__)
+
 SEED = 1234  # lm-eval's default; it selects the examples of a few-shot prompt
 TASK_FILE = "lm_eval_task.yaml"
 SAMPLES_FILE = "lm_eval_samples.jsonl"
 
 
 class LoggedModel(LoggedAnswers, HFLM):
-    """A model in lm-eval's hands that logs its progress."""
+    """A model in lm-eval's hands that encodes texts as in training and logs its progress."""
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Render a chat as in training: with a fixed date, and with the text of every turn.
+
+        As in lm-eval, a template that takes no system message gets the other turns alone.
+        """
+        messages = [Message(turn["role"], turn["content"]) for turn in chat_history]
+        options = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+        }
+        try:
+            return render_messages(self.tokenizer, messages, **options)
+        except ConfigError:
+            others = [message for message in messages if message.role != "system"]
+            if len(others) == len(messages):
+                raise
+            return render_messages(self.tokenizer, others, **options)
+
+    def tok_batch_encode(
+        self,
+        strings: Sequence[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Encode prompts for generation with the tokens that precede an answer in training."""
+        rows = [
+            encode_prompt(self.tokenizer, text, special_tokens=self._adds_special_tokens(text))
+            for text in strings
+        ]
+        batch = self.tokenizer.pad(
+            {"input_ids": rows}, padding_side=padding_side, return_tensors="pt"
+        )
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        if left_truncate_len and ids.shape[1] > left_truncate_len:
+            log.warning(
+                "evaluate: a prompt of lm-eval has %d tokens, and the model reads its last %d",
+                ids.shape[1],
+                left_truncate_len,
+            )
+            ids, mask = ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
+        return ids, mask
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Encode a prompt and a possible answer as in training, as one text."""
+        lead = frame_of(self.tokenizer).lead
+        answer = continuation if continuation[:1].isspace() else lead + continuation
+        special = self._adds_special_tokens(context)
+        pair = encode_pair(self.tokenizer, context, answer, special_tokens=special)
+        return pair.prompt_ids, pair.answer_ids
+
+    def _adds_special_tokens(self, text: str) -> bool:
+        """Whether the tokenizer adds special tokens to a text: to those that have none yet."""
+        begin = self.tokenizer.bos_token
+        return self.add_bos_token is not False and not (begin and text.startswith(begin))
 
 
 def score(
@@ -49,7 +113,7 @@ def score(
     `folder` receives the definition of the task and a file with every answer.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    chat = tokenizer.chat_template is not None
+    chat = has_template(tokenizer)
     with quiet():
         loaded = lm_eval.tasks.TaskManager(include_defaults=False).load(
             [str(write_task(task, folder))]
@@ -57,7 +121,8 @@ def score(
         (lm_eval_task,) = loaded["tasks"].values()
         lm_eval_task.set_fewshot_seed(SEED)
         if lm_eval_task.get_config("output_type") == "generate_until":
-            greedy = {"do_sample": False, "temperature": 0.0}
+            stops = stop_ids(model.generation_config, TextReader(tokenizer))
+            greedy = {"do_sample": False, "temperature": 0.0, "eos_token_id": stops}
             lm_eval_task.set_config("generation_kwargs", greedy, update=True)
         wrapped = LoggedModel(
             pretrained=model,
