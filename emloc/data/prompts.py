@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from emloc.data.chat_template import (
-    PROMPT_DATE,
-    RENDER_ERRORS,
     AnswerFrame,
     Message,
     answer_frame,
-    chat_template,
     has_template,
-    pinned_template,
-    reads_date,
     render_messages,
     require_end_token,
 )
 from emloc.data.examples import Example
 from emloc.data.image import LazyImage
 from emloc.errors import ConfigError
-from emloc.runtime.digest import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Separates a plain prompt from its answer. A chat template puts its own end of turn there.
 DELIMITER = " "
-# Answers that show whether a tokenizer encodes an answer as earlier releases did.
-PROBES = ("Paris", "42", "(b) it is")
+# An answer that shows which tokens a prompt has in front of one.
+_PROBE = "Paris"
 
 
 @dataclass(frozen=True)
@@ -172,58 +166,8 @@ def encode_prompt(
     A model that was trained on `Answer: Paris` has seen the tokens `Answer`, `:` and ` Paris`. The
     prompt `Answer: ` therefore ends with `:`.
     """
-    answer = frame_of(tokenizer).lead + PROBES[0]
+    answer = frame_of(tokenizer).lead + _PROBE
     return encode_pair(tokenizer, prompt, answer, special_tokens=special_tokens).prompt_ids
-
-
-def encoding_key(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """Cache key of the encoding, with the date that the chat template gets.
-
-    Empty if examples have the same tokens as in earlier releases. Those encoded prompt and answer
-    apart, added the tokenizer's end token to all answers, rendered messages as texts alone, and
-    let a template write today's date.
-    """
-    examples = [Example("probe", "What is it?", answer) for answer in PROBES]
-    encoded = [encode(tokenizer, example).input_ids for example in examples]
-    former = [_encode_apart(tokenizer, example) for example in examples]
-    return changes_key(encoded, former, tokenizer)
-
-
-def changes_key(encoded: list[list[int]], former: Any, renderer: Any) -> list[Any]:
-    """Cache key of token ids that may differ from those of earlier releases, and of the date."""
-    key: list[Any] = [] if encoded == former else ["encoding", digest(encoded)]
-    if has_template(renderer) and reads_date(chat_template(renderer)):
-        key += ["date", PROMPT_DATE.isoformat()]
-    return key
-
-
-def render_formerly(renderer: Any, turn: dict[str, Any]) -> str | None:
-    """A prompt as earlier releases rendered it, in one form alone; None if that fails."""
-    try:
-        return str(
-            renderer.apply_chat_template(
-                [turn],
-                chat_template=pinned_template(renderer),
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        )
-    except RENDER_ERRORS:
-        return None
-
-
-def _encode_apart(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int | None] | None:
-    """Token ids of an example as in earlier releases; None if those could not encode it."""
-    prompt, answer = example.prompt, DELIMITER + example.target
-    chat = has_template(tokenizer)
-    if chat:
-        rendered = render_formerly(tokenizer, Message("user", example.prompt).as_text())
-        if rendered is None:
-            return None
-        prompt, answer = rendered, example.target
-    prompt_ids = tokenizer(prompt, add_special_tokens=not chat).input_ids
-    answer_ids = tokenizer(answer, add_special_tokens=False).input_ids
-    return [*prompt_ids, *answer_ids, tokenizer.eos_token_id]
 
 
 def _empty_answer_error(example: Example) -> ConfigError:

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 
 from emloc.data.collate import EncodedRow, collate, group_by_length
 from emloc.data.examples import Example, Examples
-from emloc.data.prompts import EncodedExample, encode, encoding_key, frame_of
+from emloc.data.prompts import EncodedExample, encode, frame_of
 from emloc.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -102,11 +102,6 @@ class TextReader:
     """Reader for models that read only text."""
 
     tokenizer: PreTrainedTokenizerBase
-
-    @property
-    def encoding_key(self) -> list[Any]:
-        """Cache key of the encoding; empty if tokens are as in earlier releases."""
-        return encoding_key(self.tokenizer)
 
     def encode(self, example: Example) -> EncodedExample:
         """Encode prompt, answer and end token as token ids.

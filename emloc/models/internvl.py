@@ -16,7 +16,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from emloc.config.values import Range, Text
 from emloc.data.collate import collate
 from emloc.data.examples import Example
-from emloc.data.prompts import EncodedExample, encode, encoding_key
+from emloc.data.prompts import EncodedExample, encode
 from emloc.data.reader import OpenCheckpoint, Reader, ReaderSettings
 from emloc.errors import ConfigError
 from emloc.models.vision_language import VisionLanguageModel
@@ -92,11 +92,6 @@ class InternVLReader:
         begin = self.tokenizer.bos_token if self._adds_begin_token() else ""
         self.tokenizer.chat_template = chatml_template(begin, reader_settings.system)
         self.tokenizer.eos_token = END_OF_TURN
-
-    @cached_property
-    def encoding_key(self) -> list[Any]:
-        """Cache key of the encoding; empty if tokens are as in earlier releases."""
-        return encoding_key(self.tokenizer)
 
     def _adds_begin_token(self) -> bool:
         """Whether the tokenizer puts its begin token before every text."""

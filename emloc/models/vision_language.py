@@ -24,13 +24,10 @@ from emloc.data.chat_template import (
 from emloc.data.collate import collate
 from emloc.data.examples import Example
 from emloc.data.prompts import (
-    PROBES,
     EncodedExample,
     EncodedPair,
-    changes_key,
     encode,
     encode_answer,
-    render_formerly,
 )
 from emloc.data.reader import OpenCheckpoint, Reader, ReaderSettings
 from emloc.errors import ConfigError
@@ -137,21 +134,6 @@ class ProcessorReader:
     def end_token(self) -> str:
         """The token that ends an answer."""
         return self._frame.end_token
-
-    @cached_property
-    def encoding_key(self) -> list[Any]:
-        """Cache key of the encoding; empty if tokens are as in earlier releases."""
-        probe, ids = Message("user", "What is it?"), self.tokenizer.convert_tokens_to_ids
-        prompt = self._render([probe], add_generation_prompt=True)
-        former_prompt = render_formerly(self._template_owner, probe.as_parts()) or ""
-        special = self._adds_special_tokens(prompt)
-        encoded, former = [], []
-        for answer in PROBES:
-            encoded.append(self._encode_answer(prompt, Example("probe", "", answer)).input_ids)
-            before = self.tokenizer(former_prompt, add_special_tokens=special).input_ids
-            after = self.tokenizer(answer, add_special_tokens=False).input_ids
-            former.append([*before, *after, ids(self.tokenizer.eos_token)])
-        return changes_key(encoded, former, self._template_owner)
 
     @property
     def _template_owner(self) -> Any:

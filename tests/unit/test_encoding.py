@@ -4,12 +4,12 @@ import datetime
 from dataclasses import replace
 
 import pytest
+import torch
 from pieces import piece_tokenizer
-from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
+from tiny import tiny_llama, tiny_tokenizer
 from tokenizers import processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from emloc.data import chat_template as templates
 from emloc.data.chat_template import Message, pin_date, render_messages
 from emloc.data.collate import IGNORE, collate
 from emloc.data.examples import Example
@@ -17,12 +17,11 @@ from emloc.data.prompts import (
     encode,
     encode_pair,
     encode_prompt,
-    encoding_key,
-    frame_of,
     render,
 )
 from emloc.data.reader import TextReader, stop_ids
 from emloc.errors import ConfigError
+from emloc.models.checkpoint.source import Source
 
 TOWN = Example("row/1", "Which town?", "Paris")
 # Chat templates in the manner of well-known families.
@@ -301,16 +300,6 @@ def test_the_date_in_a_prompt_is_always_the_same(monkeypatch):
 TOWN_TURN = {"role": "user", "content": TOWN.prompt}
 
 
-def test_the_key_contains_the_date_of_templates_that_write_one(monkeypatch):
-    dated = chat(LLAMA_3)
-    key = encoding_key(dated)
-    assert key[-2:] == ["date", "2024-07-26"]
-    assert "date" not in encoding_key(chat(GEMMA))
-    monkeypatch.setattr(templates, "PROMPT_DATE", datetime.date(2024, 7, 27))
-    monkeypatch.setattr("emloc.data.prompts.PROMPT_DATE", datetime.date(2024, 7, 27))
-    assert encoding_key(dated)[-2:] == ["date", "2024-07-27"]
-
-
 def test_a_date_in_any_written_format_is_replaced():
     template = "{{ strftime_now('%Y-%m-%d') }}{{ strftime_now( \"%B %d, %Y\" ) }}"
     assert pin_date(template, "org/model") == "{{ ('2024-07-26') }}{{ (\"July 26, 2024\") }}"
@@ -318,21 +307,9 @@ def test_a_date_in_any_written_format_is_replaced():
         pin_date("{{ strftime_now(format) }}", "org/model")
 
 
-# The key -----------------------------------------------------------------------------------------
-
-
-def test_the_key_is_empty_where_tokens_are_as_in_earlier_releases():
-    assert encoding_key(tiny_tokenizer(chat=True)) == []
-    assert encoding_key(tiny_tokenizer(chat=False)) == []
-    assert encoding_key(piece_tokenizer()) == []
-    for template in (GEMMA, PHI, PARTS):
-        assert encoding_key(chat(template))[0] == "encoding"
-
-
-def test_another_end_of_the_turn_changes_the_key_alone_for_its_model():
-    """A ChatML template whose end of turn is not the tokenizer's end token."""
-    tokenizer = tiny_tokenizer(chat=False)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    assert frame_of(tokenizer).end_token == "<|im_end|>"
-    assert tokenizer.eos_token == "</s>"
-    assert encoding_key(tokenizer)[0] == "encoding"
+def test_the_key_of_a_model_contains_the_date_of_its_prompts(monkeypatch):
+    source = Source(None, "model", "identity", torch.float32)
+    before = source.key
+    assert "2024-07-26" in before
+    monkeypatch.setattr("emloc.models.checkpoint.source.PROMPT_DATE", datetime.date(2024, 7, 27))
+    assert "2024-07-27" in source.key != before

@@ -150,13 +150,6 @@ def test_the_library_leaves_padding_out(source):
         close(padded.get_submodule(name).product(), alone.get_submodule(name).product())
 
 
-def test_artifacts_with_padding_in_their_statistics_are_not_used_again(source, tmp_path):
-    """Before, padding was in the statistics of OPT, so its key is another."""
-    tiny_model("llama").save_pretrained(tmp_path)
-    llama = Source(tmp_path, "opt", "opt", torch.float32)
-    assert source.key == [*llama.key, "flat"]
-
-
 # The order of blocks ------------------------------------------------------------------------------
 
 

@@ -223,11 +223,6 @@ def test_an_answer_after_images_has_the_pieces_of_running_text_and_ends_its_turn
     assert reader.end_token == "<|turn|>"
     ids = reader.tokenizer.convert_tokens_to_ids(["</s>", "<|turn|>"])
     assert stop_ids(None, reader) == sorted(ids)
-    assert reader.encoding_key[0] == "encoding"
-
-
-def test_the_key_of_a_processor_is_empty_where_tokens_are_as_in_earlier_releases(reader):
-    assert reader.encoding_key == []
 
 
 def test_a_token_that_prompt_and_answer_share_belongs_to_the_answer(pieces, tmp_path):
@@ -244,7 +239,6 @@ def test_a_processor_whose_template_expects_a_text_gets_one(folder, tmp_path):
     reader = with_template(folder, tmp_path, CHAT_TEMPLATE_WITH_IMAGES, CHAT_TEMPLATE)
     text = reader.tokenizer.decode(reader.encode(ROWS[2]).input_ids)
     assert text == f"<s><|im_start|>user\nIs 3 a prime?{END}\n<|im_start|>assistant\nno{END}"
-    assert reader.encoding_key  # earlier releases wrote the list of parts as Python does
     with pytest.raises(ConfigError, match="the chat template cannot be used"):
         reader.encode(ROWS[0])
 

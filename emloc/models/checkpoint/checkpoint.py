@@ -49,21 +49,6 @@ class Checkpoint:
     config_changes: Mapping[str, Any]
 
     @cached_property
-    def rules(self) -> list[str]:
-        """Rules by which the files are read otherwise than parameter by parameter as declared.
-
-        They are part of the cache key. Models that need none keep their keys.
-        """
-        if not isinstance(self.weights, SafetensorsWeights):
-            return []
-        rules = {
-            "dequantised": self._quantizer is not None,
-            "untied": self.is_untied,
-            "single": self.weights.ignores_index,
-        }
-        return [rule for rule, applies in rules.items() if applies]
-
-    @cached_property
     def weights(self) -> Weights:
         """The origin of the weights: safetensors files, a random generator, or none."""
         if self.seed is not None:
