@@ -185,12 +185,15 @@ def test_experts_in_four_bits_equal_those_of_from_pretrained(tmp_path):
 def test_a_merged_checkpoint_is_dequantised(quantise, settings, tmp_path):
     plain = write(tmp_path / "original", quantise, settings)
     pair = LoraPair(torch.randn(3, 64), torch.randn(32, 3), 0.5)
+    plain_pair = LoraPair(torch.randn(3, 32), torch.randn(261, 3), 0.5)  # of a plain weight
     source = source_of(tmp_path / "original")
-    target = merge(source, SavedLora({PROJECTION: pair}, {}), tmp_path / "merged")
+    adapter = SavedLora({PROJECTION: pair, "lm_head": plain_pair}, {})
+    target = merge(source, adapter, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).state_dict()
     assert "quantization_config" not in json.loads((target / "config.json").read_text())
     assert load_file(target / "model.safetensors").keys() == plain.keys()
     plain[f"{PROJECTION}.weight"] += pair.scale * pair.b @ pair.a
+    plain["lm_head.weight"] += plain_pair.scale * plain_pair.b @ plain_pair.a
     for name, tensor in plain.items():
         torch.testing.assert_close(merged[name], tensor, atol=1e-6, rtol=1e-5)
 

@@ -153,5 +153,7 @@ def test_a_checkpoint_without_safetensors_is_refused(refusal, sharded, method):
         path.unlink()
     (sharded / "pytorch_model.bin").write_bytes(b"")
     assert refusal(f"model.source={sharded}", f"method={method}") == (
-        f"{sharded}: no model.safetensors; set model.source to a checkpoint folder"
+        f"{sharded}: no model.safetensors, only pytorch_model.bin, which is not read; load it once "
+        "with transformers and write it with save_pretrained, then set model.source to the new "
+        "folder"
     )

@@ -49,6 +49,10 @@ def layout_of(model: PreTrainedModel, quantizer: Any = None) -> Layout:
                 direct.setdefault(name, Direct(tensor))
             else:
                 inputs.setdefault(name, []).append((pattern, tensor))
+        for name, members in inputs.items():
+            converter = by_pattern[members[0][0]]
+            if len(members) == 1 and _only_dequantises(converter):
+                direct.setdefault(name, Direct(members[0][1]))  # there is no scale
         return direct | {
             target: origin
             for name, members in inputs.items()
@@ -58,6 +62,11 @@ def layout_of(model: PreTrainedModel, quantizer: Any = None) -> Layout:
         }
 
     return layout
+
+
+def _only_dequantises(converter: WeightConverter) -> bool:
+    """Whether the only operation of a conversion belongs to a quantizer."""
+    return all(hasattr(operation, "hf_quantizer") for operation in converter.operations)
 
 
 def _converted(
