@@ -65,9 +65,12 @@ class Range:
             bounds.append("finite")
         elif most != self.most and value > LARGEST_COUNT:
             bounds.append(f"at most {LARGEST_COUNT}")
-        phrase = " and ".join(bounds) + " or null" * or_null
-        verb = "lie" if phrase.startswith("between") else "be"
-        return f"{key} must {verb} {phrase}, got {_number(value)}; set {key}={_number(self.usual)}"
+        phrase = " and ".join(bounds)
+        if phrase.startswith("between"):
+            phrase = f"lie {phrase}"
+        else:
+            phrase = f"be {phrase}" + " or null" * or_null
+        return f"{key} must {phrase}, got {_number(value)}; set {key}={_number(self.usual)}"
 
     @property
     def _bounds(self) -> str:
