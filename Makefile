@@ -14,6 +14,9 @@ PARALLEL := -n $(WORKERS) --dist worksteal
 # Idle OpenMP threads sleep. By default they spin, and two processes that spin on the same cores
 # halve each other's speed.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Python keeps the compiled modules of the package and of the tests. Without them each of the many
+# processes would compile them again.
+unexport PYTHONDONTWRITEBYTECODE
 
 help: ## list all targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12

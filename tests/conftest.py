@@ -1,4 +1,8 @@
-"""Fixtures for all tests: no network, no account, one thread, own folders for each test."""
+"""Fixtures for all tests: no network, no account, one thread, own folders for each test.
+
+The process that starts the workers reads this file, too. It runs no test, so libraries that take
+seconds to import are imported where they are used.
+"""
 
 import os
 
@@ -12,17 +16,8 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import datasets
-import labelled
 import pytest
-import torch
-from command import Command
 from filelock import FileLock
-from tiny import save_checkpoint
-
-from emloc.runtime.stage_cache import Store
-
-torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
@@ -40,11 +35,30 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: [folders[item] != folder for folder in order])
 
 
+def pytest_collectstart():
+    """Import test modules in less time, as the command does with the libraries."""
+    from emloc.runtime.imports import import_bitsandbytes
+
+    gc.disable()
+    import_bitsandbytes()
+
+
+def pytest_collection_finish():
+    gc.enable()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _freeze_existing_objects():
     """Exclude all existing objects, mostly those of libraries, from garbage collection.
 
-    The package collects garbage before and after each stage. Without this fixture the collection
+    The package collects garbage before each stage. Without this fixture the collection
     would take most of the time of a stage on a tiny model.
     """
     gc.collect()
@@ -54,6 +68,8 @@ def _freeze_existing_objects():
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path, monkeypatch):
     """Set the folders for caches, runs and datasets to folders that only this test uses."""
+    import datasets
+
     monkeypatch.setenv("EMLOC_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("EMLOC_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
@@ -72,6 +88,8 @@ def set_umask() -> Iterator[Callable[[int], int]]:
 
 @pytest.fixture
 def store(tmp_path):
+    from emloc.runtime.stage_cache import Store
+
     return Store(tmp_path / "cache")
 
 
@@ -107,6 +125,8 @@ def made_once(shared) -> Callable[[str, Callable[[Path], object]], Path]:
 @pytest.fixture(scope="session")
 def checkpoint(made_once):
     """Folder with a checkpoint of a random two-layer Llama and its tokenizer."""
+    from tiny import save_checkpoint
+
     return made_once("checkpoint", save_checkpoint)
 
 
@@ -129,24 +149,32 @@ def _write_sums(folder: Path) -> None:
 @pytest.fixture(scope="session")
 def roberta(made_once):
     """Folder with a RoBERTa language model; a classifier uses all its weights except the head."""
+    import labelled
+
     return made_once("roberta", labelled.write_roberta)
 
 
 @pytest.fixture(scope="session")
 def vit(made_once):
     """Folder with a bare ViT encoder, whose tensor names lack the prefix of a classifier."""
+    import labelled
+
     return made_once("vit", labelled.write_vit)
 
 
 @pytest.fixture(scope="session")
 def texts(made_once):
     """Folder with labelled texts of several lengths; the first letter decides class and vector."""
+    import labelled
+
     return made_once("texts", labelled.write_texts)
 
 
 @pytest.fixture(scope="session")
 def images(made_once):
     """Folder with images of two classes, dark and light."""
+    import labelled
+
     return made_once("images", labelled.write_images)
 
 
@@ -171,6 +199,8 @@ def tiny(checkpoint, sums):
 @pytest.fixture
 def emloc(tmp_path, request):
     """Function that runs the command in `tmp_path` and returns exit code and output."""
+    from command import Command
+
     return Command(tmp_path, lambda: request.getfixturevalue("capfd"))
 
 

@@ -23,6 +23,7 @@ from emloc.errors import ConfigError
 from emloc.runtime.atomic import write_json
 from emloc.runtime.digest import digest
 from emloc.runtime.distributed import POLL_SECONDS, process_start, world_size
+from emloc.runtime.imports import exempt_imports
 from emloc.runtime.keys import class_name, without_neutral
 from emloc.runtime.quiet_libraries import quiet
 
@@ -151,6 +152,7 @@ def find_runs(folder: Path) -> list[Run]:
     return [Run(path.parent) for path in sorted(folder.glob("*/status.json"))]
 
 
+@exempt_imports()
 def folder_name(config: DictConfig) -> str:
     """Return the name of a run's folder, `<method>-<model>-<task>-s<seed>-<id>`.
 

@@ -13,6 +13,7 @@ from emloc.config.check import check_settings
 from emloc.config.compose import compose
 from emloc.config.run_folder import is_run
 from emloc.errors import ConfigError
+from emloc.runtime.imports import exempt_imports
 from emloc.runtime.progress import BesideBarFilter
 from emloc.runtime.quiet_libraries import quiet
 
@@ -117,11 +118,12 @@ def _merge_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    quiet()
-    _log_to_stderr()
-    import torch
+    with exempt_imports():
+        quiet()
+        import torch
 
-    from emloc.stages.merge_run import merge_run
+        from emloc.stages.merge_run import merge_run
+    _log_to_stderr()
 
     dtype = torch.float32 if options.dtype else None
     print(merge_run(options.run, options.to or options.run / "merged", dtype))
@@ -150,11 +152,12 @@ def _plan(options: argparse.Namespace) -> None:
     cfg = compose(options.overrides)
     check_settings(cfg)
 
-    quiet()
-    from emloc.cost.plan.gpus import find_gpu
-    from emloc.cost.plan.layout import StepShape
-    from emloc.cost.plan.table import plan
-    from emloc.stages.run_config import build
+    with exempt_imports():
+        quiet()
+        from emloc.cost.plan.gpus import find_gpu
+        from emloc.cost.plan.layout import StepShape
+        from emloc.cost.plan.table import plan
+        from emloc.stages.run_config import build
 
     if not 1 <= options.answer <= options.length:
         raise ConfigError(f"--answer {options.answer} of --length {options.length}: give 1 to all")
@@ -169,8 +172,9 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    quiet()
-    from emloc.cost.bench.run import bench, table_path
+    with exempt_imports():
+        quiet()
+        from emloc.cost.bench.run import bench, table_path
 
     print(bench(options.works, options.to or table_path()))
 

@@ -4,6 +4,8 @@ import hashlib
 import json
 from typing import Any
 
+_ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
 
 def digest(value: Any) -> str:
     """Return the first 16 hex digits of the sha256 of `value` as JSON with sorted keys.
@@ -11,5 +13,4 @@ def digest(value: Any) -> str:
     Raises:
         TypeError: `value` contains an object that JSON cannot represent.
     """
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(_ENCODER.encode(value).encode()).hexdigest()[:16]

@@ -74,8 +74,8 @@ class MemoryPeak:
         return round(self.bytes / GIB, 3)
 
     def __enter__(self) -> MemoryPeak:
-        gc.collect()
         if torch.cuda.is_available():
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         else:

@@ -10,6 +10,7 @@ from multiprocessing import current_process
 from typing import Any
 
 from emloc.runtime.distributed import is_first
+from emloc.runtime.imports import import_bitsandbytes
 
 
 def quiet() -> None:
@@ -28,6 +29,7 @@ def quiet() -> None:
     # tqdm asks for a package that draws bars in notebooks, where none are drawn.
     warnings.filterwarnings("ignore", "IProgress not found")
 
+    import_bitsandbytes()
     import datasets
     import huggingface_hub
     import transformers

@@ -14,7 +14,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -32,6 +32,7 @@ from emloc.tasks.templates import compile_template, render_template
 
 SPLITS = ("train", "test")
 SHAPES = ("circle", "rectangle", "triangle")
+Question = tuple[str, str, int]  # question, answer and number of the image
 NOISE = 20.0  # standard deviation of the noise in grey levels, of 255
 
 
@@ -86,39 +87,37 @@ class EasyVqa(Checked):
 
     def train(self) -> Examples:
         """The first `limit` questions about the 4,000 training images, in random order."""
-        return Examples(self.name, self._train_rows[: self.limit])
+        return Examples(self.name, self._rows("train", self.limit))
 
     def held_out(self, limit: int | None) -> Examples:
         """The first `limit` questions about the 1,000 test images, in random order; None: all."""
         _ = self.score  # a wrong `scorer` fails here, before the training
-        return Examples(self.name, self._test_rows[:limit])
+        return Examples(self.name, self._rows("test", limit))
+
+    def _rows(self, split: str, limit: int | None) -> tuple[Example, ...]:
+        """The first `limit` questions of a split, read once."""
+        if (split, limit) not in self._rows_read:
+            self._rows_read[split, limit] = tuple(self._read(split, limit))
+        return self._rows_read[split, limit]
 
     @cached_property
-    def _train_rows(self) -> tuple[Example, ...]:
-        """All training questions, read once."""
-        return tuple(self._read("train"))
+    def _rows_read(self) -> dict[tuple[str, int | None], tuple[Example, ...]]:
+        """Split and limit -> the questions that `_rows` has read."""
+        return {}
 
-    @cached_property
-    def _test_rows(self) -> tuple[Example, ...]:
-        """All test questions, read once."""
-        return tuple(self._read("test"))
-
-    def _read(self, split: str) -> Iterable[Example]:
-        """Yield the questions of a split in a random order given by `seed`."""
+    def _read(self, split: str, limit: int | None) -> Iterable[Example]:
+        """Yield the first `limit` questions of a split in a random order given by `seed`."""
         folder = _data_folder()
-        rows = json.loads((folder / split / "questions.json").read_text())
         prompt = compile_template("prompt", self.prompt)
         target = compile_template("target", self.target)
-        images = {number: self._image(folder, split, number) for *_, number in rows}
-        # The sort key contains the row, as another release has other rows at the same index.
-        order = sorted(range(len(rows)), key=lambda index: digest([self.seed, index, rows[index]]))
-        for index in order:
-            question, answer, image_number = rows[index]
+        image_of = cache(partial(self._image, folder, split))
+        rows = _shuffled_questions(folder, _fingerprint(folder), split, self.seed)
+        for index, (question, answer, image_number) in rows[:limit]:
             yield Example(
                 id=f"{split}/{index}",
                 prompt=render_template("prompt", prompt, {"question": question}),
                 target=render_template("target", target, {"question": question, "answer": answer}),
-                images=(images[image_number],),
+                images=(image_of(image_number),),
                 references=(answer,),
                 group=question_type(answer),
             )
@@ -190,6 +189,23 @@ def _data_folder() -> Path:
         "task easy_vqa: the Python package with the images is not installed; "
         "pip install --no-deps easy-vqa"
     )
+
+
+@lru_cache(maxsize=4)
+def _shuffled_questions(
+    folder: Path, fingerprint: str, split: str, seed: int
+) -> list[tuple[int, Question]]:
+    """Index and content of all questions of a split, in a random order given by `seed`.
+
+    Args:
+        folder: the data folder.
+        fingerprint: hash of its content, as the result is kept for the next call.
+        split: train | test.
+        seed: decides the order.
+    """
+    rows: list[Question] = json.loads((folder / split / "questions.json").read_text())
+    # The sort key contains the row, as another release has other rows at the same index.
+    return sorted(enumerate(rows), key=lambda pair: digest([seed, *pair]))
 
 
 @cache

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 import torch
@@ -457,6 +458,19 @@ def test_the_peak_includes_memory_that_was_freed():
     assert peak.bytes >= bytes_with_block - 5e6
     assert process_bytes() < bytes_with_block - 180e6
     assert peak.gib == round(peak.bytes / GIB, 3) > 0.2
+
+
+class _Node:
+    """An object that can be part of a cycle."""
+
+
+def test_garbage_of_earlier_work_is_freed_before_the_peak_is_measured():
+    node = _Node()
+    node.itself = node  # only a collection frees it
+    freed = weakref.ref(node)
+    del node
+    with MemoryPeak():
+        assert freed() is None
 
 
 def test_work_shorter_than_the_measuring_interval_has_a_peak():
