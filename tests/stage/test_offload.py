@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from packed import precision_of
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import image_batch, linears, save_checkpoint, tiny_internvl
 from transformers import AutoModelForImageTextToText, LlamaForCausalLM
 
