@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from packed import precision_of
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import image_batch, linears, save_checkpoint, tiny_internvl
 from transformers import AutoModelForImageTextToText, LlamaForCausalLM
 
@@ -251,6 +251,10 @@ def test_weights_that_two_blocks_share_are_refused(tmp_path, monkeypatch):
         "model.layers.2.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight",
     }
     folder = save_checkpoint(tmp_path / "model", num_hidden_layers=3, tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    one, other = list(shared.items())[1]
+    tensors[one] = tensors[other].clone()  # with different values they would not be tied
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     monkeypatch.setattr(LlamaForCausalLM, "_tied_weights_keys", shared)
     (tmp_path / "layers.json").write_text("{}")  # no layer is quantised
     with pytest.raises(ConfigError, match=r"layers\.2\.mlp\.up_proj.* set emulator=full$"):
