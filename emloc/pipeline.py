@@ -192,11 +192,7 @@ def _fit(run_config: RunConfig, adapter: Adapter, source: Source) -> TrainingInp
         ConfigError: the rank is above the smallest side of an adapted layer, or
             `train.host_activations` is set in a training that cannot be lean.
     """
-    override = (
-        required_override(run_config.lora, source.dtype)
-        if run_config.train.host_activations
-        else None
-    )
+    override = required_override(run_config.lora) if run_config.train.host_activations else None
     if override:
         raise ConfigError(
             f"train.host_activations=true needs train.lean=true, and that needs {override}; "

@@ -98,11 +98,7 @@ def layout_of(
         ConfigError: the training does not use the memory-saving path, a pattern matches no layer,
             or the ratio leaves a layer without rank.
     """
-    override = (
-        required_override(run_config.lora, source.dtype)
-        if run_config.train.lean
-        else "train.lean=true"
-    )
+    override = required_override(run_config.lora) if run_config.train.lean else "train.lean=true"
     if override:
         raise ConfigError(
             f"only the memory-saving training (train.lean) can be planned; set {override}"

@@ -6,8 +6,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from emloc.adapters import Adapter
 from emloc.config.settings import LoraSettings, TrainSettings
 from emloc.models.objectives import Loss, Objective
@@ -19,15 +17,14 @@ from emloc.tensors.lean.modules import fuse_modules
 log = logging.getLogger(__name__)
 
 
-def required_override(lora: LoraSettings, dtype: torch.dtype) -> str | None:
+def required_override(lora: LoraSettings) -> str | None:
     """Return an override that the memory-saving path needs; None if it can be used already.
 
-    Dropout keeps a LoRA from being fused with its layer. Gradients in float16 have to be scaled.
+    Dropout keeps a LoRA from being fused with its layer.
     Sharded weights (FSDP) are only gathered by the modules of PEFT and transformers.
     """
     for is_obstacle, override in (
         (lora.dropout > 0, "lora.dropout=0"),
-        (dtype == torch.float16, "model.dtype=bfloat16"),
         (is_sharded(), "ACCELERATE_USE_FSDP=false"),
     ):
         if is_obstacle:

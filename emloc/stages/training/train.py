@@ -121,9 +121,7 @@ def fit_rows(
     else:
         model = training_inputs.adapter.load(model, start, trainable=True)
     lean, fused, loss = training_inputs.recipe.lean, False, None
-    if training_inputs.recipe.lean and (
-        override := required_override(training_inputs.lora, source.dtype)
-    ):
+    if training_inputs.recipe.lean and (override := required_override(training_inputs.lora)):
         log.info(
             "train: PEFT's own layers, which take more memory and time; %s avoids them", override
         )
@@ -202,7 +200,6 @@ def arguments(
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.clip,
         bf16=dtype == torch.bfloat16 and not fused,
-        fp16=dtype == torch.float16 and not fused,
         use_cpu=device.type == "cpu",
         train_sampling_strategy="group_by_length",
         ddp_find_unused_parameters=False,
