@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
-from emloc.config.values import Checked, OneOf, Range
+from emloc.config.values import Checked, OneOf, Range, Text
 from emloc.data.examples import Example, Examples
 from emloc.errors import ConfigError
 from emloc.runtime.keys import neutral
@@ -33,7 +33,8 @@ class TextTask(Checked):
     path: str | None = None  # local copy: a copied hub folder, or a folder of <split>.jsonl files
     train_split: str  # split for calibration and training
     eval_split: str  # split for evaluation
-    prompt: str  # Jinja template of the prompt, over the columns of a row
+    # Jinja template of the prompt, over the columns of a row
+    prompt: Annotated[str, Text(may_be_empty=True)]
     target: str  # Jinja template of the answer to learn
     metric: str  # main score: exact_match (greedy exact match), or lm-eval's "metric,filter"
     lm_eval: str | None = None  # lm-eval task that scores; null: only greedy exact match

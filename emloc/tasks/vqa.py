@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from emloc.config.values import Checked, OneOf, Range
+from emloc.config.values import Checked, OneOf, Range, Text
 from emloc.data.examples import Examples
 from emloc.errors import ConfigError
 from emloc.runtime.keys import neutral
@@ -46,7 +46,8 @@ class VqaTask(Checked):
     eval_split: str  # split for evaluation
     image: str  # Jinja expression: the image of a row, or a list of images
     image_root: str | None = None  # folder of the files that `image` names; null: <path>/images
-    prompt: str  # Jinja template over the columns of a row; the images precede the prompt
+    # Jinja template over the columns of a row; the images precede the prompt
+    prompt: Annotated[str, Text(may_be_empty=True)]
     target: str  # Jinja template of the answer to learn, over the columns and `references`
     references: str  # Jinja expression: all correct answers, one or a list
     choices: str | None = None  # Jinja expression: options of a multiple-choice question

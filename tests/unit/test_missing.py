@@ -163,7 +163,9 @@ def test_a_column_that_does_not_exist_is_refused_with_those_that_do(tmp_path):
 
 
 def test_the_setting_is_checked_and_keeps_keys(tmp_path):
-    with pytest.raises(ConfigError, match=r"^task\.missing=drop: set task\.missing=fail or skip$"):
+    with pytest.raises(
+        ConfigError, match=r"^task\.missing=drop is none of fail, skip; set task\.missing=fail$"
+    ):
         task(tmp_path / "a", GAPS, missing="drop")
     failing, skipping = (task(tmp_path / "a", GAPS, missing=one) for one in ("fail", "skip"))
     assert "missing" not in failing.key

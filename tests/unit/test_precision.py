@@ -40,6 +40,7 @@ def folders(monkeypatch):
 
     def also(*more):
         monkeypatch.setattr("emloc.config.paths.conf_folders", lambda: [CONF, *more])
+        monkeypatch.setattr("emloc.config.named_class.plugin_folders", lambda: [THREE_BITS])
 
     return also
 

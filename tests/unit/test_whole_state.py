@@ -172,14 +172,6 @@ def test_a_missing_buffer_is_named(folder, tmp_path):
         )
 
 
-def test_only_models_with_buffers_have_new_cache_keys(source, checkpoint):
-    assert source.key[-1] == "buffers"
-    plain = Source(checkpoint, "tiny", "identity", torch.float32)
-    assert plain.buffers == []
-    family = [*plain.reader_settings.key, *plain.objective.key]
-    assert plain.key == ["identity", "torch.float32", "AutoModelForCausalLM", *family]
-
-
 def test_random_weights_leave_the_buffers_of_a_new_model(folder):
     shape = json.loads((folder / "config.json").read_text())
     source = Source(None, "tiny", "random", torch.float32, shape=shape, seed=0)
