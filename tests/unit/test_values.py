@@ -134,7 +134,7 @@ def test_an_empty_text_is_refused_by_name(name):
         if refusal(cls, group, values | {field: empty}) is None
     }
     # An empty system message is another prompt than none, and plain text has no prompt.
-    tasks = dict.fromkeys(("TextTask", "MathQA", "VqaTask"), {"prompt"})
+    tasks = {cls: {"prompt"} for cls in ("TextTask", "MathQA", "VqaTask")}
     may_be_empty = {"InternVL": {"system"}, **tasks}
     assert accepted == may_be_empty.get(cls.__name__, set())
 
