@@ -120,6 +120,13 @@ def test_a_quantised_weight_is_read_with_its_scales(quantise, settings, tmp_path
     assert torch.equal(rounded, read[f"{PROJECTION}.weight"].bfloat16())
 
 
+def test_an_older_transformers_is_refused_with_the_release_to_install(tmp_path, monkeypatch):
+    write(tmp_path, int8, INT8)
+    monkeypatch.delattr("transformers.quantizers.HfQuantizer.get_load_operations")
+    with pytest.raises(ConfigError, match=r"bitsandbytes_8bit.*pip install 'transformers>=5\.21'"):
+        source_of(tmp_path).load(torch.device("cpu"))
+
+
 def test_four_bits_of_any_shape_are_dequantised():
     """The last block may be incomplete, and rows may end within a block."""
     for shape in ((5, 7), (3, 48), (32, 64), (1, 2)):

@@ -6,7 +6,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import PretrainedConfig
+from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoQuantizationConfig
 
 from emloc.errors import ConfigError
@@ -44,6 +46,8 @@ _PACKAGES = {
 _DEQUANTIZING_PACKAGES = {"compressed-tensors": "compressed-tensors"}
 _DEQUANTIZERS = {"bitsandbytes_4bit": Dequantizer4bit, "bitsandbytes_8bit": Dequantizer8bit}
 _REMEDY = "set model.source to the unquantised checkpoint"
+# The release of transformers that began to dequantise tensor by tensor.
+_RELEASE = "5.21"
 
 
 def dequantizer_of(settings: Any, folder: Path) -> Any:
@@ -57,6 +61,12 @@ def dequantizer_of(settings: Any, folder: Path) -> Any:
         ConfigError: neither transformers nor an installed package can dequantise them.
     """
     method = _method(settings)
+    origin = f"{folder}: config.json: the weights are quantised by {method}"
+    if not hasattr(HfQuantizer, "get_load_operations"):
+        raise ConfigError(
+            f"{origin}, which transformers {transformers.__version__} cannot dequantise tensor by "
+            f"tensor; pip install 'transformers>={_RELEASE}', or {_REMEDY}"
+        )
     try:
         quantizer = _dequantizer(method, settings)
     except (ImportError, ValueError, TypeError, KeyError, RuntimeError) as error:
@@ -64,7 +74,6 @@ def dequantizer_of(settings: Any, folder: Path) -> Any:
         quantizer = None
     if quantizer is not None:
         return quantizer
-    origin = f"{folder}: config.json: the weights are quantised by {method}"
     if method in _DEQUANTIZING_PACKAGES:
         install = f"pip install {_DEQUANTIZING_PACKAGES[method]}"
         raise ConfigError(f"{origin}, and are read with its package; {install}, or {_REMEDY}")
