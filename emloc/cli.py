@@ -25,7 +25,7 @@ from emloc.sweeps.job import run_job
 
 FAILURE, USER_ERROR, INTERRUPTED = 1, 2, 130
 
-HELP, VERSION = ("help", "-h", "--help"), ("--version", "-V")
+HELP, VERSION, SWEEP = ("help", "-h", "--help"), ("--version", "-V"), ("-m", "--multirun")
 
 
 def main() -> None:
@@ -78,8 +78,11 @@ def _run(words: list[str]) -> None:
 
 def _hydra(words: list[str]) -> None:
     # With it Hydra raises errors instead of printing them, and ours is the only line.
-    os.environ.setdefault(TRACEBACK, "1")
+    os.environ[TRACEBACK] = "1"
     register(words)
+    # Hydra's parser takes no settings behind a flag that stands between settings.
+    sweep = [word for word in words if word in SWEEP]
+    sys.argv[1:] = [*sweep, *(word for word in words if word not in SWEEP)]
     hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(run_job)()
 
 

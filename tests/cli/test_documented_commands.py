@@ -31,7 +31,7 @@ ANSWERED = {*cli.HELP, *cli.VERSION}  # words that need no configuration
 RUNS = [words for words in EVERY if words[0] not in cli.VERBS and not ANSWERED & {*words}]
 
 
-class ParsedError(Exception):
+class ParsedError(BaseException):
     """Ends a command behind the parsing of its arguments."""
 
 

@@ -57,6 +57,7 @@ def test_a_wrong_setting_is_refused_within_two_seconds_without_a_folder(
         (["train=quick", "+recovery.typo=1"], "recovery.typo: Key 'typo' not in 'Correction'"),
         (["plan", "train.clip=-1"], "train.clip must be at least 0, got -1; set train.clip=1"),
         (["-m", "method=lora,emloc", "train.warmup=1"], "train.warmup must be in [0, 1), got 1"),
+        (["train.warmup=1", "-m", "seed=1,2"], "train.warmup must be in [0, 1), got 1"),
     ],
 )
 def test_a_wrong_setting_is_one_line_without_a_folder(emloc, tmp_path, words, line):

@@ -1,6 +1,7 @@
 """Model families of plug-ins, with their own objectives and heads, in whole runs."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,12 @@ from emloc.tensors.linalg.prune import MLP
 CPU = torch.device("cpu")
 EXTENSIONS = Path(__file__).parents[1] / "extensions"
 ROOM = {"offsite": ("emulator.first=1", "emulator.last=1", "compression.ratio=0.8")}
+
+
+@pytest.fixture(autouse=True)
+def _plugins(monkeypatch):
+    folders = [str(EXTENSIONS / name) for name in ("classifier", "regression")]
+    monkeypatch.setenv("EMLOC_PLUGINS", os.pathsep.join(folders))
 
 
 @pytest.fixture

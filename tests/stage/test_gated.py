@@ -31,6 +31,11 @@ CHOSEN = ("adapter._target_=gated.Gated", "+adapter.experts=3", "+adapter.balanc
 LEARNING = ("train.steps=6", "train.learning_rate=0.02")
 
 
+@pytest.fixture(autouse=True)
+def _plugin(monkeypatch):
+    monkeypatch.setenv("EMLOC_PLUGINS", str(PLUGIN))
+
+
 @pytest.fixture
 def run_cached(tiny, store):
     """Function that runs a method with the gated adapter.

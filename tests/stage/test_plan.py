@@ -263,7 +263,6 @@ def test_before_the_first_step_the_embedding_is_on_the_device():
     [
         ("train.lean=false", "train.lean=true"),
         ("lora.dropout=0.1", "lora.dropout=0"),
-        ("model.dtype=float16", "model.dtype=bfloat16"),
     ],
 )
 def test_what_is_not_the_lean_training_is_not_planned_with(override, said):
@@ -313,7 +312,7 @@ def test_left_open_bits_are_16_where_nearly_all_can_be_kept_so_and_else_4():
 
 
 def test_a_format_of_a_plug_in_is_solved_for_and_has_rows_of_its_own(monkeypatch):
-    monkeypatch.setattr("emloc.config.paths.conf_folders", lambda: [CONF, THREE_BITS / "conf"])
+    monkeypatch.setenv("EMLOC_PLUGINS", str(THREE_BITS))
     run_config = auto("budget.gpu_gib=0.36")
     chosen = solve_compression(run_config, shaped(run_config), WORK)
     assert chosen.bits == 3  # of four bits not nearly all can be kept either

@@ -8,7 +8,6 @@ from tiny import save_checkpoint
 
 from emloc.adapters.saved import read_lora
 from emloc.config.compose import compose
-from emloc.config.paths import CONF
 from emloc.emulators import BuiltEmulator
 from emloc.emulators.size import bytes_of
 from emloc.errors import ConfigError, StageError
@@ -29,10 +28,13 @@ METHODS = {
 }
 
 
-@pytest.fixture
-def cell_of(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("emloc.config.paths.conf_folders", lambda: [CONF, THREE_BITS / "conf"])
+@pytest.fixture(autouse=True)
+def _plugin(monkeypatch):
+    monkeypatch.setenv("EMLOC_PLUGINS", str(THREE_BITS))
 
+
+@pytest.fixture
+def cell_of(tiny, tmp_path):
     def make(*overrides: str):
         last = ("train.learning_rate=0.02", *overrides, "compression.bits=3")
         if "method=offsite" in overrides:  # offsite needs blocks to drop between the outer four
