@@ -37,10 +37,10 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collectstart():
     """Import test modules in less time, as the command does with the libraries."""
-    from emloc.runtime.imports import import_bitsandbytes
+    from emloc.runtime.imports import import_without_compiler
 
     gc.disable()
-    import_bitsandbytes()
+    import_without_compiler("bitsandbytes")
 
 
 def pytest_collection_finish():

@@ -7,6 +7,9 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
+
+_NO_COMPILER = "TORCHDYNAMO_DISABLE"  # with it torch compiles nothing
 
 
 @contextmanager
@@ -28,22 +31,19 @@ def exempt_imports() -> Iterator[None]:
         gc.enable()
 
 
-def import_bitsandbytes() -> None:
-    """Import bitsandbytes without the compiler of torch, which takes a second and 40 MB to load.
+def import_without_compiler(name: str) -> None:
+    """Import the library `name`, but not the compiler of torch for what it compiles when imported.
 
-    bitsandbytes compiles its optimizers for the CPU, and kernels for devices that have none of
-    their own. Nothing here uses those. PEFT imports bitsandbytes, so this has to come before PEFT.
+    A library that is not installed is left out.
     """
-    if "bitsandbytes" in sys.modules:
+    if name in sys.modules:
         return
-    name = "TORCHDYNAMO_DISABLE"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+    before = os.environ.get(_NO_COMPILER)
+    os.environ[_NO_COMPILER] = "1"
     try:
-        # Without bitsandbytes PEFT works, too, and only 4 bits are refused.
         with suppress(ImportError):
-            import bitsandbytes  # noqa: F401
+            import_module(name)
     finally:
-        del os.environ[name]
+        del os.environ[_NO_COMPILER]
         if before is not None:
-            os.environ[name] = before
+            os.environ[_NO_COMPILER] = before

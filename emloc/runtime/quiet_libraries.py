@@ -10,7 +10,7 @@ from multiprocessing import current_process
 from typing import Any
 
 from emloc.runtime.distributed import is_first
-from emloc.runtime.imports import import_bitsandbytes
+from emloc.runtime.imports import import_without_compiler
 
 
 def quiet() -> None:
@@ -29,7 +29,9 @@ def quiet() -> None:
     # tqdm asks for a package that draws bars in notebooks, where none are drawn.
     warnings.filterwarnings("ignore", "IProgress not found")
 
-    import_bitsandbytes()
+    # PEFT imports it. It compiles optimizers, and kernels for devices that it has none for. Nothing
+    # here uses those, and the compiler takes a second and 40 MB to load.
+    import_without_compiler("bitsandbytes")
     import datasets
     import huggingface_hub
     import transformers

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from emloc.runtime.imports import exempt_imports, import_bitsandbytes
+from emloc.runtime.imports import exempt_imports, import_without_compiler
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_the_compiler_is_off_for_the_import_of_bitsandbytes_alone(monkeypatch, t
         monkeypatch.setenv(name, before)
     (tmp_path / "bitsandbytes.py").write_text(f"import os\nseen = os.environ['{name}']\n")
     monkeypatch.syspath_prepend(tmp_path)
-    import_bitsandbytes()
+    import_without_compiler("bitsandbytes")
     assert sys.modules["bitsandbytes"].seen == "1"
     assert os.environ.get(name) == before
 
@@ -76,5 +76,5 @@ def test_the_compiler_is_off_for_the_import_of_bitsandbytes_alone(monkeypatch, t
 def test_without_bitsandbytes_the_import_is_left_out(monkeypatch):
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.setattr(sys, "meta_path", [])
-    import_bitsandbytes()
+    import_without_compiler("bitsandbytes")
     assert "bitsandbytes" not in sys.modules
