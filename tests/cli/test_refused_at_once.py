@@ -20,7 +20,7 @@ def seconds_of_children() -> float:
             "set train.learning_rate=4e-05\n",
         ),
         (
-            ["adapter=dora", "name=../../elsewhere"],
+            ["adapter=dora"],
             "emloc: adapter=dora computes the row norms of each layer's weight, and emulator=svd "
             "does not hold that weight; set adapter=lora, or emulator=full recovery=none\n",
         ),

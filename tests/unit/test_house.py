@@ -140,7 +140,6 @@ def test_some_libraries_are_imported_in_only_one_place():
         "stages/evaluation/harness"
     }
     assert importers("bitsandbytes") == {
-        "runtime/imports.py",  # imports it in less time
         "precision/nf4.py",  # packs weights
         "models/checkpoint/bitsandbytes.py",  # reads weights that others have packed
     }
