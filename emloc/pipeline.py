@@ -148,7 +148,8 @@ def checked(run_config: RunConfig, store: Store, report: Report) -> tuple[str, C
     metric = headline(run_config.task, run_config.eval, source.objective)
     _refuse_unreadable(store, source, reader, run_config)
     if training_inputs is not None:
-        refuse_overlap(training_inputs.examples, run_config.task.held_out(None))
+        held_out = run_config.task.held_out(run_config.eval.limit)
+        refuse_overlap(training_inputs.examples, held_out)
     needs_samples = emulator.samples or recovery.statistics
     needs_samples |= any(stage.reads_samples for stage in run_config.stage.values())
     samples = _samples(run_config) if needs_samples else None

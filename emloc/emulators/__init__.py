@@ -67,9 +67,9 @@ class Emulator(Part):
     differs.
     """
 
-    # Whether each adapted layer always has its weight (out, in) in memory.
     section: ClassVar[str] = "emulator"
 
+    # Whether each adapted layer always has its weight (out, in) in memory.
     keeps_weights: ClassVar[bool] = True
     # Whether adapted layers have the same input and output widths as in the original.
     same_shapes: ClassVar[bool] = True

@@ -9,7 +9,7 @@ from typing import Any
 
 from emloc.runtime.stage_cache import Facts
 from emloc.stages import RECOVERED, SCORES, Context, Stage
-from emloc.stages.evaluation.evaluate import evaluate, further_stops
+from emloc.stages.evaluation.evaluate import evaluate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +27,6 @@ class Evaluate(Stage):
 
     def inputs(self, context: Context) -> list[Any]:
         """Return the model, the recovered adapter, the task and the settings of the evaluation."""
-        stops = further_stops(context.source, context.run_config.task)
-        return [*self._arguments(context), *stops]
-
-    def _arguments(self, context: Context) -> list[Any]:
-        """Return the arguments of the evaluation."""
         run_config = context.run_config
         recovered = context.current.get(RECOVERED)
         return [
@@ -45,4 +40,4 @@ class Evaluate(Stage):
 
     def work(self, folder: Path, context: Context) -> Facts:
         """Write predictions and answers into `folder` and return the scores."""
-        return evaluate(folder, *self._arguments(context), device=context.device)
+        return evaluate(folder, *self.inputs(context), device=context.device)

@@ -8,7 +8,7 @@ from typing import Any
 
 from emloc.runtime.stage_cache import Facts
 from emloc.stages import SCORES_AS_TRAINED, TRAINED, Context, Stage
-from emloc.stages.evaluation.evaluate import evaluate_as_trained, further_stops
+from emloc.stages.evaluation.evaluate import evaluate_as_trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +24,6 @@ class EvaluateAsTrained(Stage):
 
     def inputs(self, context: Context) -> list[Any]:
         """Return the emulator, the trained adapter, the task and the settings of the evaluation."""
-        stops = further_stops(context.built_emulator.source, context.run_config.task)
-        return [*self._arguments(context), *stops]
-
-    def _arguments(self, context: Context) -> list[Any]:
-        """Return the arguments of the evaluation."""
         run_config, trained = context.run_config, context.current[TRAINED]
         return [
             context.built_emulator,
@@ -41,4 +36,4 @@ class EvaluateAsTrained(Stage):
 
     def work(self, folder: Path, context: Context) -> Facts:
         """Write predictions and answers into `folder` and return the scores."""
-        return evaluate_as_trained(folder, *self._arguments(context), device=context.device)
+        return evaluate_as_trained(folder, *self.inputs(context), device=context.device)

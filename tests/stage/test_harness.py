@@ -11,15 +11,13 @@ import yaml
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
 from pieces import piece_tokenizer
-from tiny import CHAT_TEMPLATE, save_checkpoint, tiny_llama, tiny_tokenizer
-from transformers import GenerationConfig, LlamaForCausalLM
+from tiny import CHAT_TEMPLATE, tiny_llama, tiny_tokenizer
+from transformers import LlamaForCausalLM
 
 from emloc.data.examples import Example, Examples
 from emloc.data.prompts import encode, render
 from emloc.data.reader import TextReader
 from emloc.errors import ConfigError
-from emloc.models.checkpoint.source import Source
-from emloc.stages.evaluation.evaluate import further_stops
 from emloc.stages.evaluation.harness import generated_answers
 from emloc.stages.evaluation.harness.lm_eval_tasks import (
     SAMPLES_FILE,
@@ -452,15 +450,3 @@ class Towns:
 
     def held_out(self, limit: int | None) -> Examples:
         return self.rows
-
-
-def test_further_end_tokens_are_part_of_the_evaluations_key(tmp_path):
-    """Text tasks have always stopped at them."""
-    source = Source(save_checkpoint(tmp_path), "tiny", "tiny", torch.float32)
-    towns = Towns(Examples("towns", ()))
-    assert further_stops(source, towns) == []
-    GenerationConfig(eos_token_id=[2, 4]).save_pretrained(tmp_path)
-    again = Source(tmp_path, "tiny", "tiny", torch.float32)
-    assert further_stops(again, towns) == [[2, 4]]
-    assert further_stops(again, None) == []
-    assert again.key == source.key

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,7 @@ from transformers import (
 )
 
 from emloc.data.chat_template import PROMPT_DATE
-from emloc.data.reader import (
-    OpenCheckpoint,
-    Reader,
-    ReaderSettings,
-    TextReaderSettings,
-    TokenReader,
-    stop_ids,
-)
+from emloc.data.reader import OpenCheckpoint, Reader, ReaderSettings, TextReaderSettings
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.checkpoint import Checkpoint
 from emloc.models.checkpoint.damaged import require_finite
@@ -82,15 +75,6 @@ class Source:
             READING, PROMPT_DATE.isoformat(), self.identity, str(self.dtype), self.auto.__name__,
             *family, *own
         ]  # fmt: skip
-
-    @cached_property
-    def stop_ids(self) -> list[int]:
-        """Ids of all tokens that end a generated answer: the checkpoint's and the turn's own.
-
-        The checkpoint names its tokens in generation_config.json, or else in config.json.
-        """
-        reader = cast("TokenReader", self.reader())
-        return stop_ids(self.meta_model.generation_config, reader)
 
     @cached_property
     def _checkpoint(self) -> Checkpoint:

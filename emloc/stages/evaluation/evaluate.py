@@ -129,17 +129,6 @@ def _lm_eval_scores(
     return {}
 
 
-def further_stops(source: Source, task: Task) -> list[Any]:
-    """Return the ids of further end tokens for the key of an evaluation; empty if there are none.
-
-    Earlier releases ended the answers to a `GenerativeTask` at the tokenizer's end token alone.
-    """
-    if not isinstance(task, GenerativeTask) or not source.objective.writes_text:
-        return []
-    end_id = cast("TokenReader", source.reader()).tokenizer.eos_token_id
-    return [source.stop_ids] if source.stop_ids != [end_id] else []
-
-
 def headline(task: Task, settings: EvalSettings, objective: Objective) -> str:
     """Return the name of a run's headline score.
 
