@@ -66,7 +66,7 @@ class Source:
     base_revision: str | None = None  # revision of `base` on the hub; None: the newest
 
     @property
-    def key(self) -> list[str]:
+    def key(self) -> list[Any]:
         """Cache key of the model, part of the key of every stage that reads the model."""
         family = [*self.reader_settings.key, *self.objective.key]
         changes = [*self.fresh_modules, digest(dict(self.config_changes))]
