@@ -10,7 +10,7 @@ from multiprocessing import current_process
 from typing import Any
 
 from emloc.runtime.distributed import is_first
-from emloc.runtime.imports import import_without_compiler
+from emloc.runtime.imports import exempt_imports, import_without_compiler
 
 
 def quiet() -> None:
@@ -31,10 +31,11 @@ def quiet() -> None:
 
     # PEFT imports it. It compiles optimizers, and kernels for devices that it has none for. Nothing
     # here uses those, and the compiler takes a second and 40 MB to load.
-    import_without_compiler("bitsandbytes")
-    import datasets
-    import huggingface_hub
-    import transformers
+    with exempt_imports():
+        import_without_compiler("bitsandbytes")
+        import datasets
+        import huggingface_hub
+        import transformers
 
     huggingface_hub.logging.set_verbosity_error()  # it logs each retry; our error helps
     transformers.logging.set_verbosity_error()
