@@ -18,6 +18,11 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
+
+# On a busy machine a single example may take long, which says nothing about the code.
+settings.register_profile("emloc", deadline=None)
+settings.load_profile("emloc")
 
 
 def pytest_addoption(parser):

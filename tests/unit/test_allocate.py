@@ -56,7 +56,7 @@ def cap(shape: tuple[int, int], multiple: int) -> int:
 
 
 @given(problems())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_budget_is_spent_and_never_exceeded(problem):
     spectra, shapes, uniform, multiple = problem
     ranks = greedy(spectra, shapes, uniform, multiple)
@@ -71,7 +71,7 @@ def test_the_budget_is_spent_and_never_exceeded(problem):
 
 
 @given(problems())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_greedy_ranks_lose_no_more_energy_than_uniform_ranks(problem):
     spectra, shapes, uniform, multiple = problem
     ranks = greedy(spectra, shapes, uniform, multiple)
@@ -79,7 +79,7 @@ def test_greedy_ranks_lose_no_more_energy_than_uniform_ranks(problem):
 
 
 @given(problems())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_moving_one_chunk_of_rank_never_keeps_more_energy(problem):
     spectra, shapes, uniform, multiple = problem
     ranks = greedy(spectra, shapes, uniform, multiple)

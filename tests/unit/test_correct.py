@@ -24,7 +24,7 @@ M, N, R = 7, 11, 4
 seeds = st.integers(0, 9999)
 scales = st.sampled_from([0.5, 1.0, 2.0, 4.0])
 clamps = st.one_of(st.none(), st.floats(0, 5))
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=40)
 
 
 def normal(seed: int, *shape: int) -> Tensor:

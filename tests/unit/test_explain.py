@@ -60,7 +60,7 @@ def test_a_value_that_cannot_be_read_is_shown_in_quotes_that_work(override):
 
 
 @given(st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=30))
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=60, database=None)
 def test_a_quoted_value_is_read_as_it_is(value):
     """`${` begins a reference to another setting, in quotes too, and is left to Hydra."""
     quoted = quoted_override(f"task.prompt={value}")

@@ -46,7 +46,7 @@ def product(factors: Factors) -> Tensor:
     n=st.integers(1, 5000),
     multiple=st.sampled_from([1, 8, 64]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_rank_fits_budget(ratio: float, m: int, n: int, multiple: int) -> None:
     """The rank never exceeds the budget, one more multiple would, and rank 0 is never returned."""
     if multiple * (m + n) > ratio * m * n:
@@ -74,7 +74,7 @@ def test_rank_refuses_ratio(ratio: float) -> None:
 
 
 @given(seed=st.integers(0, 999), m=st.integers(1, 14), n=st.integers(1, 14), share=st.floats(0, 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_eckart_young(seed: int, m: int, n: int, share: float) -> None:
     """The weighted error is the discarded tail of the spectrum, for both kinds of Gram matrix."""
     w, x = layer(seed, m, n, 3 * n)
@@ -201,7 +201,7 @@ def test_solving_again_beats_rounding(shape: tuple[int, int], strength: float, s
 
 
 @given(seed=st.integers(0, 999), count=st.integers(1, 40))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_refit_never_hurts(seed: int, count: int) -> None:
     """From any start and with any number of tokens, refitting never increases the squared error."""
     y, z, u0 = normal(seed, count, 9), normal(seed + 1, count, 6), normal(seed + 2, 9, 6)

@@ -33,7 +33,7 @@ def medium() -> Iterator[None]:
     m=st.integers(1, 6),
     chunk=st.integers(1, 50),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_chunks_add_up(seed: int, count: int, n: int, m: int, chunk: int) -> None:
     """Any chunk size gives X^T Y and X^T X, also for no tokens."""
     x, y = tokens(seed, count, n), tokens(seed + 1000, count, m)

@@ -86,7 +86,7 @@ def test_images_come_first_in_the_turn_of_the_user(folder, begins, system, sizes
     assert reader.tokenizer.decode(answer, skip_special_tokens=False) == "yes<|im_end|>"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(system=st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
 def test_a_system_message_is_copied_exactly(folder, system):
     system_turn = render(read_by(folder, system).tokenizer, "q")

@@ -83,7 +83,7 @@ def cut(image: Image.Image, most: int) -> torch.Tensor:
     return ((pixels - MEAN) / STD).permute(0, 3, 1, 2)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(size=SIZES, most=st.sampled_from([1, 6, 12]))
 def test_the_number_of_tiles_follows_the_authors_rule(readers, size, most):
     columns, rows = grid(*size, most)
@@ -98,7 +98,7 @@ def test_the_larger_grid_is_used_if_the_image_fills_half_of_it(readers, size, ti
     assert readers[6].tile_count(*size) == tiles
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(size=SIZES, most=st.sampled_from([1, 6, 12]))
 def test_the_number_of_image_tokens_follows_from_the_tiles(readers, size, most):
     one = readers[most].encode(question_about(plain(*size)))

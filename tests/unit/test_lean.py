@@ -250,7 +250,7 @@ def test_a_host_embedding_has_no_parameters_and_returns_the_same_rows():
     assert torch.equal(host(ids), table(ids))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 40), st.integers(2, 90), st.integers(1, 5), st.integers(0, 10**6))
 def test_the_answer_loss_equals_cross_entropy_for_each_chunk_size(rows, words, chunk, seed):
     from emloc.tensors.lean import loss

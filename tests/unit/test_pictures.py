@@ -182,7 +182,7 @@ FILES = {kind: file(noise(), kind, 6 if kind in KINDS[:4] else None) for kind in
 
 
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 @given(kind=st.sampled_from(KINDS), data=st.data())
 def test_a_broken_file_is_either_read_or_refused(kind, data):
     content = bytearray(FILES[kind])

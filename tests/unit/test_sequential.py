@@ -131,7 +131,7 @@ def moments(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     tokens=st.integers(0, 40),
     drift=st.floats(0, 2),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_target_solves_least_squares_with_a_ridge_towards_the_weight(seed, m, n, tokens, drift):
     """Holds also for fewer tokens than inputs.
 

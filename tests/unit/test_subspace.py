@@ -98,7 +98,7 @@ def test_gaussian_weights(shape: tuple[int, int], kind: str) -> None:
 
 
 @given(seed=st.integers(0, 999), power=st.floats(0, 2.5), rank=st.integers(1, 220))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_any_power_law(seed: int, power: float, rank: int) -> None:
     """The lost energy is within 0.2 % of the optimum for any decay, rank and directions.
 

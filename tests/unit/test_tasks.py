@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -315,7 +315,6 @@ def test_a_mathqa_prompt_with_columns_that_lm_eval_lacks_is_refused(tmp_path):
         build("mathqa", path=str(folder), prompt="{{answer}}").train()
 
 
-@settings(deadline=None)  # the first call imports lm-eval, which is slow
 @given(st.lists(st.text("0123456789abe ,.)%/-", max_size=8), min_size=5, max_size=5))
 def test_mathqa_options_equal_those_of_lm_eval(texts):
     from lm_eval.tasks.mathqa.utils import doc_to_choice
