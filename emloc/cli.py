@@ -19,7 +19,7 @@ from emloc.console.completion import complete
 from emloc.console.help import help_text, version_line
 from emloc.console.verbs import VERBS
 from emloc.console.wrong_words import no_verb, unknown_flag
-from emloc.errors import ConfigError, FailedWorkError, SaidError
+from emloc.errors import ConfigError, FailedWorkError, SaidError, one_line
 from emloc.runtime.failures import TRACEBACK, refusal_of, unexpected, wants_traceback
 from emloc.sweeps.job import run_job
 
@@ -113,7 +113,7 @@ def _fail(error: Exception) -> None:
     if refusal := refusal_of(error):
         _refuse(str(refusal))
     if isinstance(error, yaml.YAMLError):
-        _refuse(f"a YAML file cannot be read: {' '.join(str(error).split())}; correct that file")
+        _refuse(f"a YAML file cannot be read: {one_line(error)}; correct that file")
     words = [word for word in sys.argv[1:2] if word in VERBS]
     print(f"{' '.join(['emloc', *words])}: {unexpected(error)}", file=sys.stderr)
     sys.exit(FAILURE)

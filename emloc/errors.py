@@ -23,3 +23,11 @@ class StageError(Exception):
     def __init__(self, stage: str, message: str) -> None:
         super().__init__(f"{stage}: {message}")
         self.stage = stage
+
+
+def one_line(text: object, longest: int | None = None) -> str:
+    """Return a text, such as an error's, without line breaks, and its first `longest` characters.
+
+    Each stretch of white space becomes one space.
+    """
+    return " ".join(str(text).split())[:longest]

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
-
-
-def is_in_block(name: str) -> bool:
-    """Return whether the module `name` lies in a numbered block, such as `model.layers.3`."""
-    return re.search(r"\.\d+(\.|$)", name) is not None
 
 
 def ordered_blocks(modules: Mapping[str, nn.Module], decoder: nn.Module) -> dict[str, nn.Module]:

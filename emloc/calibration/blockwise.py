@@ -12,7 +12,6 @@ device holds one block and one pass, whatever the size of the model and the numb
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from emloc.calibration.block_order import next_block, ordered_blocks
 from emloc.calibration.offload import OffloadedTensors, OffloadPool, tensors_in
 from emloc.calibration.padding import TokenMask, other_sequences, read_mask
 from emloc.errors import ConfigError
+from emloc.models.block_names import find_block
 from emloc.models.checkpoint.source import Source
 from emloc.models.decoder import decoder_of
 
@@ -44,13 +44,13 @@ def block_of(name: str) -> str:
     Raises:
         ConfigError: the name has no number.
     """
-    match = re.match(r"(.*?\.\d+)(\.|$)", name)
-    if match is None:
+    block = find_block(name)
+    if block is None:
         raise ConfigError(
             f"{name} lies in no numbered block, and only layers of blocks are compressed; "
             "set model.emulator_targets (targets in emloc.build_emulator) to layers of blocks"
         )
-    return match[1]
+    return block
 
 
 def by_block(names: Iterable[str]) -> dict[str, list[str]]:

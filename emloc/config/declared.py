@@ -104,7 +104,7 @@ def _evaluate(node: ast.expr, module: Module) -> Any:
         ValueError: the expression holds anything else.
     """
     if isinstance(node, ast.Name):
-        return _TYPES[node.id] if node.id in _TYPES else _constant(node.id, module)
+        return _TYPES[node.id] if node.id in _TYPES else module.constant(node.id)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         return _evaluate(node.left, module) | _evaluate(node.right, module)
     if isinstance(node, ast.Call) and ast.unparse(node.func) in _RULES:
@@ -141,7 +141,3 @@ def _arguments(node: ast.expr, module: Module) -> list[Any]:
     if isinstance(node, ast.Starred):
         return list(_evaluate(node.value, module))
     return [_evaluate(node, module)]
-
-
-def _constant(name: str, module: Module) -> Any:
-    return module.constant(name)

@@ -97,19 +97,16 @@ FOREIGN_NAMES = {
     "report_to": "tracker",
 }
 
-# Setting -> what differs from the setting of that name elsewhere.
+# Name elsewhere -> what differs here.
+_EPOCHS = (
+    "train.steps counts optimizer steps; rows / (train.batch x train.accumulate) of them are one "
+    "epoch"
+)
 DIFFERENCES = {
-    "epochs": "train.steps counts optimizer steps; rows / (train.batch x train.accumulate) of them "
-    "are one epoch",
+    **dict.fromkeys(("epoch", "epochs", "num_epochs", "max_epochs", "num_train_epochs"), _EPOCHS),
     "warmup_steps": "a share of the steps, not their number",
     "output_dir": "the folder is EMLOC_RUNS/<name>, by default runs/<name>",
     "load_in_4bit": "compression.bits=4 or method=qlora",
-}
-_LIKE = {
-    "epoch": "epochs",
-    "num_epochs": "epochs",
-    "max_epochs": "epochs",
-    "num_train_epochs": "epochs",
 }
 
 
@@ -124,8 +121,7 @@ def own_name(key: str) -> str | None:
 
 def difference(key: str) -> str:
     """Return what differs from the setting elsewhere, as a clause; empty if nothing does."""
-    word = _last_word(key)
-    return DIFFERENCES.get(_LIKE.get(word, word), "")
+    return DIFFERENCES.get(_last_word(key), "")
 
 
 def _last_word(key: str) -> str:

@@ -20,7 +20,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Protocol
 
-from emloc.errors import ConfigError
+from emloc.errors import ConfigError, one_line
 
 # Largest whole number of settings without an upper bound: counts are also stored in 32 bits.
 LARGEST_COUNT = 2**31 - 1
@@ -185,7 +185,7 @@ def refuse_wrong_value(cls: type, name: str, value: Any, key: str) -> None:
         raise ConfigError(f"{key} is an empty list; set {key}=[...] with at least one item")
     for item in [*value] if isinstance(value, dict | list | tuple) else [value]:
         if fault := _fault(rule, key, item, or_null=is_optional):
-            raise ConfigError(" ".join(fault.split()))
+            raise ConfigError(one_line(fault))
 
 
 def _fault(rule: Rule | None, key: str, value: Any, *, or_null: bool) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from emloc.errors import ConfigError
+from emloc.errors import ConfigError, one_line
 
 # The date that a template gets in place of today's, so that a prompt has the same tokens every day.
 # Templates of Llama fall back to this date themselves.
@@ -88,7 +88,7 @@ def render_messages(
                 )
             )
         except RENDER_ERRORS as error:
-            reason = " ".join(str(error).split())[:160]
+            reason = one_line(error, 160)
             continue
         if _contains(rendered, messages):
             return rendered

@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 from PIL import ExifTags, Image
 
-from emloc.errors import ConfigError
+from emloc.errors import ConfigError, one_line
 
 # Largest ratio of the longer side to the shorter one. A thinner image cannot be cut into square
 # tiles.
@@ -93,7 +93,7 @@ class LazyImage:
 
     def _read_error(self, error: Exception) -> ConfigError:
         """The error for an image that PIL cannot read, with PIL's reason."""
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         return ConfigError(
             f"{self.name}: cannot read the image: {reason[:160]}; "
             "correct the file, or set task.unreadable=skip to leave such rows out"

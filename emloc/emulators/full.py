@@ -18,13 +18,11 @@ from emloc.calibration.calibrate import Layers
 from emloc.config.settings import MODEL_BITS, Compression
 from emloc.emulators import BuildInputs, Emulator
 from emloc.emulators.size import require_solved, size_facts
+from emloc.models.block_names import IN_A_BLOCK
 from emloc.models.checkpoint.source import CPU, Source
 from emloc.models.coverage import require_linear_blocks
 from emloc.precision import PackedLayer, Precision, require_format
 from emloc.runtime.progress import tracked
-
-# Only linears of numbered blocks are quantised, not embeddings, head and projector, as in QLoRA.
-IN_A_BLOCK = r".*\.\d+\..*"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +112,10 @@ def require_packable(source: Source, bits: int) -> None:
 
 
 def block_linears(source: Source) -> list[str]:
-    """Names of the linears inside numbered blocks, such as `model.layers.3.mlp.up_proj`."""
+    """Names of the linears inside numbered blocks, such as `model.layers.3.mlp.up_proj`.
+
+    Only these are quantised, not embeddings, head and projector, as in QLoRA.
+    """
     return [layer for layer in source.linears if re.fullmatch(IN_A_BLOCK, layer)]
 
 

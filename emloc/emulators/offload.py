@@ -25,7 +25,7 @@ from emloc.precision import Precision, require_format
 from emloc.runtime.distributed import is_sharded
 from emloc.runtime.progress import tracked
 from emloc.tensors.nn.streamed import StreamedBlocks
-from emloc.tensors.nn.surgery import replace_parameter
+from emloc.tensors.nn.surgery import replace_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +157,8 @@ def _read_block(
         for part in precision.layout(*source.linears[layer])
     }
     for name, tensor in source.read([name for name in views if name not in packed_names], device):
-        replace_parameter(model, name, tensor)  # checks the shape; `copy_` alone would broadcast
-        replace_parameter(model, name, views[name].copy_(tensor))
+        replace_tensor(model, name, tensor)  # checks the shape; `copy_` alone would broadcast
+        replace_tensor(model, name, views[name].copy_(tensor))
     for layer, precision in formats.items():
         matrix = precision.quantize(source.weight(layer, device))
         parts = {p: views[f"{layer}.{p}"].copy_(tensor) for p, tensor in matrix.parts.items()}

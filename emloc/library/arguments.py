@@ -13,11 +13,10 @@ from emloc.adapters.recoverable import has_adapter, without_adapter
 from emloc.calibration.blockwise import Batch, by_block
 from emloc.errors import ConfigError
 from emloc.library.identity import Stamp, stamp_of
+from emloc.models.block_names import IN_A_BLOCK
 from emloc.models.coverage import log_share, no_linear_reason, require_linear_blocks
 from emloc.tensors.nn.factorized import Factorized
 
-# Every linear layer in a numbered block.
-_IN_BLOCKS = r".*\.\d+\..*"
 # Buffers of layers with packed weights (GPTQ, AWQ, compressed-tensors), which are no parameters.
 _PACKED_BUFFERS = ("qweight", "weight_packed", "qweight_packed")
 
@@ -124,7 +123,7 @@ def target_linears(model: nn.Module, targets: str | None) -> dict[str, nn.Linear
             are in no linear layer.
     """
     try:
-        pattern = re.compile(_IN_BLOCKS if targets is None else targets)
+        pattern = re.compile(IN_A_BLOCK if targets is None else targets)
     except re.error as error:
         raise ConfigError(f"targets={targets!r} is no regular expression: {error}") from error
     linears = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -11,11 +10,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from emloc.errors import ConfigError
+from emloc.models.block_names import find_block
 
 log = logging.getLogger(__name__)
 
-# A block's name ends with the first number in the names of its modules.
-_BLOCK = re.compile(r"(.*?\.\d+)(\.|$)")
 # Below this share of a model's blocks, an emulator of their linear layers is refused.
 LEAST_SHARE = 0.5
 # Below this share, the log says the share.
@@ -35,8 +33,8 @@ def coverage_of(model: nn.Module, blocks: Collection[str] | None = None) -> Cove
     counts: Counter[str] = Counter()
     linear, parameter_ids = 0, set()
     for name, module in model.named_modules():
-        match = _BLOCK.match(name)
-        if match is None or (blocks is not None and match[1] not in blocks):
+        block = find_block(name)
+        if block is None or (blocks is not None and block not in blocks):
             continue
         for parameter in module.parameters(recurse=False):
             if id(parameter) in parameter_ids:
@@ -71,7 +69,7 @@ def require_linear_blocks(
             f"{subject} works on linear layers, which have {coverage.share:.0%} of the parameters "
             f"of the blocks; most are in {coverage.rest} and would stay as they are; {override}"
         )
-    log_share(model, blocks, f"{subject} works on linear layers")
+    _log(coverage, f"{subject} works on linear layers")
 
 
 def log_share(model: nn.Module, blocks: Collection[str], subject: str) -> None:
@@ -79,7 +77,10 @@ def log_share(model: nn.Module, blocks: Collection[str], subject: str) -> None:
 
     `subject` is a clause that says why the share matters.
     """
-    coverage = coverage_of(model, blocks)
+    _log(coverage_of(model, blocks), subject)
+
+
+def _log(coverage: Coverage, subject: str) -> None:
     if coverage.share < NEARLY_ALL:
         log.info(
             "%s, which have %.0f%% of the parameters of the blocks; others are in %s",

@@ -30,7 +30,7 @@ from emloc.data.prompts import (
     encode_answer,
 )
 from emloc.data.reader import OpenCheckpoint, Reader, ReaderSettings
-from emloc.errors import ConfigError
+from emloc.errors import ConfigError, one_line
 from emloc.models.generative import GenerativeModel
 
 # Outputs of a processor with one value per token that says whether a token is text or image.
@@ -117,7 +117,7 @@ class ProcessorReader:
         except (ValueError, IndexError) as error:
             raise ConfigError(
                 f"{example.id}: {len(images)} images do not fit their places in the prompt: "
-                f"{' '.join(str(error).split())[:160]}; correct the row or task.prompt"
+                f"{one_line(error, 160)}; correct the row or task.prompt"
             ) from error
         end_id = pair.input_ids[-1]
         ids = [*ids] if ids[-1] == end_id else [*ids, end_id]
@@ -218,7 +218,7 @@ def _processor_of(folder: Path) -> Any:
     except (ImportError, OSError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"{folder}: its processor cannot be used here: "
-            f"{' '.join(str(error).split())[:160]}; install the package that it needs, or set model"
+            f"{one_line(error, 160)}; install the package that it needs, or set model"
         ) from error
     if not hasattr(processor, "image_processor"):
         raise ConfigError(

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from emloc.adapters.saved import read_lora
-from emloc.calibration.block_order import is_in_block
 from emloc.calibration.blockwise import Block, by_block, iterate_checkpoint
 from emloc.calibration.calibrate import linears_of
 from emloc.calibration.moments import InputRecorder
 from emloc.calibration.padding import TokenMask
 from emloc.config.values import OneOf, Range
 from emloc.errors import ConfigError
+from emloc.models.block_names import find_block
 from emloc.models.checkpoint.source import CPU
 from emloc.recovery import Recovery, RecoveryInputs
 from emloc.runtime.progress import tracked
@@ -69,7 +69,7 @@ class Correction(Recovery):
             pairs = {
                 name: pair
                 for name, pair in pairs.items()
-                if is_in_block(name) or built_emulator.residual(name, device) is not None
+                if find_block(name) is not None or built_emulator.residual(name, device) is not None
             }
             blocks = iterate_checkpoint(
                 built_emulator.source,

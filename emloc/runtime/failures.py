@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from emloc.errors import ConfigError
+from emloc.errors import ConfigError, one_line
 from emloc.runtime.folders import CACHE, RUNS, cache_folder, runs_folder
 
 # Environment variable of Hydra: with the value 1 tracebacks of unexpected errors are printed.
@@ -28,7 +28,7 @@ def reason_of(error: BaseException) -> str:
     for cause in _chain(error):
         if isinstance(cause, OSError) and cause.filename is not None and cause.strerror:
             return f"{cause.filename}: {cause.strerror}; {_remedy(cause)}"
-    message = " ".join(str(error).split())
+    message = one_line(error)
     start = message if len(message) <= LONGEST else f"{message[:LONGEST]}..."
     return f"{type(error).__name__}: {start}" if start else type(error).__name__
 

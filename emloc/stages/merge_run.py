@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from emloc.config.run_folder import Run
 from emloc.config.settings import Compression
 from emloc.errors import ConfigError
-from emloc.models.checkpoint.damaged import check_safetensors, read_json
+from emloc.models.checkpoint.damaged import read_header, read_json
 from emloc.stages.run_config import section_of
 
 
@@ -59,7 +59,7 @@ def _check_adapter(folder: Path) -> None:
     remedy = f"delete the folder {folder.parent.name} and run its command again"
     for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors":
-            check_safetensors(path, remedy)
+            read_header(path, remedy)
         elif path.suffix == ".json":
             read_json(path, remedy)
 

@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from emloc.config.run_folder import Run
-from emloc.errors import ConfigError, SaidError, StageError
+from emloc.errors import ConfigError, SaidError, StageError, one_line
 from emloc.report.tracking.metrics_log import Record, stage_line, training_line
 from emloc.runtime.distributed import (
     is_first,
@@ -165,7 +165,7 @@ def _failed(run: Run, error: Exception) -> None:
     """
     ending = _ending(run, refusal_of(error) or error)
     if not _recorded(run):
-        log.error("%s", " ".join(ending.error.split()))
+        log.error("%s", one_line(ending.error))
         try:
             _record_ending(run, ending, error)
         except OSError as unwritable:

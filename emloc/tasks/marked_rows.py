@@ -52,34 +52,27 @@ class MissingValue:
     __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __rpow__ = _refuse
 
 
-class WrittenInteger(int):
-    """An integer that is written as the cell of a file is, such as 007."""
-
-    text: str
-
-    def __new__(cls, value: int, text: str) -> Self:
-        """An integer with its text."""
-        number = super().__new__(cls, value)
-        number.text = text
-        return number
-
-    def __str__(self) -> str:
-        return self.text
-
-
-class WrittenFraction(float):
-    """A fraction that is written as the cell of a file is, such as 0.50."""
+class _Written:
+    """A number that is written as the cell of a file is."""
 
     text: str
 
     def __new__(cls, value: float, text: str) -> Self:
-        """A fraction with its text."""
-        number = super().__new__(cls, value)
+        """A number with its text."""
+        number = super().__new__(cls, value)  # type: ignore[call-arg] # of int or float
         number.text = text
         return number
 
     def __str__(self) -> str:
         return self.text
+
+
+class WrittenInteger(_Written, int):
+    """An integer that is written as the cell of a file is, such as 007."""
+
+
+class WrittenFraction(_Written, float):
+    """A fraction that is written as the cell of a file is, such as 0.50."""
 
 
 @dataclass(frozen=True)

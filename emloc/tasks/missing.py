@@ -27,6 +27,13 @@ class IncompleteRows:
         """Count the row `name`, where the template in `task.<setting>` writes a missing value."""
         self.add(name, f"no value in the column {error.column}, which task.{setting} writes")
 
+    def add_if_empty(self, name: str, setting: str, template: str, text: str) -> bool:
+        """Count the row `name` if its `text` is empty and the `template` is not; return whether."""
+        is_empty = not text.strip() and bool(template.strip())
+        if is_empty:
+            self.add(name, f"an empty text for task.{setting}")
+        return is_empty
+
     def report(self, task: str, split: str, total: int, policy: str) -> None:
         """Refuse incomplete rows, or log that they are skipped, as the setting `policy` says.
 

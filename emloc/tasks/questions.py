@@ -144,8 +144,7 @@ class Questions:
             incomplete.add_column(name, error, setting)
             return INCOMPLETE
         for setting, text in texts.items():
-            if not text.strip() and expressions[setting].source.strip():
-                incomplete.add(name, f"an empty text for task.{setting}")
+            if incomplete.add_if_empty(name, setting, expressions[setting].source, text):
                 return INCOMPLETE
         return Example(id=name, **texts, references=references, choices=choices, group=str(group))
 

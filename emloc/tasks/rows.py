@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from emloc.errors import ConfigError
+from emloc.errors import ConfigError, one_line
 from emloc.runtime.digest import digest
 from emloc.runtime.manifest import has_complete_manifest, seal
 from emloc.runtime.stage_cache import set_aside_if_damaged
@@ -230,7 +230,7 @@ class Rows:
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as err:
             # For a file that cannot be parsed, only the cause of the error has the reason.
             is_parse_error = isinstance(err, datasets.exceptions.DatasetGenerationError)
-            reason = " ".join(str(err.__cause__ if is_parse_error else err).split())
+            reason = one_line(err.__cause__ if is_parse_error else err)
             on_hub = self.path is None
             settings = f"task.{self.setting} or task.revision" if on_hub else "task.path"
             raise ConfigError(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from emloc.config.named_class import import_named
 from emloc.data.examples import Example
-from emloc.errors import ConfigError
+from emloc.errors import ConfigError, one_line
 from emloc.tasks import GenerativeTask
 from emloc.tasks.metrics import Scorer
 
@@ -26,7 +26,7 @@ def find_scorer(name: str) -> Scorer:
     try:
         attribute = import_named(scorer_path(name))
     except (ImportError, AttributeError) as error:
-        raise _scorer_error(name, " ".join(str(error).split())) from error
+        raise _scorer_error(name, one_line(error)) from error
     if not callable(attribute):
         raise _scorer_error(name, "it is no function")
     scorer: Scorer = attribute

@@ -17,7 +17,7 @@ from jinja2 import (
     meta,
 )
 
-from emloc.errors import ConfigError
+from emloc.errors import ConfigError, one_line
 from emloc.tasks.marked_rows import MarkedRow, MissingValue, unmark_missing
 
 # The settings of lm-eval's Jinja environment, so that a template gives the same text in both.
@@ -76,7 +76,7 @@ class RowExpression:
             if isinstance(value, Undefined):
                 str(value)  # raises an error with the missing name
         except (TemplateError, TypeError, ValueError, LookupError) as err:
-            raise _evaluation_error(self.field, " ".join(str(err).split()), row) from err
+            raise _evaluation_error(self.field, one_line(err), row) from err
         return unmark_missing(value)
 
     def evaluate_to_list(self, row: Mapping[str, Any]) -> list[Any]:

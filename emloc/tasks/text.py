@@ -189,8 +189,7 @@ class TextTask(Checked):
             incomplete.add_column(name, error, setting)
             return None
         for setting, text in (("prompt", prompt), ("target", answer)):
-            if not text.strip() and getattr(self, setting).strip():
-                incomplete.add(name, f"an empty text for task.{setting}")
+            if incomplete.add_if_empty(name, setting, getattr(self, setting), text):
                 return None
         return prompt, answer
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from emloc.errors import ConfigError
 from emloc.tensors.nn.factorized import Factorized
-from emloc.tensors.nn.surgery import replace_parameter, with_modules
+from emloc.tensors.nn.surgery import replace_tensor, with_modules
 
 IDS = torch.arange(24).reshape(2, 12) + 5
 LAYER = "model.layers.0.mlp.up_proj"
@@ -240,10 +240,10 @@ def test_a_copy_without_replacements_gives_equal_outputs(llama):
 def test_put_stores_a_tensor_of_the_right_shape_without_a_copy(llama):
     old = llama.get_submodule(LAYER).weight
     new = torch.randn(old.shape)
-    replace_parameter(llama, f"{LAYER}.weight", new)
+    replace_tensor(llama, f"{LAYER}.weight", new)
     weight = llama.get_submodule(LAYER).weight
     assert weight.data_ptr() == new.data_ptr()
     assert not weight.requires_grad
     with pytest.raises(ValueError, match=r"weight has shape \(64, 32\) in .* \(32, 64\) in the"):
-        replace_parameter(llama, f"{LAYER}.weight", new.T)
+        replace_tensor(llama, f"{LAYER}.weight", new.T)
     assert llama.get_submodule(LAYER).weight is weight

@@ -17,8 +17,8 @@ from emloc.config.settings import LoraSettings, TrainSettings
 from emloc.cost.plan.blocks import DecoderBlocks
 from emloc.cost.plan.trace import TraceResult, trace
 from emloc.emulators import Ranks
-from emloc.emulators.full import IN_A_BLOCK
 from emloc.emulators.size import bytes_of, factor_shapes
+from emloc.models.block_names import IN_A_BLOCK
 from emloc.models.checkpoint.source import Source
 from emloc.models.decoder import decoder_of
 from emloc.precision import Precision

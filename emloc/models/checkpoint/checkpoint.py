@@ -14,7 +14,7 @@ from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from emloc.errors import ConfigError
+from emloc.errors import ConfigError, one_line
 from emloc.models.checkpoint.files import StoredTensor, has_weight_files
 from emloc.models.checkpoint.internvl_chat import InternVLChat, read_internvl_chat
 from emloc.models.checkpoint.origins import Layout
@@ -129,7 +129,7 @@ class Checkpoint:
                 )
             return AutoConfig.for_model(**copy.deepcopy({**self.shape, **self.config_changes}))
         except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise ConfigError(
                 f"{origin}: transformers cannot build this model: {reason[:160]}; "
                 "set model.source to a checkpoint in transformers' format"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emloc.errors import ConfigError
+from emloc.errors import ConfigError, one_line
 
 # First bytes of a text that git keeps in place of a large file, until `git lfs pull` fetches it.
 _LFS_POINTER = b"version https://git-lfs"
@@ -75,8 +75,10 @@ def read_index(path: Path) -> dict[str, str]:
     return files
 
 
-def check_safetensors(path: Path, remedy: str = _REMEDY) -> None:
-    """Check the header of a safetensors file, and that the file has all bytes that it names.
+def read_header(path: Path, remedy: str = _REMEDY) -> dict[str, Any]:
+    """Return name -> entry of each tensor in the header of a safetensors file.
+
+    The file is checked to have all bytes that the header names.
 
     `remedy` ends the message of an error.
 
@@ -91,13 +93,16 @@ def check_safetensors(path: Path, remedy: str = _REMEDY) -> None:
             if _LENGTH + length > size:
                 raise damaged(path, f"it has {size} bytes, fewer than its header", remedy)
             header = json.loads(file.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name[:2] != "__"]
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        ends = [entry["data_offsets"][1] for entry in entries.values()]
+        _ = [(entry["dtype"], tuple(entry["shape"])) for entry in entries.values()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         reason = f"its header cannot be read ({type(error).__name__})"
         raise damaged(path, reason, remedy) from error
     expected = _LENGTH + length + max(ends, default=0)
     if size != expected:
         raise damaged(path, f"it has {size} of {expected} bytes", remedy)
+    return entries
 
 
 def unfinished_download(folder: Path) -> str:
@@ -110,7 +115,7 @@ def unfinished_download(folder: Path) -> str:
 
 def damaged(path: Path, reason: object, remedy: str = _REMEDY) -> ConfigError:
     """Return the error for a damaged file of a checkpoint."""
-    text = " ".join(str(reason).split())[:_LONGEST]
+    text = one_line(reason, _LONGEST)
     return ConfigError(
         f"{path}: the file is damaged: {text}{unfinished_download(path.parent)}; {remedy}"
     )
@@ -128,7 +133,7 @@ def naming(folder: Path, subject: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:  # why: libraries raise errors of any type about a damaged file
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST]
+        reason = one_line(f"{type(error).__name__}: {error}", _LONGEST)
         raise ConfigError(
             f"{folder}: {subject} cannot be read: {reason}; download its files again, or set "
             "model.source to another checkpoint"

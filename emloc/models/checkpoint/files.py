@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
-
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.damaged import (
-    check_safetensors,
+    read_header,
     read_index,
     read_json,
     unfinished_download,
@@ -81,13 +79,10 @@ def stored_tensors(path: Path) -> list[StoredTensor]:
     Raises:
         ConfigError: the file is damaged or incomplete.
     """
-    check_safetensors(path)
-    with safe_open(path, framework="pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return [
-            StoredTensor(path, name, piece.get_dtype(), tuple(piece.get_shape()))
-            for name, piece in slices.items()
-        ]
+    return [
+        StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]))
+        for name, entry in read_header(path).items()
+    ]
 
 
 def _named_file(folder: Path) -> str | None:

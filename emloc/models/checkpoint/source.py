@@ -30,7 +30,7 @@ from emloc.models.checkpoint.weights import SafetensorsWeights, Weights
 from emloc.models.objectives import Objective
 from emloc.models.objectives.tokens import Tokens
 from emloc.runtime.digest import digest
-from emloc.tensors.nn.surgery import replace_buffer, replace_parameter
+from emloc.tensors.nn.surgery import replace_tensor
 
 CPU = torch.device("cpu")
 # Seed of a fresh module's weights, until a training run draws them again from its own seed.
@@ -247,9 +247,8 @@ class Source:
         """
         stored_names = self.weights.names
         available = [name for name in names if name in stored_names or self._is_fresh(name)]
-        buffers = set(self.buffers)
         for name, tensor in self.read(available, device):
-            (replace_buffer if name in buffers else replace_parameter)(model, name, tensor)
+            replace_tensor(model, name, tensor)
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.device != device and not buffer.is_meta:
@@ -284,7 +283,7 @@ class Source:
         """Draw new weights from `seed` for the fresh modules of `model`; no parameter is moved."""
         names = [name for name in self.sizes if self._is_fresh(name)]
         for name, tensor in self._draw(seed, names, CPU):
-            replace_parameter(model, name, tensor.to(model.get_parameter(name).device))
+            replace_tensor(model, name, tensor.to(model.get_parameter(name).device))
 
     def _is_fresh(self, parameter: str) -> bool:
         """Whether the parameter belongs to a fresh module."""

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from emloc.errors import ConfigError
+from emloc.errors import ConfigError, one_line
 from emloc.models.checkpoint.files import (
     INDEX,
     SINGLE,
@@ -155,7 +155,7 @@ def _read_stored(tensors: Iterable[StoredTensor], device: str) -> Iterator[Tenso
 
 def _conversion_error(stored: StoredTensor, error: Exception) -> ConfigError:
     """The error for a stored tensor that cannot be turned into the model's parameters."""
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     return ConfigError(
         f"{stored.file}: {stored.name}: {reason}; set model.source to another checkpoint"
     )

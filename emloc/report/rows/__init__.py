@@ -15,7 +15,7 @@ from emloc.config.folder_words import safe_word
 from emloc.config.run_folder import DONE, find_runs
 from emloc.config.settings import DECISIVE
 from emloc.config.stage_order import merged, stages_of, standard_stages
-from emloc.errors import ConfigError
+from emloc.errors import ConfigError, one_line
 from emloc.report.rows.csv_files import is_number, read_words, to_number
 from emloc.report.rows.gain import StoredRun, gain_kept
 from emloc.runtime.digest import digest
@@ -201,7 +201,7 @@ def _row(stored: StoredRun, gain: float | None) -> Row:
 def _leaves(config: Mapping[str, Any]) -> dict[str, str]:
     """Dotted name of every setting that decides results -> its value, in one line."""
     return {
-        f"{section}.{key}": "null" if value is None else " ".join(str(value).split())
+        f"{section}.{key}": "null" if value is None else one_line(value)
         for section in DECISIVE
         if isinstance(values := config.get(section), Mapping)
         for key, value in values.items()

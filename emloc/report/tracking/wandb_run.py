@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from emloc.errors import ConfigError
+from emloc.errors import ConfigError, one_line
 from emloc.report.tracking.artifacts import Table
 from emloc.runtime.permissions import apply_umask
 
@@ -91,7 +91,7 @@ class WandbRun:
         try:
             run = self._wandb.init(mode="online", settings=settings, **options)
         except self._wandb.errors.CommError as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             if re.search(r"\b40[13]\b", reason):
                 raise ConfigError(
                     f"tracker.mode=online: W&B refuses this account ({reason}); "

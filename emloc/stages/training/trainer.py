@@ -23,7 +23,7 @@ from emloc.models.objectives import Batch, Loss, Objective
 from emloc.runtime.distributed import is_first, is_sharded
 from emloc.runtime.manifest import flaw_of, seal, set_aside
 from emloc.runtime.safetensors_file import write_safetensors
-from emloc.tensors.nn.surgery import replace_parameter
+from emloc.tensors.nn.surgery import replace_tensor
 
 log = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ def unshard_parameters(model: PreTrainedModel) -> None:
     """Gather sharded trainable parameters (FSDP), so that every process holds them unsharded."""
     for name, parameter in list(model.named_parameters()):
         if parameter.requires_grad and isinstance(parameter, DTensor):
-            replace_parameter(model, name, parameter.full_tensor())
+            replace_tensor(model, name, parameter.full_tensor())
 
 
 def newest_intact_checkpoint(folder: Path) -> Path | None:

@@ -9,36 +9,22 @@ from typing import Any
 from torch import Tensor, nn
 
 
-def replace_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Replace the parameter called `name` by a frozen one that holds `tensor`.
+def replace_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace the buffer called `name` by `tensor`, or the parameter by a frozen one that holds it.
 
     Raises:
-        ValueError: the shapes of tensor and parameter differ.
+        ValueError: the shapes of the two tensors differ.
     """
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    if (shape := module.get_parameter(leaf).shape) != tensor.shape:
+    current = getattr(module, leaf)
+    if current.shape != tensor.shape:
         raise ValueError(
-            f"{name} has shape {tuple(shape)} in the model, but {tuple(tensor.shape)} in the "
-            "checkpoint"
+            f"{name} has shape {tuple(current.shape)} in the model, but {tuple(tensor.shape)} in "
+            "the checkpoint"
         )
-    setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
-
-
-def replace_buffer(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Replace the buffer called `name` by `tensor`.
-
-    Raises:
-        ValueError: the shapes of tensor and buffer differ.
-    """
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if (shape := module.get_buffer(leaf).shape) != tensor.shape:
-        raise ValueError(
-            f"{name} has shape {tuple(shape)} in the model, but {tuple(tensor.shape)} in the "
-            "checkpoint"
-        )
-    setattr(module, leaf, tensor)
+    is_parameter = isinstance(current, nn.Parameter)
+    setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
 
 
 def with_modules(

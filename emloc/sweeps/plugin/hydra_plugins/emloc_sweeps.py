@@ -37,27 +37,36 @@ def _failures_as_results() -> Iterator[None]:
 
     Hydra would end the sweep with the traceback of that job.
     """
-    from emloc.runtime.failures import reason_of, refusal_of
-
     run_job = basic_launcher.run_job
 
     def run_job_or_log(*, hydra_context: Any, config: Any, **settings: Any) -> JobReturn:
         try:
             returned = run_job(hydra_context=hydra_context, config=config, **settings)
         except Exception as error:  # why: the other jobs go on, whatever is wrong with this one
-            words = " ".join(config.hydra.overrides.task)
-            log.error("%s: could not start: %s", words, refusal_of(error) or reason_of(error))
+            _log_not_started(config.hydra.overrides.task, error)
             returned = JobReturn(status=JobStatus.FAILED)
             hydra_context.callbacks.on_job_end(config=config, job_return=returned)
-        if returned.status == JobStatus.FAILED:  # it is logged, and the callbacks have counted it
-            returned = JobReturn(returned.overrides, status=JobStatus.COMPLETED, _return_value=None)
-        return returned
+        # A failure is logged, and the callbacks have counted it.
+        return _without_score(returned) if returned.status == JobStatus.FAILED else returned
 
     basic_launcher.run_job = run_job_or_log
     try:
         yield
     finally:
         basic_launcher.run_job = run_job
+
+
+def _log_not_started(overrides: Sequence[str], error: Exception) -> None:
+    """Log why the job with these overrides could not start."""
+    from emloc.runtime.failures import reason_of, refusal_of
+
+    reason = refusal_of(error) or reason_of(error)
+    log.error("%s: could not start: %s", " ".join(overrides), reason)
+
+
+def _without_score(returned: JobReturn) -> JobReturn:
+    """The result of a failed job as one without a score, which does not end the sweep."""
+    return JobReturn(returned.overrides, status=JobStatus.COMPLETED, _return_value=None)
 
 
 if find_spec("hydra_plugins.hydra_joblib_launcher"):
@@ -79,10 +88,10 @@ if find_spec("hydra_plugins.hydra_joblib_launcher"):
                 codes = re.search(r"exit codes? of the workers are \{(.*)\}", str(error))
                 lost = LostJob(reason=f"was killed ({codes[1]})" if codes else "ended")
             except Exception as error:  # why: one job could not start, and the others go on
-                reason = str(refusal_of(error) or reason_of(error))
                 if len(job_overrides) == 1:
-                    log.error("%s: could not start: %s", " ".join(job_overrides[0]), reason)
+                    _log_not_started(job_overrides[0], error)
                     return [self._without_failure(JobReturn(status=JobStatus.FAILED))]
+                reason = refusal_of(error) or reason_of(error)
                 lost = LostJob(reason=f"could not start a job ({reason})")
             return launch_again(self, job_overrides, initial_job_idx, start, lost)
 
@@ -92,7 +101,7 @@ if find_spec("hydra_plugins.hydra_joblib_launcher"):
                 return returned
             assert self.hydra_context is not None
             self.hydra_context.callbacks.on_job_end(config=self.config, job_return=returned)
-            return JobReturn(returned.overrides, status=JobStatus.COMPLETED, _return_value=None)
+            return _without_score(returned)
 
 
 if find_spec("hydra_plugins.hydra_submitit_launcher"):
