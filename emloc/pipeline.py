@@ -135,7 +135,7 @@ def checked(run_config: RunConfig, store: Store, report: Report) -> tuple[str, C
     device, host = own_device(), int(run_config.budget.host_gib * GIB)
     limit_device_memory(device, run_config.budget.gpu_gib)
     emulator, adapter, recovery = run_config.emulator, run_config.adapter, run_config.recovery
-    check_compatible(emulator, adapter, recovery, run_config.train)
+    check_compatible(emulator, adapter, recovery, run_config.anchor, run_config.train)
     refuse_training_in_float16(run_config.model.dtype, adapter)
     run_config = replace(run_config, model=emulator.model(run_config.model, run_config.compression))
     source = run_config.model.open()
@@ -154,7 +154,16 @@ def checked(run_config: RunConfig, store: Store, report: Report) -> tuple[str, C
     needs_samples |= any(stage.reads_samples for stage in run_config.stage.values())
     samples = _samples(run_config) if needs_samples else None
     context = Context(
-        run_config, source, layers, planned, samples, training_inputs, device, host, report
+        run_config,
+        source,
+        layers,
+        planned,
+        samples,
+        training_inputs,
+        device,
+        host,
+        report,
+        store.root,
     )
     for stage in run_config.stage.values():
         stage.check(context)

@@ -31,6 +31,8 @@ class Adapter(Part):
     nonlinear: ClassVar[str | None] = None
     # Why the adapter has to read the weight of the layer under it.
     needs_weight: ClassVar[str | None] = None
+    # Whether a new adapter changes no output, on the emulator or on the original.
+    starts_at_zero: ClassVar[bool] = True
 
     @abstractmethod
     def attach(

@@ -29,6 +29,7 @@ class Dora(Lora):
 
     nonlinear = "sets the norm of each row of the weight it is added to"
     needs_weight = "computes the row norms of each layer's weight"
+    starts_at_zero = False  # m has the row norms of the emulator, which differ from the original's
     variant = MappingProxyType({"use_dora": True})
 
     def attach(

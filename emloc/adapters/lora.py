@@ -65,7 +65,11 @@ class Lora(Adapter):
 
     def load(self, model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
         """Return the model with the saved adapter, unmerged; see `PeftModel.from_pretrained`."""
-        return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+        # PEFT leaves the adapter of a model without weights without values, too.
+        is_empty = any(parameter.is_meta for parameter in model.parameters())
+        return PeftModel.from_pretrained(
+            model, folder, is_trainable=trainable, low_cpu_mem_usage=is_empty
+        )
 
     def base(self, model: PeftModel) -> PreTrainedModel:
         """Return the transformers model inside a PEFT model."""

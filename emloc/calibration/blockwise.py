@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -33,6 +33,8 @@ Batch = Mapping[str, Any]
 # Called after each batch with the mask of the batch's real tokens. The mask is None for blocks that
 # do not process tokens, such as those of a vision tower.
 AfterBatch = Callable[[TokenMask | None], None]
+# Runs one batch through the model; called inside the coroutine with the batch on the device.
+Call = Callable[[dict[str, Any]], object]
 
 
 def block_of(name: str) -> str:
@@ -89,26 +91,32 @@ def iterate_checkpoint(
 
 def iterate_blocks(
     model: nn.Module,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     blocks: Sequence[str],
     device: torch.device,
-    source: Source | None = None,
+    source: WeightReader | None = None,
     *,
     host_bytes: int | None = None,
     folder: Path | None = None,
+    calls: Iterable[Call] | None = None,
+    to_end: bool = False,
 ) -> Iterator[Block]:
     """Yield the blocks in the order of computation; all batches wait at the entry of each block.
 
-    The forward passes end after the last block: final norm and output head are not computed.
+    The forward passes end after the last block: final norm and output head are not computed. With
+    `to_end` they end by themselves, when the last block has run.
 
     Args:
         model: with all weights, or with its blocks on the meta device if `source` has the weights.
-        batches: keyword arguments of the model's forward; tensors are moved to `device`.
+        batches: keyword arguments of the model's forward; tensors are moved to `device`. An
+            iterator is read while the passes begin.
         blocks: names of the blocks in any order, as a sorted list may put layer 10 before layer 2.
         device: device that the model runs on.
         source: checkpoint to read each block's weights from; None if the model has the weights.
         host_bytes: limit on host memory for tensors of suspended passes; None for no limit.
         folder: folder for the tensors beyond that limit; None for the system's temporary folder.
+        calls: one function for each batch, which calls the model; None: the model's forward.
+        to_end: also compute what follows the last block; the model must have these weights by then.
 
     Raises:
         ValueError: a name in `blocks` is no module of the model.
@@ -141,14 +149,17 @@ def iterate_blocks(
         module.register_forward_pre_hook(suspend_at(name), with_kwargs=True)
         for name, module in modules.items()
     ]
-    handles.append(list(modules.values())[-1].register_forward_hook(exit_forward))
+    if not to_end:
+        handles.append(list(modules.values())[-1].register_forward_hook(exit_forward))
     pool = OffloadPool(model, device, host_bytes, folder)
     decoder_ids = {id(module) for module in decoder.modules()}
-    forwards = [SuspendedForward(model, batch, pool) for batch in batches]
+    forwards: list[SuspendedForward] = []
     try:
-        for forward in forwards:
-            forward.advance()
-            forward.offload()
+        # One at a time, so that an iterator of batches has one batch in memory.
+        for batch, call in _with_calls(batches, calls):
+            forwards.append(SuspendedForward(model, batch, pool, call))
+            forwards[-1].advance()
+            forwards[-1].offload()
         remaining = list(modules)
         while remaining:
             name = next_block(remaining, {forward.block_name for forward in forwards})
@@ -170,6 +181,17 @@ def iterate_blocks(
             forward.close()
         for handle in handles:
             handle.remove()
+
+
+class WeightReader(Protocol):
+    """Reads the weights of a model block by block, as a `Source` does."""
+
+    @property
+    def buffers(self) -> list[str]:
+        """Names of the buffers that are read with the weights."""
+
+    def fill(self, model: nn.Module, names: Iterable[str], device: torch.device) -> None:
+        """Load named parameters and buffers of `model` to `device`; move all buffers there."""
 
 
 class Block:
@@ -224,11 +246,14 @@ class Block:
 class SuspendedForward:
     """The forward pass of one batch, suspended at the entry of the block `block_name`."""
 
-    def __init__(self, model: nn.Module, batch: Batch, pool: OffloadPool) -> None:
+    def __init__(
+        self, model: nn.Module, batch: Batch, pool: OffloadPool, call: Call | None = None
+    ) -> None:
         self._is_real: Tensor | None = None  # (batch, length), false for padding
         self.block_name: str | None = None
         self._block_inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._model = model
+        self._call = call
         self._batch = batch
         self._pool = pool
         self._offloaded = OffloadedTensors(pool)
@@ -245,7 +270,11 @@ class SuspendedForward:
             inputs["use_cache"] = False  # or the keys and values of all blocks would stay in memory
         if inputs.get("attention_mask") is not None:
             self._is_real = read_mask(inputs["attention_mask"])
-        self._model(**inputs)
+        self._batch = {}  # the inputs are in the frames of the pass from now on
+        if self._call is None:
+            self._model(**inputs)
+        else:
+            self._call(inputs)
 
     def advance(self) -> None:
         """Resume the forward pass up to the entry of the next block, or to the end."""
@@ -282,6 +311,16 @@ class SuspendedForward:
             self._coroutine.throw(GreenletExit)
         self._block_inputs = ((), {})
         self._offloaded.release()
+
+
+def _with_calls(
+    batches: Iterable[Batch], calls: Iterable[Call] | None
+) -> Iterator[tuple[Batch, Call | None]]:
+    """Yield each batch with the function that runs it; None for the model's forward."""
+    if calls is None:
+        yield from ((batch, None) for batch in batches)
+    else:
+        yield from zip(batches, calls, strict=True)
 
 
 def _detach_to(tensor: Tensor, device: torch.device) -> Tensor:

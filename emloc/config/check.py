@@ -20,11 +20,12 @@ from emloc.config.targets import current_target
 from emloc.config.values import refuse_wrong_value, refuse_wrong_values
 from emloc.errors import ConfigError
 
-# Traits of emulator, adapter and recovery that decide whether these work together.
+# Traits of parts that decide whether these work together.
 _TRAITS = {
-    "emulator": ("keeps_weights", "same_shapes", "recomputes"),
+    "emulator": ("keeps_weights", "same_shapes", "recomputes", "unanchored"),
     "adapter": ("trains", "nonlinear", "needs_weight"),
-    "recovery": ("reads_pairs", "scatters"),
+    "recovery": ("reads_pairs", "scatters", "subtracts"),
+    "anchor": ("anchors",),
 }
 
 

@@ -1,4 +1,4 @@
-"""Check that the emulator, adapter and recovery of a run work together.
+"""Check that the emulator, adapter, recovery and anchor of a run work together.
 
 Each part declares its own traits, and the check compares them. A new part declares its traits and
 changes nothing in this file. Only combinations with wrong results are refused.
@@ -12,8 +12,10 @@ from emloc.config.settings import TrainSettings
 from emloc.errors import ConfigError
 
 
-def check_compatible(emulator: Any, adapter: Any, recovery: Any, recipe: TrainSettings) -> None:
-    """Refuse an emulator, adapter, recovery and training recipe that do not work together.
+def check_compatible(
+    emulator: Any, adapter: Any, recovery: Any, anchor: Any, recipe: TrainSettings
+) -> None:
+    """Refuse an emulator, adapter, recovery, anchor and recipe that do not work together.
 
     A run that trains nothing passes every check. The parts are objects of their classes, or
     stand-ins with the same traits (`emloc.config.declared`), so that torch is not needed.
@@ -27,6 +29,7 @@ def check_compatible(emulator: Any, adapter: Any, recovery: Any, recipe: TrainSe
         "emulator": _choice_name(emulator),
         "adapter": _choice_name(adapter),
         "recovery": _choice_name(recovery),
+        "anchor": _choice_name(anchor),
     }
     for is_conflict, message in (
         (
@@ -59,6 +62,20 @@ def check_compatible(emulator: Any, adapter: Any, recovery: Any, recipe: TrainSe
             emulator.recomputes and not recipe.checkpointing,
             "emulator={emulator} frees a layer's weights after its forward pass, so the backward "
             "pass has to run the forward pass of each block again; set train.checkpointing=true",
+        ),
+        (
+            anchor.anchors and emulator.unanchored,
+            f"anchor={{anchor}}: emulator={{emulator}} {emulator.unanchored}; set anchor=none",
+        ),
+        (
+            anchor.anchors and recovery.subtracts,
+            "recovery={recovery} subtracts the emulator's error, which an adapter trained with "
+            "anchor={anchor} has not learnt; set recovery=none, or anchor=none",
+        ),
+        (
+            anchor.anchors and getattr(anchor, "rounds", 0) > recipe.steps,
+            f"anchor.rounds={getattr(anchor, 'rounds', 0)} is above train.steps={recipe.steps}; "
+            f"set anchor.rounds={recipe.steps} or less",
         ),
     ):
         if is_conflict:

@@ -152,6 +152,10 @@ def find_runs(folder: Path) -> list[Run]:
     return [Run(path.parent) for path in sorted(folder.glob("*/status.json"))]
 
 
+# The section `anchor` of a run without anchors, whose folder has the name from before anchors.
+NO_ANCHOR = {"_target_": "emloc.anchors.none.NoAnchor"}
+
+
 @exempt_imports()
 def folder_name(config: DictConfig) -> str:
     """Return the name of a run's folder, `<method>-<model>-<task>-s<seed>-<id>`.
@@ -165,6 +169,8 @@ def folder_name(config: DictConfig) -> str:
     }
     if decisive["stage"] == _key_value("stage", standard_stages()):
         del decisive["stage"]
+    if decisive["anchor"] == _key_value("anchor", NO_ANCHOR):
+        del decisive["anchor"]
     if config.compression.ratio is None:  # compression=auto: the budget determines the ratio
         decisive["gpu_gib"] = config.budget.gpu_gib
     if world_size() > 1:  # more processes make an optimizer step larger

@@ -156,6 +156,7 @@ class Config:
     emulator: Any = MISSING  # smaller stand-in for the model, through which is trained
     adapter: Any = MISSING  # what is trained
     recovery: Any = MISSING  # how the adapter is adapted to the original model
+    anchor: Any = MISSING  # whether training is put back onto the original's hidden states
     stage: Any = MISSING  # stages of the run
     train: TrainSettings = MISSING  # training recipe
     eval: EvalSettings = MISSING  # how much is evaluated
@@ -167,7 +168,7 @@ class Config:
 # name and paths do not.
 DECISIVE = (
     *("model", "task", "calibration", "compression", "precision", "lora"),
-    *("emulator", "adapter", "recovery", "stage", "train", "eval", "seed"),
+    *("emulator", "adapter", "recovery", "anchor", "stage", "train", "eval", "seed"),
 )
 
 

@@ -48,6 +48,8 @@ class Range:
 
     def fault(self, key: str, value: Any, *, or_null: bool) -> str | None:
         """Return the line that refuses a number outside the bounds."""
+        if isinstance(value, str):
+            return f"{key}={value} is no number; set {key}={_number(self.usual)}"
         most = self.most
         if isinstance(value, int) and most is None and self.below is None:
             most = LARGEST_COUNT

@@ -16,6 +16,7 @@ from emloc.data.chat_template import (
 from emloc.data.examples import Example
 from emloc.data.image import LazyImage
 from emloc.errors import ConfigError
+from emloc.runtime.digest import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +41,11 @@ class EncodedExample:
     def length(self) -> int:
         """Number of tokens."""
         return len(self.input_ids)
+
+    @property
+    def key(self) -> str:
+        """Digest of what the model reads: tokens, the place of the answer, and images."""
+        return digest([self.input_ids, self.answer_start, [image.key for image in self.images]])
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,9 @@ class Emulator(Part):
     # Whether training must recompute activations, because a block's weights leave the device after
     # its forward pass.
     recomputes: ClassVar[bool] = False
+    # Why it cannot be put back onto the original's hidden states; None: it keeps the blocks in
+    # order, so it can.
+    unanchored: ClassVar[str | None] = None
 
     @property
     def samples(self) -> bool:

@@ -34,6 +34,7 @@ class Offload(Full):
 
     keeps_weights = False  # a block's weights reach the device only when the block runs
     recomputes = True
+    unanchored = "computes the original itself, so there is nothing to put back"
 
     def plan(self, source: Source, layers: Layers, budget: Compression) -> None:
         """Return None: every layer is kept.

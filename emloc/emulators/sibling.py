@@ -23,6 +23,8 @@ class Sibling(Full):
     Nothing is compressed; the budget's ratio selects the sibling, for instance r50 at ratio 0.5.
     """
 
+    unanchored = "replaces the original, so there are no hidden states to put back"
+
     def model(self, original: ModelFamily, budget: Compression) -> ModelFamily:
         """Return the sibling that the budget's ratio selects.
 

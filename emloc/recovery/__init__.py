@@ -41,6 +41,7 @@ class Recovery(Part):
 
     reads_pairs: ClassVar[bool] = True  # whether it reads the LoRA matrices A and B
     scatters: ClassVar[bool] = False  # whether it enlarges an adapter of pruned layers
+    subtracts: ClassVar[bool] = False  # whether it takes the emulator's error off the adapter
     trains: ClassVar[bool] = False  # whether it runs training steps, on all processes of a launch
 
     @property

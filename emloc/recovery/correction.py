@@ -38,6 +38,8 @@ from emloc.tensors.linalg.gram import cross, gram, product
 class Correction(Recovery):
     """Corrects B of each LoRA for the residual between original and emulator (EMLoC, stage 3)."""
 
+    subtracts = True
+
     # identity: the paper; covariance: weights directions by the calibration tokens
     metric: Annotated[str, OneOf("identity", "covariance")]
     # the paper's lambda, per rank direction; 0: uncorrected, null: no clamp

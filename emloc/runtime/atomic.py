@@ -20,10 +20,10 @@ from emloc.runtime.permissions import apply_umask, set_permissions
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield the path of a draft, which replaces the file `path` when the block ends.
 
-    If the block raises, `path` is unchanged.
+    If the block raises, `path` is unchanged. With `durable=False` nothing is flushed to the disk.
     """
     draft = path.with_name(path.name + ".draft")
     draft.unlink(missing_ok=True)
@@ -32,9 +32,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         yield draft
         set_permissions(draft, permissions)
-        _flush(draft)
+        if durable:
+            _flush(draft)
         os.replace(draft, path)
-        _flush(path.parent)
+        if durable:
+            _flush(path.parent)
     finally:
         draft.unlink(missing_ok=True)
 

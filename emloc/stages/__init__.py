@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # Kinds of artifacts. Later stages read the newest artifact of a kind.
 STATISTICS, EMULATOR, TRAINED, RECOVERED = "statistics", "emulator", "trained", "recovered"
+ANCHORS = "anchors"
 SCORES, SCORES_AS_TRAINED = "scores", "scores as trained"
 
 
@@ -46,6 +47,7 @@ class Context:
     device: torch.device
     host_bytes: int  # host memory that hidden states may use
     report: Report  # called with each line of the training log
+    cache: Path  # folder of the stages' artifacts
     artifacts: dict[str, Artifact] = field(default_factory=dict)  # by stage, in order
     current: dict[str, Artifact] = field(default_factory=dict)  # kind -> newest artifact
 

@@ -10,6 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from emloc.adapters import Adapter
 from emloc.adapters.none import NoAdapter
+from emloc.anchors import Anchor
+from emloc.anchors.none import NoAnchor
 from emloc.config.check import check_values, errors_of, fill, parts_in, refuse_width
 from emloc.config.folder_words import require_words
 from emloc.config.formats import format_of, widths
@@ -54,6 +56,7 @@ class RunConfig:
     emulator: Emulator
     adapter: Adapter | NoAdapter
     recovery: Recovery
+    anchor: Anchor | NoAnchor
     stage: Mapping[str, Stage]  # by name, in the order in which they run
     train: TrainSettings
     eval: EvalSettings

@@ -7,10 +7,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from emloc.anchors import Anchor
 from emloc.errors import ConfigError
 from emloc.runtime.stage_cache import Facts
-from emloc.stages import TRAINED, Context, Stage
-from emloc.stages.training.train import train
+from emloc.stages import ANCHORS, TRAINED, Context, Stage
+from emloc.stages.anchor import first_round
+from emloc.stages.training.anchored_rows import anchored_rows
+from emloc.stages.training.rounds import ROUNDS_FILE, Rounds
+from emloc.stages.training.train import open_trainee, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +22,7 @@ class Train(Stage):
     """Stage that writes the trained adapter and its training curve."""
 
     gives = TRAINED
-    collected = MappingProxyType({"curve.jsonl": "curve.jsonl"})
+    collected = MappingProxyType({"curve.jsonl": "curve.jsonl", ROUNDS_FILE: ROUNDS_FILE})
 
     def needed(self, context: Context) -> bool:
         """Return whether the method trains an adapter."""
@@ -30,12 +34,16 @@ class Train(Stage):
 
     def inputs(self, context: Context) -> list[Any]:
         """Return the emulator and the inputs of the training: adapter, layers, rows and recipe."""
-        return [context.built_emulator, context.training_inputs]
+        anchor = context.run_config.anchor
+        anchored = [anchor, context.run_config.recovery] if anchor.anchors else []
+        return [context.built_emulator, context.training_inputs, *anchored]
 
     def work(self, folder: Path, context: Context) -> Facts:
         """Train the adapter and write it into `folder`."""
         assert context.training_inputs is not None
         _require_adapted_layers(context)
+        if context.run_config.anchor.anchors:
+            return _train_anchored(folder, context, context.run_config.anchor)
         return train(
             folder,
             context.built_emulator,
@@ -43,6 +51,23 @@ class Train(Stage):
             device=context.device,
             report=context.report,
         )
+
+
+def _train_anchored(folder: Path, context: Context, anchor: Anchor) -> Facts:
+    """Train in rounds, with offsets of the original's hidden states."""
+    assert context.training_inputs is not None
+    rows = anchored_rows(anchor, context.source, context.training_inputs)
+    recorded = context.current.get(ANCHORS)
+    rounds = Rounds(
+        folder,
+        open_trainee(context.built_emulator, context.training_inputs, context.device),
+        rows,
+        context.run_config.recovery,
+        first_round(recorded) if recorded is not None else None,
+        context.host_bytes,
+        context.report,
+    )
+    return rounds.run()
 
 
 def _require_adapted_layers(context: Context) -> None:

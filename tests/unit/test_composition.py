@@ -1,7 +1,7 @@
 """Combinations of emulator, adapter and recovery are accepted or refused with a remedy."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import pytest
@@ -16,9 +16,9 @@ from emloc.stages.run_config import build, instantiate
 
 CHOICES = {
     group: sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
-    for group in ("emulator", "adapter", "recovery")
+    for group in ("emulator", "adapter", "recovery", "anchor")
 }
-TRIPLES = list(product(*CHOICES.values()))
+COMBINATIONS = list(product(*CHOICES.values()))
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +37,13 @@ def recipe() -> TrainSettings:
     return build(compose(["method=lora", "train.checkpointing=true"])).train
 
 
-def refusal(parts, recipe, *triple: str) -> str | None:
-    """Return the message that refuses these parts; None if they are accepted."""
-    chosen = [parts[key] for key in zip(CHOICES, triple, strict=True)]
+def refusal(parts, recipe, *names: str) -> str | None:
+    """Return the message that refuses these parts; None if they are accepted.
+
+    Without a name of an anchor there is none.
+    """
+    names = names if len(names) == len(CHOICES) else (*names, "none")
+    chosen = [parts[key] for key in zip(CHOICES, names, strict=True)]
     try:
         check_compatible(*chosen, recipe)
     except ConfigError as error:
@@ -47,17 +51,17 @@ def refusal(parts, recipe, *triple: str) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("triple", TRIPLES, ids="-".join)
-def test_a_combination_is_accepted_or_refused_with_a_remedy(parts, recipe, triple):
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_a_combination_is_accepted_or_refused_with_a_remedy(parts, recipe, combination):
     """Following the suggested overrides one by one leads to an accepted combination."""
-    chosen = dict(zip(CHOICES, triple, strict=True))
+    chosen = dict(zip(CHOICES, combination, strict=True))
     for _ in CHOICES:
         message = refusal(parts, recipe, *chosen.values())
         if message is None:
             return
         assert "\n" not in message
         assert "{" not in message
-        remedy = re.search(r"; set (emulator|adapter|recovery)=(\w+)", message)
+        remedy = re.search(r"; set (emulator|adapter|recovery|anchor)=(\w+)", message)
         assert remedy is not None, message
         group, choice = remedy.groups()
         named = re.search(rf"\b{group}=(\w+)", message)[1]
@@ -98,6 +102,29 @@ def test_accepted_combinations(parts, recipe, triple):
 @pytest.mark.parametrize("triple", NOT, ids="-".join)
 def test_refused_combinations(parts, recipe, triple):
     assert refusal(parts, recipe, *triple) == NOT[triple]
+
+
+@pytest.mark.parametrize("anchor", ["blocks", "logits"])
+def test_refused_anchors(parts, recipe, anchor):
+    assert refusal(parts, recipe, "svd", "lora", "none", anchor) is None
+    assert refusal(parts, recipe, "prune", "lora", "scatter", anchor) is None
+    assert refusal(parts, recipe, "svd", "lora", "correction", anchor) == (
+        "recovery=correction subtracts the emulator's error, which an adapter trained with "
+        f"anchor={anchor} has not learnt; set recovery=none, or anchor=none"
+    )
+    assert refusal(parts, recipe, "offload", "lora", "none", anchor) == (
+        f"anchor={anchor}: emulator=offload computes the original itself, so there is nothing to "
+        "put back; set anchor=none"
+    )
+    assert refusal(parts, recipe, "sibling", "lora", "none", anchor) == (
+        f"anchor={anchor}: emulator=sibling replaces the original, so there are no hidden states "
+        "to put back; set anchor=none"
+    )
+
+
+def test_more_rounds_than_steps_are_refused(parts, recipe):
+    message = refusal(parts, replace(recipe, steps=3), "svd", "lora", "none", "blocks")
+    assert message == "anchor.rounds=4 is above train.steps=3; set anchor.rounds=3 or less"
 
 
 @pytest.mark.parametrize("adapter", ["lora", "rslora"])
@@ -145,13 +172,13 @@ def test_a_refusal_names_the_refused_part(parts, recipe):
     full, svd = (parts["emulator", one] for one in ("full", "svd"))
     none, correction = (parts["recovery", one] for one in ("none", "correction"))
     with pytest.raises(ConfigError) as caught:
-        check_compatible(svd, Scaled(), none, recipe)
+        check_compatible(svd, Scaled(), none, parts["anchor", "none"], recipe)
     assert str(caught.value) == (
         f"adapter={own} starts from the singular values of the weight, and emulator=svd does not "
         "hold that weight; set adapter=lora, or emulator=full recovery=none"
     )
     with pytest.raises(ConfigError) as caught:
-        check_compatible(full, Scaled(), correction, recipe)
+        check_compatible(full, Scaled(), correction, parts["anchor", "none"], recipe)
     assert str(caught.value) == (
         "recovery=correction changes the matrices of an update s B A, while "
         f"adapter={own} multiplies outputs by a learnt number; set recovery=none, or adapter=lora"

@@ -247,7 +247,7 @@ def test_a_method_yaml_sets_only_its_parts_and_its_name(stem):
     assert node.get("compression", {"bits": 4}) == {"bits": 4}
     assert node.get("train", {"checkpointing": True}) == {"checkpointing": True}
     assert node.method == stem
-    assert {*PRESET} <= set(preset(stem)) <= {*PRESET, "calibration"}
+    assert {*PRESET} <= set(preset(stem)) <= {*PRESET, "calibration", "anchor"}
 
 
 def test_built_parts_are_frozen():
@@ -479,6 +479,7 @@ ELSE = {
     "emulator": "emulator.multiple=2",
     "adapter": "adapter=none",
     "recovery": "recovery.clamp=1",
+    "anchor": "anchor=logits",
     "stage": "stage.recover.after=emulate",
     "train": "train.steps=61",
     "eval": "eval.limit=8",

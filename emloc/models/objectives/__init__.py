@@ -44,6 +44,8 @@ class Objective(ABC):
     score_names: ClassVar[tuple[str, ...]]
     # Whether the model generates text. Only text can be scored by lm-eval and by a task's scorer.
     writes_text: ClassVar[bool] = False
+    # Whether `row_losses` is defined.
+    measures_rows: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -78,6 +80,16 @@ class Objective(ABC):
         Returns None and leaves the model unchanged if there is no such loss (setting `train.lean`).
         """
         return None
+
+    def row_losses(self, model: Any, rows: Sequence[Any], batch: Batch) -> list[tuple[float, int]]:
+        """Sum of the losses and number of items of each row of a batch, without gradients.
+
+        Anchored training compares the original's loss before and after a round by these numbers.
+
+        Raises:
+            NotImplementedError: the objective does not measure single rows (`measures_rows`).
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def answers(self, model: Any, rows: Sequence[Any], batch: Batch) -> Sequence[Answer]:

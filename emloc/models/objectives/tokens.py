@@ -49,6 +49,7 @@ class Tokens(Objective):
 
     score_names = ("loss", "token_accuracy", "exact_match")
     writes_text = True
+    measures_rows = True
 
     @property
     def key(self) -> list[Any]:
@@ -79,6 +80,12 @@ class Tokens(Objective):
     def lean_loss(self, model: Any) -> Loss | None:
         """Loss that computes the logits in chunks of tokens; see `install_answer_loss`."""
         return install_answer_loss(model)
+
+    def row_losses(
+        self, model: Any, rows: Sequence[EncodedExample], batch: Batch
+    ) -> list[tuple[float, int]]:
+        """Negative log-likelihood and number of the answer tokens of each row."""
+        return [(answer.nll, answer.tokens) for answer in self.answers(model, rows, batch)]
 
     def answers(
         self, model: Any, rows: Sequence[EncodedExample], batch: Batch

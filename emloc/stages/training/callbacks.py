@@ -20,26 +20,50 @@ class StepTimer(TrainerCallback):
     """Stopwatch of the optimizer steps; each step waits for its loss, so none is timed short."""
 
     def __init__(self) -> None:
-        self._ends: list[float] = []
+        self._trainings: list[list[float]] = []  # when each step of each training ended
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Note when a step ended."""
-        self._ends.append(time.perf_counter())
+        self._trainings[-1].append(time.perf_counter())
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Begin a training; a timer that several trainings share times no step between them."""
+        self._trainings.append([])
 
     @property
     def median(self) -> float | None:
         """Median seconds between the ends of two steps; None if there was only one step."""
-        steps = [after - before for before, after in pairwise(self._ends)]
+        steps = [after - before for ends in self._trainings for before, after in pairwise(ends)]
         return round(statistics.median(steps), 4) if steps else None
 
 
-class TrainingProgress(TrainerCallback):
-    """Show the steps and the loss of a training, and hand on each line of its log."""
+class StopAfter(TrainerCallback):
+    """Ends a training after an optimizer step, with a checkpoint."""
 
-    def __init__(self, report: Report, clock: Clock = time.monotonic) -> None:
-        self._report, self._clock = report, clock
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Stop if the step is reached."""
+        if state.global_step >= self._step:
+            control.should_training_stop = control.should_save = True
+
+
+class TrainingProgress(TrainerCallback):
+    """Show the steps and the loss of a training, and hand on each line of its log.
+
+    `skipped` steps of rows were used before in rounds that were rejected. They count as steps in
+    all that is shown and handed on, so that no step occurs twice.
+    """
+
+    def __init__(self, report: Report, clock: Clock = time.monotonic, *, skipped: int = 0) -> None:
+        self._report, self._clock, self._skipped = report, clock, skipped
         self._progress: StageProgress | None = None
 
     def on_train_begin(
@@ -47,7 +71,11 @@ class TrainingProgress(TrainerCallback):
     ) -> None:
         """Begin at the step of the checkpoint that a training is resumed from."""
         self._progress = StageProgress(
-            "train", state.max_steps, "step", done=state.global_step, clock=self._clock
+            "train",
+            state.max_steps,
+            "step",
+            done=state.global_step + self._skipped,
+            clock=self._clock,
         )
 
     def on_step_end(
@@ -69,7 +97,8 @@ class TrainingProgress(TrainerCallback):
         if logs and "loss" in logs:
             if self._progress is not None:
                 self._progress.show(loss=float(logs["loss"]))
-            self._report(state.global_step, {name: float(value) for name, value in logs.items()})
+            values = {name: float(value) for name, value in logs.items()}
+            self._report(state.global_step + self._skipped, values)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

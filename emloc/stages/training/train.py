@@ -11,28 +11,32 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    PreTrainedModel,
     PrinterCallback,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
 
 from emloc.adapters.training_inputs import TrainingInputs
+from emloc.anchors.attached import AttachedOffsets
 from emloc.config.settings import MODEL_BITS, TrainSettings
 from emloc.data.collate import EncodedRow
 from emloc.data.reader import encode_all
 from emloc.emulators import BuiltEmulator
 from emloc.errors import ConfigError
-from emloc.models.objectives import Batch
+from emloc.models.objectives import Batch, Loss
 from emloc.precision import PackedLayer
 from emloc.runtime.distributed import is_first, is_sharded
-from emloc.stages.training.callbacks import Report, StepTimer, TrainingProgress
+from emloc.stages.training.callbacks import Report, StepTimer, StopAfter, TrainingProgress
 from emloc.stages.training.lean_setup import prepare_model, required_override
 from emloc.stages.training.trainer import (
     FiniteTrainer,
@@ -98,6 +102,64 @@ def fit_rows(
     Raises:
         ConfigError: FSDP is to split weights in a packed format.
     """
+    trainee = open_trainee(built_emulator, training_inputs, device, start)
+    checkpoints, timer = folder / "checkpoints", StepTimer()
+    state = run_steps(trainee, rows, collate_rows, checkpoints, report, timer)
+    unshard_parameters(trainee.model)
+    if is_first():
+        training_inputs.adapter.save(trainee.model, folder / "adapter", built_emulator.source.name)
+        write_curve(folder, [line for line in state.log_history if "loss" in line])
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    return {
+        "trainable": trainee.trainable,
+        "steps": state.global_step,
+        "step_seconds": timer.median,
+    }
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """An emulator with an adapter on it, ready to be trained."""
+
+    model: Any
+    built_emulator: BuiltEmulator
+    training_inputs: TrainingInputs
+    device: torch.device
+    lean: bool  # whether the memory-saving path is set up
+    fused: bool  # whether each layer is fused with its adapter, and casts its operands itself
+    loss: Loss | None  # the objective's chunked loss
+
+    @property
+    def trainable(self) -> int:
+        """Number of trainable parameters."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    @property
+    def inner(self) -> PreTrainedModel:
+        """The transformers model inside."""
+        return self.training_inputs.adapter.base(self.model)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the model is trained under autocast to its 16-bit dtype."""
+        return self.built_emulator.source.dtype == torch.bfloat16 and not self.fused
+
+    def context(self) -> AbstractContextManager[Any]:
+        """Return the context of a forward pass as training runs it: autocast where it is on."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed)
+
+
+def open_trainee(
+    built_emulator: BuiltEmulator,
+    training_inputs: TrainingInputs,
+    device: torch.device,
+    start: Path | None = None,
+) -> Trainee:
+    """Load the emulator and attach the adapter: a new one, or the one in the folder `start`.
+
+    Raises:
+        ConfigError: FSDP is to split weights in a packed format.
+    """
     source = built_emulator.source
     # Weights that FSDP splits stay in host memory, mapped from their files, and move to the device
     # block by block.
@@ -121,57 +183,95 @@ def fit_rows(
     else:
         model = training_inputs.adapter.load(model, start, trainable=True)
     lean, fused, loss = training_inputs.recipe.lean, False, None
-    if training_inputs.recipe.lean and (override := required_override(training_inputs.lora)):
+    if lean and (override := required_override(training_inputs.lora)):
         log.info(
             "train: PEFT's own layers, which take more memory and time; %s avoids them", override
         )
         lean = False
-    elif training_inputs.recipe.lean:
+    elif lean:
         fused, loss = prepare_model(
             model, training_inputs.adapter, training_inputs.recipe, source.objective
         )
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log.info("train: %s trainable parameters, %d training rows", f"{trainable:,}", len(rows))
-    checkpoints = folder / "checkpoints"
-    dtype = built_emulator.source.dtype
-    progress = TrainingProgress(report)
+    return Trainee(model, built_emulator, training_inputs, device, lean, fused, loss)
+
+
+def run_steps(
+    trainee: Trainee,
+    rows: Sequence[Any],
+    collate_rows: Callable[[list[Any]], Batch],
+    checkpoints: Path,
+    report: Report,
+    timer: StepTimer,
+    segment: Segment | None = None,
+) -> TrainerState:
+    """Run the optimizer steps of a training, or a segment of them, and return the Trainer's state.
+
+    A training whose checkpoints are in the folder `checkpoints` is resumed from the newest of them.
+
+    Args:
+        trainee: the model; its adapter changes.
+        rows: training rows.
+        collate_rows: turns some rows into a batch.
+        checkpoints: folder of the checkpoints.
+        report: called with each line of the training log.
+        timer: times the steps.
+        segment: which steps to run; None: all of them.
+    """
+    training_inputs, source = trainee.training_inputs, trainee.built_emulator.source
+    segment = segment or Segment()
+    log.info(
+        "train: %s trainable parameters, %d training rows", f"{trainee.trainable:,}", len(rows)
+    )
+    progress = TrainingProgress(report, skipped=segment.skipped)
     trainer = FiniteTrainer(
         adapter=training_inputs.adapter,
-        model=model,
+        model=trainee.model,
         args=arguments(
-            training_inputs.recipe,
+            replace(
+                training_inputs.recipe,
+                learning_rate=training_inputs.recipe.learning_rate * segment.rate,
+            ),
             training_inputs.seed,
             checkpoints,
-            dtype,
-            device,
-            lean=lean,
-            fused=fused,
+            source.dtype,
+            trainee.device,
+            lean=trainee.lean,
+            fused=trainee.fused,
         ),
         train_dataset=rows,
         data_collator=collate_rows,
-        callbacks=[progress],
+        callbacks=[progress, timer, *([StopAfter(segment.end)] if segment.end is not None else [])],
         objective=source.objective,
-        loss=loss,
+        loss=trainee.loss,
+        anchors=segment.anchors,
+        skipped=segment.skipped,
     )
     trainer.remove_callback(PrinterCallback)
-    timer = StepTimer()
-    trainer.add_callback(timer)
     mixed = trainer.args.bf16 or trainer.args.fp16
-    with without_cudnn(), training_inputs.adapter.training(model, mixed=mixed), closing(progress):
-        checkpoint = newest_intact_checkpoint(checkpoints)
+    adapter = training_inputs.adapter
+    with without_cudnn(), adapter.training(trainee.model, mixed=mixed), closing(progress):
+        checkpoint = newest_intact_checkpoint(checkpoints) or segment.start
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    unshard_parameters(model)
     trainer.accelerator.wait_for_everyone()  # every process writes a part of the last checkpoint
-    if is_first():
-        training_inputs.adapter.save(model, folder / "adapter", source.name)
-        curve = [line for line in trainer.state.log_history if "loss" in line]
-        (folder / "curve.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curve))
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    return {
-        "trainable": trainable,
-        "steps": trainer.state.global_step,
-        "step_seconds": timer.median,
-    }
+    # Off with the wrapper for autocast, since the next segment would put another around it.
+    trainer.accelerator.unwrap_model(trainee.model, keep_fp32_wrapper=False)
+    return trainer.state
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Some of the optimizer steps of a training, with or without offsets of anchors."""
+
+    start: Path | None = None  # checkpoint of the step it begins at; None: the first step
+    end: int | None = None  # the step it ends at, with a checkpoint; None: the last step
+    skipped: int = 0  # steps whose rows were used by rejected rounds
+    rate: float = 1.0  # factor of the learning rate
+    anchors: AttachedOffsets | None = None  # hooks of the model that add offsets; None: no offsets
+
+
+def write_curve(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write the training curve, one line of JSON for each line of the Trainer's log."""
+    (folder / "curve.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def arguments(

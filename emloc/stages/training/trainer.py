@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from emloc.adapters import Adapter
+from emloc.anchors.attached import AttachedOffsets
+from emloc.anchors.batches import take_offsets
 from emloc.errors import ConfigError
 from emloc.models.objectives import Batch, Loss, Objective
 from emloc.runtime.distributed import is_first, is_sharded
 from emloc.runtime.manifest import flaw_of, seal, set_aside
 from emloc.runtime.safetensors_file import write_safetensors
+from emloc.stages.training.order import RowOrder, WholeSteps
 from emloc.tensors.nn.surgery import replace_tensor
 
 log = logging.getLogger(__name__)
@@ -31,48 +32,27 @@ log = logging.getLogger(__name__)
 STATE_FILE = "adapter_state.safetensors"
 
 
-class WholeSteps(Sampler[int]):
-    """Sampler of row indices in random order, grouped by length and cut into whole optimizer steps.
-
-    Rows that fill no whole step are left out of an epoch: processes would get uneven shares of
-    them, and the Trainer would fill the shares up with rows of other steps. If all rows together
-    are fewer than one step, an epoch is one smaller step.
-
-    The order depends only on the seed and the number of the epoch. A generator that keeps its state
-    between epochs would be in another state after a resume, and, with dropout, in each process.
-    """
-
-    def __init__(
-        self, lengths: list[int], step: int, seed: int, steps_done: Callable[[], int]
-    ) -> None:
-        self._lengths, self._step, self._seed = lengths, step, seed
-        self._steps_done = steps_done
-        self._steps = max(len(lengths) // step, 1)  # of one epoch
-
-    def __len__(self) -> int:
-        return min(self._steps * self._step, len(self._lengths))
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator()
-        generator.manual_seed(self._seed + self._steps_done() // self._steps)
-        # The Trainer's DataLoader draws one number before the order. Drawing one here makes the
-        # first epoch equal to the Trainer's.
-        torch.empty((), dtype=torch.int64).random_(generator=generator)
-        order = get_length_grouped_indices(self._lengths, self._step, generator=generator)
-        return iter(order[: len(self)])
-
-
 class FiniteTrainer(Trainer):
     """Trainer of an adapter for an objective, which fails at the first loss that is not finite.
 
     The adapter decides which state a checkpoint holds and may add a term to the loss. `loss` is the
-    objective's chunked loss, if the model was prepared for it.
+    objective's chunked loss, if the model was prepared for it. With `anchors` every batch has
+    offsets, which are handed to the model's hooks. `skipped` steps of rows were used by rejected
+    rounds of an anchored training.
     """
 
     def __init__(
-        self, *, adapter: Adapter, objective: Objective, loss: Loss | None = None, **arguments: Any
+        self,
+        *,
+        adapter: Adapter,
+        objective: Objective,
+        loss: Loss | None = None,
+        anchors: AttachedOffsets | None = None,
+        skipped: int = 0,
+        **arguments: Any,
     ) -> None:
         self._adapter = adapter
+        self._anchors, self._skipped = anchors, skipped
         self._objective = objective
         self._loss = loss or objective.loss
         # This function is never called, since `compute_loss` is overridden. It tells the Trainer
@@ -129,8 +109,8 @@ class FiniteTrainer(Trainer):
                 f"train.batch x train.accumulate x {args.world_size} processes = {step} rows in "
                 f"one step, but there are only {len(rows)} training rows; set train.batch lower"
             )
-        lengths = [row.length for row in rows]
-        return WholeSteps(lengths, step, args.seed, lambda: self.state.global_step)
+        order = RowOrder([row.length for row in rows], step, args.seed)
+        return WholeSteps(order, lambda: self.state.global_step, self._skipped)
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
@@ -154,6 +134,23 @@ class FiniteTrainer(Trainer):
         else:
             self._adapter.restore(self.model, load_file(Path(resume_from_checkpoint) / STATE_FILE))
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load both; the learning rate is the present one, not the checkpoint's.
+
+        They differ if a round was rejected since, which halves the rate of the rounds behind it.
+        """
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        rates = [self.args.learning_rate] * len(self.optimizer.param_groups)
+        if checkpoint is None or scheduler.base_lrs == rates:
+            return
+        scheduler.base_lrs = rates
+        groups = scheduler.optimizer.param_groups
+        for group, share in zip(groups, scheduler.lr_lambdas, strict=True):
+            group["initial_lr"] = self.args.learning_rate
+            group["lr"] = self.args.learning_rate * share(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in groups]
+
     def compute_loss(
         self,
         model: Any,
@@ -167,6 +164,8 @@ class FiniteTrainer(Trainer):
         to a mean. The adapter's term is a mean over one pass, so it is divided by the passes of the
         step.
         """
+        if self._anchors is not None:
+            self._anchors.offsets = take_offsets(inputs, self.args.device)
         loss = self._loss(model, inputs, torch.as_tensor(num_items_in_batch))
         # Each process divides by the items of all processes, and gradients are then averaged over
         # the processes. The factor undoes this second division.

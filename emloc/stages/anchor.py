@@ -1,0 +1,230 @@
+"""The anchor stage: offsets of the first round of an anchored training, shared between runs.
+
+In the first round the adapter changes nothing yet, so the offsets belong to the rows. They are kept
+in a folder that all runs with the same original, emulator and places share, and a pass computes
+only the rows that no earlier pass has left there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from emloc.anchors import Anchor
+from emloc.anchors.batches import KeyedRow
+from emloc.anchors.record import LOSSES_FILE, Original, RowLoss, Stretches
+from emloc.anchors.shards import read_rows
+from emloc.errors import ConfigError
+from emloc.runtime.digest import digest
+from emloc.runtime.keys import key_of
+from emloc.runtime.manifest import DamagedError, flaw_of, seal, set_aside
+from emloc.runtime.stage_cache import Artifact, Facts
+from emloc.stages import ANCHORS, Context, Stage
+from emloc.stages.training.anchored_rows import AnchoredRows, anchored_rows, require_disk
+from emloc.stages.training.rounds import FirstPass
+
+log = logging.getLogger(__name__)
+
+# Rows of which the size of a round is estimated before any stage begins.
+_ESTIMATE = 64
+_PASSES_FILE = "passes.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordAnchors(Stage):
+    """Stage that makes sure that the rows of the first round have offsets."""
+
+    gives = ANCHORS
+
+    def needed(self, context: Context) -> bool:
+        """Return whether the training is anchored, with offsets that depend on no adapter."""
+        run_config = context.run_config
+        return run_config.anchor.anchors and is_shared(context)
+
+    def check(self, context: Context) -> None:
+        """Check that the emulator can be put back, and that the disk holds the first round.
+
+        Raises:
+            ConfigError: names the reason and an override that mends the settings.
+        """
+        anchor = context.run_config.anchor
+        if not anchor.anchors or context.training_inputs is None:
+            return
+        _require_gap(context)
+        _require_measured(context)
+        _require_above_entry(context)
+        _require_room(context, anchor)
+
+    def inputs(self, context: Context) -> list[Any]:
+        """Return the emulator, the format of the offsets, and what decides which rows are drawn."""
+        inputs, anchor = context.training_inputs, context.run_config.anchor
+        assert inputs is not None
+        assert anchor.anchors
+        recipe = inputs.recipe
+        return [
+            context.built_emulator,
+            anchor.key,
+            inputs.examples,
+            inputs.max_length,
+            [recipe.steps, recipe.batch, recipe.accumulate],
+            inputs.seed,
+        ]
+
+    def work(self, folder: Path, context: Context) -> Facts:
+        """Compute the offsets that are missing; write the list of passes that hold the rows."""
+        anchor = context.run_config.anchor
+        assert context.training_inputs is not None
+        assert anchor.anchors
+        plan = anchored_rows(anchor, context.source, context.training_inputs)
+        shared = (
+            context.cache / "anchors" / digest([key_of(context.built_emulator), anchor.offsets_key])
+        )
+        shared.mkdir(parents=True, exist_ok=True)
+        rows = plan.of_steps(0, plan.round_ends[0])
+        with FileLock(shared.with_suffix(".lock")):
+            passes = _intact_passes(shared)
+            missing = _without(rows, [row for one in passes for s in read_rows(one) for row in s])
+            measured = _without(plan.guard, [row for one in passes for row in _losses(one)])
+            log.info("anchor: %d of %d rows have no offsets yet", len(missing), len(rows))
+            if missing or measured:
+                passes.append(_new_pass(shared, plan, missing, measured, context))
+        (folder / _PASSES_FILE).write_text(json.dumps([str(one) for one in passes]))
+        return {"rows": len(rows), "computed_rows": len(missing)}
+
+
+def is_shared(context: Context) -> bool:
+    """Return whether the first round's offsets depend on no adapter, so that runs share them."""
+    adapter = context.run_config.adapter
+    return adapter.trains and adapter.starts_at_zero
+
+
+def first_round(artifact: Artifact) -> FirstPass:
+    """Return the passes that an artifact of the stage lists.
+
+    Raises:
+        DamagedError: one of them is missing or damaged, so the stage has to be computed again.
+    """
+    folders = [Path(name) for name in json.loads((artifact.folder / _PASSES_FILE).read_text())]
+    for folder in folders:
+        if not folder.exists():
+            raise DamagedError(artifact.folder, f"its offsets {folder} are missing")
+        if (flaw := flaw_of(folder)) is not None:
+            set_aside(folder)
+            raise DamagedError(artifact.folder, f"its offsets {folder} are damaged: {flaw}")
+    losses = {row: loss for folder in folders for row, loss in _losses(folder).items()}
+    return FirstPass(folders, losses)
+
+
+def _new_pass(
+    shared: Path,
+    plan: AnchoredRows,
+    rows: Sequence[KeyedRow],
+    measured: Sequence[KeyedRow],
+    context: Context,
+) -> Path:
+    """Run a pass over rows without offsets, and return its folder."""
+    target = shared / digest([row.key for row in (*rows, *measured)])
+    draft = target.with_suffix(".partial")
+    stretches = None
+    if rows:
+        emulator = context.built_emulator.open(context.device)
+        stretches = Stretches(emulator, plan.places, plan.anchor.stored_as)
+    plan.record(
+        draft,
+        Original(context.source.skeleton(), context.source),
+        stretches,
+        rows,
+        measured,
+        device=context.device,
+        host_bytes=context.host_bytes,
+    )
+    seal(draft)
+    draft.replace(target)
+    return target
+
+
+def _intact_passes(shared: Path) -> list[Path]:
+    """Return the folders of all finished passes; damaged ones are logged and moved aside."""
+    passes = []
+    for folder in sorted(path for path in shared.iterdir() if path.is_dir() and not path.suffix):
+        if (flaw := flaw_of(folder)) is None:
+            passes.append(folder)
+        else:
+            log.warning(
+                "anchor: the offsets %s are damaged: %s; moved to %s",
+                folder,
+                flaw,
+                set_aside(folder).name,
+            )
+    return passes
+
+
+def _losses(folder: Path) -> dict[str, RowLoss]:
+    losses: dict[str, RowLoss] = json.loads((folder / LOSSES_FILE).read_text())
+    return losses
+
+
+def _without(rows: Sequence[KeyedRow], present: Sequence[str]) -> list[KeyedRow]:
+    present_keys = {*present}
+    return [row for row in rows if row.key not in present_keys]
+
+
+def _require_gap(context: Context) -> None:
+    """Refuse an emulator that is the original, or that is fitted to its own drift."""
+    run_config = context.run_config
+    if context.plan is None and run_config.precision is None:
+        raise ConfigError(
+            "anchor: the emulator is the original model itself, so there is nothing to put back; "
+            "set anchor=none, or compression.bits=4"
+        )
+    if getattr(run_config.emulator, "sequential", False):
+        raise ConfigError(
+            "anchor: emulator.sequential=true fits layers to the drift of the layers before, which "
+            "anchors take away; set emulator.sequential=false"
+        )
+
+
+def _require_measured(context: Context) -> None:
+    if not context.source.objective.measures_rows:
+        raise ConfigError(
+            f"anchor: the objective of model={context.run_config.model.name} does not measure the "
+            "loss of single rows, by which rounds are compared; set anchor=none"
+        )
+
+
+def _require_above_entry(context: Context) -> None:
+    """Refuse adapters in front of the decoder, where the hidden states are the original's own."""
+    from emloc.models.decoder import Decoder
+
+    prefix = Decoder(context.source).prefix
+    assert context.training_inputs is not None
+    below = [name for name in context.training_inputs.layers if not name.startswith(prefix)]
+    if below:
+        raise ConfigError(
+            f"anchor: {below[0]} is in front of the language decoder, whose input is put back onto "
+            "the original's without an adapter; set model.lora_targets to layers of the decoder, "
+            "or anchor=none"
+        )
+
+
+def _require_room(context: Context, anchor: Anchor) -> None:
+    """Estimate the size of a round from some rows, before anything is computed."""
+    inputs = context.training_inputs
+    assert inputs is not None
+    examples, recipe = inputs.examples, inputs.recipe
+    step = max(1, len(examples) // _ESTIMATE)
+    reader = context.source.reader()
+    lengths = [reader.encode(row).length for row in examples.rows[::step]]
+    limit = inputs.max_length or max(lengths)
+    mean = sum(min(length, limit) for length in lengths) / len(lengths)
+    rows = min(recipe.steps * recipe.batch * recipe.accumulate / anchor.rounds, len(examples))
+    from emloc.emulators.layer_drop import block_stack
+
+    places = anchor.find(context.source.meta_model, block_stack(context.source))
+    require_disk(anchor, context.source, places, int(mean * rows), context.cache)

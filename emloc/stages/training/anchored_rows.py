@@ -1,0 +1,176 @@
+"""What an anchored training needs beside the emulator: places, rows in their order, and rounds."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emloc.adapters.training_inputs import TrainingInputs
+from emloc.anchors import Anchor
+from emloc.anchors.batches import KeyedRow
+from emloc.anchors.guard import guard_rows
+from emloc.anchors.places import Place
+from emloc.anchors.record import Original, RowLoss, Rows, Stretches, record
+from emloc.calibration.blockwise import by_block
+from emloc.data.reader import encode_all
+from emloc.emulators.full import block_linears
+from emloc.emulators.layer_drop import block_stack
+from emloc.errors import ConfigError
+from emloc.models.checkpoint.source import Source
+from emloc.runtime.distributed import world_size
+from emloc.runtime.memory import GIB
+from emloc.stages.training.order import RowOrder
+from emloc.tensors.nn.attention import without_cudnn
+
+log = logging.getLogger(__name__)
+
+# Share of the free memory of the device that one batch of a pass may take.
+_DEVICE_SHARE = 1 / 8
+# Memory of one batch on a CPU, in bytes.
+_CPU_BYTES = 2**30
+# Fewest and most tokens of a batch: below, the weights are used too little, above, nothing is won.
+_TOKENS = (512, 16384)
+
+
+@dataclass(frozen=True)
+class AnchoredRows:
+    """The rows of an anchored training in their order, and the places of its offsets."""
+
+    anchor: Anchor
+    source: Source
+    places: list[Place]
+    blocks: list[str]  # all blocks of the model
+    decoder_blocks: list[str]
+    rows: list[KeyedRow]  # to train on
+    guard: list[KeyedRow]  # to measure the original's loss on
+    order: RowOrder
+    round_ends: list[int]  # step at which each round ends
+    collate: Callable[[list[Any]], dict[str, Any]]
+
+    def of_steps(self, first: int, end: int) -> list[KeyedRow]:
+        """Return the rows of some steps; a row that is drawn twice comes once."""
+        indices = dict.fromkeys(self.order.of_steps(first, end))
+        keyed = {self.rows[index].key: self.rows[index] for index in indices}
+        return list(keyed.values())
+
+    def record(
+        self,
+        folder: Path,
+        original: Original,
+        stretches: Stretches | None,
+        rows: Sequence[KeyedRow],
+        measured: Sequence[KeyedRow],
+        *,
+        device: torch.device,
+        host_bytes: int | None,
+    ) -> dict[str, RowLoss]:
+        """Run one pass; see `emloc.anchors.record`.
+
+        Raises:
+            ConfigError: the disk is too small for the offsets.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._require_disk(folder, rows)
+        batch = Rows(
+            rows, measured, self.collate, self.source.objective, _batch_tokens(self.source, device)
+        )
+        with without_cudnn():
+            return record(
+                folder,
+                original,
+                stretches,
+                batch,
+                self.blocks,
+                self.decoder_blocks,
+                device=device,
+                host_bytes=host_bytes,
+            )
+
+    def _require_disk(self, folder: Path, rows: Sequence[KeyedRow]) -> None:
+        tokens = sum(row.length for row in rows)
+        require_disk(self.anchor, self.source, self.places, tokens, folder)
+
+
+def anchored_rows(anchor: Anchor, source: Source, training_inputs: TrainingInputs) -> AnchoredRows:
+    """Read the training rows and return them with places and rounds.
+
+    Raises:
+        ConfigError: a row cannot be read, or the model does not have the places.
+    """
+    reader, recipe = source.reader(), training_inputs.recipe
+    encoded = encode_all(reader, training_inputs.examples, training_inputs.max_length)
+    guard = {*guard_rows(len(encoded), anchor.guard, training_inputs.seed)}
+    keyed = [KeyedRow(row, row.key) for row in encoded]
+    rows = [row for index, row in enumerate(keyed) if index not in guard]
+    decoder_blocks = block_stack(source)
+    return AnchoredRows(
+        anchor,
+        source,
+        anchor.find(source.meta_model, decoder_blocks),
+        list(by_block(block_linears(source))),
+        decoder_blocks,
+        rows,
+        [keyed[index] for index in sorted(guard)],
+        RowOrder(
+            [row.length for row in rows],
+            recipe.batch * recipe.accumulate * world_size(),
+            training_inputs.seed,
+        ),
+        round_ends(recipe.steps, anchor.rounds),
+        reader.collate,
+    )
+
+
+def round_ends(steps: int, rounds: int) -> list[int]:
+    """Return the step at which each round ends; rounds differ by at most one step."""
+    return [round(steps * (index + 1) / rounds) for index in range(rounds)]
+
+
+def require_disk(
+    anchor: Anchor, source: Source, places: Sequence[Place], tokens: int, folder: Path
+) -> None:
+    """Check that the offsets of some tokens fit, and the hidden states of a pass beside them.
+
+    Raises:
+        ConfigError: they are larger than `anchor.disk_gib`, or than what is free on the disk.
+    """
+    width = source.config.get_text_config().hidden_size
+    size = tokens * len(places) * anchor.stored_as.token_bytes(width)
+    if size > anchor.disk_gib * GIB:
+        raise ConfigError(
+            f"anchor: the offsets of a round take {size / GIB:.3g} GiB ({tokens} tokens at "
+            f"{len(places)} places), and anchor.disk_gib={anchor.disk_gib:g}; set anchor.rounds "
+            "higher, anchor.dtype=int8, or anchor.disk_gib"
+        )
+    # Hidden states of two models behind two places: the finished one and the next.
+    states = 4 * tokens * width * source.dtype.itemsize
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if size + states > free:
+        raise ConfigError(
+            f"anchor: a round takes {(size + states) / GIB:.3g} GiB of disk, and {existing} has "
+            f"{free / GIB:.3g} GiB free; set anchor.rounds higher, anchor.dtype=int8, or "
+            "EMLOC_CACHE to a folder on another disk"
+        )
+
+
+def _batch_tokens(source: Source, device: torch.device) -> int:
+    """Return how many tokens a batch of a pass may have, so that its logits fit."""
+    budget = _CPU_BYTES
+    if device.type == "cuda":
+        budget = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE)
+    # Logits in the model's dtype, in float32, and their softmax.
+    token_bytes = 12 * source.config.get_text_config().vocab_size
+    least, most = _TOKENS
+    return min(max(budget // token_bytes, least), most)
+
+
+def unique(rows: Iterable[KeyedRow]) -> list[KeyedRow]:
+    """Return the rows without repetitions of a key."""
+    return list({row.key: row for row in rows}.values())

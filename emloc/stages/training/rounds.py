@@ -1,0 +1,341 @@
+"""Train in rounds: each begins with a pass of the original, and is undone if it has not helped.
+
+A round trains some optimizer steps on offsets that were recorded with the adapter of its start. The
+pass behind it measures the original's loss on the rows of the guard with the adapter of its end. If
+the loss has risen, the adapter, the optimizer and the schedule go back to the round's start. The
+rows of its steps count as used, and later rounds have half the learning rate.
+
+Everything that is decided here follows from files in the training's folder. A training that was
+killed decides the same again, without computing finished passes and rounds anew.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from emloc.adapters.streamed import load_unread
+from emloc.anchors.attached import AttachedOffsets
+from emloc.anchors.batches import AnchoredCollator
+from emloc.anchors.guard import Change, change_between, mean_loss
+from emloc.anchors.record import Original, RowLoss, Stretches
+from emloc.anchors.shards import OffsetReader
+from emloc.recovery import Recovery, RecoveryInputs
+from emloc.runtime.atomic import write_json
+from emloc.runtime.distributed import POLL_SECONDS, StatusFile, is_first
+from emloc.runtime.stage_cache import Artifact
+from emloc.stages.training.anchored_rows import AnchoredRows
+from emloc.stages.training.callbacks import Report, StepTimer
+from emloc.stages.training.train import Segment, Trainee, run_steps, write_curve
+from emloc.stages.training.trainer import STATE_FILE, newest_intact_checkpoint
+
+log = logging.getLogger(__name__)
+
+# Rejected rounds after which a training ends.
+MOST_REJECTED = 3
+ROUNDS_FILE = "anchors.jsonl"
+_ROUND_FILE = "round.json"
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """The offsets of the first round, if they were recorded before the training."""
+
+    folders: list[Path]
+    losses: Mapping[str, RowLoss]
+
+
+@dataclass(frozen=True)
+class State:
+    """The state of a training between two rounds: adapter, optimizer and schedule."""
+
+    step: int = 0  # of the schedule
+    checkpoint: Path | None = None  # None: the new adapter, before the first step
+    adapter: Path | None = None  # folder of the saved adapter; None: the new adapter
+
+    def __str__(self) -> str:
+        return f"step {self.step}"
+
+
+@dataclass
+class Rounds:
+    """One anchored training, in a folder that holds its passes, rounds and checkpoints."""
+
+    folder: Path
+    trainee: Trainee
+    rows: AnchoredRows
+    recovery: Recovery
+    first_pass: FirstPass | None
+    host_bytes: int
+    report: Report
+    timer: StepTimer = field(default_factory=StepTimer)
+    lines: list[dict[str, Any]] = field(default_factory=list)  # one for each pass
+
+    def __post_init__(self) -> None:
+        self._fresh = self._own_state()
+        self._passes = 0
+        self._curve: list[Mapping[str, Any]] = []
+        self._forwards = 0
+
+    def run(self) -> dict[str, Any]:
+        """Run all rounds, and write the adapter, the curve and a line about each pass."""
+        last = self.rows.round_ends[-1]
+        state, position, rate, rejected = State(), 0, 1.0, 0
+        tentative: State | None = None  # the end of a round that no pass has judged yet
+        guard: dict[str, RowLoss] = {}  # losses with the adapter of `state`
+        candidates: list[tuple[float, State]] = []
+        while True:
+            end = next((end for end in self.rows.round_ends if end > position), position)
+            offsets, losses = self._pass(tentative or state, position, end)
+            change = change_between(guard, losses) if tentative and guard else None
+            worse = change is not None and change.is_worse
+            self._note(position, tentative or state, losses, change, rate)
+            if worse:
+                assert change is not None
+                rejected, rate, tentative = rejected + 1, rate / 2, None
+                log.warning(
+                    "train: the last round has raised the original's loss on %d rows by %.3g "
+                    "(standard error %.2g), so training goes back to %s; learning rate x %g",
+                    *(len(guard), change.mean, change.error, state, rate),
+                )
+                if rejected == MOST_REJECTED:
+                    state = min(candidates, key=lambda item: item[0])[1]
+                    break
+                if position < last:
+                    continue
+                break
+            state, guard, tentative = tentative or state, losses, None
+            if guard:
+                candidates.append((mean_loss(guard), state))
+            if position == last:
+                break
+            tentative = self._round(state, position, end, rate, offsets)
+            position = end
+        self._load(state)
+        return self._finish(state, rejected)
+
+    # A pass.
+
+    def _pass(self, state: State, first: int, end: int) -> tuple[list[Path], dict[str, RowLoss]]:
+        """Record the offsets of the steps from `first` to `end` with the adapter of `state`.
+
+        Returns:
+            Folders of the offsets, and the original's losses on the rows of the guard.
+        """
+        if first == end and not self.rows.guard:
+            return [], {}
+        number, self._passes = self._passes, self._passes + 1
+        keys = {row.key for row in self.rows.guard}
+        if number == 0 and self.first_pass is not None:
+            losses = {row: loss for row, loss in self.first_pass.losses.items() if row in keys}
+            return self.first_pass.folders, losses
+        folder = self.folder / f"pass-{number:03d}"
+        losses_of_pass = _first_does(
+            folder / "finished.json", lambda: self._record(folder, state, first, end)
+        )
+        return [folder], {r: (s, n) for r, (s, n) in losses_of_pass["losses"].items() if r in keys}
+
+    def _record(self, folder: Path, state: State, first: int, end: int) -> dict[str, Any]:
+        start = time.perf_counter()
+        rows = self.rows.of_steps(first, end)
+        folder.mkdir(exist_ok=True)
+        with self._emulator(state, folder, needed=bool(rows)) as emulator:
+            losses = self.rows.record(
+                folder,
+                self._original(state, folder),
+                emulator,
+                rows,
+                self.rows.guard,
+                device=self.trainee.device,
+                host_bytes=self.host_bytes,
+            )
+        return {"losses": losses, "seconds": time.perf_counter() - start, "rows": len(rows)}
+
+    def _original(self, state: State, folder: Path) -> Original:
+        """Return the original with the adapter as the recovery carries it."""
+        source = self.trainee.built_emulator.source
+        adapter = self.trainee.training_inputs.adapter
+        if state.adapter is None and adapter.starts_at_zero:
+            return Original(source.skeleton(), source)
+        trained = state.adapter or folder / "new_adapter"
+        if state.adapter is None:
+            adapter.save(self.trainee.model, trained / "adapter", source.name)
+        carried = folder / "carried"
+        if not carried.exists():
+            self.recovery.recover(
+                carried,
+                RecoveryInputs(
+                    trained=Artifact("train", "", trained),
+                    built_emulator=self.trainee.built_emulator,
+                    samples=None,
+                    training_inputs=None,
+                    device=self.trainee.device,
+                ),
+            )
+        return Original(*load_unread(source, adapter, carried / "adapter"))
+
+    @contextmanager
+    def _emulator(self, state: State, folder: Path, *, needed: bool) -> Iterator[Stretches | None]:
+        """Yield the emulator with the adapter of `state`; None if no row needs offsets."""
+        if not needed:
+            yield None
+            return
+        self._load(state)
+        trainee = self.trainee
+        adapter = trainee.training_inputs.adapter
+        with adapter.training(trainee.model, mixed=trainee.mixed):
+            yield Stretches(
+                trainee.inner, self.rows.places, self.rows.anchor.stored_as, trainee.context
+            )
+
+    # A round.
+
+    def _round(self, state: State, first: int, end: int, rate: float, offsets: list[Path]) -> State:
+        """Train the steps from `first` to `end` of the rows, and return the state behind them."""
+        folder = self.folder / f"round-{first:06d}-{end:06d}"
+        skipped = first - state.step
+        last = state.step + end - first
+        done = folder / _ROUND_FILE
+        if not done.exists():
+            self._train(folder, state, last, skipped, rate, offsets)
+        facts = json.loads(done.read_text())
+        self._curve += facts["curve"]
+        return State(last, folder / "checkpoints" / f"checkpoint-{last}", folder)
+
+    def _train(
+        self,
+        folder: Path,
+        state: State,
+        last: int,
+        skipped: int,
+        rate: float,
+        offsets: list[Path],
+    ) -> None:
+        checkpoints = folder / "checkpoints"
+        newest = newest_intact_checkpoint(checkpoints)
+        places, adapter = self.rows.places, self.trainee.training_inputs.adapter
+        if newest is None or newest.name != f"checkpoint-{last}":
+            self._load(state)
+            hooks = AttachedOffsets(places, self.rows.anchor.stored_as)
+            collator = AnchoredCollator(
+                self.rows.collate,
+                OffsetReader(offsets),
+                places,
+                pinned=self.trainee.device.type == "cuda",
+            )
+            with ExitStack() as stack:
+                stack.callback(collator.close)
+                stack.enter_context(hooks.attached(self.trainee.inner))
+                run_steps(
+                    self.trainee,
+                    self.rows.rows,
+                    collator,
+                    checkpoints,
+                    self.report,
+                    self.timer,
+                    Segment(state.checkpoint, last, skipped, rate, hooks),
+                )
+        else:
+            self._load(State(last, newest))
+        if is_first():
+            adapter.save(self.trainee.model, folder / "adapter", self._base_name)
+            history = json.loads(
+                (checkpoints / f"checkpoint-{last}" / "trainer_state.json").read_text()
+            )
+            curve = [
+                line | {"step": line["step"] + skipped}
+                for line in history["log_history"]
+                if "loss" in line and line["step"] > state.step
+            ]
+            write_json(folder / _ROUND_FILE, {"curve": curve, "rate": rate, "from": state.step})
+            for path in self.folder.glob("pass-*/place-*"):
+                path.unlink()  # of a finished round only the adapter and the figures are needed
+
+    # The adapter.
+
+    @property
+    def _base_name(self) -> str:
+        return self.trainee.built_emulator.source.name
+
+    def _own_state(self) -> dict[str, Tensor]:
+        adapter = self.trainee.training_inputs.adapter
+        return {n: t.clone() for n, t in adapter.state(self.trainee.model).items()}
+
+    def _load(self, state: State) -> None:
+        """Put the adapter of a state into the model that is trained."""
+        adapter = self.trainee.training_inputs.adapter
+        stored = self._fresh
+        if state.checkpoint is not None:
+            stored = load_file(state.checkpoint / STATE_FILE)
+        adapter.restore(self.trainee.model, stored)
+
+    # Results.
+
+    def _note(
+        self,
+        position: int,
+        state: State,
+        losses: Mapping[str, RowLoss],
+        change: Change | None,
+        rate: float,
+    ) -> None:
+        """Keep the figures of a pass, and hand them on."""
+        line: dict[str, Any] = {"step": position, "schedule_step": state.step, "rate": rate}
+        if losses:
+            line["original_loss"] = mean_loss(losses)
+        if change is not None:
+            line |= {"change": change.mean, "error": change.error, "rejected": change.is_worse}
+        self.lines.append(line)
+        if losses:
+            self.report(position, {"original_loss": line["original_loss"]})
+
+    def _finish(self, state: State, rejected: int) -> dict[str, Any]:
+        adapter = self.trainee.training_inputs.adapter
+        if is_first():
+            adapter.save(self.trainee.model, self.folder / "adapter", self._base_name)
+            write_curve(self.folder, self._curve)
+            text = "".join(json.dumps(line) + "\n" for line in self.lines)
+            (self.folder / ROUNDS_FILE).write_text(text)
+            for path in (*self.folder.glob("pass-*"), *self.folder.glob("round-*")):
+                shutil.rmtree(path)
+        return {
+            "trainable": self.trainee.trainable,
+            "steps": state.step,
+            "step_seconds": self.timer.median,
+            "passes": self._passes,
+            "rejected_rounds": rejected,
+        }
+
+
+def _first_does(done: Path, work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """Let the first process of a launch do some work, and return what it has written to `done`.
+
+    Raises:
+        RuntimeError: the first process has failed.
+    """
+    status = StatusFile(done.with_suffix(".notice"))
+    if is_first() and not done.exists():
+        try:
+            facts = work()
+        except BaseException as error:
+            status.write("failed", f"{type(error).__name__}: {error}")
+            raise
+        done.parent.mkdir(parents=True, exist_ok=True)
+        write_json(done, facts)
+    while not done.exists():
+        state, text = status.read()
+        if state == "failed":
+            raise RuntimeError(text)
+        time.sleep(POLL_SECONDS)
+    result: dict[str, Any] = json.loads(done.read_text())
+    return result
