@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from emloc.cost.bench.anchored import anchored
 from emloc.cost.bench.answering import answering
 from emloc.cost.bench.capped import capped
 from emloc.cost.bench.factorise import factorise
@@ -43,6 +44,7 @@ BENCHMARKS: dict[str, Callable[[], Iterator[BenchRow]]] = {
         ("train_38b", "train_38b_nf4", "plan_38b"),
         (Target(20, 0.55), Target(12, None)),
     ),
+    "anchored_8b": partial(anchored, "anchored_8b", M8, 0.25),
     "cap24_38b": partial(capped, "cap24_38b", M38, 0.2, "emloc", 24),
     "cap12_38b_nf4": partial(capped, "cap12_38b_nf4", M38, 0.2, "emloc_nf4", 12),
     "cap24_78b_nf4": partial(capped, "cap24_78b_nf4", M78, 0.2, "emloc_nf4", 24),

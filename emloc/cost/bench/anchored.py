@@ -1,0 +1,108 @@
+"""Benchmark of a training step with anchors, beside the same step without them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from emloc.anchors.attached import AttachedOffsets
+from emloc.anchors.batches import AnchoredCollator, KeyedRow
+from emloc.anchors.formats import FORMATS, OffsetFormat
+from emloc.anchors.places import Place, spread
+from emloc.anchors.shards import OffsetReader, shard_file, write_rows, write_shard
+from emloc.cost.bench.rows import BenchRow, row
+from emloc.cost.bench.setting import BenchSetup, reset_memory, synchronized_time
+from emloc.cost.bench.training import (
+    STEPS,
+    PreparedModel,
+    TrainingFigures,
+    figures_of_steps,
+    measure_our_training,
+    open_factorized,
+)
+from emloc.emulators.layer_drop import block_stack
+from emloc.stages.training.callbacks import StepTimer
+from emloc.stages.training.train import Segment, open_trainee, run_steps
+
+PLACES = 8
+# Target: a step with anchors takes at most a tenth longer.
+LEAST_RATIO = 1 / 1.1
+
+
+def anchored(name: str, model: str, ratio: float) -> Iterator[BenchRow]:
+    """Measure the step and the memory of an SVD emulator with offsets of each format."""
+    setup = BenchSetup(model, (f"train.steps={STEPS}",))
+    plain = measure_our_training(setup, partial(open_factorized, ratio=ratio))
+    least_ratio = LEAST_RATIO if setup.is_full_size else None
+    for dtype in ("bfloat16", "int8"):
+        ours = _measure(setup, ratio, FORMATS[dtype])
+        yield row(
+            *(name, f"step with {dtype} offsets; without", "s", ours.step),
+            peer=plain.step,
+            least_ratio=least_ratio,
+        )
+        yield row(name, f"peak with {dtype} offsets; without", "GB", ours.peak, peer=plain.peak)
+        batch = setup.length * PLACES * FORMATS[dtype].token_bytes(_width(setup)) / 1e9
+        yield row(name, f"one batch of {dtype} offsets", "GB", batch)
+
+
+def _width(setup: BenchSetup) -> int:
+    width: int = setup.source.config.get_text_config().hidden_size
+    return width
+
+
+def _measure(setup: BenchSetup, ratio: float, stored_as: OffsetFormat) -> TrainingFigures:
+    """Measure a training with random offsets, which are read from files as in a run."""
+    device = setup.device
+    blocks = block_stack(setup.source)
+    places = [Place(block) for block in spread(blocks, min(PLACES, len(blocks)))]
+    rows = [KeyedRow(one, str(one.seed)) for one in setup.rows()]
+    reset_memory(device)
+    ends: list[float] = []
+
+    def record(step: int, values: dict[str, float]) -> None:
+        ends.append(synchronized_time(device))
+
+    batches = [setup.labelled_batch(seed) for seed in range(STEPS)]
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        _write_offsets(folder, setup, rows, len(places), stored_as)
+        trainee = open_trainee(
+            PreparedModel(setup.source, partial(open_factorized, setup, ratio=ratio)),  # type: ignore[arg-type]
+            setup.training_inputs,
+            device,
+        )
+        hooks = AttachedOffsets(places, stored_as)
+        collator = AnchoredCollator(
+            lambda some: dict(batches[some[0].seed]),
+            OffsetReader([folder]),
+            places,
+            pinned=device.type == "cuda",
+        )
+        stack.callback(collator.close)
+        stack.enter_context(hooks.attached(trainee.inner))
+        run_steps(
+            *(trainee, rows, collator, folder / "checkpoints", record, StepTimer()),
+            Segment(anchors=hooks),
+        )
+    return figures_of_steps(ends, device)
+
+
+def _write_offsets(
+    folder: Path, setup: BenchSetup, rows: list[KeyedRow], places: int, stored_as: OffsetFormat
+) -> None:
+    write_rows(folder, [[keyed.key for keyed in rows]])
+    generator = torch.Generator().manual_seed(0)
+    for place in range(places):
+        offsets = {
+            keyed.key: stored_as.encode(
+                0.01 * torch.randn(setup.length, _width(setup), generator=generator)
+            )
+            for keyed in rows
+        }
+        write_shard(shard_file(folder, place, 0), offsets)
