@@ -28,6 +28,7 @@ from emloc.config.settings import MODEL_BITS, TrainSettings
 from emloc.data.collate import EncodedRow
 from emloc.data.reader import encode_all
 from emloc.emulators import BuiltEmulator
+from emloc.emulators.operations import operations_share
 from emloc.errors import ConfigError
 from emloc.models.objectives import Batch
 from emloc.precision import PackedLayer
@@ -39,6 +40,7 @@ from emloc.stages.training.trainer import (
     newest_intact_checkpoint,
     unshard_parameters,
 )
+from emloc.stages.training.work import rows_of_step, training_work
 from emloc.tensors.nn.attention import without_cudnn
 
 log = logging.getLogger(__name__)
@@ -64,7 +66,8 @@ def train(
     A training whose checkpoints are in `folder` is resumed from the newest of them.
 
     Returns:
-        The number of trainable parameters, of optimizer steps, and the median seconds of a step.
+        The number of trainable parameters, of optimizer steps, the median seconds of a step, and
+        the facts of `training_work`.
     """
     reader = built_emulator.source.reader()
     encoded = encode_all(reader, training_inputs.examples, training_inputs.max_length)
@@ -102,6 +105,7 @@ def fit_rows(
     # Weights that FSDP splits stay in host memory, mapped from their files, and move to the device
     # block by block.
     model = built_emulator.open(torch.device("cpu") if is_sharded() else device)
+    share = operations_share(model, source)
     if is_sharded() and (
         packed_layers := [m for m in model.modules() if isinstance(m, PackedLayer)]
     ):
@@ -171,6 +175,11 @@ def fit_rows(
         "trainable": trainable,
         "steps": trainer.state.global_step,
         "step_seconds": timer.median,
+        **training_work(
+            trainer.state.global_step * rows_of_step(training_inputs.recipe, len(rows)),
+            share,
+            recomputes=training_inputs.recipe.checkpointing,
+        ),
     }
 
 
