@@ -82,7 +82,7 @@ class Stage(Part):
     logged_as: ClassVar[str] = ""  # prefix of its numbers in metrics.jsonl; empty: its name
 
     after: str | None  # the stage that it follows directly; null: it is the first
-    counted: bool = True  # whether its seconds count as cost of fine-tuning
+    counted: bool = True  # whether seconds, arithmetic and weights count as cost of fine-tuning
     column: bool = True  # whether the tables have a column for its seconds
 
     @property

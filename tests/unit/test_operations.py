@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText
 from emloc.adapters.lora import Lora
 from emloc.calibration.blockwise import iterate_checkpoint
 from emloc.calibration.calibrate import record_moments
+from emloc.config.compose import compose
 from emloc.config.settings import Compression, LoraSettings
 from emloc.emulators import BuildInputs
 from emloc.emulators.full import Full
@@ -19,7 +20,8 @@ from emloc.emulators.prune import Prune
 from emloc.emulators.svd import Svd
 from emloc.models.checkpoint.source import Source
 from emloc.runtime.work_meter import count_operations, count_weights, metered
-from emloc.stages.training.work import training_work
+from emloc.stages.run_config import build as build_settings
+from emloc.stages.training.work import rows_of_step, training_work
 from emloc.tensors.lean.model import checkpoint_layers
 
 CPU = torch.device("cpu")
@@ -125,6 +127,17 @@ def test_a_training_takes_two_forwards_of_a_frozen_model_and_one_to_recompute(so
     work = training_work(24, 0.25, recomputes=recomputes)
     assert work["trained_rows"] == 24
     assert work["row_forwards"] == 24 * 0.25 * (taken - of_lora) / block_operations(source)
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "processes", "rows"),
+    [(4, 1, 1, 4), (4, 3, 1, 12), (4, 3, 2, 24), (4, 15, 1, 40)],
+    ids=["one batch", "accumulated", "two processes", "all rows are less than a step"],
+)
+def test_a_step_takes_the_rows_of_all_its_batches(monkeypatch, batch, accumulate, processes, rows):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    overrides = [f"train.batch={batch}", f"train.accumulate={accumulate}"]
+    assert rows_of_step(build_settings(compose(overrides)).train, 40) == rows
 
 
 # Operations of a stage ---------------------------------------------------------------------------
