@@ -28,6 +28,8 @@ from emloc.errors import ConfigError
 from emloc.models.block_names import find_block
 from emloc.models.checkpoint.source import Source
 from emloc.models.decoder import decoder_of
+from emloc.runtime.work_meter import count_operations
+from emloc.tensors.nn.operations import linear_operations
 
 Batch = Mapping[str, Any]
 # Called after each batch with the mask of the batch's real tokens. The mask is None for blocks that
@@ -228,6 +230,7 @@ class Block:
         """
         for forward in self._forwards:
             forward.peek(self.module)
+            self._count(forward)
             yield forward.token_mask() if self._has_mask else None
             forward.offload()
 
@@ -238,9 +241,15 @@ class Block:
             # Before the pass proceeds, since it forgets the inputs of this block then.
             mask = forward.token_mask() if self._has_mask else None
             forward.advance()
+            self._count(forward)
             # Before the offload, so that `after_batch` reads tensors on the device.
             after_batch(mask)
             forward.offload()
+
+    def _count(self, forward: SuspendedForward) -> None:
+        """Count the arithmetic of one batch in this block, if it is a block of the decoder."""
+        if self._has_mask:
+            count_operations(forward.rows * linear_operations(self.module))
 
 
 class SuspendedForward:
@@ -258,6 +267,7 @@ class SuspendedForward:
         self._pool = pool
         self._offloaded = OffloadedTensors(pool)
         self._coroutine = greenlet(self._forward)
+        self.rows = rows_of(batch)
 
     def _forward(self) -> None:
         """Run the model's forward on the batch; runs inside the coroutine."""
@@ -321,6 +331,12 @@ def _with_calls(
         yield from ((batch, None) for batch in batches)
     else:
         yield from zip(batches, calls, strict=True)
+
+
+def rows_of(batch: Batch) -> int:
+    """Number of rows in a batch. Images may be more than rows, so token ids are counted first."""
+    tensors = [batch.get("input_ids"), *batch.values()]
+    return len(next(tensor for tensor in tensors if isinstance(tensor, Tensor)))
 
 
 def _detach_to(tensor: Tensor, device: torch.device) -> Tensor:

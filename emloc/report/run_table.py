@@ -43,6 +43,8 @@ COLUMNS = (
     Column("as_trained/loss", "loss as trained", "z.3f", printed=False),
     Column("bytes", "through MB", ".0f", 1e-6),
     Column("peak_gib/train", "train GiB", ".2f"),
+    Column("forwards", "forwards", ".2f", printed=False),
+    Column("weights_read", "read GB", ".2f", 1e-9, printed=False),
     Column("step_seconds", "step s", ".3f", printed=False),
 )
 
@@ -56,6 +58,9 @@ NOTES = {
 COST_NOTES = {
     "through MB": "weights of the model that was trained through",
     "train GiB": "peak memory of the training",
+    "forwards": "arithmetic in forwards of the original model per training sample, shared passes "
+    "divided among their runs (LoRA with recomputation: 3)",
+    "read GB": "weights that were brought to the computing device before the evaluation",
     "step s": "median seconds of a training step",
     "evaluate s": "seconds of the evaluation; a reused stage has the seconds of its computation",
 }

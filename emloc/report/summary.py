@@ -28,6 +28,7 @@ FACTS = (*(name for name in FIELDS if name not in ("run", "seed")), "seeds")
 
 _WHOLE = ("full", "offload")  # emulators with all parameters of the model
 _TRAINED = ("bytes", "peak_gib/train", "step_seconds")  # numbers of runs that train
+_TOTALS = ("forwards", "weights_read")  # over the stages that count as cost
 _SPREAD = ("score", "scores", "as_trained", "gain_kept", "ours")  # what has a standard deviation
 
 
@@ -72,6 +73,9 @@ def _means(rows: Sequence[Row], paper: Paper, groups: pd.Series) -> pd.DataFrame
     others = [n for n in frame if is_number(n) and not n.startswith("seconds/") and n != "score"]
     runs = frame.reindex(columns=["score", *others, *seconds]).astype(float)
     trained = [name for name in _TRAINED if name in runs]
+    for name in _TOTALS:
+        totals = pd.Series([getattr(row, name) for row in rows], dtype=float)
+        runs = runs.assign(**{name: totals}) if totals.notna().any() else runs
     runs.loc[["seconds/train" not in row.numbers for row in rows], trained] = math.nan
     for name in paper.quantities:
         runs[f"ours/{name}"] = pd.Series([QUANTITIES[name].ours(row) for row in rows], dtype=float)

@@ -20,6 +20,8 @@ from emloc.emulators import BuiltEmulator, Plan
 from emloc.models.checkpoint.source import Source
 from emloc.runtime.keys import class_name, key_of, without_neutral
 from emloc.runtime.stage_cache import Artifact, Facts
+from emloc.runtime.work_meter import metered
+from emloc.stages.counted_work import measured_work
 from emloc.stages.training.callbacks import Report
 
 if TYPE_CHECKING:
@@ -82,7 +84,7 @@ class Stage(Part):
     logged_as: ClassVar[str] = ""  # prefix of its numbers in metrics.jsonl; empty: its name
 
     after: str | None  # the stage that it follows directly; null: it is the first
-    counted: bool = True  # whether its seconds count as cost of fine-tuning
+    counted: bool = True  # whether seconds, arithmetic and weights count as cost of fine-tuning
     column: bool = True  # whether the tables have a column for its seconds
 
     @property
@@ -120,11 +122,20 @@ class Stage(Part):
 
     @abstractmethod
     def work(self, folder: Path, context: Context) -> Facts:
-        """Write the files of the artifact into `folder` and return facts about them."""
+        """Write the files of the artifact into `folder` and return facts about them.
+
+        `enter` adds the facts `row_forwards` and `weights_read` of a stage that is `counted`, as
+        `measured_work` measures them. A stage that runs a model by a loop of its own returns
+        `row_forwards` itself.
+        """
 
     def enter(self, folder: Path, *_: Any, context: Context) -> Facts:
         """Call `work` for the store, which hashes the inputs but not the context."""
-        return self.work(folder, context)
+        with metered() as meter:
+            facts = self.work(folder, context)
+        if not self.counted:
+            return facts
+        return measured_work(meter, context.source, together=self.together(context)) | facts
 
 
 _NOT_IN_KEY = ("after", "counted", "column")

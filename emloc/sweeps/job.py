@@ -282,6 +282,7 @@ def _pipeline(run_config: RunConfig, report: Report) -> Result:
 
 def _metrics(run_config: RunConfig, result: Result) -> dict[str, Any]:
     from emloc.runtime.provenance import provenance
+    from emloc.stages.counted_work import work_of_stages
 
     scores = result.evaluated.facts["scores"]
     if result.metric not in scores:
@@ -303,6 +304,7 @@ def _metrics(run_config: RunConfig, result: Result) -> dict[str, Any]:
         "facts": {name: _own(one) for name, one in stages.items() if name not in _NAMED_STAGES},
         "seconds": {name: stage.facts["seconds"] for name, stage in stages.items()},
         "peak_gib": {name: stage.facts["peak_gib"] for name, stage in stages.items()},
+        **work_of_stages(run_config, stages),
         "stages": {name: stage.key for name, stage in stages.items()},
         "calibration": result.samples,
         "provenance": provenance(),
@@ -311,7 +313,7 @@ def _metrics(run_config: RunConfig, result: Result) -> dict[str, Any]:
 
 def _own(stage: Artifact) -> dict[str, Any]:
     """Facts that this stage alone reports; the results store common ones elsewhere."""
-    common = ("seconds", "peak_gib", "samples")
+    common = ("seconds", "peak_gib", "samples", "row_forwards", "weights_read")
     return {name: value for name, value in stage.facts.items() if name not in common}
 
 

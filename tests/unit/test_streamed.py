@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from emloc.runtime.work_meter import metered
 from emloc.tensors.nn.streamed import ALIGN, MIN_PIECE, StreamedBlocks, piece_sizes
 
 CPU = torch.device("cpu")
@@ -149,9 +150,12 @@ def test_each_block_is_copied_once_forward_and_once_backward(monkeypatch):
     for index in reversed(range(BLOCKS)):
         streamed.enter(index)
     copied.clear()
+    size = sum(part.nbytes for _, part in streamed._pieces[0])
     for _ in range(2):
-        run_blocks(blocks, x, again=True).sum().backward()
+        with metered() as meter:
+            run_blocks(blocks, x, again=True).sum().backward()
         assert copied == [2, 3, 4, 2, 1, 0]
+        assert meter.weight_bytes == 6 * size
         copied.clear()
 
 

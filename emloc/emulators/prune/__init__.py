@@ -17,13 +17,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from emloc.calibration.blockwise import by_block
+from emloc.calibration.blockwise import by_block, rows_of
 from emloc.calibration.calibrate import Layers
 from emloc.config.settings import MODEL_BITS, Compression
 from emloc.config.values import SEED, OneOf, Range
 from emloc.emulators import BuildInputs, Emulator, Plan
 from emloc.emulators.full import block_linears, load_quantized
 from emloc.emulators.offload import load_streamed
+from emloc.emulators.operations import block_operations, layer_operations
 from emloc.emulators.prune.unit_scores import KINDS, importance, recompute_blocks
 from emloc.emulators.prune.units import Units, units_of
 from emloc.emulators.size import require_solved, share_of_linears, size_facts
@@ -33,6 +34,7 @@ from emloc.models.coverage import require_linear_blocks
 from emloc.precision import Precision, require_format
 from emloc.runtime.manifest import verified_file
 from emloc.runtime.safetensors_file import write_safetensors
+from emloc.runtime.work_meter import count_operations
 from emloc.tensors.linalg.prune import keep_best, keep_evenly, minimum_parameters, unit_indices
 
 log = logging.getLogger(__name__)
@@ -189,6 +191,11 @@ class Prune(Emulator):
         loss = source.objective.lean_loss(model)
         recompute_blocks(model)
         batches = build_inputs.samples.training_batches(source)
+        operations = 3 * block_operations(source)  # forward, recomputation, gradients of inputs
+        if self.importance == "taylor":  # gradients of weights
+            layers = {layer for group in units.values() for layer in group.layers}
+            operations += layer_operations(source, layers)
+        count_operations(sum(map(rows_of, batches)) * operations)
         return importance(model, batches, units, self.importance, source.objective, loss)
 
     def kept_indices(self, folder: Path, layer: str) -> tuple[Tensor | None, Tensor | None]:

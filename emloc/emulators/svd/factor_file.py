@@ -19,6 +19,7 @@ from emloc.emulators.svd.factors import LayerFactors
 from emloc.precision import Precision, require_format
 from emloc.runtime.manifest import verified_file
 from emloc.runtime.safetensors_file import write_safetensors
+from emloc.runtime.work_meter import count_weights
 from emloc.tensors.nn.factorized import Factorized, PackedFactorized
 
 
@@ -62,6 +63,7 @@ def load_factors(
             packed = (f"{layer}.v.", f"{layer}.ut.")
             names = [n for n in keys if n in (f"{layer}.u", f"{layer}.v") or n.startswith(packed)]
             parts = {name: file.get_tensor(name) for name in names}
+            count_weights(sum(tensor.nbytes for tensor in parts.values()))
             if f"{layer}.u" in parts:
                 modules[layer] = Factorized(parts[f"{layer}.u"], parts[f"{layer}.v"], bias)
             else:

@@ -30,6 +30,7 @@ from emloc.models.checkpoint.weights import SafetensorsWeights, Weights
 from emloc.models.objectives import Objective
 from emloc.models.objectives.tokens import Tokens
 from emloc.runtime.digest import digest
+from emloc.runtime.work_meter import count_weights
 from emloc.tensors.nn.surgery import replace_tensor
 
 CPU = torch.device("cpu")
@@ -223,6 +224,7 @@ class Source:
             tensor = tensor.to(self.dtypes[name])
             if self.seed is None and name in self.sizes:  # a buffer may hold a mask of -inf
                 require_finite(self.weights.description, name, tensor)
+            count_weights(tensor.nbytes)
             yield name, tensor
             del tensor  # otherwise this variable keeps the memory while the next tensor is read
         yield from self._draw(FRESH_SEED, fresh_names, device)

@@ -18,6 +18,7 @@ from emloc.config.stage_order import merged, stages_of, standard_stages
 from emloc.errors import ConfigError, one_line
 from emloc.report.rows.csv_files import is_number, read_words, to_number
 from emloc.report.rows.gain import StoredRun, gain_kept
+from emloc.report.rows.work import FORWARDS, WEIGHTS, work_numbers
 from emloc.runtime.digest import digest
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ class Row:
 
     `numbers`: `score`, `scores/<name>`, `as_trained/<name>`, `gain_kept` (a share), `bytes` (of the
     model that was trained through), `trainable` (parameters), `step_seconds`, `seconds/<stage>`,
-    `peak_gib/<stage>`. A number that was not measured is missing.
+    `peak_gib/<stage>`, `row_forwards/<stage>`, `weights_read/<stage>` (bytes), `trained_rows`. A
+    number that was not measured is missing.
     """
 
     experiment: str
@@ -85,8 +87,32 @@ class Row:
     @property
     def cost_seconds(self) -> float:
         """Seconds of the stages that count as cost; a cached stage counts its first computation."""
+        return sum(self.numbers[f"{_SECONDS}{name}"] for name in self._cost_stages)
+
+    @property
+    def forwards(self) -> float | None:
+        """Arithmetic of the stages that count as cost, in forwards of the original a trained row.
+
+        None if the run trains nothing, or if a stage was run by a version that did not count.
+        """
+        rows = self.numbers.get("trained_rows")
+        if not rows or self.weights_read is None or f"{FORWARDS}train" not in self.numbers:
+            return None
+        return sum(self.numbers.get(f"{FORWARDS}{name}", 0.0) for name in self._cost_stages) / rows
+
+    @property
+    def weights_read(self) -> float | None:
+        """Bytes of weights that these stages read; None under the conditions of `forwards`."""
+        read = [self.numbers.get(f"{WEIGHTS}{name}") for name in self._cost_stages]
+        if "trained_rows" not in self.numbers or None in read:
+            return None
+        return sum(filter(None, read))
+
+    @property
+    def _cost_stages(self) -> list[str]:
+        """The stages of this run that count as cost."""
         counted = [name for name, stage in self.stages.items() if stage["counted"]]
-        return sum(self.numbers.get(f"{_SECONDS}{name}", 0.0) for name in counted)
+        return [name for name in counted if f"{_SECONDS}{name}" in self.numbers]
 
     def number(self, name: str) -> float | None:
         """One of `numbers`, or None."""
@@ -170,7 +196,7 @@ def _checked_row(stored: StoredRun, runs: Sequence[StoredRun]) -> Row:
         ConfigError: its files lack something that every run has.
     """
     try:
-        return _row(stored, gain_kept(stored, runs))
+        return _row(stored, runs)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"{stored.run.folder}: its files are not those of a run ({type(error).__name__}: "
@@ -178,7 +204,7 @@ def _checked_row(stored: StoredRun, runs: Sequence[StoredRun]) -> Row:
         ) from error
 
 
-def _row(stored: StoredRun, gain: float | None) -> Row:
+def _row(stored: StoredRun, runs: Sequence[StoredRun]) -> Row:
     run, config, metrics = stored.run, stored.config, stored.metrics
     choices = run.choices
     return Row(
@@ -193,7 +219,7 @@ def _row(stored: StoredRun, gain: float | None) -> Row:
         metric=metrics.get("metric", ""),
         data=digest(metrics["data"]) if metrics else "",
         settings=choices | _leaves(config),
-        numbers=_numbers(metrics, gain) if metrics else {},
+        numbers=_numbers(stored, runs) if metrics else {},
         stages=stages_of(config),
     )
 
@@ -209,17 +235,19 @@ def _leaves(config: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _numbers(metrics: Mapping[str, Any], gain: float | None) -> dict[str, float]:
+def _numbers(stored: StoredRun, runs: Sequence[StoredRun]) -> dict[str, float]:
+    metrics = stored.metrics
     values = {
         "score": metrics["score"],
         **{f"scores/{name}": value for name, value in metrics["scores"].items()},
         **{f"as_trained/{k}": v for k, v in metrics.get("scores_as_trained", {}).items()},
-        "gain_kept": gain,
+        "gain_kept": gain_kept(stored, runs),
         "bytes": metrics.get("emulator", {}).get("bytes"),
         "trainable": metrics.get("trainable"),
         "step_seconds": metrics.get("step_seconds"),
         **{f"{_SECONDS}{stage}": value for stage, value in metrics["seconds"].items()},
         **{f"peak_gib/{stage}": value for stage, value in metrics["peak_gib"].items()},
+        **work_numbers(stored, runs),
     }
     return {name: float(value) for name, value in values.items() if value is not None}
 

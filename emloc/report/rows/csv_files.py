@@ -13,8 +13,14 @@ from pathlib import Path
 from emloc.errors import ConfigError
 
 STD = "_std"  # behind the name of a number: its standard deviation over seeds
-_NUMBERS = ("score", "gain_kept", "bytes", "trainable", "step_seconds")
-_KINDS = ("scores", "as_trained", "seconds", "peak_gib", "ours", "difference")
+_NUMBERS = (
+    *("score", "gain_kept", "bytes", "trainable", "step_seconds"),
+    *("trained_rows", "forwards", "weights_read"),
+)
+_KINDS = (
+    *("scores", "as_trained", "seconds", "peak_gib", "row_forwards", "weights_read"),
+    *("ours", "difference"),
+)
 
 
 def is_number(name: str) -> bool:

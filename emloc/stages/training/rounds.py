@@ -30,14 +30,17 @@ from emloc.anchors.batches import AnchoredCollator
 from emloc.anchors.guard import Change, change_between, mean_loss
 from emloc.anchors.record import Original, RowLoss, Stretches
 from emloc.anchors.shards import OffsetReader
+from emloc.emulators.operations import block_operations
 from emloc.recovery import Recovery, RecoveryInputs
 from emloc.runtime.atomic import write_json
 from emloc.runtime.distributed import POLL_SECONDS, StatusFile, is_first
 from emloc.runtime.stage_cache import Artifact
+from emloc.runtime.work_meter import metered
 from emloc.stages.training.anchored_rows import AnchoredRows
 from emloc.stages.training.callbacks import Report, StepTimer
 from emloc.stages.training.train import Segment, Trainee, run_steps, write_curve
 from emloc.stages.training.trainer import STATE_FILE, newest_intact_checkpoint
+from emloc.stages.training.work import rows_of_step
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +88,7 @@ class Rounds:
         self._fresh = self._own_state()
         self._passes = 0
         self._curve: list[Mapping[str, Any]] = []
-        self._forwards = 0
+        self._row_forwards = 0.0  # of the passes of this training
 
     def run(self) -> dict[str, Any]:
         """Run all rounds, and write the adapter, the curve and a line about each pass."""
@@ -122,7 +125,7 @@ class Rounds:
             tentative = self._round(state, position, end, rate, offsets)
             position = end
         self._load(state)
-        return self._finish(state, rejected)
+        return self._finish(state, position, rejected)
 
     # A pass.
 
@@ -143,13 +146,14 @@ class Rounds:
         losses_of_pass = _first_does(
             folder / "finished.json", lambda: self._record(folder, state, first, end)
         )
+        self._row_forwards += losses_of_pass["row_forwards"]
         return [folder], {r: (s, n) for r, (s, n) in losses_of_pass["losses"].items() if r in keys}
 
     def _record(self, folder: Path, state: State, first: int, end: int) -> dict[str, Any]:
         start = time.perf_counter()
         rows = self.rows.of_steps(first, end)
         folder.mkdir(exist_ok=True)
-        with self._emulator(state, folder, needed=bool(rows)) as emulator:
+        with metered() as meter, self._emulator(state, folder, needed=bool(rows)) as emulator:
             losses = self.rows.record(
                 folder,
                 self._original(state, folder),
@@ -159,7 +163,11 @@ class Rounds:
                 device=self.trainee.device,
                 host_bytes=self.host_bytes,
             )
-        return {"losses": losses, "seconds": time.perf_counter() - start, "rows": len(rows)}
+        return {
+            "losses": losses,
+            "seconds": time.perf_counter() - start,
+            "row_forwards": meter.operations / block_operations(self.rows.source),
+        }
 
     def _original(self, state: State, folder: Path) -> Original:
         """Return the original with the adapter as the recovery carries it."""
@@ -299,7 +307,7 @@ class Rounds:
         if losses:
             self.report(position, {"original_loss": line["original_loss"]})
 
-    def _finish(self, state: State, rejected: int) -> dict[str, Any]:
+    def _finish(self, state: State, position: int, rejected: int) -> dict[str, Any]:
         adapter = self.trainee.training_inputs.adapter
         if is_first():
             adapter.save(self.trainee.model, self.folder / "adapter", self._base_name)
@@ -308,12 +316,16 @@ class Rounds:
             (self.folder / ROUNDS_FILE).write_text(text)
             for path in (*self.folder.glob("pass-*"), *self.folder.glob("round-*")):
                 shutil.rmtree(path)
+        step_rows = rows_of_step(self.trainee.training_inputs.recipe, len(self.rows.rows))
+        work = self.trainee.work(position * step_rows)
+        work["row_forwards"] += self._row_forwards
         return {
             "trainable": self.trainee.trainable,
             "steps": state.step,
             "step_seconds": self.timer.median,
             "passes": self._passes,
             "rejected_rounds": rejected,
+            **work,
         }
 
 

@@ -32,6 +32,7 @@ from emloc.config.settings import MODEL_BITS, TrainSettings
 from emloc.data.collate import EncodedRow
 from emloc.data.reader import encode_all
 from emloc.emulators import BuiltEmulator
+from emloc.emulators.operations import operations_share
 from emloc.errors import ConfigError
 from emloc.models.objectives import Batch, Loss
 from emloc.precision import PackedLayer
@@ -43,6 +44,7 @@ from emloc.stages.training.trainer import (
     newest_intact_checkpoint,
     unshard_parameters,
 )
+from emloc.stages.training.work import rows_of_step, training_work
 from emloc.tensors.nn.attention import without_cudnn
 
 log = logging.getLogger(__name__)
@@ -68,7 +70,8 @@ def train(
     A training whose checkpoints are in `folder` is resumed from the newest of them.
 
     Returns:
-        The number of trainable parameters, of optimizer steps, and the median seconds of a step.
+        The number of trainable parameters, of optimizer steps, the median seconds of a step, and
+        the facts of `training_work`.
     """
     reader = built_emulator.source.reader()
     encoded = encode_all(reader, training_inputs.examples, training_inputs.max_length)
@@ -114,6 +117,7 @@ def fit_rows(
         "trainable": trainee.trainable,
         "steps": state.global_step,
         "step_seconds": timer.median,
+        **trainee.work(state.global_step * rows_of_step(training_inputs.recipe, len(rows))),
     }
 
 
@@ -125,6 +129,7 @@ class Trainee:
     built_emulator: BuiltEmulator
     training_inputs: TrainingInputs
     device: torch.device
+    share: float  # operations of the emulator as a share of the original's
     lean: bool  # whether the memory-saving path is set up
     fused: bool  # whether each layer is fused with its adapter, and casts its operands itself
     loss: Loss | None  # the objective's chunked loss
@@ -133,6 +138,11 @@ class Trainee:
     def trainable(self) -> int:
         """Number of trainable parameters."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def work(self, rows: int) -> dict[str, float]:
+        """Return the facts about the arithmetic of a training on so many rows."""
+        recomputes = self.training_inputs.recipe.checkpointing
+        return training_work(rows, self.share, recomputes=recomputes)
 
     @property
     def inner(self) -> PreTrainedModel:
@@ -164,6 +174,7 @@ def open_trainee(
     # Weights that FSDP splits stay in host memory, mapped from their files, and move to the device
     # block by block.
     model = built_emulator.open(torch.device("cpu") if is_sharded() else device)
+    share = operations_share(model, source)
     if is_sharded() and (
         packed_layers := [m for m in model.modules() if isinstance(m, PackedLayer)]
     ):
@@ -192,7 +203,7 @@ def open_trainee(
         fused, loss = prepare_model(
             model, training_inputs.adapter, training_inputs.recipe, source.objective
         )
-    return Trainee(model, built_emulator, training_inputs, device, lean, fused, loss)
+    return Trainee(model, built_emulator, training_inputs, device, share, lean, fused, loss)
 
 
 def run_steps(

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emloc.runtime.work_meter import count_weights
+
 # In bytes: each tensor of a block starts at a multiple of this, so that kernels read at full speed.
 ALIGN = 256
 # In bytes: the smallest piece of pinned memory; the last piece of a block wastes less than this.
@@ -122,6 +124,7 @@ class StreamedBlocks:
         """Copy all pieces of block `index` from host memory to its buffer."""
         for host, part in self._pieces[index]:
             part.copy_(host, non_blocking=True)
+            count_weights(part.nbytes)
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> tuple[Layout, int]:

@@ -65,4 +65,4 @@ class ExactSteps(Recovery):
             start=inputs.trained.folder / "adapter",
         )
         (folder / "adapter" / RECOVERY_FILE).write_text(json.dumps({"by": "exact_steps"}))
-        return {"exact_steps": facts["steps"]}
+        return {"exact_steps": facts["steps"], "row_forwards": facts["row_forwards"]}
