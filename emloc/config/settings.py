@@ -171,6 +171,9 @@ DECISIVE = (
     *("emulator", "adapter", "recovery", "anchor", "stage", "train", "eval", "seed"),
 )
 
+# Groups of which a method makes a choice each.
+PARTS = ("emulator", "adapter", "recovery", "anchor")
+
 
 # Sections with fixed keys. All other sections are parts, checked against the class that they name.
 SECTIONS: dict[str, type] = {

@@ -13,7 +13,7 @@ from pathlib import Path
 from emloc.errors import ConfigError
 
 STD = "_std"  # behind the name of a number: its standard deviation over seeds
-_NUMBERS = ("score", "gain_kept", "bytes", "trainable", "step_seconds")
+_NUMBERS = ("score", "gain_kept", "bytes", "trainable", "step_seconds", "passes", "rejected_rounds")
 _KINDS = ("scores", "as_trained", "seconds", "peak_gib", "ours", "difference")
 
 
