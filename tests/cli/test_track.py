@@ -111,7 +111,7 @@ def test_logged_metrics_are_written_to_the_file_and_sent_to_the_tracker(start_ru
         run.finish(results())
     first = {"train/loss": 1.5, "train/learning_rate": 1e-4, "train/step": 10}
     assert lines(run) == tracker.lines == [first, {"train/seconds": 2.5}]
-    assert (tracker.last, tracker.status["state"]) == (0, "done")
+    assert (tracker.last, tracker.status["state"]) == (-1, "done")
 
 
 def test_scores_of_a_stage_are_logged_by_their_names():
