@@ -31,6 +31,7 @@ def test_a_run_with_the_parts_of_another_method_has_its_name(method, settings, n
         ("upop", BLOCKS, "upop anchor=blocks"),
         ("emloc_uncorrected", {"anchor": "logits"}, "emloc_uncorrected anchor=logits"),
         ("emloc_anchored", {"anchor": "logits"}, "emloc_uncorrected anchor=logits"),
+        ("emloc_uncorrected", {"anchor": "mine"}, "emloc_uncorrected anchor=mine"),
         # Calibration on text is what makes it svd_llm.
         ("svd_llm", BLOCKS | {"calibration": "generic_256"}, "svd_llm anchor=blocks"),
         ("of_a_plug_in", BLOCKS, "of_a_plug_in anchor=blocks"),
