@@ -42,6 +42,7 @@ _NAMES = {
     RATIO: "share of parameters kept",
     "calibration.samples": "calibration samples",
     "lora.rank": "LoRA rank",
+    "anchor.guard": "rows that judge the rounds of an anchored training",
     "anchor.places": "places of the anchors",
     "anchor.rounds": "rounds of the anchored training",
     "recovery.clamp": "clamp of the correction",
