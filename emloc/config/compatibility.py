@@ -26,10 +26,10 @@ def check_compatible(
     if not adapter.trains:
         return
     names = {
-        "emulator": _choice_name(emulator),
-        "adapter": _choice_name(adapter),
-        "recovery": _choice_name(recovery),
-        "anchor": _choice_name(anchor),
+        "emulator": choice_name(emulator),
+        "adapter": choice_name(adapter),
+        "recovery": choice_name(recovery),
+        "anchor": choice_name(anchor),
     }
     for is_conflict, message in (
         (
@@ -106,6 +106,6 @@ def required_budget(gpu_gib: float | None) -> float:
     return gpu_gib
 
 
-def _choice_name(part: object) -> str:
+def choice_name(part: object) -> str:
     """Name of a part in its configuration group: the name of the file that defines its class."""
     return type(part).__module__.rpartition(".")[2]

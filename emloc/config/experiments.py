@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from emloc.config.paths import CONF
+from emloc.config.presets import group_choices
 from emloc.errors import ConfigError
 
 
@@ -117,8 +118,8 @@ def experiment(path: Path) -> Experiment:
             name: dict(_split_override(override) for override in overrides.split())
             for name, overrides in file.cells.items()
         },
-        defaults=_group_choices(_plain(OmegaConf.load(CONF / "config.yaml")))
-        | _group_choices(_plain(file.node)),
+        defaults=group_choices(_plain(OmegaConf.load(CONF / "config.yaml")))
+        | group_choices(_plain(file.node)),
     )
 
 
@@ -133,17 +134,6 @@ def _split_override(override: str) -> tuple[str, str]:
     """Split `setting=value` into setting and value."""
     key, _, value = override.partition("=")
     return key, value
-
-
-def _group_choices(node: Mapping[str, Any]) -> dict[str, str]:
-    """Return group -> choice from the defaults list of a YAML file."""
-    entries = [entry for entry in node.get("defaults", []) if isinstance(entry, dict)]
-    return {
-        str(group).removeprefix("override /"): str(choice)
-        for entry in entries
-        for group, choice in entry.items()
-        if choice is not None
-    }
 
 
 def _first_sentence(text: str) -> str:

@@ -145,7 +145,7 @@ class Config:
     """
 
     name: str = MISSING  # folder of the run below runs/; an experiment names itself
-    method: str = MISSING  # a row of the tables; it chooses emulator, adapter and recovery
+    method: str = MISSING  # a row of the tables; it chooses emulator, adapter, recovery and anchor
     seed: Annotated[int, SEED] = MISSING  # seed of the training
     model: Any = MISSING  # the original model, which is fine-tuned in the end
     task: Any = MISSING  # data to train on and to score
@@ -170,6 +170,9 @@ DECISIVE = (
     *("model", "task", "calibration", "compression", "precision", "lora"),
     *("emulator", "adapter", "recovery", "anchor", "stage", "train", "eval", "seed"),
 )
+
+# Groups of which a method makes a choice each.
+PARTS = ("emulator", "adapter", "recovery", "anchor")
 
 
 # Sections with fixed keys. All other sections are parts, checked against the class that they name.

@@ -11,7 +11,8 @@ from emloc.report.table import Table
 _LABELS = {
     "experiment": "Experiment file that the run belongs to.",
     "cell": "Name of the run in its experiment.",
-    "method": "Method: which emulator is trained through, and how the LoRA is recovered.",
+    "method": "Method: which emulator is trained through, whether anchors put it back onto the "
+    "original, and how the LoRA is recovered.",
     "model": "Model that is fine-tuned.",
     "task": "Task that the model is trained and scored on.",
     "compression": "Share of the parameters and format of the weights that are trained through.",

@@ -6,23 +6,25 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from emloc.config.settings import DECISIVE
+from emloc.config.settings import DECISIVE, PARTS
 from emloc.report.rows import Row
 from emloc.report.table import EMPTY
 
-_PRESET = ("emulator", "adapter", "recovery")  # the groups that a method chooses
 _SECTIONS = tuple(section for section in DECISIVE if section != "seed")
 
 
 def group_numbers(rows: Sequence[Row]) -> pd.Series:
     """The number of each run's group: runs that differ in the seed alone share one.
 
+    Two methods with the same parts are one method, as an anchored emloc_uncorrected and
+    emloc_anchored are.
+
     Groups are numbered in the order of their first run. A run without results is a group by itself,
     and so is a seed that ran a second time.
     """
     keys = [
         (
-            *(row.experiment, row.cell, row.method, row.model, row.task),
+            *(row.experiment, row.cell, row.named_method, row.model, row.task),
             frozenset(row.decisive.items()),
             EMPTY if row.done else index,
         )
@@ -43,7 +45,7 @@ def varying(rows: Sequence[Row]) -> list[str]:
     cells, methods = (pd.Series([getattr(r, name) for r in rows]) for name in ("cell", "method"))
     names = []
     for section in _SECTIONS:
-        peers = cells.where(cells != EMPTY, methods if section in _PRESET else EMPTY)
+        peers = cells.where(cells != EMPTY, methods if section in PARTS else EMPTY)
         choice = settings[section]
         names += [section] if _differs(choice, [peers]) else []
         leaves = [name for name in settings if name.startswith(f"{section}.")]

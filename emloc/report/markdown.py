@@ -51,4 +51,4 @@ def markdown(table: Table, *, bold: bool = False) -> str:
 
 def _adapters(place: Path, rows: Sequence[Row]) -> list[str]:
     paths = ((row, run_folder(place, row) / "adapter") for row in rows)
-    return [f"adapter of {row.method}: {path}" for row, path in paths if path.exists()]
+    return [f"adapter of {row.named_method}: {path}" for row, path in paths if path.exists()]

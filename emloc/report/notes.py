@@ -17,7 +17,7 @@ def left_out(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         if not row.done:
             column = f" on {row.model}, {row.task}" if several else ""
-            names.setdefault(row.state, {})[f"{row.cell or row.method}{column}"] = None
+            names.setdefault(row.state, {})[f"{row.cell or row.named_method}{column}"] = None
     by_state = ". ".join(f"{state}: {'; '.join(of_state)}" for state, of_state in names.items())
     return [f"left out, without results: {by_state}"] if by_state else []
 

@@ -110,7 +110,8 @@ NO_PAPER = Paper()
 
 def facts_of(row: Row) -> dict[str, str]:
     """The facts of a run that a number of the paper may name."""
-    return {"experiment": row.experiment} | {key: getattr(row, key) for key in KEYS}
+    own = {key: getattr(row, key) for key in KEYS}
+    return {"experiment": row.experiment} | own | {"method": row.named_method}
 
 
 def paper_of(names: Iterable[str], folder: Path) -> Paper:

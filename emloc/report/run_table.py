@@ -26,6 +26,11 @@ class Column:
     factor: float = 1.0  # from the summary's unit to the table's
     larger: bool | None = None  # whether a larger number is better; None: neither is
     printed: bool = True  # whether a paper prints it
+    zeros: bool = True  # whether a column of zeros alone is of interest
+
+    def applies(self, summary: pd.DataFrame) -> bool:
+        """Whether the column says something about any of the lines."""
+        return self.zeros or bool(summary[self.name].gt(0).any())
 
     def words(self, summary: pd.DataFrame) -> pd.Series:
         """The numbers of all lines, each with ± and its standard deviation where there is one."""
@@ -46,6 +51,7 @@ COLUMNS = (
     Column("forwards", "forwards", ".2f", printed=False),
     Column("weights_read", "read GB", ".2f", 1e-9, printed=False),
     Column("step_seconds", "step s", ".3f", printed=False),
+    Column("rejected_rounds", "rejected rounds", ".3g", printed=False, zeros=False),
 )
 
 # Meanings of measured numbers, by the head of their column.
@@ -53,6 +59,8 @@ NOTES = {
     "loss": "mean negative log-likelihood of an answer token on held-out rows, in nats",
     "gain kept": "share of LoRA's improvement in loss over the untouched model that a method "
     "reaches (0%: untouched model, 100%: LoRA)",
+    "rejected rounds": "rounds of an anchored training that raised the original's loss and were "
+    "undone",
     "loss as trained": "loss of the adapter on the compressed model that it was trained on",
 }
 COST_NOTES = {
@@ -80,7 +88,7 @@ def table_of(summary: pd.DataFrame, *, printed: bool = False) -> Table:
     has_ended = summary["state"].isin([DONE, NOT_RUN])
     frame[score.head] = score.words(summary).where(has_ended, summary["state"])
     for column in others:
-        if (words := column.words(summary)).ne(EMPTY).any():
+        if (words := column.words(summary)).ne(EMPTY).any() and column.applies(summary):
             frame[column.head] = words
     peers = list(summary[["experiment", "model", "task", "data", "metric"]].itertuples(index=False))
     columns = [column for column in (score, *others) if column.head in frame]

@@ -50,6 +50,7 @@ def summary_of(rows: Sequence[Row], paper: Paper = NO_PAPER, *, unrun: bool = Tr
     facts = pd.DataFrame(
         {
             **{name: getattr(row, name, EMPTY) for name in FACTS},
+            "method": row.named_method,
             **{name: row.word(name) for name in labels},
             SIZE: _size(row),
             **{f"paper/{name}": _papers(paper, name, row) for name in paper.quantities},

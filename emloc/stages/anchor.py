@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ from emloc.anchors.batches import KeyedRow
 from emloc.anchors.record import LOSSES_FILE, Original, RowLoss, Stretches
 from emloc.anchors.shards import read_rows
 from emloc.errors import ConfigError
+from emloc.models.checkpoint.source import Source
 from emloc.runtime.digest import digest
 from emloc.runtime.keys import key_of
 from emloc.runtime.manifest import DamagedError, flaw_of, seal, set_aside
 from emloc.runtime.stage_cache import Artifact, Facts
 from emloc.stages import ANCHORS, Context, Stage
+from emloc.stages.run_config import RunConfig
 from emloc.stages.training.anchored_rows import AnchoredRows, anchored_rows, require_disk
 from emloc.stages.training.rounds import FirstPass
 
@@ -56,9 +58,8 @@ class RecordAnchors(Stage):
         anchor = context.run_config.anchor
         if not anchor.anchors or context.training_inputs is None:
             return
-        _require_gap(context)
-        _require_measured(context)
-        _require_above_entry(context)
+        layers, is_original = context.training_inputs.layers, context.plan is None
+        require_anchorable(context.run_config, context.source, layers, is_original=is_original)
         _require_room(context, anchor)
 
     def inputs(self, context: Context) -> list[Any]:
@@ -175,10 +176,28 @@ def _without(rows: Sequence[KeyedRow], present: Sequence[str]) -> list[KeyedRow]
     return [row for row in rows if row.key not in present_keys]
 
 
-def _require_gap(context: Context) -> None:
+def require_anchorable(
+    run_config: RunConfig, source: Source, layers: Iterable[str], *, is_original: bool
+) -> None:
+    """Check that the emulator of a run can be put back onto the original.
+
+    Args:
+        run_config: the settings.
+        source: the original.
+        layers: names of the layers with an adapter.
+        is_original: whether the emulator has the original's layers, packed or not.
+
+    Raises:
+        ConfigError: it cannot; names an override that mends the settings.
+    """
+    _require_gap(run_config, is_original)
+    _require_measured(run_config, source)
+    _require_above_entry(source, layers)
+
+
+def _require_gap(run_config: RunConfig, is_original: bool) -> None:
     """Refuse an emulator that is the original, or that is fitted to its own drift."""
-    run_config = context.run_config
-    if context.plan is None and run_config.precision is None:
+    if is_original and run_config.precision is None:
         raise ConfigError(
             "anchor: the emulator is the original model itself, so there is nothing to put back; "
             "set anchor=none, or compression.bits=4"
@@ -190,21 +209,20 @@ def _require_gap(context: Context) -> None:
         )
 
 
-def _require_measured(context: Context) -> None:
-    if not context.source.objective.measures_rows:
+def _require_measured(run_config: RunConfig, source: Source) -> None:
+    if not source.objective.measures_rows:
         raise ConfigError(
-            f"anchor: the objective of model={context.run_config.model.name} does not measure the "
+            f"anchor: the objective of model={run_config.model.name} does not measure the "
             "loss of single rows, by which rounds are compared; set anchor=none"
         )
 
 
-def _require_above_entry(context: Context) -> None:
+def _require_above_entry(source: Source, layers: Iterable[str]) -> None:
     """Refuse adapters in front of the decoder, where the hidden states are the original's own."""
     from emloc.models.decoder import Decoder
 
-    prefix = Decoder(context.source).prefix
-    assert context.training_inputs is not None
-    below = [name for name in context.training_inputs.layers if not name.startswith(prefix)]
+    prefix = Decoder(source).prefix
+    below = [name for name in layers if not name.startswith(prefix)]
     if below:
         raise ConfigError(
             f"anchor: {below[0]} is in front of the language decoder, whose input is put back onto "

@@ -259,14 +259,27 @@ def _lines(
     A stage that finished before this run began (`begun`, in seconds since 1970) is `cached`.
     """
     if result.trained:
-        for text in (result.trained.folder / "curve.jsonl").read_text().splitlines():
-            values = json.loads(text)
-            if values["step"] > last:
-                yield training_line(values["step"], values)
+        for step, values in _training_values(result.trained.folder):
+            if step > last:
+                yield training_line(step, values)
     for name, artifact in result.stages.items():
         written = (artifact.folder / "stage.json").stat().st_mtime
         called = run_config.stage[name].logged_as or name
         yield stage_line(called, {**artifact.facts, "cached": written < begun})
+
+
+def _training_values(folder: Path) -> Iterator[tuple[int, Mapping[str, float]]]:
+    """Yield step and numbers of each line of a training's log, and of each pass of its anchors."""
+    from emloc.stages.training.rounds import ROUNDS_FILE, pass_values
+
+    passes = folder / ROUNDS_FILE
+    for text in passes.read_text().splitlines() if passes.exists() else ():
+        line = json.loads(text)
+        if values := pass_values(line):
+            yield line["step"], values
+    for text in (folder / "curve.jsonl").read_text().splitlines():
+        values = json.loads(text)
+        yield values["step"], values
 
 
 def _pipeline(run_config: RunConfig, report: Report) -> Result:
@@ -301,7 +314,10 @@ def _metrics(run_config: RunConfig, result: Result) -> dict[str, Any]:
         "trainable": trained.facts["trainable"] if trained else 0,
         "step_seconds": trained.facts["step_seconds"] if trained else None,
         "recovery": _own(stages["recover"]) if "recover" in stages else {},
-        "facts": {name: _own(one) for name, one in stages.items() if name not in _NAMED_STAGES},
+        "facts": {
+            **{name: _own(one) for name, one in stages.items() if name not in _NAMED_STAGES},
+            **_facts_of_rounds(trained),
+        },
         "seconds": {name: stage.facts["seconds"] for name, stage in stages.items()},
         "peak_gib": {name: stage.facts["peak_gib"] for name, stage in stages.items()},
         **work_of_stages(run_config, stages),
@@ -315,6 +331,13 @@ def _own(stage: Artifact) -> dict[str, Any]:
     """Facts that this stage alone reports; the results store common ones elsewhere."""
     common = ("seconds", "peak_gib", "samples", "row_forwards", "weights_read")
     return {name: value for name, value in stage.facts.items() if name not in common}
+
+
+def _facts_of_rounds(trained: Artifact | None) -> dict[str, Any]:
+    """Facts of an anchored training: passes of the original, and rounds that were rejected."""
+    names = ("passes", "rejected_rounds")
+    facts = {n: trained.facts[n] for n in names if n in trained.facts} if trained else {}
+    return {"train": facts} if facts else {}
 
 
 def _as_trained(result: Result) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class JobKind:
     model: str
     task: str
     size: str  # of the emulator: ratio and bits
+    anchor: str  # with anchors, the original is run besides
     samples: int  # that the training reads
 
     @classmethod
@@ -42,6 +43,7 @@ class JobKind:
             adapter=config.adapter._target_,
             model=config.model.name,
             task=config.task.name,
+            anchor=config.anchor._target_,
             size=f"{compression.ratio} of {compression.of} at {compression.bits} bits",
             samples=train.steps * train.batch * train.accumulate,
         )
@@ -51,10 +53,10 @@ class JobKind:
 # long as each other.
 LIKENESSES: Sequence[Callable[[JobKind], Hashable]] = (
     lambda kind: kind,
-    lambda kind: (kind.method, kind.model, kind.task),
-    lambda kind: (kind.method, kind.model),
-    lambda kind: kind.method,
-    lambda kind: (kind.emulator, kind.adapter, kind.model, kind.size),
+    lambda kind: (kind.method, kind.anchor, kind.model, kind.task),
+    lambda kind: (kind.method, kind.anchor, kind.model),
+    lambda kind: (kind.method, kind.anchor),
+    lambda kind: (kind.emulator, kind.adapter, kind.anchor, kind.model, kind.size),
 )
 
 

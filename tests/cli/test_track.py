@@ -111,7 +111,7 @@ def test_logged_metrics_are_written_to_the_file_and_sent_to_the_tracker(start_ru
         run.finish(results())
     first = {"train/loss": 1.5, "train/learning_rate": 1e-4, "train/step": 10}
     assert lines(run) == tracker.lines == [first, {"train/seconds": 2.5}]
-    assert (tracker.last, tracker.status["state"]) == (0, "done")
+    assert (tracker.last, tracker.status["state"]) == (-1, "done")
 
 
 def test_scores_of_a_stage_are_logged_by_their_names():
@@ -155,6 +155,47 @@ def test_a_restarted_training_removes_the_steps_of_the_last_attempt(start_run):
     attempt(start_run(), 10, 20, 30)
     attempt(start_run(), 10, loss=2.0)
     assert lines(start_run()) == [{"train/loss": 2.0, "train/step": 10}]
+
+
+def pass_line(step: int, loss: float, name: str = "original_loss") -> dict[str, float]:
+    return {f"train/{name}": loss, "train/step": step}
+
+
+def test_the_originals_loss_is_a_line_beside_the_loss_of_its_step(start_run):
+    run = start_run()
+    with Record(run) as record:
+        record.add(stage_line("emulate", {"seconds": 1.0}))
+        assert record.last == -1
+        record.add(training_line(0, {"original_loss": 3.0}))
+        assert record.last == 0
+        record.add(training_line(5, {"loss": 2.0}))
+        record.add(training_line(5, {"rejected_loss": 4.0}))
+        record.add(training_line(5, {"original_loss": 3.0}))
+    assert lines(run) == [
+        {"emulate/seconds": 1.0},
+        pass_line(0, 3.0),
+        {"train/loss": 2.0, "train/step": 5},
+        pass_line(5, 4.0, "rejected_loss"),
+        pass_line(5, 3.0),
+    ]
+
+
+def test_passes_that_a_resumed_training_repeats_replace_no_losses(start_run):
+    for loss, steps in ((1.0, (1, 2, 3, 4)), (2.0, (4, 5))):
+        with Record(start_run()) as record:
+            for step in (0, 2):
+                record.add(training_line(step, {"original_loss": loss}))
+            for step in steps:
+                record.add(training_line(step, {"loss": loss}))
+    recorded = lines(start_run())
+    losses_by_step = [
+        (one["train/step"], one["train/loss"]) for one in recorded if "train/loss" in one
+    ]
+    assert losses_by_step == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0)]
+    assert [one for one in recorded if "train/loss" not in one] == [
+        pass_line(0, 2.0),
+        pass_line(2, 2.0),
+    ]
 
 
 def test_a_tracker_receives_the_metrics_of_earlier_attempts(start_run):
@@ -371,7 +412,7 @@ def test_a_killed_run_leaves_an_offline_run_without_an_exit_record(start_run):
 
 
 def test_an_interrupted_run_resumes_the_same_wandb_run(start_run, tracker):
-    for steps in ((1, 2, 3), (3, 4)):
+    for steps in ((0, 1, 2, 3), (0, 3, 4)):
         run = start_run()
         with Record(run) as record:
             record.follow(tracker)
@@ -390,7 +431,8 @@ def test_an_interrupted_run_resumes_the_same_wandb_run(start_run, tracker):
         True,
         True,
     ]
-    assert [line["train/step"] for line in first.history] == [1, 2, 3]
+    # The first line of a training with anchors is of step 0.
+    assert [line["train/step"] for line in first.history] == [0, 1, 2, 3]
     assert [line["train/step"] for line in second.history] == [4]
 
 

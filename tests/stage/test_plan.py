@@ -1,6 +1,7 @@
 """What is planned is what is held: weights, adapter, a step; and what a budget has room for."""
 
 import logging
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,11 @@ from tiny import linears, save_checkpoint
 
 from emloc.adapters.fused import fuse
 from emloc.adapters.lora import Lora
+from emloc.anchors.none import NoAnchor
 from emloc.config.compose import compose
 from emloc.config.paths import CONF
 from emloc.config.run_folder import folder_name
+from emloc.cost.plan.anchors import anchor_plan, with_offsets
 from emloc.cost.plan.cost import cost_of
 from emloc.cost.plan.fit import RESERVE, WORKSPACE, layout_of, need_of, solve_compression
 from emloc.cost.plan.gpus import GPUS, find_gpu
@@ -403,6 +406,101 @@ def test_the_table_has_a_row_for_each_method_and_says_what_fits():
         assert found["fits"] == ("yes" if need.peak <= 0.6 * GIB * (1 - RESERVE) else "no")
     assert {row[8] for row in rows} == {"yes", "no"}
     assert "4 x 2 x 512 tokens a step, LoRA rank 4" in table
+
+
+ANCHORED = ("method=emloc_anchored", "train.steps=9", "anchor.rounds=2", "anchor.places=3")
+
+
+def planned(run_config, **changed):
+    """The lines about anchors, with changed settings of the group `anchor`."""
+    anchor = replace(run_config.anchor, **changed)
+    shape = StepShape.of(run_config.train, 512, 64)
+    source = shaped(run_config)
+    return anchor_plan(replace(run_config, anchor=anchor), source, shape).lines()
+
+
+def gib(line):
+    return float(re.search(r"([\d.e-]+) GiB", line)[1])
+
+
+def test_anchors_have_rows_of_their_own_with_one_batch_of_offsets():
+    run_config = cell_of(SMALL, *ANCHORED, "anchor.places=2")
+    table = plan(run_config, replace(WORK, length=65536), find_gpu("rtx4090"))
+    rows = {row[0]: dict(zip(HEADER, row, strict=True)) for row in rows_of(table)[2:]}
+    assert list(rows) == [
+        *("lora", "qlora", "qlora_anchored"),
+        *("emloc", "emloc_anchored", "emloc_nf4", "emloc_nf4_anchored"),
+    ]
+    offsets = 2 * 2 * 65536 * 64 * 2  # places, rows, tokens, width, bytes
+    for method in ("qlora", "emloc", "emloc_nf4"):
+        before, after = (float(rows[f"{method}{end}"]["peak GiB"]) for end in ("", "_anchored"))
+        assert after - before == pytest.approx(offsets / GIB, abs=0.011)
+        before, after = (float(rows[f"{method}{end}"]["disk GiB"]) for end in ("", "_anchored"))
+        assert after > before
+    assert [line.split(":")[0] for line in table.splitlines()[-4:]] == [
+        *["anchor=blocks"] * 3,
+        "compression=auto",
+    ]
+
+
+def test_the_passes_of_the_original_are_said_in_a_line_each():
+    # The longer of two rounds has 5 of 9 steps; a step has 8 passes of 2 rows.
+    run_config = cell_of(MIDDLE, *ANCHORED, "train.batch=2", "train.accumulate=8")
+    offsets, host, reads = planned(run_config)
+    tokens = 5 * 2 * 8 * 512
+    assert "(80 rows of 512 tokens, 3 places, bfloat16)" in offsets
+    assert gib(offsets) == pytest.approx(tokens * 3 * 2048 * 2 / GIB, rel=0.01)
+    states, embedding = 2 * tokens * 2048 * 2, 32000 * 2048 * 2
+    assert gib(host) == pytest.approx(3 + (states + embedding) / GIB, rel=0.01)
+    assert "read 3 times" in reads  # for two rounds, and for the guard behind the last
+    assert "read 2 times" in planned(run_config, guard=0)[2]
+    halved = gib(planned(run_config, dtype="int8")[0]) / gib(offsets)
+    assert halved == pytest.approx(0.5 + 1 / 64, rel=0.01)
+    assert "more than" not in offsets
+    line = planned(run_config, disk_gib=0.4)[0]
+    assert "more than anchor.disk_gib=0.4, so set anchor.rounds" in line
+
+
+def test_an_offset_in_front_of_the_head_is_planned_for_the_answers():
+    run_config = cell_of(MIDDLE, "method=emloc_uncorrected", "anchor=logits", "train.steps=4")
+    line = anchor_plan(run_config, shaped(run_config), WORK).lines()[0]
+    assert "1 place," in line
+    rows = run_config.train.batch * run_config.train.accumulate
+    assert gib(line) == pytest.approx(rows * 64 * 2048 * 2 / GIB, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("anchor.places=9",), r"anchor.places=9: the model has only 6 blocks"),
+        (("anchor.places=[2,6]",), r"block 6 is behind the last block"),
+        (("emulator.sequential=true",), "set emulator.sequential=false"),
+        (("emulator=full",), "there is nothing to put back; set anchor=none, or compression.bits"),
+    ],
+)
+def test_anchors_that_no_run_can_have_are_not_planned(overrides, said):
+    with pytest.raises(ConfigError, match=said):
+        plan(cell_of(MIDDLE, *ANCHORED, *overrides), WORK, find_gpu("rtx4090"))
+
+
+def test_a_budget_has_room_for_the_offsets_of_a_batch():
+    run_config = auto("budget.gpu_gib=0.55", "method=emloc_anchored", "anchor.places=6")
+    work = with_offsets(WORK, anchor_plan(run_config, shaped(run_config), WORK))
+    assert work.offsets == 6 * 2 * 512 * 2048 * 2
+    chosen = solve_compression(run_config, shaped(run_config), work)
+    layout = layout_of(run_config, shaped(run_config), chosen.ratio, precision_of(chosen.bits))
+    room = run_config.budget.gpu_gib * GIB * (1 - RESERVE)
+    assert need_of(layout, work).peak == need_of(layout, WORK).peak + work.offsets <= room
+
+
+def test_a_whole_model_with_anchors_is_packed_in_any_budget():
+    run_config = auto("budget.gpu_gib=9", "method=qlora_anchored", "anchor.places=6")
+    run_config = replace(run_config, compression=replace(run_config.compression, bits=None))
+    run_config = replace(run_config, precision=None)
+    work = with_offsets(WORK, anchor_plan(run_config, shaped(run_config), WORK))
+    assert solve_compression(run_config, shaped(run_config), work).bits == 4
+    plain = replace(run_config, anchor=NoAnchor())
+    assert solve_compression(plain, shaped(plain), WORK).bits == 16
 
 
 @pytest.mark.parametrize("method", ["emloc", "lora"])

@@ -195,6 +195,21 @@ def test_runs_match_points_although_numbers_are_written_differently(table_rows):
     ]
 
 
+def test_an_experiment_that_sweeps_anchors_keeps_the_words_of_its_grid(table_rows):
+    text = SWEPT[: SWEPT.index("    params")]
+    text += '    params: {method: emloc_uncorrected, anchor: "none,blocks"}\n'
+    choices = {"emulator": "svd", "adapter": "lora", "recovery": "none"}
+    runs = [
+        row("emloc_uncorrected", score, settings=choices | {"anchor": anchor})
+        for anchor, score in (("none", 0.4), ("blocks", 0.7))
+    ]
+    assert [row.named_method for row in runs] == ["emloc_uncorrected", "emloc_anchored"]
+    assert [list(line.values()) for line in table_rows(runs, text)] == [
+        ["emloc_uncorrected", "none", "40.0"],
+        ["emloc_uncorrected", "blocks", "70.0"],
+    ]
+
+
 def test_a_run_outside_all_cells_is_labelled_by_its_method(table_rows):
     *_, last = table_rows([row(cell="lora"), row("dora", 0.4)])
     assert (last["cell"], last["method"], last["pmc_vqa"]) == ("", "dora", "40.0")

@@ -11,12 +11,14 @@ from emloc.sweeps.progress import (
     sweep_line,
 )
 
-KIND = JobKind("lora", "Full", "Lora", "small", "gsm8k", "0.5 of linears at 16 bits", 800)
+SIZE = "0.5 of linears at 16 bits"
+KIND = JobKind("lora", "Full", "Lora", "small", "gsm8k", SIZE, "NoAnchor", 800)
 
 
 def kind(method: str, **changes: object) -> JobKind:
     """A kind whose emulator goes with its method."""
     values = {"emulator": f"of {method}", "adapter": "Lora", "model": "small", "task": "gsm8k"}
+    values["anchor"] = "NoAnchor"
     return JobKind(method=method, size="half", samples=800, **values | changes)
 
 
@@ -61,6 +63,15 @@ def test_a_method_that_trains_nothing_does_not_predict_one_that_trains():
     zero_shot = kind("zero_shot", emulator="Full", adapter="None")
     lora = kind("lora", emulator="Full")
     assert estimate([done(0, 10, zero_shot)], [lora], now=10) == Estimate(10, 1)
+
+
+def test_a_training_with_anchors_is_not_predicted_by_one_without():
+    plain = kind("emloc_uncorrected", emulator="Svd")
+    anchored = kind("emloc_uncorrected", emulator="Svd", anchor="Blocks")
+    assert estimate([done(0, 10, plain)], [anchored], now=10) == Estimate(10, 1)
+    other = kind("emloc_anchored", emulator="Svd", anchor="Blocks")
+    jobs = [done(0, 10, plain), done(10, 60, anchored)]
+    assert estimate(jobs, [other], now=60) == Estimate(50, 0)
 
 
 def test_unknown_methods_take_the_mean_over_kinds_and_the_line_says_so():

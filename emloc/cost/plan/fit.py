@@ -51,7 +51,7 @@ class MemoryNeed:
 
     weights: int  # frozen weights
     adapter: int  # parameters, optimizer state, and gradients if they are accumulated over passes
-    activations: int  # temporary tensors of a pass, with its gradients
+    activations: int  # temporary tensors of a pass, with its gradients and anchor offsets
     scratch: int  # buffers for dequantised matrices, and memory of libraries
     opening: int  # embedding and adapter before the first step
     operations: int  # operations that one pass dispatches
@@ -80,7 +80,7 @@ def need_from_trace(
     return MemoryNeed(
         weights=layout.weights,
         adapter=adapter + MOMENTS * layout.parameters + accumulated,
-        activations=trace.peak,
+        activations=trace.peak + step_shape.offsets,
         scratch=layout.scratch + WORKSPACE,
         opening=adapter + layout.embedding,
         operations=trace.operations,
@@ -262,6 +262,8 @@ def _solve_model_bits(
     limit, gib = budget_bytes(run_config), run_config.budget.gpu_gib
     trace = full_layout.trace_pass(step_shape)
     candidates = candidate_precisions(run_config)
+    if run_config.anchor.anchors:  # they have nothing to put back in the model's own dtype
+        candidates = [precision for precision in candidates if precision is not None]
     for precision in candidates:
         layout = replace(full_layout, precision=precision)
         if need_from_trace(layout, step_shape, trace).peak <= limit:

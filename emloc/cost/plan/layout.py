@@ -43,6 +43,7 @@ class StepShape:
     checkpointing: bool
     host_activations: bool
     accumulate: int = 1  # forward passes of one step
+    offsets: int = 0  # bytes of the anchors' offsets of one forward pass
 
     @classmethod
     def of(cls, recipe: TrainSettings, length: int, answer: int) -> StepShape:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from emloc.config.settings import MODEL_BITS
+from emloc.cost.plan.anchors import anchor_plan, with_offsets
 from emloc.cost.plan.fit import candidate_precisions, refuse_unplanned, solve_compression
 from emloc.cost.plan.layout import StepShape
 from emloc.data.reader import encode_all
@@ -34,6 +35,7 @@ def solve_auto_compression(run_config: RunConfig, source: Source) -> RunConfig:
     length = max(row.length for row in encoded)
     answer = max(row.length - row.answer_start for row in encoded)
     step_shape = StepShape.of(run_config.train, length, answer)
+    step_shape = with_offsets(step_shape, anchor_plan(run_config, source, step_shape))
     solution = solve_compression(run_config, source, step_shape)
     precision = next(p for p in candidate_precisions(run_config) if bits_of(p) == solution.bits)
     return replace(run_config, compression=solution, precision=precision)

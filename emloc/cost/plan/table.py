@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 import yaml
 
 from emloc.config.paths import choices
+from emloc.config.presets import named_method
 from emloc.config.settings import MODEL_BITS, Compression
+from emloc.cost.plan.anchors import AnchorPlan, anchor_plan, with_offsets
 from emloc.cost.plan.cost import TrainingCost, cost_of
 from emloc.cost.plan.fit import (
     RESERVE,
@@ -37,6 +39,8 @@ HEADER = (
 DEFAULT_RATIO = 0.25
 # Method -> the method that presets the same with a packed format.
 PACKED_METHODS = {"lora": "qlora", "emloc": "emloc_nf4"}
+# Method -> the method with the same emulator and nothing to recover, which anchors are added to.
+ANCHORED_METHODS = {"lora": "qlora", "emloc": "emloc_uncorrected"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,6 @@ class PlanRow:
     need: MemoryNeed
     cost: TrainingCost
     logits: int
-    fits: bool
 
 
 def plan(run_config: RunConfig, step_shape: StepShape, gpu: Gpu) -> str:
@@ -57,22 +60,26 @@ def plan(run_config: RunConfig, step_shape: StepShape, gpu: Gpu) -> str:
 
     Raises:
         ConfigError: the model's shape is unknown, a pattern matches no layer, the training does
-            not use the memory-saving path, or most parameters of the blocks are in no linear layer.
+            not use the memory-saving path, most parameters of the blocks are in no linear layer, or
+            the emulator cannot be put back onto the original although there are anchors.
     """
     refuse_unplanned(run_config.model, "model=smollm2_135m")
     limit = run_config.budget.gpu_gib or gpu.memory_gib
     source = run_config.model.shape_source()
     require_plannable(run_config.model, source)
+    anchors = anchor_plan(run_config, source, step_shape)
     full_layout = layout_of(run_config, source, None, None)
-    rows = list(_plan_rows(run_config, full_layout, step_shape, gpu, limit))
-    table = markdown_table(HEADER, [_cells(row) for row in rows])
+    rows = list(_plan_rows(run_config, full_layout, step_shape, gpu, anchors))
+    table = markdown_table(HEADER, [_cells(row, limit) for row in rows])
     passes = f"{step_shape.accumulate} x " if step_shape.accumulate > 1 else ""
     notes = (
         f"{run_config.model.name}: {passes}{step_shape.batch} x {step_shape.length} tokens a step, "
         f"LoRA rank {run_config.lora.rank}; all in GiB, logits within activations; fits: "
         f"within {limit:g} GiB with {RESERVE:.0%} to spare"
     )
-    return "\n".join([table, "", notes, _auto_line(run_config, full_layout, step_shape)])
+    anchor_lines = anchors.lines() if anchors else []
+    auto_line = _auto_line(run_config, full_layout, with_offsets(step_shape, anchors))
+    return "\n".join([table, "", notes, *anchor_lines, auto_line])
 
 
 def _plan_rows(
@@ -80,9 +87,12 @@ def _plan_rows(
     full_layout: TrainingLayout,
     step_shape: StepShape,
     gpu: Gpu,
-    limit: float,
+    anchors: AnchorPlan | None,
 ) -> Iterator[PlanRow]:
-    """Yield the rows of LoRA and EMLoC in the model's dtype and in each packed format."""
+    """Yield the rows of LoRA and EMLoC in the model's dtype and in each packed format.
+
+    With anchors, each of them that is not the original itself has a further row.
+    """
     budget = Compression(
         run_config.compression.ratio or DEFAULT_RATIO, run_config.compression.of, MODEL_BITS
     )
@@ -98,11 +108,14 @@ def _plan_rows(
             cost = cost_of(
                 packed_layout, step_shape, need.operations, gpu, samples, run_config.budget
             )
-            fits = need.peak <= usable_bytes(limit)
             name = method if precision is None else _method_label(method, precision)
-            yield PlanRow(
-                name, ratio, bits_of(precision), need, cost, packed_layout.logits(step_shape), fits
-            )
+            logits, bits = packed_layout.logits(step_shape), bits_of(precision)
+            yield PlanRow(name, ratio, bits, need, cost, logits)
+            if anchors and (ratio is not None or precision is not None):
+                need = need_from_trace(packed_layout, with_offsets(step_shape, anchors), trace)
+                settings = {"anchor": anchors.choice, "compression.bits": str(bits)}
+                name = named_method(ANCHORED_METHODS[method], settings)
+                yield PlanRow(name, ratio, bits, need, anchors.added_to(cost), logits)
 
 
 def _method_label(method: str, precision: Precision) -> str:
@@ -112,8 +125,8 @@ def _method_label(method: str, precision: Precision) -> str:
     return PACKED_METHODS[method] if is_preset else f"{method} {precision.name}"
 
 
-def _cells(row: PlanRow) -> list[str]:
-    """Format a row for the columns of `HEADER`; memory is in GiB."""
+def _cells(row: PlanRow, limit: float) -> list[str]:
+    """Format a row for the columns of `HEADER`; sizes and the device's limit are in GiB."""
     need, cost = row.need, row.cost
     adapter = need.adapter + need.scratch
     sizes = (need.weights, adapter, need.activations, row.logits, need.peak)
@@ -122,7 +135,7 @@ def _cells(row: PlanRow) -> list[str]:
         "" if row.ratio is None else f"{row.ratio:g}",
         str(row.bits),
         *(f"{size / GIB:.2f}" for size in sizes),
-        "yes" if row.fits else "no",
+        "yes" if need.peak <= usable_bytes(limit) else "no",
         f"{cost.host / GIB:.1f}",
         f"{cost.disk / GIB:.1f}",
         f"{cost.build_seconds:.0f}",

@@ -10,6 +10,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 
 from emloc.report.draw.drawing import Drawing, numbered_pages
 from emloc.report.draw.markers import DISC, HOLLOW, MOVED, Marker, draw_markers
+from emloc.report.draw.pairs import unanchored
 from emloc.report.draw.panels import Panel, panels
 from emloc.report.draw.pareto import front
 from emloc.report.draw.series import ZERO_SHOT, Measure, Series, number, series
@@ -26,6 +27,8 @@ from emloc.report.draw.style import GREY, Style, line_styles
 from emloc.report.rows import Row
 
 _FEW = 3  # points of a panel; panels with fewer are left out beside such a panel
+_SQUARES = "Squares are methods with anchors."
+_ARROWS = "An arrow leads to a method with anchors from the same emulator without them."
 _WIDE = 8  # largest cost by smallest cost, above which the axis becomes logarithmic
 
 
@@ -111,7 +114,9 @@ def _page(
     numbers = {label: str(i) for i, label in enumerate(sorted({line.label for line in lines}), 1)}
     methods = line_styles((line.method, line.method, False) for line in lines)
     styles = {
-        line.label: methods[line.method]._replace(marker="o", is_hollow=bool(line.packed))
+        line.label: methods[line.method]._replace(
+            marker="s" if line.is_anchored else "o", is_hollow=bool(line.packed)
+        )
         for line in lines
     }
     figure, places = panel_grid(len(cost_panels), columns, height=2.8)
@@ -121,6 +126,7 @@ def _page(
             percent(axes.yaxis)
         _scale(axes, [point.cost for point in one.points])
         _label_points(axes, one.points, numbers, styles)
+        _draw_pairs(axes, one.points, styles)
         _draw_front(axes, one.coordinates)
         _draw_untrained(axes, one)
     key = [f"{numbers[label]}  {label}" for label in numbers]
@@ -190,6 +196,34 @@ def _label_points(
             )
 
 
+def _draw_pairs(axes: Axes, points: Sequence[CostPoint], styles: Mapping[str, Style]) -> None:
+    """Draw an arrow to each method with anchors, from the same method without them."""
+    for before, after in _pairs(points):
+        axes.annotate(
+            "",
+            (after.cost, after.score),
+            xytext=(before.cost, before.score),
+            arrowprops={
+                "arrowstyle": "->",
+                "color": styles[after.line.label].colour,
+                "linewidth": 0.8,
+                "shrinkA": DISC / 2,
+                "shrinkB": DISC / 2,
+                "zorder": 1.6,
+            },
+        )
+
+
+def _pairs(points: Sequence[CostPoint]) -> list[tuple[CostPoint, CostPoint]]:
+    """Points of the same method without and with anchors."""
+    partners = [unanchored(point.line, [other.line for other in points]) for point in points]
+    return [
+        (next(point for point in points if point.line is partner), after)
+        for after, partner in zip(points, partners, strict=True)
+        if partner is not None
+    ]
+
+
 def _draw_front(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
     x, y = zip(*(points[index] for index in front(points)), strict=True)
     axes.plot(x, y, label="Pareto front", drawstyle="steps-post", linewidth=0.8, color=GREY)
@@ -215,6 +249,10 @@ def _caption(cost_panels: Sequence[CostPanel], cost: Cost, is_moved: bool) -> st
         sentences.append("Vertical bars are the standard deviation over seeds.")
     if any(point.line.packed for one in cost_panels for point in one.points):
         sentences.append(HOLLOW)
+    if any(point.line.is_anchored for one in cost_panels for point in one.points):
+        sentences.append(_SQUARES)
+    if any(_pairs(one.points) for one in cost_panels):
+        sentences.append(_ARROWS)
     return " ".join(sentences)
 
 

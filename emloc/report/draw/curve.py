@@ -11,6 +11,14 @@ from matplotlib.ticker import MaxNLocator
 
 from emloc.report.draw.drawing import Drawing, numbered_pages
 from emloc.report.draw.panels import Panel, panels
+from emloc.report.draw.round_marks import (
+    ORIGINAL,
+    REJECTED,
+    RoundMark,
+    draw_round_marks,
+    round_marks,
+    round_records,
+)
 from emloc.report.draw.series import Series, Value, series
 from emloc.report.draw.sheet import (
     LEGEND_LABELS,
@@ -31,11 +39,12 @@ Dashes = tuple[float, tuple[float, float]]  # offset, and lengths of dash and ga
 
 @dataclass(frozen=True)
 class Curve:
-    """Mean and deviation of the loss of one line, step -> value."""
+    """Mean and deviation of the loss of one line, step -> value; the marks of its rounds."""
 
     line: Series
     losses: Mapping[int, Value]
     seeds: int
+    marks: Sequence[RoundMark] = ()
 
 
 def draw(rows: Sequence[Row], place: Path, columns: int) -> Mapping[str, Drawing]:
@@ -55,7 +64,7 @@ def _curves(lines: Sequence[Series], place: Path) -> list[Curve]:
         shared = [step for step in losses[0] if all(step in one for one in losses)]
         if len(shared) > 1:
             values = {step: Value.over([one[step] for one in losses]) for step in shared}
-            curves.append(Curve(line, values, len(losses)))
+            curves.append(Curve(line, values, len(losses), round_marks(place, line.rows)))
     return curves
 
 
@@ -85,7 +94,10 @@ def _page(
                 label=curve.line.label,
                 color=style.colour,
                 linestyle=dashes or style.dash,
+                marker=style.marker if curve.marks else "",
+                markevery=[],  # the legend shows the marker of the rounds
             )
+            draw_round_marks(axes, curve.marks, style)
             if any(spreads):
                 low, high = (
                     [mean + sign * spread for mean, spread in zip(means, spreads, strict=True)]
@@ -115,20 +127,28 @@ def _caption(curves: Sequence[Curve]) -> str:
         sentences.append("Methods with one training share a line of alternating colours.")
     if any(curve.seeds > 1 for curve in curves):
         sentences.append("Lines are means over seeds, bands are the standard deviation.")
+    marks = [mark for curve in curves for mark in curve.marks]
+    if marks:
+        sentences.append(ORIGINAL)
+    if any(mark.is_rejected for mark in marks):
+        sentences.append(REJECTED)
     return " ".join(sentences)
 
 
 def _records(curve_panels: Sequence[tuple[Panel, Sequence[Curve]]]) -> list[dict[str, object]]:
-    return [
-        {
-            "panel": panel.title,
-            "label": curve.line.label,
-            "step": step,
-            "mean loss (nats)": value.mean,
-            "standard deviation": value.spread,
-            "seeds": curve.seeds,
-        }
-        for panel, curves in curve_panels
-        for curve in curves
-        for step, value in curve.losses.items()
-    ]
+    records: list[dict[str, object]] = []
+    for panel, curves in curve_panels:
+        for curve in curves:
+            labels = {"panel": panel.title, "label": curve.line.label}
+            records += [
+                {
+                    **labels,
+                    "step": step,
+                    "mean loss (nats)": value.mean,
+                    "standard deviation": value.spread,
+                    "seeds": curve.seeds,
+                }
+                for step, value in curve.losses.items()
+            ]
+            records += [{**labels, **record} for record in round_records(curve.marks)]
+    return records

@@ -84,7 +84,7 @@ def _name(rows: Sequence[Row], swept: str) -> str:
             for words, row in zip(cells, rows, strict=True)
         ]
     shared = [word for word in cells[0] if all(word in words for words in cells)]
-    return "_".join(shared) or rows[0].method
+    return "_".join(shared) or rows[0].named_method
 
 
 def _ratio_word(row: Row) -> str:

@@ -94,7 +94,7 @@ def draw(rows: Sequence[Row], place: Path, columns: int) -> Mapping[str, Drawing
         for tower in towers:
             name = tower_name(tower)
             stem = f"layers_{row.run}" + (f"_{name}" if len(towers) > 1 else "")
-            parts = [row.cell or row.method, _size(row), row.model]
+            parts = [row.cell or row.named_method, _size(row), row.model]
             parts += [f"{name} tower"] if len(towers) > 1 else []
             title = ", ".join(filter(None, parts))
             members = [layer for layer in layers if layer.tower == tower]

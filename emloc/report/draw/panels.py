@@ -79,8 +79,10 @@ def _is_in(name: str, sections: Sequence[str]) -> bool:
 
 def _differs_within_methods(name: str, rows: Sequence[Row]) -> bool:
     """Whether one method, or cell, ran with two values on one model and task."""
-    groups = {(row.model, row.task, row.method, row.cell) for row in rows}
-    values = {(row.model, row.task, row.method, row.cell, row.settings.get(name)) for row in rows}
+    groups = {(row.model, row.task, row.named_method, row.cell) for row in rows}
+    values = {
+        (row.model, row.task, row.named_method, row.cell, row.settings.get(name)) for row in rows
+    }
     return len(values) > len(groups)
 
 

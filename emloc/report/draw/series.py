@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from emloc.config.settings import PARTS
 from emloc.report.draw.labels import format_name, line_labels
 from emloc.report.rows import Row
 
@@ -16,7 +17,7 @@ REFERENCES = (ZERO_SHOT, "lora")  # lower and upper end of what other methods ar
 RATIO = "compression.ratio"
 
 _UNCOMPRESSED = ("full", "offload")  # emulators that ignore ratio and calibration
-_PARTS = ("calibration", "precision", "emulator", "adapter", "recovery")  # groups that label lines
+_LABELLING = ("calibration", "precision", *PARTS)  # groups that label lines
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class Series:
     points: Mapping[str, Point]
 
     @property
+    def is_anchored(self) -> bool:
+        """Whether its runs were trained with anchors."""
+        return self.rows[0].is_anchored
+
+    @property
     def rows(self) -> list[Row]:
         """All runs of the line."""
         return [row for point in self.points.values() for row in point.rows]
@@ -67,7 +73,7 @@ def number(name: str) -> Measure:
 
 def is_uncompressed(row: Row) -> bool:
     """Whether the run trains through the original model, so that a ratio means nothing."""
-    return row.method in REFERENCES or row.settings.get("emulator") in _UNCOMPRESSED
+    return row.named_method in REFERENCES or row.settings.get("emulator") in _UNCOMPRESSED
 
 
 def series(rows: Iterable[Row], swept: str = "", dependent: Sequence[str] = ()) -> list[Series]:
@@ -82,12 +88,12 @@ def series(rows: Iterable[Row], swept: str = "", dependent: Sequence[str] = ()) 
     lines: dict[object, list[Row]] = {}
     for row in rows:
         if row.done:
-            key = row.method, frozenset(_line_settings(row, swept_names).items())
+            key = row.named_method, frozenset(_line_settings(row, swept_names).items())
             lines.setdefault(key, []).append(row)
     settings = [_line_settings(runs[0], swept_names) for runs in lines.values()]
     labels = line_labels(list(lines.values()), settings, swept)
     return [
-        Series(label, runs[0].method, format_name(runs[0].settings), _points(runs, swept))
+        Series(label, runs[0].named_method, format_name(runs[0].settings), _points(runs, swept))
         for runs, label in zip(lines.values(), labels, strict=True)
     ]
 
@@ -120,4 +126,4 @@ def _separates_lines(name: str, row: Row, swept: Sequence[str]) -> bool:
         return False
     # The choice of a swept setting's group is only a name for the swept value.
     swept_sections = [other.partition(".")[0] for other in swept]
-    return bool(leaf) or (section in _PARTS and section not in swept_sections)
+    return bool(leaf) or (section in _LABELLING and section not in swept_sections)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from emloc.config.presets import NONE, part_of
+
 COLUMN, PAGE = 3.3, 6.75  # inches: width of one column of a paper, and of its two columns
 
 # Okabe and Ito's palette: colour-blind readers can tell the colours apart. Its yellow is left out,
@@ -45,7 +47,8 @@ RC: Any = {
     "svg.hashsalt": "emloc",  # the same figure gives the same bytes
 }
 
-# Methods of one family share a colour and differ in the marker.
+# Methods of one family share a colour and differ in the marker. A method with anchors is of the
+# family of the method without them.
 _METHODS = {
     "zero_shot": (GREY, "x"),
     "lora": (BLACK, "o"),
@@ -54,8 +57,11 @@ _METHODS = {
     "offload": (BLACK, "D"),
     "small_model": (GREY, "X"),
     "qlora": (ORANGE, "o"),
+    "qlora_anchored": (ORANGE, "D"),
     "emloc": (BLUE, "o"),
+    "emloc_anchored": (BLUE, "D"),
     "emloc_nf4": (BLUE, "s"),
+    "emloc_nf4_anchored": (BLUE, "P"),
     "emloc_uncorrected": (SKY, "^"),
     "emloc_covariance": (GREEN, "s"),
     "svd_llm": (PURPLE, "v"),
@@ -71,6 +77,7 @@ KINDS = (
 )
 _COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 _MARKERS = ("o", "^", "s", "D", "v", "P", "<", ">", "X", "x")
+_CHANGED = 5  # markers between that of a method and that of the same method with another part
 _DASHES = ("-", "--", "-.", ":")
 
 
@@ -95,19 +102,33 @@ def line_styles(lines: Iterable[tuple[str, str, bool]]) -> dict[str, Style]:
 
     Args:
         lines: label, method, and whether the run trains in a packed format (drawn hollow). Lines
-            of one method share its colour; markers and dashes tell them apart.
+            of one method share its colour; markers and dashes tell them apart, and a method with
+            anchors from the one without.
     """
     lines = sorted(set(lines))
-    unlisted = sorted({method for _, method, _ in lines} - _METHODS.keys())
+    unlisted = sorted({_family(method) for _, method, _ in lines} - _METHODS.keys())
     styles = {}
     for label, method, is_hollow in lines:
         variant = [one for one, other, _ in lines if other == method].index(label)
-        colour, marker = _METHODS.get(method) or _unlisted_method(unlisted.index(method))
-        if variant:
-            marker = _MARKERS[(_MARKERS.index(marker) + variant) % len(_MARKERS)]
+        family = _family(method)
+        colour, marker = _METHODS.get(family) or _unlisted_method(unlisted.index(family))
+        if turns := variant + _CHANGED * (family != method):
+            marker = _MARKERS[(_MARKERS.index(marker) + turns) % len(_MARKERS)]
+        dash = _DASHES[(variant + _is_anchored(method)) % len(_DASHES)]
         rule = ":" if method == "zero_shot" else "--"
-        styles[label] = Style(colour, marker, _DASHES[variant % len(_DASHES)], is_hollow, rule)
+        styles[label] = Style(colour, marker, dash, is_hollow, rule)
     return styles
+
+
+def _family(method: str) -> str:
+    """The method that another part was added to, as `upop` of `upop anchor=blocks`."""
+    return method.partition(" ")[0]
+
+
+def _is_anchored(method: str) -> bool:
+    """Whether a method trains with anchors, by its preset or by a part that was added to it."""
+    family, *words = method.split(" ")
+    return part_of(family, dict(word.partition("=")[::2] for word in words), "anchor") != NONE
 
 
 def _unlisted_method(index: int) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from itertools import pairwise
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
+from emloc.config.settings import PARTS
 from emloc.report.draw.drawing import Drawing, numbered_pages
 from emloc.report.draw.markers import HOLLOW, MOVED, Marker, draw_markers
 from emloc.report.draw.panels import Panel, panels
@@ -41,13 +42,16 @@ _NAMES = {
     RATIO: "share of parameters kept",
     "calibration.samples": "calibration samples",
     "lora.rank": "LoRA rank",
+    "anchor.guard": "rows that judge the rounds of an anchored training",
+    "anchor.places": "places of the anchors",
+    "anchor.rounds": "rounds of the anchored training",
     "recovery.clamp": "clamp of the correction",
     "recovery.strength": "strength of the correction",
     "train.learning_rate": "learning rate",
     "train.steps": "training steps",
 }
 _CHANGES_LORA = ("lora", "train")  # sections of settings that also change a LoRA on the original
-_SWEPT = ("calibration", "compression", "lora", "emulator", "adapter", "recovery", "train")
+_SWEPT = ("calibration", "compression", "lora", *PARTS, "train")
 _DEPENDENT = {"lora.rank": "lora.alpha"}  # setting -> the one that usually follows it
 _NONE = "null"
 _TICKS = 9  # that are readable below an axis

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emloc.config.folder_words import safe_word
+from emloc.config.presets import NONE, named_method, optional_parts, part_of
 from emloc.config.run_folder import DONE, find_runs
 from emloc.config.settings import DECISIVE
 from emloc.config.stage_order import merged, stages_of, standard_stages
@@ -43,9 +45,10 @@ class Row:
     """One run. `settings`: group -> choice and dotted key -> value, in the command line's words.
 
     `numbers`: `score`, `scores/<name>`, `as_trained/<name>`, `gain_kept` (a share), `bytes` (of the
-    model that was trained through), `trainable` (parameters), `step_seconds`, `seconds/<stage>`,
-    `peak_gib/<stage>`, `row_forwards/<stage>`, `weights_read/<stage>` (bytes), `trained_rows`. A
-    number that was not measured is missing.
+    model that was trained through), `trainable` (parameters), `step_seconds`, `passes` (of the
+    original in an anchored training) and `rejected_rounds`, `seconds/<stage>`, `peak_gib/<stage>`,
+    `row_forwards/<stage>`, `weights_read/<stage>` (bytes), `trained_rows`. A number that was not
+    measured is missing.
     """
 
     experiment: str
@@ -67,6 +70,19 @@ class Row:
     def done(self) -> bool:
         """Whether the run has results."""
         return self.state == DONE
+
+    @cached_property
+    def named_method(self) -> str:
+        """The method that has the run's parts: `emloc_anchored` for an anchored emloc_uncorrected.
+
+        It is the label of the run. `method` is the choice that the run was started with.
+        """
+        return named_method(self.method, self.settings)
+
+    @property
+    def is_anchored(self) -> bool:
+        """Whether the emulator was put back onto the original's hidden states in training."""
+        return part_of(self.method, self.settings, "anchor") != NONE
 
     @property
     def headline(self) -> bool:
@@ -156,7 +172,14 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
     """Write a tidy CSV: one line for each run, the settings in which runs differ, all numbers."""
     frame = frame_of(rows)
     words = [n for n in frame if not is_number(n) and n not in (*FIELDS, *ALWAYS)]
-    shared = [name for name in words if frame[name].nunique(dropna=False) == 1]
+    optional = optional_parts()
+    # Methods are named by optional parts, so a choice of one stays even if all runs share it.
+    shared = [
+        name
+        for name in words
+        if frame[name].nunique(dropna=False) == 1
+        and frame[name].iloc[0] == optional.get(name, frame[name].iloc[0])
+    ]
     frame.drop(columns=shared).to_csv(path, index=False, lineterminator="\n")
 
 
@@ -218,7 +241,7 @@ def _row(stored: StoredRun, runs: Sequence[StoredRun]) -> Row:
         seed=int(config["seed"]),
         metric=metrics.get("metric", ""),
         data=digest(metrics["data"]) if metrics else "",
-        settings=choices | _leaves(config),
+        settings=optional_parts() | choices | _leaves(config),  # older runs lack some parts
         numbers=_numbers(stored, runs) if metrics else {},
         stages=stages_of(config),
     )
@@ -237,6 +260,7 @@ def _leaves(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _numbers(stored: StoredRun, runs: Sequence[StoredRun]) -> dict[str, float]:
     metrics = stored.metrics
+    training = metrics.get("facts", {}).get("train", {})
     values = {
         "score": metrics["score"],
         **{f"scores/{name}": value for name, value in metrics["scores"].items()},
@@ -245,6 +269,7 @@ def _numbers(stored: StoredRun, runs: Sequence[StoredRun]) -> dict[str, float]:
         "bytes": metrics.get("emulator", {}).get("bytes"),
         "trainable": metrics.get("trainable"),
         "step_seconds": metrics.get("step_seconds"),
+        **{name: training.get(name) for name in ("passes", "rejected_rounds")},
         **{f"{_SECONDS}{stage}": value for stage, value in metrics["seconds"].items()},
         **{f"peak_gib/{stage}": value for stage, value in metrics["peak_gib"].items()},
         **work_numbers(stored, runs),

@@ -14,7 +14,7 @@ from emloc.errors import ConfigError
 
 STD = "_std"  # behind the name of a number: its standard deviation over seeds
 _NUMBERS = (
-    *("score", "gain_kept", "bytes", "trainable", "step_seconds"),
+    *("score", "gain_kept", "bytes", "trainable", "step_seconds", "passes", "rejected_rounds"),
     *("trained_rows", "forwards", "weights_read"),
 )
 _KINDS = (

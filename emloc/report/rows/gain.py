@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from emloc.config.presets import named_method
 from emloc.config.run_folder import Run
 
 # Sections of settings that a run shares with its untouched model, and with its LoRA.
@@ -22,6 +23,11 @@ class StoredRun:
     run: Run
     config: Mapping[str, Any]
     metrics: Mapping[str, Any]  # empty until the run is done
+
+    @property
+    def method(self) -> str:
+        """The method that has the run's parts: a `lora` with anchors is another method."""
+        return named_method(str(self.config["method"]), self.run.choices)
 
     @property
     def loss(self) -> float | None:
@@ -48,7 +54,7 @@ def _loss_of(
     losses = (
         one.loss
         for one in runs
-        if one.config["method"] == method
+        if one.method == method
         and one.loss is not None
         and all(_learnt(one, name) == _learnt(run, name) for name in sections)
     )

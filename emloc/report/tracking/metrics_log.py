@@ -24,8 +24,8 @@ class Record:
 
     A resumed run keeps the lines of its earlier attempts. Training resumes from the last
     checkpoint, so some steps run twice: a new line replaces the old lines of its step and of later
-    steps. A value that is not finite is written as null. Leaving the `with` block closes the
-    tracker with the status of the run.
+    steps that have one of its numbers. A value that is not finite is written as null. Leaving the
+    `with` block closes the tracker with the status of the run.
     """
 
     def __init__(self, run: Run) -> None:
@@ -40,8 +40,8 @@ class Record:
 
     @property
     def last(self) -> int:
-        """The last training step in the log; 0 without any."""
-        return max((_step(line) for line in self._lines), default=0)
+        """The last training step in the log; -1 without any."""
+        return max((_step(line) for line in self._lines if STEP in line), default=-1)
 
     def follow(self, tracker: Tracker) -> None:
         """Attach a tracker. It receives all earlier lines before the next line."""
@@ -107,10 +107,14 @@ def stage_line(stage: str, facts: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _is_replaced(old: Line, new: Line) -> bool:
-    """Whether the new line is of the same stage, or of the same training step or an earlier one."""
-    if STEP in new or STEP in old:
-        return STEP in new and _step(old) >= _step(new)
-    return not old.keys().isdisjoint(new)
+    """Whether both lines have a common number, and the new one is of no later training step.
+
+    The loss of a step and the original's loss behind this step are two lines.
+    """
+    is_of_training = STEP in new
+    if is_of_training != (STEP in old) or (old.keys() - {STEP}).isdisjoint(new):
+        return False
+    return not is_of_training or _step(old) >= _step(new)
 
 
 def _step(line: Line) -> int:

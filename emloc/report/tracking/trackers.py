@@ -47,7 +47,7 @@ class Tracker(Protocol):
     """A service that mirrors runs."""
 
     def start(self, folder: Path, config: Mapping[str, Any], last: int) -> Session:
-        """Open or resume the tracking of a run whose log reaches training step `last`.
+        """Open or resume the tracking of a run whose log reaches training step `last`; -1: none.
 
         All lines of the log are sent again. A tracker that resumes must skip those it already has.
         """

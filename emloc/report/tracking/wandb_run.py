@@ -112,12 +112,15 @@ class WandbRun:
     def last_sent(self, name: str, recorded: int) -> int:
         """Return the last value of a counter that W&B has; `recorded` is the last in the log.
 
+        It is -1 where W&B has none.
+
         Online the server knows the value. Offline a resumed run has all lines of the log, except
         for those of the last tenth of a second before it was killed.
         """
         if not self.continued:
-            return 0
-        return recorded if self._run.offline else int(self._run.summary.get(name) or 0)
+            return -1
+        value = recorded if self._run.offline else self._run.summary.get(name)
+        return -1 if value is None else int(value)
 
     def draw_over(self, name: str, counter: str) -> None:
         """Use a counter as the horizontal axis of all numbers that match a name with `*`."""

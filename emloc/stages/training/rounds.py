@@ -305,7 +305,7 @@ class Rounds:
             line |= {"change": change.mean, "error": change.error, "rejected": change.is_worse}
         self.lines.append(line)
         if losses:
-            self.report(position, {"original_loss": line["original_loss"]})
+            self.report(position, pass_values(line))
 
     def _finish(self, state: State, position: int, rejected: int) -> dict[str, Any]:
         adapter = self.trainee.training_inputs.adapter
@@ -327,6 +327,17 @@ class Rounds:
             "rejected_rounds": rejected,
             **work,
         }
+
+
+def pass_values(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a pass for the training log; none if it measured no loss.
+
+    The loss behind a rejected round has a name of its own, so that `original_loss` is the loss of
+    the adapter with which the training goes on.
+    """
+    if "original_loss" not in line:
+        return {}
+    return {"rejected_loss" if line.get("rejected") else "original_loss": line["original_loss"]}
 
 
 def _first_does(done: Path, work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,150 @@
+"""What a training with anchors takes beside one without: offsets, and passes of the original."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from emloc.anchors import Anchor
+from emloc.anchors.places import Place
+from emloc.config.compatibility import choice_name
+from emloc.config.settings import Budget, TrainSettings
+from emloc.cost.plan.cost import PROCESS, TrainingCost
+from emloc.cost.plan.layout import StepShape
+from emloc.emulators.full import Full
+from emloc.emulators.layer_drop import block_stack
+from emloc.models.checkpoint.source import Source
+from emloc.models.decoder import Decoder
+from emloc.runtime.memory import GIB
+from emloc.stages.anchor import require_anchorable
+from emloc.stages.run_config import RunConfig
+from emloc.stages.training.anchored_rows import round_ends
+
+
+@dataclass(frozen=True)
+class AnchorPlan:
+    """Sizes of an anchored training, if every row is as long as the longest."""
+
+    anchor: Anchor
+    source: Source
+    places: list[Place]
+    step_shape: StepShape
+    recipe: TrainSettings
+    budget: Budget
+
+    @property
+    def choice(self) -> str:
+        """The choice of the group `anchor`."""
+        return choice_name(self.anchor)
+
+    @property
+    def _width(self) -> int:
+        width: int = self.source.config.get_text_config().hidden_size
+        return width
+
+    @property
+    def round_rows(self) -> int:
+        """Rows of the longest round. A row that is drawn twice in a round is stored once."""
+        ends = round_ends(self.recipe.steps, self.anchor.rounds)
+        steps = max(end - start for start, end in zip([0, *ends], ends, strict=False))
+        return steps * self.recipe.batch * self.recipe.accumulate
+
+    @property
+    def batch_offsets(self) -> int:
+        """Bytes of the offsets of one forward pass on the device, which padding takes, too."""
+        tokens = self.step_shape.batch * self.step_shape.length
+        return tokens * len(self.places) * self._token_bytes
+
+    @property
+    def round_offsets(self) -> int:
+        """Bytes of the offsets of a round on the disk."""
+        shape = self.step_shape
+        tokens = sum(
+            shape.answer if place.predicting_only else shape.length for place in self.places
+        )
+        return self.round_rows * tokens * self._token_bytes
+
+    @property
+    def _token_bytes(self) -> int:
+        return self.anchor.stored_as.token_bytes(self._width)
+
+    @property
+    def states(self) -> int:
+        """Bytes of the hidden states of all rows of a round, of the original and the emulator."""
+        tokens = self.round_rows * self.step_shape.length
+        return 2 * tokens * self._width * self.source.dtype.itemsize
+
+    @property
+    def host(self) -> int:
+        """Bytes of host memory of a pass, with the token embedding that training keeps there."""
+        embedding = Decoder(self.source).untied_embedding
+        size = self.source.sizes[embedding] * self.source.dtype.itemsize if embedding else 0
+        return PROCESS + size + min(self.states, self._host_limit)
+
+    @property
+    def disk(self) -> int:
+        """Bytes of disk of a pass: offsets, states behind two places, states beyond the host's."""
+        return self.round_offsets + 2 * self.states + max(0, self.states - self._host_limit)
+
+    @property
+    def _host_limit(self) -> int:
+        return int(self.budget.host_gib * GIB)
+
+    @property
+    def reads(self) -> int:
+        """How often the original's weights are read: for each round, and for the last guard."""
+        return self.anchor.rounds + bool(self.anchor.guard)
+
+    def added_to(self, cost: TrainingCost) -> TrainingCost:
+        """Return the cost of a training, with that of its passes.
+
+        The offsets of the first round stay in the cache beside those of a later round.
+        """
+        first_round = self.round_offsets if self.anchor.rounds > 1 else 0
+        disk = cost.disk + first_round + self.disk
+        return replace(cost, host=max(cost.host, self.host), disk=disk)
+
+    def lines(self) -> list[str]:
+        """Return what a user has to know before anything is computed, in sentences."""
+        anchor, shape = self.anchor, self.step_shape
+        weights = sum(self.source.sizes.values()) * self.source.dtype.itemsize
+        excess = ""
+        if self.round_offsets > anchor.disk_gib * GIB:
+            excess = (
+                f"; this is more than anchor.disk_gib={anchor.disk_gib:g}, so set anchor.rounds "
+                "higher, anchor.dtype=int8, anchor.disk_gib, or --length to the rows' mean length"
+            )
+        return [
+            f"anchor={self.choice}: the offsets of a round take {self.round_offsets / GIB:.3g} GiB "
+            f"of disk ({self.round_rows} rows of {shape.length} tokens, {_places(self.places)}, "
+            f"{anchor.dtype}); those of the first round stay in the cache{excess}",
+            f"anchor={self.choice}: a pass over a round takes {self.host / GIB:.3g} GiB of host "
+            f"memory, and {self.disk / GIB:.3g} GiB of disk with the offsets",
+            f"anchor={self.choice}: the original's weights are read {self.reads} times, "
+            f"{self.reads * weights / GIB:.3g} GiB in all",
+        ]
+
+
+def anchor_plan(run_config: RunConfig, source: Source, step_shape: StepShape) -> AnchorPlan | None:
+    """Return the plan of the run's anchors; None without anchors.
+
+    Raises:
+        ConfigError: the model does not have the places, or the emulator cannot be put back.
+    """
+    anchor = run_config.anchor
+    if not anchor.anchors:
+        return None
+    layers = run_config.model.adapted_layers(source)
+    # Left open bits are solved for, so that the emulator is no original.
+    is_original = isinstance(run_config.emulator, Full) and run_config.compression.bits is not None
+    require_anchorable(run_config, source, layers, is_original=is_original)
+    places = anchor.find(source.meta_model, block_stack(source))
+    return AnchorPlan(anchor, source, places, step_shape, run_config.train, run_config.budget)
+
+
+def with_offsets(step_shape: StepShape, anchors: AnchorPlan | None) -> StepShape:
+    """Return the shape of a step that has the offsets of its batch on the device."""
+    return replace(step_shape, offsets=anchors.batch_offsets if anchors else 0)
+
+
+def _places(places: list[Place]) -> str:
+    return f"{len(places)} place{'s' if len(places) > 1 else ''}"
