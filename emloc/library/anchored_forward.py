@@ -81,6 +81,8 @@ class AnchoredForward:
 
     # The hooks.
 
+    # Without the decorator, torch.compile would compile the reading of files.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -116,6 +118,7 @@ class AnchoredForward:
             self._read_ahead(len(rows.numbers))
         return args, arguments
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after(self, output: Any) -> None:
         """Let the backward pass of this call find its offsets again, if it computes blocks anew."""
         offsets = self._offsets.offsets
@@ -127,7 +130,7 @@ class AnchoredForward:
 
         for tensor in tensors_in(output):
             if tensor.requires_grad:
-                tensor.register_hook(restore)
+                tensor.register_hook(restore)  # type: ignore[no-untyped-call]
 
     # The rows.
 

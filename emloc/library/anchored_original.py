@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,6 +21,10 @@ from emloc.tensors.nn.surgery import replace_tensor, with_modules
 
 # Settings of a LoRA that say how it acts on its layers.
 _ACTION = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+
+
+# What PEFT adds to the name of a module that is trained in full: the name of the adapter.
+_TRAINED_MODULE = re.compile(r"\.modules_to_save\.[^.]+")
 
 
 class MemoryWeights:
@@ -64,11 +69,23 @@ def adapted_original(original: nn.Module, emulator: nn.Module) -> Original:
     assert isinstance(model, PreTrainedModel)
     own = _tensors_of(original)
     tensors = {
-        name: own.get(_plain(name), tensor).detach() for name, tensor in _tensors_of(model).items()
+        name: _of_original(name, tensor, own).detach()
+        for name, tensor in _tensors_of(model).items()
     }
     # `MemoryWeights` ties them. The model's own method does not know the layers of PEFT.
     vars(model)["tie_weights"] = lambda: None
     return Original(model, MemoryWeights(tensors, _shared_names(model)))
+
+
+def _of_original(name: str, tensor: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+    """Return the original's tensor of this name, or the adapter's if the original has none.
+
+    A module that is trained in full computes in the dtype of the original's.
+    """
+    if _plain(name) in own:
+        return own[_plain(name)]
+    replaced = own.get(_TRAINED_MODULE.sub("", name))
+    return tensor if replaced is None else tensor.to(replaced.dtype)
 
 
 def _shared_names(model: nn.Module) -> dict[str, list[str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 from torch.utils.data import Sampler
 
@@ -49,28 +48,44 @@ class DrawOrder:
         Raises:
             ConfigError: a row comes too early or too late, or is in another round.
         """
-        due = self.next
-        for index, number in enumerate(numbers):
-            start = window.start if due is None else due % self._count
+        if self.next is None:
+            start = window.start + self._distance(numbers[0], window.start)
+            positions = self._positions_from(start % self._count, numbers, slack)
+        else:
+            due = self.next % self._count
             # An epoch may end early, since loaders can leave out the last rows.
-            starts = (start, 0) if index == 0 else (start,)
-            start = min(starts, key=partial(self._distance, number))
-            distance = self._distance(number, start)
-            if due is not None and distance > slack:
-                raise ConfigError(
-                    "rows come in another order than emloc.anchor was given: row "
-                    f"{self._positions[number][0]} where row {due % self._count} is due; draw them "
-                    "with anchors.sampler (in a Trainer: train_sampling_strategy='sequential')"
-                )
-            position = (start + distance) % self._count
+            positions = self._positions_from(due, numbers, slack) or self._positions_from(
+                0, numbers, slack
+            )
+        if positions is None:
+            where = "" if self.next is None else f" behind row {self.next - 1}"
+            raise ConfigError(
+                f"rows come in another order than emloc.anchor was given{where}: "
+                f"{', '.join(str(self._positions[number][0]) for number in numbers)}; draw them "
+                "with anchors.sampler (in a Trainer: train_sampling_strategy='sequential')"
+            )
+        for position in positions:
             if position not in window:
                 raise ConfigError(
                     f"row {position} is not in this round, which has the rows {window.start} to "
                     f"{window.stop - 1}; call anchors.renew() behind row {window.stop - 1}, and "
                     "set round_rows to a multiple of the rows of an optimizer step"
                 )
-            due = position + 1
-        self.next = due
+        self.next = positions[-1] + 1
+
+    def _positions_from(self, start: int, numbers: Sequence[int], slack: int) -> list[int] | None:
+        """Return the positions of rows that are drawn from `start` on; None if they are others."""
+        positions: list[int] = []
+        for number in numbers:
+            distance = self._distance(number, start)
+            position = (start + distance) % self._count
+            # One process alone begins an epoch with a new batch.
+            is_restart = bool(positions) and position < start and not slack
+            if distance > slack or is_restart:
+                return None
+            positions.append(position)
+            start = position + 1
+        return positions
 
     def _distance(self, number: int, start: int) -> int:
         """Return how many rows lie between `start` and the next row with this number."""

@@ -39,7 +39,7 @@ def _add(hashed: xxhash.xxh3_128, value: Any) -> None:
         _add_text(hashed, f"{tuple(value.shape)}{value.dtype}")
         if value.numel():
             flat = value.detach().cpu().reshape(-1)
-            hashed.update(flat.view(torch.uint8).numpy())
+            hashed.update(flat.view(torch.uint8).numpy().data)
     elif isinstance(value, Mapping):
         for key in sorted(value, key=str):
             _add(hashed, key)

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import emloc
 from emloc import ConfigError
 from emloc.anchors.formats import FORMATS, Floats
+from emloc.library.anchored_original import adapted_original
 from emloc.library.anchored_rows import ROWS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in")
@@ -268,6 +269,30 @@ def test_the_trainer_does_what_a_plain_loop_does(model, built, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.parametrize(("dtype", "bar"), [("bfloat16", 1e-3), ("int8", 1e-3)])
+def test_rounded_offsets_are_nearly_exact(model, emulator, tmp_path, dtype, bar):
+    rows, tuned = make_rows(), attach(emulator)
+    original = with_adapter(model, tuned, tmp_path)
+    with anchored(model, tuned, rows, dtype=dtype) as anchors:
+        batch = anchors.collate(rows)
+        output, target = tuned(**batch), original(**on_the_right(rows))
+        error = (output.logits - target.logits)[batch["attention_mask"].bool()].abs().max()
+        assert 1e-7 < error < bar
+
+
+def test_a_cast_emulator_is_compared_with_the_original_as_it_is(model, emulator, tmp_path):
+    tuned = attach(emulator.bfloat16(), modules_to_save=["lm_head"])
+    target = with_adapter(model, tuned, tmp_path)(**on_the_right(make_rows()))
+    adapted = adapted_original(model, emulator)
+    assert adapted.weights is not None
+    names = [name for name, _ in adapted.model.named_parameters()]
+    adapted.weights.fill(adapted.model, names, torch.device("cpu"))
+    assert adapted.model.lm_head.original_module.weight is adapted.model.model.embed_tokens.weight
+    output = adapted.model(**on_the_right(make_rows()))
+    torch.testing.assert_close(output.logits, target.logits, rtol=0, atol=1e-5)
+    assert emulator.model.embed_tokens.weight.dtype == torch.bfloat16
+
+
 # Rows ---------------------------------------------------------------------------------------------
 
 
@@ -276,10 +301,10 @@ def test_another_order_is_refused_in_training(model, emulator):
     with anchored(model, tuned, rows) as anchors:
         backwards = [[7, 6], [5, 4]]
         batch = next(iter(DataLoader(rows, batch_sampler=backwards, collate_fn=anchors.collate)))
-        assert "row 6 where row 0 is due; draw them with anchors.sampler" in refusal(tuned, **batch)
+        assert "given: 7, 6; draw them with anchors.sampler" in refusal(tuned, **batch)
         first, second, third, *_ = loader(anchors, rows, drop_last=True)
         tuned(**first)
-        assert "row 4 where row 2 is due" in refusal(tuned, **third)
+        assert "given behind row 1: 4, 5; draw them" in refusal(tuned, **third)
         tuned(**second)
         tuned(**first)  # a loader may end an epoch early
         with torch.no_grad():
