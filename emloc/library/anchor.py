@@ -82,7 +82,7 @@ def anchor(
     """
     base, stamp = emulator_and_stamp(emulator, "anchor(model, emulator, rows)")
     original = original_model(model)
-    if not isinstance(original, PreTrainedModel) or original.config.is_encoder_decoder:
+    if not isinstance(original, PreTrainedModel) or _has_encoder(original):
         raise ConfigError(
             f"model is a {type(original).__name__}; anchors need a model of transformers with one "
             "stack of blocks over tokens, not an encoder with a decoder"
@@ -108,6 +108,11 @@ def anchor(
         context,
     )
     return Anchors(passes, round_rows, None if folder is None else Path(folder))
+
+
+def _has_encoder(model: PreTrainedModel) -> bool:
+    """Whether the tokens of a batch are those of an encoder, which the blocks of a decoder read."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
 def _blocks(model: PreTrainedModel) -> tuple[list[str], list[str]]:

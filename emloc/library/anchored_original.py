@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +20,6 @@ from emloc.tensors.nn.surgery import replace_tensor, with_modules
 
 # Settings of a LoRA that say how it acts on its layers.
 _ACTION = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
-
-
 # What PEFT adds to the name of a module that is trained in full: the name of the adapter.
 _TRAINED_MODULE = re.compile(r"\.modules_to_save\.[^.]+")
 
@@ -51,7 +48,7 @@ class MemoryWeights:
                 setattr(model.get_submodule(owner), leaf, model.get_parameter(name))
         for name, buffer in [*model.named_buffers()]:
             if not buffer.is_meta:
-                replace_tensor(model, name, self._tensors[name].to(device))
+                replace_tensor(model, name, buffer.to(device))
 
 
 def adapted_original(original: nn.Module, emulator: nn.Module) -> Original:
@@ -67,10 +64,12 @@ def adapted_original(original: nn.Module, emulator: nn.Module) -> Original:
     }
     model = with_modules(emulator, linears)
     assert isinstance(model, PreTrainedModel)
-    own = _tensors_of(original)
+    for name, buffer in original.named_buffers():
+        replace_tensor(model, name, buffer.clone())
+    own = dict(original.named_parameters(remove_duplicate=False))
     tensors = {
-        name: _of_original(name, tensor, own).detach()
-        for name, tensor in _tensors_of(model).items()
+        name: _of_original(name, parameter, own).detach()
+        for name, parameter in model.named_parameters(remove_duplicate=False)
     }
     # `MemoryWeights` ties them. The model's own method does not know the layers of PEFT.
     vars(model)["tie_weights"] = lambda: None
@@ -78,7 +77,7 @@ def adapted_original(original: nn.Module, emulator: nn.Module) -> Original:
 
 
 def _of_original(name: str, tensor: Tensor, own: Mapping[str, Tensor]) -> Tensor:
-    """Return the original's tensor of this name, or the adapter's if the original has none.
+    """Return the original's parameter of this name, or the adapter's if the original has none.
 
     A module that is trained in full computes in the dtype of the original's.
     """
@@ -146,11 +145,3 @@ def require_whole(model: nn.Module) -> None:
 def _plain(name: str) -> str:
     """Return the name that a tensor or module had before PEFT wrapped its layer."""
     return name.replace(".base_layer", "").replace(".original_module", "")
-
-
-def _tensors_of(model: nn.Module) -> dict[str, Any]:
-    """Return all parameters and buffers by all of their names."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }

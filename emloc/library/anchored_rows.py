@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from emloc.anchors.batches import KeyedRow
-from emloc.errors import ConfigError
+from emloc.errors import ConfigError, one_line
 from emloc.library.arguments import require_batch
 from emloc.library.row_content import content_digest
 
@@ -151,7 +151,8 @@ def read_rows(rows: Any, collate: Collate, model: nn.Module) -> RowTable:
     """Read all rows once, and return them with the keys and lengths that `collate` gives them.
 
     Raises:
-        ConfigError: `rows` has no length, is empty, or one of the rows is no argument of the model.
+        ConfigError: `rows` has no length, is empty, one of the rows is no argument of the model, or
+            rows cannot be in one batch.
     """
     if isinstance(rows, Mapping | str) or not isinstance(rows, Sized):
         raise ConfigError(
@@ -167,7 +168,26 @@ def read_rows(rows: Any, collate: Collate, model: nn.Module) -> RowTable:
         table.order.append(number)
         if number == len(table.distinct):
             table.distinct.append(_keyed(row, index, collate, model))
+    _require_padding(table)
     return table
+
+
+def _require_padding(table: RowTable) -> None:
+    """Check that the shortest and the longest row can be in one batch.
+
+    Raises:
+        ConfigError: they cannot, or the batch changes one of them.
+    """
+    by_length = sorted((keyed.row for keyed in table.distinct), key=lambda row: row.length)
+    ends = [table.rows[by_length[0].index], table.rows[by_length[-1].index]]
+    try:
+        AnchoredCollate("", table)(ends)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"collate makes no batch of rows with {by_length[0].length} and {by_length[-1].length} "
+            f"tokens ({one_line(error, 60)}); pass one that pads them, such as transformers' "
+            "DataCollatorForSeq2Seq(tokenizer)"
+        ) from error
 
 
 def _keyed(row: Any, index: int, collate: Collate, model: nn.Module) -> KeyedRow:

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import IMAGE_TOKEN, tiny_internvl, tiny_llama, tiny_tokenizer
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 import emloc
 from emloc import ConfigError
@@ -177,10 +177,9 @@ def test_the_second_round_is_exact_with_the_adapter_of_its_start(model, emulator
         assert_exact(tuned, original, next(iter(loader(anchors, rows))))
 
 
-def test_a_model_with_images_is_exact(tmp_path):
-    """Its tower is emulated, too, so the emulator is also put back in front of the decoder."""
+def pictured():
+    """A model with a vision tower, rows with an image at different places, and their collation."""
     torch.manual_seed(0)
-    model = tiny_internvl().double()
     rows = [
         {"input_ids": torch.randint(10, 200, (9,)), "pixel_values": torch.randn(3, 28, 28).double()}
         for _ in range(4)
@@ -192,6 +191,12 @@ def test_a_model_with_images_is_exact(tmp_path):
         batch = {name: torch.stack([row[name] for row in some]) for name in some[0]}
         return batch | {"labels": batch["input_ids"]}
 
+    return tiny_internvl().double(), rows, collate
+
+
+def test_a_model_with_images_is_exact(tmp_path):
+    """Its tower is emulated, too, so the emulator is also put back in front of the decoder."""
+    model, rows, collate = pictured()
     tuned = attach(emloc.build_emulator(model, [collate(rows)], 0.5))
     original = with_adapter(model, tuned, tmp_path)
     with anchored(model, tuned, rows, collate) as anchors:
@@ -199,21 +204,26 @@ def test_a_model_with_images_is_exact(tmp_path):
             assert_exact(tuned, original, batch | {"attention_mask": batch[ROWS].mask.long()})
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_recomputed_blocks_find_the_offsets_of_their_batch(model, emulator, reentrant):
+@pytest.mark.parametrize("kind", ["reentrant", "text", "images"])
+def test_recomputed_blocks_find_the_offsets_of_their_batch(model, emulator, kind):
     """Also if two batches are computed before one backward pass."""
-    rows, tuned = make_rows(), attach(emulator)
+    rows, collate = make_rows(), on_the_right
+    if kind == "images":
+        model, rows, collate = pictured()
+        emulator = emloc.build_emulator(model, [collate(rows)], 0.5)
+    tuned = attach(emulator)
     gradients = []
-    with anchored(model, tuned, rows) as anchors:
+    with anchored(model, tuned, rows, collate) as anchors:
         for checkpointing in (False, True):
             if checkpointing:
                 tuned.enable_input_require_grads()
-                tuned.gradient_checkpointing_enable({"use_reentrant": reentrant})
+                tuned.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
             tuned.train()
-            one, two = list(loader(anchors, rows, 4))
+            one, two = list(loader(anchors, rows, len(rows) // 2))
             loss = tuned(**one).loss + tuned(**two).loss
-            with torch.no_grad():
-                tuned(**on_the_right(rows))  # an evaluation in between
+            if kind == "images":
+                with torch.no_grad():
+                    tuned(**collate(rows))  # an evaluation in between
             loss.backward()
             gradients.append([parameter.grad for parameter in trained(tuned)])
             tuned.zero_grad()
@@ -342,24 +352,29 @@ def test_other_rows_and_batches_are_refused_in_training(model, built):
         assert "DataParallel; use DistributedDataParallel" in message
 
 
-def test_a_collation_that_changes_rows_is_refused(model, emulator):
-    rows, tuned = make_rows(), attach(emulator, None)
-
-    def cut(some):
-        return {name: value[:, :12] for name, value in on_the_right(some).items()}
+def test_a_collation_that_changes_rows_is_refused(model, built):
+    rows = make_rows()
 
     def packed(some):
         return {"input_ids": torch.cat([row["input_ids"] for row in some])[None]}
 
-    def shortened(some):
+    def cut(some):
         return {n: v[:, : 12 if len(some) == 1 else 10] for n, v in on_the_right(some).items()}
 
-    with anchored(model, tuned, rows, cut) as anchors:
-        tuned(**anchors.collate(rows[:2]))
-    with anchored(model, tuned, rows[:1], packed, batch_tokens=1) as anchors:
-        assert "1 sequences of 2 rows" in refusal(anchors.collate, [rows[0], rows[0]])
-    with anchored(model, tuned, rows, shortened, batch_tokens=1) as anchors:
-        assert "10 tokens of a row that has 12 alone" in refusal(anchors.collate, rows[:2])
+    expected = {
+        packed: "1 sequences of 2 rows; pass one that makes one sequence of each row",
+        cut: "10 tokens of a row that has 12 alone; pass one that changes no row",
+        default_data_collator: "rows with 5 and 20 tokens (stack expects each tensor to be equal",
+    }
+    for collate, message in expected.items():
+        assert message in refusal(anchored, model, built, rows, collate)
+
+
+def test_an_adapter_may_be_attached_later(model, emulator):
+    rows = make_rows()
+    with anchored(model, emulator, rows) as anchors:
+        tuned = attach(emulator, None)
+        assert_exact(tuned, model, next(iter(loader(anchors, rows))))
 
 
 # Hooks and files ----------------------------------------------------------------------------------
