@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from emloc.adapters.fold import merge
     from emloc.adapters.saved import SavedLora, read_lora
     from emloc.errors import ConfigError, StageError
+    from emloc.library.anchor import anchor
     from emloc.library.correct import correct
     from emloc.library.emulate import build_emulator
     from emloc.library.storage import load_emulator, save_emulator
@@ -29,6 +30,7 @@ _MODULES = {
     "SavedLora": "emloc.adapters.saved",
     "StageError": "emloc.errors",
     "Store": "emloc.runtime.stage_cache",
+    "anchor": "emloc.library.anchor",
     "build": "emloc.stages.run_config",
     "build_emulator": "emloc.library.emulate",
     "correct": "emloc.library.correct",
@@ -46,6 +48,7 @@ __all__ = [
     "SavedLora",
     "StageError",
     "Store",
+    "anchor",
     "build",
     "build_emulator",
     "compose",

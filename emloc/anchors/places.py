@@ -72,9 +72,15 @@ def spread(blocks: Sequence[str], places: int | Sequence[int]) -> list[str]:
             blocks, to which the last block is added.
 
     Raises:
-        ConfigError: there are fewer blocks.
+        ConfigError: there are fewer blocks, or no whole number says how many.
     """
     depth = len(blocks)
+    numbers = [places] if isinstance(places, int) else [*places]
+    if places == 0 or not all(type(number) is int for number in numbers):
+        raise ConfigError(
+            f"anchor.places={places} is no number of places and no list of indices of blocks; set "
+            f"anchor.places={depth} or less, or anchor.places=[{depth - 1}]"
+        )
     if isinstance(places, int):
         if places > depth:
             raise ConfigError(

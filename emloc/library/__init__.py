@@ -5,4 +5,7 @@ tuned = get_peft_model(emulator, LoraConfig(...))
 ...                                      # train `tuned` with anything
 emloc.correct(tuned, model, emulator).save("adapter")
 model = PeftModel.from_pretrained(model, "adapter")
+
+`emloc.anchor(model, tuned, rows, collate)` before the training puts the emulator back onto its
+original.
 """

@@ -32,8 +32,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def emulator_and_stamp(emulator: Any) -> tuple[nn.Module, Stamp]:
+def emulator_and_stamp(
+    emulator: Any, call: str = "correct(adapter, model, emulator)"
+) -> tuple[nn.Module, Stamp]:
     """Return the emulator without wrappers, and its stamp.
+
+    `call` is the call that takes an emulator, for the message.
 
     Raises:
         ConfigError: it is no emulator.
@@ -42,8 +46,8 @@ def emulator_and_stamp(emulator: Any) -> tuple[nn.Module, Stamp]:
     stamp = stamp_of(model) if model is not None else None
     if model is None or stamp is None:
         raise ConfigError(
-            f"emulator is no emulator but a {type(emulator).__name__}; call correct(adapter, model,"
-            " emulator) with the emulator that emloc.build_emulator or load_emulator returned"
+            f"emulator is no emulator but a {type(emulator).__name__}; call {call} with the "
+            "emulator that emloc.build_emulator or load_emulator returned"
         )
     return model, stamp
 
@@ -161,12 +165,17 @@ def batches_of(batches: Any, model: nn.Module) -> list[Batch]:
             "batches is empty: an emulator is built from samples of the task; pass a few dozen"
         )
     for index, batch in enumerate(batch_list):
-        _require_batch(batch, f"batches[{index}]", model)
+        require_batch(batch, f"batches[{index}]", model)
     return batch_list
 
 
-def _require_batch(batch: Any, where: str, model: nn.Module) -> None:
-    """Check one batch; `where` names it in messages."""
+def require_batch(batch: Any, where: str, model: nn.Module) -> None:
+    """Check one batch; `where` names it in messages.
+
+    Raises:
+        ConfigError: the batch is no mapping, is empty, has nothing but padding, or has an argument
+            that the model's forward does not take.
+    """
     if not isinstance(batch, Mapping) or not batch:
         raise ConfigError(
             f"{where} must be a dictionary of arguments of model.forward, such as input_ids; "
@@ -190,3 +199,16 @@ def _require_batch(batch: Any, where: str, model: nn.Module) -> None:
         )
     if isinstance(mask, Tensor) and not mask.any():
         raise ConfigError(f"{where} has nothing but padding: attention_mask is 0 throughout")
+
+
+def require_finite(name: str, *tensors: Tensor) -> None:
+    """Check that the tensors of the layer or parameter `name` are finite.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise ConfigError(
+            f"adapter: {name} is not finite, so its training has diverged; train it again with a "
+            "lower learning rate"
+        )

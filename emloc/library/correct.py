@@ -18,12 +18,14 @@ from emloc.library.arguments import (
     batches_of,
     emulator_and_stamp,
     original_model,
+    require_finite,
     unwrapped,
 )
 from emloc.library.emulate import blocks_of, eval_mode
 from emloc.library.identity import (
     Stamp,
     factorized_layers,
+    is_anchored,
     require_original,
     require_trained_on,
     stamp_of,
@@ -53,7 +55,7 @@ def correct(
         metric: `identity` is the paper's correction; `covariance` weights input directions by
             their second moments over `batches`.
         clamp: bound on the correction of each rank direction (lambda in the paper); 0 disables the
-            correction, None the bound.
+            correction, as an adapter needs that was trained with `anchor`; None the bound.
         strength: factor on the clamped correction, in [0, 1].
         batches: samples as for `build_emulator`; only for the covariance metric.
 
@@ -62,7 +64,8 @@ def correct(
 
     Raises:
         ConfigError: a setting is out of range, the three do not belong together, several adapters
-            are active, or the adapter is no plain LoRA, is not finite or was corrected before.
+            are active, or the adapter is no plain LoRA, is not finite, was corrected before or was
+            trained with anchors.
     """
     recovery = Correction(metric=metric, clamp=clamp, strength=strength)
     if (metric == "covariance") != (batches is not None):
@@ -70,6 +73,8 @@ def correct(
     emulated, stamp = emulator_and_stamp(emulator)
     original = original_model(model)
     trained = _trained_lora(adapter, stamp)
+    if clamp != 0 and strength != 0:
+        _refuse_anchored(adapter)
     layers = factorized_layers(emulated)
     _require_layers(trained, original)
     parameters = [f"{name}.weight" for name in dict.fromkeys([*trained.pairs, *layers])]
@@ -120,6 +125,21 @@ def _trained_lora(adapter: Any, stamp: Stamp) -> SavedLora:
     return trained
 
 
+def _refuse_anchored(adapter: Any) -> None:
+    """Refuse to correct an adapter in memory that was trained with anchors.
+
+    Raises:
+        ConfigError: it was.
+    """
+    if isinstance(adapter, nn.Module):
+        base = base_model(adapter)
+        if is_anchored(base, require_plain_lora(base)[0]):
+            raise ConfigError(
+                "adapter was trained with the anchors of emloc.anchor, so it learnt what the "
+                "original lacks and there is nothing to correct; pass clamp=0, which copies it"
+            )
+
+
 def _require_adapter_of(base: nn.Module, stamp: Stamp) -> str:
     """Return the name of the plain LoRA that is active in `base`, the emulator with this stamp.
 
@@ -157,27 +177,14 @@ def _require_layers(trained: SavedLora, model: nn.Module) -> None:
                 f"adapter: the LoRA of {name} fits a linear layer of shape {shape}, which the "
                 "model does not have; pass the adapter and the model that belong together"
             )
-        _require_finite(name, pair.a, pair.b)
+        require_finite(name, pair.a, pair.b)
     for name, tensor in trained.extras.items():
         if name not in own or own[name].shape != tensor.shape:
             raise ConfigError(
                 f"adapter: {name} with shape {tuple(tensor.shape)} was trained in full, and the "
                 "model has no such parameter; leave it out of modules_to_save"
             )
-        _require_finite(name, tensor)
-
-
-def _require_finite(name: str, *tensors: Tensor) -> None:
-    """Check that the tensors of the layer or parameter `name` are finite.
-
-    Raises:
-        ConfigError: one is not.
-    """
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-        raise ConfigError(
-            f"adapter: {name} is not finite, so its training has diverged; train it again with a "
-            "lower learning rate"
-        )
+        require_finite(name, tensor)
 
 
 def _moments(

@@ -24,6 +24,8 @@ from emloc.tensors.nn.factorized import Factorized
 _PIECE = 2**22
 # Attribute of an emulator that holds its stamp. `copy.deepcopy` and pickling keep it.
 _ATTRIBUTE = "_emloc_stamp"
+# Attribute of an emulator: the configurations of its adapters that were trained with anchors.
+_ANCHORED = "_emloc_anchored"
 _TITLE = re.compile(r".* \(emulator ([0-9a-f]{16})\)")
 
 
@@ -70,6 +72,20 @@ def stamp_of(model: nn.Module) -> Stamp | None:
     """Return the stamp of an emulator; None if the model is none."""
     stamp: Stamp | None = vars(model).get(_ATTRIBUTE)
     return stamp
+
+
+def note_anchored(emulator: nn.Module, adapters: Iterable[str]) -> None:
+    """Remember that adapters on an emulator are trained with anchors."""
+    noted = vars(emulator).setdefault(_ANCHORED, [])
+    for adapter in adapters:
+        if not is_anchored(emulator, adapter):
+            noted.append(getattr(emulator, "peft_config", {}).get(adapter))
+
+
+def is_anchored(emulator: nn.Module, adapter: str) -> bool:
+    """Whether the adapter of this name was trained with anchors, on this emulator in memory."""
+    config = getattr(emulator, "peft_config", {}).get(adapter)
+    return any(config is noted for noted in vars(emulator).get(_ANCHORED, []))
 
 
 def factorized_layers(emulator: nn.Module) -> dict[str, Factorized]:

@@ -55,3 +55,28 @@ def test_casting_and_moving_the_emulator_leaves_the_original_on_the_gpu():
     assert {weight.dtype for weight in emulator.parameters()} == {BFLOAT16}
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     assert {weight.device for weight in model.parameters()} == {CUDA}
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_anchors_run_the_original_from_host_memory(place):
+    """The adapter is on the GPU, and a loop moves each batch there as it always does."""
+    model = tiny_llama(tiny_tokenizer(chat=False)).to(CUDA)
+    rows = [{"input_ids": ids} for ids in torch.randint(5, 200, (8, 12))]
+    tuned = trained_on(emloc.build_emulator(model, [{"input_ids": torch.arange(5, 17)[None]}], 0.5))
+    model.to(place)
+
+    def collate(some):
+        ids = torch.stack([row["input_ids"] for row in some])
+        return {"input_ids": ids, "labels": ids}
+
+    with emloc.anchor(model, tuned, rows, collate, dtype="float32") as anchors:
+        assert {weight.device.type for weight in model.parameters()} == {place}
+        settings = {"sampler": anchors.sampler, "collate_fn": anchors.collate}
+        loader = torch.utils.data.DataLoader(rows, 2, pin_memory=True, **settings)
+        losses = []
+        for batch in loader:
+            moved = {name: value.to(CUDA) for name, value in batch.items()}
+            loss = tuned(**moved).loss
+            loss.backward()
+            losses.append(float(loss))
+    assert sum(losses) / len(losses) == pytest.approx(anchors.loss, rel=1e-4)

@@ -7,7 +7,7 @@ import torch
 from documents import ROOT, python_blocks
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import image_batch, tiny_internvl, tiny_llama, tiny_tokenizer
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, default_data_collator
 
 import emloc
 from emloc import ConfigError, Factorized
@@ -58,7 +58,7 @@ def test_the_example_of_the_readme_runs(model, batches, tmp_path, monkeypatch):
 
 def test_the_example_of_the_packages_readme_runs(tiny, tmp_path, monkeypatch):
     """On the tiny model, with a cache below the home of this test."""
-    (example,) = python_blocks(ROOT / "emloc" / "README.md")
+    _, example = python_blocks(ROOT / "emloc" / "README.md")
     settings = [word for word in tiny if word != "tracker=none"]
     composed = emloc.compose
     monkeypatch.setattr(emloc, "compose", lambda words: composed([*words, *settings]))
@@ -66,6 +66,23 @@ def test_the_example_of_the_packages_readme_runs(tiny, tmp_path, monkeypatch):
     names = {}
     exec(compile(example, "emloc/README.md", "exec"), names)
     assert names["result"].recovered.folder.is_relative_to(tmp_path / ".cache" / "emloc")
+
+
+def test_the_example_of_anchors_runs(model, batches, tmp_path, monkeypatch):
+    example, _ = python_blocks(ROOT / "emloc" / "README.md")
+    monkeypatch.chdir(tmp_path)
+    ids = torch.randint(5, 200, (16, 9))
+    names = {
+        "model": model,
+        "batches": batches,
+        "rows": [{"input_ids": row, "labels": row} for row in ids],
+        "collate": default_data_collator,
+    }
+    exec(compile(example, "emloc/README.md", "exec"), names)
+    assert names["anchors"].loss is not None
+    trained = PeftModel.from_pretrained(model, "adapter")
+    changes = [p for name, p in trained.named_parameters() if "lora_B" in name]
+    assert all(change.any() for change in changes)
 
 
 def test_the_original_is_unchanged(model, batches):

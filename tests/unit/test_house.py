@@ -24,6 +24,7 @@ PUBLIC = [
     "SavedLora",
     "StageError",
     "Store",
+    "anchor",
     "build",
     "build_emulator",
     "compose",

@@ -78,7 +78,11 @@ class AnchoredRows:
         folder.mkdir(parents=True, exist_ok=True)
         self._require_disk(folder, rows)
         batch = Rows(
-            rows, measured, self.collate, self.source.objective, _batch_tokens(self.source, device)
+            rows,
+            measured,
+            self.collate,
+            self.source.objective,
+            batch_tokens(self.source.config.get_text_config().vocab_size, device),
         )
         with without_cudnn():
             return record(
@@ -160,13 +164,13 @@ def require_disk(
         )
 
 
-def _batch_tokens(source: Source, device: torch.device) -> int:
+def batch_tokens(vocabulary: int, device: torch.device) -> int:
     """Return how many tokens a batch of a pass may have, so that its logits fit."""
     budget = _CPU_BYTES
     if device.type == "cuda":
         budget = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE)
     # Logits in the model's dtype, in float32, and their softmax.
-    token_bytes = 12 * source.config.get_text_config().vocab_size
+    token_bytes = 12 * vocabulary
     least, most = _TOKENS
     return min(max(budget // token_bytes, least), most)
 
