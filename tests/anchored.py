@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from packed import precision_of
@@ -22,7 +23,7 @@ from emloc.anchors.shards import OffsetReader
 from emloc.calibration.blockwise import by_block
 from emloc.calibration.samples import Samples
 from emloc.config.settings import Compression, LoraSettings
-from emloc.data.collate import collate
+from emloc.data.collate import IGNORE, collate
 from emloc.data.examples import Example, Examples
 from emloc.data.prompts import EncodedExample
 from emloc.emulators import BuildInputs, BuiltEmulator, Emulator
@@ -56,6 +57,17 @@ def rows(count: int = len(LENGTHS), seed: int = 0) -> list[KeyedRow]:
 def collate_rows(some: list[EncodedExample]) -> dict[str, Tensor]:
     """Collate rows with padding on the left; 0 is the padding token of the tiny tokenizer."""
     return collate(some, 0)
+
+
+def collate_right(some: list[EncodedExample]) -> dict[str, Tensor]:
+    """Collate rows with padding on the right, and with labels at all positions."""
+    ids = torch.zeros(len(some), max(row.length for row in some), dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE)
+    for index, row in enumerate(some):
+        ids[index, : row.length] = torch.tensor(row.input_ids)
+        mask[index, : row.length] = 1
+        labels[index, row.answer_start : row.length] = ids[index, row.answer_start : row.length]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def samples() -> Samples:
@@ -110,17 +122,18 @@ class Anchored:
     emulator: nn.Module
     places: list[Place]
     stored_as: OffsetFormat
+    collate: Callable[[list[Any]], dict[str, Any]] = collate_rows
 
     def batch(self, some: list[KeyedRow]) -> dict[str, Tensor]:
         """Return a batch of rows without offsets."""
-        return collate_rows([keyed.row for keyed in some])
+        return self.collate([keyed.row for keyed in some])
 
     @contextmanager
     def put_back(self, some: list[KeyedRow]):
         """Put the emulator back onto the original's hidden states of these rows."""
         hooks = AttachedOffsets(self.places, self.stored_as)
         collator = AnchoredCollator(
-            collate_rows, OffsetReader([self.folder]), self.places, pinned=False
+            self.collate, OffsetReader([self.folder]), self.places, pinned=False
         )
         with hooks.attached(self.emulator):
             hooks.offsets = take_offsets(collator(some), CPU)
