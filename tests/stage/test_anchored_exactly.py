@@ -8,7 +8,6 @@ import pytest
 import torch
 from anchored import FLOAT64
 from tiny import save_checkpoint
-from torch import nn
 
 from emloc.adapters.dora import Dora
 from emloc.adapters.lora import Lora
@@ -159,8 +158,6 @@ def test_gradients_are_the_chain_rule_through_the_stretches(tmp_path, source):
     for name, gradient in measured.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-9)
         assert (plain[name] - gradient).norm() > 1e-3 * gradient.norm()
-
-
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
