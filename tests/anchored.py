@@ -13,7 +13,10 @@ from packed import precision_of
 from torch import Tensor, nn
 
 from emloc.adapters import Adapter
+from emloc.adapters.lora import Lora
 from emloc.adapters.streamed import load_unread
+from emloc.adapters.training_inputs import TrainingInputs
+from emloc.anchors import Anchor
 from emloc.anchors.attached import AttachedOffsets
 from emloc.anchors.batches import AnchoredCollator, KeyedRow, take_offsets
 from emloc.anchors.formats import Floats, OffsetFormat
@@ -22,7 +25,7 @@ from emloc.anchors.record import Original, Rows, Stretches, record
 from emloc.anchors.shards import OffsetReader
 from emloc.calibration.blockwise import by_block
 from emloc.calibration.samples import Samples
-from emloc.config.settings import Compression, LoraSettings
+from emloc.config.settings import Compression, LoraSettings, TrainSettings
 from emloc.data.collate import IGNORE, collate
 from emloc.data.examples import Example, Examples
 from emloc.data.prompts import EncodedExample
@@ -32,7 +35,12 @@ from emloc.emulators.layer_drop import block_stack
 from emloc.models.checkpoint.source import Source
 from emloc.models.objectives.tokens import Tokens
 from emloc.recovery import Recovery, RecoveryInputs
+from emloc.recovery.none import NoRecovery
 from emloc.runtime.stage_cache import Artifact
+from emloc.stages.training.anchored_rows import anchored_rows
+from emloc.stages.training.callbacks import Report
+from emloc.stages.training.rounds import Rounds
+from emloc.stages.training.train import open_trainee
 
 CPU = torch.device("cpu")
 FLOAT64 = Floats(torch.float64)
@@ -189,3 +197,62 @@ def record_anchors(
 def in_float64(source: Source) -> Source:
     """Return the same model in float64."""
     return replace(source, dtype=torch.float64)
+
+
+RECIPE = TrainSettings(
+    steps=6,
+    batch=2,
+    accumulate=1,
+    learning_rate=0.02,
+    schedule="cosine",
+    warmup=0.0,
+    weight_decay=0.0,
+    clip=1.0,
+    checkpointing=True,
+    host_activations=False,
+    lean=True,
+    log_every=1,
+    save_every=1,
+)
+
+
+def sums(count: int = 20) -> Examples:
+    """Return training rows, all different and of several lengths."""
+    texts = [
+        Example(f"sum/{i}", f"{10 ** (i % 4)} + {i} is", f" {10 ** (i % 4) + i}")
+        for i in range(count)
+    ]
+    return Examples("sums", tuple(texts))
+
+
+def rounds(
+    folder: Path,
+    built: BuiltEmulator,
+    anchor: Anchor,
+    *,
+    adapter: Adapter | None = None,
+    examples: Examples | None = None,
+    report: Report = lambda _, __: None,
+    **recipe: Any,
+) -> Rounds:
+    """Return an anchored training of some steps in `folder`, which may hold an interrupted one."""
+    layers = [name for name in block_linears(built.source) if "mlp" in name or "q_proj" in name]
+    training_inputs = TrainingInputs(
+        adapter or Lora(),
+        LoraSettings(rank=2, alpha=2, dropout=0),
+        tuple(layers),
+        examples or sums(),
+        None,
+        replace(RECIPE, **recipe),
+        seed=0,
+    )
+    folder.mkdir(exist_ok=True)
+    return Rounds(
+        folder,
+        open_trainee(built, training_inputs, CPU),
+        anchored_rows(anchor, built.source, training_inputs),
+        NoRecovery(),
+        None,
+        2**30,
+        report,
+    )
