@@ -225,19 +225,16 @@ def sums(count: int = 20) -> Examples:
     return Examples("sums", tuple(texts))
 
 
-def rounds(
-    folder: Path,
+def training_inputs(
     built: BuiltEmulator,
-    anchor: Anchor,
     *,
     adapter: Adapter | None = None,
     examples: Examples | None = None,
-    report: Report = lambda _, __: None,
     **recipe: Any,
-) -> Rounds:
-    """Return an anchored training of some steps in `folder`, which may hold an interrupted one."""
+) -> TrainingInputs:
+    """Return the inputs of a training of a few steps."""
     layers = [name for name in block_linears(built.source) if "mlp" in name or "q_proj" in name]
-    training_inputs = TrainingInputs(
+    return TrainingInputs(
         adapter or Lora(),
         LoraSettings(rank=2, alpha=2, dropout=0),
         tuple(layers),
@@ -246,11 +243,23 @@ def rounds(
         replace(RECIPE, **recipe),
         seed=0,
     )
+
+
+def rounds(
+    folder: Path,
+    built: BuiltEmulator,
+    anchor: Anchor,
+    *,
+    report: Report = lambda _, __: None,
+    **inputs: Any,
+) -> Rounds:
+    """Return an anchored training in `folder`, which may hold an interrupted one."""
+    settings = training_inputs(built, **inputs)
     folder.mkdir(exist_ok=True)
     return Rounds(
         folder,
-        open_trainee(built, training_inputs, CPU),
-        anchored_rows(anchor, built.source, training_inputs),
+        open_trainee(built, settings, CPU),
+        anchored_rows(anchor, built.source, settings),
         NoRecovery(),
         None,
         2**30,
