@@ -19,9 +19,11 @@ from emloc.anchors.formats import Floats
 from emloc.anchors.guard import Change
 from emloc.anchors.logits import Logits
 from emloc.anchors.shards import read_rows
+from emloc.config.run_folder import Run
 from emloc.data.examples import Examples
 from emloc.emulators.svd import Svd
 from emloc.models.checkpoint.source import Source
+from emloc.report.tracking.metrics_log import Record, training_line
 from emloc.stages.training.rounds import ROUNDS_FILE, Rounds
 from emloc.stages.training.train import train
 
@@ -217,16 +219,6 @@ class Killed(BaseException):
     """What ends a training in a test."""
 
 
-def kill_at(step: int):
-    """Return a report that ends a training at a step."""
-
-    def report(reported, values):
-        if reported == step and "loss" in values:
-            raise Killed
-
-    return report
-
-
 def results(training: Rounds) -> list:
     """Return all that a finished training has written."""
     folder = training.folder
@@ -237,25 +229,63 @@ def results(training: Rounds) -> list:
     ]
 
 
+class Metrics:
+    """The log of a run's numbers in a folder, as the command writes it."""
+
+    def __init__(self, folder) -> None:
+        self._run = Run(folder)
+        folder.mkdir(exist_ok=True)
+
+    def lines(self) -> list[dict]:
+        return [json.loads(line) for line in (self._run.folder / "metrics.jsonl").open()]
+
+    def record(self, training: Rounds, stop: int | None = None) -> None:
+        """Run a training and record its numbers, behind those of a stage, until a step."""
+        with Record(self._run) as record:
+
+            def report(step, values):
+                if step == stop and "loss" in values:
+                    raise Killed
+                record.add(training_line(step, values))
+
+            if not self._run.folder.joinpath("metrics.jsonl").exists():
+                record.add({"emulate/bytes": 1.0})
+            training.report = report
+            training.run()
+
+
 @pytest.fixture(scope="module")
 def straight(built, tmp_path_factory):
-    """The results of a training that was not interrupted."""
-    training = anchored.rounds(tmp_path_factory.mktemp("straight") / "training", built, BLOCKS)
-    training.run()
-    return results(training)
+    """A training that was not interrupted, and its recorded numbers."""
+    folder = tmp_path_factory.mktemp("straight")
+    training = anchored.rounds(folder / "training", built, BLOCKS)
+    metrics = Metrics(folder / "run")
+    metrics.record(training)
+    return results(training), metrics.lines()
+
+
+def test_metrics_have_one_line_for_each_step(straight):
+    """With the original's loss at the end of each round; no line of a stage is lost."""
+    _, (stage, *lines) = straight
+    assert stage == {"emulate/bytes": 1.0}
+    assert [line["train/step"] for line in lines] == [0, 1, 2, 3, 4, 5, 6]
+    with_loss, measured = (
+        [line["train/step"] for line in lines if name in line]
+        for name in ("train/loss", "train/original_loss")
+    )
+    assert with_loss == [1, 2, 3, 4, 5, 6]
+    assert measured == [0, 2, 4, 6]
 
 
 # In the middle of the first and of the second round, and at the last step of the second.
 @pytest.mark.parametrize("step", [2, 3, 4])
 def test_a_training_killed_in_a_round_resumes_to_the_same_bits(tmp_path, built, straight, step):
-    folder = tmp_path / "training"
-    killed = anchored.rounds(folder, built, BLOCKS, report=kill_at(step))
+    folder, metrics = tmp_path / "training", Metrics(tmp_path / "run")
     with pytest.raises(Killed):
-        killed.run()
-    steps = []
-    resumed = anchored.rounds(folder, built, BLOCKS, report=lambda at, _: steps.append(at))
-    resumed.run()
-    assert results(resumed) == straight
+        metrics.record(anchored.rounds(folder, built, BLOCKS), stop=step)
+    resumed = anchored.rounds(folder, built, BLOCKS)
+    metrics.record(resumed)
+    assert (results(resumed), metrics.lines()) == straight
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
@@ -263,7 +293,8 @@ def test_a_training_killed_in_a_pass_resumes_to_the_same_bits(
     tmp_path, built, straight, monkeypatch, number
 ):
     """Behind a place of the second and third pass, and in the last one, which only measures."""
-    folder, real = tmp_path / "training", record_module._Pass._finish_places_of
+    folder, metrics = tmp_path / "training", Metrics(tmp_path / "run")
+    real = record_module._Pass._finish_places_of
     run, calls = record_module._Pass._run_original, []
 
     def finish(self, block):
@@ -280,7 +311,7 @@ def test_a_training_killed_in_a_pass_resumes_to_the_same_bits(
         patch.setattr(record_module._Pass, "_finish_places_of", finish)
         patch.setattr(record_module._Pass, "_run_original", run_original)
         with pytest.raises(Killed):
-            anchored.rounds(folder, built, BLOCKS).run()
+            metrics.record(anchored.rounds(folder, built, BLOCKS))
 
     def run_again(self, block, blocks):
         calls.append((self.folder.name, block.name))
@@ -288,8 +319,8 @@ def test_a_training_killed_in_a_pass_resumes_to_the_same_bits(
 
     monkeypatch.setattr(record_module._Pass, "_run_original", run_again)
     resumed = anchored.rounds(folder, built, BLOCKS)
-    resumed.run()
-    assert results(resumed) == straight
+    metrics.record(resumed)
+    assert (results(resumed), metrics.lines()) == straight
     first = "model.layers.0" if number == 3 else "model.layers.1"
     assert calls[0] == (f"pass-{number:03d}", first)
 

@@ -23,9 +23,9 @@ class Record:
     """Log of one run's numbers, in the order in which they arrive.
 
     A resumed run keeps the lines of its earlier attempts. Training resumes from the last
-    checkpoint, so some steps run twice: a new line replaces the old lines of its step and of later
-    steps. A value that is not finite is written as null. Leaving the `with` block closes the
-    tracker with the status of the run.
+    checkpoint, so some steps run twice. A new line removes the old lines of later steps, and its
+    numbers replace those of its own step that have the same names. A value that is not finite is
+    written as null. Leaving the `with` block closes the tracker with the status of the run.
     """
 
     def __init__(self, run: Run) -> None:
@@ -50,14 +50,18 @@ class Record:
     def add(self, line: Mapping[str, float]) -> None:
         """Write one line of numbers and send it to the tracker."""
         new = {name: value if math.isfinite(value) else None for name, value in line.items()}
+        same = [old for old in self._lines if STEP in new and old.get(STEP) == new[STEP]]
+        whole = {name: value for part in (*same, new) for name, value in part.items()}
+        if any(old in self._pending for old in same):
+            new = whole
         replaced = [old for old in self._lines if _is_replaced(old, new)]
         if replaced:
             self._lines = [old for old in self._lines if old not in replaced]
             self._pending = [old for old in self._pending if old not in replaced]
             self._write()
-        self._lines.append(new)
+        self._lines.append(whole)
         with self._path.open("a") as file:
-            file.write(json.dumps(new) + "\n")
+            file.write(json.dumps(whole) + "\n")
         self._pending.append(new)
         self._send_pending()
 
@@ -107,9 +111,12 @@ def stage_line(stage: str, facts: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _is_replaced(old: Line, new: Line) -> bool:
-    """Whether the new line is of the same stage, or of the same training step or an earlier one."""
+    """Whether the new line is of the same stage, or of the same training step or an earlier one.
+
+    No line of a stage is replaced by one of a training step.
+    """
     if STEP in new or STEP in old:
-        return STEP in new and _step(old) >= _step(new)
+        return STEP in new and STEP in old and _step(old) >= _step(new)
     return not old.keys().isdisjoint(new)
 
 
