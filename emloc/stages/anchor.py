@@ -22,6 +22,7 @@ from emloc.anchors.record import LOSSES_FILE, Original, RowLoss, Stretches
 from emloc.anchors.shards import read_rows
 from emloc.errors import ConfigError
 from emloc.runtime.digest import digest
+from emloc.runtime.distributed import world_size
 from emloc.runtime.keys import key_of
 from emloc.runtime.manifest import DamagedError, flaw_of, seal, set_aside
 from emloc.runtime.stage_cache import Artifact, Facts
@@ -72,7 +73,8 @@ class RecordAnchors(Stage):
             anchor.key,
             inputs.examples,
             inputs.max_length,
-            [recipe.steps, recipe.batch, recipe.accumulate],
+            # Several processes make a step larger, so that a round draws more rows.
+            [recipe.steps, recipe.batch * recipe.accumulate * world_size()],
             inputs.seed,
         ]
 
@@ -223,7 +225,8 @@ def _require_room(context: Context, anchor: Anchor) -> None:
     lengths = [reader.encode(row).length for row in examples.rows[::step]]
     limit = inputs.max_length or max(lengths)
     mean = sum(min(length, limit) for length in lengths) / len(lengths)
-    rows = min(recipe.steps * recipe.batch * recipe.accumulate / anchor.rounds, len(examples))
+    step_rows = recipe.batch * recipe.accumulate * world_size()
+    rows = min(recipe.steps * step_rows / anchor.rounds, len(examples))
     from emloc.emulators.layer_drop import block_stack
 
     places = anchor.find(context.source.meta_model, block_stack(context.source))
