@@ -18,9 +18,12 @@ from filelock import FileLock
 
 from emloc.anchors import Anchor
 from emloc.anchors.batches import KeyedRow
+from emloc.anchors.places import Place
 from emloc.anchors.record import LOSSES_FILE, Original, RowLoss, Stretches
 from emloc.anchors.shards import read_rows
+from emloc.emulators.layer_drop import block_stack
 from emloc.errors import ConfigError
+from emloc.models.decoder import Decoder
 from emloc.runtime.digest import digest
 from emloc.runtime.distributed import world_size
 from emloc.runtime.keys import key_of
@@ -59,8 +62,9 @@ class RecordAnchors(Stage):
             return
         _require_gap(context)
         _require_measured(context)
-        _require_above_entry(context)
-        _require_room(context, anchor)
+        places = anchor.find(context.source.meta_model, block_stack(context.source))
+        _require_adapted_between(context, places)
+        _require_room(context, anchor, places)
 
     def inputs(self, context: Context) -> list[Any]:
         """Return the emulator, the format of the offsets, and what decides which rows are drawn."""
@@ -200,22 +204,33 @@ def _require_measured(context: Context) -> None:
         )
 
 
-def _require_above_entry(context: Context) -> None:
-    """Refuse adapters in front of the decoder, where the hidden states are the original's own."""
-    from emloc.models.decoder import Decoder
+def _require_adapted_between(context: Context, places: Sequence[Place]) -> None:
+    """Refuse adapters in front of the decoder or behind the place at the logits.
 
-    prefix = Decoder(context.source).prefix
+    In front of the decoder the hidden states are the original's own. Behind the last place, an
+    adapter would also be applied to its offset.
+    """
+    model, prefix = context.source.meta_model, Decoder(context.source).prefix
+    head = model.get_output_embeddings()
+    heads = [name for name, module in model.named_modules() if module is head]
     assert context.training_inputs is not None
-    below = [name for name in context.training_inputs.layers if not name.startswith(prefix)]
-    if below:
-        raise ConfigError(
-            f"anchor: {below[0]} is in front of the language decoder, whose input is put back onto "
-            "the original's without an adapter; set model.lora_targets to layers of the decoder, "
-            "or anchor=none"
-        )
+    for name in context.training_inputs.layers:
+        if name in heads:
+            if any(place.module == name for place in places):
+                raise ConfigError(
+                    f"anchor=logits: {name} is adapted, so an offset in front of it is no constant "
+                    "offset of the logits; set model.lora_targets to other layers, or set "
+                    "anchor=blocks"
+                )
+        elif not name.startswith(prefix):
+            raise ConfigError(
+                f"anchor: {name} is in front of the language decoder, whose input is put back onto "
+                "the original's without an adapter; set model.lora_targets to layers of the "
+                "decoder, or anchor=none"
+            )
 
 
-def _require_room(context: Context, anchor: Anchor) -> None:
+def _require_room(context: Context, anchor: Anchor, places: Sequence[Place]) -> None:
     """Estimate the size of a round from some rows, before anything is computed."""
     inputs = context.training_inputs
     assert inputs is not None
@@ -227,7 +242,4 @@ def _require_room(context: Context, anchor: Anchor) -> None:
     mean = sum(min(length, limit) for length in lengths) / len(lengths)
     step_rows = recipe.batch * recipe.accumulate * world_size()
     rows = min(recipe.steps * step_rows / anchor.rounds, len(examples))
-    from emloc.emulators.layer_drop import block_stack
-
-    places = anchor.find(context.source.meta_model, block_stack(context.source))
     require_disk(anchor, context.source, places, int(mean * rows), context.cache)
