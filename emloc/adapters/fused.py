@@ -52,11 +52,9 @@ def fuse(model: nn.Module) -> int:
         operands.append(lora)
     update_operands(operands)
     # Once per forward pass of the model: a checkpointed layer that is recomputed reads the same
-    # values. PEFT's model calls the `forward` of the model inside, which runs no hook of that
-    # model; the recording of anchors calls the model inside itself.
+    # values. The hook is on the model inside, which the recording of anchors calls without PEFT's.
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    for entry in {model, inner}:
-        entry.register_forward_pre_hook(lambda *_: update_operands(operands))
+    inner.register_forward_pre_hook(lambda *_: update_operands(operands))
     return len(layers)
 
 

@@ -79,6 +79,19 @@ def test_each_round_begins_with_the_loss_of_the_original(
         assert abs(curve[step + 1]["loss"] - later) > 1e-3
 
 
+def test_later_rounds_are_trained_under_autocast_too(tmp_path, made_once, monkeypatch):
+    """In 16 bits, with the modules of PEFT, which cast no operands."""
+    source = Source(made_once("checkpoint", save_checkpoint), "tiny", "0", torch.bfloat16)
+    (tmp_path / "emulator").mkdir()
+    built = anchored.build_emulator(tmp_path / "emulator", source, SVD, 16)
+    passes = record_losses(monkeypatch)
+    training = anchored.rounds(tmp_path / "training", built, BLOCKS, lean=False)
+    training.run()
+    curve = curve_of(training.folder)
+    for losses, step in zip(passes, [0, 2, 4], strict=False):
+        assert curve[step]["loss"] == pytest.approx(loss_of_step(training, step, losses), abs=5e-4)
+
+
 def judge(monkeypatch, *verdicts: bool) -> None:
     """Let the safeguard find each round worse or not, as the verdicts say."""
     answers = iter(verdicts)
