@@ -101,7 +101,9 @@ def reference_adapter(
     """Return the emulator with an adapter that is no zero, saved in `folder` as the original's."""
     targets = built.targets([*built.source.linears])
     layers = [name for name in targets if name in {*block_linears(built.source)}]
-    tuned = adapter.attach(built.open(CPU), LoraSettings(rank=2, alpha=2, dropout=0), layers)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        tuned = adapter.attach(built.open(CPU), LoraSettings(rank=2, alpha=2, dropout=0), layers)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:

@@ -88,9 +88,8 @@ class RecordAnchors(Stage):
         assert context.training_inputs is not None
         assert anchor.anchors
         plan = anchored_rows(anchor, context.source, context.training_inputs)
-        shared = (
-            context.cache / "anchors" / digest([key_of(context.built_emulator), anchor.offsets_key])
-        )
+        key = digest([self.version, key_of(context.built_emulator), anchor.offsets_key])
+        shared = context.cache / "anchors" / key
         shared.mkdir(parents=True, exist_ok=True)
         rows = plan.of_steps(0, plan.round_ends[0])
         with FileLock(shared.with_suffix(".lock")):

@@ -1,5 +1,7 @@
 """Anchored emulators compute the original exactly, and its gradient by their own Jacobians."""
 
+import json
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -9,8 +11,10 @@ import torch
 from anchored import FLOAT64
 from tiny import save_checkpoint
 
+import emloc.anchors.record as record_module
 from emloc.adapters.dora import Dora
 from emloc.adapters.lora import Lora
+from emloc.adapters.streamed import AdaptedWeights
 from emloc.anchors.blocks import Blocks
 from emloc.anchors.formats import FORMATS
 from emloc.anchors.logits import Logits
@@ -18,6 +22,7 @@ from emloc.emulators.full import Full
 from emloc.emulators.layer_drop import LayerDrop, block_stack
 from emloc.emulators.prune import Prune
 from emloc.emulators.svd import Svd
+from emloc.models.block_names import find_block
 from emloc.models.checkpoint.source import Source
 from emloc.recovery.none import NoRecovery
 from emloc.recovery.scatter import Scatter
@@ -97,6 +102,42 @@ def test_offsets_belong_to_tokens_wherever_the_padding_is(tmp_path, source):
         # Tables of rotary positions are in float32, and the positions begin elsewhere.
         torch.testing.assert_close(state, target, rtol=0, atol=2e-6)
         assert (other - target).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("last_block", [2, 5])
+def test_a_killed_pass_reads_no_weights_of_finished_blocks(
+    tmp_path, source, monkeypatch, last_block
+):
+    """Killed behind the first place, or behind the last one with the losses still to compute."""
+    finish, read = record_module._Pass._finish_places_of, []
+
+    def kill(self, block):
+        finish(self, block)
+        if block == f"model.layers.{last_block}":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record_module._Pass, "_finish_places_of", kill)
+        with pytest.raises(KeyboardInterrupt):
+            anchored_model(tmp_path, source, "svd", BLOCKS)
+    fill = AdaptedWeights.fill
+
+    def note(self, model, names, device):
+        read.extend(names)
+        fill(self, model, names, device)
+
+    monkeypatch.setattr(AdaptedWeights, "fill", note)
+    shutil.rmtree(tmp_path / "emulator")
+    pair = anchored_model(tmp_path, source, "svd", BLOCKS)
+    blocks = {find_block(name) for name in read} - {None}
+    assert blocks == {f"model.layers.{index}" for index in range(last_block + 1, 6)}
+    assert "lm_head.weight" in read
+    losses = json.loads((tmp_path / "offsets" / record_module.LOSSES_FILE).read_text())
+    for row in anchored.rows():
+        with torch.no_grad(), pair.put_back([row]):
+            loss = pair.emulator(**pair.batch([row])).loss
+        total, items = losses[row.key]
+        assert loss == pytest.approx(total / items, abs=2e-6)
 
 
 def gradients_by_stretches(emulator, places, targets, batch) -> dict[str, torch.Tensor]:
