@@ -290,12 +290,15 @@ def test_metrics_have_one_line_for_each_step(straight):
     assert measured == [0, 2, 4, 6]
 
 
-# In the middle of the first and of the second round, and at the last step of the second.
-@pytest.mark.parametrize("step", [2, 3, 4])
+# At the last step of the first round, in the middle of the second, and at the last step of the
+# third with its newest checkpoint damaged.
+@pytest.mark.parametrize("step", [2, 3, 6])
 def test_a_training_killed_in_a_round_resumes_to_the_same_bits(tmp_path, built, straight, step):
     folder, metrics = tmp_path / "training", Metrics(tmp_path / "run")
     with pytest.raises(Killed):
         metrics.record(anchored.rounds(folder, built, BLOCKS), stop=step)
+    if step == 6:
+        (folder / "round-000004-000006/checkpoints/checkpoint-5/optimizer.pt").unlink()
     resumed = anchored.rounds(folder, built, BLOCKS)
     metrics.record(resumed)
     assert (results(resumed), metrics.lines()) == straight
