@@ -16,6 +16,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from emloc.adapters.lora import Lora
 from emloc.anchors import Anchor
 from emloc.anchors.batches import KeyedRow
 from emloc.anchors.places import Place
@@ -62,6 +63,7 @@ class RecordAnchors(Stage):
             return
         _require_gap(context)
         _require_measured(context)
+        _require_lora(context, anchor)
         places = anchor.find(context.source.meta_model, block_stack(context.source))
         _require_adapted_between(context, places)
         _require_room(context, anchor, places)
@@ -200,6 +202,19 @@ def _require_measured(context: Context) -> None:
         raise ConfigError(
             f"anchor: the objective of model={context.run_config.model.name} does not measure the "
             "loss of single rows, by which rounds are compared; set anchor=none"
+        )
+
+
+def _require_lora(context: Context, anchor: Anchor) -> None:
+    """Refuse other adapters than LoRAs, where a pass runs the original with the adapter on it."""
+    adapter = context.run_config.adapter
+    assert adapter.trains
+    is_run = anchor.rounds > 1 or anchor.guard > 0 or not adapter.starts_at_zero
+    if is_run and not isinstance(adapter, Lora):
+        raise ConfigError(
+            f"anchor: the original is run with the adapter on it, block by block, which needs a "
+            f"LoRA, and {type(adapter).__name__} is none; set adapter=lora, or anchor.rounds=1 "
+            "anchor.guard=0 to run the original only once, without it"
         )
 
 
