@@ -31,6 +31,10 @@ SVD = Svd(algorithm="eigen", aware=True, multiple=1)
 COMMON = {"rounds": 3, "dtype": "float32", "guard": 2, "disk_gib": 1.0}
 BLOCKS = Blocks(places=2, **COMMON)
 LOGITS = Logits(**COMMON)
+# Both paths of training, each with one kind of anchor.
+EACH_PATH = pytest.mark.parametrize(
+    ("anchor", "lean"), [(BLOCKS, True), (LOGITS, False)], ids=["blocks-lean", "logits-plain"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -341,8 +345,7 @@ def test_a_training_killed_in_a_pass_resumes_to_the_same_bits(
     assert calls[0] == (f"pass-{number:03d}", first)
 
 
-@pytest.mark.parametrize("lean", [True, False], ids=["lean", "plain"])
-@pytest.mark.parametrize("anchor", [BLOCKS, LOGITS], ids=["blocks", "logits"])
+@EACH_PATH
 def test_offsets_of_zero_change_no_bit_of_a_training(tmp_path, built, monkeypatch, anchor, lean):
     """Neither in one round nor in several; with accumulation."""
     recipe = {"lean": lean, "accumulate": 2}

@@ -87,10 +87,9 @@ ANCHORED = (
 )
 
 
-@pytest.mark.parametrize("split", [{}, SPLIT], ids=["ddp", "fsdp"])
-def test_anchored_processes_train_like_one(emloc, tiny, one_run, train_alone, split):
+def test_anchored_processes_train_like_one(emloc, tiny, one_run, train_alone):
     """One process computes the offsets of each round, and all of them read these."""
-    ended = emloc.process(*tiny, *ANCHORED, program=TWO, **split)
+    ended = emloc.process(*tiny, *ANCHORED, program=TWO)
     assert ended.code == 0, ended.output
     run, single = one_run(), train_alone(*ANCHORED).folder
     ours, theirs = curve_of(run), curve_of(single)

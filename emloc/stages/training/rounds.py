@@ -394,7 +394,7 @@ class Rounds:
 def _wait_for_everyone() -> None:
     """Wait until all processes of the launch are here."""
     if world_size() > 1:
-        PartialState().wait_for_everyone()  # type: ignore[no-untyped-call]
+        PartialState().wait_for_everyone()
 
 
 def _first_does(done: Path, work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
