@@ -1,9 +1,9 @@
 """Anchored emulators compute the original exactly, and its gradient by their own Jacobians."""
 
 import json
-import shutil
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
 import anchored
 import pytest
@@ -15,9 +15,11 @@ import emloc.anchors.record as record_module
 from emloc.adapters.dora import Dora
 from emloc.adapters.lora import Lora
 from emloc.adapters.streamed import AdaptedWeights
+from emloc.anchors import Anchor
 from emloc.anchors.blocks import Blocks
 from emloc.anchors.formats import FORMATS
 from emloc.anchors.logits import Logits
+from emloc.emulators import BuiltEmulator
 from emloc.emulators.full import Full
 from emloc.emulators.layer_drop import LayerDrop, block_stack
 from emloc.emulators.prune import Prune
@@ -48,23 +50,33 @@ def source(made_once):
     return Source(folder, "tiny", "0", torch.float32)
 
 
-def anchored_model(folder, source, kind, anchor) -> anchored.Anchored:
-    emulator, bits, adapter, recovery = KINDS[kind]
-    if bits == 16:  # packed weights are read in 32 bits at most
-        source, settings = anchored.in_float64(source), {"stored_as": FLOAT64}
-    else:
-        settings = {"stored_as": FORMATS["float32"]}
-    (folder / "emulator").mkdir()
-    built = anchored.build_emulator(folder / "emulator", source, emulator, bits, 0.75)
-    places = anchor.find(source.meta_model, block_stack(source))
-    return anchored.record_anchors(folder, built, adapter, recovery, places, **settings)
+@pytest.fixture(scope="module")
+def model_of(source, tmp_path_factory):
+    """Function that returns an original and its emulator with one adapter, and their offsets."""
+
+    @cache
+    def built(kind: str) -> BuiltEmulator:
+        emulator, bits, _, _ = KINDS[kind]
+        # Packed weights are read in 32 bits at most.
+        own = anchored.in_float64(source) if bits == 16 else source
+        return anchored.build_emulator(tmp_path_factory.mktemp(kind), own, emulator, bits, 0.75)
+
+    def model(folder: Path, kind: str, anchor: Anchor) -> anchored.Anchored:
+        _, bits, adapter, recovery = KINDS[kind]
+        stored_as = FLOAT64 if bits == 16 else FORMATS["float32"]
+        places = anchor.find(source.meta_model, block_stack(source))
+        return anchored.record_anchors(
+            folder, built(kind), adapter, recovery, places, stored_as=stored_as
+        )
+
+    return model
 
 
 @pytest.mark.parametrize("anchor", [BLOCKS, LOGITS], ids=["blocks", "logits"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_hidden_states_and_loss_are_the_original_s(tmp_path, source, kind, anchor):
+def test_hidden_states_and_loss_are_the_original_s(tmp_path, model_of, kind, anchor):
     """With the reference adapter, also one that is no zero, for batches of unequal lengths."""
-    pair = anchored_model(tmp_path, source, kind, anchor)
+    pair = model_of(tmp_path, kind, anchor)
     exact = {"rtol": 0, "atol": 1e-9 if KINDS[kind][1] == 16 else 2e-5}
     some = anchored.rows()[1:5]
     batch = pair.batch(some)
@@ -85,9 +97,9 @@ def test_hidden_states_and_loss_are_the_original_s(tmp_path, source, kind, ancho
     assert abs(apart - loss) > 1e-4
 
 
-def test_offsets_belong_to_tokens_wherever_the_padding_is(tmp_path, source):
+def test_offsets_belong_to_tokens_wherever_the_padding_is(tmp_path, model_of):
     """Recorded with padding on the left, read for a batch with padding on the right."""
-    pair = anchored_model(tmp_path, source, "svd", BLOCKS)
+    pair = model_of(tmp_path, "svd", BLOCKS)
     pair = replace(pair, collate=anchored.collate_right)
     some = [anchored.rows()[index] for index in (4, 0, 2)]
     batch = pair.batch(some)
@@ -106,7 +118,7 @@ def test_offsets_belong_to_tokens_wherever_the_padding_is(tmp_path, source):
 
 @pytest.mark.parametrize("last_block", [2, 5])
 def test_a_killed_pass_reads_no_weights_of_finished_blocks(
-    tmp_path, source, monkeypatch, last_block
+    tmp_path, model_of, monkeypatch, last_block
 ):
     """Killed behind the first place, or behind the last one with the losses still to compute."""
     finish, read = record_module._Pass._finish_places_of, []
@@ -119,7 +131,7 @@ def test_a_killed_pass_reads_no_weights_of_finished_blocks(
     with monkeypatch.context() as patch:
         patch.setattr(record_module._Pass, "_finish_places_of", kill)
         with pytest.raises(KeyboardInterrupt):
-            anchored_model(tmp_path, source, "svd", BLOCKS)
+            model_of(tmp_path, "svd", BLOCKS)
     fill = AdaptedWeights.fill
 
     def note(self, model, names, device):
@@ -127,8 +139,7 @@ def test_a_killed_pass_reads_no_weights_of_finished_blocks(
         fill(self, model, names, device)
 
     monkeypatch.setattr(AdaptedWeights, "fill", note)
-    shutil.rmtree(tmp_path / "emulator")
-    pair = anchored_model(tmp_path, source, "svd", BLOCKS)
+    pair = model_of(tmp_path, "svd", BLOCKS)
     blocks = {find_block(name) for name in read} - {None}
     assert blocks == {f"model.layers.{index}" for index in range(last_block + 1, 6)}
     assert "lm_head.weight" in read
@@ -175,10 +186,10 @@ def gradients_by_stretches(emulator, places, targets, batch) -> dict[str, torch.
     return totals
 
 
-def test_gradients_are_the_chain_rule_through_the_stretches(tmp_path, source):
+def test_gradients_are_the_chain_rule_through_the_stretches(tmp_path, model_of):
     """At the activations of the original, with its loss; they differ from the emulator's own."""
     anchor = replace(BLOCKS, places=[1, 3])
-    pair = anchored_model(tmp_path, source, "svd", anchor)
+    pair = model_of(tmp_path, "svd", anchor)
     some = anchored.rows()[:4]
     batch = pair.batch(some)
     with torch.no_grad():
@@ -201,30 +212,29 @@ def test_gradients_are_the_chain_rule_through_the_stretches(tmp_path, source):
         assert (plain[name] - gradient).norm() > 1e-3 * gradient.norm()
 
 
-@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
-def test_rounding_does_not_add_up_over_places(tmp_path, made_once, dtype):
+def test_rounding_does_not_add_up_over_places(tmp_path, made_once):
     """Each offset also takes back the rounding of the offset before it."""
     folder = made_once("blocks_10", partial(save_checkpoint, num_hidden_layers=10))
     source = Source(folder, "tiny", "0", torch.float32)
     (tmp_path / "emulator").mkdir()
     built = anchored.build_emulator(tmp_path / "emulator", source, Full(), 4)
     places = replace(BLOCKS, places=10).find(source.meta_model, block_stack(source))
-    stored_as = FORMATS[dtype]
-    pair = anchored.record_anchors(
-        tmp_path, built, Lora(), NoRecovery(), places, stored_as=stored_as
-    )
-    some = anchored.rows()[:3]
-    batch = pair.batch(some)
-    with torch.no_grad():
-        targets = anchored.states_at(pair.original, places, batch)
-        with pair.put_back(some):
-            states = anchored.states_at(pair.emulator, places, batch)
-        roundings, open_errors = _open_loop(pair, places, targets, batch)
-    for state, target, rounding in zip(states, targets, roundings, strict=True):
-        # In bfloat16 a rounding may be twice as large just above a power of two.
-        assert (state - target).abs().max() < 2.1 * rounding
-    closed = (states[-1] - targets[-1]).norm()
-    assert open_errors[-1] > 2 * closed > 0
+    for dtype in ("int8", "bfloat16"):
+        pair = anchored.record_anchors(
+            tmp_path / dtype, built, Lora(), NoRecovery(), places, stored_as=FORMATS[dtype]
+        )
+        some = anchored.rows()[:3]
+        batch = pair.batch(some)
+        with torch.no_grad():
+            targets = anchored.states_at(pair.original, places, batch)
+            with pair.put_back(some):
+                states = anchored.states_at(pair.emulator, places, batch)
+            roundings, open_errors = _open_loop(pair, places, targets, batch)
+        for state, target, rounding in zip(states, targets, roundings, strict=True):
+            # In bfloat16 a rounding may be twice as large just above a power of two.
+            assert (state - target).abs().max() < 2.1 * rounding
+        closed = (states[-1] - targets[-1]).norm()
+        assert open_errors[-1] > 2 * closed > 0
 
 
 def _open_loop(pair, places, targets, batch) -> tuple[list[float], list[torch.Tensor]]:

@@ -64,8 +64,7 @@ def loss_of_step(training: Rounds, step: int, losses: dict) -> float:
     return sum(loss for loss, _ in measured) / sum(items for _, items in measured)
 
 
-@pytest.mark.parametrize("anchor", [BLOCKS, LOGITS], ids=["blocks", "logits"])
-@pytest.mark.parametrize("lean", [True, False], ids=["lean", "plain"])
+@EACH_PATH
 def test_each_round_begins_with_the_loss_of_the_original(
     tmp_path, built, monkeypatch, anchor, lean
 ):
