@@ -121,6 +121,7 @@ class Rounds:
                     "(standard error %.2g), so training goes back to %s; learning rate x %g",
                     *(len(guard), change.mean, change.error, state, rate),
                 )
+                self._drop(offsets)
                 if rejected == MOST_REJECTED:
                     state = min(candidates, key=lambda item: item[0])[1]
                     break
@@ -241,12 +242,16 @@ class Rounds:
             self._train(folder, state, last, skipped, rate, offsets)
         facts = _first_does(done, lambda: self._keep_round(folder, state, last, skipped, rate))
         self._curve += facts["curve"]
-        if is_first():  # of a finished round only the adapter and the figures are needed
+        self._drop(offsets)
+        return State(last, folder / "checkpoints" / f"checkpoint-{last}", folder)
+
+    def _drop(self, offsets: list[Path]) -> None:
+        """Delete offsets that no step needs any more, unless other runs share them."""
+        if is_first():
             for one in offsets:
                 if one.parent == self.folder:
                     for path in one.glob("place-*"):
                         path.unlink()
-        return State(last, folder / "checkpoints" / f"checkpoint-{last}", folder)
 
     def _train(
         self,
