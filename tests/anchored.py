@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from packed import precision_of
 from torch import Tensor, nn
 
 from emloc.adapters import Adapter
+from emloc.adapters.lora import Lora
 from emloc.adapters.streamed import load_unread
+from emloc.adapters.training_inputs import TrainingInputs
+from emloc.anchors import Anchor
 from emloc.anchors.attached import AttachedOffsets
 from emloc.anchors.batches import AnchoredCollator, KeyedRow, take_offsets
 from emloc.anchors.formats import Floats, OffsetFormat
@@ -21,8 +25,8 @@ from emloc.anchors.record import Original, Rows, Stretches, record
 from emloc.anchors.shards import OffsetReader
 from emloc.calibration.blockwise import by_block
 from emloc.calibration.samples import Samples
-from emloc.config.settings import Compression, LoraSettings
-from emloc.data.collate import collate
+from emloc.config.settings import Compression, LoraSettings, TrainSettings
+from emloc.data.collate import IGNORE, collate
 from emloc.data.examples import Example, Examples
 from emloc.data.prompts import EncodedExample
 from emloc.emulators import BuildInputs, BuiltEmulator, Emulator
@@ -31,7 +35,12 @@ from emloc.emulators.layer_drop import block_stack
 from emloc.models.checkpoint.source import Source
 from emloc.models.objectives.tokens import Tokens
 from emloc.recovery import Recovery, RecoveryInputs
+from emloc.recovery.none import NoRecovery
 from emloc.runtime.stage_cache import Artifact
+from emloc.stages.training.anchored_rows import anchored_rows
+from emloc.stages.training.callbacks import Report
+from emloc.stages.training.rounds import Rounds
+from emloc.stages.training.train import open_trainee
 
 CPU = torch.device("cpu")
 FLOAT64 = Floats(torch.float64)
@@ -58,6 +67,17 @@ def collate_rows(some: list[EncodedExample]) -> dict[str, Tensor]:
     return collate(some, 0)
 
 
+def collate_right(some: list[EncodedExample]) -> dict[str, Tensor]:
+    """Collate rows with padding on the right, and with labels at all positions."""
+    ids = torch.zeros(len(some), max(row.length for row in some), dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE)
+    for index, row in enumerate(some):
+        ids[index, : row.length] = torch.tensor(row.input_ids)
+        mask[index, : row.length] = 1
+        labels[index, row.answer_start : row.length] = ids[index, row.answer_start : row.length]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
 def samples() -> Samples:
     """Return calibration samples of text."""
     texts = [Example(f"sample/{i}", f"{i} and {i + 3} are", str(2 * i + 3)) for i in range(8)]
@@ -81,7 +101,9 @@ def reference_adapter(
     """Return the emulator with an adapter that is no zero, saved in `folder` as the original's."""
     targets = built.targets([*built.source.linears])
     layers = [name for name in targets if name in {*block_linears(built.source)}]
-    tuned = adapter.attach(built.open(CPU), LoraSettings(rank=2, alpha=2, dropout=0), layers)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        tuned = adapter.attach(built.open(CPU), LoraSettings(rank=2, alpha=2, dropout=0), layers)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
@@ -110,17 +132,18 @@ class Anchored:
     emulator: nn.Module
     places: list[Place]
     stored_as: OffsetFormat
+    collate: Callable[[list[Any]], dict[str, Any]] = collate_rows
 
     def batch(self, some: list[KeyedRow]) -> dict[str, Tensor]:
         """Return a batch of rows without offsets."""
-        return collate_rows([keyed.row for keyed in some])
+        return self.collate([keyed.row for keyed in some])
 
     @contextmanager
     def put_back(self, some: list[KeyedRow]):
         """Put the emulator back onto the original's hidden states of these rows."""
         hooks = AttachedOffsets(self.places, self.stored_as)
         collator = AnchoredCollator(
-            collate_rows, OffsetReader([self.folder]), self.places, pinned=False
+            self.collate, OffsetReader([self.folder]), self.places, pinned=False
         )
         with hooks.attached(self.emulator):
             hooks.offsets = take_offsets(collator(some), CPU)
@@ -176,3 +199,71 @@ def record_anchors(
 def in_float64(source: Source) -> Source:
     """Return the same model in float64."""
     return replace(source, dtype=torch.float64)
+
+
+RECIPE = TrainSettings(
+    steps=6,
+    batch=2,
+    accumulate=1,
+    learning_rate=0.02,
+    schedule="cosine",
+    warmup=0.0,
+    weight_decay=0.0,
+    clip=1.0,
+    checkpointing=True,
+    host_activations=False,
+    lean=True,
+    log_every=1,
+    save_every=1,
+)
+
+
+def sums(count: int = 20) -> Examples:
+    """Return training rows, all different and of several lengths."""
+    texts = [
+        Example(f"sum/{i}", f"{10 ** (i % 4)} + {i} is", f" {10 ** (i % 4) + i}")
+        for i in range(count)
+    ]
+    return Examples("sums", tuple(texts))
+
+
+def training_inputs(
+    built: BuiltEmulator,
+    *,
+    adapter: Adapter | None = None,
+    examples: Examples | None = None,
+    **recipe: Any,
+) -> TrainingInputs:
+    """Return the inputs of a training of a few steps."""
+    layers = [name for name in block_linears(built.source) if "mlp" in name or "q_proj" in name]
+    return TrainingInputs(
+        adapter or Lora(),
+        LoraSettings(rank=2, alpha=2, dropout=0),
+        tuple(layers),
+        examples or sums(),
+        None,
+        replace(RECIPE, **recipe),
+        seed=0,
+    )
+
+
+def rounds(
+    folder: Path,
+    built: BuiltEmulator,
+    anchor: Anchor,
+    *,
+    report: Report = lambda _, __: None,
+    **inputs: Any,
+) -> Rounds:
+    """Return an anchored training in `folder`, which may hold an interrupted one."""
+    settings = training_inputs(built, **inputs)
+    folder.mkdir(exist_ok=True)
+    return Rounds(
+        folder,
+        open_trainee(built, settings, CPU),
+        anchored_rows(anchor, built.source, settings),
+        NoRecovery(),
+        None,
+        2**30,
+        report,
+    )

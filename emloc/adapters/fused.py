@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -51,8 +52,9 @@ def fuse(model: nn.Module) -> int:
         operands.append(lora)
     update_operands(operands)
     # Once per forward pass of the model: a checkpointed layer that is recomputed reads the same
-    # values.
-    model.register_forward_pre_hook(lambda *_: update_operands(operands))
+    # values. The hook is on the model inside, which the recording of anchors calls without PEFT's.
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner.register_forward_pre_hook(lambda *_: update_operands(operands))
     return len(layers)
 
 

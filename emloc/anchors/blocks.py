@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from emloc.anchors import Anchor
 from emloc.anchors.places import Place, spread
 from emloc.config.values import Range
+from emloc.errors import ConfigError
 from emloc.runtime.keys import key_of
 
 
@@ -25,6 +26,17 @@ class Blocks(Anchor):
 
     # how many, spread evenly; or the indices of blocks, as in [3,7,11]
     places: Annotated[Any, Range(least=0, usual=8)]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        indices = [self.places] if isinstance(self.places, int) else self.places
+        is_list = isinstance(indices, Sequence) and not isinstance(indices, str)
+        least = 1 if isinstance(self.places, int) else 0
+        if not is_list or any(type(one) is not int or one < least for one in indices):
+            raise ConfigError(
+                f"anchor.places={self.places} is neither a number of blocks, at least 1, nor a "
+                "list of their indices; set anchor.places=8, or a list as in anchor.places=[3,7,11]"
+            )
 
     @property
     def offsets_key(self) -> dict[str, Any]:

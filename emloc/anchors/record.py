@@ -12,9 +12,10 @@ on behind the last block place that it has finished.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -39,6 +40,8 @@ from emloc.runtime.atomic import write_json
 from emloc.runtime.manifest import file_hash
 from emloc.runtime.progress import tracked
 from emloc.runtime.safetensors_file import write_safetensors
+
+log = logging.getLogger(__name__)
 
 LOSSES_FILE = "losses.json"
 # Bytes of offsets at one place in one file, about.
@@ -116,6 +119,8 @@ def record(
 
 
 _STATES = "states"
+# The blocks of a model, one after the other.
+Blocks = Generator[Block, None, None]
 
 
 @dataclass(frozen=True)
@@ -206,13 +211,15 @@ class _Pass:
             skipped = self._skip(stack, done)
             remaining = [name for name in blocks if name not in skipped]
             self._attach(stack, done)
-            originals = self._originals(remaining, limit, states)
+            # Closed here, since coroutines that the garbage collector ends later would end inside
+            # the coroutine that runs then.
+            originals = stack.enter_context(closing(self._originals(remaining, limit, states)))
             count = len(remaining)
-            if self.stretches is None:
+            if self.stretches is None or done == len(self._places):
                 for block in tracked(originals, "measure", count, "block"):
                     self._run_original(block, remaining)
                 return
-            emulators = self._emulators(remaining, limit, states)
+            emulators = stack.enter_context(closing(self._emulators(remaining, limit, states)))
             for original in tracked(originals, "anchor", count, "block"):
                 self._run_original(original, remaining)
                 with self.stretches.context():
@@ -220,16 +227,19 @@ class _Pass:
                 self._finish_places_of(original.name)
             next(emulators, None)  # ends the passes
 
-    def _originals(self, blocks: Sequence[str], limit: int | None, states: Path) -> Iterator[Block]:
+    def _originals(self, blocks: Sequence[str], limit: int | None, states: Path) -> Blocks:
         """Yield the blocks of the original, which computes the losses after the last of them."""
         model, weights = self.original.model, self.original.weights
         if weights is not None:
             inside = tuple(f"{name}." for name in blocks)
+            # Without a block of the decoder, the passes reach the head before any block is run.
+            has_ended = not {*blocks} & {*self.decoder_blocks}
+            unread = () if has_ended else _own_head_parameters(model)
             names = [
                 name
                 for name, _ in model.named_parameters()
                 if not name.startswith((*inside, *(f"{b}." for b in self.decoder_blocks)))
-                and name not in _own_head_parameters(model)
+                and name not in unread
             ]
             buffers = [name for name in weights.buffers if not name.startswith(inside)]
             weights.fill(model, [*names, *buffers], self.device)
@@ -248,7 +258,7 @@ class _Pass:
             to_end=True,
         )
 
-    def _emulators(self, blocks: Sequence[str], limit: int | None, states: Path) -> Iterator[Block]:
+    def _emulators(self, blocks: Sequence[str], limit: int | None, states: Path) -> Blocks:
         """Yield the blocks of the emulator."""
         assert self.stretches is not None
         model = self.stretches.model
@@ -313,7 +323,7 @@ class _Pass:
                 add(place.attach(self.original.model, self._keeping(index)))
                 add(place.attach(self.stretches.model, self._recording(index)))
         if self.decoder_blocks:
-            block = self.original.model.get_submodule(self.decoder_blocks[-1])
+            block = self.original.model.get_submodule(self.decoder_blocks[0])
             add(block.register_forward_hook(self._note_output))
 
     def _note_output(self, _: nn.Module, __: Any, output: Any) -> None:
@@ -403,18 +413,26 @@ class _Pass:
         """Return the number of places that an earlier attempt has finished."""
         if getattr(self.original.model.config.get_text_config(), "num_kv_shared_layers", 0):
             return 0  # later blocks read keys and values of skipped ones
-        finished = sorted((self.folder / _STATES).glob("finished-*.json"))
+        states = self.folder / _STATES
+        finished = sorted(states.glob("finished-*.json"))
         if not finished:
             return 0
+        done = int(finished[-1].stem.split("-")[1]) + 1
+        shards = range(len(self.plan.shards))
         facts = json.loads(finished[-1].read_text())
-        states = self.folder / _STATES
         if any(
             not (states / name).exists() or file_hash(states / name) != content
             for name, content in facts["hashes"].items()
+        ) or not all(
+            shard_file(self.folder, place, shard).exists()
+            for place in range(done)
+            for shard in shards
         ):
+            log.warning("anchor: a file of the interrupted pass is damaged, so it starts anew")
+            shutil.rmtree(states)
             return 0
         self._tuple_size = facts["tuple_size"]
-        return int(finished[-1].stem.split("-")[1]) + 1
+        return done
 
     def _skip(self, stack: ExitStack, done: int) -> set[str]:
         """Replace finished blocks by the hidden states behind them; return the blocks' names."""

@@ -12,7 +12,7 @@ device holds one block and one pass, whatever the size of the model and the numb
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -102,7 +102,7 @@ def iterate_blocks(
     folder: Path | None = None,
     calls: Iterable[Call] | None = None,
     to_end: bool = False,
-) -> Iterator[Block]:
+) -> Generator[Block, None, None]:
     """Yield the blocks in the order of computation; all batches wait at the entry of each block.
 
     The forward passes end after the last block: final norm and output head are not computed. With

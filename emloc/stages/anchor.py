@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,16 @@ from filelock import FileLock
 
 from emloc.anchors import Anchor
 from emloc.anchors.batches import KeyedRow
+from emloc.anchors.places import Place
 from emloc.anchors.record import LOSSES_FILE, Original, RowLoss, Stretches
 from emloc.anchors.shards import read_rows
-from emloc.errors import ConfigError
-from emloc.models.checkpoint.source import Source
 from emloc.runtime.digest import digest
+from emloc.runtime.distributed import world_size
 from emloc.runtime.keys import key_of
 from emloc.runtime.manifest import DamagedError, flaw_of, seal, set_aside
 from emloc.runtime.stage_cache import Artifact, Facts
 from emloc.stages import ANCHORS, Context, Stage
-from emloc.stages.run_config import RunConfig
+from emloc.stages.training.anchorable import require_anchorable
 from emloc.stages.training.anchored_rows import AnchoredRows, anchored_rows, require_disk
 from emloc.stages.training.rounds import FirstPass
 
@@ -59,8 +59,10 @@ class RecordAnchors(Stage):
         if not anchor.anchors or context.training_inputs is None:
             return
         layers, is_original = context.training_inputs.layers, context.plan is None
-        require_anchorable(context.run_config, context.source, layers, is_original=is_original)
-        _require_room(context, anchor)
+        places = require_anchorable(
+            context.run_config, context.source, layers, is_original=is_original
+        )
+        _require_room(context, anchor, places)
 
     def inputs(self, context: Context) -> list[Any]:
         """Return the emulator, the format of the offsets, and what decides which rows are drawn."""
@@ -73,7 +75,8 @@ class RecordAnchors(Stage):
             anchor.key,
             inputs.examples,
             inputs.max_length,
-            [recipe.steps, recipe.batch, recipe.accumulate],
+            # Several processes make a step larger, so that a round draws more rows.
+            [recipe.steps, recipe.batch * recipe.accumulate * world_size()],
             inputs.seed,
         ]
 
@@ -83,9 +86,8 @@ class RecordAnchors(Stage):
         assert context.training_inputs is not None
         assert anchor.anchors
         plan = anchored_rows(anchor, context.source, context.training_inputs)
-        shared = (
-            context.cache / "anchors" / digest([key_of(context.built_emulator), anchor.offsets_key])
-        )
+        key = digest([self.version, key_of(context.built_emulator), anchor.offsets_key])
+        shared = context.cache / "anchors" / key
         shared.mkdir(parents=True, exist_ok=True)
         rows = plan.of_steps(0, plan.round_ends[0])
         with FileLock(shared.with_suffix(".lock")):
@@ -176,62 +178,7 @@ def _without(rows: Sequence[KeyedRow], present: Sequence[str]) -> list[KeyedRow]
     return [row for row in rows if row.key not in present_keys]
 
 
-def require_anchorable(
-    run_config: RunConfig, source: Source, layers: Iterable[str], *, is_original: bool
-) -> None:
-    """Check that the emulator of a run can be put back onto the original.
-
-    Args:
-        run_config: the settings.
-        source: the original.
-        layers: names of the layers with an adapter.
-        is_original: whether the emulator has the original's layers, packed or not.
-
-    Raises:
-        ConfigError: it cannot; names an override that mends the settings.
-    """
-    _require_gap(run_config, is_original)
-    _require_measured(run_config, source)
-    _require_above_entry(source, layers)
-
-
-def _require_gap(run_config: RunConfig, is_original: bool) -> None:
-    """Refuse an emulator that is the original, or that is fitted to its own drift."""
-    if is_original and run_config.precision is None:
-        raise ConfigError(
-            "anchor: the emulator is the original model itself, so there is nothing to put back; "
-            "set anchor=none, or compression.bits=4"
-        )
-    if getattr(run_config.emulator, "sequential", False):
-        raise ConfigError(
-            "anchor: emulator.sequential=true fits layers to the drift of the layers before, which "
-            "anchors take away; set emulator.sequential=false"
-        )
-
-
-def _require_measured(run_config: RunConfig, source: Source) -> None:
-    if not source.objective.measures_rows:
-        raise ConfigError(
-            f"anchor: the objective of model={run_config.model.name} does not measure the "
-            "loss of single rows, by which rounds are compared; set anchor=none"
-        )
-
-
-def _require_above_entry(source: Source, layers: Iterable[str]) -> None:
-    """Refuse adapters in front of the decoder, where the hidden states are the original's own."""
-    from emloc.models.decoder import Decoder
-
-    prefix = Decoder(source).prefix
-    below = [name for name in layers if not name.startswith(prefix)]
-    if below:
-        raise ConfigError(
-            f"anchor: {below[0]} is in front of the language decoder, whose input is put back onto "
-            "the original's without an adapter; set model.lora_targets to layers of the decoder, "
-            "or anchor=none"
-        )
-
-
-def _require_room(context: Context, anchor: Anchor) -> None:
+def _require_room(context: Context, anchor: Anchor, places: Sequence[Place]) -> None:
     """Estimate the size of a round from some rows, before anything is computed."""
     inputs = context.training_inputs
     assert inputs is not None
@@ -241,8 +188,6 @@ def _require_room(context: Context, anchor: Anchor) -> None:
     lengths = [reader.encode(row).length for row in examples.rows[::step]]
     limit = inputs.max_length or max(lengths)
     mean = sum(min(length, limit) for length in lengths) / len(lengths)
-    rows = min(recipe.steps * recipe.batch * recipe.accumulate / anchor.rounds, len(examples))
-    from emloc.emulators.layer_drop import block_stack
-
-    places = anchor.find(context.source.meta_model, block_stack(context.source))
+    step_rows = recipe.batch * recipe.accumulate * world_size()
+    rows = min(recipe.steps * step_rows / anchor.rounds, len(examples))
     require_disk(anchor, context.source, places, int(mean * rows), context.cache)

@@ -25,6 +25,8 @@ SPLIT = {
 WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6}
 RECIPE = ("train.steps=12", "train.checkpointing=true")
 
+ANCHORED = ("method=emloc_anchored", "anchor.places=3", "anchor.rounds=3", "anchor.guard=4")
+
 
 def curve(runs: Path) -> list[float]:
     (status,) = runs.glob("*/status.json")
@@ -35,11 +37,12 @@ def curve(runs: Path) -> list[float]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("split", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("method", [(), ANCHORED], ids=["emloc", "anchored"])
 def test_two_gpus_give_the_losses_of_one_with_as_many_samples_per_step(
-    emloc, tiny, tmp_path, dtype, split, capsys
+    emloc, tiny, tmp_path, dtype, split, method, capsys
 ):
     wide = save_checkpoint(tmp_path / "wide", **WIDE)
-    settings = [f"model.source={wide}", f"model.dtype={dtype}", *RECIPE]
+    settings = [f"model.source={wide}", f"model.dtype={dtype}", *RECIPE, *method]
     path = [f"train.lean={str(not split).lower()}"]
     one = emloc.process(
         *tiny, *settings, *path, "train.accumulate=2", "name=one", CUDA_VISIBLE_DEVICES="0"

@@ -241,3 +241,15 @@ def test_the_selected_layers_are_wrapped(tiny):
     )
     wrapped = {name for name, module in model.named_modules() if isinstance(module, Experts)}
     assert wrapped == set(layers)
+
+
+def test_an_anchored_training_runs_the_original_without_the_adapter(run_cached):
+    """The original with the adapter on it would need to be read block by block."""
+    recipe = (*LEARNING, "method=qlora_anchored", "anchor.places=2")
+    with pytest.raises(ConfigError, match=r"Gated is none; set adapter=lora, or anchor.rounds=1"):
+        run_cached(*recipe)
+    with pytest.raises(ConfigError, match=r"anchor.rounds=1 anchor.guard=0"):
+        run_cached(*recipe, "anchor.rounds=1")
+    result, lines = run_cached(*recipe, "anchor.rounds=1", "anchor.guard=0")
+    assert result.trained.facts["passes"] == 1
+    assert lines[-1]["loss"] < lines[0]["loss"]

@@ -17,12 +17,13 @@ from emloc.stages.run_config import build
 from emloc.tasks.metrics import exact
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
-# Settings of methods that a model of six blocks with two key/value heads each needs.
+# Settings of methods for a model of six blocks with two key/value heads each, and three steps.
 ROOM = {
     "offsite": ["emulator.first=1", "emulator.last=1"],
     "loram_stru": ["emulator.first=1", "emulator.last=1"],
     "loram_rand": ["emulator.first=1", "emulator.last=1"],
 }
+ROOM |= {name: ["anchor.rounds=2", "anchor.places=2"] for name in METHODS if "anchored" in name}
 ON_TEXT_ALONE = "svd_llm"  # running text does not reach the vision tower
 
 

@@ -80,6 +80,41 @@ def test_fsdp_trains_like_one_process_also_after_an_interruption(
     assert_same_training(one_run(), train_alone(*RECIPE).folder)
 
 
+ANCHORED = (
+    *("method=emloc_anchored", "compression.ratio=0.5", "train.learning_rate=0.02"),
+    *("train.batch=3", "train.steps=4"),
+    *("anchor.places=2", "anchor.rounds=2", "anchor.guard=4", "anchor.dtype=float32"),
+)
+
+
+def test_anchored_processes_train_like_one(emloc, tiny, one_run, train_alone):
+    """One process computes the offsets of each round, and all of them read these."""
+    ended = emloc.process(*tiny, *ANCHORED, program=TWO)
+    assert ended.code == 0, ended.output
+    run, single = one_run(), train_alone(*ANCHORED).folder
+    ours, theirs = curve_of(run), curve_of(single)
+    assert [line["step"] for line in ours] == [1, 2, 3, 4]
+    for name in ("loss", "grad_norm", "learning_rate"):
+        assert [line[name] for line in ours] == pytest.approx(
+            [line[name] for line in theirs], rel=1e-4
+        )
+    adapters = [
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (run / "adapter_trained", single / "adapter")
+    ]
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, tensor in adapters[1].items():
+        torch.testing.assert_close(adapters[0][name], tensor, atol=1e-5, rtol=1e-4)
+    rounds = [
+        [json.loads(line) for line in (folder / "anchors.jsonl").open()] for folder in (run, single)
+    ]
+    assert [line["step"] for line in rounds[0]] == [0, 2, 4]
+    for name in ("original_loss", "change"):
+        assert [line.get(name, 0) for line in rounds[0]] == pytest.approx(
+            [line.get(name, 0) for line in rounds[1]], rel=1e-3
+        )
+
+
 def test_a_loss_that_is_not_finite_ends_all_processes(emloc, tiny, one_run):
     settings = ("train.learning_rate=1e38", "train.warmup=0", "method=lora")
     failed = emloc.process(*tiny, *settings, program=TWO)

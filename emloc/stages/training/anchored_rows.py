@@ -55,9 +55,7 @@ class AnchoredRows:
 
     def of_steps(self, first: int, end: int) -> list[KeyedRow]:
         """Return the rows of some steps; a row that is drawn twice comes once."""
-        indices = dict.fromkeys(self.order.of_steps(first, end))
-        keyed = {self.rows[index].key: self.rows[index] for index in indices}
-        return list(keyed.values())
+        return unique(self.rows[index] for index in self.order.of_steps(first, end))
 
     def record(
         self,
@@ -105,13 +103,22 @@ def anchored_rows(anchor: Anchor, source: Source, training_inputs: TrainingInput
     """Read the training rows and return them with places and rounds.
 
     Raises:
-        ConfigError: a row cannot be read, or the model does not have the places.
+        ConfigError: a row cannot be read, the guard takes all of them, or the model does not have
+            the places.
     """
     reader, recipe = source.reader(), training_inputs.recipe
     encoded = encode_all(reader, training_inputs.examples, training_inputs.max_length)
-    guard = {*guard_rows(len(encoded), anchor.guard, training_inputs.seed)}
     keyed = [KeyedRow(row, row.key) for row in encoded]
-    rows = [row for index, row in enumerate(keyed) if index not in guard]
+    indices = guard_rows(len(encoded), anchor.guard, training_inputs.seed)
+    guard = unique(keyed[index] for index in indices)
+    # A data set may have a row twice, so the guard is left out by its keys.
+    guard_keys = {row.key for row in guard}
+    rows = [row for row in keyed if row.key not in guard_keys]
+    if not rows:
+        raise ConfigError(
+            f"anchor.guard={anchor.guard}: all training rows equal those that measure the rounds, "
+            "so none is left to train on; set anchor.guard=0"
+        )
     decoder_blocks = block_stack(source)
     return AnchoredRows(
         anchor,
@@ -120,7 +127,7 @@ def anchored_rows(anchor: Anchor, source: Source, training_inputs: TrainingInput
         list(by_block(block_linears(source))),
         decoder_blocks,
         rows,
-        [keyed[index] for index in sorted(guard)],
+        guard,
         RowOrder(
             [row.length for row in rows],
             recipe.batch * recipe.accumulate * world_size(),

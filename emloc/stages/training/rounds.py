@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -32,14 +33,24 @@ from emloc.anchors.record import Original, RowLoss, Stretches
 from emloc.anchors.shards import OffsetReader
 from emloc.emulators.operations import block_operations
 from emloc.recovery import Recovery, RecoveryInputs
-from emloc.runtime.atomic import write_json
-from emloc.runtime.distributed import POLL_SECONDS, StatusFile, is_first
+from emloc.runtime.atomic import write_json, write_text
+from emloc.runtime.distributed import (
+    POLL_SECONDS,
+    StatusFile,
+    is_first,
+    is_sharded,
+    world_size,
+)
 from emloc.runtime.stage_cache import Artifact
 from emloc.runtime.work_meter import metered
 from emloc.stages.training.anchored_rows import AnchoredRows
 from emloc.stages.training.callbacks import Report, StepTimer
-from emloc.stages.training.train import Segment, Trainee, run_steps, write_curve
-from emloc.stages.training.trainer import STATE_FILE, newest_intact_checkpoint
+from emloc.stages.training.train import Segment, Trainee, open_trainee, run_steps, write_curve
+from emloc.stages.training.trainer import (
+    STATE_FILE,
+    newest_intact_checkpoint,
+    unshard_parameters,
+)
 from emloc.stages.training.work import rows_of_step
 
 log = logging.getLogger(__name__)
@@ -86,9 +97,12 @@ class Rounds:
 
     def __post_init__(self) -> None:
         self._fresh = self._own_state()
+        self._is_used = False  # whether a round may have changed the form of the weights
         self._passes = 0
         self._curve: list[Mapping[str, Any]] = []
         self._row_forwards = 0.0  # of the passes of this training
+        path = self.folder / ROUNDS_FILE
+        self._reported_lines = path.read_text().splitlines() if path.exists() else []
 
     def run(self) -> dict[str, Any]:
         """Run all rounds, and write the adapter, the curve and a line about each pass."""
@@ -111,6 +125,7 @@ class Rounds:
                     "(standard error %.2g), so training goes back to %s; learning rate x %g",
                     *(len(guard), change.mean, change.error, state, rate),
                 )
+                self._drop(offsets)
                 if rejected == MOST_REJECTED:
                     state = min(candidates, key=lambda item: item[0])[1]
                     break
@@ -124,7 +139,6 @@ class Rounds:
                 break
             tentative = self._round(state, position, end, rate, offsets)
             position = end
-        self._load(state)
         return self._finish(state, position, rejected)
 
     # A pass.
@@ -173,24 +187,38 @@ class Rounds:
         """Return the original with the adapter as the recovery carries it."""
         source = self.trainee.built_emulator.source
         adapter = self.trainee.training_inputs.adapter
-        if state.adapter is None and adapter.starts_at_zero:
+        saved = self._saved_adapter(state, folder)
+        if saved is None:
             return Original(source.skeleton(), source)
-        trained = state.adapter or folder / "new_adapter"
-        if state.adapter is None:
-            adapter.save(self.trainee.model, trained / "adapter", source.name)
-        carried = folder / "carried"
+        carried, draft = folder / "carried", folder / "carried.partial"
         if not carried.exists():
+            shutil.rmtree(draft, ignore_errors=True)
             self.recovery.recover(
-                carried,
+                draft,
                 RecoveryInputs(
-                    trained=Artifact("train", "", trained),
+                    trained=Artifact("train", "", saved.parent),
                     built_emulator=self.trainee.built_emulator,
                     samples=None,
                     training_inputs=None,
                     device=self.trainee.device,
                 ),
             )
+            draft.replace(carried)
         return Original(*load_unread(source, adapter, carried / "adapter"))
+
+    def _saved_adapter(self, state: State, folder: Path) -> Path | None:
+        """Return the folder of a state's adapter; None for a new one that changes nothing."""
+        adapter = self.trainee.training_inputs.adapter
+        if state.adapter is not None:
+            return state.adapter / "adapter"
+        if adapter.starts_at_zero:
+            return None
+        saved = folder / "new_adapter" / "adapter"
+        if not saved.exists():
+            self._reopen_if_sharded()
+            self._load(state)
+            adapter.save(self.trainee.model, saved, self._base_name)
+        return saved
 
     @contextmanager
     def _emulator(self, state: State, folder: Path, *, needed: bool) -> Iterator[Stretches | None]:
@@ -198,13 +226,18 @@ class Rounds:
         if not needed:
             yield None
             return
-        self._load(state)
-        trainee = self.trainee
+        trainee, stored_as = self.trainee, self.rows.anchor.stored_as
         adapter = trainee.training_inputs.adapter
+        if is_sharded():
+            # The other processes take no part in a pass, and the trained model needs all of them.
+            model: Any = trainee.built_emulator.open(trainee.device)
+            if trained := self._saved_adapter(state, folder):
+                model = adapter.base(adapter.load(model, trained))
+            yield Stretches(model, self.rows.places, stored_as, trainee.context)
+            return
+        self._load(state)
         with adapter.training(trainee.model, mixed=trainee.mixed):
-            yield Stretches(
-                trainee.inner, self.rows.places, self.rows.anchor.stored_as, trainee.context
-            )
+            yield Stretches(trainee.inner, self.rows.places, stored_as, trainee.context)
 
     # A round.
 
@@ -216,9 +249,18 @@ class Rounds:
         done = folder / _ROUND_FILE
         if not done.exists():
             self._train(folder, state, last, skipped, rate, offsets)
-        facts = json.loads(done.read_text())
+        facts = _first_does(done, lambda: self._keep_round(folder, state, last, skipped, rate))
         self._curve += facts["curve"]
+        self._drop(offsets)
         return State(last, folder / "checkpoints" / f"checkpoint-{last}", folder)
+
+    def _drop(self, offsets: list[Path]) -> None:
+        """Delete offsets that no step needs any more, unless other runs share them."""
+        if is_first():
+            for one in offsets:
+                if one.parent == self.folder:
+                    for path in one.glob("place-*"):
+                        path.unlink()
 
     def _train(
         self,
@@ -231,7 +273,15 @@ class Rounds:
     ) -> None:
         checkpoints = folder / "checkpoints"
         newest = newest_intact_checkpoint(checkpoints)
-        places, adapter = self.rows.places, self.trainee.training_inputs.adapter
+        if newest is not None and newest.name == f"checkpoint-{last}" and is_sharded():
+            # Its adapter is in shards that only a training reads, so its last steps are repeated.
+            _wait_for_everyone()
+            if is_first():
+                shutil.rmtree(newest)
+            _wait_for_everyone()
+            newest = newest_intact_checkpoint(checkpoints)
+        self._reopen_if_sharded()
+        places = self.rows.places
         if newest is None or newest.name != f"checkpoint-{last}":
             self._load(state)
             hooks = AttachedOffsets(places, self.rows.anchor.stored_as)
@@ -253,21 +303,25 @@ class Rounds:
                     self.timer,
                     Segment(state.checkpoint, last, skipped, rate, hooks),
                 )
+            unshard_parameters(self.trainee.model)
         else:
             self._load(State(last, newest))
-        if is_first():
-            adapter.save(self.trainee.model, folder / "adapter", self._base_name)
-            history = json.loads(
-                (checkpoints / f"checkpoint-{last}" / "trainer_state.json").read_text()
-            )
-            curve = [
-                line | {"step": line["step"] + skipped}
-                for line in history["log_history"]
-                if "loss" in line and line["step"] > state.step
-            ]
-            write_json(folder / _ROUND_FILE, {"curve": curve, "rate": rate, "from": state.step})
-            for path in self.folder.glob("pass-*/place-*"):
-                path.unlink()  # of a finished round only the adapter and the figures are needed
+
+    def _keep_round(
+        self, folder: Path, state: State, last: int, skipped: int, rate: float
+    ) -> dict[str, Any]:
+        """Save the adapter of a round that was trained, and return the round's figures."""
+        adapter = self.trainee.training_inputs.adapter
+        adapter.save(self.trainee.model, folder / "adapter", self._base_name)
+        history = json.loads(
+            (folder / "checkpoints" / f"checkpoint-{last}" / "trainer_state.json").read_text()
+        )
+        curve = [
+            line | {"step": line["step"] + skipped}
+            for line in history["log_history"]
+            if "loss" in line and line["step"] > state.step
+        ]
+        return {"curve": curve, "rate": rate, "from": state.step}
 
     # The adapter.
 
@@ -279,8 +333,20 @@ class Rounds:
         adapter = self.trainee.training_inputs.adapter
         return {n: t.clone() for n, t in adapter.state(self.trainee.model).items()}
 
+    def _reopen_if_sharded(self) -> None:
+        """Load the emulator again, if a round has split its weights over the processes (FSDP)."""
+        if self._is_used and is_sharded():
+            one = self.trainee
+            self.trainee = open_trainee(one.built_emulator, one.training_inputs, one.device)
+        self._is_used = True
+
     def _load(self, state: State) -> None:
-        """Put the adapter of a state into the model that is trained."""
+        """Put the adapter of a state into the model that is trained.
+
+        Under FSDP the checkpoint is in shards, which the Trainer reads when it resumes.
+        """
+        if is_sharded() and state.checkpoint is not None:
+            return
         adapter = self.trainee.training_inputs.adapter
         stored = self._fresh
         if state.checkpoint is not None:
@@ -304,16 +370,19 @@ class Rounds:
         if change is not None:
             line |= {"change": change.mean, "error": change.error, "rejected": change.is_worse}
         self.lines.append(line)
+        if len(self.lines) <= len(self._reported_lines):
+            return  # an interrupted attempt has reported this pass
         if losses:
             self.report(position, pass_values(line))
+        if is_first():
+            text = "".join(json.dumps(one) + "\n" for one in self.lines)
+            write_text(self.folder / ROUNDS_FILE, text)
 
     def _finish(self, state: State, position: int, rejected: int) -> dict[str, Any]:
-        adapter = self.trainee.training_inputs.adapter
+        _wait_for_everyone()  # other processes may still read what is deleted here
         if is_first():
-            adapter.save(self.trainee.model, self.folder / "adapter", self._base_name)
             write_curve(self.folder, self._curve)
-            text = "".join(json.dumps(line) + "\n" for line in self.lines)
-            (self.folder / ROUNDS_FILE).write_text(text)
+            self._save_result(state)
             for path in (*self.folder.glob("pass-*"), *self.folder.glob("round-*")):
                 shutil.rmtree(path)
         step_rows = rows_of_step(self.trainee.training_inputs.recipe, len(self.rows.rows))
@@ -327,6 +396,23 @@ class Rounds:
             "rejected_rounds": rejected,
             **work,
         }
+
+    def _save_result(self, state: State) -> None:
+        """Write the adapter of a state as the training's own."""
+        target = self.folder / "adapter"
+        if state.adapter is not None:
+            shutil.copytree(state.adapter / "adapter", target, dirs_exist_ok=True)
+            return
+        self._reopen_if_sharded()
+        self._load(state)
+        adapter = self.trainee.training_inputs.adapter
+        adapter.save(self.trainee.model, target, self._base_name)
+
+
+def _wait_for_everyone() -> None:
+    """Wait until all processes of the launch are here."""
+    if world_size() > 1:
+        PartialState().wait_for_everyone()
 
 
 def pass_values(line: Mapping[str, Any]) -> dict[str, float]:

@@ -264,8 +264,10 @@ def run_steps(
         checkpoint = newest_intact_checkpoint(checkpoints) or segment.start
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.accelerator.wait_for_everyone()  # every process writes a part of the last checkpoint
-    # Off with the wrapper for autocast, since the next segment would put another around it.
+    # Off with the wrapper for autocast, since the next segment would put another around it. With
+    # its mark, accelerate would take the model for wrapped and put none around it.
     trainer.accelerator.unwrap_model(trainee.model, keep_fp32_wrapper=False)
+    vars(trainee.model).pop("_is_accelerate_prepared", None)
     return trainer.state
 
 

@@ -210,7 +210,9 @@ def newest_intact_checkpoint(folder: Path) -> Path | None:
     A damaged checkpoint is logged and moved aside. It may lack the state of the optimizer, and a
     training resumed from it would silently differ.
     """
-    checkpoints = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*[0-9]")}
+    names = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*")}
+    # A checkpoint that was moved aside ends with digits, too.
+    checkpoints = {int(name): path for name, path in names.items() if name.isdigit()}
     for step in sorted(checkpoints, reverse=True):
         if (flaw := flaw_of(checkpoints[step])) is None:
             return checkpoints[step]

@@ -1,0 +1,135 @@
+"""What anchored training refuses: in one line, before any stage begins."""
+
+import shutil
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import anchored
+import families
+import pytest
+import torch
+from pictured import save_internvl
+from test_images import VqaTask
+
+from emloc.anchors.batches import AnchoredCollator, take_offsets
+from emloc.anchors.blocks import Blocks
+from emloc.anchors.logits import Logits
+from emloc.anchors.places import Place
+from emloc.anchors.shards import OffsetReader, write_rows
+from emloc.config.compose import compose
+from emloc.errors import ConfigError
+from emloc.pipeline import checked
+from emloc.stages.run_config import build
+
+
+@pytest.fixture
+def refusal(tiny, store):
+    """Function that returns the line that refuses a run; no stage has begun by then."""
+
+    def message(*overrides: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            checked(build(compose([*tiny, *overrides])), store, lambda *_: None)
+        assert not [path for path in store.root.glob("*") if path.name != "check"]
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    return message
+
+
+@pytest.mark.parametrize(
+    ("places", "words"),
+    [
+        ("3", "anchor.places=3: the model has only 2 blocks; set anchor.places=2 or less"),
+        ("[0,2]", "block 2 is behind the last block of the model, which is 1; set anchor.places"),
+        ("0", "anchor.places=0 is neither a number of blocks, at least 1, nor a list"),
+        ("all", "anchor.places=all is no number; set anchor.places="),
+    ],
+)
+def test_places_that_the_model_does_not_have(refusal, places, words):
+    assert words in refusal("method=emloc_anchored", "anchor.rounds=1", f"anchor.places={places}")
+
+
+@pytest.mark.parametrize("places", [-1, [-1], ["a"], 1.5, True, None, [True], {}])
+def test_places_that_are_no_blocks(places):
+    with pytest.raises(ConfigError, match=r"set anchor.places=[^\n]+$"):
+        Blocks(places=places, rounds=1, dtype="float32", guard=0, disk_gib=1.0)
+
+
+ONE_ROUND = ("anchor.rounds=1", "anchor.places=2")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("method=qlora_anchored", "compression.bits=16"), "the emulator is the original model"),
+        (("method=emloc_anchored", "emulator.sequential=true"), "set emulator.sequential=false"),
+        (("method=emloc_anchored", "anchor.disk_gib=1e-6"), "and anchor.disk_gib=1e-06; set"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, tuple) else "",
+)
+def test_settings_that_do_not_fit(refusal, overrides, words):
+    method, *others = overrides
+    assert words in refusal(method, *ONE_ROUND, *others)
+
+
+def test_a_full_disk(refusal, monkeypatch):
+    """The hidden states of a pass need space beside the offsets."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**14))
+    message = refusal("method=emloc_anchored", *ONE_ROUND)
+    assert "GiB free; set anchor.rounds higher, anchor.dtype=int8, or EMLOC_CACHE" in message
+
+
+def test_an_adapter_in_front_of_the_decoder(store, made_once):
+    """The hidden states there are put back onto the original's own."""
+    folder = made_once("internvl", partial(save_internvl, num_hidden_layers=6))
+    config = build(
+        compose(
+            [
+                *("model=internvl2_5_2b", f"model.source={folder}", "model.dtype=float32"),
+                *("method=emloc_anchored", *ONE_ROUND, "tracker=none", "calibration.samples=6"),
+                r"model.lora_targets='.*(vision_tower|language_model).*\.[qv]_proj'",
+            ]
+        )
+    )
+    with pytest.raises(ConfigError) as caught:
+        checked(replace(config, task=VqaTask()), store, lambda *_: None)
+    message = str(caught.value)
+    assert "vision_tower" in message.split()[1]
+    assert "in front of the language decoder" in message
+    assert "set model.lora_targets to layers of the decoder, or anchor=none" in message
+
+
+@pytest.mark.parametrize("family", ["gemma2", "cohere"])
+def test_a_head_behind_which_an_offset_is_none(family):
+    """A cap of the logits bends the offset; a scale does not."""
+    logits = Logits(rounds=1, dtype="float32", guard=0, disk_gib=1.0)
+    model = families.tiny_model(family)
+    if family == "cohere":
+        assert [place.module for place in logits.find(model, [])] == ["lm_head"]
+        return
+    with pytest.raises(ConfigError, match=r"final_logit_softcapping=30.*; set anchor=blocks$"):
+        logits.find(model, [])
+
+
+def test_an_adapter_on_the_head(refusal):
+    """An offset in front of the head would pass through the adapter; behind blocks it would not."""
+    targets = r"model.lora_targets='.*(q_proj|lm_head)'"
+    message = refusal("method=emloc_anchored", "anchor=logits", "anchor.rounds=1", targets)
+    assert "lm_head" in message
+    assert "set anchor=blocks" in message
+
+
+def test_offsets_of_other_rows(tmp_path):
+    """A row without offsets ends the training; it is not trained without them."""
+    rows = anchored.rows(2)
+    write_rows(tmp_path, [[rows[0].key]])
+    places = [Place("model.layers.0")]
+    collator = AnchoredCollator(
+        anchored.collate_rows, OffsetReader([tmp_path]), places, pinned=False
+    )
+    with pytest.raises(ConfigError) as caught:
+        take_offsets(collator(rows[1:]), torch.device("cpu"))
+    collator.close()
+    assert "a training row has no offsets" in str(caught.value)
+    assert "\n" not in str(caught.value)
