@@ -127,6 +127,10 @@ def record_moments(
 
 
 def linears_of(block: Block, layers: Iterable[str]) -> dict[str, nn.Linear]:
-    """Full name -> module, for the `nn.Linear` modules of the block among `layers`."""
+    """Full name -> module, for the `nn.Linear` modules of the block among `layers`.
+
+    Of an adapted layer this is the original one, which PEFT keeps as its `base_layer`.
+    """
     modules = {name: block.module.get_submodule(name[len(block.name) + 1 :]) for name in layers}
+    modules = {name: getattr(module, "base_layer", module) for name, module in modules.items()}
     return {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}

@@ -13,6 +13,7 @@ from emloc.runtime.stage_cache import Facts
 from emloc.stages import ANCHORS, TRAINED, Context, Stage
 from emloc.stages.anchor import first_round
 from emloc.stages.training.anchored_rows import anchored_rows
+from emloc.stages.training.refit import refit_of
 from emloc.stages.training.rounds import ROUNDS_FILE, Rounds
 from emloc.stages.training.train import open_trainee, train
 
@@ -35,7 +36,10 @@ class Train(Stage):
     def inputs(self, context: Context) -> list[Any]:
         """Return the emulator and the inputs of the training: adapter, layers, rows and recipe."""
         anchor = context.run_config.anchor
-        anchored = [anchor, context.run_config.recovery] if anchor.anchors else []
+        anchored: list[Any] = []
+        if anchor.anchors:
+            samples = context.samples if anchor.refit else None
+            anchored = [anchor, context.run_config.recovery, samples]
         return [context.built_emulator, context.training_inputs, *anchored]
 
     def work(self, folder: Path, context: Context) -> Facts:
@@ -66,6 +70,7 @@ def _train_anchored(folder: Path, context: Context, anchor: Anchor) -> Facts:
         first_round(recorded) if recorded is not None else None,
         context.host_bytes,
         context.report,
+        refit_of(rows, context.samples, context.built_emulator) if anchor.refit else None,
     )
     return rounds.run()
 

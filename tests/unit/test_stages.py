@@ -15,7 +15,8 @@ from emloc.stages import Stage
 from emloc.stages.run_config import build
 
 STANDARD = [
-    *("calibrate", "emulate", "anchor", "train", "recover", "evaluate", "evaluate_as_trained")
+    *("calibrate", "emulate", "refit", "anchor", "train", "recover"),
+    *("evaluate", "evaluate_as_trained"),
 ]
 
 
@@ -40,8 +41,8 @@ class Heal(Stage):
 def test_every_run_has_the_standard_stages_in_order():
     run_config = build(compose())
     assert list(run_config.stage) == list(standard_stages()) == STANDARD
-    assert [name for name, one in run_config.stage.items() if one.counted] == STANDARD[:5]
-    assert [name for name, one in run_config.stage.items() if one.column] == STANDARD[:6]
+    assert [name for name, one in run_config.stage.items() if one.counted] == STANDARD[:6]
+    assert [name for name, one in run_config.stage.items() if one.column] == STANDARD[:7]
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["named first", "named last"])
@@ -51,7 +52,8 @@ def test_a_stage_runs_directly_after_the_stage_it_names(first):
     after = heal | polish | standard if first else standard | heal | polish
     order = order_stages(after)
     assert order == [
-        *("calibrate", "emulate", "heal", "anchor", "train", "recover", "polish", "shine"),
+        *("calibrate", "emulate", "heal", "refit", "anchor", "train", "recover"),
+        *("polish", "shine"),
         *("evaluate", "evaluate_as_trained"),
     ]
 
@@ -101,7 +103,7 @@ def test_a_run_without_the_setting_stage_had_the_standard_stages():
     assert list(stages_of({"method": "emloc"})) == STANDARD
     heal = {"after": "emulate", "counted": True, "column": True}
     assert list(stages_of({"stage": standard_stages() | {"heal": heal}}))[1:4] == [
-        *("emulate", "heal", "anchor"),
+        *("emulate", "heal", "refit"),
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from emloc.calibration.blockwise import Block, block_of, by_block
-from emloc.calibration.calibrate import Layers, record_moments
+from emloc.calibration.calibrate import Layers, linears_of, record_moments
 from emloc.calibration.moments import Statistics
 from emloc.calibration.named_blocks import named_blocks, weights_of
 from emloc.config.settings import Compression
@@ -28,6 +28,7 @@ from emloc.emulators.svd.sequential import BlockPair, fit_block, lock_step
 from emloc.models.checkpoint.source import CPU, Source
 from emloc.models.coverage import require_linear_blocks
 from emloc.precision import Precision
+from emloc.runtime.atomic import write_text
 from emloc.runtime.journal import Journal
 from emloc.runtime.keys import neutral
 from emloc.runtime.manifest import verified_file
@@ -183,6 +184,47 @@ class Svd(Emulator):
         if block is None or statistics is None or self.algorithm == "whiten":
             return factors
         return refine(block, factors, [layer for layer in layers if layer in statistics.outputs])
+
+    def ranks(self, folder: Path) -> Ranks:
+        """Return the ranks of the emulator in `folder`."""
+        return _ranks(folder)
+
+    def refit(
+        self,
+        folder: Path,
+        blocks: Iterable[Block],
+        ranks: Ranks,
+        gradients: Callable[[str], Mapping[str, Tensor]],
+        precision: Precision | None,
+    ) -> None:
+        """Write factors that are fitted anew, to what the loss depends on; see `open`.
+
+        Args:
+            folder: of the factors; finished blocks of an interrupted attempt are skipped.
+            blocks: of the original, with an adapter or without, on the rows to fit to.
+            ranks: of the layers; every other layer stays as it is.
+            gradients: block name -> gradients of the loss by layer, as `factors.factorize` reads
+                them.
+            precision: packed format of the factors; None: the model's dtype.
+        """
+        journal = Journal(folder)
+        table: dict[str, Any] = {}
+        layers_by_block = by_block(ranks)
+        for block in blocks:
+            layers = layers_by_block[block.name]
+            if block.name not in journal.lines:
+                statistics = record_moments(block, layers, self.statistics == "input", peek=True)
+                weights = {name: one.weight for name, one in linears_of(block, layers).items()}
+                factors = factorize(
+                    *(weights, ranks, statistics, self.algorithm, precision),
+                    gradients=gradients(block.name),
+                )
+                if self.algorithm != "whiten":
+                    factors = refine(block, factors, [n for n in layers if n in statistics.outputs])
+                save_factors(factors, journal.file(block.name))
+                journal.add(block.name, layers=layers)
+            table |= read_facts(journal.file(block.name))
+        write_text(folder / "layers.json", json.dumps(table))
 
     def _block_statistics(
         self, name: str, block: Block | None, layers: list[str], build_inputs: BuildInputs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from emloc.precision import Packed, Precision
 from emloc.tensors.linalg.allocate import spectrum
 from emloc.tensors.linalg.factorize import Factors, eigen, refit, refit_to_v, whiten
 from emloc.tensors.linalg.gram import cross, gram, product
+from emloc.tensors.linalg.sensitivity import output_root, unweighted
 from emloc.tensors.linalg.subspace import subspace
 
 # Number of directions whose energy is reported; more would not change a figure.
@@ -74,6 +76,7 @@ def factorize(
     statistics: Statistics | None,
     algorithm: str,
     precision: Precision | None = None,
+    gradients: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, LayerFactors]:
     """Layer name -> factors of its weight (out, in); a plain truncated SVD without statistics.
 
@@ -83,14 +86,20 @@ def factorize(
         statistics: second moments of these layers, or None.
         algorithm: eigen, subspace or whiten.
         precision: packed format of the factors; None: the weight's dtype.
+        gradients: layer name -> gradients (N, out) of the loss with respect to its outputs. Such a
+            layer keeps what the loss depends on, others keep the most output energy.
     """
     layers = {}
     for name, weight in weights.items():
         start = time.perf_counter()
         grams = _grams(name, weight, statistics)
-        factors, v = factorize_matrix(
-            weight, ranks[name], grams, algorithm, precision, weight.dtype
-        )
+        root = output_root(gradients[name].to(weight.device)) if name in gradients else None
+        if root is None:
+            factors, v = factorize_matrix(
+                weight, ranks[name], grams, algorithm, precision, weight.dtype
+            )
+        else:
+            factors, v = _factorize_weighted(weight, root, ranks[name], grams, algorithm, precision)
         layers[name] = LayerFactors(factors, time.perf_counter() - start, v)
     return layers
 
@@ -123,6 +132,27 @@ def factorize_matrix(
     # The authors' whitening does not refit u; without an input Gram, `refine` does so later.
     refits = algorithm != "whiten" and "output_gram" not in grams
     return _quantize_v(factors, precision, target, grams.get("input_gram"), refits)
+
+
+def _factorize_weighted(
+    weight: Tensor,
+    root: Tensor,
+    rank: int,
+    grams: Mapping[str, Tensor],
+    algorithm: str,
+    precision: Precision | None,
+) -> tuple[Factors, Packed | None]:
+    """Factorise R W instead of W, and take R off the factors; see `linalg.sensitivity`."""
+    weighted = dict(grams)
+    if (outputs := grams.get("output_gram")) is not None:
+        weighted["output_gram"] = root @ outputs.double() @ root.T
+    target = weight.detach().double()
+    factors, v = factorize_matrix(root @ target, rank, weighted, algorithm, precision, weight.dtype)
+    # R^-1 enlarges what rounding has changed in u, so u is fitted to the rounded v again.
+    u = unweighted(root, factors.u)
+    if "output_gram" not in grams:
+        u = refit_to_v(target, u, factors.v, grams.get("input_gram"))
+    return replace(factors, u=u.to(weight.dtype)), v
 
 
 def spectra(weights: Mapping[str, Tensor], statistics: Statistics | None) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ killed decides the same again, without computing finished passes and rounds anew
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import shutil
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ from emloc.runtime.stage_cache import Artifact
 from emloc.runtime.work_meter import metered
 from emloc.stages.training.anchored_rows import AnchoredRows
 from emloc.stages.training.callbacks import Report, StepTimer
+from emloc.stages.training.refit import Refit, with_folder
 from emloc.stages.training.train import Segment, Trainee, open_trainee, run_steps, write_curve
 from emloc.stages.training.trainer import (
     STATE_FILE,
@@ -92,10 +95,12 @@ class Rounds:
     first_pass: FirstPass | None
     host_bytes: int
     report: Report
+    refit: Refit | None = None  # None: all rounds have the same emulator
     timer: StepTimer = field(default_factory=StepTimer)
     lines: list[dict[str, Any]] = field(default_factory=list)  # one for each pass
 
     def __post_init__(self) -> None:
+        self._first_emulator = self._present_emulator = self.trainee.built_emulator
         self._fresh = self._own_state()
         self._is_used = False  # whether a round may have changed the form of the weights
         self._passes = 0
@@ -113,6 +118,8 @@ class Rounds:
         candidates: list[tuple[float, State]] = []
         while True:
             end = next((end for end in self.rows.round_ends if end > position), position)
+            if end > position:
+                self._choose_emulator(tentative or state)
             offsets, losses = self._pass(tentative or state, position, end)
             change = change_between(guard, losses) if tentative and guard else None
             worse = change is not None and change.is_worse
@@ -140,6 +147,38 @@ class Rounds:
             tentative = self._round(state, position, end, rate, offsets)
             position = end
         return self._finish(state, position, rejected)
+
+    # The emulator of a round.
+
+    def _choose_emulator(self, state: State) -> None:
+        """Let the next round train through the emulator fitted to the adapter of `state`."""
+        if self.refit is None:
+            return
+        self._present_emulator = self._first_emulator
+        if state.adapter is not None:
+            refit = partial(self._fit_emulator, state.adapter / "emulator", state)
+            self._row_forwards += _first_does(state.adapter / "refit.json", refit)["row_forwards"]
+            self._present_emulator = with_folder(self._first_emulator, state.adapter / "emulator")
+
+    def _fit_emulator(self, folder: Path, state: State) -> dict[str, Any]:
+        """Fit the present emulator to the adapter of `state`, and write it into `folder`."""
+        assert self.refit is not None
+        assert state.adapter is not None
+        original = partial(self._original, state, state.adapter)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._load(state)
+        row_forwards = self.refit.run(folder, self._trainee(), original, host_bytes=self.host_bytes)
+        return {"row_forwards": row_forwards}
+
+    def _trainee(self) -> Trainee:
+        """Return the present emulator with an adapter; another one is put away first."""
+        one = self.trainee
+        if one.built_emulator.artifact.folder != self._present_emulator.artifact.folder:
+            inputs, device = one.training_inputs, one.device
+            del one, self.trainee
+            gc.collect()
+            self.trainee = open_trainee(self._present_emulator, inputs, device)
+        return self.trainee
 
     # A pass.
 
@@ -226,7 +265,7 @@ class Rounds:
         if not needed:
             yield None
             return
-        trainee, stored_as = self.trainee, self.rows.anchor.stored_as
+        trainee, stored_as = self._trainee(), self.rows.anchor.stored_as
         adapter = trainee.training_inputs.adapter
         if is_sharded():
             # The other processes take no part in a pass, and the trained model needs all of them.
@@ -347,11 +386,12 @@ class Rounds:
         """
         if is_sharded() and state.checkpoint is not None:
             return
-        adapter = self.trainee.training_inputs.adapter
+        trainee = self._trainee()
+        adapter = trainee.training_inputs.adapter
         stored = self._fresh
         if state.checkpoint is not None:
             stored = load_file(state.checkpoint / STATE_FILE)
-        adapter.restore(self.trainee.model, stored)
+        adapter.restore(trainee.model, stored)
 
     # Results.
 

@@ -1,0 +1,67 @@
+"""The refit stage: fit a low-rank emulator to what the loss of an anchored training depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emloc.anchors.record import Original
+from emloc.runtime.stage_cache import Facts
+from emloc.stages import EMULATOR, Context, Stage
+from emloc.stages.training.anchored_rows import anchored_rows
+from emloc.stages.training.refit import Refittable, refit_of
+from emloc.stages.training.train import open_trainee
+
+# Facts of a stage that say nothing of its artifact.
+_OWN = ("seconds", "peak_gib", "row_forwards", "weights_read")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefitEmulator(Stage):
+    """Stage that fits the emulator anew before the first round; it depends on no adapter."""
+
+    gives = EMULATOR
+
+    def needed(self, context: Context) -> bool:
+        """Return whether the training is anchored and refits, and the emulator can be fitted."""
+        anchor = context.run_config.anchor
+        return (
+            anchor.anchors
+            and anchor.refit
+            and context.training_inputs is not None
+            and context.samples is not None
+            and isinstance(context.run_config.emulator, Refittable)
+        )
+
+    def inputs(self, context: Context) -> list[Any]:
+        """Return the emulator, the samples, the places, and the layers with an adapter."""
+        inputs, anchor = context.training_inputs, context.run_config.anchor
+        assert inputs is not None
+        assert anchor.anchors
+        return [
+            context.built_emulator,
+            context.samples,
+            anchor.offsets_key,
+            inputs.layers,
+            inputs.recipe.batch,
+        ]
+
+    def work(self, folder: Path, context: Context) -> Facts:
+        """Fit the emulator and write its files into `folder`."""
+        anchor, inputs, source = context.run_config.anchor, context.training_inputs, context.source
+        assert anchor.anchors
+        assert inputs is not None
+        rows = anchored_rows(anchor, source, inputs)
+        refit = refit_of(rows, context.samples, context.built_emulator)
+        assert refit is not None
+        trainee = open_trainee(context.built_emulator, inputs, context.device)
+        row_forwards = refit.run(
+            folder,
+            trainee,
+            lambda: Original(source.skeleton(), source),
+            host_bytes=context.host_bytes,
+        )
+        # The size of the emulator and the names of its samples are those of the one before.
+        facts = context.current[EMULATOR].facts
+        return {n: v for n, v in facts.items() if n not in _OWN} | {"row_forwards": row_forwards}
