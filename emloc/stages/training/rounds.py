@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor
@@ -266,10 +267,10 @@ class Rounds:
         newest = newest_intact_checkpoint(checkpoints)
         if newest is not None and newest.name == f"checkpoint-{last}" and is_sharded():
             # Its adapter is in shards that only a training reads, so its last steps are repeated.
-            _wait_for_everyone()
+            _wait_for_everyone(self.trainee.device)
             if is_first():
                 shutil.rmtree(newest)
-            _wait_for_everyone()
+            _wait_for_everyone(self.trainee.device)
             newest = newest_intact_checkpoint(checkpoints)
         self._reopen_if_sharded()
         places = self.rows.places
@@ -370,7 +371,9 @@ class Rounds:
             write_text(self.folder / ROUNDS_FILE, text)
 
     def _finish(self, state: State, rejected: int) -> dict[str, Any]:
-        _wait_for_everyone()  # other processes may still read what is deleted here
+        _wait_for_everyone(
+            self.trainee.device
+        )  # other processes may still read what is deleted here
         if is_first():
             write_curve(self.folder, self._curve)
             self._save_result(state)
@@ -396,10 +399,10 @@ class Rounds:
         adapter.save(self.trainee.model, target, self._base_name)
 
 
-def _wait_for_everyone() -> None:
-    """Wait until all processes of the launch are here."""
+def _wait_for_everyone(device: torch.device) -> None:
+    """Wait until all processes of the launch are here; `device` is that of their trainings."""
     if world_size() > 1:
-        PartialState().wait_for_everyone()
+        PartialState(cpu=device.type == "cpu").wait_for_everyone()
 
 
 def _first_does(done: Path, work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
