@@ -33,6 +33,7 @@ from emloc.anchors.guard import Change, change_between, mean_loss
 from emloc.anchors.record import Original, RowLoss, Stretches
 from emloc.anchors.shards import OffsetReader
 from emloc.recovery import Recovery, RecoveryInputs
+from emloc.recovery.none import NoRecovery
 from emloc.runtime.atomic import write_json, write_text
 from emloc.runtime.distributed import (
     POLL_SECONDS,
@@ -185,7 +186,9 @@ class Rounds:
         carried, draft = folder / "carried", folder / "carried.partial"
         if not carried.exists():
             shutil.rmtree(draft, ignore_errors=True)
-            self.recovery.recover(
+            # Only shapes are recovered: a recovery that trains is no part of what is trained here.
+            recovery = self.recovery if self.recovery.scatters else NoRecovery()
+            recovery.recover(
                 draft,
                 RecoveryInputs(
                     trained=Artifact("train", "", saved.parent),
