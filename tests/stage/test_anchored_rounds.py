@@ -23,6 +23,7 @@ from emloc.config.run_folder import Run
 from emloc.data.examples import Examples
 from emloc.emulators.svd import Svd
 from emloc.models.checkpoint.source import Source
+from emloc.recovery.none import NoRecovery
 from emloc.report.tracking.metrics_log import Record, training_line
 from emloc.stages.training.rounds import ROUNDS_FILE, Rounds
 from emloc.stages.training.train import train
@@ -230,6 +231,19 @@ def test_a_row_that_is_drawn_twice_is_stored_once(tmp_path, built, monkeypatch):
     training.run()
     assert sorted(stored) == sorted({row.key for row in training.rows.rows})
     assert len(stored) == 6
+
+
+class Polish(NoRecovery):
+    """A recovery that trains the adapter on the original, as plug-ins do."""
+
+    def recover(self, folder, inputs):
+        raise AssertionError("the recovery has a stage of its own")
+
+
+def test_a_recovery_that_trains_is_left_to_its_stage(tmp_path, built):
+    training = anchored.rounds(tmp_path / "training", built, replace(BLOCKS, rounds=2), steps=2)
+    training.recovery = Polish()
+    assert training.run()["passes"] == 3
 
 
 class Killed(BaseException):

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor
@@ -35,6 +36,7 @@ from emloc.anchors.record import Original, RowLoss, Stretches
 from emloc.anchors.shards import OffsetReader
 from emloc.emulators.operations import block_operations
 from emloc.recovery import Recovery, RecoveryInputs
+from emloc.recovery.none import NoRecovery
 from emloc.runtime.atomic import write_json, write_text
 from emloc.runtime.distributed import (
     POLL_SECONDS,
@@ -232,7 +234,9 @@ class Rounds:
         carried, draft = folder / "carried", folder / "carried.partial"
         if not carried.exists():
             shutil.rmtree(draft, ignore_errors=True)
-            self.recovery.recover(
+            # Only shapes are recovered: a recovery that trains is no part of what is trained here.
+            recovery = self.recovery if self.recovery.scatters else NoRecovery()
+            recovery.recover(
                 draft,
                 RecoveryInputs(
                     trained=Artifact("train", "", saved.parent),
@@ -314,10 +318,10 @@ class Rounds:
         newest = newest_intact_checkpoint(checkpoints)
         if newest is not None and newest.name == f"checkpoint-{last}" and is_sharded():
             # Its adapter is in shards that only a training reads, so its last steps are repeated.
-            _wait_for_everyone()
+            _wait_for_everyone(self.trainee.device)
             if is_first():
                 shutil.rmtree(newest)
-            _wait_for_everyone()
+            _wait_for_everyone(self.trainee.device)
             newest = newest_intact_checkpoint(checkpoints)
         self._reopen_if_sharded()
         places = self.rows.places
@@ -419,7 +423,9 @@ class Rounds:
             write_text(self.folder / ROUNDS_FILE, text)
 
     def _finish(self, state: State, position: int, rejected: int) -> dict[str, Any]:
-        _wait_for_everyone()  # other processes may still read what is deleted here
+        _wait_for_everyone(
+            self.trainee.device
+        )  # other processes may still read what is deleted here
         if is_first():
             write_curve(self.folder, self._curve)
             self._save_result(state)
@@ -449,10 +455,10 @@ class Rounds:
         adapter.save(self.trainee.model, target, self._base_name)
 
 
-def _wait_for_everyone() -> None:
-    """Wait until all processes of the launch are here."""
+def _wait_for_everyone(device: torch.device) -> None:
+    """Wait until all processes of the launch are here; `device` is that of their trainings."""
     if world_size() > 1:
-        PartialState().wait_for_everyone()
+        PartialState(cpu=device.type == "cpu").wait_for_everyone()
 
 
 def pass_values(line: Mapping[str, Any]) -> dict[str, float]:
