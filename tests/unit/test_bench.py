@@ -28,7 +28,15 @@ from emloc.errors import ConfigError, StageError
 COLUMNS = ["work", "what", "unit", "ours", "peer", "ratio", "target", "holds"]
 NAMES = [
     *("factorise_8b", "factorise_38b", "train_8b", "train_38b"),
-    *("cap24_38b", "cap12_38b_nf4", "cap24_78b_nf4", "offload_8b", "answer_8b", "answer_38b"),
+    *(
+        "anchored_8b",
+        "cap24_38b",
+        "cap12_38b_nf4",
+        "cap24_78b_nf4",
+        "offload_8b",
+        "answer_8b",
+        "answer_38b",
+    ),
     "host_memory",
 ]
 

@@ -31,9 +31,7 @@ def weighted_error(weight, factors, root, inputs) -> float:
 def fit(weight, inputs, gradients, rank, *, inputs_only):
     statistics = Statistics()
     statistics.add({"layer": inputs}, {"layer": weight}, inputs_only)
-    layers = factorize(
-        {"layer": weight}, {"layer": rank}, statistics, "eigen", gradients=gradients
-    )
+    layers = factorize({"layer": weight}, {"layer": rank}, statistics, "eigen", gradients=gradients)
     return layers["layer"].factors
 
 

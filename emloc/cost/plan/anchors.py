@@ -15,8 +15,8 @@ from emloc.emulators.layer_drop import block_stack
 from emloc.models.checkpoint.source import Source
 from emloc.models.decoder import Decoder
 from emloc.runtime.memory import GIB
+from emloc.stages.anchorable import require_anchorable
 from emloc.stages.run_config import RunConfig
-from emloc.stages.training.anchorable import require_anchorable
 from emloc.stages.training.anchored_rows import round_ends
 
 

@@ -28,6 +28,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor
 
+from emloc.adapters.saved import copy_adapter
 from emloc.adapters.streamed import load_unread
 from emloc.anchors.attached import AttachedOffsets
 from emloc.anchors.batches import AnchoredCollator
@@ -447,7 +448,7 @@ class Rounds:
         """Write the adapter of a state as the training's own."""
         target = self.folder / "adapter"
         if state.adapter is not None:
-            shutil.copytree(state.adapter / "adapter", target, dirs_exist_ok=True)
+            copy_adapter(state.adapter / "adapter", target)
             return
         self._reopen_if_sharded()
         self._load(state)
