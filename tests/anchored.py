@@ -39,6 +39,7 @@ from emloc.recovery.none import NoRecovery
 from emloc.runtime.stage_cache import Artifact
 from emloc.stages.training.anchored_rows import anchored_rows
 from emloc.stages.training.callbacks import Report
+from emloc.stages.training.refit import refit_of
 from emloc.stages.training.rounds import Rounds
 from emloc.stages.training.train import open_trainee
 
@@ -253,17 +254,23 @@ def rounds(
     anchor: Anchor,
     *,
     report: Report = lambda _, __: None,
+    calibration: Samples | None = None,
     **inputs: Any,
 ) -> Rounds:
-    """Return an anchored training in `folder`, which may hold an interrupted one."""
+    """Return an anchored training in `folder`, which may hold an interrupted one.
+
+    With `calibration` the emulator is fitted to these samples at each round but the first.
+    """
     settings = training_inputs(built, **inputs)
     folder.mkdir(exist_ok=True)
+    rows = anchored_rows(anchor, built.source, settings)
     return Rounds(
         folder,
         open_trainee(built, settings, CPU),
-        anchored_rows(anchor, built.source, settings),
+        rows,
         NoRecovery(),
         None,
         2**30,
         report,
+        refit_of(rows, calibration, built),
     )

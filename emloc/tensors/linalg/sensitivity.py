@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from emloc.tensors.linalg.gram import gram
+
 # Share of the mean diagonal of G that is added to it: so much a direction counts at least.
 DAMPING = 1e-3
 
@@ -23,14 +25,13 @@ def output_root(gradients: Tensor) -> Tensor | None:
     Args:
         gradients: (N, m), of any scale.
     """
-    rows = gradients.double()
-    gram = rows.T @ rows
-    scale = gram.diagonal().mean()
-    if not scale > 0:
+    largest = gradients.abs().max()
+    if not largest > 0:
         return None
-    gram /= scale
-    gram.diagonal().add_(DAMPING)
-    upper: Tensor = torch.linalg.cholesky(gram, upper=True)
+    total = gram(gradients / largest)
+    total /= total.diagonal().mean()
+    total.diagonal().add_(DAMPING)
+    upper: Tensor = torch.linalg.cholesky(total, upper=True)
     return upper
 
 

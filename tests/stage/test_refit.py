@@ -1,0 +1,149 @@
+"""Emulators that are fitted anew to what the loss of an anchored training depends on."""
+
+from functools import partial
+
+import anchored
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import save_checkpoint
+
+import emloc.stages.training.refit as refit_module
+from emloc.anchors.blocks import Blocks
+from emloc.anchors.record import Original
+from emloc.emulators.svd import Svd
+from emloc.models.checkpoint.source import Source
+from emloc.stages.training.anchored_rows import anchored_rows
+from emloc.stages.training.refit import refit_of, with_folder
+from emloc.stages.training.train import open_trainee
+from emloc.tensors.linalg.sensitivity import output_root
+
+SVD = Svd(algorithm="eigen", aware=True, multiple=1)
+ANCHOR = Blocks(places=2, rounds=3, dtype="float32", guard=2, disk_gib=1.0, refit=True)
+
+
+ATTENTION = "model.layers.0.self_attn"
+
+
+class Killed(Exception):
+    """Stands for the end of a process."""
+
+
+@pytest.fixture(scope="module")
+def source(made_once):
+    folder = made_once("blocks_3", partial(save_checkpoint, num_hidden_layers=3))
+    return Source(folder, "tiny", "0", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def built(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("emulator")
+    return anchored.build_emulator(folder, source, SVD, 16, 0.5)
+
+
+def weights_of(model, layers) -> dict[str, torch.Tensor]:
+    return {name: model.get_submodule(name).product().double() for name in layers}
+
+
+def test_the_fitted_emulator_loses_less_of_what_the_loss_depends_on(
+    tmp_path, source, built, monkeypatch
+):
+    """Compared with the emulator before, by the emulator's gradients and the original's inputs."""
+    kept = {}
+    real = refit_module._read_gradients
+
+    def keep(folder, block):
+        kept.update(gradients := real(folder, block))
+        return gradients
+
+    monkeypatch.setattr(refit_module, "_read_gradients", keep)
+    inputs = anchored.training_inputs(built)
+    rows = anchored_rows(ANCHOR, source, inputs)
+    refit = refit_of(rows, anchored.samples(), built)
+    folder = tmp_path / "fitted"
+    folder.mkdir()
+    forwards = refit.run(
+        folder,
+        open_trainee(built, inputs, anchored.CPU),
+        lambda: Original(source.skeleton(), source),
+        host_bytes=2**30,
+    )
+    assert forwards > 2 * len(refit.samples.examples)  # two passes of the original
+    assert not (tmp_path / "fitted.work").exists()
+    before, after = (
+        weights_of(one.open(anchored.CPU), refit.ranks)
+        for one in (built, with_folder(built, folder))
+    )
+    exact, inputs_of = exact_moments(source, refit)
+    # Below the first adapter no gradient passes, so these weights do not matter.
+    assert refit.ranks.keys() - kept == {f"{ATTENTION}.{part}_proj" for part in "kv"}
+    for name in kept:
+        root, original = output_root(kept[name].float()), source.weight(name).double()
+        losses = [
+            float((root @ (original - one[name]) @ inputs_of[name].T).square().sum())
+            for one in (before, after)
+        ]
+        assert losses[1] < losses[0], name
+        # In the last block only one stretch of the emulator lies between the layer and the loss.
+        if name.startswith("model.layers.2"):
+            alike = torch.nn.functional.cosine_similarity(
+                gram_of(exact[name]).flatten(), gram_of(kept[name]).flatten(), dim=0
+            )
+            assert alike > 0.7, name
+
+
+def gram_of(rows: torch.Tensor) -> torch.Tensor:
+    return rows.double().T @ rows.double()
+
+
+def exact_moments(source, refit):
+    """Return each layer's output gradients and inputs in the original, on the samples."""
+    model = source.load(anchored.CPU).train()
+    gradients, inputs = ({name: [] for name in refit.ranks} for _ in range(2))
+    for name in refit.ranks:
+
+        def watch(_, args, output, name=name):
+            inputs[name].append(args[0].detach().flatten(0, 1).double())
+            output.register_hook(lambda g: gradients[name].append(g.flatten(0, 1).double()))
+
+        model.get_submodule(name).register_forward_hook(watch)
+    model.get_input_embeddings().weight.requires_grad_(True)
+    reader = source.reader()
+    for example in refit.samples.examples:  # one at a time, so that there is no padding
+        model(**reader.collate([reader.encode(example)])).loss.backward()
+    return tuple(
+        {name: torch.cat(parts) for name, parts in one.items()} for one in (gradients, inputs)
+    )
+
+
+def results(training) -> tuple:
+    facts = training.run()
+    adapter = load_file(training.folder / "adapter" / "adapter_model.safetensors")
+    lines = (training.folder / "anchors.jsonl").read_text()
+    return ({name: tensor.tolist() for name, tensor in adapter.items()}, lines), facts
+
+
+def test_each_round_has_an_emulator_of_its_own_and_resumes_to_the_same_bits(
+    tmp_path, built, monkeypatch
+):
+    """Killed while the emulator of the second round is fitted, and behind the third round's."""
+    train = partial(anchored.rounds, built=built, anchor=ANCHOR, calibration=anchored.samples())
+    wanted, facts = results(train(tmp_path / "straight"))
+    plain, plain_facts = results(anchored.rounds(tmp_path / "plain", built, ANCHOR))
+    assert plain[0] != wanted[0]
+    # In the second and third round: the original over the eight samples, twice, and gradients.
+    assert facts["row_forwards"] > plain_facts["row_forwards"] + 2 * 2 * 8
+    real = refit_module._read_gradients
+    calls = []
+
+    def read(folder, block):
+        calls.append(block)
+        if len(calls) in (2, 7):
+            raise Killed
+        return real(folder, block)
+
+    monkeypatch.setattr(refit_module, "_read_gradients", read)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            train(tmp_path / "killed").run()
+    assert results(train(tmp_path / "killed"))[0] == wanted
