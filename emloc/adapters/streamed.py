@@ -34,6 +34,7 @@ class AdaptedWeights:
 
     def fill(self, model: nn.Module, names: Iterable[str], device: torch.device) -> None:
         """Load named parameters and buffers of `model` to `device`; move all buffers there."""
+        names = list(names)
         own = {name: self._adapter_tensors[name] for name in names if name in self._adapter_tensors}
         for name, tensor in own.items():
             replace_tensor(model, name, tensor.to(device))

@@ -33,7 +33,7 @@ from emloc.anchors.batches import KeyedRow
 from emloc.anchors.formats import OffsetFormat, Parts
 from emloc.anchors.places import Place
 from emloc.anchors.shards import shard_file, write_rows, write_shard
-from emloc.calibration.blockwise import Block, WeightReader, iterate_blocks
+from emloc.calibration.blockwise import Block, WeightReader, fill_outside, iterate_blocks
 from emloc.errors import ConfigError
 from emloc.models.objectives import Objective
 from emloc.runtime.atomic import write_json
@@ -151,7 +151,7 @@ def _plan(folder: Path, rows: Rows, stretches: Stretches | None) -> _Plan:
             ]
             for index, end in enumerate(accumulate(sizes)):
                 shard = (end - sizes[index]) // SHARD_BYTES
-                if shard >= len(shards) or not shards:
+                if shard >= len(shards):
                     shards.append([])
                 shards[-1].append(index)
         keys = [[rows.anchored[i].key for b in shard for i in anchored[b]] for shard in shards]
@@ -231,19 +231,11 @@ class _Pass:
         """Yield the blocks of the original, which computes the losses after the last of them."""
         model, weights = self.original.model, self.original.weights
         if weights is not None:
-            inside = tuple(f"{name}." for name in blocks)
-            # Without a block of the decoder, the passes reach the head before any block is run.
-            has_ended = not {*blocks} & {*self.decoder_blocks}
-            unread = () if has_ended else _own_head_parameters(model)
-            names = [
-                name
-                for name, _ in model.named_parameters()
-                if not name.startswith((*inside, *(f"{b}." for b in self.decoder_blocks)))
-                and name not in unread
-            ]
-            buffers = [name for name in weights.buffers if not name.startswith(inside)]
-            weights.fill(model, [*names, *buffers], self.device)
+            fill_outside(model, weights, {*blocks, *self.decoder_blocks}, self.device)
             model.tie_weights()
+            # Without a block of the decoder, the passes reach the head before any block is run.
+            if not {*blocks} & {*self.decoder_blocks}:
+                weights.fill(model, _own_head_parameters(model), self.device)
         model.eval()
         indices = range(len(self.plan.batches))
         return iterate_blocks(

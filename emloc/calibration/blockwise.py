@@ -79,16 +79,28 @@ def iterate_checkpoint(
     See `iterate_blocks` for the arguments and errors. The output head is never read.
     """
     model = source.skeleton()
-    head = model.get_output_embeddings()
-    unread_ids = {id(parameter) for parameter in head.parameters()} if head is not None else set()
-    names = [name for name, weight in model.named_parameters() if id(weight) not in unread_ids]
-    names += source.buffers
-    source.require(names)
-    block_prefixes = tuple(f"{name}." for name in blocks)
-    source.fill(model, [name for name in names if not name.startswith(block_prefixes)], device)
+    source.require(_names_without_head(model, source))
+    fill_outside(model, source, blocks, device)
     return iterate_blocks(
         model, batches, blocks, device, source, host_bytes=host_bytes, folder=folder
     )
+
+
+def fill_outside(
+    model: PreTrainedModel, weights: WeightReader, blocks: Iterable[str], device: torch.device
+) -> None:
+    """Read all weights that are neither in one of the blocks nor in the output head."""
+    inside = tuple(f"{name}." for name in blocks)
+    names = _names_without_head(model, weights)
+    weights.fill(model, [name for name in names if not name.startswith(inside)], device)
+
+
+def _names_without_head(model: PreTrainedModel, weights: WeightReader) -> list[str]:
+    """Names of all parameters but those of the output head, and of the buffers to read."""
+    head = model.get_output_embeddings()
+    unread_ids = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    names = [name for name, weight in model.named_parameters() if id(weight) not in unread_ids]
+    return names + weights.buffers
 
 
 def iterate_blocks(

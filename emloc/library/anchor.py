@@ -23,7 +23,7 @@ from emloc.library.arguments import emulator_and_stamp, original_model
 from emloc.library.draw_order import FixedOrder
 from emloc.library.identity import require_original
 from emloc.models.block_names import find_block
-from emloc.models.decoder import decoder_of
+from emloc.models.decoder import decoder_prefix
 from emloc.runtime.digest import digest
 from emloc.runtime.distributed import rank, world_size
 
@@ -119,9 +119,7 @@ def _blocks(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     """Return the names of all blocks of a model, and of those that process tokens."""
     linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     blocks = list(by_block(name for name in linears if find_block(name) not in (None, name)))
-    decoder = decoder_of(model)
-    name = next(name for name, module in model.named_modules() if module is decoder)
-    prefix = f"{name}." if name else ""
+    prefix = decoder_prefix(model)
     return blocks, [block for block in blocks if block.startswith(prefix)]
 
 

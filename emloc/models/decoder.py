@@ -17,6 +17,13 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     return decoder
 
 
+def decoder_prefix(model: PreTrainedModel) -> str:
+    """Return the common prefix of the names of the decoder's modules; empty if it is the model."""
+    decoder = decoder_of(model)
+    name = next(name for name, module in model.named_modules() if module is decoder)
+    return f"{name}." if name else ""
+
+
 @dataclass(frozen=True, eq=False)
 class Decoder:
     """Facts about the language decoder of a source, computed at their first use."""
@@ -26,10 +33,7 @@ class Decoder:
     @cached_property
     def prefix(self) -> str:
         """Common prefix of the names of the decoder's modules, such as `model.language_model.`."""
-        decoder = decoder_of(self.source.meta_model)
-        named_modules = self.source.meta_model.named_modules()
-        name = next(name for name, module in named_modules if module is decoder)
-        return f"{name}." if name else ""
+        return decoder_prefix(self.source.meta_model)
 
     @property
     def vocabulary(self) -> int:

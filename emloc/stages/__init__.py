@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,6 +23,7 @@ from emloc.runtime.keys import class_name, key_of, without_neutral
 from emloc.runtime.stage_cache import Artifact, Facts
 from emloc.runtime.work_meter import metered
 from emloc.stages.counted_work import measured_work
+from emloc.stages.training.anchored_rows import AnchoredRows, anchored_rows
 from emloc.stages.training.callbacks import Report
 
 if TYPE_CHECKING:
@@ -52,6 +54,14 @@ class Context:
     cache: Path  # folder of the stages' artifacts
     artifacts: dict[str, Artifact] = field(default_factory=dict)  # by stage, in order
     current: dict[str, Artifact] = field(default_factory=dict)  # kind -> newest artifact
+
+    @cached_property
+    def anchored_rows(self) -> AnchoredRows:
+        """The rows, places and rounds of an anchored training, read once for all stages."""
+        anchor = self.run_config.anchor
+        assert anchor.anchors
+        assert self.training_inputs is not None
+        return anchored_rows(anchor, self.source, self.training_inputs)
 
     @property
     def built_emulator(self) -> BuiltEmulator:

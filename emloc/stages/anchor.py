@@ -28,7 +28,7 @@ from emloc.runtime.manifest import DamagedError, flaw_of, seal, set_aside
 from emloc.runtime.stage_cache import Artifact, Facts
 from emloc.stages import ANCHORS, Context, Stage
 from emloc.stages.anchorable import require_anchorable
-from emloc.stages.training.anchored_rows import AnchoredRows, anchored_rows, require_disk
+from emloc.stages.training.anchored_rows import AnchoredRows, require_disk
 from emloc.stages.training.rounds import FirstPass
 
 log = logging.getLogger(__name__)
@@ -83,9 +83,8 @@ class RecordAnchors(Stage):
     def work(self, folder: Path, context: Context) -> Facts:
         """Compute the offsets that are missing; write the list of passes that hold the rows."""
         anchor = context.run_config.anchor
-        assert context.training_inputs is not None
         assert anchor.anchors
-        plan = anchored_rows(anchor, context.source, context.training_inputs)
+        plan = context.anchored_rows
         key = digest([self.version, key_of(context.built_emulator), anchor.offsets_key])
         shared = context.cache / "anchors" / key
         shared.mkdir(parents=True, exist_ok=True)

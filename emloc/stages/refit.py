@@ -9,7 +9,6 @@ from typing import Any
 from emloc.anchors.record import Original
 from emloc.runtime.stage_cache import Facts
 from emloc.stages import EMULATOR, Context, Stage
-from emloc.stages.training.anchored_rows import anchored_rows
 from emloc.stages.training.refit import Refittable, refit_of
 from emloc.stages.training.train import open_trainee
 
@@ -49,11 +48,9 @@ class RefitEmulator(Stage):
 
     def work(self, folder: Path, context: Context) -> Facts:
         """Fit the emulator and write its files into `folder`."""
-        anchor, inputs, source = context.run_config.anchor, context.training_inputs, context.source
-        assert anchor.anchors
+        inputs, source = context.training_inputs, context.source
         assert inputs is not None
-        rows = anchored_rows(anchor, source, inputs)
-        refit = refit_of(rows, context.samples, context.built_emulator)
+        refit = refit_of(context.anchored_rows, context.samples, context.built_emulator)
         assert refit is not None
         trainee = open_trainee(context.built_emulator, inputs, context.device)
         row_forwards = refit.run(

@@ -12,7 +12,6 @@ from emloc.errors import ConfigError
 from emloc.runtime.stage_cache import Facts
 from emloc.stages import ANCHORS, TRAINED, Context, Stage
 from emloc.stages.anchor import first_round
-from emloc.stages.training.anchored_rows import anchored_rows
 from emloc.stages.training.refit import refit_of
 from emloc.stages.training.rounds import ROUNDS_FILE, Rounds
 from emloc.stages.training.train import open_trainee, train
@@ -60,7 +59,7 @@ class Train(Stage):
 def _train_anchored(folder: Path, context: Context, anchor: Anchor) -> Facts:
     """Train in rounds, with offsets of the original's hidden states."""
     assert context.training_inputs is not None
-    rows = anchored_rows(anchor, context.source, context.training_inputs)
+    rows = context.anchored_rows
     recorded = context.current.get(ANCHORS)
     rounds = Rounds(
         folder,

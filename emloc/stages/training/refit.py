@@ -24,7 +24,7 @@ from emloc.anchors.attached import AttachedOffsets
 from emloc.anchors.batches import AnchoredCollator, KeyedRow, take_offsets
 from emloc.anchors.record import Original, Stretches
 from emloc.anchors.shards import OffsetReader
-from emloc.calibration.blockwise import Block, by_block, iterate_blocks
+from emloc.calibration.blockwise import Block, by_block, fill_outside, iterate_blocks
 from emloc.calibration.samples import Samples
 from emloc.data.reader import encode_all
 from emloc.emulators import BuiltEmulator, Ranks
@@ -34,7 +34,7 @@ from emloc.runtime.progress import tracked
 from emloc.runtime.safetensors_file import write_safetensors
 from emloc.runtime.stage_cache import Artifact
 from emloc.runtime.work_meter import metered
-from emloc.stages.training.anchored_rows import AnchoredRows
+from emloc.stages.training.anchored_rows import AnchoredRows, unique
 from emloc.stages.training.train import Trainee
 from emloc.tensors.nn.attention import without_cudnn
 
@@ -98,11 +98,11 @@ class Refit:
         work = folder.with_name(f"{folder.name}.work")
         work.mkdir(parents=True, exist_ok=True)
         rows, device = self._encoded(), trainee.device
-        context = trainee.context
+        places, stored_as = self.rows.places, self.rows.anchor.stored_as
         self.rows.record(
             work / "offsets",
             original(),
-            Stretches(trainee.inner, self.rows.places, self.rows.anchor.stored_as, context),
+            Stretches(trainee.inner, places, stored_as, trainee.context),
             rows,
             [],
             device=device,
@@ -124,7 +124,7 @@ class Refit:
     def _encoded(self) -> list[KeyedRow]:
         reader = self.rows.source.reader()
         encoded = encode_all(reader, self.samples.examples, self.samples.max_length)
-        return list({row.key: KeyedRow(row, row.key) for row in encoded}.values())
+        return unique(KeyedRow(row, row.key) for row in encoded)
 
     def _blocks(
         self, original: Original, device: torch.device, host_bytes: int, folder: Path
@@ -132,16 +132,7 @@ class Refit:
         """Yield the blocks of the original with compressed layers, on the calibration rows."""
         model, blocks = original.model, list(by_block(self.ranks))
         if original.weights is not None:
-            inside = tuple(f"{name}." for name in blocks)
-            head = model.get_output_embeddings()
-            unread = {id(p) for p in head.parameters()} if head is not None else set()
-            names = [
-                name
-                for name, p in model.named_parameters()
-                if not name.startswith(inside) and id(p) not in unread
-            ]
-            names += [name for name in original.weights.buffers if not name.startswith(inside)]
-            original.weights.fill(model, names, device)
+            fill_outside(model, original.weights, blocks, device)
         model.eval()
         batches = self.samples.batches(self.rows.source)
         passes = iterate_blocks(

@@ -206,7 +206,6 @@ class Rounds:
         return [folder], {r: (s, n) for r, (s, n) in losses_of_pass["losses"].items() if r in keys}
 
     def _record(self, folder: Path, state: State, first: int, end: int) -> dict[str, Any]:
-        start = time.perf_counter()
         rows = self.rows.of_steps(first, end)
         folder.mkdir(exist_ok=True)
         with metered() as meter, self._emulator(state, folder, needed=bool(rows)) as emulator:
@@ -221,7 +220,6 @@ class Rounds:
             )
         return {
             "losses": losses,
-            "seconds": time.perf_counter() - start,
             "row_forwards": meter.operations / block_operations(self.rows.source),
         }
 
@@ -293,7 +291,7 @@ class Rounds:
         done = folder / _ROUND_FILE
         if not done.exists():
             self._train(folder, state, last, skipped, rate, offsets)
-        facts = _first_does(done, lambda: self._keep_round(folder, state, last, skipped, rate))
+        facts = _first_does(done, lambda: self._keep_round(folder, state, last, skipped))
         self._curve += facts["curve"]
         self._drop(offsets)
         return State(last, folder / "checkpoints" / f"checkpoint-{last}", folder)
@@ -351,9 +349,7 @@ class Rounds:
         else:
             self._load(State(last, newest))
 
-    def _keep_round(
-        self, folder: Path, state: State, last: int, skipped: int, rate: float
-    ) -> dict[str, Any]:
+    def _keep_round(self, folder: Path, state: State, last: int, skipped: int) -> dict[str, Any]:
         """Save the adapter of a round that was trained, and return the round's figures."""
         adapter = self.trainee.training_inputs.adapter
         adapter.save(self.trainee.model, folder / "adapter", self._base_name)
@@ -365,7 +361,7 @@ class Rounds:
             for line in history["log_history"]
             if "loss" in line and line["step"] > state.step
         ]
-        return {"curve": curve, "rate": rate, "from": state.step}
+        return {"curve": curve}
 
     # The adapter.
 
@@ -424,9 +420,8 @@ class Rounds:
             write_text(self.folder / ROUNDS_FILE, text)
 
     def _finish(self, state: State, position: int, rejected: int) -> dict[str, Any]:
-        _wait_for_everyone(
-            self.trainee.device
-        )  # other processes may still read what is deleted here
+        # Other processes may still read what is deleted here.
+        _wait_for_everyone(self.trainee.device)
         if is_first():
             write_curve(self.folder, self._curve)
             self._save_result(state)
