@@ -90,7 +90,10 @@ def render_messages(
         except RENDER_ERRORS as error:
             reason = one_line(error, 160)
             continue
-        if _contains(rendered, messages):
+        # Only a list of parts can be written as Python or JSON. A template may have such words of
+        # its own, for instance in its system message.
+        is_written = form is Message.as_parts and _writes_parts(rendered, messages)
+        if _contains(rendered, messages) and not is_written:
             return rendered
     raise ConfigError(
         f"{_name(renderer)}: the chat template cannot be used: {reason}; set model.source to a "
@@ -238,16 +241,21 @@ def _has_images(messages: Sequence[Message]) -> bool:
 
 
 def _contains(rendered: str, messages: Sequence[Message]) -> bool:
-    """Whether a rendered prompt contains the text of all messages, but no part as Python or JSON.
+    """Whether a rendered prompt contains the text of all messages.
 
     White space may differ, as templates trim texts.
     """
     texts = [message.text for message in messages]
-    for mark in ("'type': 'text'", '"type": "text"'):
-        if mark in rendered and not any(mark in text for text in texts):
-            return False
     return all(text in rendered for text in texts) or all(
         " ".join(text.split()) in " ".join(rendered.split()) for text in texts
+    )
+
+
+def _writes_parts(rendered: str, messages: Sequence[Message]) -> bool:
+    """Whether a template that was given lists of parts has written one as Python or JSON."""
+    marks = ("'type': 'text'", '"type": "text"')
+    return any(
+        mark in rendered and not any(mark in message.text for message in messages) for mark in marks
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pictured import PLACE, image_bytes, lazy_image, save_internvl
 from tokenizers import processors
@@ -88,6 +88,7 @@ def test_images_come_first_in_the_turn_of_the_user(folder, begins, system, sizes
 
 @settings(max_examples=60)
 @given(system=st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
+@example(system="'type': 'text'")  # as a list of parts would look
 def test_a_system_message_is_copied_exactly(folder, system):
     system_turn = render(read_by(folder, system).tokenizer, "q")
     assert system_turn.startswith(
