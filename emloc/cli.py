@@ -34,6 +34,10 @@ def main() -> None:
     logging.raiseExceptions = False  # on a full disk each line of a log would print a traceback
     # Without this, blocks of many sizes leave gaps in device memory that no other tensor fits into.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # OpenMP threads spin for a moment when they wait. By default they do so far longer, and an
+    # eigendecomposition took fifty times as long as soon as another process used the same cores.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         _run(sys.argv[1:])
     except FailedWorkError as error:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from emloc.tensors.linalg import subspace as module
 from emloc.tensors.linalg.factorize import Factors, eigen, lost_energy, refit
 from emloc.tensors.linalg.gram import cross, gram
 from emloc.tensors.linalg.subspace import MAX_STEPS, subspace
@@ -31,6 +32,12 @@ SPECTRA = {
     "four directions": MASSIVE,
     "massive": torch.cat([torch.full((4,), 1e6, dtype=F64), INDEX[:-4] ** -0.5]),
 }
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Iterate for all ranks for which a GPU does."""
+    monkeypatch.setattr(module, "SIZE_PER_COLUMN", module.SIZE_PER_COLUMN_ON_GPU)
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -242,3 +249,11 @@ def test_bad_input_is_refused() -> None:
         subspace(w, 2, input_gram=c / 0, dtype=F64)
     with pytest.raises(ValueError, match="weight holds values that are not finite"):
         subspace(w * torch.nan, 2, dtype=F64)
+
+
+def test_a_cpu_iterates_for_low_ranks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At higher ranks an eigendecomposition is faster on a CPU."""
+    monkeypatch.undo()
+    w = normal(23, P, P)
+    assert subspace(w, 60, dtype=F64).solver == "subspace"
+    assert subspace(w, 80, dtype=F64).solver == "eigen"
