@@ -58,7 +58,7 @@ COLUMNS = (
 NOTES = {
     "loss": "mean negative log-likelihood of an answer token on held-out rows, in nats",
     "gain kept": "share of LoRA's improvement in loss over the untouched model that a method "
-    "reaches (0%: untouched model, 100%: LoRA)",
+    "reaches (0%: untouched model, 100%: the best LoRA of this rank and seed)",
     "rejected rounds": "rounds of an anchored training that raised the original's loss and were "
     "undone",
     "loss as trained": "loss of the adapter on the compressed model that it was trained on",

@@ -9,11 +9,10 @@ from typing import Any
 from emloc.config.presets import named_method
 from emloc.config.run_folder import Run
 
-# Sections of settings that a run shares with its untouched model, and with its LoRA.
+# Sections of settings that a run shares with its untouched model, and with its LoRA. The LoRA may
+# be trained otherwise: a rate or a number of steps that suits a method may not suit LoRA.
 _SAME_DATA = ("model", "task", "eval")
-_SAME_TRAINING = (*_SAME_DATA, "lora", "train", "seed")
-# Settings of `train` that change memory and files, but not the adapter that is learnt.
-_NOT_LEARNT = ("checkpointing", "host_activations", "lean", "log_every", "save_every")
+_SAME_ADAPTER = (*_SAME_DATA, "lora", "seed")
 
 
 @dataclass(frozen=True)
@@ -38,31 +37,26 @@ class StoredRun:
 def gain_kept(run: StoredRun, runs: Sequence[StoredRun]) -> float | None:
     """Share of LoRA's improvement in held-out loss over the untouched model that `run` keeps.
 
-    None where the run, its LoRA or its untouched model has no loss, or LoRA improved nothing.
+    The reference is the best LoRA of the same rank and seed, whatever its learning rate and its
+    number of steps. None where the run, its LoRA or its untouched model has no loss, or LoRA
+    improved nothing.
     """
-    untouched = _loss_of("zero_shot", run, runs, _SAME_DATA)
-    lora = _loss_of("lora", run, runs, _SAME_TRAINING)
+    untouched = _least_loss("zero_shot", run, runs, _SAME_DATA)
+    lora = _least_loss("lora", run, runs, _SAME_ADAPTER)
     if run.loss is None or untouched is None or lora is None or lora >= untouched:
         return None
     return (untouched - run.loss) / (untouched - lora)
 
 
-def _loss_of(
+def _least_loss(
     method: str, run: StoredRun, runs: Sequence[StoredRun], sections: Sequence[str]
 ) -> float | None:
-    """Loss of the first run of this method that shares these sections with `run`."""
+    """Lowest loss of the runs of this method that share these sections with `run`."""
     losses = (
         one.loss
         for one in runs
         if one.method == method
         and one.loss is not None
-        and all(_learnt(one, name) == _learnt(run, name) for name in sections)
+        and all(one.config.get(name) == run.config.get(name) for name in sections)
     )
-    return next(losses, None)
-
-
-def _learnt(run: StoredRun, section: str) -> Any:
-    values = run.config.get(section)
-    if section != "train" or not isinstance(values, dict):
-        return values
-    return {key: value for key, value in values.items() if key not in _NOT_LEARNT}
+    return min(losses, default=None)
