@@ -188,7 +188,8 @@ def test_rows_without_answer_tokens_have_no_scores():
     batch["labels"].fill_(IGNORE)
     with torch.inference_mode():
         actual = scores(model, batch)
-    assert not actual.nll.any() and not actual.is_answer.any() and not actual.is_right.any()
+    for tensor in (actual.nll, actual.is_answer, actual.is_right):
+        assert not tensor.any()
 
 
 def test_an_error_in_the_body_is_raised_and_leaves_the_model_as_it_was():
