@@ -11,7 +11,6 @@ device holds one block and one pass, whatever the size of the model and the numb
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +28,7 @@ from emloc.models.block_names import find_block
 from emloc.models.checkpoint.source import Source
 from emloc.models.decoder import decoder_of
 from emloc.runtime.work_meter import count_operations
+from emloc.tensors.nn.forward import accepts_use_cache
 from emloc.tensors.nn.operations import linear_operations
 
 Batch = Mapping[str, Any]
@@ -354,13 +354,6 @@ def rows_of(batch: Batch) -> int:
 def _detach_to(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on `device`, as a new tensor object, since offloading changes objects in place."""
     return tensor.to(device).detach()
-
-
-def accepts_use_cache(model: nn.Module) -> bool:
-    """Whether the model's forward accepts `use_cache`, itself or through `**kwargs`."""
-    parameters = inspect.signature(model.forward).parameters
-    has_kwargs = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters.values())
-    return "use_cache" in parameters or (isinstance(model, PreTrainedModel) and has_kwargs)
 
 
 def _local_tensors(coroutine: greenlet) -> Iterator[Tensor]:

@@ -12,19 +12,19 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 from transformers import PreTrainedModel
 
 from emloc.anchors.batches import KeyedRow
 from emloc.anchors.formats import OffsetFormat
 from emloc.anchors.places import Place
 from emloc.anchors.record import RowLoss, Rows, Stretches, record
-from emloc.data.collate import IGNORE
 from emloc.errors import ConfigError
 from emloc.library.anchored_original import adapted_original, adapter_digest
 from emloc.library.anchored_rows import RowTable
 from emloc.library.emulate import eval_mode
+from emloc.models.objectives.answer_logits import forward_logits
+from emloc.models.objectives.token_scores import score_tokens, without_labels
 from emloc.models.objectives.tokens import Tokens
 from emloc.runtime.digest import digest
 from emloc.runtime.memory import GIB
@@ -137,16 +137,12 @@ class LabelledTokens(Tokens):
         self, model: Any, rows: Sequence[Any], batch: dict[str, Any]
     ) -> list[tuple[float, int]]:
         """Negative log-likelihood and number of the labelled tokens of each row; else zeros."""
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        logits, labels = getattr(model(**inputs), "logits", None), batch.get("labels")
-        if logits is None or labels is None or labels.shape != logits.shape[:2]:
+        logits, labels = forward_logits(model, without_labels(batch)), batch.get("labels")
+        if logits is None or labels is None or labels.shape != logits.shape:
             return [(0.0, 0) for _ in rows]
-        targets: Tensor = labels[:, 1:]
-        losses = functional.cross_entropy(
-            logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORE, reduction="none"
-        )
-        counts = (targets != IGNORE).sum(-1)
-        return list(zip(losses.sum(-1).tolist(), counts.tolist(), strict=True))
+        scores = score_tokens(logits, labels)
+        sums = scores.nll.sum(-1).tolist(), scores.is_answer.sum(-1).tolist()
+        return list(zip(*sums, strict=True))
 
 
 def _mean_loss(losses: Mapping[str, RowLoss]) -> float | None:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from emloc.calibration.blockwise import Batch, accepts_use_cache
+from emloc.calibration.blockwise import Batch
 from emloc.emulators.prune.units import Units
 from emloc.errors import ConfigError
 from emloc.models.objectives import Loss, Objective
 from emloc.runtime.progress import tracked
 from emloc.tensors.lean.model import recompute_layers
 from emloc.tensors.nn.attention import without_cudnn
+from emloc.tensors.nn.forward import accepts_use_cache
 
 KINDS = ("upop", "taylor")
 

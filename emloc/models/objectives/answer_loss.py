@@ -14,30 +14,11 @@ from transformers import PreTrainedModel
 
 from emloc.data.collate import IGNORE
 from emloc.models.objectives import Batch, Loss
+from emloc.models.objectives.output_head import ROUNDING, IdentityHead, name_of_head
 from emloc.tensors.lean.loss import AnswerLoss
 
-# Upper bound on the relative rounding error of a vector in 16 bits, with a margin.
-ROUNDING = 0.01
 # A value above every cap on logits in use.
 LARGE = 1e3
-
-
-class IdentityHead(nn.Module):
-    """Replacement of a model's output head that returns the hidden states unchanged.
-
-    While `test_logits` (V,) is set, the module returns these logits for every position instead.
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = weight  # some models read the dtype of the head's weight
-        self.test_logits: Tensor | None = None
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return `hidden` (..., d), or the test logits expanded to (..., V)."""
-        if self.test_logits is None:
-            return hidden
-        return self.test_logits.expand(*hidden.shape[:-1], -1)
 
 
 def install_answer_loss(model: PreTrainedModel) -> Loss | None:
@@ -54,7 +35,7 @@ def install_answer_loss(model: PreTrainedModel) -> Loss | None:
         return None
     weight = head.weight
     identity = IdentityHead(weight)
-    name = next(name for name, module in model.named_modules() if module is head)
+    name = name_of_head(model, head)
     model.set_submodule(name, identity)
     if not _only_scales_logits(model, identity):
         model.set_submodule(name, head)
@@ -70,11 +51,11 @@ def _only_scales_logits(model: PreTrainedModel, head: IdentityHead) -> bool:
     """
     weight = head.weight
     logits = torch.linspace(-LARGE, LARGE, len(weight), device=weight.device, dtype=weight.dtype)
-    head.test_logits = logits
+    head.logits = logits
     ids = torch.arange(8, device=weight.device)[None]
     with torch.no_grad():
         outputs = model(input_ids=ids, use_cache=False).logits[0, -1].float()
-    head.test_logits = None
+    head.logits = None
     inputs = logits.float()
     scale = (outputs @ inputs) / (inputs @ inputs)
     return bool((outputs - scale * inputs).norm() <= ROUNDING * outputs.norm())

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from torch.nn import functional
 
@@ -16,7 +14,10 @@ from emloc.data.collate import IGNORE
 from emloc.data.examples import Examples
 from emloc.data.prompts import EncodedExample
 from emloc.models.objectives import Batch, Loss, Objective
+from emloc.models.objectives.answer_logits import forward_logits
 from emloc.models.objectives.answer_loss import install_answer_loss
+from emloc.models.objectives.token_scores import score_tokens, without_labels
+from emloc.tensors.nn.forward import accepts_item_count
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Tokens(Objective):
 
     def loss(self, model: Any, batch: Batch, count: Tensor) -> Tensor:
         """The loss that the model itself computes from `labels`, with all its extra terms."""
-        if _accepts_item_count(model):
+        if accepts_item_count(model):
             loss: Tensor = model(**batch, num_items_in_batch=count)["loss"]
             return loss
         mean: Tensor = model(**batch)["loss"]
@@ -91,17 +92,12 @@ class Tokens(Objective):
         self, model: Any, rows: Sequence[EncodedExample], batch: Batch
     ) -> list[TokenAnswer]:
         """Score the correct answers from one forward pass under teacher forcing."""
-        logits, labels = _logits_and_labels(model, batch)
-        logits = logits.float()
-        nll = functional.cross_entropy(
-            logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none"
-        )
-        valid = labels != IGNORE
-        right = (logits.argmax(-1) == labels) & valid
-        return [
-            TokenAnswer(row.id, float(nll[i].sum()), int(valid[i].sum()), int(right[i].sum()))
-            for i, row in enumerate(rows)
-        ]
+        logits = forward_logits(model, without_labels(batch))
+        assert logits is not None  # every model that generates text has logits
+        scores = score_tokens(logits, batch["labels"])
+        columns = (scores.nll, scores.is_answer, scores.is_right)
+        sums = [column.sum(-1).tolist() for column in columns]
+        return [TokenAnswer(row.id, *sums) for row, *sums in zip(rows, *sums, strict=True)]
 
     def summary(self, answers: Sequence[TokenAnswer], examples: Examples) -> dict[str, float]:
         """Loss (nats per token), token accuracy and exact match over all answers.
@@ -119,9 +115,8 @@ class Tokens(Objective):
 
 def _logits_and_labels(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits (batch, positions, vocabulary) and the labels (batch, positions) they predict."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
     # The logits at one position predict the token at the next position.
-    return model(**inputs).logits[:, :-1], batch["labels"][:, 1:]
+    return model(**without_labels(batch)).logits[:, :-1], batch["labels"][:, 1:]
 
 
 def _group_scores(answers: Sequence[TokenAnswer], examples: Examples) -> dict[str, float]:
@@ -135,17 +130,3 @@ def _group_scores(answers: Sequence[TokenAnswer], examples: Examples) -> dict[st
         f"exact_match/{group}": sum(matches) / len(matches)
         for group, matches in sorted(exact.items())
     }
-
-
-def _accepts_item_count(model: Any) -> bool:
-    """Whether the model divides its loss by `num_items_in_batch`, not by the tokens of one batch.
-
-    The rule is that of transformers' Trainer: the class has `accepts_loss_kwargs`, or its forward
-    accepts any keyword.
-    """
-    inner = extract_model_from_parallel(model)
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    if hasattr(inner, "accepts_loss_kwargs"):
-        return bool(inner.accepts_loss_kwargs)
-    parameters = inspect.signature(inner.forward).parameters.values()
-    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)

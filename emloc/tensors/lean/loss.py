@@ -5,6 +5,7 @@ Shapes: N answer tokens, hidden (N, d), head (V, d) the output matrix of a vocab
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,13 @@ from torch import Tensor
 
 # Size of the float32 logits of one chunk.
 CHUNK_BYTES = 64 * 2**20
+
+
+def chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
+    """Yield slices of `tokens` whose float32 logits take `CHUNK_BYTES` at most, or one token."""
+    size = max(1, CHUNK_BYTES // (4 * vocabulary))
+    for start in range(0, tokens, size):
+        yield slice(start, start + size)
 
 
 class AnswerLoss(torch.autograd.Function):
@@ -27,9 +35,7 @@ class AnswerLoss(torch.autograd.Function):
         """Return the loss, a float32 scalar; labels (N,) are token ids, `count` is a scalar."""
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size = max(1, CHUNK_BYTES // (4 * head.shape[0]))
-        for start in range(0, len(labels), size):
-            rows = slice(start, start + size)
+        for rows in chunks(len(labels), head.shape[0]):
             logits = (hidden[rows] @ head.T).float()
             target = labels[rows, None]
             norm = logits.logsumexp(-1, keepdim=True)
