@@ -29,12 +29,12 @@ from typing import Any
 from filelock import FileLock
 
 from emloc.errors import ConfigError, StageError
+from emloc.runtime.attempts import attempt
 from emloc.runtime.digest import digest
 from emloc.runtime.distributed import POLL_SECONDS, StatusFile, is_first, world_size
 from emloc.runtime.folders import cache_folder
 from emloc.runtime.keys import key_of
 from emloc.runtime.manifest import DamagedError, flaw_of, seal, set_aside
-from emloc.runtime.memory import MemoryPeak
 from emloc.runtime.progress import duration
 
 log = logging.getLogger(__name__)
@@ -159,10 +159,9 @@ class Store:
         log.info("%s: computing (cache key %s)", name, target.name)
         draft = target.with_suffix(".partial")
         draft.mkdir(exist_ok=True)
-        start = time.perf_counter()
-        with MemoryPeak() as peak:
+        with attempt(draft) as spent:
             facts = _attempt(name, draft, work, failure)
-        facts |= {"seconds": round(time.perf_counter() - start, 3), "peak_gib": peak.gib}
+        facts |= {"seconds": round(spent.seconds, 3), "peak_gib": spent.peak_gib}
         (draft / "stage.json").write_text(json.dumps(facts, indent=1))
         seal(draft)
         os.replace(draft, target)

@@ -19,6 +19,7 @@ from emloc.calibration.samples import Samples
 from emloc.config.part import Part
 from emloc.emulators import BuiltEmulator, Plan
 from emloc.models.checkpoint.source import Source
+from emloc.runtime.attempts import earlier_attempts
 from emloc.runtime.keys import class_name, key_of, without_neutral
 from emloc.runtime.stage_cache import Artifact, Facts
 from emloc.runtime.work_meter import metered
@@ -135,8 +136,8 @@ class Stage(Part):
         """Write the files of the artifact into `folder` and return facts about them.
 
         `enter` adds the facts `row_forwards` and `weights_read` of a stage that is `counted`, as
-        `measured_work` measures them. A stage that runs a model by a loop of its own returns
-        `row_forwards` itself.
+        `measured_work` measures them. A stage that runs a model by a loop of its own returns the
+        `row_forwards` of this loop.
         """
 
     def enter(self, folder: Path, *_: Any, context: Context) -> Facts:
@@ -145,7 +146,12 @@ class Stage(Part):
             facts = self.work(folder, context)
         if not self.counted:
             return facts
-        return measured_work(meter, context.source, together=self.together(context)) | facts
+        earlier = earlier_attempts(folder)
+        meter.operations += earlier.operations
+        meter.weight_bytes += earlier.weight_bytes
+        work = measured_work(meter, context.source, together=self.together(context))
+        own = facts.get("row_forwards", 0) + work.pop("row_forwards", 0)
+        return work | facts | ({"row_forwards": own} if own else {})
 
 
 _NOT_IN_KEY = ("after", "counted", "column")

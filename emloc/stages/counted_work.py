@@ -24,7 +24,6 @@ def measured_work(meter: WorkMeter, source: Source, *, together: bool) -> dict[s
     """Facts of a stage from what this process has run block by block, and from what it has read.
 
     `row_forwards` is missing where no block ran. Sums of moments and decompositions do not count.
-    Of an interrupted stage, only the last attempt is measured.
 
     Args:
         meter: ran during the stage.

@@ -1,0 +1,62 @@
+"""What the attempts of an interrupted stage have spent, so that its figures are those of all.
+
+A stage that is interrupted leaves a file with its seconds, peak memory and work in its folder. The
+attempt that finishes the stage adds them to its own. An attempt that was killed, and not
+interrupted, leaves nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from emloc.runtime.atomic import write_json
+from emloc.runtime.memory import MemoryPeak
+from emloc.runtime.work_meter import metered
+
+FILE = "attempts.json"
+
+
+@dataclass
+class Spent:
+    """What the attempts of one stage have spent so far; see `WorkMeter` for the last two."""
+
+    seconds: float = 0.0
+    peak_gib: float = 0.0  # the largest of the attempts
+    operations: int = 0
+    weight_bytes: int = 0
+
+
+def earlier_attempts(folder: Path) -> Spent:
+    """Return what interrupted attempts have spent in a folder; zeros without any."""
+    path = folder / FILE
+    return Spent(**json.loads(path.read_text())) if path.exists() else Spent()
+
+
+@contextmanager
+def attempt(folder: Path) -> Iterator[Spent]:
+    """Yield the sum over all attempts, which holds this one when the `with` block has ended.
+
+    If the block ends by an exception, the sum is left in `folder` for the next attempt; otherwise
+    nothing is left.
+    """
+    spent, start = earlier_attempts(folder), time.perf_counter()
+    ended = False
+    try:
+        with MemoryPeak() as peak, metered() as meter:
+            yield spent
+        ended = True
+    finally:
+        spent.seconds += time.perf_counter() - start
+        spent.peak_gib = max(spent.peak_gib, peak.gib)
+        spent.operations += meter.operations
+        spent.weight_bytes += meter.weight_bytes
+        if ended:
+            (folder / FILE).unlink(missing_ok=True)
+        else:
+            with suppress(OSError):  # a full disk may be what has ended the attempt
+                write_json(folder / FILE, asdict(spent))
