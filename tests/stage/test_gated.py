@@ -1,7 +1,6 @@
 """The plug-in adapter `gated`: trained, scored, killed, resumed, refused."""
 
 import json
-import os
 import sys
 from dataclasses import replace
 from importlib import import_module
@@ -25,8 +24,6 @@ sys.path.append(str(PLUGIN))
 gated = import_module("gated")
 Experts, Gated = gated.Experts, gated.Gated
 
-TORCHRUN = Path(sys.executable).with_name("torchrun")
-TWO = (str(TORCHRUN), "--standalone", "--nproc-per-node", "2", "-m", "emloc")
 CHOSEN = ("adapter._target_=gated.Gated", "+adapter.experts=3", "+adapter.balance=10")
 LEARNING = ("train.steps=6", "train.learning_rate=0.02")
 
@@ -159,8 +156,7 @@ def test_auxiliary_losses_are_returned_once_and_dropped_in_recomputation():
 
 def test_two_processes_train_like_one(emloc, tiny, one_run, run_cached):
     recipe = ["train.batch=2", "train.steps=4", "train.learning_rate=0.02"]
-    path = os.pathsep.join([str(PLUGIN), os.environ.get("PYTHONPATH", "")])
-    two = emloc.process(*tiny, "method=lora", *CHOSEN, *recipe, program=TWO, PYTHONPATH=path)
+    two = emloc.two(*tiny, "method=lora", *CHOSEN, *recipe)
     assert two.code == 0, two.output
     ours = [json.loads(line) for line in (one_run() / "curve.jsonl").open()]
     _, lines = run_cached(*recipe, "train.accumulate=2", balance=10)

@@ -158,7 +158,7 @@ def test_only_a_few_modules_import_hydra():
     allowed = {
         "sweeps/job.py",
         "config/check.py",
-        "config/choices.py",
+        "config/sources.py",
         "cli.py",
         "config/compose.py",
         "config/explain.py",
