@@ -223,6 +223,12 @@ def emloc(tmp_path, request):
 
 
 @pytest.fixture
+def only_svg(monkeypatch):
+    """Figures of reports as SVG alone; `cli/test_report_page.py` tests all formats."""
+    monkeypatch.setattr("emloc.report.page_figures._FORMATS", ("svg",))
+
+
+@pytest.fixture
 def one_run(tmp_path):
     """Function that returns the only run folder below `runs/<name>`."""
 
