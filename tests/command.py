@@ -93,13 +93,14 @@ class Command:
         process to fail, and the output is that of both.
         """
         processes = self.start_two(*arguments, **env)
-        failed: list[int] = []
-        while not all(one.ended for one in processes):
+        while not (any(one.poll() for one in processes) or all(one.ended for one in processes)):
             time.sleep(0.02)
-            failed = failed or [code for one in processes if (code := one.poll())]
-            for one in processes if failed else ():
-                one.terminate()
-        code = (failed or [max(one.wait() for one in processes)])[0]
+        failures = [code for one in processes if (code := one.poll())]
+        for one in processes if failures else ():
+            one.terminate()
+        for one in processes:
+            one.wait()
+        code = failures[0] if failures else 0
         out, err = ("".join(one.read(name) for one in processes) for name in ("out", "err"))
         return CommandResult(code, out, err)
 

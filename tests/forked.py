@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -57,7 +57,8 @@ class ForkedProcess:
     def terminate(self) -> None:
         """Ask the process to end, unless it has ended."""
         if not self.ended:
-            os.kill(self.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGTERM)
 
     def read(self, stream: str) -> str:
         """Return what the process has written to `out` or `err`."""
