@@ -1,4 +1,4 @@
-"""Run the command `emloc` from a test: in this process, or in a process of its own."""
+"""Run the command `emloc` from a test: in this process, in a fork, or in a process of its own."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import huggingface_hub
 import pytest
 import tqdm
 import transformers
+from forked import ForkedProcess, ForkServer, launch_variables
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -45,10 +46,14 @@ class CommandResult:
 
 @dataclass
 class Command:
-    """The command `emloc`, started in `folder`; `capture` provides its output."""
+    """The command `emloc`, started in `folder`.
+
+    `capture` provides its output in this process, and `server` starts its forks.
+    """
 
     folder: Path
     capture: Callable[[], pytest.CaptureFixture[str]]
+    server: Callable[[], ForkServer]
 
     def __call__(self, *arguments: str, **env: str) -> CommandResult:
         """Run the command in this process with further environment variables `env`.
@@ -67,6 +72,37 @@ class Command:
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
         return CommandResult(code, *capture.readouterr())
+
+    def start(self, *arguments: str, **env: str) -> ForkedProcess:
+        """Start the command in a process that is a fork, so that it has its imports already."""
+        return self.server().start(arguments, self.folder, {**os.environ, **env})
+
+    def fork(self, *arguments: str, **env: str) -> CommandResult:
+        """Run the command in a process that is a fork."""
+        process = self.start(*arguments, **env)
+        return CommandResult(process.wait(), process.read("out"), process.read("err"))
+
+    def start_two(self, *arguments: str, **env: str) -> list[ForkedProcess]:
+        """Start the command in two processes of one launch, as `torchrun` does."""
+        return [self.start(*arguments, **env, **variables) for variables in launch_variables(2)]
+
+    def two(self, *arguments: str, **env: str) -> CommandResult:
+        """Run the command in two processes of one launch.
+
+        If one of them fails, the other one is terminated. The exit code is that of the first
+        process to fail, and the output is that of both.
+        """
+        processes = self.start_two(*arguments, **env)
+        while not (any(one.poll() for one in processes) or all(one.ended for one in processes)):
+            time.sleep(0.02)
+        failures = [code for one in processes if (code := one.poll())]
+        for one in processes if failures else ():
+            one.terminate()
+        for one in processes:
+            one.wait()
+        code = failures[0] if failures else 0
+        out, err = ("".join(one.read(name) for one in processes) for name in ("out", "err"))
+        return CommandResult(code, out, err)
 
     def process(
         self,

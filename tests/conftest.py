@@ -201,12 +201,31 @@ def tiny(checkpoint, sums):
     ]
 
 
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory):
+    """A process that has imported all libraries and forks."""
+    from forked import fork_server
+
+    with fork_server(tmp_path_factory.mktemp("forks")) as server:
+        yield server
+
+
 @pytest.fixture
 def emloc(tmp_path, request):
     """Function that runs the command in `tmp_path` and returns exit code and output."""
     from command import Command
 
-    return Command(tmp_path, lambda: request.getfixturevalue("capfd"))
+    return Command(
+        tmp_path,
+        lambda: request.getfixturevalue("capfd"),
+        lambda: request.getfixturevalue("fork_server"),
+    )
+
+
+@pytest.fixture
+def only_svg(monkeypatch):
+    """Figures of reports as SVG alone; `cli/test_report_page.py` tests all formats."""
+    monkeypatch.setattr("emloc.report.page_figures._FORMATS", ("svg",))
 
 
 @pytest.fixture

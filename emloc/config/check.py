@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -111,9 +112,16 @@ def fill(cls: type, values: Mapping[str, Any], section: str) -> Any:
         ConfigError: a value is wrong.
         OmegaConfBaseException: a key is unknown or missing, or a value has a wrong type.
     """
-    instance = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
+    instance = OmegaConf.to_object(OmegaConf.merge(_schema_of(cls), values))
     refuse_wrong_values(section, instance)
     return instance
+
+
+@cache
+def _schema_of(cls: type) -> DictConfig:
+    """The fields of a class as OmegaConf reads them; a merge copies this node."""
+    schema: DictConfig = OmegaConf.structured(cls)
+    return schema
 
 
 def parts_in(values: Mapping[str, Any]) -> dict[str, Mapping[str, DictConfig]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -15,12 +17,13 @@ from hydra.plugins.config_source import ConfigLoadError
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from emloc.config.choices import hide_bases, refuse_bases
+from emloc.config.choices import refuse_bases
 from emloc.config.experiments import read_experiment
 from emloc.config.folder_words import require_word
-from emloc.config.paths import CONF, EXPERIMENTS, conf_folders, plugin_folders
+from emloc.config.paths import CONF, EXPERIMENTS, conf_folders
 from emloc.config.run_folder import folder_name
 from emloc.config.settings import schema
+from emloc.config.sources import register_sources
 from emloc.runtime.folders import runs_folder
 
 # Choice of a group of Hydra -> the extra of this package that installs its plugin.
@@ -56,14 +59,14 @@ def register(words: Sequence[str] = ()) -> None:
 
     Args:
         words: the command line. The contents of other experiments than it names are left out, since
-            Hydra copies everything that is registered for each group.
+            it takes time to register them.
 
     Raises:
         ConfigError: `words` choose a base, which is no choice.
     """
     Plugins.instance().register(PluginGroups)
-    plugin_folders()
-    hide_bases()
+    folders = tuple(conf_folders())
+    register_sources()
     refuse_bases(words)
     store = ConfigStore.instance()
     store.store(name="schema", node=schema())
@@ -74,7 +77,7 @@ def register(words: Sequence[str] = ()) -> None:
             file = read_experiment(path)
             node = file.node
             for name, overrides in file.cells.items():
-                cell = _preset(overrides.split())
+                cell = _preset(overrides, folders)
                 store.store(group=f"cell/{path.stem}", name=name, node=cell, package="_global_")
         store.store(group="experiments", name=path.stem, node=node, package="_global_")
     _replace_launchers(store)
@@ -112,19 +115,19 @@ def _replace_launchers(store: ConfigStore) -> None:
     store.store(group="hydra/launcher", name="joblib", node=node, provider="emloc")
 
 
-def _preset(overrides: Sequence[str]) -> DictConfig:
-    """The overrides of a command line, as a node for Hydra's defaults list."""
-    pairs = [override.split("=", 1) for override in overrides]
-    groups = {f"override /{key}": value for key, value in pairs if _is_group(key)}
+@cache
+def _preset(overrides: str, folders: tuple[Path, ...]) -> DictConfig:
+    """The overrides of a command line, as a node for Hydra's defaults list.
+
+    `folders` have the groups. The store copies the node, so that it never changes.
+    """
+    pairs = [override.split("=", 1) for override in overrides.split()]
+    choices = {key for key, _ in pairs if any((folder / key).is_dir() for folder in folders)}
     values = OmegaConf.from_dotlist(
-        [f"{key}={value}" for key, value in pairs if not _is_group(key)]
+        [f"{key}={value}" for key, value in pairs if key not in choices]
     )
-    defaults = [{key: value} for key, value in groups.items()]
+    defaults = [{f"override /{key}": value} for key, value in pairs if key in choices]
     return OmegaConf.create({"defaults": [*defaults, "_self_"], **values})
-
-
-def _is_group(key: str) -> bool:
-    return any((folder / key).is_dir() for folder in conf_folders())
 
 
 def compose(overrides: Sequence[str] = (), *, with_hydra: bool = False) -> DictConfig:

@@ -7,6 +7,7 @@ The comment at a field is its explanation in `emloc --help`. This module imports
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, ClassVar
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -186,8 +187,12 @@ SECTIONS: dict[str, type] = {
 }
 
 
+@cache
 def schema() -> DictConfig:
-    """Return the schema of the configuration as a node that overrides can still write to."""
+    """Return the schema of the configuration as a node that overrides can still write to.
+
+    Hydra's store copies the node, so that it never changes.
+    """
     sections = {name: OmegaConf.structured(cls) for name, cls in SECTIONS.items()}
     for section in sections.values():
         OmegaConf.set_readonly(

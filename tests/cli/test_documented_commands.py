@@ -4,6 +4,7 @@ import argparse
 import sys
 
 import pytest
+from composed import compose_cached
 from documents import (
     DOCUMENTS,
     ROOT,
@@ -19,7 +20,6 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from emloc import cli
-from emloc.config.compose import compose
 from emloc.config.experiments import split_sweep
 from emloc.cost.bench.run import BENCHMARKS
 from emloc.cost.plan.gpus import find_gpu
@@ -63,7 +63,7 @@ def parse(monkeypatch):
 
 def composes(words):
     try:
-        compose(words)
+        compose_cached(words)
     except (HydraException, OmegaConfBaseException):
         return False
     return True
@@ -81,7 +81,7 @@ def test_a_verb_takes_its_arguments(words, parse, plugin):
     chosen = parse(words)
     if words[0] == "plan":
         find_gpu(chosen.gpu)
-        build(compose(chosen.overrides))
+        build(compose_cached(chosen.overrides))
     if words[0] == "bench":
         assert set(chosen.works) <= set(BENCHMARKS)
 
@@ -95,7 +95,7 @@ def test_a_run_or_a_sweep_composes(words, plugin):
         return
     points = split_sweep(parsed.overrides)
     for point in points[:1] + points[1:][-1:]:
-        build(compose(point))
+        build(compose_cached(point))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
@@ -112,4 +112,4 @@ def test_the_small_twin_of_every_experiment_composes():
     assert len(twins) > 10
     for name, cell in twins:
         words = [word for words in choices_in(cell) if "=" in words for word in words.split()]
-        build(compose([f"experiments={name}", *words]))
+        build(compose_cached([f"experiments={name}", *words]))

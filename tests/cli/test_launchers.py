@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
+from forked import ForkedProcess
 
 # Scripts that replace the commands of Slurm: they save the submitted job and report that every job
 # ran out of memory.
@@ -42,22 +44,25 @@ def states(tmp_path):
     return read
 
 
-def writers(file: Path, launched: subprocess.Popen) -> list[psutil.Process]:
+def writers(file: Path, launched: ForkedProcess) -> list[psutil.Process]:
     """Return the processes of a launch that have this file open."""
-    processes = []
-    for process in psutil.Process(launched.pid).children(recursive=True):
-        try:
-            if str(file) in {one.path for one in process.open_files()}:
-                processes.append(process)
-        except psutil.NoSuchProcess:
-            continue
-    return processes
+    processes: list[psutil.Process] = []
+    with suppress(psutil.NoSuchProcess):  # it has ended in the meantime
+        processes = psutil.Process(launched.pid).children(recursive=True)
+    return [process for process in processes if has_open(process, file)]
 
 
-def kill_training_process(launched: subprocess.Popen, runs: Path, steps: int, times: int) -> None:
+def has_open(process: psutil.Process, file: Path) -> bool:
+    try:
+        return str(file) in {one.path for one in process.open_files()}
+    except psutil.NoSuchProcess:
+        return False
+
+
+def kill_training_process(launched: ForkedProcess, runs: Path, steps: int, times: int) -> None:
     """Kill the process of the run with `steps` steps when it trains, `times` times in all."""
     killed: set[int] = set()
-    while launched.poll() is None:
+    while not launched.ended:
         time.sleep(0.2)
         for config in runs.glob("*/config.yaml"):
             log = config.with_name("run.log")
@@ -69,16 +74,16 @@ def kill_training_process(launched: subprocess.Popen, runs: Path, steps: int, ti
     assert len(killed) == times
 
 
-def test_a_sweep_reports_progress_and_draws_no_bars_without_a_terminal(tiny, tmp_path):
-    command = [sys.executable, "-m", "emloc", "-m", "method=zero_shot,lora", "name=plain", *tiny]
+def test_a_sweep_reports_progress_and_draws_no_bars_without_a_terminal(emloc, tiny, tmp_path):
+    words = ["-m", "method=zero_shot,lora", "name=plain", *tiny]
+    command = [sys.executable, "-m", "emloc", *words]
     first = subprocess.run(command, cwd=tmp_path, capture_output=True)
     assert first.returncode == 0, first.stderr.decode()
     assert b"] 1 of 2 jobs done, roughly " in first.stdout
     assert b" left, 1 method not yet timed\n" in first.stdout
     assert b"] 2 of 2 jobs done\n" in first.stdout
     assert not {b"\r", b"\x1b"} & {bytes([c]) for c in first.stdout + first.stderr}
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True)
-    assert b"] 1 of 2 jobs done\n" in again.stdout
+    assert "] 1 of 2 jobs done\n" in emloc.fork(*words).out
     assert {path.name for path in (tmp_path / "runs/plain").glob("[!lz]*")} == {"multirun.yaml"}
 
 
@@ -86,7 +91,7 @@ def test_the_local_launcher_starts_one_process_per_run_and_skips_finished_runs(
     emloc, tiny, tmp_path, states
 ):
     sweep = ["-m", "name=each", "hydra/launcher=local", "method=lora", "eval.harness=false", *tiny]
-    ran = emloc.process(*sweep, "train.learning_rate=1e-4,1e30")
+    ran = emloc.fork(*sweep, "train.learning_rate=1e-4,1e30")
     assert ran.code == 1, ran.output
     assert "| failed(train)" in ran.out
     assert "] 1 of 2 jobs done, 1 failed" in ran.out
@@ -96,7 +101,7 @@ def test_the_local_launcher_starts_one_process_per_run_and_skips_finished_runs(
     )
     done = next(path for path in (tmp_path / "runs/each").glob("*/metrics.json"))
     written = done.stat().st_mtime_ns
-    again = emloc.process(*sweep, "train.learning_rate=1e-4")
+    again = emloc.fork(*sweep, "train.learning_rate=1e-4")
     assert again.code == 0, again.output
     assert "] 1 of 1 jobs done" in again.out
     assert done.stat().st_mtime_ns == written
@@ -104,15 +109,13 @@ def test_the_local_launcher_starts_one_process_per_run_and_skips_finished_runs(
     assert sum(": done before" in path.read_text() for path in logs) == 1
 
 
-def test_a_killed_worker_fails_only_its_own_run(tiny, tmp_path, states):
+def test_a_killed_worker_fails_only_its_own_run(emloc, tiny, tmp_path, states):
     sweep = ["-m", "method=lora", "train.steps=5,100000,6", "name=killed", "hydra/launcher=joblib"]
     settings = [one for one in tiny if not one.startswith("train.steps")]
-    command = [sys.executable, "-m", "emloc", *sweep, "hydra.launcher.n_jobs=2", *settings]
-    with (tmp_path / "output").open("w") as file:
-        launched = subprocess.Popen(command, cwd=tmp_path, stdout=file, stderr=file)
-        kill_training_process(launched, tmp_path / "runs/killed", steps=100000, times=2)
-    said = (tmp_path / "output").read_text()
-    assert launched.returncode == 1, said
+    launched = emloc.start(*sweep, "hydra.launcher.n_jobs=2", *settings)
+    kill_training_process(launched, tmp_path / "runs/killed", steps=100000, times=2)
+    said = launched.read("out") + launched.read("err")
+    assert launched.poll() == 1, said
     assert states("killed", "train", "steps") == {"5": "done", "6": "done", "100000": "failed"}
     assert said.count("these jobs run again, one at a time: lora-") == 1
     assert "its process was killed (SIGKILL(-9))" in said
@@ -127,7 +130,7 @@ def test_slurm_gets_a_job_with_one_gpu_per_run_and_its_out_of_memory_is_recorded
         path = tmp_path / name
         path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(0o755)
-    ran = emloc.process(
+    ran = emloc.fork(
         *("-m", "method=lora", "name=far", "hydra/launcher=slurm", *tiny),
         PATH=f"{tmp_path}:{os.environ['PATH']}",
         SUBMITTED=str(tmp_path / "submitted"),
@@ -145,14 +148,14 @@ def test_a_search_ignores_failed_trials_and_the_same_command_repeats_them(emloc,
     settings = [one for one in tiny if not one.startswith("lora")]
     search = ["-m", "hydra/sweeper=search", "lora=choice(r4,r64)", "method=lora", "name=best"]
     search += ["eval.harness=false", *settings]
-    ran = emloc.process(*search, "hydra.sweeper.n_trials=3")
+    ran = emloc.fork(*search, "hydra.sweeper.n_trials=3")
     assert ran.code == 2, ran.output  # rank 64 is refused for such a small model
     assert "] 1 of 3 jobs done, 2 failed" in ran.out
     assert "\x1b" not in ran.output
     best = (tmp_path / "runs/best/optimization_results.yaml").read_text()
     assert "  lora: r4\n" in best
     assert "Best value: " in ran.out
-    again = emloc.process(*search, "hydra.sweeper.n_trials=1")
+    again = emloc.fork(*search, "hydra.sweeper.n_trials=1")
     assert again.code == 0, again.output
     assert again.out.count("done before") == 1
     assert len(list((tmp_path / "runs/best").glob("lora-*"))) == 3

@@ -32,7 +32,7 @@ def test_all_metrics_and_tables_of_a_run_are_in_its_files_and_in_wandb(
     emloc, tiny, one_run, tmp_path
 ):
     run = ("method=emloc_nf4", "eval.harness=false", "tracker=wandb", "tracker.adapter=true")
-    done = emloc.process(*tiny, *run, HOME=str(tmp_path / "home"))
+    done = emloc.fork(*tiny, *run, HOME=str(tmp_path / "home"))
     assert done.code == 0, done.output
     assert not list((tmp_path / "home").rglob("*wandb*"))
     assert "wandb" not in done.output.lower()

@@ -121,7 +121,7 @@ def adapter_of(run: Path) -> dict:
 
 
 def test_a_plugin_runs_up_to_the_report_and_resumes_after_a_kill(
-    plugin, settings, emloc, one_run, tmp_path, monkeypatch
+    plugin, settings, emloc, one_run, tmp_path, monkeypatch, only_svg
 ):
     words = ordered(settings, plugin.overrides)
     straight = emloc(*words)

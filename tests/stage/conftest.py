@@ -3,8 +3,8 @@
 from functools import partial
 
 import pytest
+from composed import compose_cached
 
-from emloc.config.compose import compose
 from emloc.pipeline import run
 from emloc.runtime.stage_cache import Store
 from emloc.stages.run_config import build
@@ -30,7 +30,7 @@ def ignore_report(step, values):
 
 def run_with(store, settings, *overrides, report=ignore_report):
     """Run the pipeline with the stage cache `store` and these overrides."""
-    return run(build(compose([*settings, *overrides])), store, report)
+    return run(build(compose_cached([*settings, *overrides])), store, report)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from composed import compose_cached
 from omegaconf import OmegaConf
 from packed import precision_of
 from peft import PeftModel
@@ -22,7 +23,6 @@ from emloc.adapters.lora import Lora
 from emloc.adapters.rslora import RsLora
 from emloc.adapters.saved import read_adapter, read_lora
 from emloc.adapters.training_inputs import TrainingInputs
-from emloc.config.compose import compose
 from emloc.config.settings import LoraSettings
 from emloc.data.reader import encode_all
 from emloc.emulators import BuiltEmulator
@@ -118,7 +118,7 @@ def test_the_correction_is_exact_at_the_scale_of_rslora(run_cached, tiny, bits):
     """W x + s B'A' x = W_e x + s B A x holds for x in the rows of A."""
     overrides = ["method=emloc", "adapter=rslora", f"compression.bits={bits}"]
     result, _ = run_cached(*overrides, "recovery.clamp=null", "lora.alpha=6")
-    run_config = build(compose([*tiny, *overrides]))
+    run_config = build(compose_cached([*tiny, *overrides]))
     source = run_config.model.open()
     trained = read_lora(result.trained.folder / "adapter").pairs
     for layer, new in read_lora(result.recovered.folder / "adapter").pairs.items():
@@ -229,7 +229,7 @@ def test_training_with_dora_equals_that_of_peft():
 @pytest.mark.parametrize("adapter", [Lora(), Dora()], ids=["lora", "dora"])
 def test_every_adapter_uses_the_memory_savings_outside_the_adapter(tiny, adapter):
     """The embedding and layer inputs in host memory, and the loss of answer tokens alone."""
-    recipe = build(compose([*tiny, "train=steps500"])).train
+    recipe = build(compose_cached([*tiny, "train=steps500"])).train
     assert recipe.host_activations
     tuned = attached(adapter).train()
     fused, loss = prepare_model(tuned, adapter, recipe, Tokens())
@@ -267,7 +267,7 @@ def test_the_memory_saving_path_of_dora_differs_only_by_rounding(run_cached, dty
 def test_a_training_can_start_from_a_saved_adapter(run_cached, tiny, tmp_path):
     overrides = ["method=lora", "train.learning_rate=0.02"]
     first, losses = run_cached(*overrides)
-    run_config = build(compose([*tiny, *overrides, "train.steps=6", "train.warmup=0"]))
+    run_config = build(compose_cached([*tiny, *overrides, "train.steps=6", "train.warmup=0"]))
     source = run_config.model.open()
     training_inputs = TrainingInputs(
         *(
@@ -306,7 +306,7 @@ def test_a_merged_dora_run_equals_the_model_that_was_scored(run_cached, tiny, ch
     result, _ = run_cached("method=dora", "train.learning_rate=0.05", "lora.alpha=8")
     folder = tmp_path / "run"
     folder.mkdir()
-    OmegaConf.save(compose([*tiny, "method=dora"]), folder / "config.yaml", resolve=True)
+    OmegaConf.save(compose_cached([*tiny, "method=dora"]), folder / "config.yaml", resolve=True)
     (folder / "adapter").symlink_to(result.recovered.folder / "adapter")
     target = merge_run(folder, tmp_path / "merged")
     merged, plain = (

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from composed import compose_cached
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import ViTModel
 
 from emloc.calibration.samples import Samples
-from emloc.config.compose import compose
 from emloc.cost.plan.gpus import find_gpu
 from emloc.cost.plan.layout import StepShape
 from emloc.cost.plan.table import plan
@@ -50,7 +50,7 @@ def run_cached(store, monkeypatch, roberta, vit, texts, images):
             *("train.steps=30", "train.learning_rate=0.01", "train.schedule=constant"),
             *("compression=r50", "eval=quick", "tracker=none"),
         ]
-        cfg = compose([*tiny, *overrides])
+        cfg = compose_cached([*tiny, *overrides])
         reads_images = model == "tiny_vit"
         own = {"source": str(vit if reads_images else roberta), "dtype": "float32"}
         cfg.model = OmegaConf.merge(load("model", model), own | changed)

@@ -1,7 +1,6 @@
 """The plug-in adapter `gated`: trained, scored, killed, resumed, refused."""
 
 import json
-import os
 import sys
 from dataclasses import replace
 from importlib import import_module
@@ -9,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from composed import compose_cached
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from emloc.adapters.auxiliary import AuxiliaryLosses
-from emloc.config.compose import compose
 from emloc.errors import ConfigError
 from emloc.pipeline import run
 from emloc.runtime.stage_cache import Store
@@ -25,8 +24,6 @@ sys.path.append(str(PLUGIN))
 gated = import_module("gated")
 Experts, Gated = gated.Experts, gated.Gated
 
-TORCHRUN = Path(sys.executable).with_name("torchrun")
-TWO = (str(TORCHRUN), "--standalone", "--nproc-per-node", "2", "-m", "emloc")
 CHOSEN = ("adapter._target_=gated.Gated", "+adapter.experts=3", "+adapter.balance=10")
 LEARNING = ("train.steps=6", "train.learning_rate=0.02")
 
@@ -45,7 +42,7 @@ def run_cached(tiny, store):
 
     def run_with(*overrides: str, balance=0.1, report=None):
         lines = []
-        run_config = build(compose([*tiny, "method=lora", *overrides]))
+        run_config = build(compose_cached([*tiny, "method=lora", *overrides]))
         run_config = replace(run_config, adapter=Gated(experts=3, balance=balance))
         result = run(run_config, store, report or (lambda step, values: lines.append(values)))
         return result, lines
@@ -77,7 +74,7 @@ def test_a_run_with_the_adapter_gives_scores(run_cached, tiny, store, through):
     result, lines = run_cached(*through, *LEARNING)
     assert lines[-1]["loss"] < lines[0]["loss"]
     scores = result.evaluated.facts["scores"]
-    bare = run(build(compose([*tiny, *through, "method=zero_shot"])), store, lambda *_: None)
+    bare = run(build(compose_cached([*tiny, *through, "method=zero_shot"])), store, lambda *_: None)
     assert scores["loss"] < bare.evaluated.facts["scores"]["loss"] - 0.01
     trained, recovered = tensors(result.trained), tensors(result.recovered)
     assert len(trained) == 3 * 14
@@ -159,8 +156,7 @@ def test_auxiliary_losses_are_returned_once_and_dropped_in_recomputation():
 
 def test_two_processes_train_like_one(emloc, tiny, one_run, run_cached):
     recipe = ["train.batch=2", "train.steps=4", "train.learning_rate=0.02"]
-    path = os.pathsep.join([str(PLUGIN), os.environ.get("PYTHONPATH", "")])
-    two = emloc.process(*tiny, "method=lora", *CHOSEN, *recipe, program=TWO, PYTHONPATH=path)
+    two = emloc.two(*tiny, "method=lora", *CHOSEN, *recipe)
     assert two.code == 0, two.output
     ours = [json.loads(line) for line in (one_run() / "curve.jsonl").open()]
     _, lines = run_cached(*recipe, "train.accumulate=2", balance=10)
@@ -198,7 +194,8 @@ def test_a_checkpoint_contains_only_trained_tensors(run_cached, store):
 def test_a_resumed_training_gives_the_same_adapter(run_cached, tiny, tmp_path, store):
     overrides = [*LEARNING, "train.save_every=2"]
     run_config = replace(
-        build(compose([*tiny, "method=lora", *overrides])), adapter=Gated(experts=3, balance=0.1)
+        build(compose_cached([*tiny, "method=lora", *overrides])),
+        adapter=Gated(experts=3, balance=0.1),
     )
     whole = tensors(run(run_config, Store(tmp_path / "whole"), lambda *_: None).trained)
     kill(run_cached, 5, *overrides)
@@ -220,7 +217,7 @@ def test_correction_and_merge_are_refused_with_the_reason_of_the_adapter(
     result, _ = run_cached()
     folder = tmp_path / "run"
     folder.mkdir()
-    cfg = compose([*tiny, "method=lora", *CHOSEN])
+    cfg = compose_cached([*tiny, "method=lora", *CHOSEN])
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     (folder / "adapter").symlink_to(result.recovered.folder / "adapter")
     with pytest.raises(ConfigError) as caught:
@@ -233,7 +230,7 @@ def test_correction_and_merge_are_refused_with_the_reason_of_the_adapter(
 
 
 def test_the_selected_layers_are_wrapped(tiny):
-    run_config = build(compose([*tiny, "method=lora"]))
+    run_config = build(compose_cached([*tiny, "method=lora"]))
     source = run_config.model.open()
     layers = tuple(run_config.model.adapted_layers(source))
     model = Gated(experts=2, balance=0).attach(

@@ -5,10 +5,10 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+from composed import compose_cached
 from pictured import save_gemma, save_internvl, vqa_examples
 
 from emloc.adapters.saved import read_adapter
-from emloc.config.compose import compose
 from emloc.config.paths import CONF
 from emloc.errors import ConfigError, StageError
 from emloc.pipeline import run
@@ -60,7 +60,7 @@ def gemma(made_once):
 @pytest.fixture
 def run_cached(stages, internvl, gemma):
     def run_with(*overrides, model="internvl2_5_2b", task=None):
-        cfg = compose(
+        cfg = compose_cached(
             [
                 f"model={model}",
                 f"model.source={gemma if model == 'gemma3_4b' else internvl}",

@@ -4,10 +4,10 @@ import json
 from functools import partial
 
 import pytest
+from composed import compose_cached
 from tiny import save_checkpoint
 
 from emloc.adapters.saved import read_adapter
-from emloc.config.compose import compose
 from emloc.config.paths import CONF
 from emloc.errors import ConfigError
 from emloc.pipeline import run
@@ -53,7 +53,7 @@ def run_cached(tiny, stages, family):
     folders, sibling = family
 
     def run_with(*overrides: str):
-        cfg = compose([*tiny, f"model.source={folders[0]}", "compression=r50", *overrides])
+        cfg = compose_cached([*tiny, f"model.source={folders[0]}", "compression=r50", *overrides])
         cfg.model.siblings = {"r50": sibling, "r75": sibling}
         return run(build(cfg), stages, lambda step, values: None)
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from composed import compose_cached
 from packed import precision_of
 from safetensors.torch import load_file, save_file
 from tiny import image_batch, linears, save_checkpoint, tiny_internvl
@@ -12,7 +13,6 @@ from transformers import AutoModelForImageTextToText, LlamaForCausalLM
 
 from emloc.adapters.lora import Lora
 from emloc.adapters.training_inputs import TrainingInputs
-from emloc.config.compose import compose
 from emloc.config.settings import Compression, LoraSettings
 from emloc.cost.bench.offload import max_loss_distance
 from emloc.cost.bench.training import OUT_OF_MEMORY, STEPS, TrainingFigures
@@ -74,7 +74,7 @@ def both(tmp_path, source, bits):
 )
 def test_losses_and_adapter_equal_those_of_lora(deep, tiny, tmp_path, bits, overrides):
     recipe = ("train.steps=6", "train.learning_rate=0.02", "train.checkpointing=true")
-    run_config = build(compose([*tiny, f"model.source={deep}", *recipe, *overrides]))
+    run_config = build(compose_cached([*tiny, f"model.source={deep}", *recipe, *overrides]))
     source, model = run_config.model.open(), run_config.model
     examples = run_config.task.train()
     training_inputs = TrainingInputs(
@@ -109,7 +109,7 @@ def test_losses_and_adapter_equal_those_of_lora(deep, tiny, tmp_path, bits, over
 def test_a_run_with_method_offload_scores_like_lora(tiny, tmp_path):
     scores = []
     for method in ("lora", "offload"):
-        run_config = build(compose([*tiny, f"method={method}"]))
+        run_config = build(compose_cached([*tiny, f"method={method}"]))
         result = run(run_config, Store(tmp_path / method), lambda *_: None)
         scores.append(result.evaluated.facts["scores"])
     assert run_config.train.checkpointing
@@ -118,13 +118,13 @@ def test_a_run_with_method_offload_scores_like_lora(tiny, tmp_path):
 
 
 def test_offload_without_checkpointing_is_refused(tiny, tmp_path):
-    run_config = build(compose([*tiny, "method=offload", "train.checkpointing=false"]))
+    run_config = build(compose_cached([*tiny, "method=offload", "train.checkpointing=false"]))
     with pytest.raises(ConfigError, match=r"set train.checkpointing=true$"):
         run(run_config, Store(tmp_path), lambda *_: None)
 
 
 def test_an_adapter_that_reads_weights_outside_the_forward_is_refused(tiny, tmp_path):
-    run_config = build(compose([*tiny, "method=offload", "adapter=dora"]))
+    run_config = build(compose_cached([*tiny, "method=offload", "adapter=dora"]))
     with pytest.raises(
         ConfigError, match=r"adapter=dora .* emulator=offload .* emulator=full recovery=none$"
     ):
@@ -145,7 +145,7 @@ def test_a_backward_pass_without_recomputation_raises_an_error(deep, tmp_path, b
 def test_frozen_blocks_of_a_vision_tower_are_streamed_and_not_recomputed(tiny, tmp_path, bits):
     tiny_internvl().save_pretrained(tmp_path / "model")
     source = Source(tmp_path / "model", "tiny", "0", torch.float32, AutoModelForImageTextToText)
-    recipe = build(compose([*tiny, "method=offload"])).train
+    recipe = build(compose_cached([*tiny, "method=offload"])).train
     batch = image_batch()
     batch |= {"labels": batch["input_ids"]}
     gradients = []

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from composed import compose_cached
 from packed import precision_of
 from safetensors import safe_open
 from tiny import save_checkpoint
 
 from emloc.calibration.calibrate import calibrate
-from emloc.config.compose import compose
 from emloc.config.settings import Compression
 from emloc.emulators import BuildInputs
 from emloc.emulators.svd import Svd
@@ -190,7 +190,7 @@ def watch_recorded_blocks(monkeypatch) -> list[str]:
 @pytest.mark.parametrize("method", ["emloc", "emloc_nf4"])
 def test_a_run_without_a_budget_for_statistics_has_no_calibrate_stage(tiny, tmp_path, method):
     def run_cached(home, *overrides):
-        run_config = build(compose([*tiny, f"method={method}", *overrides]))
+        run_config = build(compose_cached([*tiny, f"method={method}", *overrides]))
         return run(run_config, Store(tmp_path / home), lambda step, values: None)
 
     once, twice = run_cached("one", "budget.statistics_gib=0"), run_cached("two")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from composed import compose_cached
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from staged import curve_of, losses_of
@@ -18,7 +19,6 @@ from emloc.calibration.blockwise import block_of
 from emloc.calibration.calibrate import calibrate
 from emloc.calibration.moments import Statistics
 from emloc.calibration.samples import Samples, choose_examples
-from emloc.config.compose import compose
 from emloc.data.reader import encode_all
 from emloc.emulators import BuiltEmulator
 from emloc.errors import ConfigError, StageError
@@ -97,7 +97,7 @@ def test_recovery_none_keeps_the_matrices(run_cached):
 def test_the_unclamped_correction_is_exact_on_the_row_space_for_any_scale(run_cached, tiny, alpha):
     """W x + s B'A' x = W_e x + s B A x holds for x in the rows of A, with the stored weights."""
     result = run_cached("method=emloc", "recovery.clamp=null", f"lora.alpha={alpha}")
-    run_config = build(compose([*tiny, "method=emloc"]))
+    run_config = build(compose_cached([*tiny, "method=emloc"]))
     source = run_config.model.open()
     trained = read_lora(result.trained.folder / "adapter").pairs
     for layer, new in read_lora(result.recovered.folder / "adapter").pairs.items():
@@ -125,7 +125,7 @@ def test_peft_loads_the_adapter_on_the_original_model(run_cached, tiny, checkpoi
     folder = shutil.copytree(result.recovered.folder / "adapter", tmp_path / "elsewhere")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, folder).eval()
-    run_config = build(compose(tiny))
+    run_config = build(compose_cached(tiny))
     reader = run_config.model.open().reader()
     lines = (result.evaluated.folder / "predictions.jsonl").read_text().splitlines()
     rows = encode_all(reader, run_config.task.held_out(None), 2048)
@@ -146,7 +146,7 @@ def test_lora_equals_peft_trained_by_hand(run_uncached, tiny, checkpoint):
     losses = []
     recipe = ["train.schedule=constant", "train.learning_rate=0.05", "train.warmup=0"]
     run_uncached("method=lora", *recipe, report=lambda step, values: losses.append(values["loss"]))
-    run_config = build(compose([*tiny, "method=lora", *recipe]))
+    run_config = build(compose_cached([*tiny, "method=lora", *recipe]))
     reader = run_config.model.open().reader()
     rows = encode_all(reader, run_config.task.train(), 2048)
     order = _order_of_the_trainer(run_config, rows, reader)
@@ -311,7 +311,7 @@ def test_an_emulator_in_four_bits_is_trained_and_its_adapter_recovered(run_cache
     assert losses[-1] < losses[0] - 0.2
     adapter = read_lora(result.recovered.folder / "adapter").pairs
     assert len(adapter) == 14
-    run_config = build(compose([*tiny, f"method={method}"]))
+    run_config = build(compose_cached([*tiny, f"method={method}"]))
     source = run_config.model.open()
     built_emulator = BuiltEmulator(
         run_config.emulator, result.emulated, source, run_config.precision
@@ -324,7 +324,7 @@ def test_an_emulator_in_four_bits_is_trained_and_its_adapter_recovered(run_cache
 def test_the_correction_includes_the_error_of_four_bits(run_cached, tiny):
     """W x + s B'A' x = W_e x + s B A x holds for x in the rows of A, with the stored four bits."""
     result = run_cached("method=emloc_nf4", "recovery.clamp=null", "lora.alpha=8")
-    run_config = build(compose([*tiny, "method=emloc_nf4"]))
+    run_config = build(compose_cached([*tiny, "method=emloc_nf4"]))
     source = run_config.model.open()
     built_emulator = BuiltEmulator(
         run_config.emulator, result.emulated, source, run_config.precision
@@ -354,7 +354,7 @@ def test_other_factorisations_run(run_cached, settings):
 def test_aware_factors_keep_more_of_the_outputs_than_plain_ones(run_cached, tiny):
     """Compares the output energy on the calibration tokens, with the stored factors."""
     aware, plain = run_cached("method=emloc"), run_cached("method=emloc", "emulator.aware=false")
-    run_config = build(compose(tiny))
+    run_config = build(compose_cached(tiny))
     source = run_config.model.open()
     for block, layer in ((0, "self_attn.q_proj"), (1, "mlp.up_proj")):
         name = f"model.layers.{block}.{layer}"
@@ -438,7 +438,7 @@ def test_the_reported_error_of_a_layer_is_that_on_the_calibration_tokens(
     """
     deep = f"model.source={save_checkpoint(tmp_path / 'deep', num_hidden_layers=12)}"
     result = run_cached("method=emloc_covariance", deep)
-    run_config = build(compose([*tiny, "method=emloc_covariance", deep]))
+    run_config = build(compose_cached([*tiny, "method=emloc_covariance", deep]))
     source, layers = (
         run_config.model.open(),
         json.loads((result.recovered.folder / "layers.json").read_text()),
@@ -462,7 +462,7 @@ def test_the_reported_error_of_a_layer_is_that_on_the_calibration_tokens(
 
 def test_the_error_of_the_identity_metric_is_that_on_white_inputs(run_cached, tiny):
     result = run_cached("method=emloc")
-    run_config = build(compose([*tiny, "method=emloc"]))
+    run_config = build(compose_cached([*tiny, "method=emloc"]))
     changes = json.loads((result.recovered.folder / "layers.json").read_text())
     for layer, change in changes.items():
         gap = run_config.emulator.residual(result.emulated.folder, run_config.model.open(), layer)
@@ -478,7 +478,7 @@ def test_a_training_in_four_bits_is_also_scored_as_trained(run_cached, tiny):
     assert plain.as_trained is None
     scores = result.as_trained.facts["scores"]
     assert scores["loss"] != result.evaluated.facts["scores"]["loss"]
-    run_config = build(compose([*tiny, "method=qlora"]))
+    run_config = build(compose_cached([*tiny, "method=qlora"]))
     source = run_config.model.open()
     model = BuiltEmulator(run_config.emulator, result.emulated, source, run_config.precision).open(
         CPU

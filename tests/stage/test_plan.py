@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from composed import compose_cached
 from packed import THREE_BITS, precision_of
 from tiny import linears, save_checkpoint
 
 from emloc.adapters.fused import fuse
 from emloc.adapters.lora import Lora
 from emloc.anchors.none import NoAnchor
-from emloc.config.compose import compose
 from emloc.config.paths import CONF
 from emloc.config.run_folder import folder_name
 from emloc.cost.plan.anchors import anchor_plan, with_offsets
@@ -57,7 +57,7 @@ NAMES = ["lora", "qlora", "emloc", "emloc_nf4"]
 
 def cell_of(shape, *overrides, model="llama3_8b"):
     shape = tuple(f"model.shape.{one}" for one in shape)
-    return build(compose([f"model={model}", "tracker=none", "lora=r4", *shape, *overrides]))
+    return build(compose_cached([f"model={model}", "tracker=none", "lora=r4", *shape, *overrides]))
 
 
 def shaped(run_config):
@@ -159,7 +159,7 @@ def test_room_for_four_bit_matrices_is_that_of_the_largest_of_both_kinds():
 
 @pytest.mark.parametrize("model", sorted(path.stem for path in CONF.glob("model/[!_]*.yaml")))
 def test_every_model_can_be_planned_without_its_weights(model):
-    run_config = build(compose([f"model={model}", "model.dtype=bfloat16", "tracker=none"]))
+    run_config = build(compose_cached([f"model={model}", "model.dtype=bfloat16", "tracker=none"]))
     source = shaped(run_config)
     whole = layout_of(run_config, source, None, None)
     parameters = sum(source.sizes.values())
@@ -543,7 +543,7 @@ def test_an_unknown_gpu_is_refused():
 
 def test_budgets_have_folders_of_their_own_only_where_they_are_solved_for():
     def name(*overrides):
-        return folder_name(compose(["tracker=none", *overrides]))
+        return folder_name(compose_cached(["tracker=none", *overrides]))
 
     assert name("budget.gpu_gib=24") == name("budget.gpu_gib=12") == name()
     solved = {
@@ -560,7 +560,7 @@ def test_a_run_finds_its_numbers_and_is_of_them(tiny, tmp_path, caplog):
     said = [*tiny, f"model.source={wide}", "compression=auto", "train.batch=1", "train.steps=1"]
     found = {}
     for mib in BUDGETS_MIB:
-        run_config = build(compose([*said, "method=emloc", f"budget.gpu_gib={mib / 1024}"]))
+        run_config = build(compose_cached([*said, "method=emloc", f"budget.gpu_gib={mib / 1024}"]))
         caplog.clear()
         with caplog.at_level(logging.INFO):
             result = run(run_config, Store(tmp_path / "cache"), lambda step, values: None)

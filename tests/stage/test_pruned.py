@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from composed import compose_cached
 from packed import precision_of
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -14,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from emloc.adapters.lora import Lora
 from emloc.adapters.saved import read_lora
-from emloc.config.compose import compose
 from emloc.emulators import BuiltEmulator
 from emloc.errors import ConfigError
 from emloc.precision.nf4 import Nf4Linear
@@ -36,7 +36,7 @@ LEARNING = ["train.learning_rate=0.05", "train.schedule=constant"]
 
 
 def built_of(result, tiny, method) -> BuiltEmulator:
-    run_config = build(compose([*tiny, f"method={method}", *WHOLE]))
+    run_config = build(compose_cached([*tiny, f"method={method}", *WHOLE]))
     precision = precision_of(result.emulated.facts["bits"])
     return BuiltEmulator(run_config.emulator, result.emulated, run_config.model.open(), precision)
 

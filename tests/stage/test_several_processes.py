@@ -1,8 +1,10 @@
-"""`torchrun -m emloc`: two processes train like one process and write one run folder."""
+"""Two processes of one launch train like one process and write one run folder.
+
+The first test starts them with `torchrun`. The others start them as forks, with the variables that
+`torchrun` sets, since each interpreter that it starts needs seconds for its imports.
+"""
 
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -62,7 +64,7 @@ def test_two_processes_train_like_one_and_write_one_run(emloc, tiny, one_run, tr
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     assert first.out.count("| emloc ") == 1
     assert (run / "run.log").read_text().count(": started") == 1
-    again = emloc.process(*tiny, *RECIPE, program=TWO)
+    again = emloc.two(*tiny, *RECIPE)
     assert again.code == 0, again.output
     assert again.output.count("done before") == 1
 
@@ -70,17 +72,17 @@ def test_two_processes_train_like_one_and_write_one_run(emloc, tiny, one_run, tr
 def test_fsdp_trains_like_one_process_also_after_an_interruption(
     emloc, tiny, one_run, train_alone, tmp_path
 ):
-    env = {**os.environ, **SPLIT}
-    begun = subprocess.Popen([*TWO, *tiny, *RECIPE], cwd=tmp_path, env=env)
+    begun = emloc.start_two(*tiny, *RECIPE, **SPLIT)
     lines = tmp_path / "runs" / "adhoc"
     while not any('"train/step": 7' in path.read_text() for path in lines.glob("*/metrics.jsonl")):
-        assert begun.poll() is None
+        assert not any(process.ended for process in begun)
         time.sleep(0.02)
-    begun.terminate()
-    assert begun.wait(60) != 0
+    for process in begun:
+        process.terminate()
+    assert all(process.wait() != 0 for process in begun)
     checkpoints = list((tmp_path / "cache" / "train").glob("*.partial/checkpoints/checkpoint-*"))
     assert any((path / "pytorch_model_fsdp_0").is_dir() for path in checkpoints)
-    ended = emloc.process(*tiny, *RECIPE, program=TWO, **SPLIT)
+    ended = emloc.two(*tiny, *RECIPE, **SPLIT)
     assert ended.code == 0, ended.output
     assert_same_training(one_run(), train_alone(*RECIPE).folder)
 
@@ -94,7 +96,7 @@ ANCHORED = (
 
 def test_anchored_processes_train_like_one(emloc, tiny, one_run, train_alone):
     """One process computes the offsets of each round, and all of them read these."""
-    ended = emloc.process(*tiny, *ANCHORED, program=TWO)
+    ended = emloc.two(*tiny, *ANCHORED)
     assert ended.code == 0, ended.output
     run, single = one_run(), train_alone(*ANCHORED).folder
     assert_same_steps(run, single, 4)
@@ -110,7 +112,7 @@ def test_anchored_processes_train_like_one(emloc, tiny, one_run, train_alone):
 
 def test_a_loss_that_is_not_finite_ends_all_processes(emloc, tiny, one_run):
     settings = ("train.learning_rate=1e38", "train.warmup=0", "method=lora")
-    failed = emloc.process(*tiny, *settings, program=TWO)
+    failed = emloc.two(*tiny, *settings)
     assert failed.code == 1
     status = json.loads((one_run() / "status.json").read_text())
     assert (status["state"], status["stage"]) == ("failed", "train")

@@ -5,11 +5,11 @@ from functools import partial
 
 import pytest
 import torch
+from composed import compose_cached
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from tiny import save_checkpoint
 
-from emloc.config.compose import compose
 from emloc.config.run_folder import folder_name
 from emloc.errors import ConfigError
 from emloc.pipeline import run
@@ -27,7 +27,7 @@ def small(made_once):
 @pytest.fixture
 def pair(tiny, small):
     """Overrides of a tiny run whose model has a sibling of half its size."""
-    model = compose(tiny).model
+    model = compose_cached(tiny).model
     own = OmegaConf.to_container(model) | {
         "name": "small",
         "id": "somebody/small",
@@ -48,7 +48,7 @@ def _quoted(value):
 @pytest.fixture
 def run_cached(stages):
     def run_with(*overrides: str):
-        return run(build(compose([*overrides])), stages, lambda step, values: None)
+        return run(build(compose_cached([*overrides])), stages, lambda step, values: None)
 
     return run_with
 
@@ -72,7 +72,9 @@ def test_small_model_equals_lora_on_the_sibling(run_cached, pair, tiny, small):
 
 
 def test_small_model_has_another_run_folder_than_lora(pair):
-    names = [folder_name(compose([*pair, f"method={one}"])) for one in ("lora", "small_model")]
+    names = [
+        folder_name(compose_cached([*pair, f"method={one}"])) for one in ("lora", "small_model")
+    ]
     assert names[0].rpartition("-")[2] != names[1].rpartition("-")[2]
 
 
@@ -86,7 +88,7 @@ def test_small_model_in_four_bits_equals_qlora_on_the_sibling(run_cached, pair):
 def test_a_run_is_merged_into_the_sibling(run_cached, pair, small, tmp_path):
     result = run_cached(*pair, "method=small_model", "train.learning_rate=0.05")
     folder = tmp_path / "run"
-    cfg = compose([*pair, "method=small_model"])
+    cfg = compose_cached([*pair, "method=small_model"])
     folder.mkdir()
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     (folder / "adapter").symlink_to(result.recovered.folder / "adapter")
@@ -98,19 +100,21 @@ def test_a_run_is_merged_into_the_sibling(run_cached, pair, small, tmp_path):
 
 
 def test_models_of_the_package_have_siblings():
-    run_config = build(compose(["model=internvl2_5_8b", "method=small_model"]))
+    run_config = build(compose_cached(["model=internvl2_5_8b", "method=small_model"]))
     names = {choice: one.name for choice, one in run_config.model.siblings.items()}
     assert names == {"r50": "internvl2_5_4b", "r25": "internvl2_5_2b"}
     for choice, name in names.items():
-        alone = build(compose([f"model={name}", "method=lora"])).model
+        alone = build(compose_cached([f"model={name}", "method=lora"])).model
         assert run_config.model.siblings[choice] == alone
         ratio = int(choice[1:]) / 100
         chosen = build(
-            compose(["model=internvl2_5_8b", "method=small_model", f"compression.ratio={ratio}"])
+            compose_cached(
+                ["model=internvl2_5_8b", "method=small_model", f"compression.ratio={ratio}"]
+            )
         )
         assert chosen.emulator.model(chosen.model, chosen.compression) == alone
     moved = ["model=internvl2_5_8b", "method=small_model", "model.siblings.r25.source=/elsewhere"]
-    assert build(compose(moved)).model.siblings["r25"].source == "/elsewhere"
+    assert build(compose_cached(moved)).model.siblings["r25"].source == "/elsewhere"
 
 
 @pytest.mark.parametrize(
@@ -135,7 +139,7 @@ def test_models_of_the_package_have_siblings():
     ids=["none", "none of this share", "auto"],
 )
 def test_a_missing_sibling_is_refused(overrides, message):
-    run_config = build(compose(["method=small_model", *overrides]))
+    run_config = build(compose_cached(["method=small_model", *overrides]))
     with pytest.raises(ConfigError) as refused:
         run_config.emulator.model(run_config.model, run_config.compression)
     assert str(refused.value) == message

@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 import pytest
+from composed import compose_cached
 from packed import THREE_BITS, TOY
 from tiny import save_checkpoint
 
 from emloc.adapters.saved import read_lora
-from emloc.config.compose import compose
 from emloc.emulators import BuiltEmulator
 from emloc.emulators.size import bytes_of
 from emloc.errors import ConfigError, StageError
@@ -40,7 +40,7 @@ def cell_of(tiny, tmp_path):
         if "method=offsite" in overrides:  # offsite needs blocks to drop between the outer four
             deep = save_checkpoint(tmp_path / "deep", num_hidden_layers=8)
             last += (f"model.source={deep}",)
-        return build(compose([*tiny, *last]))
+        return build(compose_cached([*tiny, *last]))
 
     return make
 

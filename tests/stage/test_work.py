@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 import torch
+from composed import compose_cached
 from tiny import save_checkpoint
 
-from emloc.config.compose import compose
 from emloc.emulators import BuiltEmulator
 from emloc.emulators.operations import block_operations, operations_share
 from emloc.runtime.stage_cache import Artifact
@@ -29,7 +29,7 @@ def work(tiny, run_cached):
     """Function that runs the pipeline and returns the work of its stages, as results store it."""
 
     def work_of(*overrides: str):
-        run_config = build(compose([*tiny, *overrides]))
+        run_config = build(compose_cached([*tiny, *overrides]))
         return work_of_stages(run_config, run_cached(*overrides).stages)
 
     return work_of
@@ -37,7 +37,7 @@ def work(tiny, run_cached):
 
 @pytest.fixture
 def source(tiny):
-    return build(compose(tiny)).model.open()
+    return build(compose_cached(tiny)).model.open()
 
 
 def nbytes(source, *excluded: str) -> int:
@@ -59,7 +59,7 @@ def test_lora_takes_three_forwards_a_row_with_recomputation_and_two_without(
 def test_the_stages_of_emloc_count_for_themselves(work, run_cached, source):
     result = run_cached("method=emloc", "compression=r50")
     counted = work("method=emloc", "compression=r50")
-    emulator = build(compose(["method=emloc"])).emulator
+    emulator = build(compose_cached(["method=emloc"])).emulator
     emulated = BuiltEmulator(emulator, result.stages["emulate"], source).open(torch.device("cpu"))
     share = operations_share(emulated, source)
     assert 0.4 < share <= 0.5
@@ -85,7 +85,7 @@ def test_nothing_is_counted_that_a_run_does_not_do(work, run_cached):
 def test_offload_reads_each_block_forward_and_backward(work, tiny, deep):
     overrides = ("method=offload", f"model.source={deep}", "train.steps=2", "train.accumulate=2")
     of_offload = work(*overrides)
-    source = build(compose([*tiny, *overrides])).model.open()
+    source = build(compose_cached([*tiny, *overrides])).model.open()
     block = sum(
         -(-4 * size // 256) * 256  # each tensor begins at a multiple of 256 bytes
         for name, size in source.sizes.items()
@@ -100,7 +100,9 @@ def test_offload_reads_each_block_forward_and_backward(work, tiny, deep):
 
 def test_forwards_of_a_smaller_checkpoint_are_counted_in_those_of_the_original(tmp_path):
     """The stages know the smaller checkpoint alone."""
-    run_config = build(compose(["model=tiny_internvl", "method=small_model", "compression=r50"]))
+    run_config = build(
+        compose_cached(["model=tiny_internvl", "method=small_model", "compression=r50"])
+    )
     facts = {"seconds": 1.0, "peak_gib": 1.0, "row_forwards": 60.0, "trained_rows": 20}
     (tmp_path / "stage.json").write_text(json.dumps(facts | {"weights_read": 7}))
     counted = work_of_stages(run_config, {"train": Artifact("train", "0", tmp_path)})

@@ -1,4 +1,6 @@
-"""YAML files that are the base of several choices and cannot be chosen themselves."""
+"""How Hydra reads the YAML files: bases cannot be chosen, and no file is parsed twice."""
+
+import os
 
 import pytest
 from hydra import initialize_config_dir
@@ -69,3 +71,28 @@ def test_choosing_a_base_is_refused(word):
 
 def test_a_value_of_a_setting_may_begin_with_an_underscore():
     assert compose(["name=_mine"]).name == "_mine"
+
+
+# Files that are parsed once -----------------------------------------------------------------------
+
+
+def test_a_changed_file_is_read_again(tmp_path, monkeypatch):
+    file = tmp_path / "conf" / "lora" / "mine.yaml"
+    file.parent.mkdir(parents=True)
+    monkeypatch.setenv("EMLOC_PLUGINS", str(tmp_path))
+    for turn, rank in enumerate((3, 5)):
+        file.write_text(f"{{rank: {rank}, alpha: 8, dropout: 0}}\n")
+        os.utime(file, ns=(turn, turn))
+        assert compose(["lora=mine"]).lora.rank == rank
+
+
+def test_a_changed_configuration_changes_no_later_one():
+    """A change of a parsed file or of a registered node would last."""
+    words = ["experiments=ablate_algorithm", "cell=ablate_algorithm/lora"]
+    before = OmegaConf.to_container(compose(words))
+    changed = compose(words)
+    for section in (changed, *(node for node in changed.values() if OmegaConf.is_dict(node))):
+        OmegaConf.set_struct(section, False)
+        section.intruder = 1
+    changed.lora.rank += 1
+    assert OmegaConf.to_container(compose(words)) == before

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from composed import compose_cached
 from safetensors.torch import load_file, save_file
 
-from emloc.config.compose import compose
 from emloc.errors import ConfigError
 from emloc.pipeline import checked
 from emloc.stages.run_config import build
@@ -30,7 +30,7 @@ def refusal(tiny, store, broken):
     def refused(*overrides: str) -> str:
         words = [*tiny, f"model.source={broken}", "method=lora", *overrides]
         with pytest.raises(ConfigError) as caught:
-            checked(build(compose(words)), store, lambda step, values: None)
+            checked(build(compose_cached(words)), store, lambda step, values: None)
         message = str(caught.value)
         assert "\n" not in message
         assert "model.source" in message
@@ -158,7 +158,7 @@ def test_a_parameter_with_values_that_are_not_finite_is_named(tiny, broken, name
     change(broken, name, value)
     dtype = "float16" if value == 1e6 else "float32"
     words = [*tiny, f"model.source={broken}", f"model.dtype={dtype}"]
-    source = build(compose(words)).model.open()
+    source = build(compose_cached(words)).model.open()
     with pytest.raises(ConfigError) as caught:
         source.load(torch.device("cpu"))
     assert str(caught.value).startswith(
@@ -173,4 +173,4 @@ def test_large_values_of_both_signs_are_no_flaw(tiny, broken):
     tensors["lm_head.weight"].view(-1)[:4] = 3e38  # their sum is infinite
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     words = [*tiny, f"model.source={broken}"]
-    build(compose(words)).model.open().load(torch.device("cpu"))
+    build(compose_cached(words)).model.open().load(torch.device("cpu"))

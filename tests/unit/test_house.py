@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -50,13 +51,15 @@ def where(module: Path) -> str:
     return module.relative_to(PACKAGE).as_posix()
 
 
-def tree(module: Path) -> ast.Module:
-    return ast.parse(module.read_text(encoding="utf-8"))
+@cache
+def nodes(module: Path) -> list[ast.AST]:
+    """All nodes of the syntax tree of a file."""
+    return list(ast.walk(ast.parse(module.read_text(encoding="utf-8"))))
 
 
 def imported(module: Path) -> Iterator[str]:
     """Yield the dotted names of all modules that the file imports anywhere."""
-    for node in ast.walk(tree(module)):
+    for node in nodes(module):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -158,7 +161,7 @@ def test_only_a_few_modules_import_hydra():
     allowed = {
         "sweeps/job.py",
         "config/check.py",
-        "config/choices.py",
+        "config/sources.py",
         "cli.py",
         "config/compose.py",
         "config/explain.py",
@@ -202,7 +205,7 @@ def test_no_value_is_named_by_a_bare_participle():
     names = [
         f"{where(module)}: {name}"
         for module in MODULES
-        for node in ast.walk(tree(module))
+        for node in nodes(module)
         if (name := value_name(node)) in participles
     ]
     assert names == []
@@ -218,15 +221,13 @@ def value_name(node: ast.AST) -> str | None:
 def test_nothing_is_unpickled():
     for module in MODULES:
         assert not {"pickle", "dill", "joblib", "shelve"} & {*imported(module)}, where(module)
-        calls = {
-            ast.unparse(node.func) for node in ast.walk(tree(module)) if isinstance(node, ast.Call)
-        }
+        calls = {ast.unparse(node.func) for node in nodes(module) if isinstance(node, ast.Call)}
         assert not {"torch.load", "torch.save"} & calls, where(module)
 
 
 def test_no_bare_except_and_no_assert_on_a_tuple():
     for module in MODULES:
-        for node in ast.walk(tree(module)):
+        for node in nodes(module):
             if isinstance(node, ast.ExceptHandler):
                 assert node.type is not None, f"{where(module)}: bare except"
             if isinstance(node, ast.Assert):

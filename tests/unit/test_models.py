@@ -6,11 +6,11 @@ from functools import cache
 
 import pytest
 import torch
+from composed import compose_cached
 from omegaconf import OmegaConf
 from tiny import TINY_INTERNVL, image_batch, tiny_internvl
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from emloc.config.compose import compose
 from emloc.config.paths import CONF
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
@@ -45,7 +45,7 @@ CARDS = {"2b": 2.21, "4b": 3.71, "8b": 8.08, "26b": 25.51, "38b": 38.39, "78b": 
 
 
 def settings(name: str, **changed) -> ModelFamily:
-    written = compose([f"model={name}"]).model
+    written = compose_cached([f"model={name}"]).model
     written.siblings = {}  # siblings are tested as models of their own
     return instantiate(OmegaConf.merge(written, changed))
 

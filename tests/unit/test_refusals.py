@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from composed import compose_cached
 from safetensors.torch import load_file, save_file
 
 from emloc import cli
-from emloc.config.compose import compose
 from emloc.cost.plan.gpus import GPUS
 from emloc.errors import ConfigError
 from emloc.pipeline import run
@@ -35,7 +35,7 @@ def refusal(tiny, store):
 
     def refused(*overrides: str) -> str:
         with pytest.raises(ConfigError) as caught:
-            run(build(compose([*tiny, *overrides])), store, lambda step, values: None)
+            run(build(compose_cached([*tiny, *overrides])), store, lambda step, values: None)
         assert list(store.root.glob("*/*")) == []
         message = str(caught.value)
         assert "\n" not in message

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from composed import compose_cached
 from PIL import Image
 from transformers import AutoTokenizer, InternVLForConditionalGeneration
 
-from emloc.config.compose import compose
 from emloc.data.examples import Example
 from emloc.data.image import LazyImage
 from emloc.stages.run_config import build
@@ -67,7 +67,11 @@ def saved_model(script, examples, tmp_path_factory):
 
 
 def reader_of(folder: Path):
-    return build(compose(["model=tiny_internvl", f"model.source={folder}"])).model.open().reader()
+    return (
+        build(compose_cached(["model=tiny_internvl", f"model.source={folder}"]))
+        .model.open()
+        .reader()
+    )
 
 
 def test_the_model_stays_within_its_limits(saved_model):
@@ -184,7 +188,7 @@ def test_training_memorises_four_rows(saved_model, script, examples, monkeypatch
 
 
 def test_the_pretrained_model_answers_the_plain_part_but_not_the_recoloured_part(script):
-    cell = build(compose(["task=easy_vqa", "model=tiny_internvl"]))
+    cell = build(compose_cached(["task=easy_vqa", "model=tiny_internvl"]))
     folder = cell.model.open().folder
     assert folder == MODELS / "tiny_internvl"
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 5_000_000
@@ -210,5 +214,5 @@ def test_the_demo_has_six_cells_with_this_model_and_task():
     ]
     for name in names:
         words = ["experiments=demo_vqa", f"cell=demo_vqa/{name}"]
-        cell = build(compose(words))
+        cell = build(compose_cached(words))
         assert (cell.model.name, cell.task.name) == ("tiny_internvl", "easy_vqa")
