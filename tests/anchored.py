@@ -263,7 +263,7 @@ def rounds(
     """
     settings = training_inputs(built, **inputs)
     folder.mkdir(exist_ok=True)
-    rows = anchored_rows(anchor, built.source, settings)
+    rows = anchored_rows(anchor, built.source, settings, disk_gib=1.0)
     return Rounds(
         folder,
         open_trainee(built, settings, CPU),

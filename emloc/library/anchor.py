@@ -94,7 +94,7 @@ def anchor(
     adapter_digest(base)  # refuses an adapter before any row is read
     blocks, decoder_blocks = _blocks(original)
     count = min(_PLACES, len(decoder_blocks)) if places is None else places
-    anchored = Blocks(places=count, rounds=1, dtype=dtype, guard=0, disk_gib=1)
+    anchored = Blocks(places=count, rounds=1, dtype=dtype, guard=0)
     passes = Passes(
         original,
         base,

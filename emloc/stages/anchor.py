@@ -185,8 +185,9 @@ def _require_room(context: Context, anchor: Anchor, places: Sequence[Place]) -> 
     step = max(1, len(examples) // _ESTIMATE)
     reader = context.source.reader()
     lengths = [reader.encode(row).length for row in examples.rows[::step]]
-    limit = inputs.max_length or max(lengths)
-    mean = sum(min(length, limit) for length in lengths) / len(lengths)
+    longest = inputs.max_length or max(lengths)
+    mean = sum(min(length, longest) for length in lengths) / len(lengths)
     step_rows = recipe.batch * recipe.accumulate * world_size()
     rows = min(recipe.steps * step_rows / anchor.rounds, len(examples))
-    require_disk(anchor, context.source, places, int(mean * rows), context.cache)
+    limit = context.run_config.budget.disk_gib
+    require_disk(anchor, context.source, places, int(mean * rows), context.cache, limit)

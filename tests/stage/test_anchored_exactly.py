@@ -31,7 +31,7 @@ from emloc.recovery.scatter import Scatter
 
 SVD = Svd(algorithm="eigen", aware=True, multiple=1)
 PRUNE = Prune(importance="random", spread="layer", first=0, last=0, seed=0)
-COMMON = {"rounds": 1, "dtype": "float32", "guard": 0, "disk_gib": 1.0}
+COMMON = {"rounds": 1, "dtype": "float32", "guard": 0}
 BLOCKS = Blocks(places=2, **COMMON)
 LOGITS = Logits(**COMMON)
 KINDS = {

@@ -35,7 +35,7 @@ WITH_IMAGES = ["internvl", "qwen3_vl"]
 # Their linear layers are a class of their own, or most parameters are in fused experts.
 NOISY = ["falcon", "qwen2_moe"]
 ANSWER = 4  # tokens
-PLACES = Blocks(places=2, rounds=1, dtype="float32", guard=0, disk_gib=1.0)
+PLACES = Blocks(places=2, rounds=1, dtype="float32", guard=0)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def test_places_that_the_model_does_not_have(refusal, places, words):
 @pytest.mark.parametrize("places", [-1, [-1], ["a"], 1.5, True, None, [True], {}])
 def test_places_that_are_no_blocks(places):
     with pytest.raises(ConfigError, match=r"set anchor.places=[^\n]+$"):
-        Blocks(places=places, rounds=1, dtype="float32", guard=0, disk_gib=1.0)
+        Blocks(places=places, rounds=1, dtype="float32", guard=0)
 
 
 ONE_ROUND = ("anchor.rounds=1", "anchor.places=2")
@@ -64,7 +64,7 @@ ONE_ROUND = ("anchor.rounds=1", "anchor.places=2")
     [
         (("method=qlora_anchored", "compression.bits=16"), "the emulator is the original model"),
         (("method=emloc_anchored", "emulator.sequential=true"), "set emulator.sequential=false"),
-        (("method=emloc_anchored", "anchor.disk_gib=1e-6"), "and anchor.disk_gib=1e-06; set"),
+        (("method=emloc_anchored", "budget.disk_gib=1e-6"), "and budget.disk_gib=1e-06; set"),
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",
 )
@@ -103,7 +103,7 @@ def test_an_adapter_in_front_of_the_decoder(store, made_once):
 @pytest.mark.parametrize("family", ["gemma2", "cohere"])
 def test_a_head_behind_which_an_offset_is_none(family):
     """A cap of the logits bends the offset; a scale does not."""
-    logits = Logits(rounds=1, dtype="float32", guard=0, disk_gib=1.0)
+    logits = Logits(rounds=1, dtype="float32", guard=0)
     model = families.tiny_model(family)
     if family == "cohere":
         assert [place.module for place in logits.find(model, [])] == ["lm_head"]

@@ -29,7 +29,7 @@ from emloc.stages.training.rounds import ROUNDS_FILE, Rounds
 from emloc.stages.training.train import train
 
 SVD = Svd(algorithm="eigen", aware=True, multiple=1)
-COMMON = {"rounds": 3, "dtype": "float32", "guard": 2, "disk_gib": 1.0}
+COMMON = {"rounds": 3, "dtype": "float32", "guard": 2}
 BLOCKS = Blocks(places=2, **COMMON)
 LOGITS = Logits(**COMMON)
 # Both paths of training, each with one kind of anchor.

@@ -411,8 +411,9 @@ def test_the_table_has_a_row_for_each_method_and_says_what_fits():
 ANCHORED = ("method=emloc_anchored", "train.steps=9", "anchor.rounds=2", "anchor.places=3")
 
 
-def planned(run_config, **changed):
-    """The lines about anchors, with changed settings of the group `anchor`."""
+def planned(run_config, budget=None, **changed):
+    """The lines about anchors, with changed settings of the group `anchor`, or another budget."""
+    run_config = replace(run_config, budget=budget or run_config.budget)
     anchor = replace(run_config.anchor, **changed)
     shape = StepShape.of(run_config.train, 512, 64)
     source = shaped(run_config)
@@ -457,8 +458,8 @@ def test_the_passes_of_the_original_are_said_in_a_line_each():
     halved = gib(planned(run_config, dtype="int8")[0]) / gib(offsets)
     assert halved == pytest.approx(0.5 + 1 / 64, rel=0.01)
     assert "more than" not in offsets
-    line = planned(run_config, disk_gib=0.4)[0]
-    assert "more than anchor.disk_gib=0.4, so set anchor.rounds" in line
+    line = planned(run_config, budget=replace(run_config.budget, disk_gib=0.4))[0]
+    assert "more than budget.disk_gib=0.4, so set anchor.rounds" in line
 
 
 def test_an_offset_in_front_of_the_head_is_planned_for_the_answers():

@@ -107,11 +107,11 @@ class AnchorPlan:
         """Return what a user has to know before anything is computed, in sentences."""
         anchor, shape = self.anchor, self.step_shape
         weights = sum(self.source.sizes.values()) * self.source.dtype.itemsize
-        excess = ""
-        if self.round_offsets > anchor.disk_gib * GIB:
+        limit, excess = self.budget.disk_gib, ""
+        if self.round_offsets > limit * GIB:
             excess = (
-                f"; this is more than anchor.disk_gib={anchor.disk_gib:g}, so set anchor.rounds "
-                "higher, anchor.dtype=int8, anchor.disk_gib, or --length to the rows' mean length"
+                f"; this is more than budget.disk_gib={limit:g}, so set anchor.rounds or "
+                "budget.disk_gib higher, anchor.dtype=int8, or --length to the rows' mean length"
             )
         return [
             f"anchor={self.choice}: the offsets of a round take {self.round_offsets / GIB:.3g} GiB "

@@ -52,6 +52,7 @@ class AnchoredRows:
     order: RowOrder
     round_ends: list[int]  # step at which each round ends
     collate: Callable[[list[Any]], dict[str, Any]]
+    disk_gib: float  # most disk that the offsets of a round may take
 
     def of_steps(self, first: int, end: int) -> list[KeyedRow]:
         """Return the rows of some steps; a row that is drawn twice comes once."""
@@ -96,11 +97,15 @@ class AnchoredRows:
 
     def _require_disk(self, folder: Path, rows: Sequence[KeyedRow]) -> None:
         tokens = sum(row.length for row in rows)
-        require_disk(self.anchor, self.source, self.places, tokens, folder)
+        require_disk(self.anchor, self.source, self.places, tokens, folder, self.disk_gib)
 
 
-def anchored_rows(anchor: Anchor, source: Source, training_inputs: TrainingInputs) -> AnchoredRows:
+def anchored_rows(
+    anchor: Anchor, source: Source, training_inputs: TrainingInputs, disk_gib: float
+) -> AnchoredRows:
     """Read the training rows and return them with places and rounds.
+
+    `disk_gib` is the most disk that the offsets of a round may take.
 
     Raises:
         ConfigError: a row cannot be read, the guard takes all of them, or the model does not have
@@ -135,6 +140,7 @@ def anchored_rows(anchor: Anchor, source: Source, training_inputs: TrainingInput
         ),
         round_ends(recipe.steps, anchor.rounds),
         reader.collate,
+        disk_gib,
     )
 
 
@@ -144,20 +150,25 @@ def round_ends(steps: int, rounds: int) -> list[int]:
 
 
 def require_disk(
-    anchor: Anchor, source: Source, places: Sequence[Place], tokens: int, folder: Path
+    anchor: Anchor,
+    source: Source,
+    places: Sequence[Place],
+    tokens: int,
+    folder: Path,
+    limit_gib: float,
 ) -> None:
     """Check that the offsets of some tokens fit, and the hidden states of a pass beside them.
 
     Raises:
-        ConfigError: they are larger than `anchor.disk_gib`, or than what is free on the disk.
+        ConfigError: they are larger than `limit_gib`, or than what is free on the disk.
     """
     width = source.config.get_text_config().hidden_size
     size = tokens * len(places) * anchor.stored_as.token_bytes(width)
-    if size > anchor.disk_gib * GIB:
+    if size > limit_gib * GIB:
         raise ConfigError(
             f"anchor: the offsets of a round take {size / GIB:.3g} GiB ({tokens} tokens at "
-            f"{len(places)} places), and anchor.disk_gib={anchor.disk_gib:g}; set anchor.rounds "
-            "higher, anchor.dtype=int8, or anchor.disk_gib"
+            f"{len(places)} places), and budget.disk_gib={limit_gib:g}; set anchor.rounds "
+            "higher, anchor.dtype=int8, or budget.disk_gib higher"
         )
     # Hidden states of two models behind two places: the finished one and the next.
     states = 4 * tokens * width * source.dtype.itemsize
