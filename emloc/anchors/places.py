@@ -55,6 +55,12 @@ class Place:
         is_predicting = labels[:, 1:] != IGNORE
         return torch.cat([is_predicting, is_predicting.new_zeros(len(labels), 1)], dim=1)
 
+    def count(self, row: Any) -> int:
+        """Return how many tokens of an encoded row have an offset, without a batch of it."""
+        length: int = row.length
+        # The first token of a text has no token before that predicts it.
+        return length - max(row.answer_start, 1) if self.predicting_only else length
+
 
 def _changed(output: Any, change: Change) -> Any:
     """Return the output of a block with other hidden states; some blocks return a tuple."""

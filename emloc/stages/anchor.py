@@ -12,6 +12,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from filelock import FileLock
@@ -184,10 +185,12 @@ def _require_room(context: Context, anchor: Anchor, places: Sequence[Place]) -> 
     examples, recipe = inputs.examples, inputs.recipe
     step = max(1, len(examples) // _ESTIMATE)
     reader = context.source.reader()
-    lengths = [reader.encode(row).length for row in examples.rows[::step]]
-    longest = inputs.max_length or max(lengths)
-    mean = sum(min(length, longest) for length in lengths) / len(lengths)
+    encoded = [reader.encode(row) for row in examples.rows[::step]]
+    longest = inputs.max_length or max(row.length for row in encoded)
     step_rows = recipe.batch * recipe.accumulate * world_size()
     rows = min(recipe.steps * step_rows / anchor.rounds, len(examples))
+    tokens = [
+        int(rows * mean(min(place.count(row), longest) for row in encoded)) for place in places
+    ]
     limit = context.run_config.budget.disk_gib
-    require_disk(anchor, context.source, places, int(mean * rows), context.cache, limit)
+    require_disk(anchor, context.source, tokens, context.cache, limit)

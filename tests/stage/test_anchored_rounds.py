@@ -18,10 +18,13 @@ from emloc.anchors.blocks import Blocks
 from emloc.anchors.formats import Floats
 from emloc.anchors.guard import Change
 from emloc.anchors.logits import Logits
+from emloc.anchors.places import Place
 from emloc.anchors.shards import read_rows
 from emloc.config.run_folder import Run
 from emloc.data.examples import Examples
+from emloc.data.prompts import EncodedExample
 from emloc.emulators.svd import Svd
+from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.recovery.none import NoRecovery
 from emloc.report.tracking.metrics_log import Record, training_line
@@ -231,6 +234,26 @@ def test_a_row_that_is_drawn_twice_is_stored_once(tmp_path, built, monkeypatch):
     training.run()
     assert sorted(stored) == sorted({row.key for row in training.rows.rows})
     assert len(stored) == 6
+
+
+@pytest.mark.parametrize("anchor", [BLOCKS, LOGITS], ids=["blocks", "logits"])
+def test_the_disk_has_to_hold_the_tokens_with_an_offset(tmp_path, built, anchor):
+    """In front of the head these are the answer tokens alone."""
+    training = anchored.rounds(tmp_path / "training", built, anchor)
+    keyed = training.rows.of_steps(0, 2)
+    batch = anchored.collate_rows([one.row for one in keyed])
+    tokens = sum(int(place.tokens(batch).sum()) for place in training.rows.places)
+    size = tokens * anchor.stored_as.token_bytes(built.source.config.hidden_size)
+    replace(training.rows, disk_gib=size / 2**30)._require_disk(tmp_path, keyed)
+    with pytest.raises(ConfigError, match=f"{tokens // len(training.rows.places)} tokens at"):
+        replace(training.rows, disk_gib=(size - 1) / 2**30)._require_disk(tmp_path, keyed)
+
+
+def test_a_first_token_is_predicted_by_none():
+    """A row that is an answer from its first token on has an offset less than it has tokens."""
+    row = EncodedExample("row", [5, 6, 7], answer_start=0)
+    place = Place("lm_head", at_input=True, predicting_only=True)
+    assert place.count(row) == place.tokens(anchored.collate_rows([row])).sum() == 2
 
 
 class Polish(NoRecovery):

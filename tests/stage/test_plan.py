@@ -464,10 +464,13 @@ def test_the_passes_of_the_original_are_said_in_a_line_each():
 
 def test_an_offset_in_front_of_the_head_is_planned_for_the_answers():
     run_config = cell_of(MIDDLE, "method=emloc_uncorrected", "anchor=logits", "train.steps=4")
-    line = anchor_plan(run_config, shaped(run_config), WORK).lines()[0]
+    line, disk, _ = anchor_plan(run_config, shaped(run_config), WORK).lines()
     assert "1 place," in line
     rows = run_config.train.batch * run_config.train.accumulate
-    assert gib(line) == pytest.approx(rows * 64 * 2048 * 2 / GIB, rel=0.01)
+    size = rows * 64 * 2048 * 2 / GIB
+    assert gib(line) == pytest.approx(size, rel=0.01)
+    # With the states of both models at these tokens.
+    assert gib(disk.partition("memory, and ")[2]) == pytest.approx(3 * size, rel=0.01)
 
 
 @pytest.mark.parametrize(

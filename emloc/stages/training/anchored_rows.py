@@ -96,8 +96,8 @@ class AnchoredRows:
             )
 
     def _require_disk(self, folder: Path, rows: Sequence[KeyedRow]) -> None:
-        tokens = sum(row.length for row in rows)
-        require_disk(self.anchor, self.source, self.places, tokens, folder, self.disk_gib)
+        tokens = [sum(place.count(keyed.row) for keyed in rows) for place in self.places]
+        require_disk(self.anchor, self.source, tokens, folder, self.disk_gib)
 
 
 def anchored_rows(
@@ -150,28 +150,31 @@ def round_ends(steps: int, rounds: int) -> list[int]:
 
 
 def require_disk(
-    anchor: Anchor,
-    source: Source,
-    places: Sequence[Place],
-    tokens: int,
-    folder: Path,
-    limit_gib: float,
+    anchor: Anchor, source: Source, tokens: Sequence[int], folder: Path, limit_gib: float
 ) -> None:
-    """Check that the offsets of some tokens fit, and the hidden states of a pass beside them.
+    """Check that the offsets of some rows fit, and the hidden states of a pass beside them.
+
+    Args:
+        anchor: the format of the offsets.
+        source: the original.
+        tokens: for each place, the number of tokens with an offset.
+        folder: of the offsets.
+        limit_gib: most disk that the offsets may take.
 
     Raises:
         ConfigError: they are larger than `limit_gib`, or than what is free on the disk.
     """
     width = source.config.get_text_config().hidden_size
-    size = tokens * len(places) * anchor.stored_as.token_bytes(width)
+    size = sum(tokens) * anchor.stored_as.token_bytes(width)
     if size > limit_gib * GIB:
         raise ConfigError(
-            f"anchor: the offsets of a round take {size / GIB:.3g} GiB ({tokens} tokens at "
-            f"{len(places)} places), and budget.disk_gib={limit_gib:g}; set anchor.rounds "
-            "higher, anchor.dtype=int8, or budget.disk_gib higher"
+            f"anchor: the offsets of a round take {size / GIB:.3g} GiB ({max(tokens)} tokens at "
+            f"{len(tokens)} {'places' if len(tokens) > 1 else 'place'}), and "
+            f"budget.disk_gib={limit_gib:g}; set anchor.rounds or budget.disk_gib higher, or "
+            "anchor.dtype=int8"
         )
     # Hidden states of two models behind two places: the finished one and the next.
-    states = 4 * tokens * width * source.dtype.itemsize
+    states = 2 * sum(sorted(tokens)[-2:]) * width * source.dtype.itemsize
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if size + states > free:
