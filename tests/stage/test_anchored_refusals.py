@@ -1,5 +1,6 @@
 """What anchored training refuses: in one line, before any stage begins."""
 
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from emloc.anchors.logits import Logits
 from emloc.anchors.places import Place
 from emloc.anchors.shards import OffsetReader, write_rows
 from emloc.config.compose import compose
+from emloc.data.reader import TextReader
 from emloc.errors import ConfigError
 from emloc.pipeline import checked
 from emloc.stages.run_config import build
@@ -71,6 +73,32 @@ ONE_ROUND = ("anchor.rounds=1", "anchor.places=2")
 def test_settings_that_do_not_fit(refusal, overrides, words):
     method, *others = overrides
     assert words in refusal(method, *ONE_ROUND, *others)
+
+
+def test_few_rows_show_that_a_round_fits(tiny, store, monkeypatch):
+    """More are encoded if a round that is a few times larger would not fit."""
+    rows, real = [], TextReader.encode
+
+    def encode(self, example):
+        rows.append(example.id)
+        return real(self, example)
+
+    def check(disk_gib: float) -> int:
+        rows.clear()
+        limit = f"budget.disk_gib={disk_gib}"
+        checked(
+            build(compose([*tiny, "method=emloc_anchored", *ONE_ROUND, limit])),
+            store,
+            lambda *_: None,
+        )
+        return len({*rows})
+
+    monkeypatch.setattr(TextReader, "encode", encode)
+    assert check(100) == 8
+    with pytest.raises(ConfigError, match=r"take ([\d.e-]+) GiB") as caught:
+        check(1e-6)
+    size = float(re.search(r"take ([\d.e-]+) GiB", str(caught.value))[1])
+    assert check(1.01 * size) == len({*rows}) == 40
 
 
 def test_a_full_disk(refusal, monkeypatch):

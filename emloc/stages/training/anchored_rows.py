@@ -97,7 +97,8 @@ class AnchoredRows:
 
     def _require_disk(self, folder: Path, rows: Sequence[KeyedRow]) -> None:
         tokens = [sum(place.count(keyed.row) for keyed in rows) for place in self.places]
-        require_disk(self.anchor, self.source, tokens, folder, self.disk_gib)
+        if line := disk_shortage(self.anchor, self.source, tokens, folder, self.disk_gib):
+            raise ConfigError(line)
 
 
 def anchored_rows(
@@ -149,10 +150,12 @@ def round_ends(steps: int, rounds: int) -> list[int]:
     return [round(steps * (index + 1) / rounds) for index in range(rounds)]
 
 
-def require_disk(
+def disk_shortage(
     anchor: Anchor, source: Source, tokens: Sequence[int], folder: Path, limit_gib: float
-) -> None:
-    """Check that the offsets of some rows fit, and the hidden states of a pass beside them.
+) -> str | None:
+    """Return why the offsets of some rows do not fit on the disk, in one line; None if they do.
+
+    The hidden states of a pass have to fit beside them.
 
     Args:
         anchor: the format of the offsets.
@@ -160,14 +163,11 @@ def require_disk(
         tokens: for each place, the number of tokens with an offset.
         folder: of the offsets.
         limit_gib: most disk that the offsets may take.
-
-    Raises:
-        ConfigError: they are larger than `limit_gib`, or than what is free on the disk.
     """
     width = source.config.get_text_config().hidden_size
     size = sum(tokens) * anchor.stored_as.token_bytes(width)
     if size > limit_gib * GIB:
-        raise ConfigError(
+        return (
             f"anchor: the offsets of a round take {size / GIB:.3g} GiB ({max(tokens)} tokens at "
             f"{len(tokens)} {'places' if len(tokens) > 1 else 'place'}), and "
             f"budget.disk_gib={limit_gib:g}; set anchor.rounds or budget.disk_gib higher, or "
@@ -178,11 +178,12 @@ def require_disk(
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if size + states > free:
-        raise ConfigError(
+        return (
             f"anchor: a round takes {(size + states) / GIB:.3g} GiB of disk, and {existing} has "
             f"{free / GIB:.3g} GiB free; set anchor.rounds higher, anchor.dtype=int8, or "
             "EMLOC_CACHE to a folder on another disk"
         )
+    return None
 
 
 def batch_tokens(vocabulary: int, device: torch.device) -> int:
