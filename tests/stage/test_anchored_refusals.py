@@ -52,10 +52,30 @@ def test_places_that_the_model_does_not_have(refusal, places, words):
     assert words in refusal("method=emloc_anchored", "anchor.rounds=1", f"anchor.places={places}")
 
 
-@pytest.mark.parametrize("places", [-1, [-1], ["a"], 1.5, True, None, [True], {}])
+@pytest.mark.parametrize("places", [-1, [-1], ["a"], 1.5, True, [True], {}])
 def test_places_that_are_no_blocks(places):
     with pytest.raises(ConfigError, match=r"set anchor.places=[^\n]+$"):
         Blocks(places=places, rounds=1, dtype="float32", guard=0)
+
+
+def test_the_usual_places_are_eight_or_all_blocks():
+    """Offsets of the default are those of eight places, also by their key."""
+    usual = Blocks(places=None, rounds=1, dtype="float32", guard=0)
+    for depth, places in ((2, 2), (8, 8), (30, 8)):
+        model = families.tiny_model("llama")
+        blocks = [f"model.layers.{index}" for index in range(depth)]
+        assert usual.find(model, blocks) == replace(usual, places=places).find(model, blocks)
+    assert usual.key == replace(usual, places=8).key
+
+
+def test_the_default_suits_a_model_with_few_blocks(tiny, store):
+    """The tiny model has two."""
+    config = build(compose([*tiny, "method=emloc_anchored", "anchor.rounds=1"]))
+    _, context = checked(config, store, lambda *_: None)
+    assert [place.module for place in context.anchored_rows.places] == [
+        "model.layers.0",
+        "model.layers.1",
+    ]
 
 
 ONE_ROUND = ("anchor.rounds=1", "anchor.places=2")
