@@ -95,6 +95,20 @@ def test_settings_that_do_not_fit(refusal, overrides, words):
     assert words in refusal(method, *ONE_ROUND, *others)
 
 
+def test_a_fit_of_weights_that_are_split_over_processes(refusal, tiny, store, monkeypatch):
+    """An emulator without factors is not fitted, so it is not refused."""
+    for name, value in (("WORLD_SIZE", "2"), ("ACCELERATE_USE_FSDP", "true")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert "set anchor.refit=false" in refusal("method=emloc_anchored", *ONE_ROUND)
+    for overrides in (
+        ("method=emloc_anchored", "anchor.refit=false"),
+        ("method=upop", "anchor=blocks", "anchor.refit=true"),
+    ):
+        config = build(compose([*tiny, *ONE_ROUND, *overrides]))
+        checked(config, store, lambda *_: None)
+
+
 def test_few_rows_show_that_a_round_fits(tiny, store, monkeypatch):
     """More are encoded if a round that is a few times larger would not fit."""
     rows, real = [], TextReader.encode
