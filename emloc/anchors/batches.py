@@ -94,8 +94,9 @@ class TokenOffsets:
         padded = {}
         for name, part in self.parts.items():
             tokens = part.to(device, non_blocking=True)
+            shape = (*self.mask.shape, *tokens.shape[1:])
             zeros = tokens.new_zeros(self.mask.numel(), *tokens.shape[1:])
-            padded[name] = zeros.index_copy_(0, index, tokens).unflatten(0, self.mask.shape)
+            padded[name] = zeros.index_copy_(0, index, tokens).view(shape)
         return padded
 
 

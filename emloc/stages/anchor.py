@@ -32,7 +32,7 @@ from emloc.runtime.stage_cache import Artifact, Facts
 from emloc.stages import ANCHORS, Context, Stage
 from emloc.stages.anchorable import require_anchorable
 from emloc.stages.training.anchored_rows import AnchoredRows, disk_shortage
-from emloc.stages.training.rounds import FirstPass
+from emloc.stages.training.round_passes import FirstPass
 
 log = logging.getLogger(__name__)
 

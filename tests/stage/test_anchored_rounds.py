@@ -11,6 +11,7 @@ from staged import curve_of
 from tiny import save_checkpoint
 
 import emloc.anchors.record as record_module
+import emloc.stages.training.round_steps as steps_module
 import emloc.stages.training.rounds as rounds_module
 import emloc.stages.training.trainer as trainer_module
 from emloc.anchors.batches import OFFSETS
@@ -28,6 +29,8 @@ from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.recovery.none import NoRecovery
 from emloc.report.tracking.metrics_log import Record, training_line
+from emloc.stages.training.round_passes import RoundPasses
+from emloc.stages.training.round_steps import RoundSteps
 from emloc.stages.training.rounds import ROUNDS_FILE, Rounds
 from emloc.stages.training.train import train
 
@@ -51,14 +54,14 @@ def built(made_once, tmp_path_factory):
 
 def record_losses(monkeypatch) -> list[dict]:
     """Return a list that gets, of each pass, the losses of all its rows."""
-    passes, real = [], Rounds._record
+    passes, real = [], RoundPasses._record
 
     def record(self, folder, *rest):
         facts = real(self, folder, *rest)
         passes.append(facts["losses"])
         return facts
 
-    monkeypatch.setattr(Rounds, "_record", record)
+    monkeypatch.setattr(RoundPasses, "_record", record)
     return passes
 
 
@@ -110,7 +113,7 @@ def judge(monkeypatch, *verdicts: bool) -> None:
 def rows_trained_on(monkeypatch) -> list[list[str]]:
     """Return a list that gets the keys of each batch whose loss is computed."""
     batches, keys_of = [], {}
-    collate, take = rounds_module.AnchoredCollator.__call__, trainer_module.take_offsets
+    collate, take = steps_module.AnchoredCollator.__call__, trainer_module.take_offsets
 
     def collate_and_note(self, rows):
         batch = collate(self, rows)
@@ -121,7 +124,7 @@ def rows_trained_on(monkeypatch) -> list[list[str]]:
         batches.append(keys_of[batch[OFFSETS]])
         return take(batch, device)
 
-    monkeypatch.setattr(rounds_module.AnchoredCollator, "__call__", collate_and_note)
+    monkeypatch.setattr(steps_module.AnchoredCollator, "__call__", collate_and_note)
     monkeypatch.setattr(trainer_module, "take_offsets", note_and_take)
     return batches
 
@@ -182,15 +185,15 @@ def test_the_third_rejection_ends_with_the_best_adapter(tmp_path, built, monkeyp
         monkeypatch.setattr(rounds_module, "mean_loss", lambda losses: -real(losses))
     anchor = Blocks(places=2, **(COMMON | {"rounds": 6}))
     training = anchored.rounds(tmp_path / "training", built, anchor, schedule="constant")
-    states = [training._own_state()]
-    finish_round = Rounds._round
+    states = [training.trainee._new_state]
+    finish_round = RoundSteps.run
 
     def keep_state(self, *rest):
         state = finish_round(self, *rest)
         states.append(load_file(state.checkpoint / "adapter_state.safetensors"))
         return state
 
-    monkeypatch.setattr(Rounds, "_round", keep_state)
+    monkeypatch.setattr(RoundSteps, "run", keep_state)
     facts = training.run()
     assert (facts["rejected_rounds"], facts["steps"], len(states)) == (3, best, 5)
     curve = curve_of(training.folder)
@@ -220,14 +223,14 @@ def test_rows_of_the_guard_are_never_trained_on(tmp_path, built, monkeypatch):
 
 def test_a_row_that_is_drawn_twice_is_stored_once(tmp_path, built, monkeypatch):
     anchor = Blocks(places=1, **(COMMON | {"rounds": 1}))
-    stored, real = [], Rounds._record
+    stored, real = [], RoundPasses._record
 
     def record(self, folder, *rest):
         facts = real(self, folder, *rest)
         stored.extend(row for shard in read_rows(folder) for row in shard)
         return facts
 
-    monkeypatch.setattr(Rounds, "_record", record)
+    monkeypatch.setattr(RoundPasses, "_record", record)
     examples = anchored.sums(8)
     training = anchored.rounds(tmp_path / "training", built, anchor, examples=examples, steps=7)
     assert len(training.rows.order.of_steps(0, 7)) == 14
@@ -265,7 +268,7 @@ class Polish(NoRecovery):
 
 def test_a_recovery_that_trains_is_left_to_its_stage(tmp_path, built):
     training = anchored.rounds(tmp_path / "training", built, replace(BLOCKS, rounds=2), steps=2)
-    training.recovery = Polish()
+    training.passes.recovery = Polish()
     assert training.run()["passes"] == 3
 
 
@@ -304,7 +307,7 @@ class Metrics:
 
             if not self._run.folder.joinpath("metrics.jsonl").exists():
                 record.add({"emulate/bytes": 1.0})
-            training.report = report
+            training.steps.report = report
             training.run()
 
 

@@ -17,6 +17,8 @@ from emloc.emulators.svd import Svd
 from emloc.models.checkpoint.source import Source
 from emloc.stages.training.anchored_rows import anchored_rows
 from emloc.stages.training.refit import Refit, refit_of, with_folder
+from emloc.stages.training.round_passes import RoundPasses
+from emloc.stages.training.round_trainee import State
 from emloc.stages.training.train import open_trainee
 from emloc.tensors.linalg.sensitivity import output_root
 
@@ -137,6 +139,15 @@ def exact_moments(source, refit):
     return tuple(
         {name: torch.cat(parts) for name, parts in one.items()} for one in (gradients, inputs)
     )
+
+
+def test_a_fit_that_two_rounds_begin_with_is_counted_once(tmp_path, built, monkeypatch):
+    """As those of a rejected round and of the round behind it."""
+    training = anchored.rounds(tmp_path, built, ANCHOR, calibration=anchored.samples())
+    monkeypatch.setattr(RoundPasses, "_fit", lambda *_: {"row_forwards": 5.0})
+    for _ in range(2):
+        training.passes.choose_emulator(State(2, None, tmp_path / "round"))
+    assert training.passes.row_forwards == 5.0
 
 
 def results(training) -> tuple:
