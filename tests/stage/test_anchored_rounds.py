@@ -33,6 +33,7 @@ from emloc.stages.training.round_passes import RoundPasses
 from emloc.stages.training.round_steps import RoundSteps
 from emloc.stages.training.rounds import ROUNDS_FILE, Rounds
 from emloc.stages.training.train import train
+from emloc.stages.training.trainer import FiniteTrainer
 
 SVD = Svd(algorithm="eigen", aware=True, multiple=1)
 COMMON = {"rounds": 3, "dtype": "float32", "guard": 2}
@@ -189,9 +190,9 @@ def test_the_third_rejection_ends_with_the_best_adapter(tmp_path, built, monkeyp
     finish_round = RoundSteps.run
 
     def keep_state(self, *rest):
-        state = finish_round(self, *rest)
-        states.append(load_file(state.checkpoint / "adapter_state.safetensors"))
-        return state
+        result = finish_round(self, *rest)
+        states.append(load_file(result.state.checkpoint / "adapter_state.safetensors"))
+        return result
 
     monkeypatch.setattr(RoundSteps, "run", keep_state)
     facts = training.run()
@@ -203,6 +204,109 @@ def test_the_third_rejection_ends_with_the_best_adapter(tmp_path, built, monkeyp
     assert len(saved) == len(states[best])
     for name, tensor in states[best].items():
         assert torch.equal(saved[name.replace(".default", "")], tensor)
+
+
+def break_losses(monkeypatch, *steps: int) -> None:
+    """Let the losses of these steps be no number; a step is counted with those of rejected rounds.
+
+    The last pass of a step has it alone.
+    """
+    real = FiniteTrainer.compute_loss
+
+    def compute(self, model, inputs, *rest, **named):
+        loss = real(self, model, inputs, *rest, **named)
+        is_last = self.accelerator.gradient_state.sync_gradients
+        step = self.state.global_step + self._skipped + 1
+        return loss * torch.nan if step in steps and is_last else loss
+
+    monkeypatch.setattr(FiniteTrainer, "compute_loss", compute)
+
+
+def test_a_loss_that_is_not_finite_rejects_its_round(tmp_path, made_once, monkeypatch, caplog):
+    """Training goes on as behind a round that the guard rejects, to the bit, and in autocast."""
+    source = Source(made_once("checkpoint", save_checkpoint), "tiny", "0", torch.bfloat16)
+    (tmp_path / "emulator").mkdir()
+    built = anchored.build_emulator(tmp_path / "emulator", source, SVD, 16)
+    recipe = {"lean": False, "accumulate": 2}
+    with monkeypatch.context() as patch:
+        judge(patch, False, True, False)
+        rejected = anchored.rounds(tmp_path / "rejected", built, BLOCKS, **recipe)
+        rejected.run()
+    break_losses(monkeypatch, 4)
+    judge(monkeypatch, False, False)
+    training = anchored.rounds(tmp_path / "training", built, BLOCKS, **recipe)
+    with caplog.at_level("WARNING"):
+        facts = training.run()
+    assert (facts["rejected_rounds"], facts["steps"], facts["passes"]) == (1, 4, 4)
+    curve = curve_of(rejected.folder)
+    assert curve_of(training.folder) == [line for line in curve if line["step"] != 4]
+    assert results(training)[0] == results(rejected)[0]
+    lines = [json.loads(line) for line in (training.folder / ROUNDS_FILE).open()]
+    assert lines[2] == {"step": 4, "schedule_step": 2, "rate": 1.0, "rejected": True}
+    assert (
+        "train: the loss is nan at step 4, so the round is rejected, and training goes back to "
+        "step 2; learning rate x 0.5"
+    ) in caplog.messages
+
+
+def test_a_round_with_a_broken_adapter_is_rejected_before_an_emulator_is_fitted(
+    tmp_path, built, monkeypatch
+):
+    """A gradient that is not finite breaks the adapter after the loss of the round's last step."""
+    calls, real = [], steps_module.unshard_parameters
+
+    def unshard(model):
+        real(model)
+        calls.append(model)
+        if len(calls) == 2:
+            next(p for p in model.parameters() if p.requires_grad).data.fill_(torch.inf)
+
+    monkeypatch.setattr(steps_module, "unshard_parameters", unshard)
+    anchor = replace(BLOCKS, refit=True)
+    training = anchored.rounds(tmp_path, built, anchor, calibration=anchored.samples())
+    assert training.run()["rejected_rounds"] == 1
+    assert len(calls) == 3
+
+
+def test_a_training_killed_behind_a_broken_round_resumes_to_the_same_bits(
+    tmp_path, built, monkeypatch
+):
+    break_losses(monkeypatch, 4)
+    straight = anchored.rounds(tmp_path / "straight", built, BLOCKS)
+    straight.run()
+    folder, metrics = tmp_path / "training", Metrics(tmp_path / "run")
+    with pytest.raises(Killed):
+        metrics.record(anchored.rounds(folder, built, BLOCKS), stop=6)
+    monkeypatch.undo()  # the broken round is not trained again
+    resumed = anchored.rounds(folder, built, BLOCKS)
+    metrics.record(resumed)
+    assert results(resumed) == results(straight)
+
+
+def test_the_third_round_that_is_not_finite_ends_with_the_best_adapter(
+    tmp_path, built, monkeypatch
+):
+    break_losses(monkeypatch, 2, 3, 4)
+    judge(monkeypatch, False)
+    anchor = Blocks(places=2, **(COMMON | {"rounds": 6}))
+    training = anchored.rounds(tmp_path, built, anchor)
+    facts = training.run()
+    assert (facts["rejected_rounds"], facts["steps"]) == (3, 1)
+    assert [line["step"] for line in curve_of(training.folder)] == [1]
+
+
+@pytest.mark.parametrize(("guard", "step"), [(0, 3), (2, 4)])
+def test_a_loss_that_is_not_finite_ends_a_training_without_a_round_to_go_back_to(
+    tmp_path, built, monkeypatch, guard, step
+):
+    """At once without a guard, and else when all rounds were tried."""
+    break_losses(monkeypatch, 2, step)
+    anchor = Blocks(places=2, **(COMMON | {"rounds": 2, "guard": guard}))
+    training = anchored.rounds(tmp_path, built, anchor, steps=4)
+    step = step if guard else 2
+    with pytest.raises(FloatingPointError) as caught:
+        training.run()
+    assert str(caught.value) == f"the loss is nan at step {step}; set train.learning_rate lower"
 
 
 def test_rows_of_the_guard_are_never_trained_on(tmp_path, built, monkeypatch):

@@ -2,8 +2,9 @@
 
 A round trains some optimizer steps on offsets that were recorded with the adapter of its start. The
 pass behind it measures the original's loss on the rows of the guard with the adapter of its end. If
-the loss has risen, the adapter, the optimizer and the schedule go back to the round's start. The
-rows of its steps count as used, and later rounds have half the learning rate.
+the loss has risen, or a loss of the round itself was not finite, the adapter, the optimizer and the
+schedule go back to the round's start. The rows of its steps count as used, and later rounds have
+half the learning rate.
 
 Everything that is decided here follows from files in the training's folder. A training that was
 killed decides the same again, without computing finished passes and rounds anew.
@@ -85,12 +86,18 @@ class Rounds:
         self._reported_lines = path.read_text().splitlines() if path.exists() else []
 
     def run(self) -> dict[str, Any]:
-        """Run all rounds, and write the adapter, the curve and a line about each pass."""
+        """Run all rounds, and write the adapter, the curve and a line about each pass.
+
+        Raises:
+            FloatingPointError: a loss is not finite, and no round has been accepted, or there is no
+                guard.
+        """
         last = self.rows.round_ends[-1]
         state, position, rate, rejected = State(), 0, 1.0, 0
         tentative: State | None = None  # the end of a round that no pass has judged yet
         guard: dict[str, RowLoss] = {}  # losses with the adapter of `state`
         candidates: list[tuple[float, State]] = []
+        failure = ""  # of the last round whose loss was not finite
         while True:
             end = next((end for end in self.rows.round_ends if end > position), position)
             if end > position:
@@ -101,27 +108,39 @@ class Rounds:
             self._note(position, tentative or state, losses, change, rate)
             if worse:
                 assert change is not None
-                rejected, rate, tentative = rejected + 1, rate / 2, None
-                log.warning(
-                    "train: the last round has raised the original's loss on %d rows by %.3g "
-                    "(standard error %.2g), so training goes back to %s; learning rate x %g",
-                    *(len(guard), change.mean, change.error, state, rate),
+                reason = (
+                    f"the last round has raised the original's loss on {len(guard)} rows by "
+                    f"{change.mean:.3g} (standard error {change.error:.2g})"
                 )
-                self.passes.drop(offsets)
-                if rejected == MOST_REJECTED:
-                    state = min(candidates, key=lambda item: item[0])[1]
+            else:
+                state, guard = tentative or state, losses
+                if guard:
+                    candidates.append((mean_loss(guard), state))
+                if position == last:
                     break
-                if position < last:
+                result = self.steps.run(state, position, end, rate, offsets)
+                tentative, position = result.state, end
+                if tentative is not None:
+                    self.passes.drop(offsets)
                     continue
+                failure = result.failure
+                reason = failure.partition(";")[0]
+                self._write(position, {"schedule_step": state.step, "rate": rate, "rejected": True})
+            self.passes.drop(offsets)
+            rejected, rate, tentative = rejected + 1, rate / 2, None
+            log.warning(
+                "train: %s, so the round is rejected, and training goes back to %s; "
+                "learning rate x %g",
+                *(reason, state, rate),
+            )
+            if rejected == MOST_REJECTED:
+                state = min(candidates, key=lambda item: item[0])[1]
                 break
-            state, guard, tentative = tentative or state, losses, None
-            if guard:
-                candidates.append((mean_loss(guard), state))
             if position == last:
                 break
-            tentative = self.steps.run(state, position, end, rate, offsets)
-            self.passes.drop(offsets)
-            position = end
+        if failure and state.adapter is None:  # nothing was trained to go back to
+            self._remove_rounds()  # another attempt begins anew
+            raise FloatingPointError(failure)
         return self._finish(state, position, rejected)
 
     def _note(
@@ -133,28 +152,30 @@ class Rounds:
         rate: float,
     ) -> None:
         """Keep the figures of a pass, and hand them on."""
-        line: dict[str, Any] = {"step": position, "schedule_step": state.step, "rate": rate}
+        line: dict[str, Any] = {"schedule_step": state.step, "rate": rate}
         if losses:
             line["original_loss"] = mean_loss(losses)
         if change is not None:
             line |= {"change": change.mean, "error": change.error, "rejected": change.is_worse}
+        self._write(position, line)
+
+    def _write(self, position: int, figures: Mapping[str, Any]) -> None:
+        """Add a line to the file of rounds, and report its losses."""
+        line = {"step": position, **figures}
         self.lines.append(line)
         if len(self.lines) <= len(self._reported_lines):
-            return  # an interrupted attempt has reported this pass
-        if losses:
-            self.steps.report(position, pass_values(line))
+            return  # an interrupted attempt has written this line
+        if values := pass_values(line):
+            self.steps.report(position, values)
         if is_first():
             text = "".join(json.dumps(one) + "\n" for one in self.lines)
             write_text(self.folder / ROUNDS_FILE, text)
 
     def _finish(self, state: State, position: int, rejected: int) -> dict[str, Any]:
-        # Other processes may still read what is deleted here.
-        wait_for_everyone(self.trainee.device)
         if is_first():
             write_curve(self.folder, self.steps.curve)
             self._save_result(state)
-            for path in (*self.folder.glob("pass-*"), *self.folder.glob("round-*")):
-                shutil.rmtree(path)
+        self._remove_rounds()
         step_rows = rows_of_step(self.trainee.training_inputs.recipe, len(self.rows.rows))
         facts = self.trainee.facts(position * step_rows)
         facts["row_forwards"] += self.passes.row_forwards
@@ -164,6 +185,13 @@ class Rounds:
             "passes": self.passes.count,
             "rejected_rounds": rejected,
         }
+
+    def _remove_rounds(self) -> None:
+        # Other processes may still read what is deleted here.
+        wait_for_everyone(self.trainee.device)
+        if is_first():
+            for path in (*self.folder.glob("pass-*"), *self.folder.glob("round-*")):
+                shutil.rmtree(path)
 
     def _save_result(self, state: State) -> None:
         """Write the adapter of a state as the training's own."""
