@@ -20,6 +20,7 @@ from emloc.anchors.formats import Floats
 from emloc.anchors.guard import Change
 from emloc.anchors.logits import Logits
 from emloc.anchors.places import Place
+from emloc.anchors.recorder import OffsetRecorder
 from emloc.anchors.shards import read_rows
 from emloc.config.run_folder import Run
 from emloc.data.examples import Examples
@@ -458,12 +459,12 @@ def test_a_training_killed_in_a_pass_resumes_to_the_same_bits(
 ):
     """Behind a place of the second and third pass, and in the last one, which only measures."""
     folder, metrics = tmp_path / "training", Metrics(tmp_path / "run")
-    real = record_module._Pass._finish_places_of
+    real = OffsetRecorder.finish_place_behind
     run, calls = record_module._Pass._run_original, []
 
     def finish(self, block):
         real(self, block)
-        if self.folder.name == f"pass-{number:03d}":
+        if self._folder.name == f"pass-{number:03d}":
             raise Killed
 
     def run_original(self, block, blocks):
@@ -472,7 +473,7 @@ def test_a_training_killed_in_a_pass_resumes_to_the_same_bits(
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(record_module._Pass, "_finish_places_of", finish)
+        patch.setattr(OffsetRecorder, "finish_place_behind", finish)
         patch.setattr(record_module._Pass, "_run_original", run_original)
         with pytest.raises(Killed):
             metrics.record(anchored.rounds(folder, built, BLOCKS))

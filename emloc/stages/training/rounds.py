@@ -128,11 +128,12 @@ class Rounds:
                 self._write(position, {"schedule_step": state.step, "rate": rate, "rejected": True})
             self.passes.drop(offsets)
             rejected, rate, tentative = rejected + 1, rate / 2, None
-            log.warning(
-                "train: %s, so the round is rejected, and training goes back to %s; "
-                "learning rate x %g",
-                *(reason, state, rate),
-            )
+            if is_first():
+                log.warning(
+                    "train: %s, so the round is rejected, and training goes back to %s; "
+                    "learning rate x %g",
+                    *(reason, state, rate),
+                )
             if rejected == MOST_REJECTED:
                 state = min(candidates, key=lambda item: item[0])[1]
                 break
