@@ -40,7 +40,7 @@ from emloc.runtime.stage_cache import Artifact
 from emloc.stages.training.anchored_rows import anchored_rows
 from emloc.stages.training.callbacks import Report
 from emloc.stages.training.refit import refit_of
-from emloc.stages.training.rounds import Rounds
+from emloc.stages.training.rounds import Rounds, rounds_of
 from emloc.stages.training.train import open_trainee
 
 CPU = torch.device("cpu")
@@ -263,8 +263,8 @@ def rounds(
     """
     settings = training_inputs(built, **inputs)
     folder.mkdir(exist_ok=True)
-    rows = anchored_rows(anchor, built.source, settings)
-    return Rounds(
+    rows = anchored_rows(anchor, built.source, settings, disk_gib=1.0)
+    return rounds_of(
         folder,
         open_trainee(built, settings, CPU),
         rows,

@@ -36,14 +36,12 @@ class Anchor(Part):
     dtype: Annotated[str, OneOf("bfloat16", "int8", "float32")]
     # training rows that only measure the original's loss; 0: rounds are never rejected
     guard: Annotated[int, Range(least=0, usual=64)]
-    # GiB of disk that the offsets of a round may take
-    disk_gib: Annotated[float, Range(above=0, usual=100)]
     # fit low-rank factors anew at the start of each round, to what the loss depends on
     refit: bool = False
 
     @property
     def key(self) -> dict[str, Any]:
-        """Cache key of a training with these anchors; the limit of the disk changes no result."""
+        """Cache key of a training with these anchors."""
         return {
             **self.offsets_key, "rounds": self.rounds, "guard": self.guard, "refit": self.refit
         }  # fmt: skip

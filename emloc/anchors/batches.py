@@ -35,7 +35,7 @@ class KeyedRow:
 
 
 class AnchoredCollator:
-    """Collates keyed rows to a batch whose item `OFFSETS` is a future of the batch's offsets.
+    """Collates keyed rows to a batch whose item `OFFSETS` is a future of the rows' offsets.
 
     One thread reads the offsets while the device computes the batch before: the loader of the
     Trainer collates each batch one step ahead.
@@ -64,27 +64,11 @@ class AnchoredCollator:
         """End the thread."""
         self._thread.shutdown(cancel_futures=True)
 
-    def _read(self, keys: Sequence[str], masks: Sequence[Tensor]) -> BatchOffsets:
+    def _read(self, keys: Sequence[str], masks: Sequence[Tensor]) -> list[TokenOffsets]:
         return [
-            self._padded([self._reader.read(key, place) for key in keys], mask)
+            TokenOffsets(read_tokens(self._reader, keys, place, pinned=self._pinned), mask)
             for place, mask in enumerate(masks)
         ]
-
-    def _padded(self, rows: Sequence[Mapping[str, Tensor]], mask: Tensor) -> dict[str, Tensor]:
-        """Return the parts of all rows at the positions (B, L) of their tokens."""
-        return {
-            name: _scatter([row[name] for row in rows], mask, pinned=self._pinned)
-            for name in rows[0]
-        }
-
-
-def _scatter(rows: Sequence[Tensor], mask: Tensor, *, pinned: bool) -> Tensor:
-    """Return (B, L, ...) with the tokens of each row where the mask (B, L) is true, and zeros."""
-    first = rows[0]
-    padded = torch.zeros(*mask.shape, *first.shape[1:], dtype=first.dtype, pin_memory=pinned)
-    for index, tokens in enumerate(rows):
-        padded[index, mask[index]] = tokens
-    return padded
 
 
 def take_offsets(batch: dict[str, Any], device: torch.device) -> BatchOffsets:
@@ -93,8 +77,41 @@ def take_offsets(batch: dict[str, Any], device: torch.device) -> BatchOffsets:
     Raises:
         ConfigError: a row has no offsets.
     """
-    future: Future[BatchOffsets] = batch.pop(OFFSETS)
-    return [
-        {name: part.to(device, non_blocking=True) for name, part in parts.items()}
-        for parts in future.result()
-    ]
+    future: Future[list[TokenOffsets]] = batch.pop(OFFSETS)
+    return [offsets.padded(device) for offsets in future.result()]
+
+
+@dataclass(frozen=True)
+class TokenOffsets:
+    """The offsets of a batch at one place, without padding, and the positions of their tokens."""
+
+    parts: Mapping[str, Tensor]  # (tokens, ...), row after row
+    mask: Tensor  # (B, L) bool, true at the positions of the tokens
+
+    def padded(self, device: torch.device) -> dict[str, Tensor]:
+        """Return the parts (B, L, ...) on the device, with zeros at all other positions."""
+        index = self.mask.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
+        padded = {}
+        for name, part in self.parts.items():
+            tokens = part.to(device, non_blocking=True)
+            shape = (*self.mask.shape, *tokens.shape[1:])
+            zeros = tokens.new_zeros(self.mask.numel(), *tokens.shape[1:])
+            padded[name] = zeros.index_copy_(0, index, tokens).view(shape)
+        return padded
+
+
+def read_tokens(
+    reader: OffsetReader, keys: Sequence[str], place: int, *, pinned: bool
+) -> dict[str, Tensor]:
+    """Return the parts of the offsets of some rows at a place, (tokens, ...), row after row.
+
+    `pinned`: in pinned memory, from which a copy to a GPU does not wait.
+    """
+    rows = [reader.read(key, place) for key in keys]
+    return {name: _joined([row[name] for row in rows], pinned=pinned) for name in rows[0]}
+
+
+def _joined(rows: list[Tensor], *, pinned: bool) -> Tensor:
+    """Return the tensors (tokens, ...) of some rows in one tensor, copied once."""
+    shape = (sum(map(len, rows)), *rows[0].shape[1:])
+    return torch.cat(rows, out=torch.empty(shape, dtype=rows[0].dtype, pin_memory=pinned))

@@ -10,9 +10,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from emloc.anchors import Anchor
-from emloc.anchors.places import Place, spread
+from emloc.anchors.places import (
+    USUAL_PLACES,
+    Place,
+    require_places,
+    spread,
+    usual_places,
+)
 from emloc.config.values import Range
-from emloc.errors import ConfigError
 from emloc.runtime.keys import key_of
 
 
@@ -24,29 +29,38 @@ class Blocks(Anchor):
     of the emulated tower are replaced by the original's.
     """
 
-    # how many, spread evenly; or the indices of blocks, as in [3,7,11]
+    # how many, spread evenly, or the indices of blocks, as in [3,7,11]; null: 8, or all of fewer
     places: Annotated[Any, Range(least=0, usual=8)]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        indices = [self.places] if isinstance(self.places, int) else self.places
-        is_list = isinstance(indices, Sequence) and not isinstance(indices, str)
-        least = 1 if isinstance(self.places, int) else 0
-        if not is_list or any(type(one) is not int or one < least for one in indices):
-            raise ConfigError(
-                f"anchor.places={self.places} is neither a number of blocks, at least 1, nor a "
-                "list of their indices; set anchor.places=8, or a list as in anchor.places=[3,7,11]"
-            )
+        if self.places is not None:
+            require_places(self.places)
 
     @property
     def offsets_key(self) -> dict[str, Any]:
-        """Cache key of the offsets."""
-        return {**super().offsets_key, "places": key_of(self.places)}
+        """Cache key of the offsets. Where 8 is refused, nothing else has the key of the default."""
+        places = USUAL_PLACES if self.places is None else self.places
+        return {**super().offsets_key, "places": key_of(places)}
 
     def find(self, model: PreTrainedModel, decoder_blocks: Sequence[str]) -> list[Place]:
         """Return the places behind blocks; see `Anchor.find`."""
-        entry = [Place(decoder_blocks[0], at_input=True)] if _has_other_blocks(model) else []
-        return entry + [Place(block) for block in spread(decoder_blocks, self.places)]
+        places = usual_places(len(decoder_blocks)) if self.places is None else self.places
+        return places_behind(model, decoder_blocks, places)
+
+
+def places_behind(
+    model: PreTrainedModel, decoder_blocks: Sequence[str], places: int | Sequence[int]
+) -> list[Place]:
+    """Return the places behind blocks of a model; see `spread`.
+
+    With a vision tower there is one more, in front of the first block.
+
+    Raises:
+        ConfigError: the model does not have them.
+    """
+    entry = [Place(decoder_blocks[0], at_input=True)] if _has_other_blocks(model) else []
+    return entry + [Place(block) for block in spread(decoder_blocks, places)]
 
 
 def _has_other_blocks(model: PreTrainedModel) -> bool:

@@ -16,6 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from emloc.data.collate import IGNORE
 from emloc.errors import ConfigError
 
+# Places of a model with at least as many blocks, if nothing says how many.
+USUAL_PLACES = 8
 # Returns the hidden states that replace those of a place, both (B, L, d).
 Change = Callable[[Tensor], Tensor]
 
@@ -55,12 +57,40 @@ class Place:
         is_predicting = labels[:, 1:] != IGNORE
         return torch.cat([is_predicting, is_predicting.new_zeros(len(labels), 1)], dim=1)
 
+    def count(self, row: Any) -> int:
+        """Return how many tokens of an encoded row have an offset, without a batch of it."""
+        length: int = row.length
+        # The first token of a text has no token before that predicts it.
+        return length - max(row.answer_start, 1) if self.predicting_only else length
+
 
 def _changed(output: Any, change: Change) -> Any:
     """Return the output of a block with other hidden states; some blocks return a tuple."""
     if isinstance(output, tuple):
         return (change(output[0]), *output[1:])
     return change(output)
+
+
+def usual_places(depth: int) -> int:
+    """Return how many places a model with so many blocks has, if nothing says how many."""
+    return min(USUAL_PLACES, depth)
+
+
+def require_places(places: Any) -> None:
+    """Check a number of places, or a list of indices of blocks, without a model.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    indices = [places] if isinstance(places, int) else places
+    is_list = isinstance(indices, Sequence) and not isinstance(indices, str)
+    least = 1 if isinstance(places, int) else 0
+    if not is_list or any(type(one) is not int or one < least for one in indices):
+        raise ConfigError(
+            f"anchor.places={places} is neither a number of blocks, at least 1, nor a list of "
+            f"their indices; set anchor.places={USUAL_PLACES}, or a list as in "
+            "anchor.places=[3,7,11]"
+        )
 
 
 def spread(blocks: Sequence[str], places: int | Sequence[int]) -> list[str]:
@@ -72,15 +102,10 @@ def spread(blocks: Sequence[str], places: int | Sequence[int]) -> list[str]:
             blocks, to which the last block is added.
 
     Raises:
-        ConfigError: there are fewer blocks, or no whole number says how many.
+        ConfigError: there are fewer blocks, or `places` is neither; see `require_places`.
     """
+    require_places(places)
     depth = len(blocks)
-    numbers = [places] if isinstance(places, int) else [*places]
-    if places == 0 or not all(type(number) is int for number in numbers):
-        raise ConfigError(
-            f"anchor.places={places} is no number of places and no list of indices of blocks; set "
-            f"anchor.places={depth} or less, or anchor.places=[{depth - 1}]"
-        )
     if isinstance(places, int):
         if places > depth:
             raise ConfigError(

@@ -63,7 +63,7 @@ class Compression(Checked):
 
 @dataclass(frozen=True)
 class Budget(Checked):
-    """Limits on memory and GPUs (`budget` section), which by themselves change no results."""
+    """Limits on memory, disk and GPUs (`budget` section), which by themselves change no results."""
 
     section: ClassVar[str] = "budget"
 
@@ -73,6 +73,8 @@ class Budget(Checked):
     host_gib: Annotated[float, Range(least=0, usual=4)]
     # GiB of second moments kept for other ratios; larger ones are not kept
     statistics_gib: Annotated[float, Range(least=0, usual=16)]
+    # GiB of disk that the offsets of one round of an anchored training may take
+    disk_gib: Annotated[float, Range(above=0, usual=100)]
     # runs of a sweep that may share a GPU; the others wait
     jobs_per_gpu: Annotated[int, Range(least=1, usual=1)]
 
@@ -161,7 +163,7 @@ class Config:
     stage: Any = MISSING  # stages of the run
     train: TrainSettings = MISSING  # training recipe
     eval: EvalSettings = MISSING  # how much is evaluated
-    budget: Budget = MISSING  # memory that the run may use
+    budget: Budget = MISSING  # what of the machine the run may use
     tracker: Any = MISSING  # where the numbers are also logged
 
 

@@ -12,7 +12,9 @@ from uuid import uuid4
 from torch import nn
 from transformers import PreTrainedModel, default_data_collator
 
-from emloc.anchors.blocks import Blocks
+from emloc.anchors.blocks import Blocks, places_behind
+from emloc.anchors.formats import FORMATS
+from emloc.anchors.places import usual_places
 from emloc.calibration.blockwise import by_block
 from emloc.errors import ConfigError
 from emloc.library.anchored_forward import AnchoredForward
@@ -26,9 +28,7 @@ from emloc.models.block_names import find_block
 from emloc.models.decoder import decoder_prefix
 from emloc.runtime.digest import digest
 from emloc.runtime.distributed import rank, world_size
-
-# Places of a model with more blocks than this, as in the group `anchor`.
-_PLACES = 8
+from emloc.runtime.keys import class_name, key_of
 
 
 def anchor(
@@ -93,17 +93,20 @@ def anchor(
     require_whole(base)
     adapter_digest(base)  # refuses an adapter before any row is read
     blocks, decoder_blocks = _blocks(original)
-    count = min(_PLACES, len(decoder_blocks)) if places is None else places
-    anchored = Blocks(places=count, rounds=1, dtype=dtype, guard=0, disk_gib=1)
+    if dtype not in FORMATS:
+        raise ConfigError(f"dtype={dtype!r} is none of {', '.join(FORMATS)}; pass dtype='bfloat16'")
+    count = usual_places(len(decoder_blocks)) if places is None else places
+    block_places = places_behind(original, decoder_blocks, count)
+    key = {"part": class_name(Blocks), "dtype": dtype, "places": key_of(count)}
     passes = Passes(
         original,
         base,
         read_rows(rows, collate, original),
-        anchored.find(original, decoder_blocks),
-        anchored.stored_as,
+        block_places,
+        FORMATS[dtype],
         blocks,
         decoder_blocks,
-        digest([stamp.digest, str(original.dtype), anchored.offsets_key]),
+        digest([stamp.digest, str(original.dtype), key]),
         batch_tokens,
         context,
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from emloc.adapters.recoverable import adapters_of
 from emloc.anchors.attached import AttachedOffsets
-from emloc.anchors.batches import BatchOffsets
+from emloc.anchors.batches import BatchOffsets, TokenOffsets, read_tokens
 from emloc.anchors.formats import OffsetFormat
 from emloc.anchors.places import Place
 from emloc.anchors.shards import OffsetReader
@@ -167,14 +167,7 @@ class AnchoredForward:
         else:
             tokens = self._tokens(self._open, rows.numbers)
         self._ahead = None
-        index = rows.mask.flatten().nonzero().squeeze(1).to(device)
-        return [
-            {
-                name: _scattered(part.to(device, non_blocking=True), index, rows.mask.shape)
-                for name, part in parts.items()
-            }
-            for parts in tokens
-        ]
+        return [TokenOffsets(parts, rows.mask).padded(device) for parts in tokens]
 
     def _read_ahead(self, count: int) -> None:
         """Let the thread read the offsets of the next rows."""
@@ -188,17 +181,6 @@ class AnchoredForward:
         """For each place: name of a part -> the offsets of all rows' tokens, (tokens, ...)."""
         keys = [self._table.distinct[number].key for number in numbers]
         pinned = torch.cuda.is_available()
-        result = []
-        for place in range(len(self._places)):
-            rows = [reader.read(key, place) for key in keys]
-            parts = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-            if pinned:
-                parts = {name: part.pin_memory() for name, part in parts.items()}
-            result.append(parts)
-        return result
-
-
-def _scattered(tokens: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
-    """Return (B, L, ...) with the tokens at flat positions `index`, and zeros at all others."""
-    padded = tokens.new_zeros(shape.numel(), *tokens.shape[1:])
-    return padded.index_copy_(0, index, tokens).view(*shape, *tokens.shape[1:])
+        return [
+            read_tokens(reader, keys, place, pinned=pinned) for place in range(len(self._places))
+        ]

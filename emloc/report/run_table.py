@@ -59,8 +59,8 @@ NOTES = {
     "loss": "mean negative log-likelihood of an answer token on held-out rows, in nats",
     "gain kept": "share of LoRA's improvement in loss over the untouched model that a method "
     "reaches (0%: untouched model, 100%: the best LoRA of this rank and seed)",
-    "rejected rounds": "rounds of an anchored training that raised the original's loss and were "
-    "undone",
+    "rejected rounds": "rounds of an anchored training that raised the original's loss, or had a "
+    "loss that was not finite, and were undone",
     "loss as trained": "loss of the adapter on the compressed model that it was trained on",
 }
 COST_NOTES = {

@@ -10,10 +10,11 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -151,3 +152,35 @@ def silence_other_processes() -> None:
     for handler in [h for h in root.handlers if isinstance(h, logging.FileHandler)]:
         root.removeHandler(handler)
         handler.close()
+
+
+def wait_for_everyone(device: torch.device) -> None:
+    """Wait until all processes of the launch are here; `device` is that of their trainings."""
+    if world_size() > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=device.type == "cpu").wait_for_everyone()
+
+
+def first_does(done: Path, work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """Let the first process of a launch do some work, and return what it has written to `done`.
+
+    Raises:
+        RuntimeError: the first process has failed.
+    """
+    status = StatusFile(done.with_suffix(".notice"))
+    if is_first() and not done.exists():
+        try:
+            facts = work()
+        except BaseException as error:
+            status.write("failed", f"{type(error).__name__}: {error}")
+            raise
+        done.parent.mkdir(parents=True, exist_ok=True)
+        write_json(done, facts)
+    while not done.exists():
+        state, text = status.read()
+        if state == "failed":
+            raise RuntimeError(text)
+        time.sleep(POLL_SECONDS)
+    result: dict[str, Any] = json.loads(done.read_text())
+    return result

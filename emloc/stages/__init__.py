@@ -59,10 +59,10 @@ class Context:
     @cached_property
     def anchored_rows(self) -> AnchoredRows:
         """The rows, places and rounds of an anchored training, read once for all stages."""
-        anchor = self.run_config.anchor
+        anchor, disk_gib = self.run_config.anchor, self.run_config.budget.disk_gib
         assert anchor.anchors
         assert self.training_inputs is not None
-        return anchored_rows(anchor, self.source, self.training_inputs)
+        return anchored_rows(anchor, self.source, self.training_inputs, disk_gib)
 
     @property
     def built_emulator(self) -> BuiltEmulator:

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from filelock import FileLock
@@ -21,6 +22,8 @@ from emloc.anchors.batches import KeyedRow
 from emloc.anchors.places import Place
 from emloc.anchors.record import LOSSES_FILE, Original, RowLoss, Stretches
 from emloc.anchors.shards import read_rows
+from emloc.data.collate import EncodedRow
+from emloc.errors import ConfigError
 from emloc.runtime.digest import digest
 from emloc.runtime.distributed import world_size
 from emloc.runtime.keys import key_of
@@ -28,13 +31,15 @@ from emloc.runtime.manifest import DamagedError, flaw_of, seal, set_aside
 from emloc.runtime.stage_cache import Artifact, Facts
 from emloc.stages import ANCHORS, Context, Stage
 from emloc.stages.anchorable import require_anchorable
-from emloc.stages.training.anchored_rows import AnchoredRows, require_disk
-from emloc.stages.training.rounds import FirstPass
+from emloc.stages.training.anchored_rows import AnchoredRows, disk_shortage
+from emloc.stages.training.round_passes import FirstPass
 
 log = logging.getLogger(__name__)
 
-# Rows of which the size of a round is estimated before any stage begins.
-_ESTIMATE = 64
+# Rows of which the size of a round is estimated before any stage begins: few, and more of them if
+# a round that is so many times larger would not fit.
+_FEW, _MORE = 8, 64
+_MARGIN = 4
 _PASSES_FILE = "passes.json"
 
 
@@ -178,15 +183,33 @@ def _without(rows: Sequence[KeyedRow], present: Sequence[str]) -> list[KeyedRow]
 
 
 def _require_room(context: Context, anchor: Anchor, places: Sequence[Place]) -> None:
-    """Estimate the size of a round from some rows, before anything is computed."""
+    """Estimate the size of a round from some rows, before anything is computed.
+
+    Raises:
+        ConfigError: the disk is too small.
+    """
+    source, limit = context.source, context.run_config.budget.disk_gib
+
+    def shortage(count: int, factor: int) -> str | None:
+        rows, encoded = _round_rows(context, anchor, count)
+        tokens = [int(factor * rows * mean(map(place.count, encoded))) for place in places]
+        return disk_shortage(anchor, source, tokens, context.cache, limit)
+
+    if shortage(_FEW, _MARGIN) and (line := shortage(_MORE, 1)):
+        raise ConfigError(line)
+
+
+def _round_rows(context: Context, anchor: Anchor, count: int) -> tuple[float, list[EncodedRow]]:
+    """Return how many rows a round has about, and `count` of the training rows, encoded."""
     inputs = context.training_inputs
     assert inputs is not None
     examples, recipe = inputs.examples, inputs.recipe
-    step = max(1, len(examples) // _ESTIMATE)
-    reader = context.source.reader()
-    lengths = [reader.encode(row).length for row in examples.rows[::step]]
-    limit = inputs.max_length or max(lengths)
-    mean = sum(min(length, limit) for length in lengths) / len(lengths)
+    count, reader = min(count, len(examples)), context.source.reader()
+    encoded = [
+        reader.encode(examples.rows[index * len(examples) // count]) for index in range(count)
+    ]
+    limit = inputs.max_length
+    # Longer rows are left out of the training.
+    short_rows = [row for row in encoded if limit is None or row.length <= limit]
     step_rows = recipe.batch * recipe.accumulate * world_size()
-    rows = min(recipe.steps * step_rows / anchor.rounds, len(examples))
-    require_disk(anchor, context.source, places, int(mean * rows), context.cache)
+    return min(recipe.steps * step_rows / anchor.rounds, len(examples)), short_rows or encoded

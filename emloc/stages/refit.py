@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from emloc.anchors.record import Original
+from emloc.errors import ConfigError
+from emloc.runtime.distributed import is_sharded
 from emloc.runtime.stage_cache import Facts
 from emloc.stages import EMULATOR, Context, Stage
 from emloc.stages.training.refit import Refittable, refit_of
@@ -32,6 +34,21 @@ class RefitEmulator(Stage):
             and context.samples is not None
             and isinstance(context.run_config.emulator, Refittable)
         )
+
+    def check(self, context: Context) -> None:
+        """Refuse to fit an emulator whose weights the training splits over processes.
+
+        Later rounds fit the emulator of the training, by the first process alone.
+
+        Raises:
+            ConfigError: FSDP is set.
+        """
+        if self.needed(context) and is_sharded():
+            raise ConfigError(
+                "anchor.refit=true: one process fits the emulator anew, which has all of its "
+                "weights, and FSDP splits them over the processes; set anchor.refit=false, or "
+                "launch without FSDP"
+            )
 
     def inputs(self, context: Context) -> list[Any]:
         """Return the emulator, the samples, the places, and the layers with an adapter."""

@@ -13,7 +13,7 @@ from emloc.runtime.stage_cache import Facts
 from emloc.stages import ANCHORS, TRAINED, Context, Stage
 from emloc.stages.anchor import first_round
 from emloc.stages.training.refit import refit_of
-from emloc.stages.training.rounds import ROUNDS_FILE, Rounds
+from emloc.stages.training.rounds import ROUNDS_FILE, rounds_of
 from emloc.stages.training.train import open_trainee, train
 
 
@@ -61,7 +61,7 @@ def _train_anchored(folder: Path, context: Context, anchor: Anchor) -> Facts:
     assert context.training_inputs is not None
     rows = context.anchored_rows
     recorded = context.current.get(ANCHORS)
-    rounds = Rounds(
+    rounds = rounds_of(
         folder,
         open_trainee(context.built_emulator, context.training_inputs, context.device),
         rows,

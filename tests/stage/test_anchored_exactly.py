@@ -19,6 +19,7 @@ from emloc.anchors import Anchor
 from emloc.anchors.blocks import Blocks
 from emloc.anchors.formats import FORMATS
 from emloc.anchors.logits import Logits
+from emloc.anchors.recorder import OffsetRecorder
 from emloc.emulators import BuiltEmulator
 from emloc.emulators.full import Full
 from emloc.emulators.layer_drop import LayerDrop, block_stack
@@ -31,7 +32,7 @@ from emloc.recovery.scatter import Scatter
 
 SVD = Svd(algorithm="eigen", aware=True, multiple=1)
 PRUNE = Prune(importance="random", spread="layer", first=0, last=0, seed=0)
-COMMON = {"rounds": 1, "dtype": "float32", "guard": 0, "disk_gib": 1.0}
+COMMON = {"rounds": 1, "dtype": "float32", "guard": 0}
 BLOCKS = Blocks(places=2, **COMMON)
 LOGITS = Logits(**COMMON)
 KINDS = {
@@ -121,7 +122,7 @@ def test_a_killed_pass_reads_no_weights_of_finished_blocks(
     tmp_path, model_of, monkeypatch, last_block
 ):
     """Killed behind the first place, or behind the last one with the losses still to compute."""
-    finish, read = record_module._Pass._finish_places_of, []
+    finish, read = OffsetRecorder.finish_place_behind, []
 
     def kill(self, block):
         finish(self, block)
@@ -129,7 +130,7 @@ def test_a_killed_pass_reads_no_weights_of_finished_blocks(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(record_module._Pass, "_finish_places_of", kill)
+        patch.setattr(OffsetRecorder, "finish_place_behind", kill)
         with pytest.raises(KeyboardInterrupt):
             model_of(tmp_path, "svd", BLOCKS)
     fill = AdaptedWeights.fill

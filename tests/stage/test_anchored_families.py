@@ -22,6 +22,7 @@ from emloc.anchors.blocks import Blocks
 from emloc.anchors.formats import FORMATS
 from emloc.anchors.places import Place
 from emloc.anchors.record import Original, Rows, Stretches, record
+from emloc.anchors.recorder import OffsetRecorder
 from emloc.calibration.blockwise import by_block
 from emloc.data.collate import IGNORE
 from emloc.models.block_names import find_block
@@ -35,7 +36,7 @@ WITH_IMAGES = ["internvl", "qwen3_vl"]
 # Their linear layers are a class of their own, or most parameters are in fused experts.
 NOISY = ["falcon", "qwen2_moe"]
 ANSWER = 4  # tokens
-PLACES = Blocks(places=2, rounds=1, dtype="float32", guard=0, disk_gib=1.0)
+PLACES = Blocks(places=2, rounds=1, dtype="float32", guard=0)
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 def kill_behind(models: Family, folder: Path, finished: int, monkeypatch) -> None:
     """Record into a folder until so many blocks of the decoder are finished."""
-    real = record_module._Pass._finish_places_of
+    real = OffsetRecorder.finish_place_behind
 
     def finish(self, block):
         real(self, block)
@@ -207,7 +208,7 @@ def kill_behind(models: Family, folder: Path, finished: int, monkeypatch) -> Non
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(record_module._Pass, "_finish_places_of", finish)
+        patch.setattr(OffsetRecorder, "finish_place_behind", finish)
         with pytest.raises(Killed):
             models.record(folder)
 

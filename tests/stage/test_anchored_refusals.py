@@ -1,5 +1,6 @@
 """What anchored training refuses: in one line, before any stage begins."""
 
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from emloc.anchors.logits import Logits
 from emloc.anchors.places import Place
 from emloc.anchors.shards import OffsetReader, write_rows
 from emloc.config.compose import compose
+from emloc.data.reader import TextReader
 from emloc.errors import ConfigError
 from emloc.pipeline import checked
 from emloc.stages.run_config import build
@@ -50,10 +52,30 @@ def test_places_that_the_model_does_not_have(refusal, places, words):
     assert words in refusal("method=emloc_anchored", "anchor.rounds=1", f"anchor.places={places}")
 
 
-@pytest.mark.parametrize("places", [-1, [-1], ["a"], 1.5, True, None, [True], {}])
+@pytest.mark.parametrize("places", [-1, [-1], ["a"], 1.5, True, [True], {}])
 def test_places_that_are_no_blocks(places):
     with pytest.raises(ConfigError, match=r"set anchor.places=[^\n]+$"):
-        Blocks(places=places, rounds=1, dtype="float32", guard=0, disk_gib=1.0)
+        Blocks(places=places, rounds=1, dtype="float32", guard=0)
+
+
+def test_the_usual_places_are_eight_or_all_blocks():
+    """Offsets of the default are those of eight places, also by their key."""
+    usual = Blocks(places=None, rounds=1, dtype="float32", guard=0)
+    for depth, places in ((2, 2), (8, 8), (30, 8)):
+        model = families.tiny_model("llama")
+        blocks = [f"model.layers.{index}" for index in range(depth)]
+        assert usual.find(model, blocks) == replace(usual, places=places).find(model, blocks)
+    assert usual.key == replace(usual, places=8).key
+
+
+def test_the_default_suits_a_model_with_few_blocks(tiny, store):
+    """The tiny model has two."""
+    config = build(compose([*tiny, "method=emloc_anchored", "anchor.rounds=1"]))
+    _, context = checked(config, store, lambda *_: None)
+    assert [place.module for place in context.anchored_rows.places] == [
+        "model.layers.0",
+        "model.layers.1",
+    ]
 
 
 ONE_ROUND = ("anchor.rounds=1", "anchor.places=2")
@@ -64,13 +86,53 @@ ONE_ROUND = ("anchor.rounds=1", "anchor.places=2")
     [
         (("method=qlora_anchored", "compression.bits=16"), "the emulator is the original model"),
         (("method=emloc_anchored", "emulator.sequential=true"), "set emulator.sequential=false"),
-        (("method=emloc_anchored", "anchor.disk_gib=1e-6"), "and anchor.disk_gib=1e-06; set"),
+        (("method=emloc_anchored", "budget.disk_gib=1e-6"), "and budget.disk_gib=1e-06; set"),
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",
 )
 def test_settings_that_do_not_fit(refusal, overrides, words):
     method, *others = overrides
     assert words in refusal(method, *ONE_ROUND, *others)
+
+
+def test_a_fit_of_weights_that_are_split_over_processes(refusal, tiny, store, monkeypatch):
+    """An emulator without factors is not fitted, so it is not refused."""
+    for name, value in (("WORLD_SIZE", "2"), ("ACCELERATE_USE_FSDP", "true")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert "set anchor.refit=false" in refusal("method=emloc_anchored", *ONE_ROUND)
+    for overrides in (
+        ("method=emloc_anchored", "anchor.refit=false"),
+        ("method=upop", "anchor=blocks", "anchor.refit=true"),
+    ):
+        config = build(compose([*tiny, *ONE_ROUND, *overrides]))
+        checked(config, store, lambda *_: None)
+
+
+def test_few_rows_show_that_a_round_fits(tiny, store, monkeypatch):
+    """More are encoded if a round that is a few times larger would not fit."""
+    rows, real = [], TextReader.encode
+
+    def encode(self, example):
+        rows.append(example.id)
+        return real(self, example)
+
+    def check(disk_gib: float) -> int:
+        rows.clear()
+        limit = f"budget.disk_gib={disk_gib}"
+        checked(
+            build(compose([*tiny, "method=emloc_anchored", *ONE_ROUND, limit])),
+            store,
+            lambda *_: None,
+        )
+        return len({*rows})
+
+    monkeypatch.setattr(TextReader, "encode", encode)
+    assert check(100) == 8
+    with pytest.raises(ConfigError, match=r"take ([\d.e-]+) GiB") as caught:
+        check(1e-6)
+    size = float(re.search(r"take ([\d.e-]+) GiB", str(caught.value))[1])
+    assert check(1.01 * size) == len({*rows}) == 40
 
 
 def test_a_full_disk(refusal, monkeypatch):
@@ -103,7 +165,7 @@ def test_an_adapter_in_front_of_the_decoder(store, made_once):
 @pytest.mark.parametrize("family", ["gemma2", "cohere"])
 def test_a_head_behind_which_an_offset_is_none(family):
     """A cap of the logits bends the offset; a scale does not."""
-    logits = Logits(rounds=1, dtype="float32", guard=0, disk_gib=1.0)
+    logits = Logits(rounds=1, dtype="float32", guard=0)
     model = families.tiny_model(family)
     if family == "cohere":
         assert [place.module for place in logits.find(model, [])] == ["lm_head"]

@@ -11,6 +11,7 @@ from staged import curve_of
 from tiny import save_checkpoint
 
 import emloc.anchors.record as record_module
+import emloc.stages.training.round_steps as steps_module
 import emloc.stages.training.rounds as rounds_module
 import emloc.stages.training.trainer as trainer_module
 from emloc.anchors.batches import OFFSETS
@@ -18,18 +19,25 @@ from emloc.anchors.blocks import Blocks
 from emloc.anchors.formats import Floats
 from emloc.anchors.guard import Change
 from emloc.anchors.logits import Logits
+from emloc.anchors.places import Place
+from emloc.anchors.recorder import OffsetRecorder
 from emloc.anchors.shards import read_rows
 from emloc.config.run_folder import Run
 from emloc.data.examples import Examples
+from emloc.data.prompts import EncodedExample
 from emloc.emulators.svd import Svd
+from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.recovery.none import NoRecovery
 from emloc.report.tracking.metrics_log import Record, training_line
+from emloc.stages.training.round_passes import RoundPasses
+from emloc.stages.training.round_steps import RoundSteps
 from emloc.stages.training.rounds import ROUNDS_FILE, Rounds
 from emloc.stages.training.train import train
+from emloc.stages.training.trainer import FiniteTrainer
 
 SVD = Svd(algorithm="eigen", aware=True, multiple=1)
-COMMON = {"rounds": 3, "dtype": "float32", "guard": 2, "disk_gib": 1.0}
+COMMON = {"rounds": 3, "dtype": "float32", "guard": 2}
 BLOCKS = Blocks(places=2, **COMMON)
 LOGITS = Logits(**COMMON)
 # Both paths of training, each with one kind of anchor.
@@ -48,14 +56,14 @@ def built(made_once, tmp_path_factory):
 
 def record_losses(monkeypatch) -> list[dict]:
     """Return a list that gets, of each pass, the losses of all its rows."""
-    passes, real = [], Rounds._record
+    passes, real = [], RoundPasses._record
 
     def record(self, folder, *rest):
         facts = real(self, folder, *rest)
         passes.append(facts["losses"])
         return facts
 
-    monkeypatch.setattr(Rounds, "_record", record)
+    monkeypatch.setattr(RoundPasses, "_record", record)
     return passes
 
 
@@ -107,7 +115,7 @@ def judge(monkeypatch, *verdicts: bool) -> None:
 def rows_trained_on(monkeypatch) -> list[list[str]]:
     """Return a list that gets the keys of each batch whose loss is computed."""
     batches, keys_of = [], {}
-    collate, take = rounds_module.AnchoredCollator.__call__, trainer_module.take_offsets
+    collate, take = steps_module.AnchoredCollator.__call__, trainer_module.take_offsets
 
     def collate_and_note(self, rows):
         batch = collate(self, rows)
@@ -118,7 +126,7 @@ def rows_trained_on(monkeypatch) -> list[list[str]]:
         batches.append(keys_of[batch[OFFSETS]])
         return take(batch, device)
 
-    monkeypatch.setattr(rounds_module.AnchoredCollator, "__call__", collate_and_note)
+    monkeypatch.setattr(steps_module.AnchoredCollator, "__call__", collate_and_note)
     monkeypatch.setattr(trainer_module, "take_offsets", note_and_take)
     return batches
 
@@ -179,15 +187,15 @@ def test_the_third_rejection_ends_with_the_best_adapter(tmp_path, built, monkeyp
         monkeypatch.setattr(rounds_module, "mean_loss", lambda losses: -real(losses))
     anchor = Blocks(places=2, **(COMMON | {"rounds": 6}))
     training = anchored.rounds(tmp_path / "training", built, anchor, schedule="constant")
-    states = [training._own_state()]
-    finish_round = Rounds._round
+    states = [training.trainee._new_state]
+    finish_round = RoundSteps.run
 
     def keep_state(self, *rest):
-        state = finish_round(self, *rest)
-        states.append(load_file(state.checkpoint / "adapter_state.safetensors"))
-        return state
+        result = finish_round(self, *rest)
+        states.append(load_file(result.state.checkpoint / "adapter_state.safetensors"))
+        return result
 
-    monkeypatch.setattr(Rounds, "_round", keep_state)
+    monkeypatch.setattr(RoundSteps, "run", keep_state)
     facts = training.run()
     assert (facts["rejected_rounds"], facts["steps"], len(states)) == (3, best, 5)
     curve = curve_of(training.folder)
@@ -197,6 +205,109 @@ def test_the_third_rejection_ends_with_the_best_adapter(tmp_path, built, monkeyp
     assert len(saved) == len(states[best])
     for name, tensor in states[best].items():
         assert torch.equal(saved[name.replace(".default", "")], tensor)
+
+
+def break_losses(monkeypatch, *steps: int) -> None:
+    """Let the losses of these steps be no number; a step is counted with those of rejected rounds.
+
+    The last pass of a step has it alone.
+    """
+    real = FiniteTrainer.compute_loss
+
+    def compute(self, model, inputs, *rest, **named):
+        loss = real(self, model, inputs, *rest, **named)
+        is_last = self.accelerator.gradient_state.sync_gradients
+        step = self.state.global_step + self._skipped + 1
+        return loss * torch.nan if step in steps and is_last else loss
+
+    monkeypatch.setattr(FiniteTrainer, "compute_loss", compute)
+
+
+def test_a_loss_that_is_not_finite_rejects_its_round(tmp_path, made_once, monkeypatch, caplog):
+    """Training goes on as behind a round that the guard rejects, to the bit, and in autocast."""
+    source = Source(made_once("checkpoint", save_checkpoint), "tiny", "0", torch.bfloat16)
+    (tmp_path / "emulator").mkdir()
+    built = anchored.build_emulator(tmp_path / "emulator", source, SVD, 16)
+    recipe = {"lean": False, "accumulate": 2}
+    with monkeypatch.context() as patch:
+        judge(patch, False, True, False)
+        rejected = anchored.rounds(tmp_path / "rejected", built, BLOCKS, **recipe)
+        rejected.run()
+    break_losses(monkeypatch, 4)
+    judge(monkeypatch, False, False)
+    training = anchored.rounds(tmp_path / "training", built, BLOCKS, **recipe)
+    with caplog.at_level("WARNING"):
+        facts = training.run()
+    assert (facts["rejected_rounds"], facts["steps"], facts["passes"]) == (1, 4, 4)
+    curve = curve_of(rejected.folder)
+    assert curve_of(training.folder) == [line for line in curve if line["step"] != 4]
+    assert results(training)[0] == results(rejected)[0]
+    lines = [json.loads(line) for line in (training.folder / ROUNDS_FILE).open()]
+    assert lines[2] == {"step": 4, "schedule_step": 2, "rate": 1.0, "rejected": True}
+    assert (
+        "train: the loss is nan at step 4, so the round is rejected, and training goes back to "
+        "step 2; learning rate x 0.5"
+    ) in caplog.messages
+
+
+def test_a_round_with_a_broken_adapter_is_rejected_before_an_emulator_is_fitted(
+    tmp_path, built, monkeypatch
+):
+    """A gradient that is not finite breaks the adapter after the loss of the round's last step."""
+    calls, real = [], steps_module.unshard_parameters
+
+    def unshard(model):
+        real(model)
+        calls.append(model)
+        if len(calls) == 2:
+            next(p for p in model.parameters() if p.requires_grad).data.fill_(torch.inf)
+
+    monkeypatch.setattr(steps_module, "unshard_parameters", unshard)
+    anchor = replace(BLOCKS, refit=True)
+    training = anchored.rounds(tmp_path, built, anchor, calibration=anchored.samples())
+    assert training.run()["rejected_rounds"] == 1
+    assert len(calls) == 3
+
+
+def test_a_training_killed_behind_a_broken_round_resumes_to_the_same_bits(
+    tmp_path, built, monkeypatch
+):
+    break_losses(monkeypatch, 4)
+    straight = anchored.rounds(tmp_path / "straight", built, BLOCKS)
+    straight.run()
+    folder, metrics = tmp_path / "training", Metrics(tmp_path / "run")
+    with pytest.raises(Killed):
+        metrics.record(anchored.rounds(folder, built, BLOCKS), stop=6)
+    monkeypatch.undo()  # the broken round is not trained again
+    resumed = anchored.rounds(folder, built, BLOCKS)
+    metrics.record(resumed)
+    assert results(resumed) == results(straight)
+
+
+def test_the_third_round_that_is_not_finite_ends_with_the_best_adapter(
+    tmp_path, built, monkeypatch
+):
+    break_losses(monkeypatch, 2, 3, 4)
+    judge(monkeypatch, False)
+    anchor = Blocks(places=2, **(COMMON | {"rounds": 6}))
+    training = anchored.rounds(tmp_path, built, anchor)
+    facts = training.run()
+    assert (facts["rejected_rounds"], facts["steps"]) == (3, 1)
+    assert [line["step"] for line in curve_of(training.folder)] == [1]
+
+
+@pytest.mark.parametrize(("guard", "step"), [(0, 3), (2, 4)])
+def test_a_loss_that_is_not_finite_ends_a_training_without_a_round_to_go_back_to(
+    tmp_path, built, monkeypatch, guard, step
+):
+    """At once without a guard, and else when all rounds were tried."""
+    break_losses(monkeypatch, 2, step)
+    anchor = Blocks(places=2, **(COMMON | {"rounds": 2, "guard": guard}))
+    training = anchored.rounds(tmp_path, built, anchor, steps=4)
+    step = step if guard else 2
+    with pytest.raises(FloatingPointError) as caught:
+        training.run()
+    assert str(caught.value) == f"the loss is nan at step {step}; set train.learning_rate lower"
 
 
 def test_rows_of_the_guard_are_never_trained_on(tmp_path, built, monkeypatch):
@@ -217,20 +328,40 @@ def test_rows_of_the_guard_are_never_trained_on(tmp_path, built, monkeypatch):
 
 def test_a_row_that_is_drawn_twice_is_stored_once(tmp_path, built, monkeypatch):
     anchor = Blocks(places=1, **(COMMON | {"rounds": 1}))
-    stored, real = [], Rounds._record
+    stored, real = [], RoundPasses._record
 
     def record(self, folder, *rest):
         facts = real(self, folder, *rest)
         stored.extend(row for shard in read_rows(folder) for row in shard)
         return facts
 
-    monkeypatch.setattr(Rounds, "_record", record)
+    monkeypatch.setattr(RoundPasses, "_record", record)
     examples = anchored.sums(8)
     training = anchored.rounds(tmp_path / "training", built, anchor, examples=examples, steps=7)
     assert len(training.rows.order.of_steps(0, 7)) == 14
     training.run()
     assert sorted(stored) == sorted({row.key for row in training.rows.rows})
     assert len(stored) == 6
+
+
+@pytest.mark.parametrize("anchor", [BLOCKS, LOGITS], ids=["blocks", "logits"])
+def test_the_disk_has_to_hold_the_tokens_with_an_offset(tmp_path, built, anchor):
+    """In front of the head these are the answer tokens alone."""
+    training = anchored.rounds(tmp_path / "training", built, anchor)
+    keyed = training.rows.of_steps(0, 2)
+    batch = anchored.collate_rows([one.row for one in keyed])
+    tokens = sum(int(place.tokens(batch).sum()) for place in training.rows.places)
+    size = tokens * anchor.stored_as.token_bytes(built.source.config.hidden_size)
+    replace(training.rows, disk_gib=size / 2**30)._require_disk(tmp_path, keyed)
+    with pytest.raises(ConfigError, match=f"{tokens // len(training.rows.places)} tokens at"):
+        replace(training.rows, disk_gib=(size - 1) / 2**30)._require_disk(tmp_path, keyed)
+
+
+def test_a_first_token_is_predicted_by_none():
+    """A row that is an answer from its first token on has an offset less than it has tokens."""
+    row = EncodedExample("row", [5, 6, 7], answer_start=0)
+    place = Place("lm_head", at_input=True, predicting_only=True)
+    assert place.count(row) == place.tokens(anchored.collate_rows([row])).sum() == 2
 
 
 class Polish(NoRecovery):
@@ -242,7 +373,7 @@ class Polish(NoRecovery):
 
 def test_a_recovery_that_trains_is_left_to_its_stage(tmp_path, built):
     training = anchored.rounds(tmp_path / "training", built, replace(BLOCKS, rounds=2), steps=2)
-    training.recovery = Polish()
+    training.passes.recovery = Polish()
     assert training.run()["passes"] == 3
 
 
@@ -281,7 +412,7 @@ class Metrics:
 
             if not self._run.folder.joinpath("metrics.jsonl").exists():
                 record.add({"emulate/bytes": 1.0})
-            training.report = report
+            training.steps.report = report
             training.run()
 
 
@@ -328,12 +459,12 @@ def test_a_training_killed_in_a_pass_resumes_to_the_same_bits(
 ):
     """Behind a place of the second and third pass, and in the last one, which only measures."""
     folder, metrics = tmp_path / "training", Metrics(tmp_path / "run")
-    real = record_module._Pass._finish_places_of
+    real = OffsetRecorder.finish_place_behind
     run, calls = record_module._Pass._run_original, []
 
     def finish(self, block):
         real(self, block)
-        if self.folder.name == f"pass-{number:03d}":
+        if self._folder.name == f"pass-{number:03d}":
             raise Killed
 
     def run_original(self, block, blocks):
@@ -342,7 +473,7 @@ def test_a_training_killed_in_a_pass_resumes_to_the_same_bits(
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(record_module._Pass, "_finish_places_of", finish)
+        patch.setattr(OffsetRecorder, "finish_place_behind", finish)
         patch.setattr(record_module._Pass, "_run_original", run_original)
         with pytest.raises(Killed):
             metrics.record(anchored.rounds(folder, built, BLOCKS))

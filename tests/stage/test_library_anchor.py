@@ -488,7 +488,8 @@ def test_an_anchored_adapter_is_copied_and_not_corrected(model, emulator):
     [
         ({"places": 9}, "anchor.places=9: the model has only 3 blocks"),
         ({"places": [0, 3]}, "block 3 is behind the last block"),
-        ({"dtype": "float16"}, "anchor.dtype"),
+        ({"dtype": "float16"}, "dtype='float16' is none of bfloat16, float32, int8; pass dtype="),
+        ({"places": "all"}, "anchor.places=all is neither a number of blocks"),
         ({"round_rows": 0}, "round_rows=0: a round has rows"),
         ({"rows": []}, "rows is empty"),
         ({"rows": iter([])}, "rows must be a list or a data set with a length, got list_iterator"),

@@ -411,8 +411,9 @@ def test_the_table_has_a_row_for_each_method_and_says_what_fits():
 ANCHORED = ("method=emloc_anchored", "train.steps=9", "anchor.rounds=2", "anchor.places=3")
 
 
-def planned(run_config, **changed):
-    """The lines about anchors, with changed settings of the group `anchor`."""
+def planned(run_config, budget=None, **changed):
+    """The lines about anchors, with changed settings of the group `anchor`, or another budget."""
+    run_config = replace(run_config, budget=budget or run_config.budget)
     anchor = replace(run_config.anchor, **changed)
     shape = StepShape.of(run_config.train, 512, 64)
     source = shaped(run_config)
@@ -457,16 +458,19 @@ def test_the_passes_of_the_original_are_said_in_a_line_each():
     halved = gib(planned(run_config, dtype="int8")[0]) / gib(offsets)
     assert halved == pytest.approx(0.5 + 1 / 64, rel=0.01)
     assert "more than" not in offsets
-    line = planned(run_config, disk_gib=0.4)[0]
-    assert "more than anchor.disk_gib=0.4, so set anchor.rounds" in line
+    line = planned(run_config, budget=replace(run_config.budget, disk_gib=0.4))[0]
+    assert "more than budget.disk_gib=0.4, so set anchor.rounds" in line
 
 
 def test_an_offset_in_front_of_the_head_is_planned_for_the_answers():
     run_config = cell_of(MIDDLE, "method=emloc_uncorrected", "anchor=logits", "train.steps=4")
-    line = anchor_plan(run_config, shaped(run_config), WORK).lines()[0]
+    line, disk, _ = anchor_plan(run_config, shaped(run_config), WORK).lines()
     assert "1 place," in line
     rows = run_config.train.batch * run_config.train.accumulate
-    assert gib(line) == pytest.approx(rows * 64 * 2048 * 2 / GIB, rel=0.01)
+    size = rows * 64 * 2048 * 2 / GIB
+    assert gib(line) == pytest.approx(size, rel=0.01)
+    # With the states of both models at these tokens.
+    assert gib(disk.partition("memory, and ")[2]) == pytest.approx(3 * size, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,13 @@ from emloc.emulators.svd import Svd
 from emloc.models.checkpoint.source import Source
 from emloc.stages.training.anchored_rows import anchored_rows
 from emloc.stages.training.refit import Refit, refit_of, with_folder
+from emloc.stages.training.round_passes import RoundPasses
+from emloc.stages.training.round_trainee import State
 from emloc.stages.training.train import open_trainee
 from emloc.tensors.linalg.sensitivity import output_root
 
 SVD = Svd(algorithm="eigen", aware=True, multiple=1)
-ANCHOR = Blocks(places=2, rounds=3, dtype="float32", guard=2, disk_gib=1.0, refit=True)
+ANCHOR = Blocks(places=2, rounds=3, dtype="float32", guard=2, refit=True)
 
 
 ATTENTION = "model.layers.0.self_attn"
@@ -60,7 +62,7 @@ def test_the_fitted_emulator_loses_less_of_what_the_loss_depends_on(
 
     monkeypatch.setattr(refit_module, "_read_gradients", keep)
     inputs = anchored.training_inputs(built)
-    rows = anchored_rows(ANCHOR, source, inputs)
+    rows = anchored_rows(ANCHOR, source, inputs, disk_gib=1.0)
     refit = refit_of(rows, anchored.samples(), built)
     folder = tmp_path / "fitted"
     folder.mkdir()
@@ -94,9 +96,8 @@ def test_the_gradients_through_an_exact_emulator_are_the_original_s(tmp_path, so
     (tmp_path / "emulator").mkdir()
     built = anchored.build_emulator(tmp_path / "emulator", source, Full(), 16)
     inputs = anchored.training_inputs(built)
-    refit = Refit(
-        anchored_rows(ANCHOR, source, inputs), anchored.samples(), dict.fromkeys(layers, 1)
-    )
+    rows = anchored_rows(ANCHOR, source, inputs, disk_gib=1.0)
+    refit = Refit(rows, anchored.samples(), dict.fromkeys(layers, 1))
     trainee, encoded = open_trainee(built, inputs, anchored.CPU), refit._encoded()
     refit.rows.record(
         *(tmp_path / "offsets", Original(source.skeleton(), source)),
@@ -138,6 +139,15 @@ def exact_moments(source, refit):
     return tuple(
         {name: torch.cat(parts) for name, parts in one.items()} for one in (gradients, inputs)
     )
+
+
+def test_a_fit_that_two_rounds_begin_with_is_counted_once(tmp_path, built, monkeypatch):
+    """As those of a rejected round and of the round behind it."""
+    training = anchored.rounds(tmp_path, built, ANCHOR, calibration=anchored.samples())
+    monkeypatch.setattr(RoundPasses, "_fit", lambda *_: {"row_forwards": 5.0})
+    for _ in range(2):
+        training.passes.choose_emulator(State(2, None, tmp_path / "round"))
+    assert training.passes.row_forwards == 5.0
 
 
 def results(training) -> tuple:

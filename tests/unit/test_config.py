@@ -497,6 +497,14 @@ def test_equal_settings_give_the_same_folder():
     assert len({folder_name(compose(way)) for way in ways}) == 1
 
 
+def test_what_a_run_may_use_of_the_machine_does_not_change_the_folder():
+    budget = ("gpu_gib=3", "host_gib=3", "statistics_gib=3", "disk_gib=3", "jobs_per_gpu=3")
+    assert {one.partition("=")[0] for one in budget} == {*compose().budget}
+    anchored = ["method=emloc_anchored"]
+    names = {folder_name(compose([*anchored, f"budget.{one}"])) for one in budget}
+    assert names == {folder_name(compose(anchored))}
+
+
 def test_every_decisive_section_changes_the_folder():
     assert set(ELSE) == set(DECISIVE)
     names = [folder_name(compose())] + [folder_name(compose([one])) for one in ELSE.values()]

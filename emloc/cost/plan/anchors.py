@@ -57,11 +57,13 @@ class AnchorPlan:
     @property
     def round_offsets(self) -> int:
         """Bytes of the offsets of a round on the disk."""
+        return self.round_rows * sum(self._row_tokens) * self._token_bytes
+
+    @property
+    def _row_tokens(self) -> list[int]:
+        """For each place, tokens of a row with an offset."""
         shape = self.step_shape
-        tokens = sum(
-            shape.answer if place.predicting_only else shape.length for place in self.places
-        )
-        return self.round_rows * tokens * self._token_bytes
+        return [shape.answer if place.predicting_only else shape.length for place in self.places]
 
     @property
     def _token_bytes(self) -> int:
@@ -83,7 +85,9 @@ class AnchorPlan:
     @property
     def disk(self) -> int:
         """Bytes of disk of a pass: offsets, states behind two places, states beyond the host's."""
-        return self.round_offsets + 2 * self.states + max(0, self.states - self._host_limit)
+        behind_places = 2 * sum(sorted(self._row_tokens)[-2:]) * self.round_rows
+        behind_places *= self._width * self.source.dtype.itemsize
+        return self.round_offsets + behind_places + max(0, self.states - self._host_limit)
 
     @property
     def _host_limit(self) -> int:
@@ -107,11 +111,11 @@ class AnchorPlan:
         """Return what a user has to know before anything is computed, in sentences."""
         anchor, shape = self.anchor, self.step_shape
         weights = sum(self.source.sizes.values()) * self.source.dtype.itemsize
-        excess = ""
-        if self.round_offsets > anchor.disk_gib * GIB:
+        limit, excess = self.budget.disk_gib, ""
+        if self.round_offsets > limit * GIB:
             excess = (
-                f"; this is more than anchor.disk_gib={anchor.disk_gib:g}, so set anchor.rounds "
-                "higher, anchor.dtype=int8, anchor.disk_gib, or --length to the rows' mean length"
+                f"; this is more than budget.disk_gib={limit:g}, so set anchor.rounds or "
+                "budget.disk_gib higher, anchor.dtype=int8, or --length to the rows' mean length"
             )
         return [
             f"anchor={self.choice}: the offsets of a round take {self.round_offsets / GIB:.3g} GiB "

@@ -52,6 +52,7 @@ class AnchoredRows:
     order: RowOrder
     round_ends: list[int]  # step at which each round ends
     collate: Callable[[list[Any]], dict[str, Any]]
+    disk_gib: float  # most disk that the offsets of a round may take
 
     def of_steps(self, first: int, end: int) -> list[KeyedRow]:
         """Return the rows of some steps; a row that is drawn twice comes once."""
@@ -95,12 +96,17 @@ class AnchoredRows:
             )
 
     def _require_disk(self, folder: Path, rows: Sequence[KeyedRow]) -> None:
-        tokens = sum(row.length for row in rows)
-        require_disk(self.anchor, self.source, self.places, tokens, folder)
+        tokens = [sum(place.count(keyed.row) for keyed in rows) for place in self.places]
+        if line := disk_shortage(self.anchor, self.source, tokens, folder, self.disk_gib):
+            raise ConfigError(line)
 
 
-def anchored_rows(anchor: Anchor, source: Source, training_inputs: TrainingInputs) -> AnchoredRows:
+def anchored_rows(
+    anchor: Anchor, source: Source, training_inputs: TrainingInputs, disk_gib: float
+) -> AnchoredRows:
     """Read the training rows and return them with places and rounds.
+
+    `disk_gib` is the most disk that the offsets of a round may take.
 
     Raises:
         ConfigError: a row cannot be read, the guard takes all of them, or the model does not have
@@ -135,6 +141,7 @@ def anchored_rows(anchor: Anchor, source: Source, training_inputs: TrainingInput
         ),
         round_ends(recipe.steps, anchor.rounds),
         reader.collate,
+        disk_gib,
     )
 
 
@@ -143,32 +150,40 @@ def round_ends(steps: int, rounds: int) -> list[int]:
     return [round(steps * (index + 1) / rounds) for index in range(rounds)]
 
 
-def require_disk(
-    anchor: Anchor, source: Source, places: Sequence[Place], tokens: int, folder: Path
-) -> None:
-    """Check that the offsets of some tokens fit, and the hidden states of a pass beside them.
+def disk_shortage(
+    anchor: Anchor, source: Source, tokens: Sequence[int], folder: Path, limit_gib: float
+) -> str | None:
+    """Return why the offsets of some rows do not fit on the disk, in one line; None if they do.
 
-    Raises:
-        ConfigError: they are larger than `anchor.disk_gib`, or than what is free on the disk.
+    The hidden states of a pass have to fit beside them.
+
+    Args:
+        anchor: the format of the offsets.
+        source: the original.
+        tokens: for each place, the number of tokens with an offset.
+        folder: of the offsets.
+        limit_gib: most disk that the offsets may take.
     """
     width = source.config.get_text_config().hidden_size
-    size = tokens * len(places) * anchor.stored_as.token_bytes(width)
-    if size > anchor.disk_gib * GIB:
-        raise ConfigError(
-            f"anchor: the offsets of a round take {size / GIB:.3g} GiB ({tokens} tokens at "
-            f"{len(places)} places), and anchor.disk_gib={anchor.disk_gib:g}; set anchor.rounds "
-            "higher, anchor.dtype=int8, or anchor.disk_gib"
+    size = sum(tokens) * anchor.stored_as.token_bytes(width)
+    if size > limit_gib * GIB:
+        return (
+            f"anchor: the offsets of a round take {size / GIB:.3g} GiB ({max(tokens)} tokens at "
+            f"{len(tokens)} {'places' if len(tokens) > 1 else 'place'}), and "
+            f"budget.disk_gib={limit_gib:g}; set anchor.rounds or budget.disk_gib higher, or "
+            "anchor.dtype=int8"
         )
     # Hidden states of two models behind two places: the finished one and the next.
-    states = 4 * tokens * width * source.dtype.itemsize
+    states = 2 * sum(sorted(tokens)[-2:]) * width * source.dtype.itemsize
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if size + states > free:
-        raise ConfigError(
+        return (
             f"anchor: a round takes {(size + states) / GIB:.3g} GiB of disk, and {existing} has "
             f"{free / GIB:.3g} GiB free; set anchor.rounds higher, anchor.dtype=int8, or "
             "EMLOC_CACHE to a folder on another disk"
         )
+    return None
 
 
 def batch_tokens(vocabulary: int, device: torch.device) -> int:

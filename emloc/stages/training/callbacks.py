@@ -55,6 +55,19 @@ class StopAfter(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
 
+class LogLines(TrainerCallback):
+    """The lines of a training's log, also of one that fails, and from before it was resumed."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, float]] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Take the list to which the Trainer adds each line."""
+        self.lines = state.log_history
+
+
 class TrainingProgress(TrainerCallback):
     """Show the steps and the loss of a training, and hand on each line of its log.
 

@@ -13,7 +13,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from emloc.errors import ConfigError
 from emloc.models.objectives import Batch, Loss
 from emloc.precision import PackedLayer
 from emloc.runtime.distributed import is_first, is_sharded
-from emloc.stages.training.callbacks import Report, StepTimer, StopAfter, TrainingProgress
+from emloc.stages.training.callbacks import LogLines, Report, StepTimer, StopAfter, TrainingProgress
 from emloc.stages.training.lean_setup import prepare_model, required_override
 from emloc.stages.training.trainer import (
     FiniteTrainer,
@@ -227,6 +227,9 @@ def run_steps(
         report: called with each line of the training log.
         timer: times the steps.
         segment: which steps to run; None: all of them.
+
+    Raises:
+        FloatingPointError: a loss is not finite.
     """
     training_inputs, source = trainee.training_inputs, trainee.built_emulator.source
     segment = segment or Segment()
@@ -251,7 +254,10 @@ def run_steps(
         ),
         train_dataset=rows,
         data_collator=collate_rows,
-        callbacks=[progress, timer, *([StopAfter(segment.end)] if segment.end is not None else [])],
+        callbacks=[
+            *(progress, timer, segment.log),
+            *([StopAfter(segment.end)] if segment.end is not None else []),
+        ],
         objective=source.objective,
         loss=trainee.loss,
         anchors=segment.anchors,
@@ -262,12 +268,14 @@ def run_steps(
     adapter = training_inputs.adapter
     with without_cudnn(), adapter.training(trainee.model, mixed=mixed), closing(progress):
         checkpoint = newest_intact_checkpoint(checkpoints) or segment.start
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            # Off with the wrapper for autocast, since the next segment would put another around it.
+            # With its mark, accelerate would take the model for wrapped and put none around it.
+            trainer.accelerator.unwrap_model(trainee.model, keep_fp32_wrapper=False)
+            vars(trainee.model).pop("_is_accelerate_prepared", None)
     trainer.accelerator.wait_for_everyone()  # every process writes a part of the last checkpoint
-    # Off with the wrapper for autocast, since the next segment would put another around it. With
-    # its mark, accelerate would take the model for wrapped and put none around it.
-    trainer.accelerator.unwrap_model(trainee.model, keep_fp32_wrapper=False)
-    vars(trainee.model).pop("_is_accelerate_prepared", None)
     return trainer.state
 
 
@@ -280,6 +288,7 @@ class Segment:
     skipped: int = 0  # steps whose rows were used by rejected rounds
     rate: float = 1.0  # factor of the learning rate
     anchors: AttachedOffsets | None = None  # hooks of the model that add offsets; None: no offsets
+    log: LogLines = field(default_factory=LogLines)  # of this training
 
 
 def write_curve(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:

@@ -191,7 +191,8 @@ class FiniteTrainer(Trainer):
         losses = self.accelerator.gather(loss)
         if not torch.isfinite(losses).all():
             raise FloatingPointError(
-                f"the loss is {losses.mean().item()} at step {self.state.global_step + 1}; "
+                f"the loss is {losses.mean().item()} at step "
+                f"{self.state.global_step + self._skipped + 1}; "
                 "set train.learning_rate lower"
             )
         return loss

@@ -1,0 +1,153 @@
+"""Record the offsets of a pass by hooks at the places of the original and of the emulator.
+
+Both models run batch by batch in coroutines. At a place, the hook of the original writes its hidden
+states to a file. The hook of the emulator reads them, records the offset, and adds it as it is
+stored, so that the next place begins with what training will have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from greenlet import getcurrent
+from torch import Tensor, nn
+
+from emloc.anchors.attached import put_back
+from emloc.anchors.batch_plan import BatchPlan
+from emloc.anchors.formats import OffsetFormat, Parts
+from emloc.anchors.pass_states import PassStates
+from emloc.anchors.places import Change, Place
+from emloc.anchors.shards import shard_file, write_shard
+from emloc.errors import ConfigError
+
+
+class OffsetRecorder:
+    """Writes the offsets at all places into a folder, and the states of a killed pass."""
+
+    def __init__(
+        self, folder: Path, places: Sequence[Place], plan: BatchPlan, keys: Sequence[str]
+    ) -> None:
+        self.states = PassStates(folder)
+        self._folder, self._places, self._plan, self._keys = folder, places, plan, keys
+        # Coroutine of a forward pass -> index of its batch.
+        self._batch_index: dict[object, int] = {}
+        self._masks: dict[int, list[Tensor]] = {}  # batch -> mask of each place
+        self._open_shard: dict[str, Parts] = {}
+
+    def note_batch(self, index: int, batch: Mapping[str, Any]) -> None:
+        """Remember which positions of a batch have offsets."""
+        self._masks[index] = [place.tokens(batch) for place in self._places]
+
+    def begin(self, index: int) -> None:
+        """Remember that the present coroutine runs a model on a batch."""
+        self._batch_index[getcurrent()] = index
+
+    def attach(
+        self,
+        stack: ExitStack,
+        original: nn.Module,
+        emulator: nn.Module,
+        stored_as: OffsetFormat,
+        finished: int,
+    ) -> None:
+        """Attach the hooks of all places that are not finished, until the stack is closed."""
+        for index, place in enumerate(self._places):
+            if index >= finished:
+                handles = (
+                    place.attach(original, self._keeping(index)),
+                    place.attach(emulator, self._recording(index, stored_as)),
+                )
+                for handle in handles:
+                    stack.callback(handle.remove)
+
+    def finish_place_behind(self, block: str) -> None:
+        """Mark the place behind a block as finished, if there is one."""
+        for index, place in enumerate(self._places):
+            if place.module == block and not place.at_input:
+                self.states.finish(index)
+
+    def skip(
+        self,
+        stack: ExitStack,
+        models: Mapping[str, nn.Module],
+        blocks: Sequence[str],
+        place: int,
+    ) -> None:
+        """Replace finished blocks by the hidden states behind them, until the stack is closed.
+
+        Args:
+            stack: puts the blocks back.
+            models: `original` and, if it runs, `emulator`.
+            blocks: names of the finished blocks.
+            place: the one behind the last of them.
+        """
+        for kind, model in models.items():
+            for name in blocks:
+                block = model.get_submodule(name)
+                stored = place if name == blocks[-1] else None
+                block.forward = self.states.stand_in(kind, stored, lambda: self._present(place))
+                stack.callback(block.__dict__.pop, "forward")
+
+    def _present(self, place: int) -> tuple[int, Tensor]:
+        """Return the index of the present batch, and which positions have offsets at a place."""
+        index = self._batch_index[getcurrent()]
+        return index, self._masks[index][place]
+
+    # The hooks.
+
+    def _keeping(self, place: int) -> Change:
+        """Return the hook of the original at a place, which writes its hidden states to a file."""
+
+        def keep(hidden: Tensor) -> Tensor:
+            index, mask = self._present(place)
+            self.states.save("original", place, index, self._select(hidden, place, mask))
+            return hidden
+
+        return keep
+
+    def _recording(self, place: int, stored_as: OffsetFormat) -> Change:
+        """Return the hook of the emulator at a place, which records offsets and applies them."""
+
+        def record(hidden: Tensor) -> Tensor:
+            index, mask = self._present(place)
+            own = self._select(hidden, place, mask)
+            target = self.states.load("original", place, index).to(hidden.device)
+            wide = torch.promote_types(hidden.dtype, torch.float32)
+            parts = stored_as.encode(target.to(wide) - own.to(wide))
+            result, positions = hidden.clone(), mask.to(hidden.device)
+            result[positions] = put_back(own, stored_as.decode(parts, hidden.shape[-1]))
+            self.states.save("emulator", place, index, result[positions])
+            self._add_to_shard(place, index, parts)
+            return result
+
+        return record
+
+    def _select(self, hidden: Tensor, place: int, mask: Tensor) -> Tensor:
+        """Return the hidden states (N, d) of the positions with offsets.
+
+        Raises:
+            ConfigError: the hidden states have another shape than the tokens.
+        """
+        if hidden.shape[:2] != mask.shape:
+            raise ConfigError(
+                f"anchor: the hidden states at {self._places[place].module} have the shape "
+                f"{tuple(hidden.shape)}, and not those of a batch of {tuple(mask.shape)} tokens; "
+                "set anchor=none"
+            )
+        return hidden[mask.to(hidden.device)]
+
+    def _add_to_shard(self, place: int, batch: int, parts: Parts) -> None:
+        """Add the offsets of a batch to the open shard; write the shard after its last batch."""
+        counts = self._masks[batch][place].sum(-1).tolist()
+        pieces = {name: torch.split(part.cpu(), counts) for name, part in parts.items()}
+        for number, row in enumerate(self._plan.batches[batch]):
+            offsets = {name: piece[number] for name, piece in pieces.items()}
+            self._open_shard[self._keys[row]] = offsets
+        for shard, batches in enumerate(self._plan.shards):
+            if batch == batches[-1]:
+                write_shard(shard_file(self._folder, place, shard), self._open_shard)
+                self._open_shard = {}

@@ -1,0 +1,97 @@
+"""The model that an anchored training trains: the emulator of a round, with a state's adapter."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from emloc.adapters.training_inputs import TrainingInputs
+from emloc.emulators import BuiltEmulator
+from emloc.models.checkpoint.source import Source
+from emloc.runtime.distributed import is_sharded
+from emloc.stages.training.train import Trainee, open_trainee
+from emloc.stages.training.trainer import STATE_FILE
+
+
+@dataclass(frozen=True)
+class State:
+    """The state of a training between two rounds: adapter, optimizer and schedule."""
+
+    step: int = 0  # of the schedule
+    checkpoint: Path | None = None  # None: the new adapter, before the first step
+    adapter: Path | None = None  # folder of the saved adapter; None: the new adapter
+
+    def __str__(self) -> str:
+        return f"step {self.step}"
+
+
+class RoundTrainee:
+    """Loads the emulator of the present round with an adapter, one emulator at a time.
+
+    Attributes:
+        emulator: of the present round; set it to another one to train through that.
+        is_split: whether a round has split the weights of the loaded model (FSDP).
+    """
+
+    def __init__(self, trainee: Trainee) -> None:
+        self.emulator: BuiltEmulator = trainee.built_emulator
+        self.is_split = False
+        self._trainee: Trainee = trainee
+        adapter = trainee.training_inputs.adapter
+        self._new_state = {n: t.clone() for n, t in adapter.state(trainee.model).items()}
+
+    @property
+    def training_inputs(self) -> TrainingInputs:
+        """What is trained, on which rows."""
+        return self._trainee.training_inputs
+
+    @property
+    def device(self) -> torch.device:
+        """The device that is trained on."""
+        return self._trainee.device
+
+    @property
+    def source(self) -> Source:
+        """The original model."""
+        return self.emulator.source
+
+    def open(self, *, whole: bool = False) -> Trainee:
+        """Return the emulator of the present round, with the adapter as it was trained last.
+
+        If it is not loaded, the loaded one is put away first, and the adapter is a new one. With
+        `whole` the emulator is loaded again if a round has split its weights.
+        """
+        is_other = self._trainee.built_emulator.artifact.folder != self.emulator.artifact.folder
+        if is_other or (whole and self.is_split):
+            inputs, device = self.training_inputs, self.device
+            del self._trainee
+            gc.collect()
+            self._trainee, self.is_split = open_trainee(self.emulator, inputs, device), False
+        return self._trainee
+
+    def load(self, state: State, *, whole: bool = False) -> Trainee:
+        """Return the emulator with the adapter of a state; see `open`.
+
+        Under FSDP the checkpoint is in shards, which the Trainer reads when it resumes.
+        """
+        trainee = self.open(whole=whole)
+        if is_sharded() and state.checkpoint is not None:
+            return trainee
+        stored = self._new_state
+        if state.checkpoint is not None:
+            stored = load_file(state.checkpoint / STATE_FILE)
+        self.training_inputs.adapter.restore(trainee.model, stored)
+        return trainee
+
+    def facts(self, rows: int) -> dict[str, Any]:
+        """Return the number of trainable parameters, and the work of a training on so many rows."""
+        return {"trainable": self._trainee.trainable, **self._trainee.work(rows)}
+
+    def save(self, folder: Path) -> None:
+        """Write the present adapter into `folder`."""
+        self.training_inputs.adapter.save(self._trainee.model, folder, self.source.name)
