@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from emloc.runtime.atomic import write_json
-from emloc.runtime.memory import MemoryPeak
 from emloc.runtime.work_meter import metered
 
 FILE = "attempts.json"
@@ -26,7 +25,7 @@ class Spent:
     """What the attempts of one stage have spent so far; see `WorkMeter` for the last two."""
 
     seconds: float = 0.0
-    peak_gib: float = 0.0  # the largest of the attempts
+    peak_gib: float = 0.0  # the largest of the attempts, which the `with` block measures
     operations: int = 0
     weight_bytes: int = 0
 
@@ -47,12 +46,11 @@ def attempt(folder: Path) -> Iterator[Spent]:
     spent, start = earlier_attempts(folder), time.perf_counter()
     ended = False
     try:
-        with MemoryPeak() as peak, metered() as meter:
+        with metered() as meter:
             yield spent
         ended = True
     finally:
         spent.seconds += time.perf_counter() - start
-        spent.peak_gib = max(spent.peak_gib, peak.gib)
         spent.operations += meter.operations
         spent.weight_bytes += meter.weight_bytes
         if ended:

@@ -35,6 +35,7 @@ from emloc.runtime.distributed import POLL_SECONDS, StatusFile, is_first, world_
 from emloc.runtime.folders import cache_folder
 from emloc.runtime.keys import key_of
 from emloc.runtime.manifest import DamagedError, flaw_of, seal, set_aside
+from emloc.runtime.memory import MemoryPeak
 from emloc.runtime.progress import duration
 
 log = logging.getLogger(__name__)
@@ -160,7 +161,12 @@ class Store:
         draft = target.with_suffix(".partial")
         draft.mkdir(exist_ok=True)
         with attempt(draft) as spent:
-            facts = _attempt(name, draft, work, failure)
+            peak = MemoryPeak()
+            try:
+                with peak:
+                    facts = _attempt(name, draft, work, failure)
+            finally:
+                spent.peak_gib = max(spent.peak_gib, peak.gib)
         facts |= {"seconds": round(spent.seconds, 3), "peak_gib": spent.peak_gib}
         (draft / "stage.json").write_text(json.dumps(facts, indent=1))
         seal(draft)

@@ -136,8 +136,8 @@ class Stage(Part):
         """Write the files of the artifact into `folder` and return facts about them.
 
         `enter` adds the facts `row_forwards` and `weights_read` of a stage that is `counted`, as
-        `measured_work` measures them. A stage that runs a model by a loop of its own returns the
-        `row_forwards` of this loop.
+        `measured_work` measures them. A stage that runs a model by a loop of its own returns
+        `row_forwards` itself.
         """
 
     def enter(self, folder: Path, *_: Any, context: Context) -> Facts:
@@ -149,9 +149,7 @@ class Stage(Part):
         earlier = earlier_attempts(folder)
         meter.operations += earlier.operations
         meter.weight_bytes += earlier.weight_bytes
-        work = measured_work(meter, context.source, together=self.together(context))
-        own = facts.get("row_forwards", 0) + work.pop("row_forwards", 0)
-        return work | facts | ({"row_forwards": own} if own else {})
+        return measured_work(meter, context.source, together=self.together(context)) | facts
 
 
 _NOT_IN_KEY = ("after", "counted", "column")

@@ -30,10 +30,10 @@ from emloc.data.reader import encode_all
 from emloc.emulators import BuiltEmulator, Ranks
 from emloc.emulators.operations import block_operations
 from emloc.precision import Precision
+from emloc.runtime.attempts import attempt
 from emloc.runtime.progress import tracked
 from emloc.runtime.safetensors_file import write_safetensors
 from emloc.runtime.stage_cache import Artifact
-from emloc.runtime.work_meter import metered
 from emloc.stages.training.anchored_rows import AnchoredRows, unique
 from emloc.stages.training.train import Trainee
 from emloc.tensors.nn.attention import without_cudnn
@@ -87,16 +87,22 @@ class Refit:
         Returns:
             The arithmetic, in forwards of the original over one row.
         """
-        with metered() as meter:
-            self._run(folder, trainee, original, host_bytes)
-        backward = trainee.work(len(self.samples.examples))["row_forwards"]
-        return backward + meter.operations / block_operations(self.rows.source)
-
-    def _run(
-        self, folder: Path, trainee: Trainee, original: Callable[[], Original], host_bytes: int
-    ) -> None:
         work = folder.with_name(f"{folder.name}.work")
         work.mkdir(parents=True, exist_ok=True)
+        with attempt(work) as spent:
+            self._run(folder, work, trainee, original, host_bytes)
+        shutil.rmtree(work)
+        backward = trainee.work(len(self.samples.examples))["row_forwards"]
+        return backward + spent.operations / block_operations(self.rows.source)
+
+    def _run(
+        self,
+        folder: Path,
+        work: Path,
+        trainee: Trainee,
+        original: Callable[[], Original],
+        host_bytes: int,
+    ) -> None:
         rows, device = self._encoded(), trainee.device
         places, stored_as = self.rows.places, self.rows.anchor.stored_as
         self.rows.record(
@@ -119,7 +125,6 @@ class Refit:
                 lambda block: _read_gradients(work, block),
                 trainee.built_emulator.precision,
             )
-        shutil.rmtree(work)
 
     def _encoded(self) -> list[KeyedRow]:
         reader = self.rows.source.reader()

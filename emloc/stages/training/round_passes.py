@@ -19,9 +19,9 @@ from emloc.anchors.record import Original, RowLoss, Stretches
 from emloc.emulators.operations import block_operations
 from emloc.recovery import Recovery, RecoveryInputs
 from emloc.recovery.none import NoRecovery
+from emloc.runtime.attempts import attempt
 from emloc.runtime.distributed import first_does, is_first, is_sharded
 from emloc.runtime.stage_cache import Artifact
-from emloc.runtime.work_meter import metered
 from emloc.stages.training.anchored_rows import AnchoredRows
 from emloc.stages.training.refit import Refit, with_folder
 from emloc.stages.training.round_trainee import RoundTrainee, State
@@ -84,7 +84,10 @@ class RoundPasses:
     def _record(self, folder: Path, state: State, first: int, end: int) -> dict[str, Any]:
         rows = self.rows.of_steps(first, end)
         folder.mkdir(exist_ok=True)
-        with metered() as meter, self._stretches(state, folder, needed=bool(rows)) as stretches:
+        with (
+            attempt(folder) as spent,
+            self._stretches(state, folder, needed=bool(rows)) as stretches,
+        ):
             losses = self.rows.record(
                 folder,
                 self._original(state, folder),
@@ -96,7 +99,7 @@ class RoundPasses:
             )
         return {
             "losses": losses,
-            "row_forwards": meter.operations / block_operations(self.rows.source),
+            "row_forwards": spent.operations / block_operations(self.rows.source),
         }
 
     # Both models with the adapter of a state.
