@@ -417,13 +417,20 @@ class Metrics:
 
 
 @pytest.fixture(scope="module")
-def straight(built, tmp_path_factory):
+def uninterrupted(built, tmp_path_factory):
     """A training that was not interrupted, and its recorded numbers."""
     folder = tmp_path_factory.mktemp("straight")
     training = anchored.rounds(folder / "training", built, BLOCKS)
     metrics = Metrics(folder / "run")
     metrics.record(training)
-    return results(training), metrics.lines()
+    return training, metrics.lines()
+
+
+@pytest.fixture(scope="module")
+def straight(uninterrupted):
+    """Results and recorded numbers of a training that was not interrupted."""
+    training, lines = uninterrupted
+    return results(training), lines
 
 
 def test_metrics_name_no_number_of_a_step_twice(straight):
@@ -455,9 +462,13 @@ def test_a_training_killed_in_a_round_resumes_to_the_same_bits(tmp_path, built, 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_training_killed_in_a_pass_resumes_to_the_same_bits(
-    tmp_path, built, straight, monkeypatch, number
+    tmp_path, built, straight, uninterrupted, monkeypatch, number
 ):
-    """Behind a place of the second and third pass, and in the last one, which only measures."""
+    """Behind a place of the second and third pass, and in the last one, which only measures.
+
+    The arithmetic of the killed attempt counts. The last pass is not resumed, so that it counts
+    more than once.
+    """
     folder, metrics = tmp_path / "training", Metrics(tmp_path / "run")
     real = OffsetRecorder.finish_place_behind
     run, calls = record_module._Pass._run_original, []
@@ -488,6 +499,11 @@ def test_a_training_killed_in_a_pass_resumes_to_the_same_bits(
     assert (results(resumed), metrics.lines()) == straight
     first = "model.layers.0" if number == 3 else "model.layers.1"
     assert calls[0] == (f"pass-{number:03d}", first)
+    forwards = uninterrupted[0].passes.row_forwards
+    if number < 3:
+        assert resumed.passes.row_forwards == pytest.approx(forwards)
+    else:
+        assert resumed.passes.row_forwards > forwards
 
 
 @EACH_PATH
