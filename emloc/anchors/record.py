@@ -29,6 +29,7 @@ from emloc.anchors.places import Place
 from emloc.anchors.recorder import OffsetRecorder
 from emloc.calibration.blockwise import Block, WeightReader, fill_outside, iterate_blocks
 from emloc.models.objectives import Objective
+from emloc.models.objectives.answer_logits import forward_logits
 from emloc.runtime.atomic import write_json
 from emloc.runtime.progress import tracked
 
@@ -209,7 +210,8 @@ class _Pass:
         def call(index: int) -> Callable[[dict[str, Any]], None]:
             def run(inputs: dict[str, Any]) -> None:
                 self.recorder.begin(index)
-                model(**{name: value for name, value in inputs.items() if name != "labels"})
+                # A place in front of the head is reached without the logits of all tokens.
+                forward_logits(model, {n: v for n, v in inputs.items() if n != "labels"})
 
             return run
 

@@ -70,7 +70,7 @@ class Passes:
         if not folder.exists():
             self._require_disk(parent, rows)
         text = self.original.config.get_text_config()
-        size = self.batch_tokens or batch_tokens(text.vocab_size, self._device)
+        size = self.batch_tokens or batch_tokens(text.hidden_size, self._device)
         host_bytes = int(psutil.virtual_memory().available * _HOST_SHARE)
         log.info(
             "anchors: the original %s is run over %d rows",

@@ -171,8 +171,8 @@ class Store:
         (draft / "stage.json").write_text(json.dumps(facts, indent=1))
         seal(draft)
         os.replace(draft, target)
-        spent = duration(facts["seconds"])
-        log.info("%s: finished in %s, peak memory %.2f GiB", name, spent, facts["peak_gib"])
+        took = duration(facts["seconds"])
+        log.info("%s: finished in %s, peak memory %.2f GiB", name, took, facts["peak_gib"])
 
 
 def set_aside_if_damaged(target: Path, name: str) -> None:

@@ -9,12 +9,17 @@ from emloc.runtime.stage_cache import Store
 from emloc.runtime.work_meter import count_operations, count_weights
 
 
-def interrupted(folder: Path, operations: int, error: BaseException) -> None:
-    with pytest.raises(type(error)), attempt(folder) as spent:
+def spend(folder: Path, operations: int, error: BaseException) -> None:
+    with attempt(folder) as spent:
         count_operations(operations)
         count_weights(2 * operations)
         spent.peak_gib = max(spent.peak_gib, 10 / operations)
         raise error
+
+
+def interrupted(folder: Path, operations: int, error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        spend(folder, operations, error)
 
 
 def test_the_attempt_that_finishes_has_the_sum_and_leaves_nothing(tmp_path: Path) -> None:

@@ -34,8 +34,11 @@ log = logging.getLogger(__name__)
 _DEVICE_SHARE = 1 / 8
 # Memory of one batch on a CPU, in bytes.
 _CPU_BYTES = 2**30
+# Bytes that a block takes for a token, for each feature of the hidden states: those of attention
+# and of the MLP in 16 bits, and norms in float32.
+_FEATURE_BYTES = 64
 # Fewest and most tokens of a batch: below, the weights are used too little, above, nothing is won.
-_TOKENS = (512, 16384)
+_TOKENS = (512, 8192)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class AnchoredRows:
             measured,
             self.collate,
             self.source.objective,
-            batch_tokens(self.source.config.get_text_config().vocab_size, device),
+            batch_tokens(self.source.config.get_text_config().hidden_size, device),
         )
         with without_cudnn():
             return record(
@@ -186,15 +189,18 @@ def disk_shortage(
     return None
 
 
-def batch_tokens(vocabulary: int, device: torch.device) -> int:
-    """Return how many tokens a batch of a pass may have, so that its logits fit."""
+def batch_tokens(width: int, device: torch.device) -> int:
+    """Return how many tokens a batch of a pass may have, so that one block of it fits.
+
+    Args:
+        width: features of the hidden states.
+        device: on which the pass runs.
+    """
     budget = _CPU_BYTES
     if device.type == "cuda":
         budget = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE)
-    # Logits in the model's dtype, in float32, and their softmax.
-    token_bytes = 12 * vocabulary
     least, most = _TOKENS
-    return min(max(budget // token_bytes, least), most)
+    return min(max(budget // (_FEATURE_BYTES * width), least), most)
 
 
 def unique(rows: Iterable[KeyedRow]) -> list[KeyedRow]:
