@@ -11,9 +11,9 @@ DEMO_DATA := easy-vqa==1.0
 # another worker has left.
 WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist worksteal
-# Idle OpenMP threads sleep. By default they spin, and two processes that spin on the same cores
-# halve each other's speed.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Idle OpenMP threads of the tests sleep, since two processes that spin on the same cores halve each
+# other's speed.
+test test-quick: export OMP_WAIT_POLICY ?= PASSIVE
 # Python keeps the compiled modules of the package and of the tests. Without them each of the many
 # processes would compile them again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -28,7 +28,7 @@ $(BIN)/.installed: pyproject.toml $(LOCK)
 
 setup: $(BIN)/.installed ## create .venv with pinned dependencies
 
-run: setup ## run the demo: five methods on SmolLM2-135M, then a table of results
+run: setup ## run the demo: four methods on SmolLM2-135M, then a table of results
 	$(BIN)/emloc experiments=demo
 
 lint: setup ## check lint rules and formatting (ruff)
