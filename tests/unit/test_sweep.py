@@ -24,9 +24,9 @@ from emloc.sweeps.planned_jobs import PlannedJobs
     [
         (["method=zero_shot,lora", "seed=range(3)", "lora.rank=8"], 6),
         (["seed=0"], 1),
-        (["experiments=demo"], 5),
+        (["experiments=demo"], 4),
         (["experiments=demo", "method=lora"], 1),
-        (["experiments=demo", "lora=glob(r?)", "seed=0,1"], 5 * 2 * 2),  # r4, r8
+        (["experiments=demo", "lora=glob(r?)", "seed=0,1"], 4 * 2 * 2),  # r4, r8
         (["hydra/sweeper=search", "hydra.sweeper.n_trials=7"], 7),
     ],
 )

@@ -219,7 +219,8 @@ class Svd(Emulator):
                     *(weights, ranks, statistics, self.algorithm, precision),
                     gradients=gradients(block.name),
                 )
-                if self.algorithm != "whiten":
+                # Rounding to 16 bits changes v too little to be worth another run of the block.
+                if precision is not None and self.algorithm != "whiten":
                     factors = refine(block, factors, [n for n in layers if n in statistics.outputs])
                 save_factors(factors, journal.file(block.name))
                 journal.add(block.name, layers=layers)

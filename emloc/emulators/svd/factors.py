@@ -147,12 +147,14 @@ def _factorize_weighted(
     if (outputs := grams.get("output_gram")) is not None:
         weighted["output_gram"] = root @ outputs.double() @ root.T
     target = weight.detach().double()
-    factors, v = factorize_matrix(root @ target, rank, weighted, algorithm, precision, weight.dtype)
-    # R^-1 enlarges what rounding has changed in u, so u is fitted to the rounded v again.
-    u = unweighted(root, factors.u)
+    # R^-1 enlarges what rounding has changed in u, so u is not rounded before. In a packed format,
+    # `refine` fits u again.
+    dtype = torch.float64 if precision is None else weight.dtype
+    factors, packed = factorize_matrix(root @ target, rank, weighted, algorithm, precision, dtype)
+    u, v = unweighted(root, factors.u), factors.v.to(weight.dtype)
     if "output_gram" not in grams:
-        u = refit_to_v(target, u, factors.v, grams.get("input_gram"))
-    return replace(factors, u=u.to(weight.dtype)), v
+        u = refit_to_v(target, u, v, grams.get("input_gram"))
+    return replace(factors, u=u.to(weight.dtype), v=v), packed
 
 
 def spectra(weights: Mapping[str, Tensor], statistics: Statistics | None) -> dict[str, Tensor]:

@@ -33,9 +33,21 @@ def required_override(lora: LoraSettings) -> str | None:
 
 
 def prepare_model(
-    model: Any, adapter: Adapter, recipe: TrainSettings, objective: Objective
+    model: Any,
+    adapter: Adapter,
+    recipe: TrainSettings,
+    objective: Objective,
+    *,
+    announce: bool = True,
 ) -> tuple[bool, Loss | None]:
     """Set up the memory-saving path on `model`, which `adapter` is already attached to.
+
+    Args:
+        model: with the adapter.
+        adapter: the adapter's kind.
+        recipe: settings of the training.
+        objective: whose loss is computed in chunks.
+        announce: log what the path saves.
 
     Returns:
         Whether each layer is fused with its adapter, and the objective's chunked loss. A fused
@@ -57,7 +69,8 @@ def prepare_model(
     if recipe.host_activations:
         offload_layer_inputs(inner)
     saved = saved if inner.device.type == "cuda" else 0
-    log.info("%s", savings(fused, shorter, saved, loss is not None))
+    if announce:
+        log.info("%s", savings(fused, shorter, saved, loss is not None))
     return fused, loss
 
 

@@ -107,6 +107,7 @@ def fit_rows(
     """
     trainee = open_trainee(built_emulator, training_inputs, device, start)
     checkpoints, timer = folder / "checkpoints", StepTimer()
+    log_size(trainee.trainable, len(rows))
     state = run_steps(trainee, rows, collate_rows, checkpoints, report, timer)
     unshard_parameters(trainee.model)
     if is_first():
@@ -164,8 +165,12 @@ def open_trainee(
     training_inputs: TrainingInputs,
     device: torch.device,
     start: Path | None = None,
+    *,
+    announce: bool = True,
 ) -> Trainee:
     """Load the emulator and attach the adapter: a new one, or the one in the folder `start`.
+
+    `announce`: log how the training saves memory.
 
     Raises:
         ConfigError: FSDP is to split weights in a packed format.
@@ -195,15 +200,26 @@ def open_trainee(
         model = training_inputs.adapter.load(model, start, trainable=True)
     lean, fused, loss = training_inputs.recipe.lean, False, None
     if lean and (override := required_override(training_inputs.lora)):
-        log.info(
-            "train: PEFT's own layers, which take more memory and time; %s avoids them", override
-        )
+        if announce:
+            log.info(
+                "train: PEFT's own layers, which take more memory and time; %s avoids them",
+                override,
+            )
         lean = False
     elif lean:
         fused, loss = prepare_model(
-            model, training_inputs.adapter, training_inputs.recipe, source.objective
+            model,
+            training_inputs.adapter,
+            training_inputs.recipe,
+            source.objective,
+            announce=announce,
         )
     return Trainee(model, built_emulator, training_inputs, device, share, lean, fused, loss)
+
+
+def log_size(trainable: int, rows: int) -> None:
+    """Log how much is trained, on how much."""
+    log.info("train: %s trainable parameters, %d training rows", f"{trainable:,}", rows)
 
 
 def run_steps(
@@ -233,9 +249,6 @@ def run_steps(
     """
     training_inputs, source = trainee.training_inputs, trainee.built_emulator.source
     segment = segment or Segment()
-    log.info(
-        "train: %s trainable parameters, %d training rows", f"{trainee.trainable:,}", len(rows)
-    )
     progress = TrainingProgress(report, skipped=segment.skipped)
     trainer = FiniteTrainer(
         adapter=training_inputs.adapter,

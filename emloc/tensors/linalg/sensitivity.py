@@ -15,6 +15,8 @@ from emloc.tensors.linalg.gram import gram
 
 # Share of the mean diagonal of G that is added to it: so much a direction counts at least.
 DAMPING = 1e-3
+# Tokens that are multiplied at once.
+CHUNK = 2048
 
 
 def output_root(gradients: Tensor) -> Tensor | None:
@@ -28,7 +30,8 @@ def output_root(gradients: Tensor) -> Tensor | None:
     largest = gradients.abs().max()
     if not largest > 0:
         return None
-    total = gram(gradients / largest)
+    # Sums of float32 over long chunks are precise enough for weights.
+    total = gram(gradients / largest, chunk=CHUNK)
     total /= total.diagonal().mean()
     total.diagonal().add_(DAMPING)
     upper: Tensor = torch.linalg.cholesky(total, upper=True)
