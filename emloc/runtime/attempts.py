@@ -1,7 +1,7 @@
 """What the attempts of an interrupted stage have spent, so that its figures are those of all.
 
-A stage that is interrupted leaves a file with its seconds, peak memory and work in its folder. The
-attempt that finishes the stage adds them to its own. An attempt that was killed, and not
+A stage that is interrupted leaves a file with its seconds, peak memory and work beside its folder.
+The attempt that finishes the stage adds them to its own. An attempt that was killed, and not
 interrupted, leaves nothing.
 """
 
@@ -17,8 +17,6 @@ from pathlib import Path
 from emloc.runtime.atomic import write_json
 from emloc.runtime.work_meter import metered
 
-FILE = "attempts.json"
-
 
 @dataclass
 class Spent:
@@ -32,7 +30,7 @@ class Spent:
 
 def earlier_attempts(folder: Path) -> Spent:
     """Return what interrupted attempts have spent in a folder; zeros without any."""
-    path = folder / FILE
+    path = _file(folder)
     return Spent(**json.loads(path.read_text())) if path.exists() else Spent()
 
 
@@ -40,8 +38,8 @@ def earlier_attempts(folder: Path) -> Spent:
 def attempt(folder: Path) -> Iterator[Spent]:
     """Yield the sum over all attempts, which holds this one when the `with` block has ended.
 
-    If the block ends by an exception, the sum is left in `folder` for the next attempt; otherwise
-    nothing is left.
+    If the block ends by an exception, the sum is left beside `folder` for the next attempt;
+    otherwise nothing is left.
     """
     spent, start = earlier_attempts(folder), time.perf_counter()
     ended = False
@@ -54,7 +52,12 @@ def attempt(folder: Path) -> Iterator[Spent]:
         spent.operations += meter.operations
         spent.weight_bytes += meter.weight_bytes
         if ended:
-            (folder / FILE).unlink(missing_ok=True)
+            _file(folder).unlink(missing_ok=True)
         else:
             with suppress(OSError):  # a full disk may be what has ended the attempt
-                write_json(folder / FILE, asdict(spent))
+                write_json(_file(folder), asdict(spent))
+
+
+def _file(folder: Path) -> Path:
+    # Not inside, where a stage may list what an earlier attempt of its own has written.
+    return folder.with_name(f"{folder.name}.attempts.json")

@@ -86,9 +86,9 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("bits", [16, 4])
 def test_one_pass_and_two_stages_give_the_same_factors(tmp_path, source, both, bits, monkeypatch):
-    monkeypatch.setattr(
-        "emloc.tensors.linalg.subspace.MIN_SIZE", 16
-    )  # otherwise all these layers are too small for the iteration
+    # Otherwise all these layers are too small for the iteration.
+    monkeypatch.setattr("emloc.tensors.linalg.subspace.MIN_SIZE", 16)
+    monkeypatch.setattr("emloc.tensors.linalg.subspace.SIZE_PER_COLUMN", 2)
     emulator, statistics = both
     once, twice = tmp_path / "once", tmp_path / "twice"
     facts = build_in(once, source, emulator, bits)

@@ -23,11 +23,12 @@ def interrupted(folder: Path, operations: int, error: BaseException) -> None:
 
 
 def test_the_attempt_that_finishes_has_the_sum_and_leaves_nothing(tmp_path: Path) -> None:
-    interrupted(tmp_path, 5, KeyboardInterrupt())
-    interrupted(tmp_path, 7, RuntimeError())
-    earlier = earlier_attempts(tmp_path)
+    folder = tmp_path / "stage"
+    interrupted(folder, 5, KeyboardInterrupt())
+    interrupted(folder, 7, RuntimeError())
+    earlier = earlier_attempts(folder)
     assert (earlier.operations, earlier.weight_bytes, earlier.peak_gib) == (12, 24, 2.0)
-    with attempt(tmp_path) as spent:
+    with attempt(folder) as spent:
         count_operations(1)
     assert (spent.operations, spent.weight_bytes) == (13, 24)
     assert spent.seconds > earlier.seconds > 0
@@ -35,7 +36,7 @@ def test_the_attempt_that_finishes_has_the_sum_and_leaves_nothing(tmp_path: Path
 
 
 def test_an_attempt_ends_with_its_own_error_if_its_folder_is_gone(tmp_path: Path) -> None:
-    interrupted(tmp_path / "absent", 5, KeyboardInterrupt())
+    interrupted(tmp_path / "absent" / "stage", 5, KeyboardInterrupt())
 
 
 def twice(folder: Path) -> dict[str, int]:
@@ -55,4 +56,4 @@ def test_a_stage_has_the_seconds_of_all_attempts(
         Store(tmp_path).stage("twice", twice)
     artifact = Store(tmp_path).stage("twice", twice)
     assert artifact.facts["seconds"] == 8
-    assert not (artifact.folder / "attempts.json").exists()
+    assert not list(tmp_path.rglob("*attempts*"))
