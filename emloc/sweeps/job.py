@@ -27,6 +27,7 @@ from emloc.runtime.distributed import (
     world_size,
 )
 from emloc.runtime.failures import reason_of, refusal_of
+from emloc.runtime.interrupts import noticed_interrupts
 from emloc.runtime.quiet_libraries import quiet
 from emloc.sweeps.named_lines import name_console_lines
 
@@ -126,14 +127,18 @@ def begin(run: Run, cfg: DictConfig, choices: Mapping[str, str | None]) -> None:
 
 def _lead(cfg: DictConfig, run: Run, record: Record) -> float | None:
     """Run all stages in the first process, and record how the run ended."""
-    try:
-        metrics = _work(cfg, run, record)
-    except KeyboardInterrupt:
-        run.mark("interrupted")
-        raise
-    except Exception as error:  # why: the record has to know of it before it is closed
-        _failed(run, error)
-        return None
+    with noticed_interrupts() as is_interrupted:
+        try:
+            metrics = _work(cfg, run, record)
+        except KeyboardInterrupt:
+            run.mark("interrupted")
+            raise
+        except Exception as error:  # why: the record has to know of it before it is closed
+            if is_interrupted():
+                run.mark("interrupted")
+                raise KeyboardInterrupt from error
+            _failed(run, error)
+            return None
     run.finish(metrics)
     log.info("%s: done", run.folder.name)
     return float(metrics["score"])
