@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from packed import precision_of
+from tiny import save_checkpoint
 from torch import Tensor, nn
 
 from emloc.adapters import Adapter
@@ -195,6 +197,12 @@ def record_anchors(
     )
     original = adapter.load(source.load(CPU), folder / "carried" / "adapter")
     return Anchored(folder / "offsets", adapter.base(original), inner, places, stored_as)
+
+
+def tiny_source(made_once: Callable[..., Path], blocks: int) -> Source:
+    """Return a tiny model with so many blocks, in float32."""
+    make = partial(save_checkpoint, num_hidden_layers=blocks)
+    return Source(made_once(f"blocks_{blocks}", make), "tiny", "0", torch.float32)
 
 
 def in_float64(source: Source) -> Source:

@@ -10,13 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from emloc.anchors import Anchor
-from emloc.anchors.places import (
-    USUAL_PLACES,
-    Place,
-    require_places,
-    spread,
-    usual_places,
-)
+from emloc.anchors.places import USUAL_PLACES, Place, require_places, spread, usual_places
 from emloc.config.values import Range
 from emloc.runtime.keys import key_of
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,18 @@ from emloc.runtime.manifest import file_hash
 from emloc.runtime.safetensors_file import write_safetensors
 
 log = logging.getLogger(__name__)
+
+
+def most_states(tokens: Sequence[int], token_bytes: int) -> int:
+    """Return how many bytes the states of a pass take at most.
+
+    They are those of two models behind two places: the finished one and the next.
+
+    Args:
+        tokens: for each place, the number of tokens with an offset.
+        token_bytes: of the hidden states of one token.
+    """
+    return 2 * sum(sorted(tokens)[-2:]) * token_bytes
 
 
 class PassStates:

@@ -211,7 +211,7 @@ class _Pass:
             def run(inputs: dict[str, Any]) -> None:
                 self.recorder.begin(index)
                 # A place in front of the head is reached without the logits of all tokens.
-                forward_logits(model, {n: v for n, v in inputs.items() if n != "labels"})
+                forward_logits(model, inputs)
 
             return run
 

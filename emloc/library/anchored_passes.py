@@ -24,7 +24,7 @@ from emloc.library.anchored_original import adapted_original, adapter_digest
 from emloc.library.anchored_rows import RowTable
 from emloc.library.emulate import eval_mode
 from emloc.models.objectives.answer_logits import forward_logits
-from emloc.models.objectives.token_scores import score_tokens, without_labels
+from emloc.models.objectives.token_scores import score_tokens
 from emloc.models.objectives.tokens import Tokens
 from emloc.runtime.digest import digest
 from emloc.runtime.memory import GIB
@@ -137,7 +137,7 @@ class LabelledTokens(Tokens):
         self, model: Any, rows: Sequence[Any], batch: dict[str, Any]
     ) -> list[tuple[float, int]]:
         """Negative log-likelihood and number of the labelled tokens of each row; else zeros."""
-        logits, labels = forward_logits(model, without_labels(batch)), batch.get("labels")
+        logits, labels = forward_logits(model, batch), batch.get("labels")
         if logits is None or labels is None or labels.shape != logits.shape:
             return [(0.0, 0) for _ in rows]
         scores = score_tokens(logits, labels)

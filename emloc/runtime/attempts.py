@@ -15,17 +15,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from emloc.runtime.atomic import write_json
-from emloc.runtime.work_meter import metered
+from emloc.runtime.work_meter import WorkMeter, metered
 
 
-@dataclass
-class Spent:
-    """What the attempts of one stage have spent so far; see `WorkMeter` for the last two."""
+@dataclass(eq=False)
+class Spent(WorkMeter):
+    """What the attempts of one stage have spent so far."""
 
     seconds: float = 0.0
     peak_gib: float = 0.0  # the largest of the attempts, which the `with` block measures
-    operations: int = 0
-    weight_bytes: int = 0
 
 
 def earlier_attempts(folder: Path) -> Spent:
@@ -44,13 +42,11 @@ def attempt(folder: Path) -> Iterator[Spent]:
     spent, start = earlier_attempts(folder), time.perf_counter()
     ended = False
     try:
-        with metered() as meter:
+        with metered(spent):
             yield spent
         ended = True
     finally:
         spent.seconds += time.perf_counter() - start
-        spent.operations += meter.operations
-        spent.weight_bytes += meter.weight_bytes
         if ended:
             _file(folder).unlink(missing_ok=True)
         else:

@@ -25,9 +25,12 @@ _running: list[WorkMeter] = []
 
 
 @contextmanager
-def metered() -> Iterator[WorkMeter]:
-    """Yield a meter that counts until the `with` block ends; meters may be nested."""
-    meter = WorkMeter()
+def metered(meter: WorkMeter | None = None) -> Iterator[WorkMeter]:
+    """Yield a meter that counts until the `with` block ends; meters may be nested.
+
+    `meter` counts on from what it has; None: a new one.
+    """
+    meter = meter or WorkMeter()
     _running.append(meter)
     try:
         yield meter

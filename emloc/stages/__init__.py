@@ -142,13 +142,10 @@ class Stage(Part):
 
     def enter(self, folder: Path, *_: Any, context: Context) -> Facts:
         """Call `work` for the store, which hashes the inputs but not the context."""
-        with metered() as meter:
+        with metered(earlier_attempts(folder)) as meter:
             facts = self.work(folder, context)
         if not self.counted:
             return facts
-        earlier = earlier_attempts(folder)
-        meter.operations += earlier.operations
-        meter.weight_bytes += earlier.weight_bytes
         return measured_work(meter, context.source, together=self.together(context)) | facts
 
 

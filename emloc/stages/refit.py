@@ -69,7 +69,7 @@ class RefitEmulator(Stage):
         assert inputs is not None
         refit = refit_of(context.anchored_rows, context.samples, context.built_emulator)
         assert refit is not None
-        trainee = open_trainee(context.built_emulator, inputs, context.device, announce=False)
+        trainee = open_trainee(context.built_emulator, inputs, context.device)
         row_forwards = refit.run(
             folder,
             trainee,

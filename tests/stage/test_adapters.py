@@ -232,7 +232,7 @@ def test_every_adapter_uses_the_memory_savings_outside_the_adapter(tiny, adapter
     recipe = build(compose_cached([*tiny, "train=steps500"])).train
     assert recipe.host_activations
     tuned = attached(adapter).train()
-    fused, loss = prepare_model(tuned, adapter, recipe, Tokens())
+    fused, loss, _ = prepare_model(tuned, adapter, recipe, Tokens())
     assert fused == (type(adapter) is Lora)
     inner = adapter.base(tuned)
     assert type(inner.get_input_embeddings()) is HostEmbedding

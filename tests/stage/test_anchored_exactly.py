@@ -9,7 +9,6 @@ import anchored
 import pytest
 import torch
 from anchored import FLOAT64
-from tiny import save_checkpoint
 
 import emloc.anchors.record as record_module
 from emloc.adapters.dora import Dora
@@ -26,7 +25,6 @@ from emloc.emulators.layer_drop import LayerDrop, block_stack
 from emloc.emulators.prune import Prune
 from emloc.emulators.svd import Svd
 from emloc.models.block_names import find_block
-from emloc.models.checkpoint.source import Source
 from emloc.recovery.none import NoRecovery
 from emloc.recovery.scatter import Scatter
 
@@ -47,8 +45,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def source(made_once):
-    folder = made_once("blocks_6", partial(save_checkpoint, num_hidden_layers=6))
-    return Source(folder, "tiny", "0", torch.float32)
+    return anchored.tiny_source(made_once, blocks=6)
 
 
 @pytest.fixture(scope="module")
@@ -215,8 +212,7 @@ def test_gradients_are_the_chain_rule_through_the_stretches(tmp_path, model_of):
 
 def test_rounding_does_not_add_up_over_places(tmp_path, made_once):
     """Each offset also takes back the rounding of the offset before it."""
-    folder = made_once("blocks_10", partial(save_checkpoint, num_hidden_layers=10))
-    source = Source(folder, "tiny", "0", torch.float32)
+    source = anchored.tiny_source(made_once, blocks=10)
     (tmp_path / "emulator").mkdir()
     built = anchored.build_emulator(tmp_path / "emulator", source, Full(), 4)
     places = replace(BLOCKS, places=10).find(source.meta_model, block_stack(source))

@@ -153,7 +153,7 @@ def test_frozen_blocks_of_a_vision_tower_are_streamed_and_not_recomputed(tiny, t
         torch.manual_seed(0)
         adapter = Lora()
         tuned = adapter.attach(model, LORA, linears(model, r".*language_model.*_proj"))
-        lean, loss = prepare_model(tuned, adapter, recipe, Tokens())
+        lean, loss, _ = prepare_model(tuned, adapter, recipe, Tokens())
         assert lean
         for name, parameter in tuned.named_parameters():
             if "lora_B" in name:

@@ -6,7 +6,6 @@ import anchored
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import save_checkpoint
 
 import emloc.stages.training.refit as refit_module
 from emloc.anchors.blocks import Blocks
@@ -14,7 +13,6 @@ from emloc.anchors.record import Original, Stretches
 from emloc.calibration.blockwise import by_block
 from emloc.emulators.full import Full, block_linears
 from emloc.emulators.svd import Svd
-from emloc.models.checkpoint.source import Source
 from emloc.stages.training.anchored_rows import anchored_rows
 from emloc.stages.training.refit import Refit, refit_of, with_folder
 from emloc.stages.training.round_passes import RoundPasses
@@ -35,8 +33,7 @@ class Killed(Exception):
 
 @pytest.fixture(scope="module")
 def source(made_once):
-    folder = made_once("blocks_3", partial(save_checkpoint, num_hidden_layers=3))
-    return Source(folder, "tiny", "0", torch.float32)
+    return anchored.tiny_source(made_once, blocks=3)
 
 
 @pytest.fixture(scope="module")

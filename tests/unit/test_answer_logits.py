@@ -13,8 +13,8 @@ from transformers import LlamaForCausalLM
 
 from emloc.calibration.blockwise import iterate_blocks
 from emloc.data.collate import IGNORE
-from emloc.models.objectives.answer_logits import TRIAL_TOKENS, forward_logits
-from emloc.models.objectives.token_scores import score_tokens, without_labels
+from emloc.models.objectives.answer_logits import TRIAL_TOKENS, forward_logits, without_labels
+from emloc.models.objectives.token_scores import score_tokens
 from emloc.tensors.lean import loss
 
 FAMILIES = [
@@ -75,7 +75,7 @@ def whole_scores(model, batch):
 
 
 def scores(model, batch):
-    return score_tokens(forward_logits(model, without_labels(batch)), batch["labels"])
+    return score_tokens(forward_logits(model, batch), batch["labels"])
 
 
 def assert_same_scores(model, batch):

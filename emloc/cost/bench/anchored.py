@@ -13,7 +13,7 @@ import torch
 from emloc.anchors.attached import AttachedOffsets
 from emloc.anchors.batches import AnchoredCollator, KeyedRow
 from emloc.anchors.formats import FORMATS, OffsetFormat
-from emloc.anchors.places import Place, spread
+from emloc.anchors.places import USUAL_PLACES, Place, spread, usual_places
 from emloc.anchors.shards import OffsetReader, shard_file, write_rows, write_shard
 from emloc.cost.bench.rows import BenchRow, row
 from emloc.cost.bench.setting import BenchSetup, reset_memory, synchronized_time
@@ -29,7 +29,6 @@ from emloc.emulators.layer_drop import block_stack
 from emloc.stages.training.callbacks import StepTimer
 from emloc.stages.training.train import Segment, open_trainee, run_steps
 
-PLACES = 8
 # Target: a step with anchors takes at most a tenth longer.
 LEAST_RATIO = 1 / 1.1
 
@@ -47,7 +46,7 @@ def anchored(name: str, model: str, ratio: float) -> Iterator[BenchRow]:
             least_ratio=least_ratio,
         )
         yield row(name, f"peak with {dtype} offsets; without", "GB", ours.peak, peer=plain.peak)
-        batch = setup.length * PLACES * FORMATS[dtype].token_bytes(_width(setup)) / 1e9
+        batch = setup.length * USUAL_PLACES * FORMATS[dtype].token_bytes(_width(setup)) / 1e9
         yield row(name, f"one batch of {dtype} offsets", "GB", batch)
 
 
@@ -60,7 +59,7 @@ def _measure(setup: BenchSetup, ratio: float, stored_as: OffsetFormat) -> Traini
     """Measure a training with random offsets, which are read from files as in a run."""
     device = setup.device
     blocks = block_stack(setup.source)
-    places = [Place(block) for block in spread(blocks, min(PLACES, len(blocks)))]
+    places = [Place(block) for block in spread(blocks, usual_places(len(blocks)))]
     rows = [KeyedRow(one, str(one.seed)) for one in setup.rows()]
     reset_memory(device)
     ends: list[float] = []

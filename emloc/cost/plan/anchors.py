@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from emloc.anchors import Anchor
+from emloc.anchors.pass_states import most_states
 from emloc.anchors.places import Place
 from emloc.config.compatibility import choice_name
 from emloc.config.settings import Budget, TrainSettings
@@ -85,8 +86,8 @@ class AnchorPlan:
     @property
     def disk(self) -> int:
         """Bytes of disk of a pass: offsets, states behind two places, states beyond the host's."""
-        behind_places = 2 * sum(sorted(self._row_tokens)[-2:]) * self.round_rows
-        behind_places *= self._width * self.source.dtype.itemsize
+        tokens = [self.round_rows * count for count in self._row_tokens]
+        behind_places = most_states(tokens, self._width * self.source.dtype.itemsize)
         return self.round_offsets + behind_places + max(0, self.states - self._host_limit)
 
     @property

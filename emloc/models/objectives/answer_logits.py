@@ -43,13 +43,19 @@ class Logits:
     at: Callable[[Tensor, Tensor], Tensor]
 
 
-def forward_logits(model: Any, inputs: Batch) -> Logits | None:
+def without_labels(batch: Batch) -> Batch:
+    """The batch without its labels, so that the model computes no loss of its own."""
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def forward_logits(model: Any, batch: Batch) -> Logits | None:
     """Run the model without gradients and return its logits; None if its output has no logits.
 
-    The logits of all tokens are computed at once if the model has an unusual head, or if the
-    logits of a token depend on other tokens' logits. The model's body runs once in any case.
+    The model does not get the labels of the batch. The logits of all tokens are computed at once
+    if the model has an unusual head, or if the logits of a token depend on other tokens' logits.
+    The model's body runs once in any case.
     """
-    inner = unwrap(model)
+    inner, inputs = unwrap(model), without_labels(batch)
     if "use_cache" not in inputs and accepts_use_cache(inner):
         inputs = inputs | {"use_cache": False}  # nothing is generated from these keys and values
     parts = _body_and_head(inner)

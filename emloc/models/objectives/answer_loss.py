@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from emloc.data.collate import IGNORE
 from emloc.models.objectives import Batch, Loss
+from emloc.models.objectives.answer_logits import without_labels
 from emloc.models.objectives.output_head import ROUNDING, IdentityHead, name_of_head
 from emloc.tensors.lean.loss import AnswerLoss
 
@@ -63,7 +64,7 @@ def _only_scales_logits(model: PreTrainedModel, head: IdentityHead) -> bool:
 
 def _answer_loss(weight: Tensor, model: Any, batch: Batch, count: Tensor) -> Tensor:
     """Sum of the answer tokens' cross-entropies over `count`; `weight` (V, d) is the head's."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = without_labels(batch)
     # The hidden state at one position predicts the token at the next position.
     hidden, labels = model(**inputs).logits[:, :-1], batch["labels"][:, 1:]
     is_answer = labels != IGNORE

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from emloc.data.collate import IGNORE
-from emloc.models.objectives import Batch
 from emloc.models.objectives.answer_logits import Logits
 from emloc.tensors.lean.loss import chunks
 
@@ -37,8 +36,3 @@ def score_tokens(logits: Logits, labels: Tensor) -> TokenScores:
         nll[indices] = functional.cross_entropy(values, targets[indices], reduction="none")
         is_right[indices] = values.argmax(-1) == targets[indices]
     return TokenScores(nll, is_answer, is_right)
-
-
-def without_labels(batch: Batch) -> Batch:
-    """The batch without its labels, so that the model computes no loss of its own."""
-    return {name: value for name, value in batch.items() if name != "labels"}

@@ -14,9 +14,9 @@ from emloc.data.collate import IGNORE
 from emloc.data.examples import Examples
 from emloc.data.prompts import EncodedExample
 from emloc.models.objectives import Batch, Loss, Objective
-from emloc.models.objectives.answer_logits import forward_logits
+from emloc.models.objectives.answer_logits import forward_logits, without_labels
 from emloc.models.objectives.answer_loss import install_answer_loss
-from emloc.models.objectives.token_scores import score_tokens, without_labels
+from emloc.models.objectives.token_scores import score_tokens
 from emloc.tensors.nn.forward import accepts_item_count
 
 
@@ -92,7 +92,7 @@ class Tokens(Objective):
         self, model: Any, rows: Sequence[EncodedExample], batch: Batch
     ) -> list[TokenAnswer]:
         """Score the correct answers from one forward pass under teacher forcing."""
-        logits = forward_logits(model, without_labels(batch))
+        logits = forward_logits(model, batch)
         assert logits is not None  # every model that generates text has logits
         scores = score_tokens(logits, batch["labels"])
         columns = (scores.nll, scores.is_answer, scores.is_right)

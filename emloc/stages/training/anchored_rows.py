@@ -15,6 +15,7 @@ from emloc.adapters.training_inputs import TrainingInputs
 from emloc.anchors import Anchor
 from emloc.anchors.batches import KeyedRow
 from emloc.anchors.guard import guard_rows
+from emloc.anchors.pass_states import most_states
 from emloc.anchors.places import Place
 from emloc.anchors.record import Original, RowLoss, Rows, Stretches, record
 from emloc.calibration.blockwise import by_block
@@ -176,8 +177,7 @@ def disk_shortage(
             f"budget.disk_gib={limit_gib:g}; set anchor.rounds or budget.disk_gib higher, or "
             "anchor.dtype=int8"
         )
-    # Hidden states of two models behind two places: the finished one and the next.
-    states = 2 * sum(sorted(tokens)[-2:]) * width * source.dtype.itemsize
+    states = most_states(tokens, width * source.dtype.itemsize)
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if size + states > free:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +12,6 @@ from emloc.runtime.distributed import is_sharded
 from emloc.tensors.lean.activations import offload_layer_inputs
 from emloc.tensors.lean.model import offload_embedding, recompute_layers
 from emloc.tensors.lean.modules import fuse_modules
-
-log = logging.getLogger(__name__)
 
 
 def required_override(lora: LoraSettings) -> str | None:
@@ -33,26 +30,15 @@ def required_override(lora: LoraSettings) -> str | None:
 
 
 def prepare_model(
-    model: Any,
-    adapter: Adapter,
-    recipe: TrainSettings,
-    objective: Objective,
-    *,
-    announce: bool = True,
-) -> tuple[bool, Loss | None]:
+    model: Any, adapter: Adapter, recipe: TrainSettings, objective: Objective
+) -> tuple[bool, Loss | None, str]:
     """Set up the memory-saving path on `model`, which `adapter` is already attached to.
 
-    Args:
-        model: with the adapter.
-        adapter: the adapter's kind.
-        recipe: settings of the training.
-        objective: whose loss is computed in chunks.
-        announce: log what the path saves.
-
     Returns:
-        Whether each layer is fused with its adapter, and the objective's chunked loss. A fused
-        layer casts its operands itself; others need autocast, and the rest of the path works the
-        same for both. The loss is None if the model has to use the objective's ordinary loss.
+        Whether each layer is fused with its adapter, the objective's chunked loss, and the log line
+        that says what the path saves. A fused layer casts its operands itself; others need
+        autocast, and the rest of the path works the same for both. The loss is None if the model
+        has to use the objective's ordinary loss.
     """
     fused = adapter.fuse(model)
     inner = adapter.base(model)
@@ -69,9 +55,7 @@ def prepare_model(
     if recipe.host_activations:
         offload_layer_inputs(inner)
     saved = saved if inner.device.type == "cuda" else 0
-    if announce:
-        log.info("%s", savings(fused, shorter, saved, loss is not None))
-    return fused, loss
+    return fused, loss, savings(fused, shorter, saved, loss is not None)
 
 
 def savings(fused: bool, modules: Sequence[str], embedding_bytes: int, chunked: bool) -> str:

@@ -51,11 +51,6 @@ class RoundTrainee:
         return self._trainee.training_inputs
 
     @property
-    def trainable(self) -> int:
-        """Number of trainable parameters."""
-        return self._trainee.trainable
-
-    @property
     def device(self) -> torch.device:
         """The device that is trained on."""
         return self._trainee.device
@@ -76,8 +71,7 @@ class RoundTrainee:
             inputs, device = self.training_inputs, self.device
             del self._trainee
             gc.collect()
-            self._trainee = open_trainee(self.emulator, inputs, device, announce=False)
-            self.is_split = False
+            self._trainee, self.is_split = open_trainee(self.emulator, inputs, device), False
         return self._trainee
 
     def load(self, state: State, *, whole: bool = False) -> Trainee:
@@ -96,7 +90,7 @@ class RoundTrainee:
 
     def facts(self, rows: int) -> dict[str, Any]:
         """Return the number of trainable parameters, and the work of a training on so many rows."""
-        return {"trainable": self.trainable, **self._trainee.work(rows)}
+        return {"trainable": self._trainee.trainable, **self._trainee.work(rows)}
 
     def save(self, folder: Path) -> None:
         """Write the present adapter into `folder`."""

@@ -32,7 +32,7 @@ from emloc.stages.training.refit import Refit
 from emloc.stages.training.round_passes import FirstPass, RoundPasses
 from emloc.stages.training.round_steps import RoundSteps
 from emloc.stages.training.round_trainee import RoundTrainee, State
-from emloc.stages.training.train import Trainee, log_size, write_curve
+from emloc.stages.training.train import Trainee, log_start, write_curve
 from emloc.stages.training.work import rows_of_step
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class Rounds:
                 guard.
         """
         last = self.rows.round_ends[-1]
-        log_size(self.trainee.trainable, len(self.rows.rows))
+        log_start(self.trainee.open(), len(self.rows.rows))
         state, position, rate, rejected = State(), 0, 1.0, 0
         tentative: State | None = None  # the end of a round that no pass has judged yet
         guard: dict[str, RowLoss] = {}  # losses with the adapter of `state`

@@ -107,7 +107,7 @@ def fit_rows(
     """
     trainee = open_trainee(built_emulator, training_inputs, device, start)
     checkpoints, timer = folder / "checkpoints", StepTimer()
-    log_size(trainee.trainable, len(rows))
+    log_start(trainee, len(rows))
     state = run_steps(trainee, rows, collate_rows, checkpoints, report, timer)
     unshard_parameters(trainee.model)
     if is_first():
@@ -134,6 +134,7 @@ class Trainee:
     lean: bool  # whether the memory-saving path is set up
     fused: bool  # whether each layer is fused with its adapter, and casts its operands itself
     loss: Loss | None  # the objective's chunked loss
+    path: str  # log line about the memory-saving path; empty with train.lean=false
 
     @property
     def trainable(self) -> int:
@@ -165,12 +166,8 @@ def open_trainee(
     training_inputs: TrainingInputs,
     device: torch.device,
     start: Path | None = None,
-    *,
-    announce: bool = True,
 ) -> Trainee:
     """Load the emulator and attach the adapter: a new one, or the one in the folder `start`.
-
-    `announce`: log how the training saves memory.
 
     Raises:
         ConfigError: FSDP is to split weights in a packed format.
@@ -198,28 +195,22 @@ def open_trainee(
         )
     else:
         model = training_inputs.adapter.load(model, start, trainable=True)
-    lean, fused, loss = training_inputs.recipe.lean, False, None
+    lean, fused, loss, path = training_inputs.recipe.lean, False, None, ""
     if lean and (override := required_override(training_inputs.lora)):
-        if announce:
-            log.info(
-                "train: PEFT's own layers, which take more memory and time; %s avoids them",
-                override,
-            )
+        path = f"train: PEFT's own layers, which take more memory and time; {override} avoids them"
         lean = False
     elif lean:
-        fused, loss = prepare_model(
-            model,
-            training_inputs.adapter,
-            training_inputs.recipe,
-            source.objective,
-            announce=announce,
+        fused, loss, path = prepare_model(
+            model, training_inputs.adapter, training_inputs.recipe, source.objective
         )
-    return Trainee(model, built_emulator, training_inputs, device, share, lean, fused, loss)
+    return Trainee(model, built_emulator, training_inputs, device, share, lean, fused, loss, path)
 
 
-def log_size(trainable: int, rows: int) -> None:
-    """Log how much is trained, on how much."""
-    log.info("train: %s trainable parameters, %d training rows", f"{trainable:,}", rows)
+def log_start(trainee: Trainee, rows: int) -> None:
+    """Log how a training saves memory, how much is trained, and on how many rows."""
+    if trainee.path:
+        log.info("%s", trainee.path)
+    log.info("train: %s trainable parameters, %d training rows", f"{trainee.trainable:,}", rows)
 
 
 def run_steps(
