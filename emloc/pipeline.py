@@ -8,6 +8,7 @@ from pathlib import Path
 
 from emloc.adapters import Adapter
 from emloc.adapters.training_inputs import TrainingInputs
+from emloc.calibration.offload import state_limits
 from emloc.calibration.samples import Samples, choose_examples
 from emloc.config.compatibility import check_compatible, refuse_training_in_float16
 from emloc.cost.plan.solve import solve_auto_compression
@@ -17,7 +18,7 @@ from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.runtime.distributed import own_device
 from emloc.runtime.manifest import DamagedError, set_aside
-from emloc.runtime.memory import GIB, limit_device_memory
+from emloc.runtime.memory import limit_device_memory
 from emloc.runtime.stage_cache import Artifact, Facts, Store
 from emloc.stages import (
     EMULATOR,
@@ -132,7 +133,7 @@ def checked(run_config: RunConfig, store: Store, report: Report) -> tuple[str, C
     Raises:
         ConfigError: a setting is wrong.
     """
-    device, host = own_device(), int(run_config.budget.host_gib * GIB)
+    device = own_device()
     limit_device_memory(device, run_config.budget.gpu_gib)
     emulator, adapter, recovery = run_config.emulator, run_config.adapter, run_config.recovery
     check_compatible(emulator, adapter, recovery, run_config.anchor, run_config.train)
@@ -161,7 +162,7 @@ def checked(run_config: RunConfig, store: Store, report: Report) -> tuple[str, C
         samples,
         training_inputs,
         device,
-        host,
+        state_limits(run_config.budget),
         report,
         store.root,
     )

@@ -26,6 +26,7 @@ from emloc.anchors.places import Place
 from emloc.anchors.record import Original, Rows, Stretches, record
 from emloc.anchors.shards import OffsetReader
 from emloc.calibration.blockwise import by_block
+from emloc.calibration.offload import StateLimits
 from emloc.calibration.samples import Samples
 from emloc.config.settings import Compression, LoraSettings, TrainSettings
 from emloc.data.collate import IGNORE, collate
@@ -278,7 +279,7 @@ def rounds(
         rows,
         NoRecovery(),
         None,
-        2**30,
+        StateLimits(host=2**30),
         report,
         refit_of(rows, calibration, built),
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from emloc.anchors.places import Place
+from emloc.anchors.positions import Positions
 from emloc.anchors.shards import OffsetReader
 
 # Name of the offsets in a batch.
@@ -56,18 +57,18 @@ class AnchoredCollator:
     def __call__(self, rows: Sequence[KeyedRow]) -> dict[str, Any]:
         """Return the batch of the rows; its offsets are being read."""
         batch = self._collate([keyed.row for keyed in rows])
-        # The masks are computed here, since the batch may move to a device meanwhile.
-        masks = [place.tokens(batch) for place in self._places]
-        return batch | {OFFSETS: self._thread.submit(self._read, [r.key for r in rows], masks)}
+        # The positions are computed here, since the batch may move to a device meanwhile.
+        positions = [Positions.of(place.tokens(batch)) for place in self._places]
+        return batch | {OFFSETS: self._thread.submit(self._read, [r.key for r in rows], positions)}
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(cancel_futures=True)
 
-    def _read(self, keys: Sequence[str], masks: Sequence[Tensor]) -> list[TokenOffsets]:
+    def _read(self, keys: Sequence[str], positions: Sequence[Positions]) -> list[TokenOffsets]:
         return [
-            TokenOffsets(read_tokens(self._reader, keys, place, pinned=self._pinned), mask)
-            for place, mask in enumerate(masks)
+            TokenOffsets(read_tokens(self._reader, keys, place, pinned=self._pinned), some)
+            for place, some in enumerate(positions)
         ]
 
 
@@ -86,18 +87,14 @@ class TokenOffsets:
     """The offsets of a batch at one place, without padding, and the positions of their tokens."""
 
     parts: Mapping[str, Tensor]  # (tokens, ...), row after row
-    mask: Tensor  # (B, L) bool, true at the positions of the tokens
+    positions: Positions  # of the tokens
 
     def padded(self, device: torch.device) -> dict[str, Tensor]:
         """Return the parts (B, L, ...) on the device, with zeros at all other positions."""
-        index = self.mask.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
-        padded = {}
-        for name, part in self.parts.items():
-            tokens = part.to(device, non_blocking=True)
-            shape = (*self.mask.shape, *tokens.shape[1:])
-            zeros = tokens.new_zeros(self.mask.numel(), *tokens.shape[1:])
-            padded[name] = zeros.index_copy_(0, index, tokens).view(shape)
-        return padded
+        return {
+            name: self.positions.padded(part.to(device, non_blocking=True))
+            for name, part in self.parts.items()
+        }
 
 
 def read_tokens(

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from emloc.anchors.positions import Positions
 from emloc.anchors.shards import shard_file
 from emloc.runtime.atomic import write_json
 from emloc.runtime.manifest import file_hash
@@ -105,19 +105,17 @@ class PassStates:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def stand_in(
-        self, model: str, place: int | None, batch: Callable[[], tuple[int, Tensor]]
+        self, model: str, place: int | None, batch: Callable[[], tuple[int, Positions]]
     ) -> Callable[..., Any]:
         """Return the forward of a finished block: its input, or the states behind a place.
 
-        `batch` returns the index of the present batch, and which positions have states, (B, L).
+        `batch` returns the index of the present batch, and which positions have states.
         """
 
         def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
             if place is not None:
-                index, mask = batch()
-                tokens = self.load(model, place, index).to(hidden_states)
-                hidden_states = torch.zeros_like(hidden_states)
-                hidden_states[mask.to(tokens.device)] = tokens
+                index, positions = batch()
+                hidden_states = positions.padded(self.load(model, place, index).to(hidden_states))
             if not self.tuple_size:
                 return hidden_states
             return (hidden_states, *[None] * (self.tuple_size - 1))

@@ -28,6 +28,7 @@ from emloc.anchors.formats import OffsetFormat
 from emloc.anchors.places import Place
 from emloc.anchors.recorder import OffsetRecorder
 from emloc.calibration.blockwise import Block, WeightReader, fill_outside, iterate_blocks
+from emloc.calibration.offload import UNLIMITED, StateLimits
 from emloc.models.objectives import Objective
 from emloc.models.objectives.answer_logits import forward_logits
 from emloc.runtime.atomic import write_json
@@ -83,7 +84,7 @@ def record(
     decoder_blocks: Sequence[str],
     *,
     device: torch.device,
-    host_bytes: int | None = None,
+    limits: StateLimits = UNLIMITED,
 ) -> dict[str, RowLoss]:
     """Write the offsets of all rows into `folder`, and return the original's loss on each row.
 
@@ -95,7 +96,7 @@ def record(
         blocks: names of all blocks of the model.
         decoder_blocks: those that process tokens, in order; a killed pass skips finished ones.
         device: where both models run.
-        host_bytes: limit of host memory for hidden states; the rest goes to disk.
+        limits: memory for the hidden states of both models together.
 
     Raises:
         ConfigError: the disk is full, or the hidden states have another shape than the tokens.
@@ -111,7 +112,7 @@ def record(
             token_bytes=stretches.token_bytes if stretches is not None else None,
         )
         recording = _Pass(folder, original, stretches, rows, plan, list(decoder_blocks), device)
-        recording.run(blocks, host_bytes)
+        recording.run(blocks, limits)
         write_json(losses, recording.losses)
         recording.recorder.states.remove()
     return {row: (total, items) for row, (total, items) in json.loads(losses.read_text()).items()}
@@ -147,10 +148,9 @@ class _Pass:
     def _anchored_batches(self) -> int:
         return sum(len(shard) for shard in self.plan.shards)
 
-    def run(self, blocks: Sequence[str], host_bytes: int | None) -> None:
+    def run(self, blocks: Sequence[str], limits: StateLimits) -> None:
         """Run both models over all batches."""
         done = self._finished_places()
-        limit = None if host_bytes is None else host_bytes // 2
         states = self.recorder.states.folder
         with ExitStack() as stack:
             skipped = self._skip(stack, done)
@@ -163,13 +163,13 @@ class _Pass:
                 stack.callback(first.register_forward_hook(self._note_output).remove)
             # Closed here, since coroutines that the garbage collector ends later would end inside
             # the coroutine that runs then.
-            originals = stack.enter_context(closing(self._originals(remaining, limit, states)))
+            originals = stack.enter_context(closing(self._originals(remaining, limits, states)))
             count = len(remaining)
             if self.stretches is None or done == len(self._places):
                 for block in tracked(originals, "measure", count, "block"):
                     self._run_original(block, remaining)
                 return
-            emulators = stack.enter_context(closing(self._emulators(remaining, limit, states)))
+            emulators = stack.enter_context(closing(self._emulators(remaining, limits, states)))
             for original in tracked(originals, "anchor", count, "block"):
                 self._run_original(original, remaining)
                 with self.stretches.context():
@@ -177,7 +177,7 @@ class _Pass:
                 self.recorder.finish_place_behind(original.name)
             next(emulators, None)  # ends the passes
 
-    def _originals(self, blocks: Sequence[str], limit: int | None, states: Path) -> Blocks:
+    def _originals(self, blocks: Sequence[str], limits: StateLimits, states: Path) -> Blocks:
         """Yield the blocks of the original, which computes the losses after the last of them."""
         model, weights = self.original.model, self.original.weights
         if weights is not None:
@@ -194,13 +194,13 @@ class _Pass:
             blocks,
             self.device,
             weights,
-            host_bytes=limit,
+            limits=limits.halved,
             folder=states,
             calls=[self._measuring(index) for index in indices],
             to_end=True,
         )
 
-    def _emulators(self, blocks: Sequence[str], limit: int | None, states: Path) -> Blocks:
+    def _emulators(self, blocks: Sequence[str], limits: StateLimits, states: Path) -> Blocks:
         """Yield the blocks of the emulator."""
         assert self.stretches is not None
         model = self.stretches.model
@@ -220,7 +220,7 @@ class _Pass:
             (self._collate(index) for index in indices),
             blocks,
             self.device,
-            host_bytes=limit,
+            limits=limits.halved,
             folder=states,
             calls=[call(index) for index in indices],
             to_end=any(place.predicting_only for place in self._places),

@@ -21,6 +21,7 @@ from emloc.anchors.batch_plan import BatchPlan
 from emloc.anchors.formats import OffsetFormat, Parts
 from emloc.anchors.pass_states import PassStates
 from emloc.anchors.places import Change, Place
+from emloc.anchors.positions import Positions
 from emloc.anchors.shards import shard_file, write_shard
 from emloc.errors import ConfigError
 
@@ -35,12 +36,12 @@ class OffsetRecorder:
         self._folder, self._places, self._plan, self._keys = folder, places, plan, keys
         # Coroutine of a forward pass -> index of its batch.
         self._batch_index: dict[object, int] = {}
-        self._masks: dict[int, list[Tensor]] = {}  # batch -> mask of each place
+        self._positions: dict[int, list[Positions]] = {}  # batch -> those of each place
         self._open_shard: dict[str, Parts] = {}
 
     def note_batch(self, index: int, batch: Mapping[str, Any]) -> None:
         """Remember which positions of a batch have offsets."""
-        self._masks[index] = [place.tokens(batch) for place in self._places]
+        self._positions[index] = [Positions.of(place.tokens(batch)) for place in self._places]
 
     def begin(self, index: int) -> None:
         """Remember that the present coroutine runs a model on a batch."""
@@ -92,10 +93,10 @@ class OffsetRecorder:
                 block.forward = self.states.stand_in(kind, stored, lambda: self._present(place))
                 stack.callback(block.__dict__.pop, "forward")
 
-    def _present(self, place: int) -> tuple[int, Tensor]:
+    def _present(self, place: int) -> tuple[int, Positions]:
         """Return the index of the present batch, and which positions have offsets at a place."""
         index = self._batch_index[getcurrent()]
-        return index, self._masks[index][place]
+        return index, self._positions[index][place]
 
     # The hooks.
 
@@ -103,8 +104,8 @@ class OffsetRecorder:
         """Return the hook of the original at a place, which writes its hidden states to a file."""
 
         def keep(hidden: Tensor) -> Tensor:
-            index, mask = self._present(place)
-            self.states.save("original", place, index, self._select(hidden, place, mask))
+            index, positions = self._present(place)
+            self.states.save("original", place, index, self._select(hidden, place, positions))
             return hidden
 
         return keep
@@ -113,36 +114,35 @@ class OffsetRecorder:
         """Return the hook of the emulator at a place, which records offsets and applies them."""
 
         def record(hidden: Tensor) -> Tensor:
-            index, mask = self._present(place)
-            own = self._select(hidden, place, mask)
+            index, positions = self._present(place)
+            own = self._select(hidden, place, positions)
             target = self.states.load("original", place, index).to(hidden.device)
             wide = torch.promote_types(hidden.dtype, torch.float32)
             parts = stored_as.encode(target.to(wide) - own.to(wide))
-            result, positions = hidden.clone(), mask.to(hidden.device)
-            result[positions] = put_back(own, stored_as.decode(parts, hidden.shape[-1]))
-            self.states.save("emulator", place, index, result[positions])
+            anchored = put_back(own, stored_as.decode(parts, hidden.shape[-1]))
+            self.states.save("emulator", place, index, anchored)
             self._add_to_shard(place, index, parts)
-            return result
+            return positions.put(anchored, hidden)
 
         return record
 
-    def _select(self, hidden: Tensor, place: int, mask: Tensor) -> Tensor:
+    def _select(self, hidden: Tensor, place: int, positions: Positions) -> Tensor:
         """Return the hidden states (N, d) of the positions with offsets.
 
         Raises:
             ConfigError: the hidden states have another shape than the tokens.
         """
-        if hidden.shape[:2] != mask.shape:
+        if hidden.shape[:2] != positions.shape:
             raise ConfigError(
                 f"anchor: the hidden states at {self._places[place].module} have the shape "
-                f"{tuple(hidden.shape)}, and not those of a batch of {tuple(mask.shape)} tokens; "
-                "set anchor=none"
+                f"{tuple(hidden.shape)}, and not those of a batch of {tuple(positions.shape)} "
+                "tokens; set anchor=none"
             )
-        return hidden[mask.to(hidden.device)]
+        return positions.select(hidden)
 
     def _add_to_shard(self, place: int, batch: int, parts: Parts) -> None:
         """Add the offsets of a batch to the open shard; write the shard after its last batch."""
-        counts = self._masks[batch][place].sum(-1).tolist()
+        counts = self._positions[batch][place].counts
         pieces = {name: torch.split(part.cpu(), counts) for name, part in parts.items()}
         for number, row in enumerate(self._plan.batches[batch]):
             offsets = {name: piece[number] for name, piece in pieces.items()}

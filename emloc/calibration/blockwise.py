@@ -5,8 +5,9 @@ that suspends where the pass enters a block. Once all passes have reached the bl
 read, each pass runs through the block in turn, and the weights are dropped. Masks, position tables
 and other arguments of a block are therefore right for any architecture: the model computes them.
 
-The tensors of a suspended pass are offloaded to host memory and, beyond a limit, to disk. The
-device holds one block and one pass, whatever the size of the model and the number of batches.
+The tensors of suspended passes stay on the device up to a limit. Beyond it they are offloaded to
+host memory and, beyond a second limit, to disk. So the device holds one block, one pass and what
+the limit allows, whatever the size of the model and the number of batches.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from emloc.calibration.block_order import next_block, ordered_blocks
-from emloc.calibration.offload import OffloadedTensors, OffloadPool, tensors_in
+from emloc.calibration.offload import (
+    UNLIMITED,
+    OffloadedTensors,
+    OffloadPool,
+    StateLimits,
+    tensors_in,
+)
 from emloc.calibration.padding import TokenMask, other_sequences, read_mask
 from emloc.errors import ConfigError
 from emloc.models.block_names import find_block
@@ -71,7 +78,7 @@ def iterate_checkpoint(
     blocks: Sequence[str],
     device: torch.device,
     *,
-    host_bytes: int | None = None,
+    limits: StateLimits = UNLIMITED,
     folder: Path | None = None,
 ) -> Iterator[Block]:
     """Run a checkpoint block by block; only the weights outside the blocks stay in memory.
@@ -81,9 +88,7 @@ def iterate_checkpoint(
     model = source.skeleton()
     source.require(_names_without_head(model, source))
     fill_outside(model, source, blocks, device)
-    return iterate_blocks(
-        model, batches, blocks, device, source, host_bytes=host_bytes, folder=folder
-    )
+    return iterate_blocks(model, batches, blocks, device, source, limits=limits, folder=folder)
 
 
 def fill_outside(
@@ -110,7 +115,7 @@ def iterate_blocks(
     device: torch.device,
     source: WeightReader | None = None,
     *,
-    host_bytes: int | None = None,
+    limits: StateLimits = UNLIMITED,
     folder: Path | None = None,
     calls: Iterable[Call] | None = None,
     to_end: bool = False,
@@ -127,8 +132,8 @@ def iterate_blocks(
         blocks: names of the blocks in any order, as a sorted list may put layer 10 before layer 2.
         device: device that the model runs on.
         source: checkpoint to read each block's weights from; None if the model has the weights.
-        host_bytes: limit on host memory for tensors of suspended passes; None for no limit.
-        folder: folder for the tensors beyond that limit; None for the system's temporary folder.
+        limits: memory for the tensors of suspended passes; beyond it they go to disk.
+        folder: folder for the tensors on disk; None for the system's temporary folder.
         calls: one function for each batch, which calls the model; None: the model's forward.
         to_end: also compute what follows the last block; the model must have these weights by then.
 
@@ -165,7 +170,7 @@ def iterate_blocks(
     ]
     if not to_end:
         handles.append(list(modules.values())[-1].register_forward_hook(exit_forward))
-    pool = OffloadPool(model, device, host_bytes, folder)
+    pool = OffloadPool(model, device, limits, folder)
     decoder_ids = {id(module) for module in decoder.modules()}
     forwards: list[SuspendedForward] = []
     try:

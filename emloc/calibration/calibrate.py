@@ -12,6 +12,7 @@ from torch import nn
 
 from emloc.calibration.blockwise import Block, by_block, iterate_checkpoint
 from emloc.calibration.moments import InputRecorder, Statistics
+from emloc.calibration.offload import UNLIMITED, StateLimits
 from emloc.calibration.samples import Samples
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
@@ -51,7 +52,7 @@ def calibrate(
     inputs_only: bool,
     *,
     device: torch.device,
-    host_bytes: int | None = None,
+    limits: StateLimits = UNLIMITED,
 ) -> dict[str, Any]:
     """Write one file of second moments per block, with a line per block in `journal.jsonl`.
 
@@ -66,7 +67,7 @@ def calibrate(
         inputs_only: record an input Gram for every layer. Otherwise a layer whose outputs have
             fewer features than its inputs gets an output Gram.
         device: device that runs the model.
-        host_bytes: limit on host memory for hidden states; the rest is offloaded to disk.
+        limits: memory for hidden states; the rest is offloaded to disk.
 
     Returns:
         Number of tokens, names of the layers with an output Gram, ids of the samples.
@@ -77,7 +78,7 @@ def calibrate(
         samples.batches(source),
         list(blocks),
         device,
-        host_bytes=host_bytes,
+        limits=limits,
         folder=folder,
     )
     journal = Journal(folder)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from emloc.calibration.blockwise import Block, iterate_checkpoint
 from emloc.calibration.calibrate import linears_of
+from emloc.calibration.offload import StateLimits
 from emloc.calibration.samples import Samples
 from emloc.models.checkpoint.source import Source
 
@@ -19,20 +20,18 @@ def named_blocks(
     samples: Samples | None,
     blocks: list[str],
     device: torch.device,
-    host_bytes: int | None,
+    limits: StateLimits,
     folder: Path,
 ) -> Iterator[tuple[str, Block | None]]:
     """Yield each block's name, and the block ready to run on the samples (None without samples).
 
-    See `iterate_blocks` for `host_bytes` and `folder`.
+    See `iterate_blocks` for `limits` and `folder`.
     """
     if samples is None:
         yield from ((name, None) for name in blocks)
         return
     batches = samples.batches(source)
-    for block in iterate_checkpoint(
-        source, batches, blocks, device, host_bytes=host_bytes, folder=folder
-    ):
+    for block in iterate_checkpoint(source, batches, blocks, device, limits=limits, folder=folder):
         yield block.name, block
 
 

@@ -1,5 +1,8 @@
 """Offload the tensors of suspended forward passes: to host memory up to a limit, then to disk.
 
+Passes stay on the device as long as their tensors fit into a limit of their own. A copy to the host
+waits for the device, which many processes on one GPU pay for most.
+
 A tensor is offloaded in place: the tensor object that the suspended frames hold gets other memory
 (`tensor.data = ...`). So no frame keeps device memory alive, and `restore` gives the object device
 memory again. A storage is always moved as a whole together with all its tensors, so that tensors
@@ -13,34 +16,71 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from emloc.config.settings import Budget
 from emloc.errors import ConfigError
 from emloc.runtime.memory import GIB
 
 
-class OffloadPool:
-    """Host memory and disk for the offloaded tensors of all forward passes over one model.
+@dataclass(frozen=True)
+class StateLimits:
+    """Most memory for the tensors of suspended forward passes, in bytes; the rest goes to disk."""
 
-    `memory` and `disk` are the bytes in use.
+    device: int = 0  # beside one pass, which is always there; of no effect on a CPU
+    host: int | None = None  # None: no limit
+
+    @property
+    def halved(self) -> StateLimits:
+        """The limits of each of two models whose passes are suspended at the same time."""
+        return StateLimits(self.device // 2, None if self.host is None else self.host // 2)
+
+    def device_share(self, size: int) -> int:
+        """How many of `size` bytes of tensors stay on the GPU that they come from."""
+        return min(size, self.device)
+
+    def host_share(self, size: int) -> int:
+        """How many of `size` bytes of tensors lie in host memory, if they come from a GPU."""
+        beyond = size - self.device_share(size)
+        return beyond if self.host is None else min(beyond, self.host)
+
+    def disk_share(self, size: int) -> int:
+        """How many of `size` bytes of tensors lie on the disk, if they come from a GPU."""
+        return size - self.device_share(size) - self.host_share(size)
+
+
+UNLIMITED = StateLimits()
+
+
+def state_limits(budget: Budget) -> StateLimits:
+    """The limits that the budget of a run sets."""
+    return StateLimits(int(budget.gpu_states_gib * GIB), int(budget.host_gib * GIB))
+
+
+class OffloadPool:
+    """Memory and disk for the tensors of all suspended forward passes over one model.
+
+    `kept` (on the device), `memory` (of the host) and `disk` are the bytes in use.
     """
 
     def __init__(
-        self, model: nn.Module, device: torch.device, limit: int | None, folder: Path | None
+        self, model: nn.Module, device: torch.device, limits: StateLimits, folder: Path | None
     ) -> None:
-        """Prepare to offload from `device`: up to `limit` bytes to host memory, the rest to files.
+        """Prepare to offload from `device` within the limits.
 
-        `limit=None` never writes files. The files lie in `folder` (None: the system's temporary
-        folder) without a name, so that they vanish with the process.
+        The files lie in `folder` (None: the system's temporary folder) without a name, so that they
+        vanish with the process.
         """
         self.device = device
+        self.kept = 0
         self.memory = 0
         self.disk = 0
-        self._limit = limit
+        self._limits = limits
         self._folder = folder or Path(tempfile.gettempdir())
         # Buffers, and tables that modules hold as attributes: the other passes use them meanwhile.
         self._model_tensor_ids = {
@@ -58,7 +98,11 @@ class OffloadPool:
     @property
     def is_idle(self) -> bool:
         """Whether offloading has no effect: a CPU model with no limit on host memory."""
-        return self.is_directly_usable and self._limit is None
+        return self.is_directly_usable and self._limits.host is None
+
+    def has_room(self, size: int) -> bool:
+        """Whether `size` more bytes may stay on the device."""
+        return not self.is_directly_usable and self.kept + size <= self._limits.device
 
     def is_movable(self, tensor: Tensor) -> bool:
         """Whether the tensor can be offloaded: dense, on the device, and not part of the model."""
@@ -77,7 +121,7 @@ class OffloadPool:
         Raises:
             ConfigError: the disk has no space for the file.
         """
-        if self._limit is None or self.memory + storage_bytes.numel() <= self._limit:
+        if self._limits.host is None or self.memory + storage_bytes.numel() <= self._limits.host:
             return storage_bytes.cpu(), False
         if storage_bytes.numel() > shutil.disk_usage(self._folder).free:
             raise ConfigError(
@@ -108,9 +152,12 @@ class OffloadedTensors:
         # Address of the storage that the tensors have while the pass runs -> copy and tensors. The
         # tensors keep that storage alive, so no other storage can get the same address.
         self._copies: dict[int, tuple[_StorageCopy, list[Tensor]]] = {}
+        self._kept = 0  # bytes that stay on the device while the pass is suspended
 
     def offload(self, tensors: Iterable[Tensor]) -> None:
-        """Move tensors off the device; a tensor unchanged since its last copy is not copied again.
+        """Move tensors off the device, unless there is room on it for all of them.
+
+        A tensor that is unchanged since its last copy is not copied again.
 
         Raises:
             ConfigError: the disk has no space.
@@ -119,6 +166,10 @@ class OffloadedTensors:
         old_copies = {key: copy for key, (copy, _) in self._pop_copies().items()}
         own_keys = set(old_copies) if self._pool.is_directly_usable else set()
         groups = _unshared_storages(candidates, own_keys)
+        size = sum(aliases[0].untyped_storage().nbytes() for aliases in groups.values())
+        if self._pool.has_room(size):
+            self._keep(size)
+            return
         old_copies = {key: copy for key, copy in old_copies.items() if key in groups}
         for key, copy in old_copies.items():
             if self._pool.is_directly_usable or copy.versions == _versions(groups[key]) is not None:
@@ -133,6 +184,7 @@ class OffloadedTensors:
         """Move the offloaded tensors back to the device."""
         if self._pool.is_directly_usable:
             return
+        self._keep(0)
         copies, self._copies = self._copies, {}
         for copy, tensors in copies.values():
             on_device = copy.stored.to(self._pool.device)
@@ -141,7 +193,13 @@ class OffloadedTensors:
 
     def release(self) -> None:
         """Drop the copies, since the forward pass has ended."""
+        self._keep(0)
         self._pop_copies()
+
+    def _keep(self, size: int) -> None:
+        """Count the bytes of the pass that stay on the device while it is suspended."""
+        self._pool.kept += size - self._kept
+        self._kept = size
 
     def _add_copy(self, key: int, copy: _StorageCopy, aliases: list[Tensor]) -> None:
         """Let the tensors `aliases` of one storage use its copy, and count the copy's bytes."""

@@ -69,6 +69,8 @@ class Budget(Checked):
 
     # limit of device memory in GiB, which compression=auto solves for
     gpu_gib: Annotated[float | None, Range(above=0, usual=24)]
+    # GiB of device memory for hidden states that wait at a block; more waits in host memory
+    gpu_states_gib: Annotated[float, Range(least=0, usual=1)]
     # GiB of host memory for hidden states; the rest of them goes to disk
     host_gib: Annotated[float, Range(least=0, usual=4)]
     # GiB of second moments kept for other ratios; larger ones are not kept

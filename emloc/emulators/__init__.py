@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from emloc.calibration.calibrate import Layers
+from emloc.calibration.offload import UNLIMITED, StateLimits
 from emloc.calibration.samples import Samples
 from emloc.config.part import Part
 from emloc.config.settings import Compression
@@ -123,7 +124,7 @@ class Emulator(Part):
         build_inputs: BuildInputs,
         *,
         device: torch.device,
-        host_bytes: int | None = None,
+        limits: StateLimits = UNLIMITED,
     ) -> dict[str, Any]:
         """Write the emulator's files into `folder`; weights of the original are not copied.
 
@@ -132,7 +133,7 @@ class Emulator(Part):
             source: the original model.
             build_inputs: plan, statistics, samples and format.
             device: where the build computes.
-            host_bytes: limit of host memory for hidden states, if samples are run; None: no limit.
+            limits: memory for hidden states, if samples are run.
 
         Returns:
             Facts about the emulator, such as its size, which the run keeps with its results.

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from emloc.calibration.blockwise import by_block
 from emloc.calibration.calibrate import Layers
+from emloc.calibration.offload import UNLIMITED, StateLimits
 from emloc.config.settings import MODEL_BITS, Compression
 from emloc.emulators import BuildInputs, Emulator
 from emloc.emulators.size import require_solved, size_facts
@@ -48,7 +49,7 @@ class Full(Emulator):
         build_inputs: BuildInputs,
         *,
         device: torch.device,
-        host_bytes: int | None = None,
+        limits: StateLimits = UNLIMITED,
     ) -> dict[str, Any]:
         """Write the list of quantised layers to `layers.json`; return the size of the model."""
         packed = block_linears(source) if build_inputs.precision else []

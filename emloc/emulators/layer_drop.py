@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from emloc.calibration.blockwise import block_of, by_block
 from emloc.calibration.calibrate import Layers
+from emloc.calibration.offload import UNLIMITED, StateLimits
 from emloc.config.settings import MODEL_BITS, Compression
 from emloc.config.values import Range
 from emloc.emulators import BuildInputs, Emulator, Plan
@@ -149,7 +150,7 @@ class LayerDrop(Emulator):
         build_inputs: BuildInputs,
         *,
         device: torch.device,
-        host_bytes: int | None = None,
+        limits: StateLimits = UNLIMITED,
     ) -> dict[str, Any]:
         """Write the lists of adapted, kept and dropped blocks; only kept blocks are quantised."""
         plan = build_inputs.plan

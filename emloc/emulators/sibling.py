@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from emloc.calibration.offload import UNLIMITED, StateLimits
 from emloc.config.settings import Compression
 from emloc.emulators import BuildInputs
 from emloc.emulators.full import Full
@@ -58,8 +59,8 @@ class Sibling(Full):
         build_inputs: BuildInputs,
         *,
         device: torch.device,
-        host_bytes: int | None = None,
+        limits: StateLimits = UNLIMITED,
     ) -> dict[str, Any]:
         """Write the files of `Full.build`; add the sibling's name to the returned facts."""
-        facts = super().build(folder, source, build_inputs, device=device, host_bytes=host_bytes)
+        facts = super().build(folder, source, build_inputs, device=device, limits=limits)
         return {"model": source.name, **facts}

@@ -16,6 +16,7 @@ from emloc.anchors.attached import AttachedOffsets
 from emloc.anchors.batches import BatchOffsets, TokenOffsets, read_tokens
 from emloc.anchors.formats import OffsetFormat
 from emloc.anchors.places import Place
+from emloc.anchors.positions import Positions
 from emloc.anchors.shards import OffsetReader
 from emloc.calibration.offload import tensors_in
 from emloc.errors import ConfigError
@@ -167,7 +168,7 @@ class AnchoredForward:
         else:
             tokens = self._tokens(self._open, rows.numbers)
         self._ahead = None
-        return [TokenOffsets(parts, rows.mask).padded(device) for parts in tokens]
+        return [TokenOffsets(parts, Positions.of(rows.mask)).padded(device) for parts in tokens]
 
     def _read_ahead(self, count: int) -> None:
         """Let the thread read the offsets of the next rows."""

@@ -19,6 +19,7 @@ from emloc.anchors.batches import KeyedRow
 from emloc.anchors.formats import OffsetFormat
 from emloc.anchors.places import Place
 from emloc.anchors.record import RowLoss, Rows, Stretches, record
+from emloc.calibration.offload import StateLimits
 from emloc.errors import ConfigError
 from emloc.library.anchored_original import adapted_original, adapter_digest
 from emloc.library.anchored_rows import RowTable
@@ -33,8 +34,8 @@ from emloc.tensors.nn.attention import without_cudnn
 
 log = logging.getLogger(__name__)
 
-# Share of the free host memory that hidden states of a pass may take; the rest goes to disk.
-_HOST_SHARE = 0.5
+# Shares of the free memory that hidden states of a pass may take; the rest goes to disk.
+_DEVICE_SHARE, _HOST_SHARE = 0.1, 0.5
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,6 @@ class Passes:
             self._require_disk(parent, rows)
         text = self.original.config.get_text_config()
         size = self.batch_tokens or batch_tokens(text.hidden_size, self._device)
-        host_bytes = int(psutil.virtual_memory().available * _HOST_SHARE)
         log.info(
             "anchors: the original %s is run over %d rows",
             "with the adapter" if adapter else "without an adapter",
@@ -86,7 +86,7 @@ class Passes:
                 self.blocks,
                 self.decoder_blocks,
                 device=self._device,
-                host_bytes=host_bytes,
+                limits=_free_memory(self._device),
             )
         return folder, _mean_loss(losses)
 
@@ -149,3 +149,10 @@ def _mean_loss(losses: Mapping[str, RowLoss]) -> float | None:
     """Return the mean loss of a token over all rows; None without labelled tokens."""
     count = sum(items for _, items in losses.values())
     return sum(total for total, _ in losses.values()) / count if count else None
+
+
+def _free_memory(device: torch.device) -> StateLimits:
+    """Return the memory for hidden states: a share of what is free now."""
+    on_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    host = psutil.virtual_memory().available
+    return StateLimits(int(on_device * _DEVICE_SHARE), int(host * _HOST_SHARE))

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from emloc.adapters.training_inputs import TrainingInputs
+from emloc.calibration.offload import UNLIMITED, StateLimits
 from emloc.calibration.samples import Samples
 from emloc.config.part import Part
 from emloc.emulators import BuiltEmulator
@@ -30,7 +31,7 @@ class RecoveryInputs:
     samples: Samples | None  # calibration samples, if `Recovery.statistics` is true
     training_inputs: TrainingInputs | None  # of the adapter's training, if `Recovery.trains`
     device: torch.device
-    host_bytes: int | None = None  # limit of host memory for hidden states; None: no limit
+    limits: StateLimits = UNLIMITED  # limit of host memory for hidden states; None: no limit
     report: Callable[[int, dict[str, float]], None] = ignore_log  # called with (step, log values)
 
 

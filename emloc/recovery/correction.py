@@ -78,7 +78,7 @@ class Correction(Recovery):
                 samples.batches(built_emulator.source),
                 list(by_block(pairs)),
                 device,
-                host_bytes=inputs.host_bytes,
+                limits=inputs.limits,
                 folder=folder,
             )
         corrected: dict[str, LoraPair] = {}

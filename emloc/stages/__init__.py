@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from emloc.calibration.offload import StateLimits
 from emloc.calibration.samples import Samples
 from emloc.config.part import Part
 from emloc.emulators import BuiltEmulator, Plan
@@ -50,7 +51,7 @@ class Context:
     # Adapter, layers, rows and recipe of the training; None if the run trains nothing.
     training_inputs: TrainingInputs | None
     device: torch.device
-    host_bytes: int  # host memory that hidden states may use
+    limits: StateLimits  # memory that hidden states may use
     report: Report  # called with each line of the training log
     cache: Path  # folder of the stages' artifacts
     artifacts: dict[str, Artifact] = field(default_factory=dict)  # by stage, in order

@@ -149,7 +149,7 @@ def _new_pass(
         rows,
         measured,
         device=context.device,
-        host_bytes=context.host_bytes,
+        limits=context.limits,
     )
     seal(draft)
     draft.replace(target)

@@ -43,7 +43,7 @@ class Calibrate(Stage):
             context.samples,
             _needs_input_grams(context),
             device=context.device,
-            host_bytes=context.host_bytes,
+            limits=context.limits,
         )
 
 

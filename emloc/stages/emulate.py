@@ -34,7 +34,7 @@ class Emulate(Stage):
             context.source,
             _build_inputs(context),
             device=context.device,
-            host_bytes=context.host_bytes,
+            limits=context.limits,
         )
 
 

@@ -53,6 +53,6 @@ def _recovery_inputs(context: Context) -> RecoveryInputs:
         samples=context.samples if recovery.statistics else None,
         training_inputs=context.training_inputs if recovery.trains else None,
         device=context.device,
-        host_bytes=context.host_bytes,
+        limits=context.limits,
         report=context.report,
     )

@@ -74,7 +74,7 @@ class RefitEmulator(Stage):
             folder,
             trainee,
             lambda: Original(source.skeleton(), source),
-            host_bytes=context.host_bytes,
+            limits=context.limits,
         )
         # The size of the emulator and the names of its samples are those of the one before.
         facts = context.current[EMULATOR].facts

@@ -67,7 +67,7 @@ def _train_anchored(folder: Path, context: Context, anchor: Anchor) -> Facts:
         rows,
         context.run_config.recovery,
         first_round(recorded) if recorded is not None else None,
-        context.host_bytes,
+        context.limits,
         context.report,
         refit_of(rows, context.samples, context.built_emulator) if anchor.refit else None,
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 from walked import MODELS, batches_of, model_and_blocks, record_block_tensors
 
 from emloc.calibration.blockwise import iterate_blocks
+from emloc.calibration.offload import StateLimits
 from emloc.tensors.linalg.gram import FLOAT64_CHIPS, cross, gram, product
 
 pytestmark = pytest.mark.gpu
@@ -21,9 +22,12 @@ def on_device(kind: str):
     return model.to(CUDA), names
 
 
+@pytest.mark.parametrize("device_bytes", [0, 9000, 10**9])
 @pytest.mark.parametrize("host_bytes", [None, 0, 9000])
 @pytest.mark.parametrize("kind", MODELS)
-def test_inputs_and_outputs_of_blocks_equal_those_of_a_whole_pass(kind, host_bytes, tmp_path):
+def test_inputs_and_outputs_of_blocks_equal_those_of_a_whole_pass(
+    kind, host_bytes, device_bytes, tmp_path
+):
     model, names = on_device(kind)
     expected = record_block_tensors(model, names)
     with torch.no_grad():
@@ -32,9 +36,8 @@ def test_inputs_and_outputs_of_blocks_equal_those_of_a_whole_pass(kind, host_byt
             model(**moved, use_cache=False)
     twin, _ = on_device(kind)
     recorded = record_block_tensors(twin, names)
-    run = iterate_blocks(
-        twin, batches_of(kind), names, CUDA, host_bytes=host_bytes, folder=tmp_path
-    )
+    limits = StateLimits(device_bytes, host_bytes)
+    run = iterate_blocks(twin, batches_of(kind), names, CUDA, limits=limits, folder=tmp_path)
     for block in run:
         masks = []
         block.run(masks.append)

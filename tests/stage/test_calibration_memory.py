@@ -15,6 +15,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import torch
+from emloc.calibration.offload import StateLimits
 from emloc.calibration.calibrate import record_moments
 from emloc.runtime.memory import HostMemoryPeak, process_bytes
 from emloc.models.checkpoint.source import Source
@@ -28,7 +29,8 @@ def measure(folder, host_bytes):
     source = Source(Path(folder), "deep", "deep", torch.float32)
     layers = by_block(name for name in source.linears if ".layers." in name)
     device = torch.device("cpu")
-    run = iterate_checkpoint(source, batches, list(layers), device, host_bytes=host_bytes)
+    limits = StateLimits(host=host_bytes)
+    run = iterate_checkpoint(source, batches, list(layers), device, limits=limits)
     with HostMemoryPeak() as peak:
         start = process_bytes()
         for block in run:

@@ -452,7 +452,12 @@ def test_the_passes_of_the_original_are_said_in_a_line_each():
     assert "(80 rows of 512 tokens, 3 places, bfloat16)" in offsets
     assert gib(offsets) == pytest.approx(tokens * 3 * 2048 * 2 / GIB, rel=0.01)
     states, embedding = 2 * tokens * 2048 * 2, 32000 * 2048 * 2
+    assert gib(host) == pytest.approx(3 + embedding / GIB, rel=0.01)
+    assert f"; {states / GIB:.3g} GiB of hidden states wait on the GPU" in host
+    budget = replace(run_config.budget, gpu_states_gib=0)
+    host = planned(run_config, budget=budget)[1]
     assert gib(host) == pytest.approx(3 + (states + embedding) / GIB, rel=0.01)
+    assert "; 0 GiB of hidden states wait on the GPU" in host
     assert "read 3 times" in reads  # for two rounds, and for the guard behind the last
     assert "read 2 times" in planned(run_config, guard=0)[2]
     halved = gib(planned(run_config, dtype="int8")[0]) / gib(offsets)

@@ -11,6 +11,7 @@ import emloc.stages.training.refit as refit_module
 from emloc.anchors.blocks import Blocks
 from emloc.anchors.record import Original, Stretches
 from emloc.calibration.blockwise import by_block
+from emloc.calibration.offload import StateLimits
 from emloc.emulators.full import Full, block_linears
 from emloc.emulators.svd import Svd
 from emloc.stages.training.anchored_rows import anchored_rows
@@ -67,7 +68,7 @@ def test_the_fitted_emulator_loses_less_of_what_the_loss_depends_on(
         folder,
         open_trainee(built, inputs, anchored.CPU),
         lambda: Original(source.skeleton(), source),
-        host_bytes=2**30,
+        limits=StateLimits(host=2**30),
     )
     assert forwards > 2 * len(refit.samples.examples)  # two passes of the original
     assert not (tmp_path / "fitted.work").exists()
@@ -101,7 +102,7 @@ def test_the_gradients_through_an_exact_emulator_are_the_original_s(tmp_path, so
         Stretches(trainee.inner, refit.rows.places, ANCHOR.stored_as),
         *(encoded, []),
         device=anchored.CPU,
-        host_bytes=None,
+        limits=StateLimits(),
     )
     refit._write_gradients(tmp_path, trainee, encoded)
     exact, _ = exact_moments(source, refit)

@@ -12,6 +12,7 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 from emloc.calibration.blockwise import iterate_blocks
+from emloc.calibration.offload import StateLimits
 from emloc.data.collate import IGNORE
 from emloc.models.objectives.answer_logits import TRIAL_TOKENS, forward_logits, without_labels
 from emloc.models.objectives.token_scores import score_tokens
@@ -226,7 +227,7 @@ def test_passes_that_wait_for_each_other_have_the_same_scores(family, tmp_path):
         batches,
         blocks,
         torch.device("cpu"),
-        host_bytes=0,
+        limits=StateLimits(host=0),
         folder=tmp_path,
         calls=[call(index) for index in range(3)],
         to_end=True,

@@ -10,6 +10,7 @@ from tiny import save_checkpoint
 from torch import Tensor
 
 from emloc.calibration.calibrate import calibrate
+from emloc.calibration.offload import StateLimits
 from emloc.calibration.samples import Samples
 from emloc.data.examples import Example, Examples
 from emloc.errors import ConfigError
@@ -96,6 +97,6 @@ def test_a_killed_calibration_resumes_with_the_next_block(source, tmp_path):
 
 def test_offloading_hidden_states_changes_no_result(source, tmp_path):
     run(source, tmp_path / "memory")
-    run(source, tmp_path / "disk", host_bytes=0)
+    run(source, tmp_path / "disk", limits=StateLimits(host=0))
     same(moments(tmp_path / "disk"), moments(tmp_path / "memory"))
     assert {path.suffix for path in (tmp_path / "disk").iterdir()} == {".safetensors", ".jsonl"}

@@ -498,7 +498,14 @@ def test_equal_settings_give_the_same_folder():
 
 
 def test_what_a_run_may_use_of_the_machine_does_not_change_the_folder():
-    budget = ("gpu_gib=3", "host_gib=3", "statistics_gib=3", "disk_gib=3", "jobs_per_gpu=3")
+    budget = (
+        "gpu_gib=3",
+        "gpu_states_gib=3",
+        "host_gib=3",
+        "statistics_gib=3",
+        "disk_gib=3",
+        "jobs_per_gpu=3",
+    )
     assert {one.partition("=")[0] for one in budget} == {*compose().budget}
     anchored = ["method=emloc_anchored"]
     names = {folder_name(compose([*anchored, f"budget.{one}"])) for one in budget}

@@ -106,4 +106,11 @@ def test_without_cuda_or_with_several_processes_no_slot_is_locked(tmp_path, monk
 
 def test_a_device_has_at_least_one_slot():
     with pytest.raises(ConfigError, match="jobs_per_gpu must be at least 1, got 0; set budget"):
-        Budget(gpu_gib=None, host_gib=4, statistics_gib=16, disk_gib=100, jobs_per_gpu=0)
+        Budget(
+            gpu_gib=None,
+            gpu_states_gib=1,
+            host_gib=4,
+            statistics_gib=16,
+            disk_gib=100,
+            jobs_per_gpu=0,
+        )

@@ -10,7 +10,13 @@ from torch import nn
 from walked import MODELS, batches_of, model_and_blocks, record_block_tensors
 
 from emloc.calibration.blockwise import iterate_blocks
-from emloc.calibration.offload import OffloadedTensors, OffloadPool, tensors_in
+from emloc.calibration.offload import (
+    UNLIMITED,
+    OffloadedTensors,
+    OffloadPool,
+    StateLimits,
+    tensors_in,
+)
 from emloc.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -23,7 +29,7 @@ def mapped(folder: Path) -> int:
 
 
 def pool_of(folder: Path, limit: int | None, model: nn.Module | None = None) -> OffloadPool:
-    return OffloadPool(model or nn.Identity(), CPU, limit, folder)
+    return OffloadPool(model or nn.Identity(), CPU, StateLimits(host=limit), folder)
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +56,39 @@ def test_tensors_above_the_limit_are_written_to_unnamed_files(tmp_path):
 def test_without_a_limit_a_cpu_offloads_nothing(tmp_path):
     assert pool_of(tmp_path, None).is_idle
     assert not pool_of(tmp_path, 10**12).is_idle
+
+
+class PoolOfDevice(OffloadPool):
+    """A pool that behaves as if its device were none that computes on host memory."""
+
+    is_directly_usable = False
+
+
+def test_passes_stay_on_the_device_while_there_is_room(tmp_path):
+    limits = StateLimits(device=1000, host=0)
+    pool = PoolOfDevice(nn.Identity(), CPU, limits, tmp_path)
+    tensors = [torch.arange(100.0) for _ in range(3)]
+    passes = [OffloadedTensors(pool) for _ in tensors]
+    for one, tensor in zip(passes, tensors, strict=True):
+        one.offload([tensor])
+    assert (pool.kept, pool.disk) == (800, 400)  # the third found no room
+    passes[0].restore()
+    assert (pool.kept, pool.disk) == (400, 400)
+    passes[0].offload([tensors[0], torch.zeros(200)])  # has grown, and fits no more
+    assert (pool.kept, pool.disk) == (400, 1600)
+    passes[1].release()  # makes room
+    OffloadedTensors(pool).offload([torch.zeros(250)])
+    assert (pool.kept, pool.disk) == (1000, 1600)
+    assert all(torch.equal(tensor, torch.arange(100.0)) for tensor in tensors)
+
+
+def test_limits_say_where_tensors_lie():
+    limits = StateLimits(device=100, host=300)
+    shares = [(limits.host_share(size), limits.disk_share(size)) for size in (50, 250, 1000)]
+    assert shares == [(0, 0), (150, 0), (300, 600)]
+    assert (UNLIMITED.host_share(1000), UNLIMITED.disk_share(1000)) == (1000, 0)
+    assert limits.halved == StateLimits(50, 150)
+    assert UNLIMITED.halved == UNLIMITED
 
 
 def test_views_of_one_tensor_share_one_file(tmp_path):
@@ -155,7 +194,9 @@ def test_inputs_and_outputs_of_blocks_equal_those_of_a_whole_pass(kind, host_byt
         model(**one, use_cache=False)
     twin, _ = model_and_blocks(kind)
     batches, files = batches_of(kind), []
-    run = iterate_blocks(twin, batches, names, CPU, host_bytes=host_bytes, folder=tmp_path)
+    run = iterate_blocks(
+        twin, batches, names, CPU, limits=StateLimits(host=host_bytes), folder=tmp_path
+    )
     actual = {}
     for block in run:
         files.append(mapped(tmp_path))
@@ -183,7 +224,12 @@ def test_a_limit_on_host_memory_keeps_some_tensors_in_memory(tmp_path):
     for host_bytes in (0, 9000, 10**9):
         model, names = model_and_blocks("llama")
         run = iterate_blocks(
-            model, batches_of("llama"), names, CPU, host_bytes=host_bytes, folder=tmp_path
+            model,
+            batches_of("llama"),
+            names,
+            CPU,
+            limits=StateLimits(host=host_bytes),
+            folder=tmp_path,
         )
         next(run)
         counts.append(mapped(tmp_path))

@@ -27,7 +27,7 @@ class HalfEmulator(Emulator):
     def plan(self, source, layers, budget):
         return None
 
-    def build(self, folder, source, build_inputs, *, device, host_bytes=None):
+    def build(self, folder, source, build_inputs, *, device, limits=None):
         return {}
 
 

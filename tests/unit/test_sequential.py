@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from emloc.calibration.blockwise import by_block, iterate_checkpoint
 from emloc.calibration.calibrate import calibrate
+from emloc.calibration.offload import StateLimits
 from emloc.config.settings import Compression
 from emloc.emulators import BuildInputs
 from emloc.emulators.svd import Svd
@@ -272,7 +273,7 @@ def test_each_model_passes_its_own_outputs_to_the_next_block(tmp_path, source, h
         lambda name: tmp_path / f"{name}.safetensors",
         None,
         CPU,
-        host_bytes,
+        StateLimits(host=host_bytes),
         tmp_path,
     )
     visited = []

@@ -21,7 +21,7 @@ from walked import batches_of, model_and_blocks
 
 from emloc.calibration.blockwise import block_of, by_block, iterate_blocks, iterate_checkpoint
 from emloc.calibration.calibrate import record_moments
-from emloc.calibration.offload import OffloadPool
+from emloc.calibration.offload import OffloadPool, StateLimits
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 
@@ -416,7 +416,7 @@ def rounds_of(kind: str, looks: int, host_bytes: int | None, folder: Path) -> di
     model, names = model_and_blocks(kind)
     rounds_by_block = {}
     for block in iterate_blocks(
-        model, batches_of(kind), names, CPU, host_bytes=host_bytes, folder=folder
+        model, batches_of(kind), names, CPU, limits=StateLimits(host=host_bytes), folder=folder
     ):
         rounds = rounds_by_block.setdefault(block.name, [])
         for go in (*[block.peek] * looks, block.run):
@@ -457,7 +457,9 @@ def test_a_peek_keeps_no_tensors(kind, host_bytes, tmp_path, monkeypatch):
     monkeypatch.setattr("emloc.calibration.blockwise.OffloadPool", RecordedPool)
     model, names = model_and_blocks(kind)
     batches = batches_of(kind)
-    for block in iterate_blocks(model, batches, names, CPU, host_bytes=host_bytes, folder=tmp_path):
+    for block in iterate_blocks(
+        model, batches, names, CPU, limits=StateLimits(host=host_bytes), folder=tmp_path
+    ):
         before = in_use()
         assert before[2] > 0
         assert (before[1] > 0) == (host_bytes == 0)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from emloc.adapters.training_inputs import TrainingInputs
+from emloc.calibration.offload import state_limits
 from emloc.cost.bench.rows import BenchRow, row
 from emloc.cost.bench.setting import BenchSetup, RandomSamples, is_out_of_memory, reset_memory
 from emloc.emulators import BuildInputs, BuiltEmulator
@@ -76,14 +77,13 @@ def stages_of(setup: BenchSetup, store: Store) -> list[Artifact]:
     )
     samples = RandomSamples(setup, SAMPLES if setup.is_full_size else 2)
     build_inputs = BuildInputs(ranks, None, samples, run_config.precision)  # type: ignore[arg-type]
-    host_bytes = int(run_config.budget.host_gib * GIB)
     emulated = store.stage(
         "emulate",
         run_config.emulator.build,
         source,
         build_inputs,
         device=device,
-        host_bytes=host_bytes,
+        limits=state_limits(run_config.budget),
     )
     built_emulator = BuiltEmulator(run_config.emulator, emulated, source, run_config.precision)
     trained = store.stage(

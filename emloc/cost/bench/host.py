@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from emloc.calibration.blockwise import Batch
+from emloc.calibration.offload import StateLimits
 from emloc.cost.bench.rows import BenchRow, row
 from emloc.cost.bench.setting import BenchSetup, reset_memory
 from emloc.emulators import BuildInputs
@@ -90,5 +91,7 @@ def _measure_build(setup: BenchSetup, folder: Path) -> float:
     target.mkdir()
     reset_memory(device)
     with HostMemoryPeak() as peak:
-        run_config.emulator.build(target, source, build_inputs, device=device, host_bytes=GIB)
+        run_config.emulator.build(
+            target, source, build_inputs, device=device, limits=StateLimits(host=GIB)
+        )
     return peak.bytes / GIB

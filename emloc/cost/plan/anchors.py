@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from emloc.anchors import Anchor
 from emloc.anchors.pass_states import most_states
 from emloc.anchors.places import Place
+from emloc.calibration.offload import StateLimits, state_limits
 from emloc.config.compatibility import choice_name
 from emloc.config.settings import Budget, TrainSettings
 from emloc.cost.plan.cost import PROCESS, TrainingCost
@@ -81,18 +82,18 @@ class AnchorPlan:
         """Bytes of host memory of a pass, with the token embedding that training keeps there."""
         embedding = Decoder(self.source).untied_embedding
         size = self.source.sizes[embedding] * self.source.dtype.itemsize if embedding else 0
-        return PROCESS + size + min(self.states, self._host_limit)
+        return PROCESS + size + self._limits.host_share(self.states)
 
     @property
     def disk(self) -> int:
         """Bytes of disk of a pass: offsets, states behind two places, states beyond the host's."""
         tokens = [self.round_rows * count for count in self._row_tokens]
         behind_places = most_states(tokens, self._width * self.source.dtype.itemsize)
-        return self.round_offsets + behind_places + max(0, self.states - self._host_limit)
+        return self.round_offsets + behind_places + self._limits.disk_share(self.states)
 
     @property
-    def _host_limit(self) -> int:
-        return int(self.budget.host_gib * GIB)
+    def _limits(self) -> StateLimits:
+        return state_limits(self.budget)
 
     @property
     def reads(self) -> int:
@@ -123,7 +124,9 @@ class AnchorPlan:
             f"of disk ({self.round_rows} rows of {shape.length} tokens, {_places(self.places)}, "
             f"{anchor.dtype}); those of the first round stay in the cache{excess}",
             f"anchor={self.choice}: a pass over a round takes {self.host / GIB:.3g} GiB of host "
-            f"memory, and {self.disk / GIB:.3g} GiB of disk with the offsets",
+            f"memory, and {self.disk / GIB:.3g} GiB of disk with the offsets; "
+            f"{self._limits.device_share(self.states) / GIB:.3g} GiB of hidden states wait on the "
+            "GPU",
             f"anchor={self.choice}: the original's weights are read {self.reads} times, "
             f"{self.reads * weights / GIB:.3g} GiB in all",
         ]

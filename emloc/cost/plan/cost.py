@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from emloc.calibration.calibrate import statistics_bytes
+from emloc.calibration.offload import state_limits
 from emloc.config.settings import Budget
 from emloc.cost.plan.gpus import Gpu
 from emloc.cost.plan.layout import StepShape, TrainingLayout
@@ -56,7 +57,7 @@ def cost_of(
         disk += layout.factors + (moments if moments <= budget.statistics_gib * GIB else 0)
         widest = max(columns for _, columns in layout.adapted.values())
         hidden_states = tokens * widest * layout.source.dtype.itemsize
-        host += min(hidden_states, int(budget.host_gib * GIB))
+        host += state_limits(budget).host_share(hidden_states)
         build = _build_seconds(layout, tokens, gpu)
     return TrainingCost(host, disk, build, _step_seconds(layout, step_shape, operations, gpu))
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from emloc.calibration.blockwise import by_block, rows_of
 from emloc.calibration.calibrate import Layers
+from emloc.calibration.offload import UNLIMITED, StateLimits
 from emloc.config.settings import MODEL_BITS, Compression
 from emloc.config.values import SEED, OneOf, Range
 from emloc.emulators import BuildInputs, Emulator, Plan
@@ -136,7 +137,7 @@ class Prune(Emulator):
         build_inputs: BuildInputs,
         *,
         device: torch.device,
-        host_bytes: int | None = None,
+        limits: StateLimits = UNLIMITED,
     ) -> dict[str, Any]:
         """Write the kept indices (`kept.safetensors`), the units' scores, and `layers.json`.
 

@@ -18,6 +18,7 @@ from emloc.calibration.blockwise import Block, block_of, by_block
 from emloc.calibration.calibrate import Layers, linears_of, record_moments
 from emloc.calibration.moments import Statistics
 from emloc.calibration.named_blocks import named_blocks, weights_of
+from emloc.calibration.offload import UNLIMITED, StateLimits
 from emloc.config.settings import Compression
 from emloc.config.values import OneOf, Range
 from emloc.emulators import BuildInputs, Emulator, Ranks
@@ -102,7 +103,7 @@ class Svd(Emulator):
         build_inputs: BuildInputs,
         *,
         device: torch.device,
-        host_bytes: int | None = None,
+        limits: StateLimits = UNLIMITED,
     ) -> dict[str, Any]:
         """Write one file of factors per block; an interrupted build skips finished blocks.
 
@@ -115,7 +116,7 @@ class Svd(Emulator):
         the full spectra that greedy ranks are chosen by.
         """
         if self.allocation == "greedy":
-            ranks = self._greedy_ranks(folder, source, build_inputs, device, host_bytes)
+            ranks = self._greedy_ranks(folder, source, build_inputs, device, limits)
             build_inputs = replace(build_inputs, plan=ranks)
         assert build_inputs.plan is not None
         ranks, statistics = build_inputs.plan, build_inputs.statistics
@@ -137,14 +138,12 @@ class Svd(Emulator):
                 journal.file,
                 build_inputs.precision,
                 device,
-                host_bytes,
+                limits,
                 folder,
             )
         else:
             samples = build_inputs.samples if needs_refit or statistics is None else None
-            blocks = named_blocks(
-                source, samples, list(layers_by_block), device, host_bytes, folder
-            )
+            blocks = named_blocks(source, samples, list(layers_by_block), device, limits, folder)
         for name, block in tracked(blocks, "emulate", len(layers_by_block), "block"):
             path = journal.file(name)
             if not path.exists():
@@ -246,7 +245,7 @@ class Svd(Emulator):
         source: Source,
         build_inputs: BuildInputs,
         device: torch.device,
-        host_bytes: int | None,
+        limits: StateLimits,
     ) -> Ranks:
         """Ranks that lose the least energy for the planned parameters, by the original's spectra.
 
@@ -256,9 +255,7 @@ class Svd(Emulator):
         layers_by_block, path = by_block(build_inputs.plan), folder / "spectra.safetensors"
         if not path.exists():
             samples = build_inputs.samples if build_inputs.statistics is None else None
-            blocks = named_blocks(
-                source, samples, list(layers_by_block), device, host_bytes, folder
-            )
+            blocks = named_blocks(source, samples, list(layers_by_block), device, limits, folder)
             layer_spectra: dict[str, Tensor] = {}
             for name, block in tracked(blocks, "spectra", len(layers_by_block), "block"):
                 layers = layers_by_block[name]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from emloc.calibration.blockwise import Batch, Block, iterate_checkpoint
 from emloc.calibration.calibrate import linears_of
 from emloc.calibration.moments import PIECE, InputRecorder
+from emloc.calibration.offload import StateLimits
 from emloc.emulators import Ranks
 from emloc.emulators.svd.factor_file import load_factors
 from emloc.emulators.svd.factors import LayerFactors, factorize_matrix
@@ -61,7 +62,7 @@ def lock_step(
     file: Callable[[str], Path],
     precision: Precision | None,
     device: torch.device,
-    host_bytes: int | None,
+    limits: StateLimits,
     folder: Path,
 ) -> Iterator[tuple[str, BlockPair]]:
     """Yield every block by name as a pair; then load its factors and run the next blocks on them.
@@ -75,15 +76,16 @@ def lock_step(
         file: block name -> path of the file of its factors.
         precision: packed format of these files; None: the model's dtype.
         device: where both models run, one block of each at a time.
-        host_bytes: limit of host memory for the hidden states of both models; None: no limit.
+        limits: memory for the hidden states of both models together.
         folder: hidden states beyond this limit are written here.
 
     Raises:
         ConfigError: the disk is full.
     """
-    limit = None if host_bytes is None else host_bytes // 2
     runs = [
-        iterate_checkpoint(source, batches, list(blocks), device, host_bytes=limit, folder=folder)
+        iterate_checkpoint(
+            source, batches, list(blocks), device, limits=limits.halved, folder=folder
+        )
         for _ in range(2)
     ]
     # `strict` also exhausts the second run, so that it finishes and cleans up.

@@ -19,6 +19,7 @@ from emloc.anchors.pass_states import most_states
 from emloc.anchors.places import Place
 from emloc.anchors.record import Original, RowLoss, Rows, Stretches, record
 from emloc.calibration.blockwise import by_block
+from emloc.calibration.offload import StateLimits
 from emloc.data.reader import encode_all
 from emloc.emulators.full import block_linears
 from emloc.emulators.layer_drop import block_stack
@@ -71,7 +72,7 @@ class AnchoredRows:
         measured: Sequence[KeyedRow],
         *,
         device: torch.device,
-        host_bytes: int | None,
+        limits: StateLimits,
     ) -> dict[str, RowLoss]:
         """Run one pass; see `emloc.anchors.record`.
 
@@ -96,7 +97,7 @@ class AnchoredRows:
                 self.blocks,
                 self.decoder_blocks,
                 device=device,
-                host_bytes=host_bytes,
+                limits=limits,
             )
 
     def _require_disk(self, folder: Path, rows: Sequence[KeyedRow]) -> None:

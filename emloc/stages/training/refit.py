@@ -25,6 +25,7 @@ from emloc.anchors.batches import AnchoredCollator, KeyedRow, take_offsets
 from emloc.anchors.record import Original, Stretches
 from emloc.anchors.shards import OffsetReader
 from emloc.calibration.blockwise import Block, by_block, fill_outside, iterate_blocks
+from emloc.calibration.offload import StateLimits
 from emloc.calibration.samples import Samples
 from emloc.data.reader import encode_all
 from emloc.emulators import BuiltEmulator, Ranks
@@ -74,7 +75,7 @@ class Refit:
         trainee: Trainee,
         original: Callable[[], Original],
         *,
-        host_bytes: int,
+        limits: StateLimits,
     ) -> float:
         """Write the emulator that is fitted to the present adapter into `folder`.
 
@@ -82,7 +83,7 @@ class Refit:
             folder: of the emulator's artifact.
             trainee: the present emulator with the adapter, unsharded.
             original: returns the original with the adapter as it is carried, each time anew.
-            host_bytes: limit of host memory for hidden states.
+            limits: memory for hidden states.
 
         Returns:
             The arithmetic, in forwards of the original over one row.
@@ -90,7 +91,7 @@ class Refit:
         work = folder.with_name(f"{folder.name}.work")
         work.mkdir(parents=True, exist_ok=True)
         with attempt(work) as spent:
-            self._run(folder, work, trainee, original, host_bytes)
+            self._run(folder, work, trainee, original, limits)
         shutil.rmtree(work)
         backward = trainee.work(len(self.samples.examples))["row_forwards"]
         return backward + spent.operations / block_operations(self.rows.source)
@@ -101,7 +102,7 @@ class Refit:
         work: Path,
         trainee: Trainee,
         original: Callable[[], Original],
-        host_bytes: int,
+        limits: StateLimits,
     ) -> None:
         rows, device = self._encoded(), trainee.device
         places, stored_as = self.rows.places, self.rows.anchor.stored_as
@@ -112,7 +113,7 @@ class Refit:
             rows,
             [],
             device=device,
-            host_bytes=host_bytes,
+            limits=limits,
         )
         self._write_gradients(work, trainee, rows)
         emulator = trainee.built_emulator.emulator
@@ -120,7 +121,7 @@ class Refit:
         with without_cudnn():
             emulator.refit(
                 folder,
-                self._blocks(original(), device, host_bytes, work),
+                self._blocks(original(), device, limits, work),
                 self.ranks,
                 lambda block: _read_gradients(work, block),
                 trainee.built_emulator.precision,
@@ -132,7 +133,7 @@ class Refit:
         return unique(KeyedRow(row, row.key) for row in encoded)
 
     def _blocks(
-        self, original: Original, device: torch.device, host_bytes: int, folder: Path
+        self, original: Original, device: torch.device, limits: StateLimits, folder: Path
     ) -> Iterator[Block]:
         """Yield the blocks of the original with compressed layers, on the calibration rows."""
         model, blocks = original.model, list(by_block(self.ranks))
@@ -142,7 +143,7 @@ class Refit:
         batches = self.samples.batches(self.rows.source)
         passes = iterate_blocks(
             *(model, batches, blocks, device, original.weights),
-            host_bytes=host_bytes,
+            limits=limits,
             folder=folder,
         )
         return iter(tracked(passes, "refit", len(blocks), "block"))

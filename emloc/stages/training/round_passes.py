@@ -16,6 +16,7 @@ from typing import Any
 
 from emloc.adapters.streamed import load_unread
 from emloc.anchors.record import Original, RowLoss, Stretches
+from emloc.calibration.offload import StateLimits
 from emloc.emulators.operations import block_operations
 from emloc.recovery import Recovery, RecoveryInputs
 from emloc.recovery.none import NoRecovery
@@ -44,7 +45,7 @@ class RoundPasses:
     rows: AnchoredRows
     recovery: Recovery
     first_pass: FirstPass | None
-    host_bytes: int
+    limits: StateLimits
     refit: Refit | None  # None: all rounds have the same emulator
     count: int = 0  # of the passes so far
     row_forwards: float = 0.0  # of the passes and fits so far
@@ -95,7 +96,7 @@ class RoundPasses:
                 rows,
                 self.rows.guard,
                 device=self.trainee.device,
-                host_bytes=self.host_bytes,
+                limits=self.limits,
             )
         return {
             "losses": losses,
@@ -183,5 +184,5 @@ class RoundPasses:
         original = partial(self._original, state, saved)
         folder.mkdir(parents=True, exist_ok=True)
         trainee = self.trainee.load(state)
-        row_forwards = refit.run(folder, trainee, original, host_bytes=self.host_bytes)
+        row_forwards = refit.run(folder, trainee, original, limits=self.limits)
         return {"row_forwards": row_forwards}

@@ -23,6 +23,7 @@ from typing import Any
 from emloc.adapters.saved import copy_adapter
 from emloc.anchors.guard import Change, change_between, mean_loss
 from emloc.anchors.record import RowLoss
+from emloc.calibration.offload import StateLimits
 from emloc.recovery import Recovery
 from emloc.runtime.atomic import write_text
 from emloc.runtime.distributed import is_first, wait_for_everyone
@@ -48,7 +49,7 @@ def rounds_of(
     rows: AnchoredRows,
     recovery: Recovery,
     first_pass: FirstPass | None,
-    host_bytes: int,
+    limits: StateLimits,
     report: Report,
     refit: Refit | None = None,
 ) -> Rounds:
@@ -60,12 +61,12 @@ def rounds_of(
         rows: the rows in their order, and the places.
         recovery: how the adapter is carried to the original.
         first_pass: the offsets of the first round; None: they are recorded here.
-        host_bytes: limit of host memory for hidden states.
+        limits: memory for hidden states.
         report: called with each line of the training log.
         refit: how later rounds fit the emulator anew; None: all rounds have the same emulator.
     """
     round_trainee = RoundTrainee(trainee)
-    passes = RoundPasses(folder, round_trainee, rows, recovery, first_pass, host_bytes, refit)
+    passes = RoundPasses(folder, round_trainee, rows, recovery, first_pass, limits, refit)
     steps = RoundSteps(folder, round_trainee, rows, report)
     return Rounds(folder, round_trainee, rows, passes, steps)
 

@@ -70,6 +70,10 @@ class FiniteTrainer(Trainer):
         items = sum(self._objective.items(batch).to(device) for batch in batches)
         return batches, self.accelerator.gather(items).sum()
 
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """Return 0: runs count their own work, and the Trainer walks the whole model each step."""
+        return 0
+
     def create_accelerator_and_postprocess(self) -> None:
         """Configure FSDP after the Trainer has created its accelerator."""
         super().create_accelerator_and_postprocess()
