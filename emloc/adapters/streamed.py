@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -32,16 +32,34 @@ class AdaptedWeights:
         """Names of the source's buffers, which are read with the weights."""
         return self._source.buffers
 
-    def fill(self, model: nn.Module, names: Iterable[str], device: torch.device) -> None:
-        """Load named parameters and buffers of `model` to `device`; move all buffers there."""
+    def fill(
+        self,
+        model: nn.Module,
+        names: Iterable[str],
+        device: torch.device,
+        ahead: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Load named parameters and buffers of `model` to `device`; move all buffers there.
+
+        Tensors of the source in `ahead` were read by `read_ahead` and are only copied.
+        """
         names = list(names)
-        own = {name: self._adapter_tensors[name] for name in names if name in self._adapter_tensors}
-        for name, tensor in own.items():
-            replace_tensor(model, name, tensor.to(device))
-        inner = {name.replace(_INNER, "."): name for name in names if name not in own}
-        for name, tensor in self._source.read(list(inner), device):
+        for name in names:
+            if name in self._adapter_tensors:
+                replace_tensor(model, name, self._adapter_tensors[name].to(device))
+        inner = self._source_names(names)
+        for name, tensor in self._source.read(list(inner), device, ahead):
             replace_tensor(model, inner[name], tensor)
         self._source.fill(model, [], device)  # moves the buffers
+
+    def read_ahead(self, names: Sequence[str], *, pinned: bool) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name in the source, tensor in host memory), for `ahead` of `fill`."""
+        return self._source.read_ahead(list(self._source_names(names)), pinned=pinned)
+
+    def _source_names(self, names: Iterable[str]) -> dict[str, str]:
+        """Name of a tensor in the source -> its name in the model that PEFT has wrapped."""
+        others = [name for name in names if name not in self._adapter_tensors]
+        return {name.replace(_INNER, "."): name for name in others}
 
 
 def load_unread(

@@ -27,8 +27,9 @@ from emloc.anchors.batches import KeyedRow
 from emloc.anchors.formats import OffsetFormat
 from emloc.anchors.places import Place
 from emloc.anchors.recorder import OffsetRecorder
-from emloc.calibration.blockwise import Block, WeightReader, fill_outside, iterate_blocks
+from emloc.calibration.blockwise import Block, fill_outside, iterate_blocks
 from emloc.calibration.offload import UNLIMITED, StateLimits
+from emloc.calibration.read_ahead import WeightReader
 from emloc.models.objectives import Objective
 from emloc.models.objectives.answer_logits import forward_logits
 from emloc.runtime.atomic import write_json

@@ -2,19 +2,21 @@
 
 The model's own `forward` does the computation. The forward pass of each batch runs in a coroutine
 that suspends where the pass enters a block. Once all passes have reached the block, its weights are
-read, each pass runs through the block in turn, and the weights are dropped. Masks, position tables
-and other arguments of a block are therefore right for any architecture: the model computes them.
+loaded, each pass runs through the block in turn, and the weights are dropped. A thread reads the
+next block from disk meanwhile. Masks, position tables and other arguments of a block are therefore
+right for any architecture: the model computes them.
 
 The tensors of suspended passes stay on the device up to a limit. Beyond it they are offloaded to
 host memory and, beyond a second limit, to disk. So the device holds one block, one pass and what
-the limit allows, whatever the size of the model and the number of batches.
+the limit allows, whatever the size of the model and the number of batches. Host memory holds the
+weights of at most one block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -30,6 +32,7 @@ from emloc.calibration.offload import (
     tensors_in,
 )
 from emloc.calibration.padding import TokenMask, other_sequences, read_mask
+from emloc.calibration.read_ahead import ReadAhead, WeightReader
 from emloc.errors import ConfigError
 from emloc.models.block_names import find_block
 from emloc.models.checkpoint.source import Source
@@ -173,44 +176,37 @@ def iterate_blocks(
     pool = OffloadPool(model, device, limits, folder)
     decoder_ids = {id(module) for module in decoder.modules()}
     forwards: list[SuspendedForward] = []
+    remaining = list(modules)
+    reader = ReadAhead(source, model, device) if source is not None else None
     try:
+        if reader is not None:
+            reader.start(remaining)
         # One at a time, so that an iterator of batches has one batch in memory.
         for batch, call in _with_calls(batches, calls):
             forwards.append(SuspendedForward(model, batch, pool, call))
             forwards[-1].advance()
             forwards[-1].offload()
-        remaining = list(modules)
         while remaining:
             name = next_block(remaining, {forward.block_name for forward in forwards})
             remaining.remove(name)
             module = modules[name]
-            if source is not None:
-                parameters = [f"{name}.{leaf}" for leaf, _ in module.named_parameters()]
-                buffers = [leaf for leaf in source.buffers if leaf.startswith(f"{name}.")]
-                source.fill(model, parameters + buffers, device)
+            if reader is not None:
+                reader.fill(name)
+                reader.start(remaining)
             # A batch without images never enters the blocks of a vision tower.
             at_block = [forward for forward in forwards if forward.block_name == name]
             block = Block(name, module, at_block, has_mask=id(module) in decoder_ids)
             yield block
             block.run(lambda _: None)  # does nothing if the caller has run the block
-            if source is not None:
+            if reader is not None:
                 module.to("meta")
     finally:
+        if reader is not None:
+            reader.close()
         for forward in forwards:
             forward.close()
         for handle in handles:
             handle.remove()
-
-
-class WeightReader(Protocol):
-    """Reads the weights of a model block by block, as a `Source` does."""
-
-    @property
-    def buffers(self) -> list[str]:
-        """Names of the buffers that are read with the weights."""
-
-    def fill(self, model: nn.Module, names: Iterable[str], device: torch.device) -> None:
-        """Load named parameters and buffers of `model` to `device`; move all buffers there."""
 
 
 class Block:

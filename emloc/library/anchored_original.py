@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,17 @@ class MemoryWeights:
         """No names: `fill` moves all buffers."""
         return []
 
-    def fill(self, model: nn.Module, names: Iterable[str], device: torch.device) -> None:
+    def read_ahead(self, names: Sequence[str], *, pinned: bool) -> Iterator[tuple[str, Tensor]]:
+        """Yield nothing, since all weights are in memory."""
+        return iter(())
+
+    def fill(
+        self,
+        model: nn.Module,
+        names: Iterable[str],
+        device: torch.device,
+        ahead: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Put named parameters of `model` on `device`; move all buffers there."""
         for name in names:
             replace_tensor(model, name, self._tensors[name].to(device))

@@ -132,9 +132,9 @@ def test_a_killed_pass_reads_no_weights_of_finished_blocks(
             model_of(tmp_path, "svd", BLOCKS)
     fill = AdaptedWeights.fill
 
-    def note(self, model, names, device):
+    def note(self, model, names, device, ahead=None):
         read.extend(names)
-        fill(self, model, names, device)
+        fill(self, model, names, device, ahead)
 
     monkeypatch.setattr(AdaptedWeights, "fill", note)
     pair = model_of(tmp_path, "svd", BLOCKS)

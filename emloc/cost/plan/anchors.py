@@ -10,7 +10,7 @@ from emloc.anchors.places import Place
 from emloc.calibration.offload import StateLimits, state_limits
 from emloc.config.compatibility import choice_name
 from emloc.config.settings import Budget, TrainSettings
-from emloc.cost.plan.cost import PROCESS, TrainingCost
+from emloc.cost.plan.cost import PROCESS, TrainingCost, next_block
 from emloc.cost.plan.layout import StepShape
 from emloc.emulators.full import Full
 from emloc.emulators.layer_drop import block_stack
@@ -79,10 +79,14 @@ class AnchorPlan:
 
     @property
     def host(self) -> int:
-        """Bytes of host memory of a pass, with the token embedding that training keeps there."""
+        """Bytes of host memory of a pass, with the token embedding that training keeps there.
+
+        The next block of the original waits there, too.
+        """
         embedding = Decoder(self.source).untied_embedding
         size = self.source.sizes[embedding] * self.source.dtype.itemsize if embedding else 0
-        return PROCESS + size + self._limits.host_share(self.states)
+        waiting = next_block(self.source) + self._limits.host_share(self.states)
+        return PROCESS + size + waiting
 
     @property
     def disk(self) -> int:

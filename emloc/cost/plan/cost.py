@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from emloc.calibration.calibrate import statistics_bytes
 from emloc.calibration.offload import state_limits
+from emloc.calibration.read_ahead import pinned_block_bytes
 from emloc.config.settings import Budget
 from emloc.cost.plan.gpus import Gpu
 from emloc.cost.plan.layout import StepShape, TrainingLayout
+from emloc.models.checkpoint.source import Source
 from emloc.runtime.memory import GIB
 
 # Share of the makers' rates that large matrix products and copies of a transformer reach.
@@ -57,9 +59,15 @@ def cost_of(
         disk += layout.factors + (moments if moments <= budget.statistics_gib * GIB else 0)
         widest = max(columns for _, columns in layout.adapted.values())
         hidden_states = tokens * widest * layout.source.dtype.itemsize
-        host += state_limits(budget).host_share(hidden_states)
+        host += state_limits(budget).host_share(hidden_states) + next_block(layout.source)
         build = _build_seconds(layout, tokens, gpu)
     return TrainingCost(host, disk, build, _step_seconds(layout, step_shape, operations, gpu))
+
+
+def next_block(source: Source) -> int:
+    """Bytes of host memory in which the next block of the original waits while another one runs."""
+    itemsize = source.dtype.itemsize
+    return pinned_block_bytes({name: size * itemsize for name, size in source.sizes.items()})
 
 
 def _build_seconds(layout: TrainingLayout, tokens: int, gpu: Gpu) -> float:

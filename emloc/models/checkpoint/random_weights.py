@@ -50,6 +50,10 @@ class RandomWeights:
         for name in names:
             yield name, self._random_tensor(name, draw_device).to(device)
 
+    def read_ahead(self, names: list[str], *, pinned: bool) -> Iterator[tuple[str, Tensor]]:
+        """Yield nothing, since no value comes from the disk."""
+        return iter(())
+
     def _random_tensor(self, name: str, device: torch.device) -> Tensor:
         """The values of the parameter `name`, drawn on `device`."""
         init = self.inits[name]

@@ -208,11 +208,17 @@ class Source:
                 "set model.source to another checkpoint"
             )
 
-    def read(self, names: list[str], device: torch.device = CPU) -> Iterator[tuple[str, Tensor]]:
+    def read(
+        self,
+        names: list[str],
+        device: torch.device = CPU,
+        ahead: Mapping[str, Tensor] | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) of parameters and buffers, one at a time, in the model's dtypes.
 
         Stored tensors come in the order of the files and are read straight to `device`. The
-        generator keeps no reference to a tensor while it reads the next one.
+        generator keeps no reference to a tensor while it reads the next one. Tensors in `ahead`,
+        which `read_ahead` has yielded, come first and are only copied.
 
         Raises:
             ConfigError: a tensor is missing, or has NaN or infinite values.
@@ -220,7 +226,7 @@ class Source:
         self.require(names)
         fresh_names = [name for name in names if self._is_fresh(name)]
         stored_names = [name for name in names if name not in fresh_names] if fresh_names else names
-        for name, tensor in self.weights.read(stored_names, device):
+        for name, tensor in self._stored(stored_names, device, ahead or {}):
             tensor = tensor.to(self.dtypes[name])
             if self.seed is None and name in self.sizes:  # a buffer may hold a mask of -inf
                 require_finite(self.weights.description, name, tensor)
@@ -228,6 +234,24 @@ class Source:
             yield name, tensor
             del tensor  # otherwise this variable keeps the memory while the next tensor is read
         yield from self._draw(FRESH_SEED, fresh_names, device)
+
+    def _stored(
+        self, names: list[str], device: torch.device, ahead: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) as the weights have them, copied from `ahead` or read."""
+        for name in names:
+            if name in ahead:
+                yield name, ahead[name].to(device, non_blocking=True)
+        yield from self.weights.read([name for name in names if name not in ahead], device)
+
+    def read_ahead(self, names: Sequence[str], *, pinned: bool) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor in host memory), as the files store it, for `ahead` of `read`.
+
+        Names of tensors that do not come from the disk are left out.
+        """
+        stored_names = self.weights.names
+        from_disk = [n for n in names if n in stored_names and not self._is_fresh(n)]
+        return self.weights.read_ahead(from_disk, pinned=pinned)
 
     def weight(self, module: str, device: torch.device = CPU) -> Tensor:
         """The weight (output features, input features) of the linear layer `module`."""
@@ -242,14 +266,21 @@ class Source:
         [(_, tensor)] = self.read([name], device)
         return tensor
 
-    def fill(self, model: nn.Module, names: Iterable[str], device: torch.device) -> None:
+    def fill(
+        self,
+        model: nn.Module,
+        names: Iterable[str],
+        device: torch.device,
+        ahead: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Load named parameters and buffers of `model` to `device`; move all buffers there.
 
-        Tensors that the weights do not contain are left as they are.
+        Tensors that the weights do not contain are left as they are. Tensors in `ahead` were
+        read by `read_ahead` and are only copied.
         """
         stored_names = self.weights.names
         available = [name for name in names if name in stored_names or self._is_fresh(name)]
-        for name, tensor in self.read(available, device):
+        for name, tensor in self.read(available, device, ahead):
             replace_tensor(model, name, tensor)
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):

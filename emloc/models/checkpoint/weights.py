@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,6 +41,12 @@ class Weights(Protocol):
 
     def read(self, names: list[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor on `device`) for the named parameters, one tensor at a time."""
+
+    def read_ahead(self, names: list[str], *, pinned: bool) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor in host memory) for parameters whose read waits for the disk.
+
+        The tensors equal those of `read`. `pinned`: in pinned memory, for a copy to a GPU.
+        """
 
 
 @dataclass(frozen=True)
@@ -100,21 +107,61 @@ class SafetensorsWeights:
         """
         # safetensors reads "cuda" as device 0, torch as the current device.
         device_with_index = str(torch.empty(0, device=device).device)
-        by_file: dict[Path, list[tuple[str, Direct]]] = {}
+        direct, converted = self._by_origin(names)
+        yield from _read_all_direct(direct, device_with_index)
+        requested = set(names)
+        for conversion in converted:
+            yield from _read_converted(conversion, requested, device_with_index)
+
+    def read_ahead(self, names: list[str], *, pinned: bool) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor in host memory) of parameters that the files store as they are.
+
+        Parameters that are converted are not yielded, since another device may round in another
+        way. Only the pages of their files are read, so that `read` does not wait for the disk.
+
+        Raises:
+            ConfigError: stored tensors cannot be split into the parameters.
+        """
+        direct, converted = self._by_origin(names)
+        for name, tensor in _read_all_direct(direct, "cpu"):
+            if pinned:
+                yield name, tensor.pin_memory()
+            else:
+                _read_pages(tensor)
+                yield name, tensor
+        for conversion in converted:
+            for stored in _read_stored(conversion.inputs, "cpu"):
+                _read_pages(stored)
+
+    def _by_origin(self, names: Iterable[str]) -> tuple[list[tuple[str, Direct]], list[Converted]]:
+        """Return the parameters that are stored as they are, and the conversions of the others."""
+        direct: list[tuple[str, Direct]] = []
         converted: dict[int, Converted] = {}
         for name in names:
             origin = self.origins[name]
             if isinstance(origin, Direct):
-                by_file.setdefault(origin.tensor.file, []).append((name, origin))
+                direct.append((name, origin))
             else:
                 converted[id(origin)] = origin
-        for path, members in by_file.items():
-            with safe_open(path, framework="pt", device=device_with_index) as file:
-                for name, origin in members:
-                    yield name, _read_direct(file, origin)
-        requested = set(names)
-        for conversion in converted.values():
-            yield from _read_converted(conversion, requested, device_with_index)
+        return direct, list(converted.values())
+
+
+def _read_all_direct(
+    parameters: Iterable[tuple[str, Direct]], device: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of parameters, file by file; only one file is open at a time."""
+    by_file: dict[Path, list[tuple[str, Direct]]] = {}
+    for name, origin in parameters:
+        by_file.setdefault(origin.tensor.file, []).append((name, origin))
+    for path, members in by_file.items():
+        with safe_open(path, framework="pt", device=device) as file:
+            for name, origin in members:
+                yield name, _read_direct(file, origin)
+
+
+def _read_pages(tensor: Tensor) -> None:
+    """Read one byte of each page of a mapped tensor, so that the system reads it from disk."""
+    tensor.flatten().view(torch.uint8)[:: mmap.PAGESIZE].sum()
 
 
 def _read_direct(file: Any, origin: Direct) -> Tensor:
@@ -186,3 +233,7 @@ class AbsentWeights:
             ConfigError: always.
         """
         return iter([(name, torch.empty(0)) for name in self.names])
+
+    def read_ahead(self, names: list[str], *, pinned: bool) -> Iterator[tuple[str, Tensor]]:
+        """Yield nothing."""
+        return iter(())
