@@ -10,6 +10,7 @@ from pathlib import Path
 
 from emloc.anchors.batches import KeyedRow
 from emloc.anchors.shards import write_rows
+from emloc.calibration.batch_size import group_by_tokens
 from emloc.runtime.atomic import write_json
 
 # Bytes of offsets at one place in one file, about.
@@ -43,26 +44,19 @@ def batch_plan(
     """
     path = folder / "plan.json"
     if not path.exists():
-        batches, offset = _batches(anchored, batch_tokens), len(anchored)
+        batches, offset = group_by_tokens(_lengths(anchored), batch_tokens), len(anchored)
         shards = [] if token_bytes is None else _shards(anchored, batches, token_bytes)
         write_rows(
             folder, [[anchored[i].key for b in shard for i in batches[b]] for shard in shards]
         )
-        batches += [[offset + i for i in batch] for batch in _batches(measured, batch_tokens)]
+        more = group_by_tokens(_lengths(measured), batch_tokens)
+        batches += [[offset + index for index in batch] for batch in more]
         write_json(path, {"batches": batches, "shards": shards})
     return BatchPlan(**json.loads(path.read_text()))
 
 
-def _batches(rows: Sequence[KeyedRow], tokens: int) -> list[list[int]]:
-    """Return indices of rows in batches of similar lengths, each of at most `tokens` or one row."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(rows)), key=lambda index: rows[index].length):
-        # In this order the newest row is the longest of its batch.
-        if batches and rows[index].length * (len(batches[-1]) + 1) <= tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
+def _lengths(rows: Sequence[KeyedRow]) -> list[int]:
+    return [row.length for row in rows]
 
 
 def _shards(

@@ -75,7 +75,7 @@ def calibrate(
     blocks = by_block(layers)
     run = iterate_checkpoint(
         source,
-        samples.batches(source),
+        samples.batches(source, device),
         list(blocks),
         device,
         limits=limits,

@@ -30,7 +30,7 @@ def named_blocks(
     if samples is None:
         yield from ((name, None) for name in blocks)
         return
-    batches = samples.batches(source)
+    batches = samples.batches(source, device)
     for block in iterate_checkpoint(source, batches, blocks, device, limits=limits, folder=folder):
         yield block.name, block
 

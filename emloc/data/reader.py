@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from emloc.data.collate import EncodedRow, collate, group_by_length
+from emloc.data.collate import EncodedRow, collate
 from emloc.data.examples import Example, Examples
 from emloc.data.prompts import EncodedExample, encode, frame_of
 from emloc.errors import ConfigError
@@ -163,10 +163,14 @@ def encode_all(reader: Reader, examples: Examples, max_length: int | None) -> li
 
 
 def batches(
-    reader: Reader, encoded: Sequence[EncodedRow], size: int, *, answers_only: bool
+    reader: Reader,
+    encoded: Sequence[EncodedRow],
+    groups: Iterable[Sequence[int]],
+    *,
+    answers_only: bool,
 ) -> list[dict[str, Tensor]]:
-    """Collate the rows to batches of `size` rows with similar lengths, in another order."""
+    """Collate the rows to batches; each group has the indices of the rows of a batch."""
     return [
         reader.collate([encoded[index] for index in group], answers_only=answers_only)
-        for group in group_by_length(encoded, size)
+        for group in groups
     ]

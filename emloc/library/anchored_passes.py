@@ -19,6 +19,7 @@ from emloc.anchors.batches import KeyedRow
 from emloc.anchors.formats import OffsetFormat
 from emloc.anchors.places import Place
 from emloc.anchors.record import RowLoss, Rows, Stretches, record
+from emloc.calibration.batch_size import batch_tokens
 from emloc.calibration.offload import StateLimits
 from emloc.errors import ConfigError
 from emloc.library.anchored_original import adapted_original, adapter_digest
@@ -29,7 +30,6 @@ from emloc.models.objectives.token_scores import score_tokens
 from emloc.models.objectives.tokens import Tokens
 from emloc.runtime.digest import digest
 from emloc.runtime.memory import GIB
-from emloc.stages.training.anchored_rows import batch_tokens
 from emloc.tensors.nn.attention import without_cudnn
 
 log = logging.getLogger(__name__)

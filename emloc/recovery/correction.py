@@ -75,7 +75,7 @@ class Correction(Recovery):
             }
             blocks = iterate_checkpoint(
                 built_emulator.source,
-                samples.batches(built_emulator.source),
+                samples.batches(built_emulator.source, device),
                 list(by_block(pairs)),
                 device,
                 limits=inputs.limits,

@@ -46,7 +46,7 @@ class Rows:
 
     ids = ("0",)
 
-    def batches(self, source):
+    def batches(self, source, device=None):
         return [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}]
 
 

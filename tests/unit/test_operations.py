@@ -42,7 +42,7 @@ class Rows:
 
     ids = ("0", "1", "2", "3")
 
-    def batches(self, source):
+    def batches(self, source, device=None):
         return [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}] * 2
 
     def training_batches(self, source):

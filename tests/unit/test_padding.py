@@ -42,7 +42,7 @@ class Rows:
     size: int
     ids = ("train/1",)
 
-    def batches(self, source) -> list[dict[str, Tensor]]:
+    def batches(self, source, device=None) -> list[dict[str, Tensor]]:
         draw = torch.Generator().manual_seed(0)
         rows = [torch.randint(5, 200, (length,), generator=draw) for length in LENGTHS]
         batches = []

@@ -64,7 +64,7 @@ class Rows:
     def __init__(self, count: int = 4) -> None:
         self.count = count
 
-    def batches(self, source):
+    def batches(self, source, device=None):
         batches, generator = [], torch.Generator().manual_seed(1)
         for _ in range(self.count):
             mask = torch.ones(8, 30, dtype=torch.long)
@@ -388,7 +388,7 @@ def test_vision_tower_and_language_model_are_fitted(tmp_path):
     )
 
     class Images(Rows):
-        def batches(self, source):
+        def batches(self, source, device=None):
             return [image_batch()]
 
     layers = {

@@ -8,7 +8,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from torch.nn import functional
 
 from emloc.calibration.samples import BATCH, Samples, choose_examples
-from emloc.data.collate import IGNORE, collate
+from emloc.data.collate import IGNORE, collate, group_by_length
 from emloc.data.examples import Example, Examples
 from emloc.data.prompts import EncodedExample, encode, render
 from emloc.data.reader import TextReader, batches, encode_all
@@ -182,7 +182,9 @@ def test_a_batch_without_answers_has_only_the_inputs_of_a_forward_pass(tokenizer
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 9])
 def test_batches_contain_each_row_once_sorted_by_length(tokenizer, size):
     encoded = all_of(tokenizer)
-    made_batches = batches(TextReader(tokenizer), encoded, size, answers_only=False)
+    made_batches = batches(
+        TextReader(tokenizer), encoded, group_by_length(encoded, size), answers_only=False
+    )
     assert [len(one["input_ids"]) for one in made_batches] == [
         min(size, len(encoded) - start) for start in range(0, len(encoded), size)
     ]

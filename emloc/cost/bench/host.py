@@ -30,7 +30,7 @@ class RandomTexts:
 
     ids: tuple[str, ...] = ()
 
-    def batches(self, source: Source) -> list[Batch]:
+    def batches(self, source: Source, device: torch.device | None = None) -> list[Batch]:
         """Return the samples, each as a batch of its own."""
         generator = torch.Generator().manual_seed(0)
         size = (SAMPLES, 1, LENGTH)

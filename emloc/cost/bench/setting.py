@@ -185,7 +185,7 @@ class RandomSamples:
         """Names of the samples."""
         return [str(index) for index in range(self.count)]
 
-    def batches(self, source: Source) -> Sequence[Batch]:
+    def batches(self, source: Source, device: torch.device | None = None) -> Sequence[Batch]:
         """Return the samples, each as a batch of its own."""
         return [self.setup.batch(index) for index in range(self.count)]
 

@@ -130,7 +130,7 @@ class Svd(Emulator):
         blocks: Iterable[tuple[str, Block | BlockPair | None]]
         if self.sequential:
             assert build_inputs.samples is not None
-            batches = build_inputs.samples.batches(source)
+            batches = build_inputs.samples.batches(source, device)
             blocks = lock_step(
                 source,
                 batches,

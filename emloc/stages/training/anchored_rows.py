@@ -18,6 +18,7 @@ from emloc.anchors.guard import guard_rows
 from emloc.anchors.pass_states import most_states
 from emloc.anchors.places import Place
 from emloc.anchors.record import Original, RowLoss, Rows, Stretches, record
+from emloc.calibration.batch_size import batch_tokens
 from emloc.calibration.blockwise import by_block
 from emloc.calibration.offload import StateLimits
 from emloc.data.reader import encode_all
@@ -31,16 +32,6 @@ from emloc.stages.training.order import RowOrder
 from emloc.tensors.nn.attention import without_cudnn
 
 log = logging.getLogger(__name__)
-
-# Share of the free memory of the device that one batch of a pass may take.
-_DEVICE_SHARE = 1 / 8
-# Memory of one batch on a CPU, in bytes.
-_CPU_BYTES = 2**30
-# Bytes that a block takes for a token, for each feature of the hidden states: those of attention
-# and of the MLP in 16 bits, and norms in float32.
-_FEATURE_BYTES = 64
-# Fewest and most tokens of a batch: below, the weights are used too little, above, nothing is won.
-_TOKENS = (512, 8192)
 
 
 @dataclass(frozen=True)
@@ -188,20 +179,6 @@ def disk_shortage(
             "EMLOC_CACHE to a folder on another disk"
         )
     return None
-
-
-def batch_tokens(width: int, device: torch.device) -> int:
-    """Return how many tokens a batch of a pass may have, so that one block of it fits.
-
-    Args:
-        width: features of the hidden states.
-        device: on which the pass runs.
-    """
-    budget = _CPU_BYTES
-    if device.type == "cuda":
-        budget = int(torch.cuda.mem_get_info(device)[0] * _DEVICE_SHARE)
-    least, most = _TOKENS
-    return min(max(budget // (_FEATURE_BYTES * width), least), most)
 
 
 def unique(rows: Iterable[KeyedRow]) -> list[KeyedRow]:

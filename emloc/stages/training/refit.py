@@ -140,7 +140,7 @@ class Refit:
         if original.weights is not None:
             fill_outside(model, original.weights, blocks, device)
         model.eval()
-        batches = self.samples.batches(self.rows.source)
+        batches = self.samples.batches(self.rows.source, device)
         passes = iterate_blocks(
             *(model, batches, blocks, device, original.weights),
             limits=limits,
