@@ -137,6 +137,14 @@ class TextReaderSettings:
         return TextReader(checkpoint.tokenizer)
 
 
+def training_collate(reader: Reader) -> Callable[[list[Any]], Any]:
+    """Return the function that collates the batches of a training.
+
+    A reader of images has one of its own, which returns before the images are decoded.
+    """
+    return getattr(reader, "collate_ahead", reader.collate)
+
+
 def encode_all(reader: Reader, examples: Examples, max_length: int | None) -> list[Any]:
     """Encode the examples; examples longer than `max_length` are skipped with a warning.
 

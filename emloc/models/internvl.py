@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any
@@ -16,6 +16,8 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from emloc.config.values import Range, Text
 from emloc.data.collate import collate
 from emloc.data.examples import Example
+from emloc.data.image import LazyImage
+from emloc.data.pending import PendingBatch, image_threads, pinned
 from emloc.data.prompts import EncodedExample, encode
 from emloc.data.reader import OpenCheckpoint, Reader, ReaderSettings
 from emloc.errors import ConfigError
@@ -151,15 +153,25 @@ class InternVLReader:
 
         The tiles are `pixel_values` (tiles, 3, height, width) in the model's dtype.
         """
+        return {**self.collate_ahead(batch, answers_only=answers_only)}
+
+    def collate_ahead(
+        self, batch: Sequence[EncodedExample], *, answers_only: bool = True
+    ) -> Mapping[str, Tensor]:
+        """Collate as `collate` does, while threads still cut the images."""
         tensors = collate(batch, self.tokenizer.pad_token_id, answers_only=answers_only)
         images = [image for row in batch for image in row.images]
-        if images:
-            tiles = [
-                self._tile_processor(image.open(), return_tensors="pt").pixel_values
-                for image in images
-            ]
-            tensors["pixel_values"] = torch.cat(tiles).to(self._checkpoint.dtype)
-        return tensors
+        if not images:
+            return tensors
+        tiles = [image_threads().submit(self._cut, image) for image in images]
+        return PendingBatch(
+            tensors, lambda: {"pixel_values": pinned(torch.cat([one.result() for one in tiles]))}
+        )
+
+    def _cut(self, image: LazyImage) -> Tensor:
+        """Tiles of one image (tiles, 3, height, width) in the model's dtype."""
+        tiles: Tensor = self._tile_processor(image.open(), return_tensors="pt").pixel_values
+        return tiles.to(self._checkpoint.dtype)
 
 
 def chatml_template(begin: str, system: str | None) -> str:

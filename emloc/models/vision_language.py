@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from emloc.data.chat_template import (
 )
 from emloc.data.collate import collate
 from emloc.data.examples import Example
+from emloc.data.pending import PendingBatch, processor_thread
 from emloc.data.prompts import (
     EncodedExample,
     EncodedPair,
@@ -113,7 +115,9 @@ class ProcessorReader:
         images = [image.open() for image in example.images]
         text = prompt + self._frame.around(example.target)
         try:
-            [ids] = self._process([images] if images else None, [text])["input_ids"]
+            [ids] = self._process(self._processor, [images] if images else None, [text])[
+                "input_ids"
+            ]
         except (ValueError, IndexError) as error:
             raise ConfigError(
                 f"{example.id}: {len(images)} images do not fit their places in the prompt: "
@@ -166,23 +170,53 @@ class ProcessorReader:
 
         Token types and pixels come from the processor, for the rows that have images.
         """
+        tensors = self._tokens(batch, answers_only=answers_only)
+        return tensors | self._images(self._processor, batch, tensors["input_ids"])
+
+    def collate_ahead(
+        self, batch: Sequence[EncodedExample], *, answers_only: bool = True
+    ) -> Mapping[str, Tensor]:
+        """Collate as `collate` does, while a thread still runs the processor."""
+        tensors = self._tokens(batch, answers_only=answers_only)
+        if not any(row.images for row in batch):
+            return tensors
+        arguments = self._thread_processor, batch, tensors["input_ids"]
+        return PendingBatch(tensors, processor_thread().submit(self._images, *arguments).result)
+
+    @cached_property
+    def _thread_processor(self) -> Any:
+        """A processor for the thread alone, since two threads cannot share a tokenizer."""
+        return copy.deepcopy(self._processor)
+
+    def _tokens(self, batch: Sequence[EncodedExample], *, answers_only: bool) -> dict[str, Tensor]:
+        """Padded tokens of a batch."""
         tensors = collate(batch, self.tokenizer.pad_token_id, answers_only=answers_only)
         del tensors["position_ids"]  # some models number positions in several dimensions
+        return tensors
+
+    def _images(
+        self, processor: Any, batch: Sequence[EncodedExample], input_ids: Tensor
+    ) -> dict[str, Tensor]:
+        """Token types and pixels of a batch, whose padded tokens are `input_ids` (B, L)."""
         indices = [index for index, row in enumerate(batch) if row.images]
         if not indices:
-            return tensors
+            return {}
         image_rows = [batch[index] for index in indices]
         images = [[image.open() for image in row.images] for row in image_rows]
         prompts = [row.prompt for row in image_rows]
         processed = self._process(
-            images, prompts, padding=True, padding_side="left", return_tensors="pt"
+            *(processor, images, prompts),
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
         )
-        # The token ids are dropped: `tensors` has them already, with the answers.
+        # The token ids are dropped: `input_ids` has them already, with the answers.
         types = {name: processed.pop(name) for name in _TOKEN_TYPES if name in processed}
         lengths = processed.pop("attention_mask").sum(-1).tolist()
         del processed["input_ids"]
+        tensors: dict[str, Tensor] = {}
         for name, values in types.items():
-            tensors[name] = torch.zeros_like(tensors["input_ids"])
+            tensors[name] = torch.zeros_like(input_ids)
             for index, prompt_types, length in zip(indices, values, lengths, strict=True):
                 row_types = tensors[name][index, -len(batch[index].input_ids) :]
                 # The last token of a prompt can be part of the answer's first token.
@@ -195,10 +229,12 @@ class ProcessorReader:
         }
         return tensors | pixels
 
-    def _process(self, images: list[list[Image]] | None, prompts: list[str], **options: Any) -> Any:
-        """Run the processor on rendered prompts and their images."""
+    def _process(
+        self, processor: Any, images: list[list[Image]] | None, prompts: list[str], **options: Any
+    ) -> Any:
+        """Run a processor on rendered prompts and their images."""
         special = self._adds_special_tokens(prompts[0])
-        return self._processor(images=images, text=prompts, add_special_tokens=special, **options)
+        return processor(images=images, text=prompts, add_special_tokens=special, **options)
 
     def _adds_special_tokens(self, prompt: str) -> bool:
         """Whether the tokenizer adds special tokens: only if the template has written none."""

@@ -21,7 +21,7 @@ from emloc.anchors.record import Original, RowLoss, Rows, Stretches, record
 from emloc.calibration.batch_size import batch_tokens
 from emloc.calibration.blockwise import by_block
 from emloc.calibration.offload import StateLimits
-from emloc.data.reader import encode_all
+from emloc.data.reader import encode_all, training_collate
 from emloc.emulators.full import block_linears
 from emloc.emulators.layer_drop import block_stack
 from emloc.errors import ConfigError
@@ -136,7 +136,7 @@ def anchored_rows(
             training_inputs.seed,
         ),
         round_ends(recipe.steps, anchor.rounds),
-        reader.collate,
+        training_collate(reader),
         disk_gib,
     )
 

@@ -30,7 +30,7 @@ from emloc.adapters.training_inputs import TrainingInputs
 from emloc.anchors.attached import AttachedOffsets
 from emloc.config.settings import MODEL_BITS, TrainSettings
 from emloc.data.collate import EncodedRow
-from emloc.data.reader import encode_all
+from emloc.data.reader import encode_all, training_collate
 from emloc.emulators import BuiltEmulator
 from emloc.emulators.operations import operations_share
 from emloc.errors import ConfigError
@@ -80,7 +80,7 @@ def train(
         built_emulator,
         training_inputs,
         encoded,
-        reader.collate,
+        training_collate(reader),
         device=device,
         report=report,
     )
