@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -18,15 +18,16 @@ _MOST_THREADS = 8
 class PendingBatch(MutableMapping[str, Any]):
     """A batch with some tensors that are ready, and some that threads still compute.
 
-    A look-up of another name than those that are ready waits for the threads, and so does a loop
-    over all names. Each forward pass of a step begins when its own images are there, since the
-    Trainer needs only the labels before.
+    A look-up of a pending tensor waits for the threads, and so does a loop over all names. Each
+    forward pass of a step begins when its own images are there, since the Trainer needs only the
+    labels before.
     """
 
     def __init__(
         self,
         ready: Mapping[str, Any],
         finish: Callable[[], Mapping[str, Tensor]] | None = None,
+        pending: Collection[str] = (),
         device: torch.device | None = None,
     ) -> None:
         """Make a batch.
@@ -34,9 +35,12 @@ class PendingBatch(MutableMapping[str, Any]):
         Args:
             ready: name -> tensor, or another value.
             finish: waits for the threads and returns the other tensors; None: there are none.
+            pending: names that the other tensors may have; further ones are taken for missing until
+                the threads are waited for.
             device: of the other tensors; None: where the threads compute them.
         """
-        self._ready, self._finish, self._device = dict(ready), finish, device
+        self._ready, self._finish = dict(ready), finish
+        self._pending, self._device = pending, device
 
     def to(self, device: torch.device, non_blocking: bool = False) -> PendingBatch:
         """Return the batch on a device; the pending tensors move there when they are ready."""
@@ -46,7 +50,7 @@ class PendingBatch(MutableMapping[str, Any]):
             else value
             for name, value in self._ready.items()
         }
-        return PendingBatch(ready, self._finish, device)
+        return PendingBatch(ready, self._finish, self._pending, device)
 
     def pin_memory(self) -> PendingBatch:
         """Return the batch with its ready tensors in pinned memory."""
@@ -54,14 +58,15 @@ class PendingBatch(MutableMapping[str, Any]):
             name: value.pin_memory() if isinstance(value, Tensor) else value
             for name, value in self._ready.items()
         }
-        return PendingBatch(ready, self._finish, self._device)
+        return PendingBatch(ready, self._finish, self._pending, self._device)
 
     def __or__(self, other: Mapping[str, Any]) -> PendingBatch:
         """Return the batch with more values, which are ready."""
-        return PendingBatch({**self._ready, **other}, self._finish, self._device)
+        ready = {**self._ready, **other}
+        return PendingBatch(ready, self._finish, self._pending, self._device)
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self._ready:
+        if name not in self._ready and name in self._pending:
             self._wait()
         return self._ready[name]
 

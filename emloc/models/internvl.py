@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any
@@ -164,14 +165,19 @@ class InternVLReader:
         if not images:
             return tensors
         tiles = [image_threads().submit(self._cut, image) for image in images]
-        return PendingBatch(
-            tensors, lambda: {"pixel_values": pinned(torch.cat([one.result() for one in tiles]))}
-        )
+        # Begun last, so that this thread waits for no image that is not being cut already.
+        pixels = image_threads().submit(_joined, tiles)
+        return PendingBatch(tensors, lambda: {"pixel_values": pixels.result()}, ["pixel_values"])
 
     def _cut(self, image: LazyImage) -> Tensor:
         """Tiles of one image (tiles, 3, height, width) in the model's dtype."""
         tiles: Tensor = self._tile_processor(image.open(), return_tensors="pt").pixel_values
         return tiles.to(self._checkpoint.dtype)
+
+
+def _joined(parts: Sequence[Future[Tensor]]) -> Tensor:
+    """Return the tensors of some threads in one."""
+    return pinned(torch.cat([part.result() for part in parts]))
 
 
 def chatml_template(begin: str, system: str | None) -> str:

@@ -181,7 +181,10 @@ class ProcessorReader:
         if not any(row.images for row in batch):
             return tensors
         arguments = self._thread_processor, batch, tensors["input_ids"]
-        return PendingBatch(tensors, processor_thread().submit(self._images, *arguments).result)
+        images = processor_thread().submit(self._images, *arguments)
+        return PendingBatch(
+            tensors, images.result, {*self._processor.model_input_names, *_TOKEN_TYPES}
+        )
 
     @cached_property
     def _thread_processor(self) -> Any:

@@ -5,17 +5,26 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 from composed import compose_cached
 from pictured import save_gemma, save_internvl, vqa_examples
+from safetensors.torch import load_file
 
 from emloc.adapters.saved import read_adapter
+from emloc.adapters.training_inputs import TrainingInputs
 from emloc.config.paths import CONF
+from emloc.data.pending import PendingBatch
+from emloc.emulators import BuiltEmulator
 from emloc.errors import ConfigError, StageError
 from emloc.pipeline import run
+from emloc.runtime.stage_cache import Artifact
 from emloc.stages.evaluation.harness.generated_answers import ANSWERS_FILE
 from emloc.stages.run_config import build
+from emloc.stages.training.train import train
+from emloc.stages.training.trainer import FiniteTrainer
 from emloc.tasks.metrics import exact
 
+CPU = torch.device("cpu")
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 # Settings of methods for a model of six blocks with two key/value heads each, and three steps.
 ROOM = {
@@ -187,3 +196,58 @@ def test_a_metric_that_the_scorer_lacks_is_refused_before_any_stage(run_cached):
 def test_a_text_model_refuses_images(run_cached, checkpoint):
     with pytest.raises((ConfigError, StageError), match="reads no images"):
         run_cached("method=lora", f"model.source={checkpoint}", model="smollm2_135m")
+
+
+@pytest.fixture
+def train_on(internvl, tmp_path):
+    """Return a function that trains in a folder; it returns the losses and the adapter."""
+
+    def train_in(name, steps=4):
+        overrides = [f"model.source={internvl}", "model.dtype=float32", "method=lora", "lora=r4"]
+        overrides += [f"train.steps={steps}", "train.batch=2", "train.accumulate=2"]
+        overrides += ["train.log_every=1", "train.save_every=2", "tracker=none"]
+        run_config = build(compose_cached(["model=internvl2_5_2b", *overrides]))
+        source, losses = run_config.model.open(), []
+        inputs = TrainingInputs(
+            *(run_config.adapter, run_config.lora),
+            tuple(run_config.model.adapted_layers(source)),
+            VqaTask().train(),
+            *(None, run_config.train, run_config.seed),
+        )
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "layers.json").write_text("[]")  # the emulator is the original as it is
+        built = BuiltEmulator(run_config.emulator, Artifact("emulate", "key", folder), source)
+        train(folder, built, inputs, device=CPU, report=lambda _, line: losses.append(line))
+        return losses, load_file(folder / "adapter" / "adapter_model.safetensors")
+
+    return train_in
+
+
+def test_images_that_threads_cut_ahead_change_no_bit(train_on, monkeypatch):
+    losses, adapter = train_on("ahead")
+    monkeypatch.setattr("emloc.stages.training.train.training_collate", lambda one: one.collate)
+    expected_losses, expected = train_on("plain")
+    assert [line["loss"] for line in losses] == [line["loss"] for line in expected_losses]
+    assert adapter.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in adapter.items())
+
+
+def test_a_step_begins_before_the_images_of_all_its_passes_are_cut(train_on, monkeypatch):
+    events = []
+    wait, fetch = PendingBatch._wait, FiniteTrainer.get_batch_samples
+
+    def noting_wait(self):
+        if self._finish is not None:
+            events.append("wait")
+        wait(self)
+
+    def noting_fetch(self, *arguments):
+        samples = fetch(self, *arguments)
+        events.append("step")
+        return samples
+
+    monkeypatch.setattr(PendingBatch, "_wait", noting_wait)
+    monkeypatch.setattr(FiniteTrainer, "get_batch_samples", noting_fetch)
+    train_on("noted", steps=2)
+    assert events == ["step", "wait", "wait"] * 2
