@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from emloc.calibration.batch_size import batch_tokens
 from emloc.calibration.blockwise import Batch
 from emloc.calibration.offload import StateLimits
 from emloc.cost.bench.rows import BenchRow, row
@@ -30,13 +31,14 @@ class RandomTexts:
 
     ids: tuple[str, ...] = ()
 
-    def batches(self, source: Source, device: torch.device | None = None) -> list[Batch]:
-        """Return the samples, each as a batch of its own."""
+    def batches(self, source: Source, device: torch.device) -> list[Batch]:
+        """Return the samples in batches of the device's size."""
         generator = torch.Generator().manual_seed(0)
-        size = (SAMPLES, 1, LENGTH)
+        ids = torch.randint(0, Decoder(source).vocabulary, (SAMPLES, LENGTH), generator=generator)
+        tokens = batch_tokens(source.config.get_text_config().hidden_size, device)
         return [
-            {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            for ids in torch.randint(0, Decoder(source).vocabulary, size, generator=generator)
+            {"input_ids": some, "attention_mask": torch.ones_like(some)}
+            for some in ids.split(max(tokens // LENGTH, 1))
         ]
 
 
@@ -47,9 +49,9 @@ def host_memory(benchmark: str, model: str) -> Iterator[BenchRow]:
     most, most_ratio = (MOST_GIB, MOST_RATIO) if standard.is_full_size else (None, None)
     peaks = []
     for blocks in (depth, 2 * depth):
-        setup = BenchSetup(model, (f"model.shape.num_hidden_layers={blocks}", "compression=r25"))
+        setup = setup_of(model, blocks)
         with tempfile.TemporaryDirectory() as folder:
-            size = _write_checkpoint(setup.source, Path(folder) / "checkpoint", setup.device)
+            size = write_checkpoint(setup.source, Path(folder) / "checkpoint", setup.device)
             peak = _measure_build(setup, Path(folder))
         peaks.append(peak)
         what = f"anonymous, at most, of {blocks} blocks ({size / 1e9:.3g} GB on disk)"
@@ -58,7 +60,7 @@ def host_memory(benchmark: str, model: str) -> Iterator[BenchRow]:
     yield row(benchmark, "of twice the blocks, over that of half", "", ratio, most=most_ratio)
 
 
-def _write_checkpoint(source: Source, folder: Path, device: torch.device) -> int:
+def write_checkpoint(source: Source, folder: Path, device: torch.device) -> int:
     """Write a model as a checkpoint in several safetensors files, and return its bytes."""
     folder.mkdir()
     source.config.save_pretrained(folder)
@@ -81,17 +83,30 @@ def _write_checkpoint(source: Source, folder: Path, device: torch.device) -> int
 
 def _measure_build(setup: BenchSetup, folder: Path) -> float:
     """Build an emulator of `folder/checkpoint` and return the peak of host memory in GiB."""
-    run_config, device = setup.run_config, setup.device
-    model = replace(run_config.model, source=str(folder / "checkpoint"), weights="checkpoint")
-    source = model.open()
-    layers = model.compressible_layers(source)
+    source, target = checkpoint_source(setup, folder / "checkpoint"), folder / "emulator"
+    target.mkdir()
+    reset_memory(setup.device)
+    with HostMemoryPeak() as peak:
+        build_emulator(setup, source, target)
+    return peak.bytes / GIB
+
+
+def setup_of(model: str, blocks: int) -> BenchSetup:
+    """Return the setup of a model with so many blocks."""
+    return BenchSetup(model, (f"model.shape.num_hidden_layers={blocks}", "compression=r25"))
+
+
+def checkpoint_source(setup: BenchSetup, folder: Path) -> Source:
+    """Return the model whose weights are in the checkpoint `folder`."""
+    return replace(setup.run_config.model, source=str(folder), weights="checkpoint").open()
+
+
+def build_emulator(setup: BenchSetup, source: Source, target: Path) -> None:
+    """Build the emulator of a model on random texts, and write it into the folder `target`."""
+    run_config = setup.run_config
+    layers = run_config.model.compressible_layers(source)
     ranks = run_config.emulator.plan(source, layers, run_config.compression)
     build_inputs = BuildInputs(ranks, None, RandomTexts(), None)  # type: ignore[arg-type]
-    target = folder / "emulator"
-    target.mkdir()
-    reset_memory(device)
-    with HostMemoryPeak() as peak:
-        run_config.emulator.build(
-            target, source, build_inputs, device=device, limits=StateLimits(host=GIB)
-        )
-    return peak.bytes / GIB
+    run_config.emulator.build(
+        target, source, build_inputs, device=setup.device, limits=StateLimits(host=GIB)
+    )

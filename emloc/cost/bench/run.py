@@ -14,6 +14,7 @@ import torch
 
 from emloc.cost.bench.anchored import anchored
 from emloc.cost.bench.answering import answering
+from emloc.cost.bench.build import build
 from emloc.cost.bench.capped import capped
 from emloc.cost.bench.factorise import factorise
 from emloc.cost.bench.host import host_memory
@@ -51,6 +52,7 @@ BENCHMARKS: dict[str, Callable[[], Iterator[BenchRow]]] = {
     "offload_8b": partial(offload, "offload_8b", M8),
     "answer_8b": partial(answering, "answer_8b", M8, 0.25),
     "answer_38b": partial(answering, "answer_38b", M38, 0.2),
+    "build_8b": partial(build, "build_8b", "llama3_8b"),
     "host_memory": partial(host_memory, "host_memory", "llama3_8b"),
 }
 
