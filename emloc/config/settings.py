@@ -14,6 +14,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from emloc.config.values import SEED, Checked, OneOf, Range
 from emloc.errors import ConfigError
+from emloc.runtime.keys import neutral
 
 # Learning rate schedules of transformers that have no required parameters.
 SCHEDULES = (
@@ -120,6 +121,7 @@ class TrainSettings(Checked):
     log_every: Annotated[int, Range(least=1, usual=10)]
     # steps between two checkpoints, from which a training is resumed
     save_every: Annotated[int, Range(least=1, usual=100)]
+    capture: bool = neutral(False)  # run each forward and backward pass as one CUDA graph
 
     def __post_init__(self) -> None:
         super().__post_init__()
