@@ -96,19 +96,15 @@ def with_shape(batch: dict[str, Any], shape: BatchShape) -> dict[str, Any]:
     Batches of a shape without padding lose their mask and positions, which models then take for
     granted: a mask would keep them from their fastest attention.
     """
-    ids, labels = batch["input_ids"], batch["labels"]
-    wider = shape.length - ids.shape[1]
-    fixed = {name: value for name, value in batch.items() if name not in _TOKENS}
-    fixed["input_ids"] = functional.pad(ids, (wider, 0))
-    if shape.padded:
-        for name in ("attention_mask", "position_ids"):
-            fixed[name] = functional.pad(batch[name], (wider, 0))
-    fixed |= _answers(labels, shape)
-    return fixed
-
-
-# What `with_shape` replaces.
-_TOKENS = ("input_ids", "attention_mask", "position_ids", "labels", "logits_to_keep")
+    size = batch["input_ids"].shape
+    left_out = {"labels", "logits_to_keep"}
+    if not shape.padded:
+        left_out |= {"attention_mask", "position_ids"}
+    fixed = {name: value for name, value in batch.items() if name not in left_out}
+    for name, value in fixed.items():
+        if value.shape == size:  # one value for each token, as ids, mask and token types
+            fixed[name] = functional.pad(value, (shape.length - size[1], 0))
+    return fixed | _answers(batch["labels"], shape)
 
 
 def _answers(labels: Tensor, shape: BatchShape) -> dict[str, Tensor]:

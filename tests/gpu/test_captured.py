@@ -19,6 +19,7 @@ from emloc.emulators.svd import Svd
 from emloc.models.checkpoint.source import Source
 from emloc.runtime.memory import MemoryPeak
 from emloc.stages.training.train import train
+from emloc.tensors.lean import activations
 from emloc.tensors.lean.step_graphs import StepGraphs
 
 pytestmark = pytest.mark.gpu
@@ -70,7 +71,7 @@ def test_a_training_of_graphs_is_the_same_training(
     built = built_of(
         made_once, tmp_path / "emulator", emulator, 4 if "nf4" in kind else 16, **config
     )
-    recipe = {"checkpointing": checkpointing, "accumulate": 2}
+    recipe = {"checkpointing": checkpointing, "accumulate": 2, "host_activations": checkpointing}
     expected = trained(tmp_path / "plain", built, **recipe)
     assert replays == []
     losses, adapter = trained(tmp_path / "graphs", built, **recipe, capture=True)
@@ -98,12 +99,16 @@ def test_anchored_rounds_train_the_same(tmp_path, made_once, replays, anchor, mo
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
 
 
-def test_graphs_take_no_more_memory(tmp_path, made_once):
+@pytest.mark.parametrize("host_activations", [False, True])
+def test_graphs_take_no_more_memory(tmp_path, made_once, host_activations, monkeypatch):
+    monkeypatch.setattr(activations, "MIN_BYTES", 1)
     config = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128}
     built = built_of(made_once, tmp_path / "emulator", SVD, 16, torch.bfloat16, **config)
     peaks = []
     for on in (False, True):
         with MemoryPeak() as peak:
-            trained(tmp_path / str(on), built, batch=8, capture=on)
+            trained(
+                tmp_path / str(on), built, batch=8, host_activations=host_activations, capture=on
+            )
         peaks.append(peak.gib)
     assert peaks[1] <= 1.05 * peaks[0]

@@ -171,7 +171,6 @@ def test_a_loss_that_is_not_finite_ends_a_training_of_graphs(tmp_path, built, gr
     ("recipe", "reason"),
     [
         ({"lean": False}, "the loss is the model's own, or train.lean=false"),
-        ({"host_activations": True}, "activations wait in host memory"),
         ({"batch": 16, "accumulate": 2}, "there are fewer rows than one step has"),
     ],
 )

@@ -45,10 +45,14 @@ TILES, TEXT, ANSWER = 7, 256, 128
 
 @dataclass(frozen=True)
 class RandomRow:
-    """A training row that is still to be generated: its length in tokens and its random seed."""
+    """A training row that is still to be generated: its length in tokens and its random seed.
+
+    The answer begins at the token `answer_start`.
+    """
 
     length: int
     seed: int
+    answer_start: int = 0
 
     @property
     def id(self) -> str:
@@ -99,7 +103,8 @@ class BenchSetup:
 
     def rows(self) -> list[RandomRow]:
         """Return one training row for each optimizer step."""
-        return [RandomRow(self.length, seed) for seed in range(self.run_config.train.steps)]
+        start = self.length - self.answer
+        return [RandomRow(self.length, seed, start) for seed in range(self.run_config.train.steps)]
 
     @property
     def tiles(self) -> int:

@@ -94,13 +94,13 @@ RECORDER: Callable[[torch.device], Record] = CudaRecorder
 
 def _obstacle(trainee: Trainee, rows: Sequence[Any]) -> str:
     """Return why no graph can be recorded; nothing if one can."""
-    recipe = trainee.training_inputs.recipe
     for is_obstacle, reason in (
         (trainee.device.type not in DEVICES, f"the device is a {trainee.device.type.upper()}"),
         (is_sharded(), "the weights are split over processes (FSDP)"),
         (trainee.loss is None, "the loss is the model's own, or train.lean=false"),
-        (recipe.host_activations, "activations wait in host memory (train.host_activations)"),
         (not all(hasattr(row, "answer_start") for row in rows[:1]), "the rows are no text"),
+        # The model counts the tokens of images for a message that it does not need.
+        (any(getattr(row, "images", ()) for row in rows), "the rows have images"),
     ):
         if is_obstacle:
             return reason

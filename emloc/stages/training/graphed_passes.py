@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 from emloc.anchors.batches import OFFSETS, BatchOffsets
@@ -23,7 +24,6 @@ class GraphedPasses:
 
     def __init__(self, compute: Compute, gradients: FlatGradients, record: Record) -> None:
         self.gradients = gradients
-        self.is_ready = False
         self._compute, self._record = compute, record
         self._graphs = StepGraphs(compute, record, MOST_SHAPES)
 
@@ -32,20 +32,27 @@ class GraphedPasses:
 
         If that fails, all passes run without graphs, and a log line says why.
         """
-        self.is_ready = True
-        try:
-            for inputs in examples:
-                self._graphs.prepare(inputs)
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            log.warning("train: each operation is launched by itself (train.capture): %s", reason)
-            self._graphs = StepGraphs(self._compute, self._record, 0)
-        self.gradients.zero()
+        for inputs in examples:
+            self._prepare(inputs)
 
     def run(self, inputs: Inputs) -> Tensor:
         """Return the loss of a pass, a scalar, and add its gradients."""
         self.gradients.attach()  # a wrapper of the model may have dropped them
+        self._prepare(inputs)
         return self._graphs.run(inputs)
+
+    def _prepare(self, inputs: Inputs) -> None:
+        """Record the graph of the shape of some inputs, unless there is one."""
+        if not self._graphs.is_new(inputs):
+            return
+        before = [flat.clone() for flat in self.gradients.flat]
+        try:
+            self._graphs.prepare(inputs)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            log.warning("train: each operation is launched by itself (train.capture): %s", reason)
+            self._graphs = StepGraphs(self._compute, self._record, 0)
+        torch._foreach_copy_(self.gradients.flat, before)  # without those of a trial
 
 
 def joined(batch: Mapping[str, Tensor], offsets: BatchOffsets, count: Tensor) -> dict[str, Tensor]:

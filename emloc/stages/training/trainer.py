@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ class FiniteTrainer(Trainer):
         self._finite = FiniteLosses()
         self._capture = capture
         self._passes: GraphedPasses | None = None
+        self._graph_resources = ExitStack()
         self._anchors, self._skipped = anchors, skipped
         self._objective = objective
         self._loss = loss or objective.loss
@@ -85,14 +86,8 @@ class FiniteTrainer(Trainer):
 
     @contextmanager
     def graphed(self) -> Iterator[None]:
-        """Run the passes of a training as graphs until the block ends, if they can be recorded."""
-        if self._capture is None:
-            yield
-            return
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        gradients = FlatGradients(parameters)
-        with gradients.attached(self.model):
-            self._passes = GraphedPasses(self._graph_pass, gradients, self._capture.record)
+        """Give back, when the block ends, what the passes of a training need as graphs."""
+        with self._graph_resources:
             try:
                 yield
             finally:
@@ -235,8 +230,9 @@ class FiniteTrainer(Trainer):
         Raises:
             FloatingPointError: the loss of any process is not finite.
         """
-        if self._passes is not None:
-            loss = self._graphed_step(self._passes, inputs, torch.as_tensor(num_items_in_batch))
+        if self._capture is not None:
+            passes = self._passes or self._record_passes(model, self._capture)
+            loss = self._graphed_step(passes, inputs, torch.as_tensor(num_items_in_batch))
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
         step = self.state.global_step + self._skipped + 1
@@ -247,17 +243,27 @@ class FiniteTrainer(Trainer):
 
     def _graphed_step(self, passes: GraphedPasses, inputs: Batch, count: Tensor) -> Tensor:
         """Run one forward and backward pass as a graph and return its loss."""
-        if not passes.is_ready:
-            self.model.train()
-            assert self._capture is not None
-            dataset: Any = self.train_dataset
-            examples = reversed(self._capture.shapes.examples)  # the longest first
-            batches = ([dataset[index] for index in example] for example in examples)
-            passes.prepare(self._graph_inputs(self.data_collator(rows), count) for rows in batches)
         loss = passes.run(self._graph_inputs(inputs, count))
         if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
             passes.gradients.average(self.accelerator.num_processes)
         return loss
+
+    def _record_passes(self, model: Any, capture: Capture) -> GraphedPasses:
+        """Record the passes of all shapes, when the Trainer has put its wrapper around the model.
+
+        A wrapper may give the parameters other gradients.
+        """
+        model.train()
+        gradients = FlatGradients(p for p in self.model.parameters() if p.requires_grad)
+        self._graph_resources.enter_context(gradients.attached(model))
+        self._passes = passes = GraphedPasses(self._graph_pass, gradients, capture.record)
+        dataset: Any = self.train_dataset
+        examples = reversed(capture.shapes.examples)  # the longest first
+        batches = (self.data_collator([dataset[row] for row in example]) for example in examples)
+        passes.prepare(
+            self._graph_inputs(batch, torch.ones((), dtype=torch.long)) for batch in batches
+        )
+        return passes
 
     def _graph_inputs(self, inputs: Batch, count: Tensor) -> dict[str, Tensor]:
         """Return the tensors of a batch on the device, with its offsets and the count of items."""

@@ -47,10 +47,13 @@ class StepGraphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
+    def is_new(self, inputs: Inputs) -> bool:
+        """Return whether `prepare` would record a graph for some inputs."""
+        return _key(inputs) not in self._graphs and len(self._graphs) < self._most
+
     def prepare(self, inputs: Inputs) -> None:
         """Record the graph of the shape of some inputs. Call it for the largest shape first."""
-        key = _key(inputs)
-        if key in self._graphs or len(self._graphs) >= self._most:
+        if not self.is_new(inputs):
             return
         fixed = {name: self._buffer(name, value) for name, value in inputs.items()}
         torch._foreach_copy_([*fixed.values()], [*inputs.values()])
@@ -59,7 +62,7 @@ class StepGraphs:
         def step() -> None:
             losses[:] = [self._compute(dict(fixed))]
 
-        self._graphs[key] = _Graph(fixed, losses, self._record(step))
+        self._graphs[_key(inputs)] = _Graph(fixed, losses, self._record(step))
 
     def run(self, inputs: Inputs) -> Tensor:
         """Return the loss of some inputs, a scalar, and add its gradients."""
