@@ -131,6 +131,17 @@ def test_flat_gradients_are_clipped_as_torch_does(model, limit):
         torch.testing.assert_close(gradient, parameter.grad)
 
 
+def test_gradients_are_averaged_over_processes(model, monkeypatch):
+    """Here the other process has twice the gradients of this one."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: flat.mul_(3))
+    passes = passes_of(model, Recorder())
+    with passes.gradients.attached(model):
+        passes.run(inputs(3))
+        own = model.weight.grad.clone()
+        passes.gradients.average(2)
+        torch.testing.assert_close(model.weight.grad, 1.5 * own)
+
+
 def test_a_loss_that_is_not_finite_names_its_step():
     losses = FiniteLosses()
     losses.add(1, torch.ones(2))
