@@ -49,12 +49,9 @@ class FixedShapes:
         return self.shapes[lengths.index(padded_to(length, lengths))]
 
     def collate(self, rows: Sequence[Any], collate: Collate) -> dict[str, Any]:
-        """Collate rows to a batch of a fixed shape; a batch beyond all shapes keeps its own."""
+        """Collate the rows of one of the batches to its shape."""
         batch = collate(list(rows))
-        length = batch["input_ids"].shape[1]
-        if length > self.shapes[-1].length:
-            return batch
-        return with_shape(batch, self.of(length))
+        return with_shape(batch, self.of(batch["input_ids"].shape[1]))
 
 
 def fixed_shapes(
