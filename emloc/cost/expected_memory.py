@@ -55,7 +55,7 @@ class PeakRecords:
         return self._file(key).exists()
 
     def read(self, key: str) -> int | None:
-        """Return the largest peak in bytes; None if a run ran out of memory and none ended since."""
+        """Return the largest peak in bytes; None if the last run ran out of memory."""
         peak: int | None = json.loads(self._file(key).read_text())["bytes"]
         return peak
 
@@ -108,7 +108,7 @@ def expected_bytes(run_config: RunConfig, records: PeakRecords) -> int | None:
 
 
 def planned_peak(run_config: RunConfig) -> int | None:
-    """Return the peak, in bytes, of a LoRA training of the whole original on the longest rows.
+    """Return the peak, in bytes, of a LoRA training of the whole model on the longest rows.
 
     A batch has as many rows as the larger one of training and evaluation. None: the training of
     this model family, or with these settings, cannot be planned.
@@ -116,9 +116,10 @@ def planned_peak(run_config: RunConfig) -> int | None:
     Raises:
         ConfigError: the model or the data cannot be read.
     """
-    if run_config.model.unplanned is not None:
+    model = run_config.emulator.model(run_config.model, run_config.compression)
+    if model.unplanned is not None:
         return None
-    source = run_config.model.open()
+    run_config, source = replace(run_config, model=model), model.open()
     step_shape = longest_step(run_config, source)
     batch = max(step_shape.batch, run_config.eval.batch)
     try:

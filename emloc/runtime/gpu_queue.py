@@ -100,7 +100,7 @@ def _share_on(
         return Wait(f"{_jobs(len(shares))} on it, as many as this machine has cores for")
     is_alone = need is None or need > ALONE * gpu.total
     size = gpu.total if need is None or is_alone else need
-    demand = "has a GPU alone" if is_alone else f"takes {_gib(size)}"
+    demand = "takes a whole one" if is_alone else f"takes {_gib(size)}"
     reserved = sum(share.reserved for share in shares)
     state = f"{_jobs(len(shares))} on it with {_gib(reserved)} of {_gib(gpu.total)} reserved"
     if reserved + size > gpu.total:

@@ -105,7 +105,8 @@ def test_without_cuda_or_with_several_processes_no_slot_is_locked(tmp_path, monk
 
 
 def test_a_device_has_at_least_one_slot():
-    with pytest.raises(ConfigError, match="jobs_per_gpu must be at least 1 or auto, got 0; set budget"):
+    line = "jobs_per_gpu must be at least 1 or auto, got 0; set budget"
+    with pytest.raises(ConfigError, match=line):
         Budget(
             gpu_gib=None,
             gpu_states_gib=1,
