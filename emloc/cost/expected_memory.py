@@ -85,7 +85,9 @@ def memory_key(run_config: RunConfig) -> str:
 
 def _sizes_of(name: str, section: Any) -> Any:
     """The key of a section without the settings that change no size."""
-    key = key_of(dict(section) if name == "stage" else section)
+    if name == "stage":  # a new version of a stage may take other memory
+        return [[stage, part.version, key_of(part)] for stage, part in section.items()]
+    key = key_of(section)
     if name not in WITHOUT_SIZE:
         return key
     return {setting: value for setting, value in key.items() if setting not in WITHOUT_SIZE[name]}
@@ -102,9 +104,14 @@ def expected_bytes(run_config: RunConfig, records: PeakRecords) -> int | None:
     """
     key, limit = memory_key(run_config), run_config.budget.gpu_gib
     peak = records.read(key) if records.has(key) else planned_peak(run_config)
-    bounds = [] if peak is None else [int(MARGIN * peak)]
-    bounds += [] if limit is None else [int(limit * GIB)]
-    return min(bounds) + CONTEXT if bounds else None
+    bounds = [] if peak is None else [need_of_peak(peak)]
+    bounds += [] if limit is None else [int(limit * GIB) + CONTEXT]
+    return min(bounds, default=None)
+
+
+def need_of_peak(peak: int) -> int:
+    """Return the bytes to reserve for a run with such a peak."""
+    return int(MARGIN * peak) + CONTEXT
 
 
 def planned_peak(run_config: RunConfig) -> int | None:

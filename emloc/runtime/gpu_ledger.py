@@ -43,7 +43,7 @@ def own_share(need: Callable[[], int | None], folder: Path) -> Iterator[Share | 
     if not names:
         yield None
         return
-    gpus = [_gpu(name, index) for index, name in enumerate(names)]
+    gpus = [gpu_memory(name, index) for index, name in enumerate(names)]
     with hold_share(gpus, need(), most_jobs(len(gpus)), folder, last_gpu()) as share:
         if share.jobs > 1 and not is_mps_running():
             log.info(
@@ -112,7 +112,8 @@ def is_mps_running() -> bool:
     return (Path(folder) / "control").exists()
 
 
-def _gpu(name: str, index: int) -> GpuMemory:
+def gpu_memory(name: str, index: int) -> GpuMemory:
+    """Return name and memory of a GPU."""
     import torch
 
     total = torch.cuda.get_device_properties(index).total_memory

@@ -7,7 +7,7 @@ both of them can use, so that small jobs never overtake a large one for ever.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # A job that needs more than this share of a GPU has it alone: nothing would fit beside it.
 ALONE = 0.8
@@ -92,6 +92,17 @@ def share_for(
     return _share_on(gpus[indices[0]], indices[0], None, [], most)
 
 
+def jobs_that_fit(gpu: GpuMemory, need: int, most: int) -> int:
+    """Return how many jobs of equal need may share a GPU that no job uses yet."""
+    jobs: list[Job] = []
+    while True:
+        job = Job(len(jobs), (gpu.name,), need)
+        answer = share_for(job, [gpu], jobs, most)
+        if isinstance(answer, Wait):
+            return len(jobs)
+        jobs.append(replace(job, share=answer))
+
+
 def _share_on(
     gpu: GpuMemory, index: int, need: int | None, shares: Sequence[Share], most: int
 ) -> Share | Wait:
@@ -111,7 +122,7 @@ def _share_on(
     return Share(index, gpu.name, size, foreign, len(shares) + 1)
 
 
-def foreign_bytes(used: int, shares: Sequence[Share]) -> int:
+def foreign_bytes(in_use: int, shares: Sequence[Share]) -> int:
     """Return the bytes of a GPU that programs without a share use.
 
     Jobs that have just started use less than they have reserved, so the driver's number does not
@@ -120,13 +131,13 @@ def foreign_bytes(used: int, shares: Sequence[Share]) -> int:
     started.
 
     Args:
-        used: bytes that the driver says are in use.
+        in_use: bytes that the driver says are in use.
         shares: of the jobs that run on the GPU.
     """
     if not shares:
-        return used
-    beyond = used - sum(share.reserved for share in shares)
-    return min(used, max(beyond, *(share.foreign for share in shares)))
+        return in_use
+    beyond = in_use - sum(share.reserved for share in shares)
+    return min(in_use, max(beyond, *(share.foreign for share in shares)))
 
 
 def _shares_on(name: str, jobs: Sequence[Job]) -> list[Share]:

@@ -72,6 +72,12 @@ def test_sizes_change_the_memory(run_config, values):
     assert memory_key(with_values(run_config, **values)) != memory_key(run_config)
 
 
+def test_another_version_of_a_stage_changes_the_memory(run_config, monkeypatch):
+    former = memory_key(run_config)
+    monkeypatch.setattr(type(run_config.stage["train"]), "version", 10**6)
+    assert memory_key(run_config) != former
+
+
 def test_the_largest_recorded_peak_counts_until_a_run_is_out_of_memory(tmp_path):
     records = PeakRecords(tmp_path / "devices/peaks")
     assert not records.has("a")

@@ -1,4 +1,4 @@
-"""Jobs that share GPUs by memory: which one starts, which one waits, and what outlives its death."""
+"""Jobs that share GPUs by memory: which one starts, which one waits, and what ends with it."""
 
 import logging
 import re
@@ -12,7 +12,15 @@ import torch
 
 from emloc.runtime import gpu_ledger
 from emloc.runtime.gpu_ledger import hold_share, is_mps_running, most_jobs, own_share
-from emloc.runtime.gpu_queue import GpuMemory, Job, Share, Wait, foreign_bytes, share_for
+from emloc.runtime.gpu_queue import (
+    GpuMemory,
+    Job,
+    Share,
+    Wait,
+    foreign_bytes,
+    jobs_that_fit,
+    share_for,
+)
 
 GIB = 2**30
 HOLD = """
@@ -127,6 +135,13 @@ def test_what_other_programs_use_lies_between_its_bounds(used, shares, foreign):
     assert foreign_bytes(used, [Share(0, "a", one, other, 1) for one, other in shares]) == foreign
 
 
+def test_as_many_equal_jobs_fit_as_memory_and_cores_allow():
+    assert jobs_that_fit(gpu(), 3, 9) == 3
+    assert jobs_that_fit(gpu(), 3, 2) == 2
+    assert jobs_that_fit(gpu(free=6), 3, 9) == 2  # four bytes are those of other programs
+    assert jobs_that_fit(gpu(), 9, 9) == 1
+
+
 # The ledger --------------------------------------------------------------------------------------
 
 
@@ -210,7 +225,7 @@ def two_jobs(tmp_path, monkeypatch, caplog):
     """Function that runs a job on a GPU that another one uses, and returns its log."""
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(gpu_ledger, "visible_gpus", lambda: ["a"])
-    monkeypatch.setattr(gpu_ledger, "_gpu", lambda name, index: gpu(name, 10 * GIB))
+    monkeypatch.setattr(gpu_ledger, "gpu_memory", lambda name, index: gpu(name, 10 * GIB))
     monkeypatch.setattr(gpu_ledger, "last_gpu", lambda: 0)
     monkeypatch.setattr(gpu_ledger, "current_gpu", lambda index: nullcontext())
     monkeypatch.setattr(gpu_ledger, "most_jobs", lambda gpus: 2)
