@@ -3,7 +3,8 @@
 The best figure is the peak of an earlier run with the same settings, whatever its seed and learning
 rate, since it holds all stages as they are. Each run that ends records its own. Without such a run
 it is the plan of a LoRA training of the whole original, which takes more than a training through
-any emulator, and more than the evaluation, which has the whole original on the device, too.
+any emulator, and more than the evaluation, which has the whole original on the device, too. A plan
+counts tensors alone and not what torch reserves around them, so it has a larger margin.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from emloc.runtime.memory import GIB
 from emloc.runtime.stage_cache import Artifact
 from emloc.stages.run_config import RunConfig
 
-# What a run may take beyond its figure: rows of another seed, and fragmentation of memory.
-MARGIN = 1.1
+# What a run may reserve over the recorded peak, such as for rows of another seed; over its plan.
+MARGIN, PLAN_MARGIN = 1.1, 1.5
 # Bytes of a process on the device that torch does not count: the context of CUDA and its kernels.
 CONTEXT = 3 * GIB // 4
 # Sections that the memory of a run depends on, and their settings that change no size.
@@ -103,15 +104,18 @@ def expected_bytes(run_config: RunConfig, records: PeakRecords) -> int | None:
         ConfigError: the model or the data cannot be read.
     """
     key, limit = memory_key(run_config), run_config.budget.gpu_gib
-    peak = records.read(key) if records.has(key) else planned_peak(run_config)
-    bounds = [] if peak is None else [need_of_peak(peak)]
+    if records.has(key):
+        peak, margin = records.read(key), MARGIN
+    else:
+        peak, margin = planned_peak(run_config), PLAN_MARGIN
+    bounds = [] if peak is None else [need_of_peak(peak, margin)]
     bounds += [] if limit is None else [int(limit * GIB) + CONTEXT]
     return min(bounds, default=None)
 
 
-def need_of_peak(peak: int) -> int:
+def need_of_peak(peak: int, margin: float = MARGIN) -> int:
     """Return the bytes to reserve for a run with such a peak."""
-    return int(MARGIN * peak) + CONTEXT
+    return int(margin * peak) + CONTEXT
 
 
 def planned_peak(run_config: RunConfig) -> int | None:

@@ -12,6 +12,7 @@ from emloc.cost import expected_memory
 from emloc.cost.expected_memory import (
     CONTEXT,
     MARGIN,
+    PLAN_MARGIN,
     PeakRecords,
     expected_bytes,
     memory_key,
@@ -92,7 +93,7 @@ def test_the_largest_recorded_peak_counts_until_a_run_is_out_of_memory(tmp_path)
 def test_a_recorded_peak_is_preferred_to_a_plan(run_config, tmp_path, monkeypatch):
     monkeypatch.setattr(expected_memory, "planned_peak", lambda _: 9 * GIB)
     records = PeakRecords(tmp_path)
-    assert expected_bytes(run_config, records) == int(MARGIN * 9 * GIB) + CONTEXT
+    assert expected_bytes(run_config, records) == int(PLAN_MARGIN * 9 * GIB) + CONTEXT
     records.add(memory_key(run_config), 2 * GIB)
     other_seed = replace(run_config, seed=9)
     assert expected_bytes(other_seed, records) == int(MARGIN * 2 * GIB) + CONTEXT
@@ -100,7 +101,7 @@ def test_a_recorded_peak_is_preferred_to_a_plan(run_config, tmp_path, monkeypatc
 
 def test_a_run_takes_no_more_than_its_budget(run_config, tmp_path, monkeypatch):
     small = with_values(run_config, budget__gpu_gib=3.0)
-    for peak, expected in ((9 * GIB, 3 * GIB), (None, 3 * GIB), (GIB, int(MARGIN * GIB))):
+    for peak, expected in ((9 * GIB, 3 * GIB), (None, 3 * GIB), (GIB, int(PLAN_MARGIN * GIB))):
         monkeypatch.setattr(expected_memory, "planned_peak", lambda _, peak=peak: peak)
         assert expected_bytes(small, PeakRecords(tmp_path)) == expected + CONTEXT
 
