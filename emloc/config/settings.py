@@ -25,6 +25,9 @@ SCHEDULES = (
 # Value of `compression.bits` that stands for the model's own dtype, without a packed format.
 MODEL_BITS = 16
 
+# Value of `budget.jobs_per_gpu` that stands for as many jobs as fit.
+AUTO = "auto"
+
 
 @dataclass(frozen=True)
 class Calibration(Checked):
@@ -78,8 +81,14 @@ class Budget(Checked):
     statistics_gib: Annotated[float, Range(least=0, usual=16)]
     # GiB of disk that the offsets of one round of an anchored training may take
     disk_gib: Annotated[float, Range(above=0, usual=100)]
-    # runs of a sweep that may share a GPU; the others wait
-    jobs_per_gpu: Annotated[int, Range(least=1, usual=1)]
+    # runs of a sweep that may share a GPU, the others wait; auto: as many as its memory holds
+    jobs_per_gpu: Annotated[int | str, Range(least=1, usual=1, word=AUTO)]
+
+    def __post_init__(self) -> None:
+        jobs = self.jobs_per_gpu
+        if isinstance(jobs, str) and jobs.isdecimal():  # as variables of the environment are
+            object.__setattr__(self, "jobs_per_gpu", int(jobs))
+        super().__post_init__()
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,13 @@ from emloc.adapters.lora import Lora
 from emloc.anchors.none import NoAnchor
 from emloc.config.paths import CONF
 from emloc.config.run_folder import folder_name
+from emloc.cost.expected_memory import planned_peak
 from emloc.cost.plan.anchors import anchor_plan, with_offsets
 from emloc.cost.plan.cost import cost_of
 from emloc.cost.plan.fit import RESERVE, WORKSPACE, layout_of, need_of, solve_compression
 from emloc.cost.plan.gpus import GPUS, find_gpu
 from emloc.cost.plan.layout import StepShape
+from emloc.cost.plan.solve import longest_step
 from emloc.cost.plan.table import HEADER, plan
 from emloc.cost.plan.trace import trace
 from emloc.emulators import BuildInputs
@@ -580,3 +582,27 @@ def test_a_run_finds_its_numbers_and_is_of_them(tiny, tmp_path, caplog):
         assert f"at {facts['bits']} bits" in line
         found[mib] = ratio, facts["bits"], result.stages["emulate"].key
     assert len(set(found.values())) == 2, found
+
+
+# What a run takes, before it waits for a GPU -----------------------------------------------------
+
+
+def test_the_expected_memory_covers_the_training_and_the_evaluation_of_each_method(tiny):
+    words = [*tiny, "train.batch=2", "eval.batch=2"]
+    of_method = {
+        method: build(compose_cached([*words, f"method={method}"]))
+        for method in ("lora", "emloc", "zero_shot")
+    }
+    peaks = {method: planned_peak(run_config) for method, run_config in of_method.items()}
+    assert len(set(peaks.values())) == 1
+    emloc = of_method["emloc"]
+    source = emloc.model.open()
+    step_shape = longest_step(emloc, source)
+    assert peaks["emloc"] == need_of(layout_of(emloc, source, None, None), step_shape).peak
+    assert peaks["emloc"] > need_of(layout_of(emloc, source, 0.25, None), step_shape).peak
+    larger = [
+        planned_peak(build(compose_cached([*words, f"{section}.batch=8"])))
+        for section in ("train", "eval")
+    ]
+    assert larger[0] == larger[1] > peaks["emloc"]
+    assert planned_peak(build(compose_cached([*words, "train.lean=false"]))) is None

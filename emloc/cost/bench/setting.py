@@ -23,6 +23,7 @@ from emloc.config.compose import compose
 from emloc.data.examples import Examples
 from emloc.models.checkpoint.source import Source
 from emloc.runtime.distributed import own_device
+from emloc.runtime.memory import is_out_of_memory as is_out_of_memory
 from emloc.stages.run_config import RunConfig, build
 
 # Sizes of the language model and of the vision tower on a machine without a GPU.
@@ -229,12 +230,3 @@ def time_call(work: Callable[[], Any], device: torch.device) -> float:
     start = synchronized_time(device)
     work()
     return synchronized_time(device) - start
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error, or a cause of it, says that device memory ran out."""
-    while not isinstance(error, torch.cuda.OutOfMemoryError):
-        if error.__cause__ is None:
-            return False
-        error = error.__cause__
-    return True
