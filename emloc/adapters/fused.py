@@ -199,7 +199,7 @@ def _stacked(scratch: ScratchBuffer, factors: Sequence[Packed], extra: Sequence[
         factor.dequantize(block[:k])
         block[k : k + len(rows)] = rows
         if len(block) > k + len(rows):
-            block[k + len(rows) :] = 0
+            block[k + len(rows) :].zero_()
     return matrix
 
 
