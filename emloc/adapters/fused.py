@@ -139,7 +139,7 @@ def _operands(
     down = like.new_empty(sum(ranks), loras[0][0].shape[1])
     return down, [
         LoraOperands(*lora, a_rows, up)
-        for lora, a_rows, up in zip(loras, down.split(ranks), ups, strict=True)
+        for lora, a_rows, up in zip(loras, split(down, ranks, 0), ups, strict=True)
     ]
 
 
@@ -170,6 +170,7 @@ def _fuse_factorized(
 
 
 def _same(matrix: Tensor) -> Tensor:
+    """The matrix; a function of `FactorizedLayers` returns it where nothing is packed."""
     return matrix
 
 

@@ -56,7 +56,9 @@ class FrozenLayers(Protocol):
     The LoRAs have the same scale and dtype. R is the sum of their ranks r.
     """
 
-    loras: Sequence[LoraOperands]
+    @property
+    def loras(self) -> Sequence[LoraOperands]:
+        """The LoRAs of the layers."""
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return each layer's output y (N, m) with its LoRA, and the LoRAs' hidden features s a x
@@ -193,7 +195,7 @@ def _products(
         return like.mm(matrix)
     new = like.new_zeros if any(dy is None for dy in dys) else like.new_empty
     products = new(len(like), sum(widths))
-    for dy, matrix, out in zip(dys, matrices, products.split(widths, 1), strict=True):
+    for dy, matrix, out in zip(dys, matrices, split(products, widths, 1), strict=True):
         if dy is not None:
             torch.mm(dy, matrix, out=out)
     return products
@@ -257,7 +259,7 @@ def ranks(loras: Sequence[LoraOperands]) -> list[int]:
 
 def split(matrix: Tensor, sizes: Sequence[int], dim: int) -> Sequence[Tensor]:
     """Split a matrix along `dim` into views of these sizes; the matrix itself if there is one."""
-    return (matrix,) if len(sizes) == 1 else matrix.split(list(sizes), dim)
+    return (matrix,) if len(sizes) == 1 else matrix.split_with_sizes(list(sizes), dim)
 
 
 def wide_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -280,7 +282,7 @@ def with_spare_rows(matrices: Sequence[Tensor], spare: Sequence[int]) -> Tensor:
     """
     heights = [aligned_height(len(one) + rows) for one, rows in zip(matrices, spare, strict=True)]
     stacked = matrices[0].new_zeros(sum(heights), matrices[0].shape[1])
-    for block, matrix in zip(stacked.split(heights), matrices, strict=True):
+    for block, matrix in zip(split(stacked, heights, 0), matrices, strict=True):
         block[: len(matrix)] = matrix
     return stacked
 
