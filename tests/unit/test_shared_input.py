@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from emloc.adapters import fused
 from emloc.adapters.fused import fuse
 from emloc.adapters.shared_input import names_by_input
+from emloc.cost.plan.trace import trace
 from emloc.tensors.lean.layers import FusedLora
 from emloc.tensors.lean.model import recompute_layers
 from emloc.tensors.lean.modules import fuse_modules
@@ -98,6 +99,30 @@ def test_groups_give_the_results_of_single_layers_in_float64(kind, alpha, sizes,
     assert len(results[0]) == 29
     for one in results[1:]:
         close(results[0], one, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_need_no_more_memory_and_fewer_operations(kind, checkpointing, monkeypatch):
+    (ids, _), traces = batch(), []
+    for grouping in (alone, names_by_input):
+        monkeypatch.setattr(fused, "names_by_input", grouping)
+        lean = adapted(kind).train()
+        fuse(lean)
+        fuse_modules(lean.get_base_model(), torch.float32)
+        if checkpointing:
+            recompute_layers(lean.get_base_model())
+        decoder = lean.get_base_model().model
+
+        def step(decoder=decoder):
+            decoder(input_ids=ids).last_hidden_state.sum().backward()
+
+        step()  # packed formats allocate their buffer
+        lean.zero_grad()
+        traces.append(trace(step))
+    single, grouped = traces
+    assert grouped.peak <= single.peak
+    assert grouped.operations < single.operations
 
 
 @pytest.mark.parametrize("kind", KINDS)
