@@ -1,34 +1,35 @@
-"""Replace PEFT's LoRA layers by fused ones: base layer and LoRA in one autograd function.
+"""Replace PEFT's LoRA layers by fused ones: base layers and their LoRAs in one autograd function.
 
-See `emloc.tensors.lean`.
+See `emloc.tensors.lean`. Layers that read the same input are one function together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from emloc.adapters.shared_input import PendingOutputs, SharedInput, names_by_input
 from emloc.precision import Packed, PackedLayer
 from emloc.tensors.lean.layers import (
-    DenseBase,
-    FactorizedBase,
-    FrozenBase,
-    FusedLora,
+    DenseLayer,
+    DenseLayers,
+    FactorizedLayer,
+    FactorizedLayers,
+    FrozenLayers,
     LoraOperands,
     ScratchBuffer,
     aligned_height,
+    split,
     update_operands,
     with_spare_rows,
 )
 from emloc.tensors.nn.factorized import Factorized, PackedFactorized
-
-# Two buffers, since a packed factorised layer needs both dequantised factors at once.
-ScratchPair = tuple[ScratchBuffer, ScratchBuffer]
 
 
 def fuse(model: nn.Module) -> int:
@@ -41,20 +42,31 @@ def fuse(model: nn.Module) -> int:
         Number of fused layers: all LoRA layers, or 0 if any of them uses dropout, DoRA or several
         adapters, or has an unsupported base layer.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    if not layers or not all(_can_fuse(layer) for layer in layers):
+    layers = {name: one for name, one in model.named_modules() if isinstance(one, LoraLayer)}
+    if not layers or not all(_can_fuse(layer) for layer in layers.values()):
         return 0
-    operands = []
-    scratch = ScratchBuffer(), ScratchBuffer()
-    for layer in layers:
-        base, lora = _split(layer, scratch)
-        layer.forward = partial(_forward, base, lora)
-        operands.append(lora)
+    operands: list[LoraOperands] = []
+    scratch, pending = ScratchBuffer(), PendingOutputs()
+    for names in names_by_input(layers):
+        group = [layers[name] for name in names]
+        is_alike = len({_kind(layer) for layer in group}) == 1
+        for members in [group] if is_alike else [[layer] for layer in group]:
+            frozen = _frozen_layers(members, scratch)
+            shared = SharedInput(frozen, pending)
+            for index, layer in enumerate(members):
+                layer.forward = partial(shared.forward, index)
+            operands += frozen.loras
     update_operands(operands)
+
+    def before_pass(*_: Any) -> None:
+        pending.clear()
+        update_operands(operands)
+
     # Once per forward pass of the model: a checkpointed layer that is recomputed reads the same
-    # values. The hook is on the model inside, which the recording of anchors calls without PEFT's.
+    # values. The hooks are on the model inside: the recording of anchors does not call PEFT's.
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    inner.register_forward_pre_hook(lambda *_: update_operands(operands))
+    inner.register_forward_pre_hook(before_pass)
+    inner.register_forward_hook(lambda *_: pending.clear(), always_call=True)
     return len(layers)
 
 
@@ -71,90 +83,139 @@ def _can_fuse(layer: Any) -> bool:
     )
 
 
-def _forward(base: FrozenBase, lora: LoraOperands, x: Tensor, *_: Any) -> Tensor:
-    """Output (..., m) of a fused layer for the input x (..., n)."""
-    y: Tensor = FusedLora.apply(x, lora.a, lora.b, base, lora)  # type: ignore[no-untyped-call]
-    return y
+# The parameters a and b of a LoRA, and its scale.
+Lora = tuple[nn.Parameter, nn.Parameter, float]
 
 
-def _split(layer: Any, scratch: ScratchPair) -> tuple[FrozenBase, LoraOperands]:
-    """Split one of PEFT's LoRA layers into its frozen base and its LoRA operands."""
+def _lora(layer: Any) -> Lora:
+    """The parameters and the scale of one of PEFT's LoRA layers."""
     name = layer.active_adapters[0]
-    lora = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+
+
+def _kind(layer: Any) -> tuple[Any, ...]:
+    """What layers must have in common to be computed together."""
+    a, b, scale = _lora(layer)
+    like = _like(layer.base_layer)
     fusion = _fusion_for(layer.base_layer)
-    assert fusion is not None  # `_can_fuse` was true for this layer
-    return fusion(layer.base_layer, scratch, *lora)
+    return fusion, a.shape[1], scale, a.dtype, b.dtype, like.dtype, like.device
 
 
-def _operands(like: Tensor, a: nn.Parameter, b: nn.Parameter, scale: float) -> LoraOperands:
-    """LoRA operands with empty copies of a and b^T in the dtype and on the device of `like`."""
-    return LoraOperands(a, b, scale, like.new_empty(a.shape), like.new_empty(b.T.shape))
+def _like(base: Any) -> Tensor:
+    """An empty tensor in the dtype of the layer's matrices, on their device."""
+    if isinstance(base, PackedLayer):
+        matrix = base.matrix
+        return next(iter(matrix.parts.values())).new_empty(0, dtype=matrix.dtype)
+    return torch.empty(0, dtype=base.weight.dtype, device=base.weight.device)
 
 
-def _fuse_dense(base: nn.Linear, _: ScratchPair, *lora: Any) -> tuple[FrozenBase, LoraOperands]:
-    """Frozen base and LoRA operands of a plain linear layer."""
-    return DenseBase(lambda: base.weight, base.bias), _operands(base.weight, *lora)
+def _frozen_layers(layers: Sequence[Any], scratch: ScratchBuffer) -> FrozenLayers:
+    """The frozen bases of PEFT's LoRA layers of one kind, with the operands of their LoRAs."""
+    fusion = _fusion_for(layers[0].base_layer)
+    assert fusion is not None  # `_can_fuse` was true for these layers
+    return fusion([layer.base_layer for layer in layers], [_lora(one) for one in layers], scratch)
 
 
-def _fuse_packed(
-    base: PackedLayer, scratch: ScratchPair, *lora: Any
-) -> tuple[FrozenBase, LoraOperands]:
-    """Frozen base and LoRA operands of a packed linear; its weight is dequantised per product."""
+def _fuse_dense(
+    bases: Sequence[Any], loras: Sequence[Lora], scratch: ScratchBuffer
+) -> FrozenLayers:
+    """Plain or packed linear layers; a packed weight is dequantised per product."""
+    like = _like(bases[0])
+    # In the memory layout of b, so that one operation copies all b.
+    ups = [like.new_empty(b.shape).t() for _, b, _ in loras]
+    down, operands = _operands(like, loras, ups)
+    layers = [
+        DenseLayer(_weight(base, scratch, like), base.bias, lora)
+        for base, lora in zip(bases, operands, strict=True)
+    ]
+    return DenseLayers(layers, down)
+
+
+def _operands(
+    like: Tensor, loras: Sequence[Lora], ups: Sequence[Tensor]
+) -> tuple[Tensor, list[LoraOperands]]:
+    """The stacked matrices s a (R, n) of several LoRAs, still empty, and the LoRAs' operands."""
+    ranks = [len(a) for a, _, _ in loras]
+    down = like.new_empty(sum(ranks), loras[0][0].shape[1])
+    return down, [
+        LoraOperands(*lora, a_rows, up)
+        for lora, a_rows, up in zip(loras, split(down, ranks, 0), ups, strict=True)
+    ]
+
+
+def _weight(base: Any, scratch: ScratchBuffer, like: Tensor) -> Callable[[], Tensor]:
+    """A function that returns the weight (m, n) of a plain or packed linear layer."""
+    if not isinstance(base, PackedLayer):
+        return lambda: base.weight
     matrix = base.matrix
-    part = next(iter(matrix.parts.values()))
-    operands = _operands(part.new_empty(0, dtype=matrix.dtype), *lora)
-
-    def weight() -> Tensor:
-        return matrix.dequantize(scratch[0].view(*matrix.shape, operands.down))
-
-    return DenseBase(weight, base.bias), operands
+    return lambda: matrix.dequantize(scratch.view(*matrix.shape, like))
 
 
 def _fuse_factorized(
-    base: Factorized, _: ScratchPair, a: nn.Parameter, b: nn.Parameter, scale: float
-) -> tuple[FrozenBase, LoraOperands]:
-    """Frozen base and LoRA operands of a factorised layer, all views of two stacked matrices."""
-    k, r = base.rank, a.shape[0]
-    down, up = with_spare_rows(base.v.data, r), with_spare_rows(base.u.data.T, r)
-    # The layer's factors become views of the stacked matrices, so memory holds them once.
-    base.v.data, base.u.data = down[:k], up[:k].T
-    operands = LoraOperands(a, b, scale, down[k : k + r], up[k : k + r])
-    return FactorizedBase(k, lambda _: (down, up), base.bias), operands
+    bases: Sequence[Factorized], loras: Sequence[Lora], _: ScratchBuffer
+) -> FrozenLayers:
+    """Factorised layers, whose factors become views of the stacked matrices: one copy in memory."""
+    spare = [len(a) for a, _, _ in loras]
+    down = with_spare_rows([base.v.data for base in bases], spare)
+    layers, start = [], 0
+    for base, lora, rank in zip(bases, loras, spare, strict=True):
+        k = base.rank
+        up = with_spare_rows([base.u.data.T], [rank])
+        rows = down[start : start + len(up)]
+        base.v.data, base.u.data = rows[:k], up[:k].T
+        operands = LoraOperands(*lora, rows[k : k + rank], up[k : k + rank])
+        layers.append(FactorizedLayer(k, partial(_same, up), base.bias, operands))
+        start += len(up)
+    return FactorizedLayers(layers, partial(_same, down), down.device)
+
+
+def _same(matrix: Tensor) -> Tensor:
+    """The matrix; a function of `FactorizedLayers` returns it where nothing is packed."""
+    return matrix
 
 
 def _fuse_packed_factorized(
-    base: PackedFactorized, scratch: ScratchPair, *lora: Any
-) -> tuple[FrozenBase, LoraOperands]:
-    """Frozen base and LoRA operands of a packed factorised layer, stacked anew per product."""
-    v, ut, k = base.v, base.ut, base.rank
-    operands = _operands(base.weight, *lora)
-    height = aligned_height(k + len(operands.down))
+    bases: Sequence[PackedFactorized], loras: Sequence[Lora], scratch: ScratchBuffer
+) -> FrozenLayers:
+    """Packed factorised layers; their matrices are dequantised and stacked anew per product."""
+    like = _like(bases[0])
+    down, operands = _operands(like, loras, [like.new_empty(b.T.shape) for _, b, _ in loras])
+    layers = [
+        FactorizedLayer(
+            base.rank, partial(_stacked, scratch, [base.ut], [lora.up]), base.bias, lora
+        )
+        for base, lora in zip(bases, operands, strict=True)
+    ]
+    downs = partial(_stacked, scratch, [base.v for base in bases], [lora.down for lora in operands])
+    return FactorizedLayers(layers, downs, down.device)
 
-    def stacked(buffer: ScratchBuffer, factor: Packed, lora_rows: Tensor) -> Tensor:
-        full = buffer.view(height, factor.shape[1], lora_rows)
-        factor.dequantize(full[:k])
-        full[k : k + len(lora_rows)] = lora_rows
-        if height > k + len(lora_rows):
-            full[k + len(lora_rows) :] = 0
-        return full
 
-    def matrices(lora: LoraOperands) -> tuple[Tensor, Tensor]:
-        return stacked(scratch[0], v, lora.down), stacked(scratch[1], ut, lora.up)
-
-    return FactorizedBase(k, matrices, base.bias), operands
+def _stacked(scratch: ScratchBuffer, factors: Sequence[Packed], extra: Sequence[Tensor]) -> Tensor:
+    """Dequantise factors (k, c) below each other, each with its extra rows and rows of zeros."""
+    pairs = list(zip(factors, extra, strict=True))
+    heights = [aligned_height(factor.shape[0] + len(rows)) for factor, rows in pairs]
+    matrix = scratch.view(sum(heights), factors[0].shape[1], extra[0])
+    for block, (factor, rows) in zip(split(matrix, heights, 0), pairs, strict=True):
+        k = factor.shape[0]
+        factor.dequantize(block[:k])
+        block[k : k + len(rows)] = rows
+        if len(block) > k + len(rows):
+            block[k + len(rows) :].zero_()
+    return matrix
 
 
 # Exactly these classes: the forward of a subclass may do more than multiply by its weight.
-_FUSIONS: dict[type, Callable[..., tuple[FrozenBase, LoraOperands]]] = {
+Fusion = Callable[[Sequence[Any], Sequence[Lora], ScratchBuffer], FrozenLayers]
+_FUSIONS: dict[type, Fusion] = {
     nn.Linear: _fuse_dense,
     Factorized: _fuse_factorized,
     PackedFactorized: _fuse_packed_factorized,
 }
 
 
-def _fusion_for(layer: nn.Module) -> Callable[..., tuple[FrozenBase, LoraOperands]] | None:
+def _fusion_for(layer: nn.Module) -> Fusion | None:
     """The function that fuses this kind of base layer with a LoRA; None if none can.
 
     All packed linear layers share one function, whatever their format.
     """
-    return _fuse_packed if isinstance(layer, PackedLayer) else _FUSIONS.get(type(layer))
+    return _fuse_dense if isinstance(layer, PackedLayer) else _FUSIONS.get(type(layer))

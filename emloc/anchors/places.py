@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from emloc.data.collate import IGNORE
+from emloc.data.fixed_shapes import PREDICTING, predicting_mask
 from emloc.errors import ConfigError
 
 # Places of a model with at least as many blocks, if nothing says how many.
@@ -51,8 +52,12 @@ class Place:
     def tokens(self, batch: Mapping[str, Any]) -> Tensor:
         """Return which positions of a batch have an offset, (B, L) bool; padding has none."""
         if not self.predicting_only:
-            mask: Tensor = batch["attention_mask"].bool()
-            return mask
+            mask: Tensor | None = batch.get("attention_mask")
+            if mask is None:
+                mask = torch.ones_like(batch["input_ids"])
+            return mask.bool()
+        if PREDICTING in batch:
+            return predicting_mask(batch)
         labels = batch["labels"]
         is_predicting = labels[:, 1:] != IGNORE
         return torch.cat([is_predicting, is_predicting.new_zeros(len(labels), 1)], dim=1)

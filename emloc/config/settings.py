@@ -14,6 +14,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from emloc.config.values import SEED, Checked, OneOf, Range
 from emloc.errors import ConfigError
+from emloc.runtime.keys import neutral
 
 # Learning rate schedules of transformers that have no required parameters.
 SCHEDULES = (
@@ -23,6 +24,9 @@ SCHEDULES = (
 
 # Value of `compression.bits` that stands for the model's own dtype, without a packed format.
 MODEL_BITS = 16
+
+# Value of `budget.jobs_per_gpu` that stands for as many jobs as fit.
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,14 @@ class Budget(Checked):
     statistics_gib: Annotated[float, Range(least=0, usual=16)]
     # GiB of disk that the offsets of one round of an anchored training may take
     disk_gib: Annotated[float, Range(above=0, usual=100)]
-    # runs of a sweep that may share a GPU; the others wait
-    jobs_per_gpu: Annotated[int, Range(least=1, usual=1)]
+    # runs of a sweep that may share a GPU, the others wait; auto: as many as its memory holds
+    jobs_per_gpu: Annotated[int | str, Range(least=1, usual=1, word=AUTO)]
+
+    def __post_init__(self) -> None:
+        jobs = self.jobs_per_gpu
+        if isinstance(jobs, str) and jobs.isdecimal():  # as variables of the environment are
+            object.__setattr__(self, "jobs_per_gpu", int(jobs))
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,7 @@ class TrainSettings(Checked):
     log_every: Annotated[int, Range(least=1, usual=10)]
     # steps between two checkpoints, from which a training is resumed
     save_every: Annotated[int, Range(least=1, usual=100)]
+    capture: bool = neutral(False)  # run each forward and backward pass as one CUDA graph
 
     def __post_init__(self) -> None:
         super().__post_init__()

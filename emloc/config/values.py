@@ -38,18 +38,22 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class Range:
-    """Finite numbers between two bounds."""
+    """Finite numbers between two bounds, or a word in place of a number."""
 
     least: float | None = None
     above: float | None = None
     most: float | None = None
     below: float | None = None
     usual: float | None = 1  # a right value, which the refusal suggests; None: null
+    word: str | None = None  # is right, too
 
     def fault(self, key: str, value: Any, *, or_null: bool) -> str | None:
         """Return the line that refuses a number outside the bounds."""
         if isinstance(value, str):
-            return f"{key}={value} is no number; set {key}={_number(self.usual)}"
+            if value == self.word:
+                return None
+            word = f" and not {self.word}" if self.word else ""
+            return f"{key}={value} is no number{word}; set {key}={_number(self.usual)}"
         most = self.most
         if isinstance(value, int) and most is None and self.below is None:
             most = LARGEST_COUNT
@@ -71,7 +75,8 @@ class Range:
         if phrase.startswith("between"):
             phrase = f"lie {phrase}"
         else:
-            phrase = f"be {phrase}" + " or null" * or_null
+            word = f" or {self.word}" if self.word else ""
+            phrase = f"be {phrase}{word}" + " or null" * or_null
         return f"{key} must {phrase}, got {_number(value)}; set {key}={_number(self.usual)}"
 
     @property

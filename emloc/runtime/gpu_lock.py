@@ -2,6 +2,7 @@
 
 A device has one slot, or as many as jobs may share it (`budget.jobs_per_gpu`). A job holds the lock
 of one slot. The system releases the lock when the process ends, however it ends.
+`emloc.runtime.gpu_ledger` shares devices by their memory instead (`budget.jobs_per_gpu=auto`).
 """
 
 from __future__ import annotations
@@ -34,27 +35,52 @@ def own_slot(slots: int, folder: Path) -> Iterator[None]:
         slots: of each device.
         folder: holds the locks of all devices; it is the same for all jobs of a machine.
     """
+    names = visible_gpus()
+    if not names:
+        yield
+        return
+    with hold_slot(names, slots, folder, last_gpu()) as index, current_gpu(index):
+        yield
+
+
+def visible_gpus() -> list[str]:
+    """Return the UUIDs of the GPUs that a job may choose from, by their index.
+
+    There is none without CUDA, and none for processes that were started together. UUIDs name the
+    devices, since their numbers depend on CUDA_VISIBLE_DEVICES.
+    """
     import torch
 
     if world_size() > 1 or not torch.cuda.is_available():
+        return []
+    count = torch.cuda.device_count()
+    return [str(torch.cuda.get_device_properties(index).uuid) for index in range(count)]
+
+
+def last_gpu() -> int:
+    """Return the index of the GPU that this process used before.
+
+    A worker still holds memory there, so it prefers that device.
+    """
+    import torch
+
+    return torch.cuda.current_device()
+
+
+@contextmanager
+def current_gpu(index: int) -> Iterator[None]:
+    """Make a GPU the current one, and free its memory in the end."""
+    import torch
+
+    torch.cuda.set_device(index)
+    try:
         yield
-        return
-    # Devices have UUIDs here, since their numbers depend on CUDA_VISIBLE_DEVICES.
-    names = [
-        str(torch.cuda.get_device_properties(index).uuid)
-        for index in range(torch.cuda.device_count())
-    ]
-    # A worker that had a device before still holds memory there, so it prefers that device.
-    with hold_slot(names, slots, folder, torch.cuda.current_device()) as index:
-        torch.cuda.set_device(index)
-        try:
-            yield
-        except Exception as error:  # why: its traceback would keep tensors alive until the report
-            _drop_variables(error)
-            raise
-        finally:
-            gc.collect()
-            torch.cuda.empty_cache()  # the process may live on while another one uses the GPU
+    except Exception as error:  # why: its traceback would keep tensors alive until the report
+        _drop_variables(error)
+        raise
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()  # the process may live on while another one uses the GPU
 
 
 @contextmanager

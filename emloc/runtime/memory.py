@@ -26,6 +26,15 @@ def limit_device_memory(device: torch.device, gib: float | None) -> None:
         torch.cuda.set_per_process_memory_fraction(share, device)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error, or a cause of it, says that device memory ran out."""
+    while not isinstance(error, torch.cuda.OutOfMemoryError):
+        if error.__cause__ is None:
+            return False
+        error = error.__cause__
+    return True
+
+
 class HostMemoryPeak:
     """Context manager that polls the process's anonymous memory and keeps the maximum in `bytes`.
 

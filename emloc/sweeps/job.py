@@ -289,13 +289,14 @@ def _training_values(folder: Path) -> Iterator[tuple[int, Mapping[str, float]]]:
 
 def _pipeline(run_config: RunConfig, report: Report) -> Result:
     from emloc.pipeline import run
-    from emloc.runtime.gpu_lock import own_slot
     from emloc.runtime.stage_cache import open_store
+    from emloc.sweeps.own_gpu import run_on_own_gpu
 
     is_sharded()  # refuses wrong settings now, before the emulator is built
     store = open_store()
-    with own_slot(run_config.budget.jobs_per_gpu, store.root / "devices"):
-        return run(run_config, store, report)
+    return run_on_own_gpu(
+        run_config, store.root / "devices", lambda: run(run_config, store, report)
+    )
 
 
 def _metrics(run_config: RunConfig, result: Result) -> dict[str, Any]:

@@ -111,6 +111,7 @@ def test_the_local_launcher_starts_one_process_per_run_and_skips_finished_runs(
 
 def test_a_killed_worker_fails_only_its_own_run(emloc, tiny, tmp_path, states):
     sweep = ["-m", "method=lora", "train.steps=5,100000,6", "name=killed", "hydra/launcher=joblib"]
+    sweep += ["budget.jobs_per_gpu=auto"]
     settings = [one for one in tiny if not one.startswith("train.steps")]
     launched = emloc.start(*sweep, "hydra.launcher.n_jobs=2", *settings)
     kill_training_process(launched, tmp_path / "runs/killed", steps=100000, times=2)

@@ -15,6 +15,8 @@ from emloc.data.examples import Examples
 from emloc.data.prompts import EncodedExample
 from emloc.models.checkpoint.source import Source
 from emloc.pipeline import run
+from emloc.runtime.gpu_ledger import gpu_memory, hold_share, own_share
+from emloc.runtime.gpu_queue import Job, Wait, share_for
 from emloc.runtime.stage_cache import Store
 from emloc.stages.run_config import build
 from emloc.stages.training.train import fit_rows
@@ -117,3 +119,17 @@ def test_statistics_are_summed_without_tf32(monkeypatch, rows, columns):
     assert kind == ("input_gram" if columns < rows else "output_gram")
     assert float((gram - true).norm() / true.norm()) < 1e-6
     assert torch.backends.cuda.matmul.allow_tf32
+
+
+def test_jobs_reserve_memory_of_the_gpu_and_a_third_one_waits(tmp_path):
+    total = torch.cuda.get_device_properties(0).total_memory
+    gpus = [gpu_memory("first", 0)]
+    half = int(total * 0.4)
+    with hold_share(gpus, half, 9, tmp_path) as one:
+        assert (one.reserved, one.jobs) == (half, 1)
+        assert 0 < one.foreign < total  # the context of this process
+        third = share_for(Job(9, ("first",), half), gpus, [Job(1, ("first",), half, one)] * 2, 9)
+        assert isinstance(third, Wait)
+    with own_share(lambda: half, tmp_path) as share:
+        assert share.index == torch.cuda.current_device()
+        assert share.reserved == half

@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import multiprocessing
+import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 
 from emloc.cost.bench.rows import BenchRow, read_rows
 from emloc.cost.bench.run import BENCHMARKS, run_benchmark
+from emloc.cost.bench.workers import Workers
 
 RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "bench.csv"
 # Names of the rows of a benchmark that differ from its own name.
@@ -59,6 +62,10 @@ def test_a_benchmark_runs_with_small_shapes_without_a_gpu(tmp_path, work):
     )
 
 
+# Benchmarks that were not run at full size yet.
+NOT_MEASURED = {"jobs_smollm2"}
+
+
 def test_every_target_of_the_committed_results_holds():
     with RESULTS.open(newline="") as file:
         lines = list(csv.reader(file))
@@ -67,8 +74,9 @@ def test_every_target_of_the_committed_results_holds():
     rows = read_rows(RESULTS)
     assert {result.holds for result in rows} == {"yes", ""}
     assert all((result.holds == "yes") == bool(result.target) for result in rows)
+    names = {*BENCHMARKS} - NOT_MEASURED
     assert {result.work for result in rows} == {
-        part for name in BENCHMARKS for part in SEVERAL.get(name, [name])
+        part for name in names for part in SEVERAL.get(name, [name])
     }
     for result in rows:
         assert float(result.ours) > 0 or result.unit == "nats"
@@ -83,5 +91,35 @@ def test_every_target_of_the_committed_results_holds():
             assert result.target == "ratio within 5% of 1"
             assert abs(float(result.ratio) - 1) <= 0.05
     facts = json.loads(RESULTS.with_suffix(".json").read_text())
-    assert set(BENCHMARKS) <= set(facts)
+    assert names <= set(facts)
     assert all(one["device"].startswith("NVIDIA") for one in facts.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run at full size")
+def test_small_jobs_run_one_at_a_time_and_side_by_side_without_a_gpu():
+    rows = {result.what: result for result in BENCHMARKS["jobs_smollm2"]()}
+    assert {(result.work, result.target) for result in rows.values()} == {("jobs_smollm2", "")}
+    alone, beside = (float(rows[what].ours) for what in ("one at a time", "side by side"))
+    ratio = float(rows["side by side, over one at a time"].ours)
+    assert ratio == pytest.approx(beside / alone, rel=2e-3)
+    assert rows["jobs that run side by side"].ours == "2"
+    assert rows["side by side with MPS"].ours == "no MPS"
+    assert rows["a job: peak reserved"].ours == ""  # without a GPU there is no reserved memory
+
+
+def no_training(steps: int) -> int:
+    """Stand for a training that takes seven bytes, and for a worker that is killed."""
+    if steps == 9:
+        os._exit(3)
+    return 7
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run on the GPU")
+def test_a_worker_that_is_killed_is_named_and_the_others_end(tmp_path):
+    with Workers(no_training, tmp_path, {"OWN_VARIABLE": "1"}) as workers:
+        assert "OWN_VARIABLE" not in os.environ
+        workers.start(2)
+        assert workers.run(1, None)[1] == 7
+        with pytest.raises(RuntimeError, match="a worker ended with exit code 3"):
+            workers.run(9, None)
+    assert multiprocessing.active_children() == []

@@ -15,11 +15,13 @@ from emloc.adapters.lora import Lora
 from emloc.anchors.none import NoAnchor
 from emloc.config.paths import CONF
 from emloc.config.run_folder import folder_name
+from emloc.cost.expected_memory import planned_peak
 from emloc.cost.plan.anchors import anchor_plan, with_offsets
 from emloc.cost.plan.cost import cost_of
 from emloc.cost.plan.fit import RESERVE, WORKSPACE, layout_of, need_of, solve_compression
 from emloc.cost.plan.gpus import GPUS, find_gpu
 from emloc.cost.plan.layout import StepShape
+from emloc.cost.plan.solve import longest_step
 from emloc.cost.plan.table import HEADER, plan
 from emloc.cost.plan.trace import trace
 from emloc.emulators import BuildInputs
@@ -120,8 +122,9 @@ def test_the_adapter_is_its_parameters_moments_and_copies(tmp_path, ratio, bits)
     tuned = Lora().attach(model, run_config.lora, linears(model, run_config.model.lora_targets))
     assert fuse(tuned) == 14
     layers = [m for m in tuned.modules() if hasattr(m, "lora_A") and len(m.lora_A)]
-    # What a forward pass is given beside its input: base and adapter.
-    lows = [low for layer in layers for low in layer.forward.args if hasattr(low, "down")]
+    # The operands of all layers that read the same input.
+    shared = {id(one): one for one in (layer.forward.func.__self__ for layer in layers)}
+    lows = [low for one in shared.values() for low in one.layers.loras]
     assert len(lows) == 14
     copies = storages(tuned, [t for low in lows for t in (low.down, low.up)]) - before
     trained = [one for one in tuned.parameters() if one.requires_grad]
@@ -139,22 +142,20 @@ def test_the_adapter_is_its_parameters_moments_and_copies(tmp_path, ratio, bits)
     assert again.adapter == need.adapter + 4 * layout.parameters
 
 
-def test_room_for_four_bit_matrices_is_that_of_the_largest_of_both_kinds():
+def test_room_for_four_bit_matrices_is_that_of_the_largest():
     run_config = cell_of(SMALL)
     assert layout_of(run_config, shaped(run_config), 0.5, None).scratch == 0
     assert layout_of(run_config, shaped(run_config), None, precision_of(4)).scratch == 64 * 96 * 2
-    # Ranks 16 (64 x 64), 10 (32 x 64) and 19 (64 x 96) with 4 of the adapter, in eights.
+    # Ranks 16 (64 x 64), 10 (32 x 64) and 19 (64 x 96) with 4 of the adapter, in eights. Query,
+    # key and value are stacked.
     assert (
         layout_of(run_config, shaped(run_config), 0.5, precision_of(4)).scratch
-        == (24 * 96 + 24 * 96) * 2
+        == (24 + 16 + 16) * 64 * 2
     )
     few = cell_of(SMALL, r"model.lora_targets='model\.layers\.\d+\.self_attn\.k_proj'")
     # The adapted one (32, 64), and beside it the largest without an adapter.
     assert layout_of(few, shaped(few), None, precision_of(4)).scratch == (32 * 64 + 64 * 96) * 2
-    assert (
-        layout_of(few, shaped(few), 0.5, precision_of(4)).scratch
-        == (16 * 64 + 16 * 32 + 19 * 96) * 2
-    )
+    assert layout_of(few, shaped(few), 0.5, precision_of(4)).scratch == (16 * 64 + 19 * 96) * 2
 
 
 @pytest.mark.parametrize("model", sorted(path.stem for path in CONF.glob("model/[!_]*.yaml")))
@@ -582,3 +583,27 @@ def test_a_run_finds_its_numbers_and_is_of_them(tiny, tmp_path, caplog):
         assert f"at {facts['bits']} bits" in line
         found[mib] = ratio, facts["bits"], result.stages["emulate"].key
     assert len(set(found.values())) == 2, found
+
+
+# What a run takes, before it waits for a GPU -----------------------------------------------------
+
+
+def test_the_expected_memory_covers_the_training_and_the_evaluation_of_each_method(tiny):
+    words = [*tiny, "train.batch=2", "eval.batch=2"]
+    of_method = {
+        method: build(compose_cached([*words, f"method={method}"]))
+        for method in ("lora", "emloc", "zero_shot")
+    }
+    peaks = {method: planned_peak(run_config) for method, run_config in of_method.items()}
+    assert len(set(peaks.values())) == 1
+    emloc = of_method["emloc"]
+    source = emloc.model.open()
+    step_shape = longest_step(emloc, source)
+    assert peaks["emloc"] == need_of(layout_of(emloc, source, None, None), step_shape).peak
+    assert peaks["emloc"] > need_of(layout_of(emloc, source, 0.25, None), step_shape).peak
+    larger = [
+        planned_peak(build(compose_cached([*words, f"{section}.batch=8"])))
+        for section in ("train", "eval")
+    ]
+    assert larger[0] == larger[1] > peaks["emloc"]
+    assert planned_peak(build(compose_cached([*words, "train.lean=false"]))) is None

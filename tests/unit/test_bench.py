@@ -34,6 +34,7 @@ NAMES = [
         "cap12_38b_nf4",
         "cap24_78b_nf4",
         "offload_8b",
+        "jobs_smollm2",
         "answer_8b",
         "answer_38b",
     ),

@@ -7,7 +7,9 @@ import time
 
 import pytest
 import torch
+from composed import compose_cached
 
+from emloc.config.check import check_values
 from emloc.config.settings import Budget
 from emloc.errors import ConfigError
 from emloc.runtime.gpu_lock import best_device, hold_slot, own_slot
@@ -104,8 +106,25 @@ def test_without_cuda_or_with_several_processes_no_slot_is_locked(tmp_path, monk
         assert not (tmp_path / "devices").exists()
 
 
+@pytest.mark.parametrize(("jobs", "value"), [("auto", "auto"), (3, 3), ("3", 3)])
+def test_jobs_of_a_device_are_a_number_or_auto(jobs, value):
+    cfg = compose_cached(["model.weights=random"])
+    cfg.budget.jobs_per_gpu = jobs  # a variable of the environment is a text
+    assert check_values(cfg)["budget"].jobs_per_gpu == value
+
+
+@pytest.mark.parametrize("word", ["four", "", "-1", "Auto"])
+def test_another_word_for_the_jobs_of_a_device_is_refused(word):
+    cfg = compose_cached(["model.weights=random"])
+    cfg.budget.jobs_per_gpu = word
+    line = f"^budget.jobs_per_gpu={word} is no number and not auto; set budget.jobs_per_gpu=1$"
+    with pytest.raises(ConfigError, match=line):
+        check_values(cfg)
+
+
 def test_a_device_has_at_least_one_slot():
-    with pytest.raises(ConfigError, match="jobs_per_gpu must be at least 1, got 0; set budget"):
+    line = "jobs_per_gpu must be at least 1 or auto, got 0; set budget"
+    with pytest.raises(ConfigError, match=line):
         Budget(
             gpu_gib=None,
             gpu_states_gib=1,

@@ -208,9 +208,9 @@ def test_only_the_hidden_features_of_the_adapter_are_saved_for_the_backward_pass
         saved_tensors.append(tensor)
         return tensor
 
-    layer = lean.get_base_model().model.layers[0].mlp.up_proj
+    layer = lean.get_base_model().model.layers[0].mlp.down_proj
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        layer(torch.randn(10, 32, requires_grad=True))
+        layer(torch.randn(10, 64, requires_grad=True))
     own = [one for one in saved_tensors if one.shape == (10, 4)]
     assert [one.untyped_storage().nbytes() for one in own] == [4 * 10 * 4]
 
@@ -226,14 +226,17 @@ def test_packed_layers_without_an_adapter_can_be_fused():
 
 def test_fused_factors_are_in_memory_once():
     lean = adapted(factorised)
-    layer = lean.get_base_model().model.layers[0].mlp.up_proj
+    mlp = lean.get_base_model().model.layers[0].mlp
     fuse(lean)
-    base = layer.base_layer
+    bases = [layer.base_layer for layer in (mlp.gate_proj, mlp.up_proj)]
     bytes_of = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (base.u, base.v)
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for base in bases
+        for t in (base.u, base.v)
     }
     height = 16  # rank 9 of the factors and 4 of the adapter, rounded up to a multiple of 8
-    assert sum(bytes_of.values()) == 4 * height * (64 + 32)
+    assert sum(bytes_of.values()) == 2 * 4 * height * (64 + 32)
+    assert len(bytes_of) == 3  # both v are in one matrix
 
 
 def test_a_tied_embedding_is_not_offloaded():

@@ -28,6 +28,7 @@ MODELS = {
     "cohere": ({}, False),  # a scale after the head, LayerNorm, parallel attention and MLP
     "granite": ({}, False),  # scales in four places
     "gpt_neox": ({}, False),  # one fused matrix for query, key and value, with biases
+    "phi3": ({}, False),  # fused matrices for query, key and value, and for gate and up
     "opt": ({"ffn_dim": 64, "word_embed_proj_dim": 32}, False),  # functional dropout
     "seed_oss": ({"attention_dropout": 0.0, "residual_dropout": 0.1}, False),  # dropout in its MLP
     "mixtral": (EXPERTS, True),  # a router with its own loss

@@ -23,6 +23,7 @@ from emloc.config.compose import compose
 from emloc.data.examples import Examples
 from emloc.models.checkpoint.source import Source
 from emloc.runtime.distributed import own_device
+from emloc.runtime.memory import is_out_of_memory as is_out_of_memory
 from emloc.stages.run_config import RunConfig, build
 
 # Sizes of the language model and of the vision tower on a machine without a GPU.
@@ -45,10 +46,14 @@ TILES, TEXT, ANSWER = 7, 256, 128
 
 @dataclass(frozen=True)
 class RandomRow:
-    """A training row that is still to be generated: its length in tokens and its random seed."""
+    """A training row that is still to be generated: its length in tokens and its random seed.
+
+    The answer begins at the token `answer_start`.
+    """
 
     length: int
     seed: int
+    answer_start: int = 0
 
     @property
     def id(self) -> str:
@@ -99,7 +104,8 @@ class BenchSetup:
 
     def rows(self) -> list[RandomRow]:
         """Return one training row for each optimizer step."""
-        return [RandomRow(self.length, seed) for seed in range(self.run_config.train.steps)]
+        start = self.length - self.answer
+        return [RandomRow(self.length, seed, start) for seed in range(self.run_config.train.steps)]
 
     @property
     def tiles(self) -> int:
@@ -224,12 +230,3 @@ def time_call(work: Callable[[], Any], device: torch.device) -> float:
     start = synchronized_time(device)
     work()
     return synchronized_time(device) - start
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error, or a cause of it, says that device memory ran out."""
-    while not isinstance(error, torch.cuda.OutOfMemoryError):
-        if error.__cause__ is None:
-            return False
-        error = error.__cause__
-    return True

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from emloc.adapters.fused import fuse
 from emloc.adapters.lora import Lora
+from emloc.adapters.shared_input import names_by_input
 from emloc.calibration.calibrate import Layers
 from emloc.config.settings import LoraSettings, TrainSettings
 from emloc.cost.plan.blocks import DecoderBlocks
@@ -164,22 +165,28 @@ class TrainingLayout:
     def scratch(self) -> int:
         """Bytes of the buffers that packed matrices are dequantised into.
 
-        Adapted layers share two buffers, for the largest of their first matrices and of their
-        second matrices. A decoder layer without an adapter dequantises one matrix at a time into a
-        further buffer.
+        Adapted layers share one buffer for their largest matrix; first factors of layers that read
+        the same input are one matrix. A decoder layer without an adapter dequantises one matrix at
+        a time into a further buffer.
         """
-        shared, separate = (0, 0), 0
-        for layer, (rows, columns) in self.source.linears.items():
-            if not self._is_packed(layer) or not layer.startswith(self.blocks.decoder.prefix):
-                continue
-            k = self.ranks.get(layer)
-            if layer not in self.adapted:
-                separate = max(separate, rows * columns if k is None else k * max(rows, columns))
-                continue
-            height = rows if k is None else aligned_height(k + self.lora.rank)
-            second = 0 if k is None else height * rows
-            shared = max(shared[0], height * columns), max(shared[1], second)
-        return (sum(shared) + separate) * self.source.dtype.itemsize
+        shared, separate = 0, 0
+        prefix = self.blocks.decoder.prefix
+        packed = [
+            layer
+            for layer in self.source.linears
+            if self._is_packed(layer) and layer.startswith(prefix)
+        ]
+        for layer in (layer for layer in packed if layer not in self.adapted):
+            (rows, columns), k = self.source.linears[layer], self.ranks.get(layer)
+            separate = max(separate, rows * columns if k is None else k * max(rows, columns))
+        for group in names_by_input(layer for layer in packed if layer in self.adapted):
+            stacked = 0
+            for layer in group:
+                (rows, columns), k = self.source.linears[layer], self.ranks.get(layer)
+                height = rows if k is None else aligned_height(k + self.lora.rank)
+                stacked += 0 if k is None else height * columns
+                shared = max(shared, stacked, height * (columns if k is None else rows))
+        return (shared + separate) * self.source.dtype.itemsize
 
     def trace_pass(self, step_shape: StepShape) -> TraceResult:
         """Trace one forward and backward pass: its temporary memory and its operations.

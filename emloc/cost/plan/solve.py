@@ -31,11 +31,20 @@ def solve_auto_compression(run_config: RunConfig, source: Source) -> RunConfig:
             run_config, compression=replace(compression, bits=MODEL_BITS), precision=None
         )
     refuse_unplanned(run_config.model, "compression=r50")
-    encoded = encode_all(source.reader(), run_config.task.train(), run_config.model.length_limit)
-    length = max(row.length for row in encoded)
-    answer = max(row.length - row.answer_start for row in encoded)
-    step_shape = StepShape.of(run_config.train, length, answer)
+    step_shape = longest_step(run_config, source)
     step_shape = with_offsets(step_shape, anchor_plan(run_config, source, step_shape))
     solution = solve_compression(run_config, source, step_shape)
     precision = next(p for p in candidate_precisions(run_config) if bits_of(p) == solution.bits)
     return replace(run_config, compression=solution, precision=precision)
+
+
+def longest_step(run_config: RunConfig, source: Source) -> StepShape:
+    """Return the shape of a step whose rows are as long as the longest of the training data.
+
+    Raises:
+        ConfigError: a row cannot be read.
+    """
+    encoded = encode_all(source.reader(), run_config.task.train(), run_config.model.length_limit)
+    length = max(row.length for row in encoded)
+    answer = max(row.length - row.answer_start for row in encoded)
+    return StepShape.of(run_config.train, length, answer)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from emloc.data.collate import IGNORE
+from emloc.data.fixed_shapes import ANSWERS, PREDICTING
 from emloc.models.objectives import Batch, Loss
 from emloc.models.objectives.answer_logits import without_labels
 from emloc.models.objectives.output_head import ROUNDING, IdentityHead, name_of_head
@@ -64,12 +65,18 @@ def _only_scales_logits(model: PreTrainedModel, head: IdentityHead) -> bool:
 
 def _answer_loss(weight: Tensor, model: Any, batch: Batch, count: Tensor) -> Tensor:
     """Sum of the answer tokens' cross-entropies over `count`; `weight` (V, d) is the head's."""
-    inputs = without_labels(batch)
-    # The hidden state at one position predicts the token at the next position.
-    hidden, labels = model(**inputs).logits[:, :-1], batch["labels"][:, 1:]
-    is_answer = labels != IGNORE
+    if PREDICTING in batch:
+        inputs = {name: value for name, value in batch.items() if name not in (PREDICTING, ANSWERS)}
+        hidden, labels = model(**inputs).logits, batch[ANSWERS]
+        rows = hidden.flatten(0, 1).index_select(0, batch[PREDICTING])
+        is_answer = labels != IGNORE
+    else:
+        # The hidden state at one position predicts the token at the next position.
+        hidden, all_labels = model(**without_labels(batch)).logits[:, :-1], batch["labels"][:, 1:]
+        mask = all_labels != IGNORE
+        rows, labels, is_answer = hidden[mask], all_labels[mask], None
     count = torch.as_tensor(count, device=hidden.device)
     # Under autocast, accelerate converts the output to float32; the conversion back is exact.
-    rows = hidden[is_answer].to(weight.dtype)
-    total: Tensor = AnswerLoss.apply(rows, weight, labels[is_answer], count)  # type: ignore[no-untyped-call]
+    rows = rows.to(weight.dtype)
+    total: Tensor = AnswerLoss.apply(rows, weight, labels, count, is_answer)  # type: ignore[no-untyped-call]
     return total

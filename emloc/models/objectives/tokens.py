@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from emloc.data.collate import IGNORE
 from emloc.data.examples import Examples
+from emloc.data.fixed_shapes import ANSWERS, answer_count
 from emloc.data.prompts import EncodedExample
 from emloc.models.objectives import Batch, Loss, Objective
 from emloc.models.objectives.answer_logits import forward_logits, without_labels
@@ -59,6 +60,8 @@ class Tokens(Objective):
 
     def items(self, batch: Batch) -> Tensor:
         """Number of answer tokens, without the first position, which the model does not predict."""
+        if ANSWERS in batch:
+            return answer_count(batch)
         return (batch["labels"][:, 1:] != IGNORE).sum()
 
     def loss(self, model: Any, batch: Batch, count: Tensor) -> Tensor:

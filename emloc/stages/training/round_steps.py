@@ -16,6 +16,7 @@ from emloc.anchors.shards import OffsetReader
 from emloc.runtime.distributed import first_does, is_first, is_sharded, wait_for_everyone
 from emloc.stages.training.anchored_rows import AnchoredRows
 from emloc.stages.training.callbacks import LogLines, Report, StepTimer
+from emloc.stages.training.capture import Capture, capture_of
 from emloc.stages.training.round_trainee import RoundTrainee, State
 from emloc.stages.training.train import Segment, Trainee, run_steps
 from emloc.stages.training.trainer import newest_intact_checkpoint, unshard_parameters
@@ -56,7 +57,7 @@ class RoundSteps:
         finished = folder / "round.json"
         log, failure = LogLines(), ""
         if not finished.exists():
-            segment = Segment(state.checkpoint, last, skipped, rate, log=log)
+            segment = Segment(state.checkpoint, last, skipped, rate, first=state.step, log=log)
             failure = self._train(folder / "checkpoints", state, segment, offsets)
         facts = first_does(
             finished,
@@ -88,8 +89,9 @@ class RoundSteps:
         trainee, places = self.trainee.load(state, whole=True), self.rows.places
         self.trainee.is_split = is_sharded()
         hooks = AttachedOffsets(places, self.rows.anchor.stored_as)
+        capture = self._capture(trainee, segment)
         collator = AnchoredCollator(
-            self.rows.collate,
+            self.rows.collate if capture is None else capture.collator(self.rows.collate),
             OffsetReader(offsets),
             places,
             pinned=trainee.device.type == "cuda",
@@ -105,7 +107,7 @@ class RoundSteps:
                     checkpoints,
                     self.report,
                     self.timer,
-                    replace(segment, anchors=hooks),
+                    replace(segment, anchors=hooks, capture=capture),
                 )
             except FloatingPointError as error:
                 if not self.rows.guard:
@@ -113,6 +115,13 @@ class RoundSteps:
                 return str(error)
         unshard_parameters(trainee.model)
         return self._flaw(trainee, segment)
+
+    def _capture(self, trainee: Trainee, segment: Segment) -> Capture | None:
+        """Return how the passes of a segment run as graphs; None if they do not."""
+        assert segment.end is not None
+        first = segment.first + segment.skipped
+        rows = [keyed.row for keyed in self.rows.rows]
+        return capture_of(trainee, rows, first, segment.end + segment.skipped)
 
     def _flaw(self, trainee: Trainee, segment: Segment) -> str:
         """Return that the adapter behind a segment is not finite; nothing if it is."""

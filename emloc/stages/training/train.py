@@ -38,6 +38,7 @@ from emloc.models.objectives import Batch, Loss
 from emloc.precision import PackedLayer
 from emloc.runtime.distributed import is_first, is_sharded
 from emloc.stages.training.callbacks import LogLines, Report, StepTimer, StopAfter, TrainingProgress
+from emloc.stages.training.capture import Capture, capture_of
 from emloc.stages.training.lean_setup import prepare_model, required_override
 from emloc.stages.training.trainer import (
     FiniteTrainer,
@@ -108,7 +109,10 @@ def fit_rows(
     trainee = open_trainee(built_emulator, training_inputs, device, start)
     checkpoints, timer = folder / "checkpoints", StepTimer()
     log_start(trainee, len(rows))
-    state = run_steps(trainee, rows, collate_rows, checkpoints, report, timer)
+    capture = capture_of(trainee, rows, 0, training_inputs.recipe.steps)
+    collator = collate_rows if capture is None else capture.collator(collate_rows)
+    segment = Segment(capture=capture)
+    state = run_steps(trainee, rows, collator, checkpoints, report, timer, segment)
     unshard_parameters(trainee.model)
     if is_first():
         training_inputs.adapter.save(trainee.model, folder / "adapter", built_emulator.source.name)
@@ -266,14 +270,17 @@ def run_steps(
         loss=trainee.loss,
         anchors=segment.anchors,
         skipped=segment.skipped,
+        capture=segment.capture,
     )
     trainer.remove_callback(PrinterCallback)
     mixed = trainer.args.bf16 or trainer.args.fp16
     adapter = training_inputs.adapter
-    with without_cudnn(), adapter.training(trainee.model, mixed=mixed), closing(progress):
+    training = adapter.training(trainee.model, mixed=mixed)
+    with without_cudnn(), training, trainer.graphed(), closing(progress):
         checkpoint = newest_intact_checkpoint(checkpoints) or segment.start
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.check_losses()
         finally:
             # Off with the wrapper for autocast, since the next segment would put another around it.
             # With its mark, accelerate would take the model for wrapped and put none around it.
@@ -292,7 +299,9 @@ class Segment:
     skipped: int = 0  # steps whose rows were used by rejected rounds
     rate: float = 1.0  # factor of the learning rate
     anchors: AttachedOffsets | None = None  # hooks of the model that add offsets; None: no offsets
+    capture: Capture | None = None  # how its passes run as CUDA graphs; None: without graphs
     log: LogLines = field(default_factory=LogLines)  # of this training
+    first: int = 0  # number of the step it begins at
 
 
 def write_curve(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -337,6 +346,7 @@ def arguments(
         save_total_limit=2,  # keeps a complete checkpoint while the next one is written
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
+        accelerator_config={"non_blocking": device.type == "cuda"},
         report_to=[],
         disable_tqdm=True,  # `Progress` shows the bar
         **{_CHECKPOINTING: recipe.checkpointing and not lean},

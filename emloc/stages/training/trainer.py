@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,11 @@ from emloc.models.objectives import Batch, Loss, Objective
 from emloc.runtime.distributed import is_first, is_sharded
 from emloc.runtime.manifest import flaw_of, seal, set_aside
 from emloc.runtime.safetensors_file import write_safetensors
+from emloc.stages.training.capture import EMBEDDED, Capture
+from emloc.stages.training.finite import FiniteLosses
+from emloc.stages.training.graphed_passes import GraphedPasses, joined, split
 from emloc.stages.training.order import RowOrder, WholeSteps
+from emloc.tensors.lean.flat_gradients import FlatGradients
 from emloc.tensors.nn.surgery import replace_tensor
 
 log = logging.getLogger(__name__)
@@ -38,7 +43,7 @@ class FiniteTrainer(Trainer):
     The adapter decides which state a checkpoint holds and may add a term to the loss. `loss` is the
     objective's chunked loss, if the model was prepared for it. With `anchors` every batch has
     offsets, which are handed to the model's hooks. `skipped` steps of rows were used by rejected
-    rounds of an anchored training.
+    rounds of an anchored training. With `capture` the passes run as CUDA graphs.
     """
 
     def __init__(
@@ -49,9 +54,14 @@ class FiniteTrainer(Trainer):
         loss: Loss | None = None,
         anchors: AttachedOffsets | None = None,
         skipped: int = 0,
+        capture: Capture | None = None,
         **arguments: Any,
     ) -> None:
         self._adapter = adapter
+        self._finite = FiniteLosses()
+        self._capture = capture
+        self._passes: GraphedPasses | None = None
+        self._graph_resources = ExitStack()
         self._anchors, self._skipped = anchors, skipped
         self._objective = objective
         self._loss = loss or objective.loss
@@ -74,6 +84,23 @@ class FiniteTrainer(Trainer):
         """Return 0: runs count their own work, and the Trainer walks the whole model each step."""
         return 0
 
+    @contextmanager
+    def graphed(self) -> Iterator[None]:
+        """Give back, when the block ends, what the passes of a training need as graphs."""
+        with self._graph_resources:
+            try:
+                yield
+            finally:
+                self._passes = None
+
+    def check_losses(self) -> None:
+        """Check the losses of the last steps.
+
+        Raises:
+            FloatingPointError: one is not finite.
+        """
+        self._finite.check()
+
     def create_accelerator_and_postprocess(self) -> None:
         """Configure FSDP after the Trainer has created its accelerator."""
         super().create_accelerator_and_postprocess()
@@ -94,6 +121,7 @@ class FiniteTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint, then its manifest; called by the Trainer every `save_steps`."""
+        self._finite.check()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process may have written a part
         if is_first():
@@ -170,7 +198,18 @@ class FiniteTrainer(Trainer):
         """
         if self._anchors is not None:
             self._anchors.offsets = take_offsets(inputs, self.args.device)
-        loss = self._loss(model, inputs, torch.as_tensor(num_items_in_batch))
+        return self._loss_of(model, inputs, torch.as_tensor(num_items_in_batch))
+
+    def _loss_of(self, model: Any, batch: Batch, count: Tensor) -> Tensor:
+        """Return the loss of a batch whose offsets are set."""
+        embedding = self._capture.embedding if self._capture is not None else None
+        if embedding is not None:
+            embedding.ahead = batch.pop(EMBEDDED)
+        try:
+            loss = self._loss(model, batch, count)
+        finally:
+            if embedding is not None:
+                embedding.ahead = None
         # Each process divides by the items of all processes, and gradients are then averaged over
         # the processes. The factor undoes this second division.
         processes = self.accelerator.num_processes
@@ -191,15 +230,60 @@ class FiniteTrainer(Trainer):
         Raises:
             FloatingPointError: the loss of any process is not finite.
         """
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        losses = self.accelerator.gather(loss)
-        if not torch.isfinite(losses).all():
-            raise FloatingPointError(
-                f"the loss is {losses.mean().item()} at step "
-                f"{self.state.global_step + self._skipped + 1}; "
-                "set train.learning_rate lower"
-            )
+        if self._capture is not None:
+            passes = self._passes or self._record_passes(model, self._capture)
+            loss = self._graphed_step(passes, inputs, torch.as_tensor(num_items_in_batch))
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        step = self.state.global_step + self._skipped + 1
+        self._finite.add(step, self.accelerator.gather(loss))
         return loss
+
+    # Passes as graphs.
+
+    def _graphed_step(self, passes: GraphedPasses, inputs: Batch, count: Tensor) -> Tensor:
+        """Run one forward and backward pass as a graph and return its loss."""
+        loss = passes.run(self._graph_inputs(inputs, count))
+        if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
+            passes.gradients.average(self.accelerator.num_processes)
+        return loss
+
+    def _record_passes(self, model: Any, capture: Capture) -> GraphedPasses:
+        """Record the passes of all shapes, when the Trainer has put its wrapper around the model.
+
+        A wrapper may give the parameters other gradients.
+        """
+        model.train()
+        gradients = FlatGradients(p for p in self.model.parameters() if p.requires_grad)
+        self._graph_resources.enter_context(gradients.attached(model))
+        self._passes = passes = GraphedPasses(self._graph_pass, gradients, capture.record)
+        dataset: Any = self.train_dataset
+        examples = reversed(capture.shapes.examples)  # the longest first
+        batches = (self.data_collator([dataset[row] for row in example]) for example in examples)
+        passes.prepare(
+            self._graph_inputs(batch, torch.ones((), dtype=torch.long)) for batch in batches
+        )
+        return passes
+
+    def _graph_inputs(self, inputs: Batch, count: Tensor) -> dict[str, Tensor]:
+        """Return the tensors of a batch on the device, with its offsets and the count of items."""
+        offsets = [] if self._anchors is None else take_offsets(inputs, self.args.device)
+        return joined(self._prepare_inputs(inputs), offsets, count.to(self.args.device))
+
+    def _graph_pass(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Run one pass over such tensors and return its loss; the model's hooks get the offsets."""
+        batch, offsets, count = split(inputs)
+        if self._anchors is not None:
+            self._anchors.offsets = offsets
+        loss = self._loss_of(self.model, batch, count)
+        torch.autograd.backward(loss)
+        return loss.detach()
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip the gradients, all at once if they are flat; called by the Trainer."""
+        if self._passes is None:
+            return super()._clip_grad_norm(model)
+        return self._passes.gradients.clip(self.args.max_grad_norm)
 
 
 def unshard_parameters(model: PreTrainedModel) -> None:

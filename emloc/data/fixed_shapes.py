@@ -1,0 +1,127 @@
+"""Pad batches to a few fixed shapes, so that the operations of a training step repeat exactly.
+
+A shape has a number of positions, and a number of answer tokens. Answer tokens are given by indices
+instead of by labels at all positions, since a GPU counts labels only while the host waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from emloc.data.collate import IGNORE
+from emloc.data.lengths import best_lengths, padded_to
+
+# Names in a batch: for each answer token, the index of the position that predicts it in the flat
+# batch, and its id; IGNORE for tokens that only fill the shape up. Both (M,).
+PREDICTING, ANSWERS = "predicting_positions", "answer_tokens"
+# Shapes of one training.
+MOST_SHAPES = 8
+
+Collate = Callable[[list[Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The shape of a batch besides its number of rows."""
+
+    length: int  # positions of a row
+    answers: int  # answer tokens of all rows
+    padded: bool = True  # whether any batch of this shape has padding
+
+
+@dataclass(frozen=True)
+class FixedShapes:
+    """The shapes of the batches of a training, ascending by their length."""
+
+    shapes: tuple[BatchShape, ...]
+    examples: tuple[tuple[int, ...], ...]  # for each shape, indices of the rows of such a batch
+    padding: float  # share of the positions that batches are padded by
+
+    def of(self, length: int) -> BatchShape:
+        """Return the shape of a batch whose longest row has `length` positions."""
+        lengths = [shape.length for shape in self.shapes]
+        return self.shapes[lengths.index(padded_to(length, lengths))]
+
+    def collate(self, rows: Sequence[Any], collate: Collate) -> dict[str, Any]:
+        """Collate the rows of one of the batches to its shape."""
+        batch = collate(list(rows))
+        return with_shape(batch, self.of(batch["input_ids"].shape[1]))
+
+
+def fixed_shapes(
+    rows: Sequence[Any], batches: Sequence[Sequence[int]], examples: range
+) -> FixedShapes:
+    """Return the shapes for the batches of a training.
+
+    Args:
+        rows: encoded rows of text, with `length` and `answer_start`.
+        batches: the row indices of all batches.
+        examples: indices of the batches that the examples are firsts from.
+    """
+    longest = [max(rows[index].length for index in batch) for batch in batches]
+    lengths = best_lengths(longest, MOST_SHAPES)
+    groups: dict[int, list[int]] = {length: [] for length in lengths}
+    for number, length in enumerate(longest):
+        groups[padded_to(length, lengths)].append(number)
+    firsts = [next((n for n in numbers if n in examples), None) for numbers in groups.values()]
+    return FixedShapes(
+        tuple(
+            _shape(length, [[rows[index] for index in batches[number]] for number in numbers])
+            for length, numbers in groups.items()
+        ),
+        tuple(tuple(batches[number]) for number in firsts if number is not None),
+        sum(length * len(numbers) for length, numbers in groups.items()) / sum(longest) - 1,
+    )
+
+
+def _shape(length: int, batches: list[list[Any]]) -> BatchShape:
+    """Return the shape of batches of rows that are padded to a length."""
+    answers = [sum(row.length - max(row.answer_start, 1) for row in batch) for batch in batches]
+    padded = any(row.length < length for batch in batches for row in batch)
+    return BatchShape(length, max(answers), padded)
+
+
+def with_shape(batch: dict[str, Any], shape: BatchShape) -> dict[str, Any]:
+    """Return a collated batch of text, padded on the left to a shape, with indices of its answers.
+
+    Batches of a shape without padding lose their mask and positions, which models then take for
+    granted: a mask would keep them from their fastest attention.
+    """
+    size = batch["input_ids"].shape
+    left_out = {"labels", "logits_to_keep"}
+    if not shape.padded:
+        left_out |= {"attention_mask", "position_ids"}
+    fixed = {name: value for name, value in batch.items() if name not in left_out}
+    for name, value in fixed.items():
+        if value.shape == size:  # one value for each token, as ids, mask and token types
+            fixed[name] = functional.pad(value, (shape.length - size[1], 0))
+    return fixed | _answers(batch["labels"], shape)
+
+
+def _answers(labels: Tensor, shape: BatchShape) -> dict[str, Tensor]:
+    """Return `PREDICTING` and `ANSWERS` for labels (B, K) of the last K positions of each row."""
+    rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    positions = rows * shape.length + columns + shape.length - labels.shape[1]
+    spare = (0, shape.answers - len(rows))
+    return {
+        PREDICTING: functional.pad(positions, spare),
+        ANSWERS: functional.pad(labels[rows, columns + 1], spare, value=IGNORE),
+    }
+
+
+def answer_count(batch: Mapping[str, Any]) -> Tensor:
+    """Return the number of answer tokens of a batch of a fixed shape, a scalar."""
+    return torch.as_tensor((batch[ANSWERS] != IGNORE).sum())
+
+
+def predicting_mask(batch: Mapping[str, Any]) -> Tensor:
+    """Return at which positions of a batch of a fixed shape an answer is predicted, (B, L)."""
+    mask = torch.zeros_like(batch["input_ids"], dtype=torch.bool).flatten()
+    mask[batch[PREDICTING][batch[ANSWERS] != IGNORE]] = True
+    return mask.view_as(batch["input_ids"])

@@ -1,0 +1,111 @@
+"""Whether the passes of a training can be recorded as CUDA graphs, and the batches for them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from emloc.data.fixed_shapes import Collate, FixedShapes, fixed_shapes
+from emloc.runtime.distributed import is_sharded
+from emloc.stages.training.order import RowOrder
+from emloc.stages.training.work import rows_of_step
+from emloc.tensors.lean.embedding import HostEmbedding
+from emloc.tensors.lean.step_graphs import CudaRecorder, Record
+
+if TYPE_CHECKING:
+    from emloc.stages.training.train import Trainee
+
+log = logging.getLogger(__name__)
+
+# Name in a batch of the vectors of its tokens, if the embedding table is in host memory.
+EMBEDDED = "embedded_tokens"
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What a training needs to run its passes as graphs."""
+
+    shapes: FixedShapes
+    embedding: HostEmbedding | None  # whose rows are looked up ahead
+    record: Record
+
+    def collator(self, collate: Collate) -> Collate:
+        """Return a function that collates rows to batches of fixed shapes."""
+
+        def fixed(rows: list[Any]) -> dict[str, Any]:
+            batch = self.shapes.collate(rows, collate)
+            if self.embedding is not None:
+                batch[EMBEDDED] = self.embedding.look_up(batch["input_ids"])
+            return batch
+
+        return fixed
+
+
+def capture_of(trainee: Trainee, rows: Sequence[Any], first: int, end: int) -> Capture | None:
+    """Return how the steps of a training are recorded; None, with a log line, if they cannot be.
+
+    Args:
+        trainee: the model and the recipe.
+        rows: encoded rows.
+        first: the first step, in the order of the rows.
+        end: the step behind the last one.
+    """
+    recipe = trainee.training_inputs.recipe
+    if not recipe.capture:
+        return None
+    reason = _obstacle(trainee, rows)
+    if reason:
+        log.info("train: each operation is launched by itself (train.capture): %s", reason)
+        return None
+    order = RowOrder(
+        [row.length for row in rows],
+        rows_of_step(recipe, len(rows)),
+        trainee.training_inputs.seed,
+    )
+    indices = order.of_steps(0, max(recipe.steps, end))
+    size = recipe.batch
+    batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+    if len({len(batch) for batch in batches}) > 1:
+        log.info("train: each operation is launched by itself (train.capture): %s", _UNEVEN)
+        return None
+    per_step = rows_of_step(recipe, len(rows)) // size
+    shapes = fixed_shapes(rows, batches, range(first * per_step, end * per_step))
+    log.info(
+        "train: each pass is one CUDA graph, of %d lengths up to %d; they pad batches by %.1f%%",
+        *(len(shapes.shapes), shapes.shapes[-1].length, 100 * shapes.padding),
+    )
+    embedding = trainee.inner.get_input_embeddings()
+    return Capture(
+        shapes,
+        embedding if isinstance(embedding, HostEmbedding) else None,
+        RECORDER(trainee.device),
+    )
+
+
+_UNEVEN = "there are fewer rows than one step has, so that batches differ in size"
+
+# Makes what records the graphs of a device.
+RECORDER: Callable[[torch.device], Record] = CudaRecorder
+
+
+def _obstacle(trainee: Trainee, rows: Sequence[Any]) -> str:
+    """Return why no graph can be recorded; nothing if one can."""
+    for is_obstacle, reason in (
+        (trainee.device.type not in DEVICES, f"the device is a {trainee.device.type.upper()}"),
+        (is_sharded(), "the weights are split over processes (FSDP)"),
+        (trainee.loss is None, "the loss is the model's own, or train.lean=false"),
+        (not all(hasattr(row, "answer_start") for row in rows[:1]), "the rows are no text"),
+        # The model counts the tokens of images for a message that it does not need.
+        (any(getattr(row, "images", ()) for row in rows), "the rows have images"),
+    ):
+        if is_obstacle:
+            return reason
+    return ""
+
+
+# Types of devices that have graphs.
+DEVICES = ("cuda",)

@@ -1,0 +1,123 @@
+"""Replay the operations of a training step as one CUDA graph for each shape of its inputs.
+
+A step of a small model, or of a small emulator, launches thousands of short operations, and the
+host needs longer to launch them than the GPU to run them. A graph is launched at once.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Inputs of one step by name.
+Inputs = Mapping[str, Tensor]
+# Computes the loss of some inputs and adds its gradients to those of the parameters.
+Compute = Callable[[dict[str, Tensor]], Tensor]
+# Returns a function that repeats the operations of another, which it may run meanwhile.
+Record = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+@dataclass(frozen=True)
+class _Graph:
+    inputs: dict[str, Tensor]  # that the graph reads
+    loss: list[Tensor]  # that the graph writes
+    replay: Callable[[], None]
+
+
+class StepGraphs:
+    """The graphs of a step; all share their memory, as one runs at a time.
+
+    Args:
+        compute: the step. It may read the parameters and the inputs, and nothing that changes
+            beside. What it returns depends on values only through operations on the device.
+        record: records a graph.
+        most: graphs at most; inputs of further shapes are computed without one.
+    """
+
+    def __init__(self, compute: Compute, record: Record, most: int) -> None:
+        self._compute, self._record, self._most = compute, record, most
+        self._graphs: dict[tuple[Any, ...], _Graph] = {}
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def is_new(self, inputs: Inputs) -> bool:
+        """Return whether `prepare` would record a graph for some inputs."""
+        return _key(inputs) not in self._graphs and len(self._graphs) < self._most
+
+    def prepare(self, inputs: Inputs) -> None:
+        """Record the graph of the shape of some inputs. Call it for the largest shape first."""
+        if not self.is_new(inputs):
+            return
+        fixed = {name: self._buffer(name, value) for name, value in inputs.items()}
+        torch._foreach_copy_([*fixed.values()], [*inputs.values()])
+        losses: list[Tensor] = []
+
+        def step() -> None:
+            losses[:] = [self._compute(dict(fixed))]
+
+        self._graphs[_key(inputs)] = _Graph(fixed, losses, self._record(step))
+
+    def run(self, inputs: Inputs) -> Tensor:
+        """Return the loss of some inputs, a scalar, and add its gradients."""
+        graph = self._graphs.get(_key(inputs))
+        if graph is None:
+            return self._compute(dict(inputs))
+        for name, value in inputs.items():
+            graph.inputs[name].copy_(value, non_blocking=True)
+        graph.replay()
+        return graph.loss[0].detach().clone()  # the next replay overwrites it
+
+    def _buffer(self, name: str, like: Tensor) -> Tensor:
+        """Return the part of the buffer of an input that has a shape; all shapes share one."""
+        buffer = self._buffers.get((name, like.dtype))
+        if buffer is None or buffer.numel() < like.numel():
+            buffer = self._buffers[name, like.dtype] = torch.empty_like(like).flatten()
+        return buffer[: like.numel()].view(like.shape)
+
+
+def _key(inputs: Inputs) -> tuple[Any, ...]:
+    return tuple((name, value.shape, value.dtype) for name, value in sorted(inputs.items()))
+
+
+class CudaRecorder:
+    """Records CUDA graphs that share a pool of memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = None
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
+        """Record a step. The first one is run before, so that libraries prepare themselves.
+
+        Raises:
+            RuntimeError: an operation cannot be recorded, for one since the host waits for it.
+        """
+        if self._pool is None:
+            self._run(step)
+        graph = torch.cuda.CUDAGraph()
+        # Threads that read ahead may allocate meanwhile: only this thread is restricted.
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
+            step()
+        self._pool = graph.pool()
+        return graph.replay
+
+    def _run(self, step: Callable[[], None]) -> None:
+        """Run a step, and give its memory back, since graphs have their own."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            step()
+        current.wait_stream(self._stream)
+        torch.cuda.synchronize(self._device)
+        gc.collect()
+        torch.cuda.empty_cache()

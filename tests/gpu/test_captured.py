@@ -1,0 +1,114 @@
+"""Trainings whose passes are CUDA graphs are those without, up to rounding.
+
+Run by `make test-gpu`.
+"""
+
+import logging
+
+import anchored
+import pytest
+import torch
+from safetensors.torch import load_file
+from staged import curve_of
+from tiny import save_checkpoint
+
+from emloc.anchors.blocks import Blocks
+from emloc.anchors.logits import Logits
+from emloc.emulators.full import Full
+from emloc.emulators.svd import Svd
+from emloc.models.checkpoint.source import Source
+from emloc.runtime.memory import MemoryPeak
+from emloc.stages.training.train import train
+from emloc.tensors.lean import activations
+from emloc.tensors.lean.step_graphs import StepGraphs
+
+pytestmark = pytest.mark.gpu
+
+CUDA = torch.device("cuda", 0)
+SVD = Svd(algorithm="eigen", aware=True, multiple=1)
+COMMON = {"rounds": 2, "dtype": "float32", "guard": 2}
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """The number of graphs at each pass."""
+    counts: list[int] = []
+    run = StepGraphs.run
+
+    def count(self, inputs):
+        counts.append(len(self))
+        return run(self, inputs)
+
+    monkeypatch.setattr(StepGraphs, "run", count)
+    return counts
+
+
+def built_of(made_once, folder, emulator, bits, dtype=torch.float32, **config):
+    make = lambda target: save_checkpoint(target, num_hidden_layers=2, **config)  # noqa: E731
+    name = "-".join(["captured", *map(str, config.values())])
+    folder.mkdir()
+    return anchored.build_emulator(
+        folder, Source(made_once(name, make), "tiny", "0", dtype), emulator, bits
+    )
+
+
+def trained(folder, built, **recipe):
+    folder.mkdir()
+    inputs = anchored.training_inputs(built, **recipe)
+    train(folder, built, inputs, device=CUDA, report=lambda *_: None)
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    return [line["loss"] for line in curve_of(folder)], adapter
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("kind", ["svd", "full", "nf4", "svd-nf4", "untied"])
+def test_a_training_of_graphs_is_the_same_training(
+    tmp_path, made_once, replays, kind, checkpointing, caplog
+):
+    caplog.set_level(logging.INFO)
+    emulator = SVD if kind.startswith("svd") or kind == "untied" else Full()
+    config = {"tie_word_embeddings": False} if kind == "untied" else {}
+    built = built_of(
+        made_once, tmp_path / "emulator", emulator, 4 if "nf4" in kind else 16, **config
+    )
+    recipe = {"checkpointing": checkpointing, "accumulate": 2, "host_activations": checkpointing}
+    expected = trained(tmp_path / "plain", built, **recipe)
+    assert replays == []
+    losses, adapter = trained(tmp_path / "graphs", built, **recipe, capture=True)
+    assert "launched by itself" not in caplog.text
+    assert len(replays) == 12
+    assert min(replays) >= 1
+    assert losses == pytest.approx(expected[0], rel=1e-4)
+    for name, tensor in adapter.items():
+        torch.testing.assert_close(tensor, expected[1][name], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "anchor", [Blocks(places=2, **COMMON), Logits(**COMMON)], ids=["blocks", "logits"]
+)
+def test_anchored_rounds_train_the_same(tmp_path, made_once, replays, anchor, monkeypatch):
+    monkeypatch.setattr(anchored, "CPU", CUDA)
+    built = built_of(made_once, tmp_path / "emulator", SVD, 16)
+    curves = []
+    for on in (False, True):
+        training = anchored.rounds(tmp_path / str(on), built, anchor, capture=on)
+        training.run()
+        curves.append([line["loss"] for line in curve_of(training.folder)])
+    assert len(replays) == 6
+    assert min(replays) >= 1
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("host_activations", [False, True])
+def test_graphs_take_no_more_memory(tmp_path, made_once, host_activations, monkeypatch):
+    monkeypatch.setattr(activations, "MIN_BYTES", 1)
+    config = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128}
+    built = built_of(made_once, tmp_path / "emulator", SVD, 16, torch.bfloat16, **config)
+    peaks = []
+    for on in (False, True):
+        with MemoryPeak() as peak:
+            trained(
+                tmp_path / str(on), built, batch=8, host_activations=host_activations, capture=on
+            )
+        peaks.append(peak.gib)
+    assert peaks[1] <= 1.05 * peaks[0]

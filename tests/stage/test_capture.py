@@ -1,0 +1,213 @@
+"""Trainings whose passes run as graphs are those without, up to rounding.
+
+On a CPU a graph is repeated by calling its step; `tests/gpu/test_captured.py` records real graphs.
+"""
+
+from functools import partial
+
+import anchored
+import pytest
+import torch
+from safetensors.torch import load_file
+from staged import curve_of
+from tiny import save_checkpoint
+
+from emloc.anchors.blocks import Blocks
+from emloc.anchors.logits import Logits
+from emloc.anchors.places import Place
+from emloc.data.collate import IGNORE
+from emloc.data.fixed_shapes import (
+    ANSWERS,
+    PREDICTING,
+    BatchShape,
+    answer_count,
+    fixed_shapes,
+    with_shape,
+)
+from emloc.emulators.full import Full
+from emloc.emulators.svd import Svd
+from emloc.models.checkpoint.source import Source
+from emloc.models.objectives.tokens import Tokens
+from emloc.stages.training import capture
+from emloc.stages.training.train import train
+from emloc.tensors.lean.embedding import HostEmbedding
+
+CPU = torch.device("cpu")
+SVD = Svd(algorithm="eigen", aware=True, multiple=1)
+COMMON = {"rounds": 2, "dtype": "float32", "guard": 2}
+BLOCKS = Blocks(places=2, **COMMON)
+LOGITS = Logits(**COMMON)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Let a CPU have graphs; return how often each was repeated."""
+    replays: list[int] = []
+
+    def record(step):
+        step()
+        index = len(replays)
+        replays.append(0)
+
+        def replay() -> None:
+            replays[index] += 1
+            step()
+
+        return replay
+
+    monkeypatch.setattr(capture, "DEVICES", ("cpu",))
+    monkeypatch.setattr(capture, "RECORDER", lambda device: record)
+    return replays
+
+
+@pytest.fixture(scope="module")
+def built(made_once, tmp_path_factory):
+    source = anchored.tiny_source(made_once, 2)
+    return anchored.build_emulator(tmp_path_factory.mktemp("emulator"), source, SVD, 16)
+
+
+def trained(folder, built, **recipe):
+    """Return the losses of a training's steps, and the adapter behind the last one."""
+    folder.mkdir()
+    inputs = anchored.training_inputs(built, **recipe)
+    train(folder, built, inputs, device=CPU, report=lambda *_: None)
+    return [line["loss"] for line in curve_of(folder)], adapter_of(folder)
+
+
+def adapter_of(folder):
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def assert_equal_trainings(one, other):
+    assert one[0] == pytest.approx(other[0], rel=1e-5)
+    assert one[1].keys() == other[1].keys()
+    for name, tensor in one[1].items():
+        torch.testing.assert_close(tensor, other[1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {},
+        {"accumulate": 2, "checkpointing": False, "clip": 0.01},
+        {"batch": 3, "clip": 0.0, "weight_decay": 0.1},
+    ],
+    ids=["plain", "accumulate", "unclipped"],
+)
+def test_a_training_of_graphs_is_the_same_training(tmp_path, built, graphs, recipe):
+    expected = trained(tmp_path / "plain", built, **recipe)
+    assert graphs == []
+    actual = trained(tmp_path / "graphs", built, **recipe, capture=True)
+    assert sum(graphs) == 6 * recipe.get("accumulate", 1)
+    assert_equal_trainings(actual, expected)
+
+
+@pytest.mark.parametrize("kind", ["full", "nf4"])
+def test_other_weights_train_the_same(tmp_path, made_once, graphs, kind):
+    source, bits = anchored.tiny_source(made_once, 2), 4 if kind == "nf4" else 16
+    (tmp_path / "emulator").mkdir()
+    built = anchored.build_emulator(tmp_path / "emulator", source, Full(), bits)
+    expected = trained(tmp_path / "plain", built)
+    assert_equal_trainings(trained(tmp_path / "graphs", built, capture=True), expected)
+    assert sum(graphs) == 6
+
+
+@pytest.mark.parametrize("anchor", [BLOCKS, LOGITS], ids=["blocks", "logits"])
+def test_anchored_rounds_train_the_same(tmp_path, built, graphs, anchor):
+    runs = {}
+    for capture_on in (False, True):
+        training = anchored.rounds(tmp_path / str(capture_on), built, anchor, capture=capture_on)
+        training.run()
+        runs[capture_on] = (
+            [line["loss"] for line in curve_of(training.folder)],
+            adapter_of(training.folder),
+        )
+    assert sum(graphs) == 6
+    assert_equal_trainings(runs[True], runs[False])
+
+
+def test_a_training_of_graphs_is_resumed_to_the_same_bits(tmp_path, built, graphs, monkeypatch):
+    expected = trained(tmp_path / "whole", built, capture=True)
+    inputs = anchored.training_inputs(built, capture=True)
+    (tmp_path / "cut").mkdir()
+
+    def stop(step, _):
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", built, inputs, device=CPU, report=stop)
+    train(tmp_path / "cut", built, inputs, device=CPU, report=lambda *_: None)
+    assert curve_of(tmp_path / "cut")[-1]["loss"] == expected[0][-1]
+    for name, tensor in adapter_of(tmp_path / "cut").items():
+        assert torch.equal(tensor, expected[1][name])
+
+
+def test_an_embedding_in_host_memory_is_looked_up_ahead(tmp_path, made_once, graphs, monkeypatch):
+    """The table moves there if the output head is another tensor."""
+    make = partial(save_checkpoint, tie_word_embeddings=False)
+    source = Source(made_once("untied", make), "tiny", "0", torch.float32)
+    (tmp_path / "emulator").mkdir()
+    built = anchored.build_emulator(tmp_path / "emulator", source, SVD, 16)
+    expected = trained(tmp_path / "plain", built)
+    read_late = []
+
+    def forward(self, input):
+        read_late.extend([] if self.ahead is not None else [input])
+        return self.look_up(input) if self.ahead is None else self.ahead
+
+    monkeypatch.setattr(HostEmbedding, "forward", forward)
+    assert_equal_trainings(trained(tmp_path / "graphs", built, capture=True), expected)
+    # Only the trial of the output head reads without looking up ahead.
+    assert all(len(input) == 1 for input in read_late)
+
+
+def test_a_loss_that_is_not_finite_ends_a_training_of_graphs(tmp_path, built, graphs):
+    with pytest.raises(FloatingPointError, match=r"set train.learning_rate lower"):
+        trained(tmp_path / "graphs", built, learning_rate=1e30, capture=True)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "reason"),
+    [
+        ({"lean": False}, "the loss is the model's own, or train.lean=false"),
+        ({"batch": 16, "accumulate": 2}, "there are fewer rows than one step has"),
+    ],
+)
+def test_what_keeps_a_training_from_graphs_is_said(tmp_path, built, graphs, recipe, reason, caplog):
+    caplog.set_level("INFO")
+    trained(tmp_path / "graphs", built, **recipe, steps=1, capture=True)
+    assert f"launched by itself (train.capture): {reason}" in caplog.text
+    assert graphs == []
+
+
+def test_a_cpu_has_no_graphs(tmp_path, built, caplog):
+    caplog.set_level("INFO")
+    trained(tmp_path / "plain", built, steps=1, capture=True)
+    assert "(train.capture): the device is a CPU" in caplog.text
+
+
+def test_batches_have_the_answers_of_the_rows():
+    """Padded on the left to a shape, with the index in front of each answer token."""
+    rows = [keyed.row for keyed in anchored.rows()[:3]]
+    plain = anchored.collate_rows(rows)
+    length, answers = plain["input_ids"].shape[1] + 2, 40
+    fixed = with_shape(dict(plain), BatchShape(length, answers))
+    assert fixed["input_ids"].shape == fixed["attention_mask"].shape == (3, length)
+    assert fixed[ANSWERS].shape == fixed[PREDICTING].shape == (answers,)
+    real = fixed[ANSWERS] != IGNORE
+    behind = fixed["input_ids"].flatten()[fixed[PREDICTING][real] + 1]
+    assert torch.equal(behind, fixed[ANSWERS][real])
+    expected = torch.cat([torch.tensor(row.input_ids[row.answer_start :]) for row in rows])
+    assert torch.equal(fixed[ANSWERS][real], expected)
+    assert answer_count(fixed) == Tokens().items(plain)
+
+
+def test_a_batch_without_padding_has_no_mask():
+    row = anchored.rows()[0].row
+    shape = fixed_shapes([row, row], [[0, 1]], range(1)).shapes[0]
+    assert shape == BatchShape(row.length, 2 * (row.length - row.answer_start), padded=False)
+    fixed = with_shape(anchored.collate_rows([row, row]), shape)
+    assert "attention_mask" not in fixed
+    assert "position_ids" not in fixed
+    assert Place("x").tokens(fixed).all()
