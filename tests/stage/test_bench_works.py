@@ -63,7 +63,7 @@ def test_a_benchmark_runs_with_small_shapes_without_a_gpu(tmp_path, work):
 
 
 # Benchmarks that were not run at full size yet.
-NOT_MEASURED = {"jobs_smollm2"}
+NOT_MEASURED = {"build_8b", "jobs_smollm2"}
 
 
 def test_every_target_of_the_committed_results_holds():
@@ -93,6 +93,22 @@ def test_every_target_of_the_committed_results_holds():
     facts = json.loads(RESULTS.with_suffix(".json").read_text())
     assert names <= set(facts)
     assert all(one["device"].startswith("NVIDIA") for one in facts.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run at full size")
+def test_a_build_is_compared_with_its_bytes_and_its_operations_alone(monkeypatch):
+    monkeypatch.setattr("emloc.cost.bench.host.LENGTH", 32)
+    rows = [*BENCHMARKS["build_8b"]()]
+    assert {(result.work, result.target) for result in rows} == {("build_8b", "")}
+    assert len(rows) == 2 * 4
+    for rate, disk, alone, largest in (rows[:4], rows[4:]):
+        assert float(rate.ours) > 0
+        assert 0 < float(disk.ours) == float(alone.ours) == float(largest.ours)
+        assert float(disk.peer) > 0
+        assert float(alone.peer) > 0
+        assert float(largest.peer) == max(float(disk.peer), float(alone.peer))
+    # Twice the blocks have twice the operations.
+    assert float(rows[6].peer) == pytest.approx(2 * float(rows[2].peer), rel=2e-3)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run at full size")

@@ -38,6 +38,7 @@ NAMES = [
         "answer_8b",
         "answer_38b",
     ),
+    "build_8b",
     "host_memory",
 ]
 

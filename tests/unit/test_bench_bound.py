@@ -36,7 +36,9 @@ def test_operations_on_matrices_are_counted_by_their_shapes():
     (single,) = (one for one in operations if one.args[0].dtype == torch.float32)
     assert operations[single] == 2
     assert [spec.shape for spec in single.args] == [(2, 3), (3, 5)]
-    transposed = next(one.args[1] for one in operations if one.args[0].shape == (2, 3) and one != single)
+    (transposed,) = (
+        one.args[1] for one in operations if one.args[0].shape == (2, 3) and one != single
+    )
     assert transposed.stride == (1, 3)
 
 

@@ -21,13 +21,8 @@ from emloc.cost.bench.setting import time_call
 # Names in torch of the operations that take their time for arithmetic on matrices.
 _MATRIX_OPERATIONS = {
     *("mm", "addmm", "bmm", "baddbmm"),
-    *(
-        "linalg_qr",
-        "linalg_cholesky_ex",
-        "_linalg_eigh",
-        "cholesky_solve",
-        "linalg_solve_triangular",
-    ),
+    *("linalg_qr", "linalg_cholesky_ex", "_linalg_eigh"),
+    *("cholesky_solve", "linalg_solve_triangular"),
 }
 _REPEATS = 3  # calls that are timed together
 # Reads that a disk answers at once, and bytes of each.
@@ -92,9 +87,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket.__name__ in _MATRIX_OPERATIONS:
             specs, options = tree_map(_spec, (args, kwargs or {}))
-            self.operations[
-                MatrixOperation(func, tuple(specs), tuple(sorted(options.items())))
-            ] += 1
+            operation = MatrixOperation(func, tuple(specs), tuple(sorted(options.items())))
+            self.operations[operation] += 1
         return func(*args, **(kwargs or {}))
 
 

@@ -38,7 +38,7 @@ class RandomTexts:
         tokens = batch_tokens(source.config.get_text_config().hidden_size, device)
         return [
             {"input_ids": some, "attention_mask": torch.ones_like(some)}
-            for some in ids.split(max(tokens // LENGTH, 1))
+            for some in torch.split(ids, max(tokens // LENGTH, 1))
         ]
 
 
