@@ -10,21 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from emloc.models.block_names import find_block
+from emloc.models.checkpoint.weights import aligned_bytes
 
 
 def pinned_block_bytes(tensor_bytes: Mapping[str, int]) -> int:
     """Bytes of pinned host memory that the largest block of a model takes while it waits.
 
-    torch rounds each pinned tensor up to a power of two, and keeps the memory for the next block.
+    torch rounds pinned memory up to a power of two, and keeps it for the next block.
 
     Args:
         tensor_bytes: parameter name -> bytes.
     """
     totals: dict[str, int] = {}
     for name, nbytes in tensor_bytes.items():
-        if (block := find_block(name)) is not None and nbytes:
-            totals[block] = totals.get(block, 0) + (1 << (nbytes - 1).bit_length())
-    return max(totals.values(), default=0)
+        if (block := find_block(name)) is not None:
+            totals[block] = totals.get(block, 0) + aligned_bytes(nbytes)
+    largest = max(totals.values(), default=0)
+    return 1 << (largest - 1).bit_length() if largest else 0
 
 
 class WeightReader(Protocol):

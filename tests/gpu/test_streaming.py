@@ -5,11 +5,14 @@ Run by `make test-gpu`.
 
 import pytest
 import torch
+from tiny import save_checkpoint
 from torch import Tensor
 from walked import MODELS, batches_of, model_and_blocks, record_block_tensors
 
-from emloc.calibration.blockwise import iterate_blocks
+from emloc.calibration.blockwise import iterate_blocks, iterate_checkpoint
 from emloc.calibration.offload import StateLimits
+from emloc.data.pending import PendingBatch, pinned
+from emloc.models.checkpoint.source import Source
 from emloc.tensors.linalg.gram import FLOAT64_CHIPS, cross, gram, product
 
 pytestmark = pytest.mark.gpu
@@ -96,3 +99,32 @@ def test_sums_are_exact_in_weak_directions_beside_strong_ones(dtype, chips, monk
     actual, true = product(x, w), x.double() @ w.double()
     assert actual.dtype in (torch.float32, torch.float64)
     assert float((actual - true).norm() / true.norm()) < 1e-6
+
+
+def test_blocks_that_are_read_ahead_equal_those_that_are_read_at_once(tmp_path):
+    source = Source(save_checkpoint(tmp_path, num_hidden_layers=3), "tiny", "tiny", torch.bfloat16)
+    names = [f"model.layers.{index}" for index in range(3)]
+    leaves = [name for name in source.sizes if name.startswith(names[1])]
+    ahead = dict(source.read_ahead(leaves, pinned=True))
+    assert ahead.keys() == set(leaves)
+    assert all(tensor.is_pinned() for tensor in ahead.values())
+    expected = dict(source.read(list(source.sizes), CUDA))
+    batches = [{"input_ids": torch.arange(5, 12).reshape(1, 7)}]
+    count = 0
+    for block in iterate_checkpoint(source, batches, names, CUDA):
+        for name, parameter in block.module.named_parameters():
+            assert parameter.device == CUDA
+            assert torch.equal(parameter, expected[f"{block.name}.{name}"])
+            count += 1
+    assert count == 3 * 9
+
+
+def test_pending_images_are_pinned_and_arrive_on_the_device():
+    torch.zeros(1, device=CUDA)
+    tensor = pinned(torch.ones(3))
+    assert tensor.is_pinned()
+    ready, names = {"labels": torch.zeros(2)}, ["pixel_values"]
+    batch = PendingBatch(ready, lambda: {"pixel_values": tensor}, names)
+    moved = batch.pin_memory().to(CUDA, non_blocking=True)
+    assert moved["labels"].device == moved["pixel_values"].device == CUDA
+    assert moved["pixel_values"].tolist() == [1, 1, 1]

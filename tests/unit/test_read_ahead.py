@@ -159,7 +159,32 @@ def test_an_ended_pass_ends_the_thread():
     assert weights.tensors == tensors
 
 
-def test_pinned_memory_is_that_of_the_largest_block_in_powers_of_two():
-    sizes = {"a.0.w": 5, "a.0.v": 64, "a.1.w": 65, "a.1.empty": 0, "head.weight": 10_000}
-    assert pinned_block_bytes(sizes) == 128
+def test_pinned_memory_is_that_of_the_largest_block_as_a_power_of_two():
+    sizes = {"a.0.w": 65, "a.0.v": 64, "a.1.w": 190, "a.1.empty": 0, "head.weight": 10_000}
+    assert pinned_block_bytes(sizes) == 256  # of 192 bytes, aligned
+    assert pinned_block_bytes(sizes | {"a.1.v": 1}) == 256
+    assert pinned_block_bytes(sizes | {"a.1.v": 65}) == 512
     assert pinned_block_bytes({"head.weight": 10_000}) == 0
+
+
+def test_pinned_tensors_are_copies_in_one_piece_of_memory(folder, monkeypatch):
+    """As on a machine with a GPU, whose pinned memory is a mere allocation here."""
+    pieces, empty = [], torch.empty
+
+    def allocate(size, *, dtype, pin_memory):
+        assert pin_memory
+        pieces.append(empty(size, dtype=dtype))
+        return pieces[-1]
+
+    source = Source(folder, "llama", "llama", torch.float32)
+    names = [name for name in source.sizes if name.startswith(NAMES[1])]
+    monkeypatch.setattr(torch, "empty", allocate)
+    tensors = dict(source.read_ahead(names, pinned=True))
+    (memory,) = pieces
+    monkeypatch.undo()
+    assert tensors.keys() == set(names)
+    assert len(memory) == sum(-(-tensor.nbytes // 64) * 64 for tensor in tensors.values())
+    for name, tensor in source.read(names):
+        assert torch.equal(tensors[name], tensor)
+        assert tensors[name].untyped_storage().data_ptr() == memory.data_ptr()
+        assert tensor.untyped_storage().data_ptr() != memory.data_ptr()
