@@ -27,7 +27,7 @@ class PendingBatch(MutableMapping[str, Any]):
         self,
         ready: Mapping[str, Any],
         finish: Callable[[], Mapping[str, Tensor]] | None = None,
-        pending: Collection[str] = (),
+        pending_names: Collection[str] = (),
         device: torch.device | None = None,
     ) -> None:
         """Make a batch.
@@ -35,12 +35,12 @@ class PendingBatch(MutableMapping[str, Any]):
         Args:
             ready: name -> tensor, or another value.
             finish: waits for the threads and returns the other tensors; None: there are none.
-            pending: names that the other tensors may have; further ones are taken for missing until
-                the threads are waited for.
+            pending_names: names that the other tensors may have. Any further name counts as missing
+                until somebody waits for the threads.
             device: of the other tensors; None: where the threads compute them.
         """
         self._ready, self._finish = dict(ready), finish
-        self._pending, self._device = pending, device
+        self._pending_names, self._device = pending_names, device
 
     def to(self, device: torch.device, non_blocking: bool = False) -> PendingBatch:
         """Return the batch on a device; the pending tensors move there when they are ready."""
@@ -50,7 +50,7 @@ class PendingBatch(MutableMapping[str, Any]):
             else value
             for name, value in self._ready.items()
         }
-        return PendingBatch(ready, self._finish, self._pending, device)
+        return PendingBatch(ready, self._finish, self._pending_names, device)
 
     def pin_memory(self) -> PendingBatch:
         """Return the batch with its ready tensors in pinned memory."""
@@ -58,15 +58,15 @@ class PendingBatch(MutableMapping[str, Any]):
             name: value.pin_memory() if isinstance(value, Tensor) else value
             for name, value in self._ready.items()
         }
-        return PendingBatch(ready, self._finish, self._pending, self._device)
+        return PendingBatch(ready, self._finish, self._pending_names, self._device)
 
     def __or__(self, other: Mapping[str, Any]) -> PendingBatch:
         """Return the batch with more values, which are ready."""
         ready = {**self._ready, **other}
-        return PendingBatch(ready, self._finish, self._pending, self._device)
+        return PendingBatch(ready, self._finish, self._pending_names, self._device)
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self._ready and name in self._pending:
+        if name not in self._ready and name in self._pending_names:
             self._wait()
         return self._ready[name]
 
@@ -113,7 +113,7 @@ def _threads(process: int, name: str, count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix=name)
 
 
-def pinned(tensor: Tensor) -> Tensor:
+def pin(tensor: Tensor) -> Tensor:
     """Return a tensor in pinned memory if this process uses a GPU, so that its copy does not wait.
 
     On a machine whose GPU this process does not use, the tensor stays as it is.

@@ -18,7 +18,7 @@ from emloc.config.values import Range, Text
 from emloc.data.collate import collate
 from emloc.data.examples import Example
 from emloc.data.image import LazyImage
-from emloc.data.pending import PendingBatch, image_threads, pinned
+from emloc.data.pending import PendingBatch, image_threads, pin
 from emloc.data.prompts import EncodedExample, encode
 from emloc.data.reader import OpenCheckpoint, Reader, ReaderSettings
 from emloc.errors import ConfigError
@@ -177,7 +177,7 @@ class InternVLReader:
 
 def _joined(parts: Sequence[Future[Tensor]]) -> Tensor:
     """Return the tensors of some threads in one."""
-    return pinned(torch.cat([part.result() for part in parts]))
+    return pin(torch.cat([part.result() for part in parts]))
 
 
 def chatml_template(begin: str, system: str | None) -> str:

@@ -11,7 +11,7 @@ from walked import MODELS, batches_of, model_and_blocks, record_block_tensors
 
 from emloc.calibration.blockwise import iterate_blocks, iterate_checkpoint
 from emloc.calibration.offload import StateLimits
-from emloc.data.pending import PendingBatch, pinned
+from emloc.data.pending import PendingBatch, pin
 from emloc.models.checkpoint.source import Source
 from emloc.tensors.linalg.gram import FLOAT64_CHIPS, cross, gram, product
 
@@ -121,7 +121,7 @@ def test_blocks_that_are_read_ahead_equal_those_that_are_read_at_once(tmp_path):
 
 def test_pending_images_are_pinned_and_arrive_on_the_device():
     torch.zeros(1, device=CUDA)
-    tensor = pinned(torch.ones(3))
+    tensor = pin(torch.ones(3))
     assert tensor.is_pinned()
     ready, names = {"labels": torch.zeros(2)}, ["pixel_values"]
     batch = PendingBatch(ready, lambda: {"pixel_values": tensor}, names)

@@ -202,7 +202,7 @@ def test_a_text_model_refuses_images(run_cached, checkpoint):
 def train_on(internvl, tmp_path):
     """Return a function that trains in a folder; it returns the losses and the adapter."""
 
-    def train_in(name, steps=4):
+    def train_in(name, steps=4, kill_at=None):
         overrides = [f"model.source={internvl}", "model.dtype=float32", "method=lora", "lora=r4"]
         overrides += [f"train.steps={steps}", "train.batch=2", "train.accumulate=2"]
         overrides += ["train.log_every=1", "train.save_every=2", "tracker=none"]
@@ -215,10 +215,16 @@ def train_on(internvl, tmp_path):
             *(None, run_config.train, run_config.seed),
         )
         folder = tmp_path / name
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "layers.json").write_text("[]")  # the emulator is the original as it is
         built = BuiltEmulator(run_config.emulator, Artifact("emulate", "key", folder), source)
-        train(folder, built, inputs, device=CPU, report=lambda _, line: losses.append(line))
+
+        def report(step, line):
+            losses.append(line)
+            if step == kill_at:
+                raise KeyboardInterrupt
+
+        train(folder, built, inputs, device=CPU, report=report)
         return losses, load_file(folder / "adapter" / "adapter_model.safetensors")
 
     return train_in
@@ -230,6 +236,15 @@ def test_images_that_threads_cut_ahead_change_no_bit(train_on, monkeypatch):
     expected_losses, expected = train_on("plain")
     assert [line["loss"] for line in losses] == [line["loss"] for line in expected_losses]
     assert adapter.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in adapter.items())
+
+
+def test_a_killed_training_with_images_resumes_with_the_same_batches(train_on):
+    _, expected = train_on("whole")
+    with pytest.raises(KeyboardInterrupt):
+        train_on("killed", kill_at=3)
+    losses, adapter = train_on("killed")
+    assert len(losses) == 2
     assert all(torch.equal(tensor, expected[name]) for name, tensor in adapter.items())
 
 

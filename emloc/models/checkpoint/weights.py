@@ -126,11 +126,11 @@ class SafetensorsWeights:
             ConfigError: stored tensors cannot be split into the parameters.
         """
         direct, converted = self._by_origin(names)
-        mapped = _read_all_direct(direct, "cpu")  # reads no page yet
+        tensors = _read_all_direct(direct, "cpu")  # reads no page yet
         if pinned:
-            yield from _pinned_copies([*mapped])
+            yield from _pinned_copies([*tensors])
         else:
-            for name, tensor in mapped:
+            for name, tensor in tensors:
                 _read_pages(tensor)
                 yield name, tensor
         for conversion in converted:
