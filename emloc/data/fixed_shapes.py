@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from emloc.data.collate import IGNORE
 from emloc.data.lengths import best_lengths, padded_to
+from emloc.data.pending import changed_batch
 
 # Names in a batch: for each answer token, the index of the position that predicts it in the flat
 # batch, and its id; IGNORE for tokens that only fill the shape up. Both (M,).
@@ -97,11 +98,18 @@ def with_shape(batch: dict[str, Any], shape: BatchShape) -> dict[str, Any]:
     left_out = {"labels", "logits_to_keep"}
     if not shape.padded:
         left_out |= {"attention_mask", "position_ids"}
-    fixed = {name: value for name, value in batch.items() if name not in left_out}
-    for name, value in fixed.items():
-        if value.shape == size:  # one value for each token, as ids, mask and token types
-            fixed[name] = functional.pad(value, (shape.length - size[1], 0))
-    return fixed | _answers(batch["labels"], shape)
+
+    def padded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Pad what has one value for each token, as ids, mask and token types."""
+        return {
+            name: functional.pad(value, (shape.length - size[1], 0))
+            if value.shape == size
+            else value
+            for name, value in tensors.items()
+            if name not in left_out
+        }
+
+    return changed_batch(batch, padded) | _answers(batch["labels"], shape)
 
 
 def _answers(labels: Tensor, shape: BatchShape) -> dict[str, Tensor]:

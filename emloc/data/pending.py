@@ -15,6 +15,9 @@ from torch import Tensor
 _MOST_THREADS = 8
 
 
+Change = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+
 class PendingBatch(MutableMapping[str, Any]):
     """A batch with some tensors that are ready, and some that threads still compute.
 
@@ -60,6 +63,15 @@ class PendingBatch(MutableMapping[str, Any]):
         }
         return PendingBatch(ready, self._finish, self._pending_names, self._device)
 
+    def changed(self, change: Change) -> PendingBatch:
+        """Return the batch with its tensors changed, now or when they are ready.
+
+        `change` returns some tensors in another form. It may leave some out.
+        """
+        finish = self._finish
+        later = None if finish is None else lambda: change(finish())
+        return PendingBatch(change(self._ready), later, self._pending_names, self._device)
+
     def __or__(self, other: Mapping[str, Any]) -> PendingBatch:
         """Return the batch with more values, which are ready."""
         ready = {**self._ready, **other}
@@ -94,6 +106,11 @@ class PendingBatch(MutableMapping[str, Any]):
             if self._device is not None:
                 tensor = tensor.to(self._device, non_blocking=True)
             self._ready.setdefault(name, tensor)
+
+
+def changed_batch(batch: Any, change: Change) -> Any:
+    """Return a batch with its tensors changed, without a wait for those that are pending."""
+    return batch.changed(change) if isinstance(batch, PendingBatch) else change(batch)
 
 
 def image_threads() -> ThreadPoolExecutor:

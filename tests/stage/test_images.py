@@ -9,6 +9,7 @@ import torch
 from composed import compose_cached
 from pictured import save_gemma, save_internvl, vqa_examples
 from safetensors.torch import load_file
+from staged import curve_of
 
 from emloc.adapters.saved import read_adapter
 from emloc.adapters.training_inputs import TrainingInputs
@@ -20,6 +21,7 @@ from emloc.pipeline import run
 from emloc.runtime.stage_cache import Artifact
 from emloc.stages.evaluation.harness.generated_answers import ANSWERS_FILE
 from emloc.stages.run_config import build
+from emloc.stages.training import capture
 from emloc.stages.training.train import train
 from emloc.stages.training.trainer import FiniteTrainer
 from emloc.tasks.metrics import exact
@@ -134,6 +136,30 @@ def test_vision_tower_and_language_model_are_compressed_but_only_the_latter_is_a
 @pytest.mark.parametrize("changed", ["train.lean=false", "emulator.sequential=true"])
 def test_other_settings_run_on_images(run_cached, changed):
     assert run_cached("method=emloc", changed).evaluated.facts["scores"]["loss"] < 10
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [("internvl2_5_2b", ""), ("gemma3_4b", "the model reads more than the vectors of the tokens")],
+)
+def test_a_training_of_graphs_begins_behind_the_vision_tower(
+    run_cached, monkeypatch, caplog, model, reason
+):
+    """A CPU repeats a graph by calling its step. A Gemma also needs to know which token is what."""
+    caplog.set_level("INFO")
+    expected = curve_of(run_cached("method=emloc", model=model).trained.folder)
+    replays = []
+
+    def record(step):
+        return lambda: replays.append(step) or step()
+
+    monkeypatch.setattr(capture, "DEVICES", ("cpu",))
+    monkeypatch.setattr(capture, "RECORDER", lambda device: record)
+    result = run_cached("method=emloc", "train.capture=true", model=model)
+    losses = [line["loss"] for line in curve_of(result.trained.folder)]
+    assert losses == pytest.approx([line["loss"] for line in expected], rel=1e-4)
+    assert len(replays) == (0 if reason else 3)
+    assert (f"(train.capture): {reason}" in caplog.text) == bool(reason)
 
 
 def test_the_memory_saving_training_learns_the_same_as_peft(run_cached):

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoTokenizer
 
 from emloc.data.examples import Example
+from emloc.data.fixed_shapes import BatchShape, with_shape
 from emloc.data.image import LazyImage
-from emloc.data.pending import PendingBatch, image_threads
+from emloc.data.pending import PendingBatch, changed_batch, image_threads
 from emloc.data.reader import OpenCheckpoint, training_collate
 from emloc.errors import ConfigError
 from emloc.models.internvl import InternVLReaderSettings
@@ -84,6 +85,17 @@ def test_labels_are_there_before_the_images_and_all_equals_a_plain_batch(reader,
     assert batch["pixel_values"].dtype == torch.bfloat16
 
 
+def test_a_batch_is_padded_to_a_fixed_shape_before_its_images_are_there(reader, slow):
+    rows = slow.rows(reader)
+    shape = BatchShape(max(row.length for row in rows) + 3, 30)
+    batch = with_shape(training_collate(reader)(rows), shape)
+    assert batch["input_ids"].shape == (4, shape.length)
+    slow.is_allowed.set()
+    expected = with_shape(reader.collate(rows), shape)
+    assert set(batch) == set(expected)
+    assert all(torch.equal(batch[name], tensor) for name, tensor in expected.items())
+
+
 def test_rows_without_images_make_a_plain_batch(reader, slow):
     batch = training_collate(reader)([slow.rows(reader)[2]])
     assert not isinstance(batch, PendingBatch)
@@ -137,6 +149,20 @@ def test_a_ready_tensor_is_looked_up_and_replaced_without_a_wait():
     assert merged["late"].tolist() == [1, 1]
     assert dict(merged).keys() == {"ids", "late", "more"}
     assert waits == [None]
+
+
+def test_pending_tensors_are_changed_when_they_are_ready():
+    batch, waits = pending(ids=torch.zeros(1), labels=torch.zeros(1))
+
+    def plus_one(tensors):
+        return {name: tensor + 1 for name, tensor in tensors.items() if name != "labels"}
+
+    ready = changed_batch(batch, plus_one)
+    assert ready["ids"] == 1
+    assert "labels" not in ready
+    assert waits == []
+    assert ready["late"].tolist() == [2, 2]
+    assert changed_batch({"ids": torch.zeros(1)}, plus_one) == {"ids": torch.ones(1)}
 
 
 def test_a_batch_is_passed_as_arguments_and_loses_values_that_are_taken_out():

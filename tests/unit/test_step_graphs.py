@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from emloc.data.fixed_shapes import FixedShapes
+from emloc.stages.training.capture import Capture
 from emloc.stages.training.finite import FiniteLosses
-from emloc.stages.training.graphed_passes import GraphedPasses
+from emloc.stages.training.graphed_passes import GraphedPasses, Trained
 from emloc.tensors.lean.flat_gradients import FlatGradients
 from emloc.tensors.lean.step_graphs import StepGraphs
 
@@ -35,12 +37,16 @@ def model():
 
 
 def passes_of(model, recorder):
-    def compute(inputs):
-        loss = model(inputs["x"]).square().sum() / inputs["count"]
-        loss.backward()
-        return loss.detach()
+    def loss(batch, count):
+        return model(batch["x"]).square().sum() / count
 
-    return GraphedPasses(compute, FlatGradients(model.parameters()), recorder)
+    trained = Trained(model, model, torch.device("cpu"), None, loss)
+    capture = Capture(FixedShapes((), (), 0.0), None, False, recorder)
+    return GraphedPasses(trained, capture, FlatGradients(model.parameters()))
+
+
+def run(passes, batch: dict):
+    return passes.run({"x": batch["x"]}, batch["count"])
 
 
 def inputs(rows: int) -> dict:
@@ -51,10 +57,10 @@ def test_losses_and_gradients_are_those_of_the_step(model):
     recorder = Recorder()
     passes = passes_of(model, recorder)
     with passes.gradients.attached(model):
-        passes.prepare([inputs(5), inputs(2)])
+        passes.prepare([{"x": inputs(5)["x"]}, {"x": inputs(2)["x"]}])
         assert all(not flat.any() for flat in passes.gradients.flat)
         expected, batches = [], [inputs(2), inputs(5), inputs(3), inputs(2)]
-        losses = [passes.run(batch) for batch in batches]
+        losses = [run(passes, batch) for batch in batches]
         actual = [parameter.grad.clone() for parameter in model.parameters()]
         model.zero_grad()
         assert all(not parameter.grad.any() for parameter in model.parameters())
@@ -94,9 +100,9 @@ def test_a_step_that_cannot_be_recorded_runs_without_a_graph(model, caplog):
     passes = passes_of(model, refuse)
     batch = inputs(3)
     with passes.gradients.attached(model):
-        passes.prepare([batch])
+        passes.prepare([{"x": batch["x"]}])
         assert not model.weight.grad.any()  # that of the trial is gone
-        loss = passes.run(batch)
+        loss = run(passes, batch)
         assert model.weight.grad.any()
     torch.testing.assert_close(loss, (model(batch["x"]).square().sum() / 3).detach())
     assert "(train.capture): operation not permitted when stream is capturing" in caplog.text
@@ -105,11 +111,11 @@ def test_a_step_that_cannot_be_recorded_runs_without_a_graph(model, caplog):
 def test_dropped_gradients_are_zero_again(model):
     passes = passes_of(model, Recorder())
     with passes.gradients.attached(model):
-        passes.run(inputs(3))
+        run(passes, inputs(3))
         nn.Module.zero_grad(model)  # as a wrapper of the model calls it
         assert model.weight.grad is None
         batch = inputs(3)
-        passes.run(batch)
+        run(passes, batch)
         gradient = model.weight.grad.clone()
     assert model.weight.grad is None
     (model(batch["x"]).square().sum() / 3).backward()
@@ -121,7 +127,7 @@ def test_flat_gradients_are_clipped_as_torch_does(model, limit):
     passes = passes_of(model, Recorder())
     batch = inputs(4)
     with passes.gradients.attached(model):
-        passes.run(batch)
+        run(passes, batch)
         norm = passes.gradients.clip(limit)
         clipped = [parameter.grad.clone() for parameter in model.parameters()]
     (model(batch["x"]).square().sum() / 4).backward()
@@ -136,7 +142,7 @@ def test_gradients_are_averaged_over_processes(model, monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: flat.mul_(3))
     passes = passes_of(model, Recorder())
     with passes.gradients.attached(model):
-        passes.run(inputs(3))
+        run(passes, inputs(3))
         own = model.weight.grad.clone()
         passes.gradients.average(2)
         torch.testing.assert_close(model.weight.grad, 1.5 * own)

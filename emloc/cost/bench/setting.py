@@ -54,6 +54,7 @@ class RandomRow:
     length: int
     seed: int
     answer_start: int = 0
+    images: tuple[str, ...] = ("random",)
 
     @property
     def id(self) -> str:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel
 
 from emloc.data.fixed_shapes import Collate, FixedShapes, fixed_shapes
+from emloc.models.decoder import decoder_of
 from emloc.runtime.distributed import is_sharded
 from emloc.stages.training.order import RowOrder
 from emloc.stages.training.work import rows_of_step
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Name in a batch of the vectors of its tokens, if the embedding table is in host memory.
-EMBEDDED = "embedded_tokens"
+# Name in a batch of the vectors of its tokens, as models call them.
+VECTORS = "inputs_embeds"
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Capture:
 
     shapes: FixedShapes
     embedding: HostEmbedding | None  # whose rows are looked up ahead
+    images: bool  # whether rows have images
     record: Record
 
     def collator(self, collate: Collate) -> Collate:
@@ -38,8 +41,8 @@ class Capture:
 
         def fixed(rows: list[Any]) -> dict[str, Any]:
             batch = self.shapes.collate(rows, collate)
-            if self.embedding is not None:
-                batch[EMBEDDED] = self.embedding.look_up(batch["input_ids"])
+            if self.embedding is not None and not self.images:
+                batch[VECTORS] = self.embedding.look_up(batch["input_ids"])
             return batch
 
         return fixed
@@ -82,6 +85,7 @@ def capture_of(trainee: Trainee, rows: Sequence[Any], first: int, end: int) -> C
     return Capture(
         shapes,
         embedding if isinstance(embedding, HostEmbedding) else None,
+        any(getattr(row, "images", ()) for row in rows),
         RECORDER(trainee.device),
     )
 
@@ -94,17 +98,26 @@ RECORDER: Callable[[torch.device], Record] = CudaRecorder
 
 def _obstacle(trainee: Trainee, rows: Sequence[Any]) -> str:
     """Return why no graph can be recorded; nothing if one can."""
+    has_images = any(getattr(row, "images", ()) for row in rows)
     for is_obstacle, reason in (
         (trainee.device.type not in DEVICES, f"the device is a {trainee.device.type.upper()}"),
         (is_sharded(), "the weights are split over processes (FSDP)"),
         (trainee.loss is None, "the loss is the model's own, or train.lean=false"),
         (not all(hasattr(row, "answer_start") for row in rows[:1]), "the rows are no text"),
-        # The model counts the tokens of images for a message that it does not need.
-        (any(getattr(row, "images", ()) for row in rows), "the rows have images"),
+        (
+            has_images and not _trains_decoder_alone(trainee.inner),
+            "the adapter lies in the vision tower, too",
+        ),
     ):
         if is_obstacle:
             return reason
     return ""
+
+
+def _trains_decoder_alone(model: PreTrainedModel) -> bool:
+    """Return whether all trained parameters belong to the decoder."""
+    inside = {id(parameter) for parameter in decoder_of(model).parameters()}
+    return all(id(p) in inside for p in model.parameters() if p.requires_grad)
 
 
 # Types of devices that have graphs.

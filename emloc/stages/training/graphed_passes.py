@@ -3,45 +3,72 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from emloc.anchors.batches import OFFSETS, BatchOffsets
-from emloc.data.fixed_shapes import MOST_SHAPES
+from emloc.anchors.attached import AttachedOffsets
+from emloc.anchors.batches import OFFSETS, BatchOffsets, take_offsets
+from emloc.data.fixed_shapes import ANSWERS, MOST_SHAPES, PREDICTING
+from emloc.models.embedded import decoder_inputs
+from emloc.models.objectives import Batch
+from emloc.stages.training.capture import VECTORS, Capture
 from emloc.tensors.lean.flat_gradients import FlatGradients
-from emloc.tensors.lean.step_graphs import Compute, Inputs, Record, StepGraphs
+from emloc.tensors.lean.step_graphs import Inputs, StepGraphs
+
+log = logging.getLogger(__name__)
 
 # Name of the number of items of the step among the inputs of a graph.
 COUNT = "count"
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Trained:
+    """The model that is trained, and its loss."""
+
+    model: Any
+    inner: Any  # the transformers model inside
+    device: torch.device
+    anchors: AttachedOffsets | None  # the model's hooks that add offsets; None: no offsets
+    loss: Callable[[Batch, Tensor], Tensor]  # of a batch and the number of items of the step
 
 
 class GraphedPasses:
-    """Runs forward and backward passes, whose gradients are flat."""
+    """Runs forward and backward passes, whose gradients are flat.
 
-    def __init__(self, compute: Compute, gradients: FlatGradients, record: Record) -> None:
+    A graph begins with the vectors of the tokens if the table of vectors is in host memory, or if
+    the model has images, since models wait for the number of image tokens.
+    """
+
+    def __init__(self, trained: Trained, capture: Capture, gradients: FlatGradients) -> None:
         self.gradients = gradients
-        self._compute, self._record = compute, record
-        self._graphs = StepGraphs(compute, record, MOST_SHAPES)
+        self._trained, self._capture = trained, capture
+        self._begins_with_vectors = capture.embedding is not None or capture.images
+        self._graphs = StepGraphs(self._compute, capture.record, MOST_SHAPES)
 
-    def prepare(self, examples: Iterable[Inputs]) -> None:
-        """Record a graph for each of some inputs; the longest come first.
+    def prepare(self, examples: Iterable[Batch]) -> None:
+        """Record a graph for each of some batches; the longest come first.
 
         If that fails, all passes run without graphs, and a log line says why.
         """
-        for inputs in examples:
-            self._prepare(inputs)
+        for number, batch in enumerate(examples):
+            if number == 0 and self._begins_with_vectors and (reason := self._flaw(batch)):
+                self._begins_with_vectors = False
+                self._give_up(reason)
+                return
+            self._record(self._inputs(batch, _one(self._trained.device)))
 
-    def run(self, inputs: Inputs) -> Tensor:
+    def run(self, batch: Batch, count: Tensor) -> Tensor:
         """Return the loss of a pass, a scalar, and add its gradients."""
         self.gradients.attach()  # a wrapper of the model may have dropped them
-        self._prepare(inputs)
+        inputs = self._inputs(batch, count.to(self._trained.device))
+        self._record(inputs)
         return self._graphs.run(inputs)
 
-    def _prepare(self, inputs: Inputs) -> None:
+    def _record(self, inputs: Inputs) -> None:
         """Record the graph of the shape of some inputs, unless there is one."""
         if not self._graphs.is_new(inputs):
             return
@@ -49,10 +76,52 @@ class GraphedPasses:
         try:
             self._graphs.prepare(inputs)
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            log.warning("train: each operation is launched by itself (train.capture): %s", reason)
-            self._graphs = StepGraphs(self._compute, self._record, 0)
+            self._give_up(str(error).strip().splitlines()[0])
         torch._foreach_copy_(self.gradients.flat, before)  # without those of a trial
+
+    def _give_up(self, reason: str) -> None:
+        log.warning("train: each operation is launched by itself (train.capture): %s", reason)
+        self._graphs = StepGraphs(self._compute, self._capture.record, 0)
+
+    @torch.no_grad()
+    def _flaw(self, batch: Batch) -> str:
+        """Return why a graph must not begin with vectors; nothing if the loss is the same."""
+        count, offsets = _one(self._trained.device), batch.get(OFFSETS)
+        try:
+            with_vectors, _, _ = split(self._inputs(dict(batch), count))
+        except RuntimeError as error:
+            return str(error)
+        plain = {name: value for name, value in batch.items() if name not in (VECTORS, OFFSETS)}
+        if self._trained.anchors is not None and offsets is not None:
+            self._trained.anchors.offsets = take_offsets(dict(batch), self._trained.device)
+        losses = [self._trained.loss(dict(one), count) for one in (plain, with_vectors)]
+        if torch.equal(*losses):  # the same operations give the same bits
+            return ""
+        return "the model reads more than the vectors of the tokens"
+
+    def _inputs(self, batch: Batch, count: Tensor) -> dict[str, Tensor]:
+        """Return the inputs of a graph for a batch, whose tensors are on the device."""
+        trained, batch = self._trained, dict(batch)
+        offsets = [] if trained.anchors is None else take_offsets(batch, trained.device)
+        vectors = batch.pop(VECTORS, None)
+        if not self._begins_with_vectors:
+            return joined(batch, offsets, count)
+        answers = {name: batch.pop(name) for name in (PREDICTING, ANSWERS)}
+        if self._capture.images:
+            batch = decoder_inputs(trained.model, trained.inner, batch)
+        else:
+            del batch["input_ids"]
+            batch[VECTORS] = vectors
+        return joined(batch | answers, offsets, count)
+
+    def _compute(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Run one pass and return its loss."""
+        batch, offsets, count = split(inputs)
+        if self._trained.anchors is not None:
+            self._trained.anchors.offsets = offsets
+        loss = self._trained.loss(batch, count)
+        torch.autograd.backward(loss)
+        return loss.detach()
 
 
 def joined(batch: Mapping[str, Tensor], offsets: BatchOffsets, count: Tensor) -> dict[str, Tensor]:
@@ -76,3 +145,7 @@ def split(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], BatchOffsets
         elif name != COUNT:
             batch[name] = tensor
     return batch, [places[place] for place in sorted(places)], inputs[COUNT]
+
+
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), dtype=torch.long, device=device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from emloc.models.objectives import Batch, Loss, Objective
 from emloc.runtime.distributed import is_first, is_sharded
 from emloc.runtime.manifest import flaw_of, seal, set_aside
 from emloc.runtime.safetensors_file import write_safetensors
-from emloc.stages.training.capture import EMBEDDED, Capture
+from emloc.stages.training.capture import Capture
 from emloc.stages.training.finite import FiniteLosses
-from emloc.stages.training.graphed_passes import GraphedPasses, joined, split
+from emloc.stages.training.graphed_passes import GraphedPasses, Trained
 from emloc.stages.training.order import RowOrder, WholeSteps
 from emloc.tensors.lean.flat_gradients import FlatGradients
 from emloc.tensors.nn.surgery import replace_tensor
@@ -202,14 +203,7 @@ class FiniteTrainer(Trainer):
 
     def _loss_of(self, model: Any, batch: Batch, count: Tensor) -> Tensor:
         """Return the loss of a batch whose offsets are set."""
-        embedding = self._capture.embedding if self._capture is not None else None
-        if embedding is not None:
-            embedding.ahead = batch.pop(EMBEDDED)
-        try:
-            loss = self._loss(model, batch, count)
-        finally:
-            if embedding is not None:
-                embedding.ahead = None
+        loss = self._loss(model, batch, count)
         # Each process divides by the items of all processes, and gradients are then averaged over
         # the processes. The factor undoes this second division.
         processes = self.accelerator.num_processes
@@ -232,20 +226,14 @@ class FiniteTrainer(Trainer):
         """
         if self._capture is not None:
             passes = self._passes or self._record_passes(model, self._capture)
-            loss = self._graphed_step(passes, inputs, torch.as_tensor(num_items_in_batch))
+            count = torch.as_tensor(num_items_in_batch)
+            loss = passes.run(self._prepare_inputs(inputs), count)
+            if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
+                passes.gradients.average(self.accelerator.num_processes)
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
         step = self.state.global_step + self._skipped + 1
         self._finite.add(step, self.accelerator.gather(loss))
-        return loss
-
-    # Passes as graphs.
-
-    def _graphed_step(self, passes: GraphedPasses, inputs: Batch, count: Tensor) -> Tensor:
-        """Run one forward and backward pass as a graph and return its loss."""
-        loss = passes.run(self._graph_inputs(inputs, count))
-        if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
-            passes.gradients.average(self.accelerator.num_processes)
         return loss
 
     def _record_passes(self, model: Any, capture: Capture) -> GraphedPasses:
@@ -256,28 +244,19 @@ class FiniteTrainer(Trainer):
         model.train()
         gradients = FlatGradients(p for p in self.model.parameters() if p.requires_grad)
         self._graph_resources.enter_context(gradients.attached(model))
-        self._passes = passes = GraphedPasses(self._graph_pass, gradients, capture.record)
+        trained = Trained(
+            self.model,
+            self._adapter.base(self.model),
+            self.args.device,
+            self._anchors,
+            partial(self._loss_of, self.model),
+        )
+        self._passes = GraphedPasses(trained, capture, gradients)
         dataset: Any = self.train_dataset
         examples = reversed(capture.shapes.examples)  # the longest first
         batches = (self.data_collator([dataset[row] for row in example]) for example in examples)
-        passes.prepare(
-            self._graph_inputs(batch, torch.ones((), dtype=torch.long)) for batch in batches
-        )
-        return passes
-
-    def _graph_inputs(self, inputs: Batch, count: Tensor) -> dict[str, Tensor]:
-        """Return the tensors of a batch on the device, with its offsets and the count of items."""
-        offsets = [] if self._anchors is None else take_offsets(inputs, self.args.device)
-        return joined(self._prepare_inputs(inputs), offsets, count.to(self.args.device))
-
-    def _graph_pass(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Run one pass over such tensors and return its loss; the model's hooks get the offsets."""
-        batch, offsets, count = split(inputs)
-        if self._anchors is not None:
-            self._anchors.offsets = offsets
-        loss = self._loss_of(self.model, batch, count)
-        torch.autograd.backward(loss)
-        return loss.detach()
+        self._passes.prepare(self._prepare_inputs(batch) for batch in batches)
+        return self._passes
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip the gradients, all at once if they are flat; called by the Trainer."""

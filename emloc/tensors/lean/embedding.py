@@ -10,16 +10,11 @@ class HostEmbedding(nn.Module):
     """Looks up rows in host memory and copies only these to the device.
 
     The weight (V, d) is not registered as a parameter, so moving the model does not move it.
-
-    Attributes:
-        ahead: vectors (..., d) on the device that were looked up ahead for the next ids; None: the
-            rows are looked up when they are needed, for which the host waits for the ids.
     """
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.rows = weight.detach().cpu()
-        self.ahead: Tensor | None = None
         self._device = weight.device
 
     @property
@@ -29,8 +24,6 @@ class HostEmbedding(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map token ids (...,) to vectors (..., d) on the weight's original device."""
-        if self.ahead is not None:
-            return self.ahead
         return self.look_up(input.cpu()).to(self._device)
 
     def look_up(self, ids: Tensor) -> Tensor:
