@@ -203,7 +203,9 @@ def test_tensors_of_replaced_layers_are_not_read(folders, monkeypatch):
     requested = []
     read = Source.read
     monkeypatch.setattr(
-        Source, "read", lambda self, names, at: requested.extend(names) or read(self, names, at)
+        Source,
+        "read",
+        lambda self, names, *rest: requested.extend(names) or read(self, names, *rest),
     )
     model = source.load(CPU, replace)
     monkeypatch.undo()
