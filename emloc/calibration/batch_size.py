@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from emloc.runtime.memory import free_device_bytes
+
 # Share of the free memory of the device that one batch of a pass may take.
 _DEVICE_SHARE = 1 / 8
 # Memory of one batch on a CPU, in bytes.
@@ -26,16 +28,9 @@ def batch_tokens(width: int, device: torch.device) -> int:
     """
     budget = _CPU_BYTES
     if device.type == "cuda":
-        budget = int(_free_bytes(device) * _DEVICE_SHARE)
+        budget = int(free_device_bytes(device) * _DEVICE_SHARE)
     least, most = _TOKENS
     return min(max(budget // (_FEATURE_BYTES * width), least), most)
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Bytes of device memory that are free for this process, whose memory may be limited."""
-    free, total = torch.cuda.mem_get_info(device)
-    share: float = torch.cuda.get_per_process_memory_fraction(device)
-    return min(free, int(share * total) - torch.cuda.memory_reserved(device))
 
 
 def group_by_tokens(lengths: Sequence[int], tokens: int, least: int = 1) -> list[list[int]]:

@@ -63,7 +63,7 @@ def fixed_shapes(
     Args:
         rows: encoded rows of text, with `length` and `answer_start`.
         batches: the row indices of all batches.
-        examples: indices of the batches that the examples are firsts from.
+        examples: indices of the batches that the examples come from.
     """
     longest = [max(rows[index].length for index in batch) for batch in batches]
     lengths = best_lengths(longest, MOST_SHAPES)

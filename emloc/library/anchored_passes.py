@@ -29,7 +29,7 @@ from emloc.models.objectives.answer_logits import forward_logits
 from emloc.models.objectives.token_scores import score_tokens
 from emloc.models.objectives.tokens import Tokens
 from emloc.runtime.digest import digest
-from emloc.runtime.memory import GIB
+from emloc.runtime.memory import GIB, free_device_bytes
 from emloc.tensors.nn.attention import without_cudnn
 
 log = logging.getLogger(__name__)
@@ -153,6 +153,5 @@ def _mean_loss(losses: Mapping[str, RowLoss]) -> float | None:
 
 def _free_memory(device: torch.device) -> StateLimits:
     """Return the memory for hidden states: a share of what is free now."""
-    on_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     host = psutil.virtual_memory().available
-    return StateLimits(int(on_device * _DEVICE_SHARE), int(host * _HOST_SHARE))
+    return StateLimits(int(free_device_bytes(device) * _DEVICE_SHARE), int(host * _HOST_SHARE))

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from emloc.models.decoder import decoder_of
 
+# Name of the vectors of the tokens among the inputs of a model.
+VECTORS = "inputs_embeds"
 # Inputs of a decoder that a batch without images has as well.
 _PER_TOKEN = ("attention_mask", "position_ids")
 
@@ -47,10 +49,10 @@ def decoder_inputs(model: Any, inner: Any, inputs: Mapping[str, Any]) -> dict[st
         raise RuntimeError("the model does not call its decoder")
     finally:
         handle.remove()
-    vectors = arguments.get("inputs_embeds")
+    vectors = arguments.get(VECTORS)
     if not isinstance(vectors, Tensor):
         raise RuntimeError("the decoder of the model reads no vectors")
-    result = {"inputs_embeds": vectors}
+    result = {VECTORS: vectors}
     for name in _PER_TOKEN:
         value = inputs.get(name, arguments.get(name))
         if isinstance(value, Tensor):

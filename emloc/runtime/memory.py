@@ -26,6 +26,18 @@ def limit_device_memory(device: torch.device, gib: float | None) -> None:
         torch.cuda.set_per_process_memory_fraction(share, device)
 
 
+def free_device_bytes(device: torch.device) -> int:
+    """Return the bytes of a CUDA device that are free for this process; 0 for a CPU.
+
+    `limit_device_memory` may leave the process less than the device has.
+    """
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    share: float = torch.cuda.get_per_process_memory_fraction(device)
+    return min(free, int(share * total) - torch.cuda.memory_reserved(device))
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error, or a cause of it, says that device memory ran out."""
     while not isinstance(error, torch.cuda.OutOfMemoryError):

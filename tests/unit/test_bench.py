@@ -14,7 +14,7 @@ import torch
 from emloc.cost.bench import run
 from emloc.cost.bench.rows import BenchRow, read_rows, replace_rows, row, table, write_facts
 from emloc.cost.bench.run import BENCHMARKS, bench, main, run_benchmark
-from emloc.cost.bench.setting import BenchSetup, is_out_of_memory
+from emloc.cost.bench.setting import BenchSetup
 from emloc.cost.bench.training import (
     OUT_OF_MEMORY,
     Target,
@@ -24,6 +24,7 @@ from emloc.cost.bench.training import (
     measure_our_training,
 )
 from emloc.errors import ConfigError, StageError
+from emloc.runtime.memory import is_out_of_memory
 
 COLUMNS = ["work", "what", "unit", "ours", "peer", "ratio", "target", "holds"]
 NAMES = [

@@ -2,12 +2,12 @@
 
 import logging
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from composed import compose_cached
+from held import started_holders
 
 from emloc.config.check import check_values
 from emloc.config.settings import Budget
@@ -30,20 +30,8 @@ def job(tmp_path):
 
     The slot is freed when the input of the process is closed.
     """
-    started = []
-
-    def start(slots: int = 1) -> subprocess.Popen:
-        arguments = [sys.executable, "-c", HOLD, str(tmp_path / "devices"), str(slots)]
-        process = subprocess.Popen(
-            arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
+    with started_holders(HOLD, tmp_path / "devices") as start:
+        yield lambda slots=1: start(slots)
 
 
 def device(process: subprocess.Popen) -> int:

@@ -2,13 +2,12 @@
 
 import logging
 import re
-import subprocess
-import sys
 import time
 from contextlib import nullcontext
 
 import pytest
 import torch
+from held import started_holders
 
 from emloc.runtime import gpu_ledger
 from emloc.runtime.gpu_ledger import hold_share, is_mps_running, most_jobs, own_share
@@ -148,20 +147,8 @@ def test_as_many_equal_jobs_fit_as_memory_and_cores_allow():
 @pytest.fixture
 def job(tmp_path):
     """Function that starts a process which holds so many of the ten bytes of a GPU."""
-    started = []
-
-    def start(need: int) -> subprocess.Popen:
-        arguments = [sys.executable, "-c", HOLD, str(tmp_path / "devices"), str(need)]
-        process = subprocess.Popen(
-            arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
+    with started_holders(HOLD, tmp_path / "devices") as start:
+        yield start
 
 
 def entries(folder):

@@ -12,11 +12,11 @@ import torch
 from emloc.adapters.training_inputs import TrainingInputs
 from emloc.calibration.offload import state_limits
 from emloc.cost.bench.rows import BenchRow, row
-from emloc.cost.bench.setting import BenchSetup, RandomSamples, is_out_of_memory, reset_memory
+from emloc.cost.bench.setting import BenchSetup, RandomSamples, reset_memory
 from emloc.emulators import BuildInputs, BuiltEmulator
 from emloc.errors import StageError
 from emloc.recovery import Recovery, RecoveryInputs, ignore_log
-from emloc.runtime.memory import GIB, HostMemoryPeak, limit_device_memory
+from emloc.runtime.memory import GIB, HostMemoryPeak, is_out_of_memory, limit_device_memory
 from emloc.runtime.stage_cache import Artifact, Store
 from emloc.stages.training.callbacks import Report
 from emloc.stages.training.train import fit_rows

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from emloc.calibration.blockwise import by_block
 from emloc.cost.bench.rows import BenchRow, Figure, row
-from emloc.cost.bench.setting import BenchSetup, is_out_of_memory, reset_memory, synchronized_time
+from emloc.cost.bench.setting import BenchSetup, reset_memory, synchronized_time
 from emloc.cost.bench.training import (
     FOUR_BITS,
     STEPS,
@@ -41,7 +41,7 @@ from emloc.emulators import BuildInputs
 from emloc.emulators.full import block_linears
 from emloc.emulators.offload import Offload
 from emloc.precision import Precision
-from emloc.runtime.memory import GIB, HostMemoryPeak
+from emloc.runtime.memory import GIB, HostMemoryPeak, is_out_of_memory
 from emloc.stages.run_config import precision_of
 from emloc.tensors.lean.model import checkpoint_layers
 

@@ -23,7 +23,6 @@ from emloc.config.compose import compose
 from emloc.data.examples import Examples
 from emloc.models.checkpoint.source import Source
 from emloc.runtime.distributed import own_device
-from emloc.runtime.memory import is_out_of_memory as is_out_of_memory
 from emloc.stages.run_config import RunConfig, build
 
 # Sizes of the language model and of the vision tower on a machine without a GPU.

@@ -22,7 +22,6 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from emloc.cost.bench.rows import BenchRow, Figure, row
 from emloc.cost.bench.setting import (
     BenchSetup,
-    is_out_of_memory,
     peak_gb,
     reserved_gb,
     reset_memory,
@@ -35,7 +34,7 @@ from emloc.emulators.size import ranks_at
 from emloc.models.checkpoint.source import Source
 from emloc.precision import require_format
 from emloc.precision.nf4 import Nf4Linear
-from emloc.runtime.memory import GIB, limit_device_memory
+from emloc.runtime.memory import GIB, is_out_of_memory, limit_device_memory
 from emloc.stages.run_config import precision_of
 from emloc.stages.training.train import fit_rows
 from emloc.tensors.nn.factorized import Factorized, PackedFactorized

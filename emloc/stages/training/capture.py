@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from emloc.data.fixed_shapes import Collate, FixedShapes, fixed_shapes
 from emloc.models.decoder import decoder_of
+from emloc.models.embedded import VECTORS
 from emloc.runtime.distributed import is_sharded
 from emloc.stages.training.order import RowOrder
 from emloc.stages.training.work import rows_of_step
@@ -23,8 +24,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Name in a batch of the vectors of its tokens, as models call them.
-VECTORS = "inputs_embeds"
+# Makes what records the graphs of a device.
+RECORDER: Callable[[torch.device], Record] = CudaRecorder
+# Types of devices that have graphs.
+DEVICES = ("cuda",)
+# Log line of a training whose passes are no graphs, with the reason.
+WITHOUT_GRAPHS = "train: each operation is launched by itself (train.capture): %s"
 
 
 @dataclass(frozen=True)
@@ -57,25 +62,21 @@ def capture_of(trainee: Trainee, rows: Sequence[Any], first: int, end: int) -> C
         first: the first step, in the order of the rows.
         end: the step behind the last one.
     """
-    recipe = trainee.training_inputs.recipe
+    inputs = trainee.training_inputs
+    recipe = inputs.recipe
     if not recipe.capture:
         return None
-    reason = _obstacle(trainee, rows)
-    if reason:
-        log.info("train: each operation is launched by itself (train.capture): %s", reason)
+    has_images = any(getattr(row, "images", ()) for row in rows)
+    step_rows, size = rows_of_step(recipe, len(rows)), recipe.batch
+    is_uneven = step_rows > size and step_rows % size > 0
+    if reason := _obstacle(trainee, rows, has_images=has_images, is_uneven=is_uneven):
+        log.info(WITHOUT_GRAPHS, reason)
         return None
-    order = RowOrder(
-        [row.length for row in rows],
-        rows_of_step(recipe, len(rows)),
-        trainee.training_inputs.seed,
-    )
+    order = RowOrder([row.length for row in rows], step_rows, inputs.seed)
     indices = order.of_steps(0, max(recipe.steps, end))
-    size = recipe.batch
+    size = min(size, step_rows)
     batches = [indices[start : start + size] for start in range(0, len(indices), size)]
-    if len({len(batch) for batch in batches}) > 1:
-        log.info("train: each operation is launched by itself (train.capture): %s", _UNEVEN)
-        return None
-    per_step = rows_of_step(recipe, len(rows)) // size
+    per_step = step_rows // size
     shapes = fixed_shapes(rows, batches, range(first * per_step, end * per_step))
     log.info(
         "train: each pass is one CUDA graph, of %d lengths up to %d; they pad batches by %.1f%%",
@@ -85,20 +86,13 @@ def capture_of(trainee: Trainee, rows: Sequence[Any], first: int, end: int) -> C
     return Capture(
         shapes,
         embedding if isinstance(embedding, HostEmbedding) else None,
-        any(getattr(row, "images", ()) for row in rows),
+        has_images,
         RECORDER(trainee.device),
     )
 
 
-_UNEVEN = "there are fewer rows than one step has, so that batches differ in size"
-
-# Makes what records the graphs of a device.
-RECORDER: Callable[[torch.device], Record] = CudaRecorder
-
-
-def _obstacle(trainee: Trainee, rows: Sequence[Any]) -> str:
+def _obstacle(trainee: Trainee, rows: Sequence[Any], *, has_images: bool, is_uneven: bool) -> str:
     """Return why no graph can be recorded; nothing if one can."""
-    has_images = any(getattr(row, "images", ()) for row in rows)
     for is_obstacle, reason in (
         (trainee.device.type not in DEVICES, f"the device is a {trainee.device.type.upper()}"),
         (is_sharded(), "the weights are split over processes (FSDP)"),
@@ -108,6 +102,7 @@ def _obstacle(trainee: Trainee, rows: Sequence[Any]) -> str:
             has_images and not _trains_decoder_alone(trainee.inner),
             "the adapter lies in the vision tower, too",
         ),
+        (is_uneven, "there are fewer rows than one step has, so that batches differ in size"),
     ):
         if is_obstacle:
             return reason
@@ -118,7 +113,3 @@ def _trains_decoder_alone(model: PreTrainedModel) -> bool:
     """Return whether all trained parameters belong to the decoder."""
     inside = {id(parameter) for parameter in decoder_of(model).parameters()}
     return all(id(p) in inside for p in model.parameters() if p.requires_grad)
-
-
-# Types of devices that have graphs.
-DEVICES = ("cuda",)

@@ -13,9 +13,9 @@ from torch import Tensor
 from emloc.anchors.attached import AttachedOffsets
 from emloc.anchors.batches import OFFSETS, BatchOffsets, take_offsets
 from emloc.data.fixed_shapes import ANSWERS, MOST_SHAPES, PREDICTING
-from emloc.models.embedded import decoder_inputs
+from emloc.models.embedded import VECTORS, decoder_inputs
 from emloc.models.objectives import Batch
-from emloc.stages.training.capture import VECTORS, Capture
+from emloc.stages.training.capture import WITHOUT_GRAPHS, Capture
 from emloc.tensors.lean.flat_gradients import FlatGradients
 from emloc.tensors.lean.step_graphs import Inputs, StepGraphs
 
@@ -80,21 +80,18 @@ class GraphedPasses:
         torch._foreach_copy_(self.gradients.flat, before)  # without those of a trial
 
     def _give_up(self, reason: str) -> None:
-        log.warning("train: each operation is launched by itself (train.capture): %s", reason)
+        log.warning(WITHOUT_GRAPHS, reason)
         self._graphs = StepGraphs(self._compute, self._capture.record, 0)
 
     @torch.no_grad()
     def _flaw(self, batch: Batch) -> str:
         """Return why a graph must not begin with vectors; nothing if the loss is the same."""
-        count, offsets = _one(self._trained.device), batch.get(OFFSETS)
         try:
-            with_vectors, _, _ = split(self._inputs(dict(batch), count))
+            with_vectors, offsets, count = split(self._inputs(batch, _one(self._trained.device)))
         except RuntimeError as error:
             return str(error)
         plain = {name: value for name, value in batch.items() if name not in (VECTORS, OFFSETS)}
-        if self._trained.anchors is not None and offsets is not None:
-            self._trained.anchors.offsets = take_offsets(dict(batch), self._trained.device)
-        losses = [self._trained.loss(dict(one), count) for one in (plain, with_vectors)]
+        losses = [self._loss(one, offsets, count) for one in (plain, with_vectors)]
         if torch.equal(*losses):  # the same operations give the same bits
             return ""
         return "the model reads more than the vectors of the tokens"
@@ -116,12 +113,15 @@ class GraphedPasses:
 
     def _compute(self, inputs: dict[str, Tensor]) -> Tensor:
         """Run one pass and return its loss."""
-        batch, offsets, count = split(inputs)
-        if self._trained.anchors is not None:
-            self._trained.anchors.offsets = offsets
-        loss = self._trained.loss(batch, count)
+        loss = self._loss(*split(inputs))
         torch.autograd.backward(loss)
         return loss.detach()
+
+    def _loss(self, batch: Batch, offsets: BatchOffsets, count: Tensor) -> Tensor:
+        """Return the loss of a batch, whose offsets the model's hooks get."""
+        if self._trained.anchors is not None:
+            self._trained.anchors.offsets = offsets
+        return self._trained.loss(batch, count)
 
 
 def joined(batch: Mapping[str, Tensor], offsets: BatchOffsets, count: Tensor) -> dict[str, Tensor]:
