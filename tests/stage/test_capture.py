@@ -91,8 +91,9 @@ def assert_equal_trainings(one, other):
         {},
         {"accumulate": 2, "checkpointing": False, "clip": 0.01},
         {"batch": 3, "clip": 0.0, "weight_decay": 0.1},
+        {"batch": 64},  # a step has all 20 rows
     ],
-    ids=["plain", "accumulate", "unclipped"],
+    ids=["plain", "accumulate", "unclipped", "few-rows"],
 )
 def test_a_training_of_graphs_is_the_same_training(tmp_path, built, graphs, recipe):
     expected = trained(tmp_path / "plain", built, **recipe)
