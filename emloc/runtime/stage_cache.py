@@ -68,8 +68,23 @@ class Artifact:
     @cached_property
     def facts(self) -> Facts:
         """Facts that the stage has returned, with its `seconds` and `peak_gib`."""
-        facts: Facts = json.loads((self.folder / "stage.json").read_text())
+        facts: Facts = json.loads(self._facts_file.read_text())
         return facts
+
+    @cached_property
+    def finished(self) -> float:
+        """When the stage finished, in seconds since 1970."""
+        return self._facts_file.stat().st_mtime
+
+    @property
+    def _facts_file(self) -> Path:
+        return self.folder / "stage.json"
+
+    def opened(self) -> Artifact:
+        """Return this artifact with facts that stay known if its folder is deleted from now on."""
+        assert self.facts is not None
+        assert self.finished
+        return self
 
 
 @dataclass(frozen=True)
@@ -111,7 +126,7 @@ class Store:
         target = self.root / name / key
         if target.exists() and flaw_of(target) is None:
             log.info("%s: taken from the cache (key %s)", name, key)
-            return Artifact(name, key, target)
+            return Artifact(name, key, target).opened()
         target.parent.mkdir(parents=True, exist_ok=True)
 
         def bound_work(draft: Path) -> Facts:
@@ -125,7 +140,7 @@ class Store:
                     self._lead(name, target, bound_work, failure)
         else:
             self._follow(name, target, bound_work, failure)
-        return Artifact(name, key, target)
+        return Artifact(name, key, target).opened()
 
     def _lead(self, name: str, target: Path, work: BoundWork, failure: Failure) -> None:
         """Compute the artifact in the first process and report its state to the others."""

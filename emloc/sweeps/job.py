@@ -268,9 +268,8 @@ def _lines(
             if step > last:
                 yield training_line(step, values)
     for name, artifact in result.stages.items():
-        written = (artifact.folder / "stage.json").stat().st_mtime
         called = run_config.stage[name].logged_as or name
-        yield stage_line(called, {**artifact.facts, "cached": written < begun})
+        yield stage_line(called, {**artifact.facts, "cached": artifact.finished < begun})
 
 
 def _training_values(folder: Path) -> Iterator[tuple[int, Mapping[str, float]]]:

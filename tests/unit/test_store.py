@@ -5,6 +5,7 @@ import functools
 import json
 import multiprocessing
 import os
+import shutil
 import threading
 import time
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ class Keys(Store):
 
     def _compute(self, name, home, *_):
         home.mkdir()
+        (home / "stage.json").write_text("{}")
         seal(home)
 
 
@@ -138,6 +140,14 @@ def test_a_finished_stage_is_reused(store):
     assert first.folder == store.root / "emulate" / first.key
     assert (first.folder / "inputs.txt").read_text() == "(1, 'a')"
     assert {path.name for path in first.folder.iterdir()} == {"inputs.txt", "stage.json", MANIFEST}
+
+
+def test_facts_are_known_when_the_folder_is_gone(store):
+    store.stage("train", write)
+    artifact = store.stage("train", write)
+    shutil.rmtree(artifact.folder)
+    assert artifact.facts["seconds"] >= 0
+    assert artifact.finished <= time.time()
 
 
 def test_facts_contain_those_of_the_work_and_seconds_and_memory(store):

@@ -20,7 +20,12 @@ from emloc.cost.bench.setting import time_call
 
 # Names in torch of the operations that take their time for arithmetic on matrices.
 _MATRIX_OPERATIONS = {
-    *("mm", "addmm", "bmm", "baddbmm"),
+    *("mm", "addmm", "addmm_", "bmm", "baddbmm"),
+    *(
+        f"_scaled_dot_product_{kind}_attention{end}"
+        for kind in ("flash", "efficient", "cudnn")
+        for end in ("", "_backward")
+    ),
     *("linalg_qr", "linalg_cholesky_ex", "_linalg_eigh"),
     *("cholesky_solve", "linalg_solve_triangular"),
 }
@@ -38,11 +43,13 @@ class TensorSpec:
     dtype: torch.dtype
 
     def random(self, device: torch.device) -> Tensor:
-        """Return a random tensor of this layout.
+        """Return a random tensor of this layout; integers are zero.
 
         Square matrices are positive definite, since a decomposition of others may end early.
         """
         tensor = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
+        if not self.dtype.is_floating_point:  # such as the seed of a dropout that drops nothing
+            return tensor.zero_()
         tensor.normal_()
         if tensor.ndim == 2 and self.shape[0] == self.shape[1]:
             size = self.shape[0]
@@ -77,8 +84,8 @@ class MatrixOperation:
 Operations = Counter[MatrixOperation]
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Dispatch mode that counts the operations on matrices."""
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Context that counts the operations on matrices, also those of a backward pass in it."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -101,7 +108,7 @@ def _spec(leaf: Any) -> Any:
 
 def matrix_operations(work: Callable[[], object]) -> Operations:
     """Run some work, and return its operations on matrices with their number."""
-    with torch.no_grad(), _Recorder() as recorder:
+    with torch.no_grad(), Recorder() as recorder:
         work()
     return recorder.operations
 

@@ -67,9 +67,14 @@ def jobs(benchmark: str, model: str, ratio: float) -> Iterator[BenchRow]:
                     workers.start(count)
                     workers.run(warm_up, need)
                     seconds_with_mps, _ = workers.run(steps, need)
+    with_graphs = seconds_of_graphs(model, ratio, warm_up, steps)
     alone = 3600 / seconds
     beside = 3600 * count / seconds_beside
     with_mps = 3600 * count / seconds_with_mps
+    yield row(
+        *(benchmark, "a step as CUDA graphs; a step without", "s", with_graphs / steps),
+        peer=seconds / steps,
+    )
     yield row(benchmark, "one at a time", "jobs an hour", alone)
     yield row(benchmark, "side by side", "jobs an hour", beside)
     yield row(benchmark, "side by side, over one at a time", "", beside / alone)
@@ -78,6 +83,18 @@ def jobs(benchmark: str, model: str, ratio: float) -> Iterator[BenchRow]:
     yield row(benchmark, "side by side with MPS, over one at a time", "", gain)
     yield row(benchmark, "jobs that run side by side", "", count)
     yield row(benchmark, "a job: peak reserved", "GB", peak / 1e9 if is_full_size else nan)
+
+
+def seconds_of_graphs(model: str, ratio: float, warm_up: int, steps: int) -> float:
+    """Return the seconds of a job whose passes are CUDA graphs."""
+    setup = BenchSetup(model, (*RECIPE, "train.capture=true"))
+    assert setup.run_config.adapter.trains
+    train = partial(train_random, setup, ratio)
+    with tempfile.TemporaryDirectory() as folder, Workers(train, Path(folder), {}) as workers:
+        workers.start(1)
+        workers.run(warm_up, None)
+        seconds, _ = workers.run(steps, None)
+    return seconds
 
 
 def _or_word(figure: float) -> Figure:
@@ -135,7 +152,7 @@ def train_random(setup: BenchSetup, ratio: float, steps: int) -> int:
             Path(folder),
             PreparedModel(setup.source, partial(open_factorized, setup, ratio=ratio)),  # type: ignore[arg-type]
             inputs,
-            [RandomRow(length, seed) for seed in range(steps * batch)],
+            [RandomRow(length, seed, length - answer, ()) for seed in range(steps * batch)],
             lambda rows: dict(batches[rows[0].seed % BATCHES]),
             device=setup.device,
             report=ignore_log,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
+from emloc.cost.bench.bound import Recorder, seconds_alone
 from emloc.cost.bench.rows import BenchRow, Figure, row
 from emloc.cost.bench.setting import (
     BenchSetup,
@@ -94,6 +96,7 @@ def training(
     plan. `targets` belong to the first two.
     """
     setup = BenchSetup(model, (f"train.steps={STEPS}",))
+    setup_of_graphs = BenchSetup(model, (f"train.steps={STEPS}", "train.capture=true"))
     open_emulator: Opener = partial(open_factorized, ratio=ratio)
     open_packed_emulator: Opener = partial(open_packed, ratio=ratio)
     lora, qlora = (
@@ -106,8 +109,17 @@ def training(
         # Our training may only use the memory of the target; the peers had the whole device.
         limit_device_memory(setup.device, target.gb * 1e9 / GIB)
         ours = measure_or_oom(partial(measure_our_training, setup, opener))
+        graphs = measure_or_oom(partial(measure_our_training, setup_of_graphs, opener))
         limit_device_memory(setup.device, None)
         yield from comparison_rows(name, ours, lora, qlora, target if setup.is_full_size else None)
+        yield row(name, "step as CUDA graphs; step without", "s", graphs.step, peer=ours.step)
+        alone = products_alone(setup, opener)
+        yield row(name, "step as CUDA graphs; its products alone", "s", graphs.step, peer=alone)
+        yield row(
+            *(name, "peak reserved with graphs; without", "GB", graphs.reserved),
+            peer=ours.reserved,
+            near=NEAR if setup.is_full_size and graphs is not OUT_OF_MEMORY else None,
+        )
     step_shape = StepShape.of(setup.run_config.train, setup.length, setup.answer)
     nf4 = precision_of(FOUR_BITS)
     for method, opener, method_ratio, precision in (
@@ -163,6 +175,14 @@ def measure_our_training(setup: BenchSetup, opener: Opener) -> TrainingFigures:
         ends.append(synchronized_time(device))
         losses.append(values["loss"])
 
+    _fit(setup, opener, record)
+    return figures_of_steps(ends, device, tuple(losses))
+
+
+def _fit(
+    setup: BenchSetup, opener: Opener, report: Callable[[int, dict[str, float]], None]
+) -> None:
+    """Run our own training of the model that `opener` opens; `report` gets each step."""
     batches = [setup.labelled_batch(seed) for seed in range(STEPS)]  # generated before the steps
     with tempfile.TemporaryDirectory() as folder:
         fit_rows(
@@ -171,10 +191,30 @@ def measure_our_training(setup: BenchSetup, opener: Opener) -> TrainingFigures:
             setup.training_inputs,
             setup.rows(),
             lambda rows: dict(batches[rows[0].seed]),
-            device=device,
-            report=record,
+            device=setup.device,
+            report=report,
         )
-    return figures_of_steps(ends, device, tuple(losses))
+
+
+def products_alone(setup: BenchSetup, opener: Opener) -> float:
+    """Return the seconds of the matrix products of a step, each timed alone at its shape."""
+    device = setup.device
+    reset_memory(device)
+    recorder, recording = Recorder(), ExitStack()
+    started, ended = WARM_UP_STEPS - 1, WARM_UP_STEPS  # the steps around the recorded one
+    done = iter(range(STEPS))
+
+    def record(step: int, values: dict[str, float]) -> None:
+        number = next(done)
+        if number == started:
+            recording.enter_context(recorder)
+        elif number == ended:
+            recording.close()
+
+    _fit(setup, opener, record)
+    seconds = seconds_alone(recorder.operations, device)
+    reset_memory(device)
+    return seconds
 
 
 def measure_script(setup: BenchSetup, opener: Opener) -> TrainingFigures:

@@ -103,11 +103,13 @@ class CudaRecorder:
         if self._pool is None:
             self._run(step)
         graph = torch.cuda.CUDAGraph()
+        _free_workspaces()
         # Threads that read ahead may allocate meanwhile: only this thread is restricted.
         with torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         ):
             step()
+        _free_workspaces()
         self._pool = graph.pool()
         return graph.replay
 
@@ -119,5 +121,11 @@ class CudaRecorder:
             step()
         current.wait_stream(self._stream)
         torch.cuda.synchronize(self._device)
+        _free_workspaces()
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def _free_workspaces() -> None:
+    """Free what cuBLAS keeps for each stream, so that all graphs have it in their pool, once."""
+    torch._C._cuda_clearCublasWorkspaces()
