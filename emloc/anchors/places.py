@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from emloc.data.collate import IGNORE
-from emloc.data.fixed_shapes import PREDICTING, predicting_mask
+from emloc.data.fixed_shapes import PREDICTING, REAL_TOKENS, predicting_mask
 from emloc.errors import ConfigError
 
 # Places of a model with at least as many blocks, if nothing says how many.
@@ -52,7 +52,7 @@ class Place:
     def tokens(self, batch: Mapping[str, Any]) -> Tensor:
         """Return which positions of a batch have an offset, (B, L) bool; padding has none."""
         if not self.predicting_only:
-            mask: Tensor | None = batch.get("attention_mask")
+            mask: Tensor | None = batch.get("attention_mask", batch.get(REAL_TOKENS))
             if mask is None:
                 mask = torch.ones_like(batch["input_ids"])
             return mask.bool()

@@ -2,6 +2,9 @@
 
 A shape has a number of positions, and a number of answer tokens. Answer tokens are given by indices
 instead of by labels at all positions, since a GPU counts labels only while the host waits.
+
+Padding lies behind the text where attention is causal: no token sees what is behind it, so there is
+no mask, and attention takes its fastest way. Other models get padding in front, with a mask.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from emloc.data.pending import changed_batch
 # Names in a batch: for each answer token, the index of the position that predicts it in the flat
 # batch, and its id; IGNORE for tokens that only fill the shape up. Both (M,).
 PREDICTING, ANSWERS = "predicting_positions", "answer_tokens"
+# Name in a batch without a mask: at which positions there is a token of a row, (B, L) bool.
+REAL_TOKENS = "real_tokens"
 # Shapes of one training.
 MOST_SHAPES = 8
 
@@ -33,7 +38,6 @@ class BatchShape:
 
     length: int  # positions of a row
     answers: int  # answer tokens of all rows
-    padded: bool = True  # whether any batch of this shape has padding
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class FixedShapes:
     shapes: tuple[BatchShape, ...]
     examples: tuple[tuple[int, ...], ...]  # for each shape, indices of the rows of such a batch
     padding: float  # share of the positions that batches are padded by
+    masked: bool  # whether batches have a mask and padding in front; else padding lies behind
 
     def of(self, length: int) -> BatchShape:
         """Return the shape of a batch whose longest row has `length` positions."""
@@ -52,11 +57,12 @@ class FixedShapes:
     def collate(self, rows: Sequence[Any], collate: Collate) -> dict[str, Any]:
         """Collate the rows of one of the batches to its shape."""
         batch = collate(list(rows))
-        return with_shape(batch, self.of(batch["input_ids"].shape[1]))
+        shape = self.of(batch["input_ids"].shape[1])
+        return with_shape(batch, shape, masked=self.masked)
 
 
 def fixed_shapes(
-    rows: Sequence[Any], batches: Sequence[Sequence[int]], examples: range
+    rows: Sequence[Any], batches: Sequence[Sequence[int]], examples: range, *, masked: bool
 ) -> FixedShapes:
     """Return the shapes for the batches of a training.
 
@@ -64,6 +70,7 @@ def fixed_shapes(
         rows: encoded rows of text, with `length` and `answer_start`.
         batches: the row indices of all batches.
         examples: indices of the batches that the examples come from.
+        masked: whether the model needs a mask.
     """
     longest = [max(rows[index].length for index in batch) for batch in batches]
     lengths = best_lengths(longest, MOST_SHAPES)
@@ -78,44 +85,55 @@ def fixed_shapes(
         ),
         tuple(tuple(batches[number]) for number in firsts if number is not None),
         sum(length * len(numbers) for length, numbers in groups.items()) / sum(longest) - 1,
+        masked,
     )
 
 
 def _shape(length: int, batches: list[list[Any]]) -> BatchShape:
     """Return the shape of batches of rows that are padded to a length."""
     answers = [sum(row.length - max(row.answer_start, 1) for row in batch) for batch in batches]
-    padded = any(row.length < length for batch in batches for row in batch)
-    return BatchShape(length, max(answers), padded)
+    return BatchShape(length, max(answers))
 
 
-def with_shape(batch: dict[str, Any], shape: BatchShape) -> dict[str, Any]:
-    """Return a collated batch of text, padded on the left to a shape, with indices of its answers.
+def with_shape(batch: dict[str, Any], shape: BatchShape, *, masked: bool) -> dict[str, Any]:
+    """Return a collated batch of text, padded to a shape, with indices of its answers.
 
-    Batches of a shape without padding lose their mask and positions, which models then take for
-    granted: a mask would keep them from their fastest attention.
+    With `masked` more padding is put in front of the rows. Else all padding lies behind them, and
+    the batch has `REAL_TOKENS` instead of mask and positions, which models then take for granted.
     """
     size = batch["input_ids"].shape
     left_out = {"labels", "logits_to_keep"}
-    if not shape.padded:
+    front, behind = (shape.length - size[1], 0) if masked else (0, shape.length - size[1])
+    # How far each row moves to the front, and where its tokens come from.
+    moved = torch.zeros(size[0], dtype=torch.long)
+    if not masked:
         left_out |= {"attention_mask", "position_ids"}
+        moved = (batch["attention_mask"] == 0).sum(1)
+    source = (torch.arange(size[1]) + moved[:, None]) % size[1]
 
     def padded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Pad what has one value for each token, as ids, mask and token types."""
+        """Move and pad what has one value for each token, as ids, mask and token types."""
         return {
-            name: functional.pad(value, (shape.length - size[1], 0))
+            name: functional.pad(value.gather(1, source), (front, behind))
             if value.shape == size
             else value
             for name, value in tensors.items()
             if name not in left_out
         }
 
-    return changed_batch(batch, padded) | _answers(batch["labels"], shape)
+    new = changed_batch(batch, padded) | _answers(batch["labels"], shape, size[1] + front - moved)
+    if not masked:
+        new |= {REAL_TOKENS: torch.arange(shape.length) < (size[1] - moved)[:, None]}
+    return new
 
 
-def _answers(labels: Tensor, shape: BatchShape) -> dict[str, Tensor]:
-    """Return `PREDICTING` and `ANSWERS` for labels (B, K) of the last K positions of each row."""
+def _answers(labels: Tensor, shape: BatchShape, ends: Tensor) -> dict[str, Tensor]:
+    """Return `PREDICTING` and `ANSWERS` for labels (B, K) of the last K tokens of each row.
+
+    `ends` (B,): the position behind the last token of each row in the batch of the shape.
+    """
     rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
-    positions = rows * shape.length + columns + shape.length - labels.shape[1]
+    positions = rows * shape.length + columns + (ends - labels.shape[1])[rows]
     spare = (0, shape.answers - len(rows))
     return {
         PREDICTING: functional.pad(positions, spare),

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from staged import curve_of
 from tiny import save_checkpoint
+from transformers.integrations import sdpa_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from emloc.anchors.blocks import Blocks
 from emloc.anchors.logits import Logits
@@ -29,6 +31,7 @@ from emloc.emulators.svd import Svd
 from emloc.models.checkpoint.source import Source
 from emloc.models.objectives.tokens import Tokens
 from emloc.stages.training import capture
+from emloc.stages.training.graphed_passes import GraphedPasses
 from emloc.stages.training.train import train
 from emloc.tensors.lean.embedding import HostEmbedding
 
@@ -157,8 +160,9 @@ def test_an_embedding_in_host_memory_is_looked_up_ahead(tmp_path, made_once, gra
         HostEmbedding, "forward", lambda self, ids: read_late.append(ids) or forward(self, ids)
     )
     assert_equal_trainings(trained(tmp_path / "graphs", built, capture=True), expected)
-    # The trial of the output head, and the comparison of both ways at the first batch.
-    assert len(read_late) == 2
+    # The trials of the output head and of a mask, and the comparison of both ways at the first
+    # batch.
+    assert len(read_late) == 4
 
 
 def test_a_loss_that_is_not_finite_ends_a_training_of_graphs(tmp_path, built, graphs):
@@ -186,13 +190,19 @@ def test_a_cpu_has_no_graphs(tmp_path, built, caplog):
     assert "(train.capture): the device is a CPU" in caplog.text
 
 
-def test_batches_have_the_answers_of_the_rows():
-    """Padded on the left to a shape, with the index in front of each answer token."""
+@pytest.mark.parametrize("masked", [True, False])
+def test_batches_have_the_answers_of_the_rows(masked):
+    """In a batch of a shape, with the index in front of each answer token."""
     rows = [keyed.row for keyed in anchored.rows()[:3]]
     plain = anchored.collate_rows(rows)
     length, answers = plain["input_ids"].shape[1] + 2, 40
-    fixed = with_shape(dict(plain), BatchShape(length, answers))
-    assert fixed["input_ids"].shape == fixed["attention_mask"].shape == (3, length)
+    fixed = with_shape(dict(plain), BatchShape(length, answers), masked=masked)
+    assert fixed["input_ids"].shape == (3, length)
+    real = Place("x").tokens(fixed)
+    assert torch.equal(fixed.get("attention_mask", real).bool(), real)
+    for row, ids, tokens in zip(rows, fixed["input_ids"], real, strict=True):
+        assert ids[tokens].tolist() == list(row.input_ids)
+        assert tokens.tolist() == sorted(tokens.tolist(), reverse=not masked)
     assert fixed[ANSWERS].shape == fixed[PREDICTING].shape == (answers,)
     real = fixed[ANSWERS] != IGNORE
     behind = fixed["input_ids"].flatten()[fixed[PREDICTING][real] + 1]
@@ -202,11 +212,36 @@ def test_batches_have_the_answers_of_the_rows():
     assert answer_count(fixed) == Tokens().items(plain)
 
 
-def test_a_batch_without_padding_has_no_mask():
-    row = anchored.rows()[0].row
-    shape = fixed_shapes([row, row], [[0, 1]], range(1)).shapes[0]
-    assert shape == BatchShape(row.length, 2 * (row.length - row.answer_start), padded=False)
-    fixed = with_shape(anchored.collate_rows([row, row]), shape)
-    assert "attention_mask" not in fixed
-    assert "position_ids" not in fixed
-    assert Place("x").tokens(fixed).all()
+def test_only_models_that_need_a_mask_have_one(tmp_path, built, graphs, monkeypatch):
+    masks = []
+    compute = GraphedPasses._loss
+
+    def note(self, batch, *others):
+        masks.append("attention_mask" in batch)
+        return compute(self, batch, *others)
+
+    monkeypatch.setattr(GraphedPasses, "_loss", note)
+    causal = trained(tmp_path / "causal", built, capture=True)
+    assert set(masks) == {False}
+    masks.clear()
+    monkeypatch.setattr(capture, "is_causal", lambda decoder: False)
+    assert_equal_trainings(trained(tmp_path / "masked", built, capture=True), causal)
+    assert set(masks) == {True}
+
+
+def test_a_model_whose_loss_changes_without_a_mask_keeps_it(tmp_path, built, graphs, monkeypatch):
+    """Here tokens see those behind them, whatever the attention modules say."""
+    forward = sdpa_attention.sdpa_attention_forward
+
+    def sees_all(*args, **options):
+        return forward(*args, **options | {"is_causal": False})
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", sees_all)
+    shapes = []
+    monkeypatch.setattr(
+        capture,
+        "fixed_shapes",
+        lambda *args, masked: shapes.append(masked) or fixed_shapes(*args, masked=masked),
+    )
+    trained(tmp_path / "graphs", built, steps=1, capture=True)
+    assert shapes == [True]

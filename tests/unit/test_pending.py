@@ -85,13 +85,14 @@ def test_labels_are_there_before_the_images_and_all_equals_a_plain_batch(reader,
     assert batch["pixel_values"].dtype == torch.bfloat16
 
 
-def test_a_batch_is_padded_to_a_fixed_shape_before_its_images_are_there(reader, slow):
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_batch_is_padded_to_a_fixed_shape_before_its_images_are_there(reader, slow, masked):
     rows = slow.rows(reader)
     shape = BatchShape(max(row.length for row in rows) + 3, 30)
-    batch = with_shape(training_collate(reader)(rows), shape)
+    batch = with_shape(training_collate(reader)(rows), shape, masked=masked)
     assert batch["input_ids"].shape == (4, shape.length)
     slow.is_allowed.set()
-    expected = with_shape(reader.collate(rows), shape)
+    expected = with_shape(reader.collate(rows), shape, masked=masked)
     assert set(batch) == set(expected)
     assert all(torch.equal(batch[name], tensor) for name, tensor in expected.items())
 

@@ -8,9 +8,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from emloc.data.fixed_shapes import Collate, FixedShapes, fixed_shapes
+from emloc.data.fixed_shapes import (
+    REAL_TOKENS,
+    BatchShape,
+    Collate,
+    FixedShapes,
+    answer_count,
+    fixed_shapes,
+    with_shape,
+)
+from emloc.models.causal import is_causal
 from emloc.models.decoder import decoder_of
 from emloc.models.embedded import VECTORS
 from emloc.runtime.distributed import is_sharded
@@ -26,6 +36,10 @@ log = logging.getLogger(__name__)
 
 # Makes what records the graphs of a device.
 RECORDER: Callable[[torch.device], Record] = CudaRecorder
+# Positions of padding that show whether a model needs a mask.
+_TRIAL_PADDING = 16
+# Relative difference of two losses that rounding can cause, by the bytes of a number.
+_ROUNDING = {2: 0.02, 4: 1e-4, 8: 1e-4}
 # Types of devices that have graphs.
 DEVICES = ("cuda",)
 # Log line of a training whose passes are no graphs, with the reason.
@@ -53,12 +67,15 @@ class Capture:
         return fixed
 
 
-def capture_of(trainee: Trainee, rows: Sequence[Any], first: int, end: int) -> Capture | None:
+def capture_of(
+    trainee: Trainee, rows: Sequence[Any], collate: Collate, first: int, end: int
+) -> Capture | None:
     """Return how the steps of a training are recorded; None, with a log line, if they cannot be.
 
     Args:
         trainee: the model and the recipe.
         rows: encoded rows.
+        collate: turns some rows into a batch, without offsets.
         first: the first step, in the order of the rows.
         end: the step behind the last one.
     """
@@ -77,7 +94,9 @@ def capture_of(trainee: Trainee, rows: Sequence[Any], first: int, end: int) -> C
     size = min(size, step_rows)
     batches = [indices[start : start + size] for start in range(0, len(indices), size)]
     per_step = step_rows // size
-    shapes = fixed_shapes(rows, batches, range(first * per_step, end * per_step))
+    masked = _needs_mask(trainee, rows, collate)
+    examples = range(first * per_step, end * per_step)
+    shapes = fixed_shapes(rows, batches, examples, masked=masked)
     log.info(
         "train: each pass is one CUDA graph, of %d lengths up to %d; they pad batches by %.1f%%",
         *(len(shapes.shapes), shapes.shapes[-1].length, 100 * shapes.padding),
@@ -107,6 +126,29 @@ def _obstacle(trainee: Trainee, rows: Sequence[Any], *, has_images: bool, is_une
         if is_obstacle:
             return reason
     return ""
+
+
+@torch.no_grad()
+def _needs_mask(trainee: Trainee, rows: Sequence[Any], collate: Collate) -> bool:
+    """Return whether padding behind the text, without a mask, changes the loss of a row."""
+    assert trainee.loss is not None
+    if not is_causal(decoder_of(trainee.inner)):
+        return True
+    row = min(rows, key=lambda one: one.length)
+    shape = BatchShape(row.length + _TRIAL_PADDING, row.length)
+    losses = []
+    for masked in (True, False):
+        batch = dict(with_shape(collate([row]), shape, masked=masked))
+        batch.pop(REAL_TOKENS, None)
+        inputs = {
+            name: value.to(trainee.device) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }
+        count = answer_count(inputs).clamp(min=1)
+        with trainee.context():
+            losses.append(trainee.loss(trainee.model, inputs, count).item())
+    rounding = _ROUNDING[trainee.built_emulator.source.dtype.itemsize]
+    return abs(losses[0] - losses[1]) > rounding * abs(losses[0])
 
 
 def _trains_decoder_alone(model: PreTrainedModel) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from emloc.anchors.attached import AttachedOffsets
 from emloc.anchors.batches import OFFSETS, BatchOffsets, take_offsets
-from emloc.data.fixed_shapes import ANSWERS, MOST_SHAPES, PREDICTING
+from emloc.data.fixed_shapes import ANSWERS, MOST_SHAPES, PREDICTING, REAL_TOKENS
+from emloc.models.causal import unmasked
 from emloc.models.embedded import VECTORS, decoder_inputs
 from emloc.models.objectives import Batch
 from emloc.stages.training.capture import WITHOUT_GRAPHS, Capture
@@ -90,7 +92,8 @@ class GraphedPasses:
             with_vectors, offsets, count = split(self._inputs(batch, _one(self._trained.device)))
         except RuntimeError as error:
             return str(error)
-        plain = {name: value for name, value in batch.items() if name not in (VECTORS, OFFSETS)}
+        left_out = (VECTORS, OFFSETS, REAL_TOKENS)
+        plain = {name: value for name, value in batch.items() if name not in left_out}
         losses = [self._loss(one, offsets, count) for one in (plain, with_vectors)]
         if torch.equal(*losses):  # the same operations give the same bits
             return ""
@@ -100,6 +103,7 @@ class GraphedPasses:
         """Return the inputs of a graph for a batch, whose tensors are on the device."""
         trained, batch = self._trained, dict(batch)
         offsets = [] if trained.anchors is None else take_offsets(batch, trained.device)
+        batch.pop(REAL_TOKENS, None)
         vectors = batch.pop(VECTORS, None)
         if not self._begins_with_vectors:
             return joined(batch, offsets, count)
@@ -113,8 +117,9 @@ class GraphedPasses:
 
     def _compute(self, inputs: dict[str, Tensor]) -> Tensor:
         """Run one pass and return its loss."""
-        loss = self._loss(*split(inputs))
-        torch.autograd.backward(loss)
+        with nullcontext() if "attention_mask" in inputs else unmasked():
+            loss = self._loss(*split(inputs))
+            torch.autograd.backward(loss)
         return loss.detach()
 
     def _loss(self, batch: Batch, offsets: BatchOffsets, count: Tensor) -> Tensor:

@@ -121,7 +121,8 @@ class RoundSteps:
         assert segment.end is not None
         first = segment.first + segment.skipped
         rows = [keyed.row for keyed in self.rows.rows]
-        return capture_of(trainee, rows, first, segment.end + segment.skipped)
+        last = segment.end + segment.skipped
+        return capture_of(trainee, rows, self.rows.collate, first, last)
 
     def _flaw(self, trainee: Trainee, segment: Segment) -> str:
         """Return that the adapter behind a segment is not finite; nothing if it is."""

@@ -109,7 +109,7 @@ def fit_rows(
     trainee = open_trainee(built_emulator, training_inputs, device, start)
     checkpoints, timer = folder / "checkpoints", StepTimer()
     log_start(trainee, len(rows))
-    capture = capture_of(trainee, rows, 0, training_inputs.recipe.steps)
+    capture = capture_of(trainee, rows, collate_rows, 0, training_inputs.recipe.steps)
     collator = collate_rows if capture is None else capture.collator(collate_rows)
     segment = Segment(capture=capture)
     state = run_steps(trainee, rows, collator, checkpoints, report, timer, segment)
