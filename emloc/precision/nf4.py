@@ -9,7 +9,7 @@ number takes 1/2 + 1/64 byte and a little more.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
@@ -33,6 +33,11 @@ from bitsandbytes.functional import (  # noqa: E402
     get_4bit_type,
     quantize_4bit,
 )
+
+log = logging.getLogger(__name__)
+
+# Dequantises the parts of a matrix into a tensor, as `nf4_kernel.unpack` does.
+Kernel = Callable[[tuple[Tensor, Tensor, Tensor], Tensor, Tensor, Tensor], Tensor]
 
 BITS = 4
 BLOCK = 64  # number of weights that share a scale
@@ -90,7 +95,11 @@ class Nf4(Precision):
         """Dequantise a matrix, directly into `out` if the kernel supports this."""
         rows, columns = packed.shape
         size = rows * columns
-        codes, state = packed.parts["codes"], packed.prepared
+        codes = packed.parts["codes"]
+        if codes.is_cuda and (kernel := _kernel(codes.device)) is not None:
+            into = codes.new_empty((rows, columns), dtype=packed.dtype) if out is None else out
+            return _by(kernel, packed, into)
+        state = packed.prepared
         if out is not None and out.is_cuda and size % BLOCK == 0:  # other kernels ignore `out`
             dequantize_4bit(codes, state, out=out.view(-1, BLOCK))
             return out
@@ -126,6 +135,33 @@ def _state(parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -
         offset=scales[0],
         state2=nested,
     )
+
+
+@cache
+def _kernel(device: torch.device) -> Kernel | None:
+    """Return the Triton kernel for a GPU; None, with a log line, if it does not work there."""
+    precision = Nf4(name="nf4", bits=BITS)
+    trial = torch.linspace(-1, 1, 3 * 130, device=device, dtype=torch.bfloat16).view(3, 130)
+    packed = Packed(precision, precision.pack(trial), (3, 130), trial.dtype)
+    expected: Tensor = dequantize_4bit(packed.parts["codes"], packed.prepared)
+    try:
+        from emloc.precision.nf4_kernel import unpack
+
+        actual = _by(unpack, packed, torch.empty_like(trial))
+    except Exception as error:  # why: whatever Triton lacks on this machine, bitsandbytes is there
+        log.info("nf4: bitsandbytes dequantises, since Triton does not work here: %s", error)
+        return None
+    if torch.allclose(actual.view(-1), expected.view(-1)[: actual.numel()], rtol=0.01):
+        return unpack
+    log.warning("nf4: bitsandbytes dequantises, since Triton gives other numbers here")
+    return None
+
+
+def _by(kernel: Kernel, packed: Packed, out: Tensor) -> Tensor:
+    """Dequantise a matrix into `out` by a kernel."""
+    parts = packed.parts
+    steps, scale_steps = _steps(out.device)
+    return kernel((parts["codes"], parts["absmax"], parts["scales"]), steps, scale_steps, out)
 
 
 @cache

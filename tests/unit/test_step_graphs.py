@@ -57,7 +57,7 @@ def test_losses_and_gradients_are_those_of_the_step(model):
     recorder = Recorder()
     passes = passes_of(model, recorder)
     with passes.gradients.attached(model):
-        passes.prepare([{"x": inputs(5)["x"]}, {"x": inputs(2)["x"]}])
+        passes.prepare(lambda: [{"x": inputs(5)["x"]}, {"x": inputs(2)["x"]}])
         assert all(not flat.any() for flat in passes.gradients.flat)
         expected, batches = [], [inputs(2), inputs(5), inputs(3), inputs(2)]
         losses = [run(passes, batch) for batch in batches]
@@ -100,7 +100,7 @@ def test_a_step_that_cannot_be_recorded_runs_without_a_graph(model, caplog):
     passes = passes_of(model, refuse)
     batch = inputs(3)
     with passes.gradients.attached(model):
-        passes.prepare([{"x": batch["x"]}])
+        passes.prepare(lambda: [{"x": batch["x"]}])
         assert not model.weight.grad.any()  # that of the trial is gone
         loss = run(passes, batch)
         assert model.weight.grad.any()

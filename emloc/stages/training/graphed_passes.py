@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,16 +51,22 @@ class GraphedPasses:
         self._begins_with_vectors = capture.embedding is not None or capture.images
         self._graphs = StepGraphs(self._compute, capture.record, MOST_SHAPES)
 
-    def prepare(self, examples: Iterable[Batch]) -> None:
+    def prepare(self, examples: Callable[[], Iterable[Batch]]) -> None:
         """Record a graph for each of some batches; the longest come first.
 
-        If that fails, all passes run without graphs, and a log line says why.
+        If that fails, all passes run without graphs, and a log line says why. `examples` yields the
+        batches, and is called twice: each pass first runs as it is, so that libraries have loaded
+        their kernels for its shape before the first graph is recorded.
         """
-        for number, batch in enumerate(examples):
+        for number, batch in enumerate(examples()):
             if number == 0 and self._begins_with_vectors and (reason := self._flaw(batch)):
                 self._begins_with_vectors = False
                 self._give_up(reason)
                 return
+            inputs = self._inputs(batch, _one(self._trained.device))
+            with self._kept_gradients():
+                self._compute(inputs)
+        for batch in examples():
             self._record(self._inputs(batch, _one(self._trained.device)))
 
     def run(self, batch: Batch, count: Tensor) -> Tensor:
@@ -74,12 +80,18 @@ class GraphedPasses:
         """Record the graph of the shape of some inputs, unless there is one."""
         if not self._graphs.is_new(inputs):
             return
+        with self._kept_gradients():
+            try:
+                self._graphs.prepare(inputs)
+            except RuntimeError as error:
+                self._give_up(str(error).strip().splitlines()[0])
+
+    @contextmanager
+    def _kept_gradients(self) -> Iterator[None]:
+        """Undo what passes inside the block add to the gradients."""
         before = [flat.clone() for flat in self.gradients.flat]
-        try:
-            self._graphs.prepare(inputs)
-        except RuntimeError as error:
-            self._give_up(str(error).strip().splitlines()[0])
-        torch._foreach_copy_(self.gradients.flat, before)  # without those of a trial
+        yield
+        torch._foreach_copy_(self.gradients.flat, before)
 
     def _give_up(self, reason: str) -> None:
         log.warning(WITHOUT_GRAPHS, reason)

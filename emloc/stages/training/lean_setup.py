@@ -10,6 +10,7 @@ from emloc.config.settings import LoraSettings, TrainSettings
 from emloc.models.objectives import Loss, Objective
 from emloc.runtime.distributed import is_sharded
 from emloc.tensors.lean.activations import offload_layer_inputs
+from emloc.tensors.lean.kernels import DEVICES
 from emloc.tensors.lean.model import offload_embedding, recompute_layers
 from emloc.tensors.lean.modules import fuse_modules
 
@@ -48,7 +49,9 @@ def prepare_model(
     saved = offload_embedding(inner)
     # A fused MLP overwrites the outputs of its layers. A fused layer does not need its output in
     # the backward pass; other layers may.
-    shorter = fuse_modules(inner, dtype) if fused else []
+    # A kernel takes the host as long as several operations of torch, unless a graph launches it.
+    kernels = recipe.capture and inner.device.type in DEVICES
+    shorter = fuse_modules(inner, dtype, kernels=kernels) if fused else []
     loss = objective.lean_loss(inner)
     if recipe.checkpointing:
         recompute_layers(inner)

@@ -12,7 +12,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from emloc.data.reader import encode_all, training_collate
 from emloc.emulators import BuiltEmulator
 from emloc.emulators.operations import operations_share
 from emloc.errors import ConfigError
+from emloc.models.decoder import decoder_of
 from emloc.models.objectives import Batch, Loss
 from emloc.precision import PackedLayer
 from emloc.runtime.distributed import is_first, is_sharded
@@ -46,6 +47,7 @@ from emloc.stages.training.trainer import (
     unshard_parameters,
 )
 from emloc.stages.training.work import rows_of_step, training_work
+from emloc.tensors.lean.kernels import fused_rotary
 from emloc.tensors.nn.attention import without_cudnn
 
 log = logging.getLogger(__name__)
@@ -276,7 +278,8 @@ def run_steps(
     mixed = trainer.args.bf16 or trainer.args.fp16
     adapter = training_inputs.adapter
     training = adapter.training(trainee.model, mixed=mixed)
-    with without_cudnn(), training, trainer.graphed(), closing(progress):
+    rotary = nullcontext() if segment.capture is None else fused_rotary(decoder_of(trainee.inner))
+    with without_cudnn(), rotary, training, trainer.graphed(), closing(progress):
         checkpoint = newest_intact_checkpoint(checkpoints) or segment.start
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -253,9 +253,13 @@ class FiniteTrainer(Trainer):
         )
         self._passes = GraphedPasses(trained, capture, gradients)
         dataset: Any = self.train_dataset
-        examples = reversed(capture.shapes.examples)  # the longest first
-        batches = (self.data_collator([dataset[row] for row in example]) for example in examples)
-        self._passes.prepare(self._prepare_inputs(batch) for batch in batches)
+
+        def examples() -> Iterator[Batch]:
+            for example in reversed(capture.shapes.examples):  # the longest first
+                batch = self.data_collator([dataset[row] for row in example])
+                yield self._prepare_inputs(batch)
+
+        self._passes.prepare(examples)
         return self._passes
 
     def _clip_grad_norm(self, model: Any) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,8 @@ MIN_BYTES = 2**20
 def offload_layer_inputs(model: nn.Module) -> None:
     """Offload the input of every checkpointed layer to host memory until the backward pass.
 
-    The copies to the host run on a separate CUDA stream, parallel to the computation. In the
-    backward pass, a layer waits until its own copy is complete.
+    The copies run on a separate CUDA stream, parallel to the computation. In the backward pass, the
+    input of one layer comes back while the layer behind it is computed.
     """
     module: Any
     for module in model.modules():
@@ -61,15 +62,16 @@ def _to_device(saved: Any) -> Tensor:
     return _copies_of(host.device).load(host)
 
 
-@dataclass
+@dataclass(eq=False)
 class HostCopy:
-    """A tensor in pinned host memory."""
+    """A tensor in pinned host memory, or on its way back."""
 
     buffer: Tensor | None  # (bytes,) uint8, at least as large as the tensor; None: it was read
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device  # that the tensor came from
     copied: torch.cuda.Event
+    back: tuple[Tensor, torch.cuda.Event] | None = None  # the tensor on the device, and when
 
     def view(self, buffer: Tensor) -> Tensor:
         """Return the part of a buffer that holds the tensor."""
@@ -81,7 +83,8 @@ class HostCopies:
     """Copies between a device and pinned host memory, on a stream of their own.
 
     The computation waits for the copy of a layer's input when the next layer begins. The memory of
-    the input is free then.
+    the input is free then. Inputs are needed again in the reverse order, so each comes back while
+    the computation uses the one behind it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -89,6 +92,8 @@ class HostCopies:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._free: list[Tensor] = []
         self._last: tuple[Tensor, torch.cuda.Event] | None = None
+        self._coming: HostCopy | None = None  # on its way back
+        self._order = LastFirst()
 
     def store(self, tensor: Tensor) -> HostCopy:
         """Begin to copy a contiguous tensor to the host."""
@@ -100,22 +105,43 @@ class HostCopies:
             host.view(buffer).copy_(tensor, non_blocking=True)
             host.copied.record(self._stream)
         self._last = tensor, host.copied
+        self._order.add(host)
         return host
 
     def load(self, host: HostCopy) -> Tensor:
-        """Copy a tensor back to the device, once."""
-        self._wait_for_last()
-        torch.cuda.current_stream(self._device).wait_event(host.copied)
-        buffer, host.buffer = host.buffer, None
-        assert buffer is not None  # a second backward pass
-        tensor = host.view(buffer).to(self._device, non_blocking=True)
-        self._free.append(buffer)  # the next copy into it waits for this one
+        """Return a tensor on the device, once, and begin to copy the one that was stored before."""
+        self._wait_for_last(host)
+        tensor, done = host.back or self._fetch(host)
+        host.back = None
+        torch.cuda.current_stream(self._device).wait_event(done)
+        self._coming = self._order.take(host)
+        if self._coming is not None:
+            self._coming.back = self._fetch(self._coming)
         return tensor
 
-    def _wait_for_last(self) -> None:
+    def _fetch(self, host: HostCopy) -> tuple[Tensor, torch.cuda.Event]:
+        """Begin to copy a tensor back; return it with the event behind the copy."""
+        buffer, host.buffer = host.buffer, None
+        assert buffer is not None  # a second backward pass
+        tensor = torch.empty(host.shape, dtype=host.dtype, device=self._device)
+        # Operations that used this memory before come first.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            tensor.copy_(host.view(buffer), non_blocking=True)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(self._stream)
+        self._free.append(buffer)  # the next copy into it comes behind this one, on the same stream
+        return tensor, done
+
+    def _wait_for_last(self, wanted: HostCopy | None = None) -> None:
+        """Let the computation wait for copies whose memory may be free now."""
+        current = torch.cuda.current_stream(self._device)
         if self._last is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._last[1])
+            current.wait_event(self._last[1])
             self._last = None
+        coming, self._coming = self._coming, None
+        if coming is not None and coming is not wanted and coming.back is not None:
+            current.wait_event(coming.back[1])
 
     def _take(self, size: int) -> Tensor:
         """Return the smallest free buffer of at least `size` bytes, or a new one."""
@@ -123,6 +149,28 @@ class HostCopies:
         if fitting:
             return self._free.pop(min(fitting, key=lambda index: self._free[index].numel()))
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+class LastFirst:
+    """The copies that nobody has taken yet, in the order of their storage.
+
+    A copy is forgotten when nothing else refers to it.
+    """
+
+    def __init__(self) -> None:
+        self._copies: list[ReferenceType[HostCopy]] = []
+
+    def add(self, host: HostCopy) -> None:
+        """Add a copy behind all others."""
+        self._copies.append(ref(host))
+
+    def take(self, host: HostCopy) -> HostCopy | None:
+        """Remove a copy, and return the one that was stored before it, unless it is on its way."""
+        alive = [copy for one in self._copies if (copy := one()) is not None]
+        index = next((i for i, one in enumerate(alive) if one is host), 0)
+        self._copies = [ref(one) for one in alive if one is not host]
+        before = alive[index - 1] if index else None
+        return before if before is not None and before.buffer is not None else None
 
 
 @cache

@@ -7,7 +7,8 @@ changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# Relative difference that rounding to 16 bits can cause, with a margin.
-ROUNDING = 0.01
+from emloc.tensors.lean.kernels import ROUNDING, liger
+
+log = logging.getLogger(__name__)
 
 
 class GatedUnit(torch.autograd.Function):
@@ -44,12 +46,13 @@ class GatedUnit(torch.autograd.Function):
         return d_gate, d_up
 
 
-def fuse_modules(model: nn.Module, dtype: torch.dtype) -> list[str]:
+def fuse_modules(model: nn.Module, dtype: torch.dtype, *, kernels: bool = False) -> list[str]:
     """Replace the forward of RMS norms and gated MLPs by fused ones, where the results are equal.
 
     Args:
         model: changed in place.
         dtype: the dtype that the model computes in.
+        kernels: use the kernels of a library for GPUs, if it is installed.
 
     Returns:
         Names of the classes whose forward was replaced.
@@ -58,7 +61,7 @@ def fuse_modules(model: nn.Module, dtype: torch.dtype) -> list[str]:
     for module in model.modules():
         kind = type(module)
         if kind not in forwards:
-            forwards[kind] = _fused_forward(module, dtype)
+            forwards[kind] = _fused_forward(module, dtype, _mlps(kernels=kernels))
         if (forward := forwards[kind]) is not None:
             module.forward = partial(forward, module)
     return [kind.__name__ for kind, forward in forwards.items() if forward is not None]
@@ -69,31 +72,52 @@ def _norm(norm: Any, hidden_states: Tensor) -> Tensor:
     return functional.rms_norm(hidden_states, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-def _mlp(mlp: Any, x: Tensor) -> Tensor:
+def _mlp(gated_unit: Callable[[Tensor, Tensor], Tensor], mlp: Any, x: Tensor) -> Tensor:
     """Fused forward of a gated MLP module with SiLU activation."""
-    gated: Tensor = GatedUnit.apply(mlp.gate_proj(x), mlp.up_proj(x))  # type: ignore[no-untyped-call]
-    return mlp.down_proj(gated)
+    return mlp.down_proj(gated_unit(mlp.gate_proj(x), mlp.up_proj(x)))
 
 
-def _fused_forward(module: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor] | None:
-    """The fused forward for a module, if there is one with equal results; else None."""
-    forward: Callable[..., Tensor] = _norm
+def _mlps(*, kernels: bool) -> list[Callable[..., Tensor]]:
+    """Fused forwards of a gated MLP module, the best first."""
+    own: Callable[[Tensor, Tensor], Tensor] = GatedUnit.apply
+    library = liger() if kernels else None
+    units = [own] if library is None else [library[0], own]
+    return [partial(_mlp, unit) for unit in units]
+
+
+def _fused_forward(
+    module: nn.Module, dtype: torch.dtype, mlps: Sequence[Callable[..., Tensor]]
+) -> Callable[..., Tensor] | None:
+    """The first fused forward for a module with equal results; None if there is none."""
+    forwards: Sequence[Callable[..., Tensor]] = [_norm]
     if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
         width = module.get_parameter("weight").shape[0]
     elif all(hasattr(module, part) for part in ("gate_proj", "up_proj", "down_proj")):
         gate: Any = module.get_submodule("gate_proj")
-        forward, width = _mlp, gate.in_features
+        forwards, width = mlps, gate.in_features
     else:
         return None
     # Packed layers have buffers, but no parameters.
     device = next(chain(module.parameters(), module.buffers())).device
     if device.type == "meta":
-        return forward  # a memory plan: the meta device has no numbers to compare
+        return forwards[-1]  # a memory plan: the meta device has no numbers to compare
     generator = torch.Generator(device=device).manual_seed(0)
     trial = torch.randn(4, width, device=device, generator=generator).to(dtype)
     training = module.training
     module.train()  # so that dropout, which the fused forward lacks, shows as a difference
     with torch.no_grad():
-        expected, fused = module(trial).float(), forward(module, trial).float()
+        expected = module(trial).float()
+        near = (one for one in forwards if _is_near(partial(one, module), trial, expected))
+        forward = next(near, None)
     module.train(training)
-    return forward if (fused - expected).norm() <= ROUNDING * expected.norm() else None
+    return forward
+
+
+def _is_near(forward: Callable[[Tensor], Tensor], x: Tensor, expected: Tensor) -> bool:
+    """Return whether a forward gives an expected output for x, up to rounding."""
+    try:
+        output = forward(x).float()
+    except Exception as error:  # why: a kernel may not know a shape, or not be compiled here
+        log.info("train: a kernel for gated MLPs does not work here: %s", error)
+        return False
+    return bool((output - expected).norm() <= ROUNDING * expected.norm())

@@ -116,6 +116,7 @@ class CudaRecorder:
     def _run(self, step: Callable[[], None]) -> None:
         """Run a step, and give its memory back, since graphs have their own."""
         current = torch.cuda.current_stream(self._device)
+        _free_workspaces()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             step()

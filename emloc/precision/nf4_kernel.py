@@ -1,0 +1,64 @@
+"""Dequantise an nf4 matrix in one GPU kernel (Triton).
+
+bitsandbytes takes four: the magnitudes of the blocks, the sum with their mean, and the numbers,
+each into new memory that is filled before. No library has one with double quantisation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Numbers that share a magnitude, and magnitudes that share a scale; see `Nf4`.
+_BLOCK, _GROUP = 64, 256
+_BYTES = 1024  # of codes that one program reads
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _unpack(
+    codes: Any,
+    absmax: Any,
+    scales: Any,
+    steps: Any,
+    scale_steps: Any,
+    out: Any,
+    size: Any,
+    bytes_of_block: tl.constexpr,
+    group: tl.constexpr,
+    span: tl.constexpr,
+) -> None:
+    first = tl.program_id(0).to(tl.int64) * span
+    byte = first + tl.arange(0, span)
+    is_byte = byte < (size + 1) // 2
+    code = tl.load(codes + byte, mask=is_byte, other=0).to(tl.int32)
+    block = byte // bytes_of_block
+    magnitude = tl.load(scale_steps + tl.load(absmax + block, mask=is_byte, other=0).to(tl.int32))
+    magnitude *= tl.load(scales + 1 + block // group, mask=is_byte, other=0)
+    magnitude += tl.load(scales)
+    high = tl.load(steps + (code >> 4)) * magnitude
+    low = tl.load(steps + (code & 15)) * magnitude
+    number = 2 * first + tl.arange(0, 2 * span)
+    numbers = tl.interleave(high, low).to(out.dtype.element_ty)
+    tl.store(out + number, numbers, mask=number < size)
+
+
+def unpack(
+    parts: tuple[Tensor, Tensor, Tensor], steps: Tensor, scale_steps: Tensor, out: Tensor
+) -> Tensor:
+    """Fill the contiguous tensor `out` with the numbers of a packed matrix, and return it.
+
+    Args:
+        parts: codes, absmax and scales, as `Nf4` defines them.
+        steps: (16,) float32, the values of the codes.
+        scale_steps: (256,) float32, the values of the codes of magnitudes.
+        out: of any float dtype, on the device of the parts.
+    """
+    size = out.numel()
+    programs = triton.cdiv(size, 2 * _BYTES)
+    with torch.cuda.device(out.device):
+        _unpack[(programs,)](*parts, steps, scale_steps, out, size, _BLOCK // 2, _GROUP, _BYTES)
+    return out

@@ -1,0 +1,79 @@
+"""Kernels on a GPU compute what the operations of torch and bitsandbytes compute.
+
+Run by `make test-gpu`.
+"""
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from emloc.precision import Packed
+from emloc.precision.nf4 import BITS, Nf4, _kernel
+from emloc.tensors.lean.kernels import liger
+
+pytestmark = pytest.mark.gpu
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def library():
+    pytest.importorskip("liger_kernel")
+    found = liger()
+    assert found is not None
+    return found
+
+
+def leaves(*shapes):
+    torch.manual_seed(0)
+    return [
+        torch.randn(shape, device=CUDA, dtype=torch.bfloat16).requires_grad_() for shape in shapes
+    ]
+
+
+def outputs_and_gradients(function, inputs):
+    fresh = [one.detach().clone().requires_grad_() for one in inputs]
+    outputs = function(*[one * 1 for one in fresh])  # kernels overwrite their inputs
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    sum((one.float() * 0.5).square().sum() for one in outputs).backward()
+    return [*outputs, *(one.grad for one in fresh)]
+
+
+def assert_near(actual, expected):
+    for one, other in zip(actual, expected, strict=True):
+        assert (one.float() - other.float()).norm() <= 0.01 * other.float().norm()
+
+
+@pytest.mark.parametrize("shape", [(2, 33, 96), (5, 14336)])
+def test_the_gated_unit(library, shape):
+    inputs = leaves(shape, shape)
+    expected = outputs_and_gradients(lambda gate, up: functional.silu(gate) * up, inputs)
+    assert_near(outputs_and_gradients(library[0], inputs), expected)
+
+
+@pytest.mark.parametrize("heads", [(32, 8), (9, 3)])
+def test_the_rotation(library, heads):
+    q, k = leaves((2, 40, heads[0], 64), (2, 40, heads[1], 64))
+    angle = torch.randn(2, 40, 32, device=CUDA).repeat(1, 1, 2)
+    cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
+
+    def by(rotate):
+        return lambda q, k: rotate(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+
+    expected = outputs_and_gradients(by(apply_rotary_pos_emb), (q, k))
+    assert_near(outputs_and_gradients(by(library[1]), (q, k)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(5, 7), (64, 96), (33, 130), (1024, 4096)])
+def test_nf4_is_dequantised_as_by_bitsandbytes(shape, dtype):
+    kernel, precision = _kernel(CUDA), Nf4(name="nf4", bits=BITS)
+    assert kernel is not None
+    matrix = torch.randn(shape, device=CUDA).to(dtype)
+    packed = Packed(precision, precision.pack(matrix), shape, dtype)
+    out = torch.full(shape, float("nan"), device=CUDA, dtype=dtype)
+    assert packed.dequantize(out) is out
+    on_cpu = packed.to(torch.device("cpu")).dequantize().to(CUDA)
+    torch.testing.assert_close(out, on_cpu, rtol=torch.finfo(dtype).eps, atol=1e-7)
+    assert torch.equal(packed.dequantize(), out)
