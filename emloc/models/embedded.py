@@ -13,7 +13,7 @@ from emloc.models.decoder import decoder_of
 # Name of the vectors of the tokens among the inputs of a model.
 VECTORS = "inputs_embeds"
 # Inputs of a decoder that a batch without images has as well.
-_PER_TOKEN = ("attention_mask", "position_ids")
+PER_TOKEN = ("attention_mask", "position_ids")
 
 
 class _DecoderReached(Exception):
@@ -53,7 +53,7 @@ def decoder_inputs(model: Any, inner: Any, inputs: Mapping[str, Any]) -> dict[st
     if not isinstance(vectors, Tensor):
         raise RuntimeError("the decoder of the model reads no vectors")
     result = {VECTORS: vectors}
-    for name in _PER_TOKEN:
+    for name in PER_TOKEN:
         value = inputs.get(name, arguments.get(name))
         if isinstance(value, Tensor):
             result[name] = value

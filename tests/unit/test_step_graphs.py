@@ -41,7 +41,7 @@ def passes_of(model, recorder):
         return model(batch["x"]).square().sum() / count
 
     trained = Trained(model, model, torch.device("cpu"), None, loss)
-    capture = Capture(FixedShapes((), (), 0.0, masked=True), None, False, recorder)
+    capture = Capture(FixedShapes((), (), 0.0, masked=True), None, False, None, recorder)
     return GraphedPasses(trained, capture, FlatGradients(model.parameters()))
 
 

@@ -67,6 +67,7 @@ class BenchSetup:
 
     model: str  # choice of the group `model`
     overrides: tuple[str, ...] = ()
+    log_every: int = 1  # steps; a training is timed whenever it logs, for which the host waits
 
     @cached_property
     def device(self) -> torch.device:
@@ -83,7 +84,8 @@ class BenchSetup:
         """Configuration of the run that is measured, composed as for the command line."""
         fixed = ("model.weights=random", "train=steps500", "train.batch=1", "train.accumulate=1")
         small = () if self.is_full_size else _small_size_overrides(self.model)
-        last = ("train.log_every=1", "train.save_every=100000", "tracker=none")
+        log_every = f"train.log_every={self.log_every}"
+        last = (log_every, "train.save_every=100000", "tracker=none")
         return build(compose([f"model={self.model}", *fixed, *small, *self.overrides, *last]))
 
     @cached_property

@@ -18,7 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from emloc.cost.bench.bound import Recorder, seconds_alone
 from emloc.cost.bench.rows import BenchRow, Figure, row
@@ -43,6 +49,8 @@ from emloc.tensors.nn.factorized import Factorized, PackedFactorized
 
 FOUR_BITS = 4  # bits of QLoRA and of the packed models
 STEPS, WARM_UP_STEPS = 8, 4  # steps of a measurement; the warm-up is not timed
+# Steps that are timed together, so that the host may run ahead of the GPU, and steps in all.
+TOGETHER, MORE_STEPS = 4, 12
 NEAR = 0.05  # target: largest relative distance of the planned peak from the measured one
 
 
@@ -52,7 +60,7 @@ class TrainingFigures:
 
     peak: Figure  # peak of allocated device memory in 10^9 bytes
     reserved: Figure  # peak of reserved device memory in 10^9 bytes
-    step: Figure  # median seconds of a step
+    step: Figure  # median seconds of a step, or the mean of steps that are timed together
     losses: tuple[float, ...] = ()  # loss of each step; empty if not recorded
 
 
@@ -95,8 +103,9 @@ def training(
     `names` are the benchmark names for the rows of the emulator, of the packed emulator and of the
     plan. `targets` belong to the first two.
     """
-    setup = BenchSetup(model, (f"train.steps={STEPS}",))
-    setup_of_graphs = BenchSetup(model, (f"train.steps={STEPS}", "train.capture=true"))
+    steps = f"train.steps={MORE_STEPS}"
+    setup = BenchSetup(model, (steps,), TOGETHER)
+    setup_of_graphs = BenchSetup(model, (steps, "train.capture=true"), TOGETHER)
     open_emulator: Opener = partial(open_factorized, ratio=ratio)
     open_packed_emulator: Opener = partial(open_packed, ratio=ratio)
     lora, qlora = (
@@ -113,7 +122,7 @@ def training(
         limit_device_memory(setup.device, None)
         yield from comparison_rows(name, ours, lora, qlora, target if setup.is_full_size else None)
         yield row(name, "step as CUDA graphs; step without", "s", graphs.step, peer=ours.step)
-        alone = products_alone(setup, opener)
+        alone = products_alone(BenchSetup(model, (f"train.steps={STEPS}",)), opener)
         yield row(name, "step as CUDA graphs; its products alone", "s", graphs.step, peer=alone)
         yield row(
             *(name, "peak reserved with graphs; without", "GB", graphs.reserved),
@@ -176,14 +185,15 @@ def measure_our_training(setup: BenchSetup, opener: Opener) -> TrainingFigures:
         losses.append(values["loss"])
 
     _fit(setup, opener, record)
-    return figures_of_steps(ends, device, tuple(losses))
+    return figures_of_steps(ends, device, tuple(losses), setup.log_every)
 
 
 def _fit(
     setup: BenchSetup, opener: Opener, report: Callable[[int, dict[str, float]], None]
 ) -> None:
     """Run our own training of the model that `opener` opens; `report` gets each step."""
-    batches = [setup.labelled_batch(seed) for seed in range(STEPS)]  # generated before the steps
+    steps = setup.run_config.train.steps
+    batches = [setup.labelled_batch(seed) for seed in range(steps)]  # generated before the steps
     with tempfile.TemporaryDirectory() as folder:
         fit_rows(
             Path(folder),
@@ -229,7 +239,8 @@ def measure_script(setup: BenchSetup, opener: Opener) -> TrainingFigures:
         model, run_config.lora, setup.training_inputs.layers
     )
     ends: list[float] = []
-    batches = [setup.batch(seed) for seed in range(STEPS)]  # generated before the steps
+    steps = run_config.train.steps
+    batches = [setup.batch(seed) for seed in range(steps)]  # generated before the steps
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         batch = batches[rows[0]["seed"]]
@@ -238,16 +249,17 @@ def measure_script(setup: BenchSetup, opener: Opener) -> TrainingFigures:
         return batch | {"labels": labels}
 
     class StepTimer(TrainerCallback):
-        """Callback that records when each step ends."""
+        """Callback that records when steps end, as often as our training logs."""
 
-        def on_step_end(self, *_: Any, **__: Any) -> None:
+        def on_step_end(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
             """Record the time at which a step has ended."""
-            ends.append(synchronized_time(device))
+            if state.global_step % setup.log_every == 0:
+                ends.append(synchronized_time(device))
 
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             output_dir=folder,
-            max_steps=STEPS,
+            max_steps=steps,
             per_device_train_batch_size=1,
             bf16=True,
             gradient_checkpointing=True,
@@ -261,18 +273,25 @@ def measure_script(setup: BenchSetup, opener: Opener) -> TrainingFigures:
         Trainer(
             model=tuned,
             args=args,
-            train_dataset=[{"seed": seed} for seed in range(STEPS)],
+            train_dataset=[{"seed": seed} for seed in range(steps)],
             data_collator=collate,
             callbacks=[StepTimer()],
         ).train()
-    return figures_of_steps(ends, device)
+    return figures_of_steps(ends, device, together=setup.log_every)
 
 
 def figures_of_steps(
-    ends: Sequence[float], device: torch.device, losses: tuple[float, ...] = ()
+    ends: Sequence[float],
+    device: torch.device,
+    losses: tuple[float, ...] = (),
+    together: int = 1,
 ) -> TrainingFigures:
-    """Return the figures of a training since `reset_memory`; `ends` are the times of its steps."""
-    steps = [after - before for before, after in pairwise(ends[WARM_UP_STEPS - 1 :])]
+    """Return the figures of a training since `reset_memory`.
+
+    `ends` are the times at the ends of its steps, or of each so many `together`.
+    """
+    first = WARM_UP_STEPS // together - 1
+    steps = [(after - before) / together for before, after in pairwise(ends[first:])]
     figures = TrainingFigures(
         peak_gb(device), reserved_gb(device), statistics.median(steps), losses
     )

@@ -23,6 +23,7 @@ from emloc.data.fixed_shapes import (
 from emloc.models.causal import is_causal
 from emloc.models.decoder import decoder_of
 from emloc.models.embedded import VECTORS
+from emloc.models.image_vectors import IMAGE_POSITIONS, image_positions, image_token
 from emloc.runtime.distributed import is_sharded
 from emloc.stages.training.order import RowOrder
 from emloc.stages.training.work import rows_of_step
@@ -53,6 +54,7 @@ class Capture:
     shapes: FixedShapes
     embedding: HostEmbedding | None  # whose rows are looked up ahead
     images: bool  # whether rows have images
+    image_token: int | None  # id of the token that stands for a piece of an image, if known
     record: Record
 
     def collator(self, collate: Collate) -> Collate:
@@ -60,8 +62,11 @@ class Capture:
 
         def fixed(rows: list[Any]) -> dict[str, Any]:
             batch = self.shapes.collate(rows, collate)
-            if self.embedding is not None and not self.images:
-                batch[VECTORS] = self.embedding.look_up(batch["input_ids"])
+            ids = batch["input_ids"]
+            if self.embedding is not None:
+                batch[VECTORS] = self.embedding.look_up(ids)
+            if self.image_token is not None:
+                batch[IMAGE_POSITIONS] = image_positions(ids, self.image_token)
             return batch
 
         return fixed
@@ -106,6 +111,7 @@ def capture_of(
         shapes,
         embedding if isinstance(embedding, HostEmbedding) else None,
         has_images,
+        image_token(trainee.inner) if has_images else None,
         RECORDER(trainee.device),
     )
 

@@ -15,7 +15,14 @@ from emloc.anchors.attached import AttachedOffsets
 from emloc.anchors.batches import OFFSETS, BatchOffsets, take_offsets
 from emloc.data.fixed_shapes import ANSWERS, MOST_SHAPES, PREDICTING, REAL_TOKENS
 from emloc.models.causal import unmasked
-from emloc.models.embedded import VECTORS, decoder_inputs
+from emloc.models.embedded import PER_TOKEN, VECTORS, decoder_inputs
+from emloc.models.image_vectors import (
+    IMAGE_POSITIONS,
+    PIXELS,
+    Tower,
+    features_of,
+    token_vectors,
+)
 from emloc.models.objectives import Batch
 from emloc.stages.training.capture import WITHOUT_GRAPHS, Capture
 from emloc.tensors.lean.flat_gradients import FlatGradients
@@ -25,6 +32,9 @@ log = logging.getLogger(__name__)
 
 # Name of the number of items of the step among the inputs of a graph.
 COUNT = "count"
+# Graphs of the vision tower; batches with other numbers of images or tiles are computed without.
+MOST_TOWERS = 16
+TOWER_WITHOUT_GRAPH = "train: each operation of the vision tower is launched by itself: %s"
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,8 @@ class GraphedPasses:
     """Runs forward and backward passes, whose gradients are flat.
 
     A graph begins with the vectors of the tokens if the table of vectors is in host memory, or if
-    the model has images, since models wait for the number of image tokens.
+    the model has images, since models wait for the number of image tokens. The vision tower has
+    graphs of its own, one for each number of images or tiles.
     """
 
     def __init__(self, trained: Trained, capture: Capture, gradients: FlatGradients) -> None:
@@ -50,6 +61,8 @@ class GraphedPasses:
         self._trained, self._capture = trained, capture
         self._begins_with_vectors = capture.embedding is not None or capture.images
         self._graphs = StepGraphs(self._compute, capture.record, MOST_SHAPES)
+        self._towers = StepGraphs(self._features, capture.record, MOST_TOWERS)
+        self._merges = False  # whether the vectors of a batch with images are put together here
 
     def prepare(self, examples: Callable[[], Iterable[Batch]]) -> None:
         """Record a graph for each of some batches; the longest come first.
@@ -59,20 +72,23 @@ class GraphedPasses:
         their kernels for its shape before the first graph is recorded.
         """
         for number, batch in enumerate(examples()):
-            if number == 0 and self._begins_with_vectors and (reason := self._flaw(batch)):
-                self._begins_with_vectors = False
-                self._give_up(reason)
-                return
-            inputs = self._inputs(batch, _one(self._trained.device))
+            if number == 0 and self._begins_with_vectors:
+                self._merges = self._capture.image_token is not None and self._merges_alike(batch)
+                if reason := self._flaw(batch):
+                    self._begins_with_vectors = False
+                    self._give_up(reason)
+                    return
+            inputs = self._inputs(batch, _one(self._trained.device), self._tower)
             with self._kept_gradients():
                 self._compute(inputs)
         for batch in examples():
-            self._record(self._inputs(batch, _one(self._trained.device)))
+            self._record(self._inputs(batch, _one(self._trained.device), self._recorded_tower))
 
     def run(self, batch: Batch, count: Tensor) -> Tensor:
         """Return the loss of a pass, a scalar, and add its gradients."""
         self.gradients.attach()  # a wrapper of the model may have dropped them
-        inputs = self._inputs(batch, count.to(self._trained.device))
+        count = count.to(self._trained.device)
+        inputs = self._inputs(batch, count, self._recorded_tower)
         self._record(inputs)
         return self._graphs.run(inputs)
 
@@ -101,31 +117,70 @@ class GraphedPasses:
     def _flaw(self, batch: Batch) -> str:
         """Return why a graph must not begin with vectors; nothing if the loss is the same."""
         try:
-            with_vectors, offsets, count = split(self._inputs(batch, _one(self._trained.device)))
+            inputs = self._inputs(batch, _one(self._trained.device), self._tower)
         except RuntimeError as error:
             return str(error)
-        left_out = (VECTORS, OFFSETS, REAL_TOKENS)
+        with_vectors, offsets, count = split(inputs)
+        left_out = (VECTORS, OFFSETS, REAL_TOKENS, IMAGE_POSITIONS)
         plain = {name: value for name, value in batch.items() if name not in left_out}
         losses = [self._loss(one, offsets, count) for one in (plain, with_vectors)]
         if torch.equal(*losses):  # the same operations give the same bits
             return ""
         return "the model reads more than the vectors of the tokens"
 
-    def _inputs(self, batch: Batch, count: Tensor) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def _merges_alike(self, batch: Batch) -> bool:
+        """Return whether the vectors that are put together here are those of the model."""
+        left_out = (OFFSETS, REAL_TOKENS, PREDICTING, ANSWERS, VECTORS, IMAGE_POSITIONS)
+        own = {name: value for name, value in batch.items() if name not in left_out}
+        if own.keys() - set(PER_TOKEN) != {"input_ids", PIXELS}:
+            return False  # the model wants to know more about its images
+        inner = self._trained.inner
+        try:
+            expected = decoder_inputs(self._trained.model, inner, own)
+            actual = token_vectors(inner, batch, batch.get(VECTORS), self._tower)
+        except RuntimeError:
+            return False
+        return expected.keys() - own.keys() == {VECTORS} and torch.equal(actual, expected[VECTORS])
+
+    def _inputs(self, batch: Batch, count: Tensor, tower: Tower) -> dict[str, Tensor]:
         """Return the inputs of a graph for a batch, whose tensors are on the device."""
         trained, batch = self._trained, dict(batch)
         offsets = [] if trained.anchors is None else take_offsets(batch, trained.device)
         batch.pop(REAL_TOKENS, None)
-        vectors = batch.pop(VECTORS, None)
         if not self._begins_with_vectors:
+            batch.pop(VECTORS, None)
             return joined(batch, offsets, count)
-        answers = {name: batch.pop(name) for name in (PREDICTING, ANSWERS)}
-        if self._capture.images:
-            batch = decoder_inputs(trained.model, trained.inner, batch)
-        else:
+        if not self._capture.images:
             del batch["input_ids"]
-            batch[VECTORS] = vectors
-        return joined(batch | answers, offsets, count)
+            return joined(batch, offsets, count)
+        vectors = batch.pop(VECTORS, None)
+        answers = {name: batch.pop(name) for name in (PREDICTING, ANSWERS)}
+        if self._merges:
+            with torch.no_grad():
+                vectors = token_vectors(trained.inner, batch, vectors, tower)
+            per_token = {name: batch[name] for name in PER_TOKEN if name in batch}
+            return joined({VECTORS: vectors, **per_token, **answers}, offsets, count)
+        batch.pop(IMAGE_POSITIONS, None)
+        reached = decoder_inputs(trained.model, trained.inner, batch)
+        return joined(reached | answers, offsets, count)
+
+    def _tower(self, pixels: Tensor) -> Tensor:
+        return features_of(self._trained.inner, pixels)
+
+    def _recorded_tower(self, pixels: Tensor) -> Tensor:
+        """Return the features of images by the graph of their number, recorded at its first use."""
+        inputs = {PIXELS: pixels}
+        try:
+            self._towers.prepare(inputs)
+        except RuntimeError as error:
+            log.info(TOWER_WITHOUT_GRAPH, str(error).strip().splitlines()[0])
+            self._towers = StepGraphs(self._features, self._capture.record, 0)
+        return self._towers.run(inputs)
+
+    @torch.no_grad()
+    def _features(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self._tower(inputs[PIXELS])
 
     def _compute(self, inputs: dict[str, Tensor]) -> Tensor:
         """Run one pass and return its loss."""
