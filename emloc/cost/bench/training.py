@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from emloc.cost.bench.bound import Recorder, seconds_alone
+from emloc.cost.bench.busy import shared_core
 from emloc.cost.bench.rows import BenchRow, Figure, row
 from emloc.cost.bench.setting import (
     BenchSetup,
@@ -51,6 +52,7 @@ FOUR_BITS = 4  # bits of QLoRA and of the packed models
 STEPS, WARM_UP_STEPS = 8, 4  # steps of a measurement; the warm-up is not timed
 # Steps that are timed together, so that the host may run ahead of the GPU, and steps in all.
 TOGETHER, MORE_STEPS = 4, 12
+BUSY_LOOPS = 3  # of other programs, for a measurement beside them
 NEAR = 0.05  # target: largest relative distance of the planned peak from the measured one
 
 
@@ -122,6 +124,10 @@ def training(
         limit_device_memory(setup.device, None)
         yield from comparison_rows(name, ours, lora, qlora, target if setup.is_full_size else None)
         yield row(name, "step as CUDA graphs; step without", "s", graphs.step, peer=ours.step)
+        with shared_core(BUSY_LOOPS):
+            beside = measure_or_oom(partial(measure_our_training, setup_of_graphs, opener))
+        what = f"step as CUDA graphs; on a core that {BUSY_LOOPS} busy loops share"
+        yield row(name, what, "s", graphs.step, peer=beside.step)
         alone = products_alone(BenchSetup(model, (f"train.steps={STEPS}",)), opener)
         yield row(name, "step as CUDA graphs; its products alone", "s", graphs.step, peer=alone)
         yield row(

@@ -133,14 +133,14 @@ class HostCopies:
         self._free.append(buffer)  # the next copy into it comes behind this one, on the same stream
         return tensor, done
 
-    def _wait_for_last(self, wanted: HostCopy | None = None) -> None:
+    def _wait_for_last(self, host: HostCopy | None = None) -> None:
         """Let the computation wait for copies whose memory may be free now."""
         current = torch.cuda.current_stream(self._device)
         if self._last is not None:
             current.wait_event(self._last[1])
             self._last = None
         coming, self._coming = self._coming, None
-        if coming is not None and coming is not wanted and coming.back is not None:
+        if coming is not None and coming is not host and coming.back is not None:
             current.wait_event(coming.back[1])
 
     def _take(self, size: int) -> Tensor:
