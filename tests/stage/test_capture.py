@@ -98,11 +98,13 @@ def assert_equal_trainings(one, other):
     ],
     ids=["plain", "accumulate", "unclipped", "few-rows"],
 )
-def test_a_training_of_graphs_is_the_same_training(tmp_path, built, graphs, recipe):
+def test_a_training_of_graphs_is_the_same_training(tmp_path, built, graphs, recipe, caplog):
+    caplog.set_level("INFO")
     expected = trained(tmp_path / "plain", built, **recipe)
     assert graphs == []
     actual = trained(tmp_path / "graphs", built, **recipe, capture=True)
     assert sum(graphs) == 6 * recipe.get("accumulate", 1)
+    assert f"train: recorded {len(graphs)} graphs in " in caplog.text
     assert_equal_trainings(actual, expected)
 
 

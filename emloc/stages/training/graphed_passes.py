@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from emloc.models.image_vectors import (
     token_vectors,
 )
 from emloc.models.objectives import Batch
+from emloc.runtime.progress import duration
 from emloc.stages.training.capture import WITHOUT_GRAPHS, Capture
 from emloc.tensors.lean.flat_gradients import FlatGradients
 from emloc.tensors.lean.step_graphs import Inputs, StepGraphs
@@ -34,6 +36,8 @@ log = logging.getLogger(__name__)
 COUNT = "count"
 # Graphs of the vision tower; batches with other numbers of images or tiles are computed without.
 MOST_TOWERS = 16
+# Log line behind the first graphs.
+RECORDED = "train: recorded %d graphs in %s"
 TOWER_WITHOUT_GRAPH = "train: each operation of the vision tower is launched by itself: %s"
 
 
@@ -71,6 +75,7 @@ class GraphedPasses:
         batches, and is called twice: each pass first runs as it is, so that libraries have loaded
         their kernels for its shape before the first graph is recorded.
         """
+        begun = time.perf_counter()
         for number, batch in enumerate(examples()):
             if number == 0 and self._begins_with_vectors:
                 self._merges = self._capture.image_token is not None and self._merges_alike(batch)
@@ -83,6 +88,8 @@ class GraphedPasses:
                 self._compute(inputs)
         for batch in examples():
             self._record(self._inputs(batch, _one(self._trained.device), self._recorded_tower))
+        if len(self._graphs):
+            log.info(RECORDED, len(self._graphs), duration(time.perf_counter() - begun))
 
     def run(self, batch: Batch, count: Tensor) -> Tensor:
         """Return the loss of a pass, a scalar, and add its gradients."""
