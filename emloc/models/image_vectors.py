@@ -51,14 +51,19 @@ def features_of(model: Any, pixels: Tensor) -> Tensor:
 
 
 def token_vectors(
-    model: Any, batch: Mapping[str, Tensor], vectors: Tensor | None, tower: Tower
+    model: Any,
+    batch: Mapping[str, Tensor],
+    vectors: Tensor | None,
+    positions: Tensor,
+    tower: Tower,
 ) -> Tensor:
     """Return the vectors (B, L, d) of all tokens of a batch.
 
     Args:
         model: the transformers model.
-        batch: with ids (B, L), and `PIXELS` and `IMAGE_POSITIONS` if it has images.
+        batch: with ids (B, L), and `PIXELS` if it has images.
         vectors: of the ids in the table; None: they are looked up.
+        positions: indices (N,) of the image tokens in the flat batch.
         tower: computes features.
     """
     if vectors is None:
@@ -66,5 +71,4 @@ def token_vectors(
     if PIXELS not in batch:
         return vectors
     features = tower(batch[PIXELS]).to(vectors.dtype)
-    flat = vectors.flatten(0, 1).index_copy(0, batch[IMAGE_POSITIONS], features)
-    return flat.view_as(vectors)
+    return vectors.flatten(0, 1).index_copy(0, positions, features).view_as(vectors)

@@ -54,6 +54,7 @@ def test_a_benchmark_runs_with_small_shapes_without_a_gpu(tmp_path, work):
     assert {"commit", "versions"} <= set(facts["provenance"])
     # Rows have the names of the full-size rows, except for the reduced shape in them.
     committed = {(result.work, result.what) for result in read_rows(RESULTS)}
+    rows = [result for result in rows if not result.what.startswith(NEW_ROWS)]
     for result in rows:
         at_full_size = (result.work, result.what) in committed
         assert at_full_size or result.what.startswith(("all ", "anonymous, at most, of "))
@@ -64,6 +65,8 @@ def test_a_benchmark_runs_with_small_shapes_without_a_gpu(tmp_path, work):
 
 # Benchmarks that were not run at full size yet.
 NOT_MEASURED = {"build_8b", "jobs_smollm2"}
+# Rows of other benchmarks that were not measured yet.
+NEW_ROWS = ("step as CUDA graphs", "peak reserved with graphs")
 
 
 def test_every_target_of_the_committed_results_holds():

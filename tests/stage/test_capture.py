@@ -31,7 +31,7 @@ from emloc.emulators.svd import Svd
 from emloc.models.checkpoint.source import Source
 from emloc.models.objectives.tokens import Tokens
 from emloc.stages.training import capture
-from emloc.stages.training.graphed_passes import GraphedPasses
+from emloc.stages.training.graph_inputs import Trained
 from emloc.stages.training.train import train
 from emloc.tensors.lean.embedding import HostEmbedding
 
@@ -216,13 +216,13 @@ def test_batches_have_the_answers_of_the_rows(masked):
 
 def test_only_models_that_need_a_mask_have_one(tmp_path, built, graphs, monkeypatch):
     masks = []
-    compute = GraphedPasses._loss
+    compute = Trained.anchored_loss
 
     def note(self, batch, *others):
         masks.append("attention_mask" in batch)
         return compute(self, batch, *others)
 
-    monkeypatch.setattr(GraphedPasses, "_loss", note)
+    monkeypatch.setattr(Trained, "anchored_loss", note)
     causal = trained(tmp_path / "causal", built, capture=True)
     assert set(masks) == {False}
     masks.clear()

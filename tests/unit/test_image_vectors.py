@@ -1,5 +1,6 @@
 """Vectors of the tokens of a batch with images, put together without the model's forward pass."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,6 @@ from torch import nn
 
 from emloc.models.embedded import VECTORS, decoder_inputs
 from emloc.models.image_vectors import (
-    IMAGE_POSITIONS,
     features_of,
     image_positions,
     image_token,
@@ -20,8 +20,8 @@ from emloc.models.image_vectors import (
 PLAIN = ["internvl", "llava"]
 
 
-def with_positions(model, batch):
-    return batch | {IMAGE_POSITIONS: image_positions(batch["input_ids"], image_token(model))}
+def positions_of(model, batch):
+    return image_positions(batch["input_ids"], image_token(model))
 
 
 @pytest.mark.parametrize("family", PLAIN)
@@ -29,11 +29,10 @@ def with_positions(model, batch):
 def test_the_vectors_are_those_of_the_model(family):
     model, batch = tiny_model(family), batch_of(family)
     expected = decoder_inputs(model, model, batch)[VECTORS]
-    tower = lambda pixels: features_of(model, pixels)  # noqa: E731
-    inputs = with_positions(model, batch)
-    assert torch.equal(token_vectors(model, inputs, None, tower), expected)
+    positions, tower = positions_of(model, batch), partial(features_of, model)
+    assert torch.equal(token_vectors(model, batch, None, positions, tower), expected)
     ahead = model.get_input_embeddings()(batch["input_ids"])
-    assert torch.equal(token_vectors(model, inputs, ahead, tower), expected)
+    assert torch.equal(token_vectors(model, batch, ahead, positions, tower), expected)
     assert torch.equal(ahead, model.get_input_embeddings()(batch["input_ids"]))  # not overwritten
 
 
@@ -41,7 +40,7 @@ def test_the_vectors_are_those_of_the_model(family):
 def test_text_alone_has_the_vectors_of_the_table():
     model = tiny_model("internvl")
     batch = {"input_ids": torch.arange(5, 12)[None]}
-    vectors = token_vectors(model, with_positions(model, batch), None, pytest.fail)
+    vectors = token_vectors(model, batch, None, positions_of(model, batch), pytest.fail)
     assert torch.equal(vectors, model.get_input_embeddings()(batch["input_ids"]))
 
 

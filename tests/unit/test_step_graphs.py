@@ -7,7 +7,8 @@ from torch import nn
 from emloc.data.fixed_shapes import FixedShapes
 from emloc.stages.training.capture import Capture
 from emloc.stages.training.finite import FiniteLosses
-from emloc.stages.training.graphed_passes import GraphedPasses, Trained
+from emloc.stages.training.graph_inputs import Trained
+from emloc.stages.training.graphed_passes import GraphedPasses
 from emloc.tensors.lean.flat_gradients import FlatGradients
 from emloc.tensors.lean.step_graphs import StepGraphs
 

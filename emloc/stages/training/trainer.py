@@ -27,7 +27,8 @@ from emloc.runtime.manifest import flaw_of, seal, set_aside
 from emloc.runtime.safetensors_file import write_safetensors
 from emloc.stages.training.capture import Capture
 from emloc.stages.training.finite import FiniteLosses
-from emloc.stages.training.graphed_passes import GraphedPasses, Trained
+from emloc.stages.training.graph_inputs import Trained
+from emloc.stages.training.graphed_passes import GraphedPasses
 from emloc.stages.training.order import RowOrder, WholeSteps
 from emloc.tensors.lean.flat_gradients import FlatGradients
 from emloc.tensors.nn.surgery import replace_tensor
