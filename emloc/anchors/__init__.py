@@ -38,13 +38,16 @@ class Anchor(Part):
     guard: Annotated[int, Range(least=0, usual=64)]
     # fit low-rank factors anew at the start of each round, to what the loss depends on
     refit: bool = False
+    # forget the optimizer's averages of gradients at the start of each round
+    restart: bool = False
 
     @property
     def key(self) -> dict[str, Any]:
         """Cache key of a training with these anchors."""
-        return {
+        key = {
             **self.offsets_key, "rounds": self.rounds, "guard": self.guard, "refit": self.refit
         }  # fmt: skip
+        return {**key, "restart": True} if self.restart else key
 
     @property
     def offsets_key(self) -> dict[str, Any]:

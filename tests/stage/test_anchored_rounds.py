@@ -460,6 +460,33 @@ def test_a_training_killed_in_a_round_resumes_to_the_same_bits(tmp_path, built, 
     assert (results(resumed), metrics.lines()) == straight
 
 
+@pytest.mark.parametrize(("restart", "averaged"), [(False, [2, 4, 6]), (True, [2, 2, 2])])
+def test_a_round_may_begin_without_the_averages_of_gradients(
+    tmp_path, built, monkeypatch, restart, averaged
+):
+    """Killed in the middle of a round, it goes on with those of the round."""
+    steps, keep = [], RoundSteps._keep
+
+    def note(self, folder, state, last, skipped):
+        file = folder / "checkpoints" / f"checkpoint-{last}" / "optimizer.pt"
+        states = torch.load(file, weights_only=True)["state"].values()
+        steps.extend({int(one["step"]) for one in states})
+        return keep(self, folder, state, last, skipped)
+
+    restarting = replace(BLOCKS, restart=restart)
+    whole = anchored.rounds(tmp_path / "whole", built, restarting)
+    with monkeypatch.context() as patch:
+        patch.setattr(RoundSteps, "_keep", note)
+        Metrics(tmp_path / "run").record(whole)
+    assert steps == averaged
+    killed = anchored.rounds(tmp_path / "killed", built, restarting)
+    with pytest.raises(Killed):
+        Metrics(tmp_path / "killed_run").record(killed, stop=3)
+    resumed = anchored.rounds(tmp_path / "killed", built, restarting)
+    Metrics(tmp_path / "killed_run").record(resumed)
+    assert results(resumed) == results(whole)
+
+
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_training_killed_in_a_pass_resumes_to_the_same_bits(
     tmp_path, built, straight, uninterrupted, monkeypatch, number

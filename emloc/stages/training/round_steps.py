@@ -57,7 +57,10 @@ class RoundSteps:
         finished = folder / "round.json"
         log, failure = LogLines(), ""
         if not finished.exists():
-            segment = Segment(state.checkpoint, last, skipped, rate, first=state.step, log=log)
+            restart = self.rows.anchor.restart
+            segment = Segment(
+                state.checkpoint, last, skipped, rate, restart, first=state.step, log=log
+            )
             failure = self._train(folder / "checkpoints", state, segment, offsets)
         facts = first_does(
             finished,

@@ -247,6 +247,7 @@ def run_steps(
     training_inputs, source = trainee.training_inputs, trainee.built_emulator.source
     segment = segment or Segment()
     progress = TrainingProgress(report, skipped=segment.skipped)
+    newest = newest_intact_checkpoint(checkpoints)
     trainer = FiniteTrainer(
         adapter=training_inputs.adapter,
         model=trainee.model,
@@ -272,6 +273,7 @@ def run_steps(
         loss=trainee.loss,
         anchors=segment.anchors,
         skipped=segment.skipped,
+        restart=segment.restart and newest is None,
         capture=segment.capture,
     )
     trainer.remove_callback(PrinterCallback)
@@ -280,7 +282,7 @@ def run_steps(
     training = adapter.training(trainee.model, mixed=mixed)
     rotary = nullcontext() if segment.capture is None else fused_rotary(decoder_of(trainee.inner))
     with without_cudnn(), rotary, training, trainer.graphed(), closing(progress):
-        checkpoint = newest_intact_checkpoint(checkpoints) or segment.start
+        checkpoint = newest or segment.start
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             trainer.check_losses()
@@ -301,6 +303,7 @@ class Segment:
     end: int | None = None  # the step it ends at, with a checkpoint; None: the last step
     skipped: int = 0  # steps whose rows were used by rejected rounds
     rate: float = 1.0  # factor of the learning rate
+    restart: bool = False  # without the averages of gradients of the checkpoint `start`
     anchors: AttachedOffsets | None = None  # hooks of the model that add offsets; None: no offsets
     capture: Capture | None = None  # how its passes run as CUDA graphs; None: without graphs
     log: LogLines = field(default_factory=LogLines)  # of this training

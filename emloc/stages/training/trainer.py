@@ -45,7 +45,8 @@ class FiniteTrainer(Trainer):
     The adapter decides which state a checkpoint holds and may add a term to the loss. `loss` is the
     objective's chunked loss, if the model was prepared for it. With `anchors` every batch has
     offsets, which are handed to the model's hooks. `skipped` steps of rows were used by rejected
-    rounds of an anchored training. With `capture` the passes run as CUDA graphs.
+    rounds of an anchored training. With `restart` the optimizer forgets the averages of gradients
+    of the checkpoint that the training goes on from. With `capture` the passes run as CUDA graphs.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class FiniteTrainer(Trainer):
         loss: Loss | None = None,
         anchors: AttachedOffsets | None = None,
         skipped: int = 0,
+        restart: bool = False,
         capture: Capture | None = None,
         **arguments: Any,
     ) -> None:
@@ -64,7 +66,7 @@ class FiniteTrainer(Trainer):
         self._capture = capture
         self._passes: GraphedPasses | None = None
         self._graph_resources = ExitStack()
-        self._anchors, self._skipped = anchors, skipped
+        self._anchors, self._skipped, self._restart = anchors, skipped, restart
         self._objective = objective
         self._loss = loss or objective.loss
         # This function is never called, since `compute_loss` is overridden. It tells the Trainer
@@ -174,6 +176,9 @@ class FiniteTrainer(Trainer):
         They differ if a round was rejected since, which halves the rate of the rounds behind it.
         """
         super()._load_optimizer_and_scheduler(checkpoint)
+        if self._restart:
+            optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+            optimizer.state.clear()
         scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         rates = [self.args.learning_rate] * len(self.optimizer.param_groups)
         if checkpoint is None or scheduler.base_lrs == rates:
