@@ -44,7 +44,7 @@ from emloc.stages.training.anchored_rows import anchored_rows
 from emloc.stages.training.callbacks import Report
 from emloc.stages.training.refit import refit_of
 from emloc.stages.training.rounds import Rounds, rounds_of
-from emloc.stages.training.train import open_trainee
+from emloc.stages.training.trainee import open_trainee
 
 CPU = torch.device("cpu")
 FLOAT64 = Floats(torch.float64)

@@ -12,7 +12,7 @@ from emloc.runtime.distributed import is_sharded
 from emloc.runtime.stage_cache import Facts
 from emloc.stages import EMULATOR, Context, Stage
 from emloc.stages.training.refit import Refittable, refit_of
-from emloc.stages.training.train import open_trainee
+from emloc.stages.training.trainee import open_trainee
 
 # Facts of a stage that say nothing of its artifact.
 _OWN = ("seconds", "peak_gib", "row_forwards", "weights_read")

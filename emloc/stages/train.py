@@ -14,7 +14,8 @@ from emloc.stages import ANCHORS, TRAINED, Context, Stage
 from emloc.stages.anchor import first_round
 from emloc.stages.training.refit import refit_of
 from emloc.stages.training.rounds import ROUNDS_FILE, rounds_of
-from emloc.stages.training.train import open_trainee, train
+from emloc.stages.training.train import train
+from emloc.stages.training.trainee import open_trainee
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from emloc.stages.training.anchored_rows import anchored_rows
 from emloc.stages.training.refit import Refit, refit_of, with_folder
 from emloc.stages.training.round_passes import RoundPasses
 from emloc.stages.training.round_trainee import State
-from emloc.stages.training.train import open_trainee
+from emloc.stages.training.trainee import open_trainee
 from emloc.tensors.linalg.sensitivity import output_root
 
 SVD = Svd(algorithm="eigen", aware=True, multiple=1)

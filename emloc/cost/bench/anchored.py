@@ -27,7 +27,8 @@ from emloc.cost.bench.training import (
 )
 from emloc.emulators.layer_drop import block_stack
 from emloc.stages.training.callbacks import StepTimer
-from emloc.stages.training.train import Segment, open_trainee, run_steps
+from emloc.stages.training.train import Segment, run_steps
+from emloc.stages.training.trainee import open_trainee
 
 # Target: a step with anchors takes at most a tenth longer.
 LEAST_RATIO = 1 / 1.1

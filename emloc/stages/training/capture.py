@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,12 +26,10 @@ from emloc.models.embedded import VECTORS
 from emloc.models.image_vectors import IMAGE_POSITIONS, image_positions, image_token
 from emloc.runtime.distributed import is_sharded
 from emloc.stages.training.order import RowOrder
+from emloc.stages.training.trainee import Trainee
 from emloc.stages.training.work import rows_of_step
 from emloc.tensors.lean.embedding import HostEmbedding
 from emloc.tensors.lean.step_graphs import CudaRecorder, Record
-
-if TYPE_CHECKING:
-    from emloc.stages.training.train import Trainee
 
 log = logging.getLogger(__name__)
 

@@ -36,7 +36,7 @@ from emloc.runtime.progress import tracked
 from emloc.runtime.safetensors_file import write_safetensors
 from emloc.runtime.stage_cache import Artifact
 from emloc.stages.training.anchored_rows import AnchoredRows, unique
-from emloc.stages.training.train import Trainee
+from emloc.stages.training.trainee import Trainee
 from emloc.tensors.nn.attention import without_cudnn
 
 # Tokens whose gradients are kept for each layer.

@@ -18,7 +18,8 @@ from emloc.stages.training.anchored_rows import AnchoredRows
 from emloc.stages.training.callbacks import LogLines, Report, StepTimer
 from emloc.stages.training.capture import Capture, capture_of
 from emloc.stages.training.round_trainee import RoundTrainee, State
-from emloc.stages.training.train import Segment, Trainee, run_steps
+from emloc.stages.training.train import Segment, run_steps
+from emloc.stages.training.trainee import Trainee
 from emloc.stages.training.trainer import newest_intact_checkpoint, unshard_parameters
 
 

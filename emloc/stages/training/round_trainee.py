@@ -14,7 +14,7 @@ from emloc.adapters.training_inputs import TrainingInputs
 from emloc.emulators import BuiltEmulator
 from emloc.models.checkpoint.source import Source
 from emloc.runtime.distributed import is_sharded
-from emloc.stages.training.train import Trainee, open_trainee
+from emloc.stages.training.trainee import Trainee, open_trainee
 from emloc.stages.training.trainer import STATE_FILE
 
 

@@ -33,7 +33,8 @@ from emloc.stages.training.refit import Refit
 from emloc.stages.training.round_passes import FirstPass, RoundPasses
 from emloc.stages.training.round_steps import RoundSteps
 from emloc.stages.training.round_trainee import RoundTrainee, State
-from emloc.stages.training.train import Trainee, log_start, write_curve
+from emloc.stages.training.train import log_start, write_curve
+from emloc.stages.training.trainee import Trainee
 from emloc.stages.training.work import rows_of_step
 
 log = logging.getLogger(__name__)
