@@ -37,7 +37,7 @@ from bitsandbytes.functional import (  # noqa: E402
 log = logging.getLogger(__name__)
 
 # Dequantises the parts of a matrix into a tensor, as `nf4_kernel.unpack` does.
-Kernel = Callable[[tuple[Tensor, Tensor, Tensor], Tensor, Tensor, Tensor], Tensor]
+Kernel = Callable[[tuple[Tensor, Tensor, Tensor], Tensor, Tensor, Tensor, int, int], Tensor]
 
 BITS = 4
 BLOCK = 64  # number of weights that share a scale
@@ -159,9 +159,8 @@ def _kernel(device: torch.device) -> Kernel | None:
 
 def _by(kernel: Kernel, packed: Packed, out: Tensor) -> Tensor:
     """Dequantise a matrix into `out` by a kernel."""
-    parts = packed.parts
-    steps, scale_steps = _steps(out.device)
-    return kernel((parts["codes"], parts["absmax"], parts["scales"]), steps, scale_steps, out)
+    parts = (packed.parts["codes"], packed.parts["absmax"], packed.parts["scales"])
+    return kernel(parts, *_steps(out.device), out, BLOCK, GROUP)
 
 
 @cache

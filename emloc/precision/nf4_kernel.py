@@ -1,7 +1,7 @@
 """Dequantise an nf4 matrix in one GPU kernel (Triton).
 
-bitsandbytes takes four: the magnitudes of the blocks, the sum with their mean, and the numbers,
-each into new memory that is filled before. No library has one with double quantisation.
+bitsandbytes takes four: one fills new memory, and the others compute the magnitudes of the blocks,
+their sum with the mean, and the numbers. No library has one for double quantisation.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Numbers that share a magnitude, and magnitudes that share a scale; see `Nf4`.
-_BLOCK, _GROUP = 64, 256
 _BYTES = 1024  # of codes that one program reads
 
 
@@ -47,7 +45,12 @@ def _unpack(
 
 
 def unpack(
-    parts: tuple[Tensor, Tensor, Tensor], steps: Tensor, scale_steps: Tensor, out: Tensor
+    parts: tuple[Tensor, Tensor, Tensor],
+    steps: Tensor,
+    scale_steps: Tensor,
+    out: Tensor,
+    block: int,
+    group: int,
 ) -> Tensor:
     """Fill the contiguous tensor `out` with the numbers of a packed matrix, and return it.
 
@@ -56,9 +59,11 @@ def unpack(
         steps: (16,) float32, the values of the codes.
         scale_steps: (256,) float32, the values of the codes of magnitudes.
         out: of any float dtype, on the device of the parts.
+        block: how many numbers share a magnitude; an even number.
+        group: how many magnitudes share a scale.
     """
     size = out.numel()
     programs = triton.cdiv(size, 2 * _BYTES)
     with torch.cuda.device(out.device):
-        _unpack[(programs,)](*parts, steps, scale_steps, out, size, _BLOCK // 2, _GROUP, _BYTES)
+        _unpack[(programs,)](*parts, steps, scale_steps, out, size, block // 2, group, _BYTES)
     return out

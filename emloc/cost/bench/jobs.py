@@ -52,10 +52,7 @@ def jobs(benchmark: str, model: str, ratio: float) -> Iterator[BenchRow]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with Workers(train, folder, {}) as workers:
-            workers.start(1)
-            workers.run(warm_up, None)
-            short, _ = workers.run(steps // 4, None)
-            seconds, peak = workers.run(steps, None)
+            seconds, step, peak = one_at_a_time(workers, warm_up, steps)
             need = need_of_peak(peak)
             count = count_side_by_side(need) if is_full_size else 2
             workers.start(count - 1)
@@ -68,12 +65,11 @@ def jobs(benchmark: str, model: str, ratio: float) -> Iterator[BenchRow]:
                     workers.start(count)
                     workers.run(warm_up, need)
                     seconds_with_mps, _ = workers.run(steps, need)
-    step = (seconds - short) / (steps - steps // 4)
     graphed_step = step_of_graphs(model, ratio, warm_up, steps)
     alone = 3600 / seconds
     beside = 3600 * count / seconds_beside
     with_mps = 3600 * count / seconds_with_mps
-    yield row(*(benchmark, "a step as CUDA graphs; a step without", "s", graphed_step), peer=step)
+    yield row(benchmark, "a step as CUDA graphs; a step without", "s", graphed_step, peer=step)
     yield row(benchmark, "one at a time", "jobs an hour", alone)
     yield row(benchmark, "side by side", "jobs an hour", beside)
     yield row(benchmark, "side by side, over one at a time", "", beside / alone)
@@ -84,17 +80,24 @@ def jobs(benchmark: str, model: str, ratio: float) -> Iterator[BenchRow]:
     yield row(benchmark, "a job: peak reserved", "GB", peak / 1e9 if is_full_size else nan)
 
 
+def one_at_a_time(workers: Workers, warm_up: int, steps: int) -> tuple[float, float, int]:
+    """Start one worker, and return the seconds of a job and of a step, and the peak in bytes."""
+    workers.start(1)
+    workers.run(warm_up, None)
+    fewer = steps // 4
+    short, _ = workers.run(fewer, None)
+    seconds, peak = workers.run(steps, None)
+    return seconds, (seconds - short) / (steps - fewer), peak
+
+
 def step_of_graphs(model: str, ratio: float, warm_up: int, steps: int) -> float:
     """Return the seconds of a step of a job whose passes are CUDA graphs."""
     setup = BenchSetup(model, (*RECIPE, "train.capture=true"))
     assert setup.run_config.adapter.trains
     train = partial(train_random, setup, ratio)
     with tempfile.TemporaryDirectory() as folder, Workers(train, Path(folder), {}) as workers:
-        workers.start(1)
-        workers.run(warm_up, None)
-        short, _ = workers.run(steps // 4, None)
-        seconds, _ = workers.run(steps, None)
-    return (seconds - short) / (steps - steps // 4)
+        _, step, _ = one_at_a_time(workers, warm_up, steps)
+    return step
 
 
 def _or_word(figure: float) -> Figure:

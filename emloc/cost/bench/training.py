@@ -217,14 +217,11 @@ def products_alone(setup: BenchSetup, opener: Opener) -> float:
     device = setup.device
     reset_memory(device)
     recorder, recording = Recorder(), ExitStack()
-    started, ended = WARM_UP_STEPS - 1, WARM_UP_STEPS  # the steps around the recorded one
-    done = iter(range(STEPS))
 
     def record(step: int, values: dict[str, float]) -> None:
-        number = next(done)
-        if number == started:
-            recording.enter_context(recorder)
-        elif number == ended:
+        if step == WARM_UP_STEPS:
+            recording.enter_context(recorder)  # for the next step
+        elif step == WARM_UP_STEPS + 1:
             recording.close()
 
     _fit(setup, opener, record)

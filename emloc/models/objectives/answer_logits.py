@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from emloc.models.objectives import Batch
-from emloc.models.objectives.output_head import ROUNDING, IdentityHead, name_of_head
+from emloc.models.objectives.output_head import IdentityHead, name_of_head
 from emloc.tensors.nn.forward import accepts_use_cache, unwrap
+from emloc.tensors.nn.near import is_near
 
 # Tokens whose logits show that a model computes the logits of each token by themselves.
 TRIAL_TOKENS = 8
@@ -152,8 +153,7 @@ class _Pass:
             return False
         if column.shape != (logits.shape[1], 1, logits.shape[2]):
             return False
-        row, column = logits[0].float(), column[:, 0].float()
-        return bool((row - column).norm() <= ROUNDING * row.norm())
+        return is_near(column[:, 0], logits[0])
 
     def logits_at(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Logits (N, V) of the tokens at some indices (N,)."""

@@ -16,8 +16,9 @@ from emloc.data.collate import IGNORE
 from emloc.data.fixed_shapes import ANSWERS, PREDICTING
 from emloc.models.objectives import Batch, Loss
 from emloc.models.objectives.answer_logits import without_labels
-from emloc.models.objectives.output_head import ROUNDING, IdentityHead, name_of_head
+from emloc.models.objectives.output_head import IdentityHead, name_of_head
 from emloc.tensors.lean.loss import AnswerLoss
+from emloc.tensors.nn.near import is_near
 
 # A value above every cap on logits in use.
 LARGE = 1e3
@@ -60,7 +61,7 @@ def _only_scales_logits(model: PreTrainedModel, head: IdentityHead) -> bool:
     head.logits = None
     inputs = logits.float()
     scale = (outputs @ inputs) / (inputs @ inputs)
-    return bool((outputs - scale * inputs).norm() <= ROUNDING * outputs.norm())
+    return is_near(scale * inputs, outputs)
 
 
 def _answer_loss(weight: Tensor, model: Any, batch: Batch, count: Tensor) -> Tensor:

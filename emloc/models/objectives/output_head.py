@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-# Upper bound on the relative rounding error of a vector in 16 bits, with a margin.
-ROUNDING = 0.01
-
 
 class IdentityHead(nn.Module):
     """Replacement of a model's output head that returns the hidden states unchanged.

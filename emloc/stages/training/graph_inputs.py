@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 # Name of the number of items of the step among the inputs of a graph.
 COUNT = "count"
+# The number of items of a trial, whose loss is not scaled.
+ONE = torch.ones((), dtype=torch.long)
 # What a model does not read itself.
 _OURS = (OFFSETS, REAL_TOKENS, VECTORS, IMAGE_POSITIONS)
 # Graphs of the vision tower; batches with other numbers of images or tiles are computed without.
@@ -106,7 +108,7 @@ class GraphInputs:
     def _flaw(self, batch: Batch) -> str:
         """Return why the loss behind the vectors is another one; nothing if it is the same."""
         try:
-            inputs = self.of(batch, _one(self._trained.device), recorded=False)
+            inputs = self.of(batch, ONE, recorded=False)
         except RuntimeError as error:
             return str(error)
         with_vectors, offsets, count = split(inputs)
@@ -137,11 +139,8 @@ class GraphInputs:
     def _recorded_tower(self, pixels: Tensor) -> Tensor:
         """Return the features of images by the graph of their number, recorded at its first use."""
         inputs = {PIXELS: pixels}
-        try:
-            self._towers.prepare(inputs)
-        except RuntimeError as error:
-            log.info(TOWER_WITHOUT_GRAPH, str(error).strip().splitlines()[0])
-            self._towers = StepGraphs(self._features, self._capture.record, 0)
+        if reason := self._towers.prepare(inputs):
+            log.info(TOWER_WITHOUT_GRAPH, reason)
         return self._towers.run(inputs)
 
     @torch.no_grad()
@@ -170,7 +169,3 @@ def split(inputs: Inputs) -> tuple[dict[str, Tensor], BatchOffsets, Tensor]:
         elif name != COUNT:
             batch[name] = tensor
     return batch, [places[place] for place in sorted(places)], inputs[COUNT]
-
-
-def _one(device: torch.device) -> Tensor:
-    return torch.ones((), dtype=torch.long, device=device)

@@ -15,7 +15,7 @@ from emloc.models.causal import unmasked
 from emloc.models.objectives import Batch
 from emloc.runtime.progress import duration
 from emloc.stages.training.capture import WITHOUT_GRAPHS, Capture
-from emloc.stages.training.graph_inputs import GraphInputs, Trained, split
+from emloc.stages.training.graph_inputs import ONE, GraphInputs, Trained, split
 from emloc.tensors.lean.flat_gradients import FlatGradients
 from emloc.tensors.lean.step_graphs import Inputs, StepGraphs
 
@@ -30,7 +30,7 @@ class GraphedPasses:
 
     def __init__(self, trained: Trained, capture: Capture, gradients: FlatGradients) -> None:
         self.gradients = gradients
-        self._trained, self._capture = trained, capture
+        self._trained = trained
         self._inputs = GraphInputs(trained, capture)
         self._graphs = StepGraphs(self._compute, capture.record, MOST_SHAPES)
 
@@ -42,15 +42,15 @@ class GraphedPasses:
         their kernels for its shape before the first graph is recorded.
         """
         begun = time.perf_counter()
-        one = torch.ones((), dtype=torch.long)
         for number, batch in enumerate(examples()):
             if number == 0 and (reason := self._inputs.flaw(batch)):
-                self._give_up(reason)
+                log.warning(WITHOUT_GRAPHS, reason)
+                self._graphs.give_up()
                 return
             with self._kept_gradients():
-                self._compute(self._inputs.of(batch, one, recorded=False))
+                self._compute(self._inputs.of(batch, ONE, recorded=False))
         for batch in examples():
-            self._record(self._inputs.of(batch, one))
+            self._record(self._inputs.of(batch, ONE))
         if len(self._graphs):
             log.info(RECORDED, len(self._graphs), duration(time.perf_counter() - begun))
 
@@ -66,14 +66,9 @@ class GraphedPasses:
         if not self._graphs.is_new(inputs):
             return
         with self._kept_gradients():
-            try:
-                self._graphs.prepare(inputs)
-            except RuntimeError as error:
-                self._give_up(str(error).strip().splitlines()[0])
-
-    def _give_up(self, reason: str) -> None:
-        log.warning(WITHOUT_GRAPHS, reason)
-        self._graphs = StepGraphs(self._compute, self._capture.record, 0)
+            reason = self._graphs.prepare(inputs)
+        if reason:
+            log.warning(WITHOUT_GRAPHS, reason)
 
     @contextmanager
     def _kept_gradients(self) -> Iterator[None]:

@@ -18,11 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    PrinterCallback,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, TrainerState, TrainingArguments
 
 from emloc.adapters.training_inputs import TrainingInputs
 from emloc.anchors.attached import AttachedOffsets

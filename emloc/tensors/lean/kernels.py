@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from emloc.tensors.nn.near import is_near
+
 log = logging.getLogger(__name__)
 
-# Relative difference that rounding to 16 bits can cause, with a margin.
-ROUNDING = 0.01
 # Name of the function of a module of transformers that rotates queries and keys.
 ROTARY = "apply_rotary_pos_emb"
 
@@ -76,10 +76,7 @@ class CheckedRotary:
         except Exception as error:  # why: a kernel may not know a shape, or not be compiled here
             log.info("train: positions are applied by transformers: %s", error)
             return False
-        return all(
-            bool((one.float() - other.float()).norm() <= ROUNDING * other.float().norm())
-            for one, other in zip(actual, expected, strict=True)
-        )
+        return all(map(is_near, actual, expected))
 
 
 @contextmanager

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from emloc.tensors.lean.kernels import ROUNDING, liger
+from emloc.tensors.lean.kernels import liger
+from emloc.tensors.nn.near import is_near
 
 log = logging.getLogger(__name__)
 
@@ -106,18 +107,18 @@ def _fused_forward(
     training = module.training
     module.train()  # so that dropout, which the fused forward lacks, shows as a difference
     with torch.no_grad():
-        expected = module(trial).float()
-        near = (one for one in forwards if _is_near(partial(one, module), trial, expected))
+        expected = module(trial)
+        near = (one for one in forwards if _is_equal(partial(one, module), trial, expected))
         forward = next(near, None)
     module.train(training)
     return forward
 
 
-def _is_near(forward: Callable[[Tensor], Tensor], x: Tensor, expected: Tensor) -> bool:
+def _is_equal(forward: Callable[[Tensor], Tensor], x: Tensor, expected: Tensor) -> bool:
     """Return whether a forward gives an expected output for x, up to rounding."""
     try:
-        output = forward(x).float()
+        output = forward(x)
     except Exception as error:  # why: a kernel may not know a shape, or not be compiled here
         log.info("train: a kernel for gated MLPs does not work here: %s", error)
         return False
-    return bool((output - expected).norm() <= ROUNDING * expected.norm())
+    return is_near(output, expected)

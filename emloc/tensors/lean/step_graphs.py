@@ -51,10 +51,25 @@ class StepGraphs:
         """Return whether `prepare` would record a graph for some inputs."""
         return _key(inputs) not in self._graphs and len(self._graphs) < self._most
 
-    def prepare(self, inputs: Inputs) -> None:
-        """Record the graph of the shape of some inputs. Call it for the largest shape first."""
+    def prepare(self, inputs: Inputs) -> str:
+        """Record the graph of the shape of some inputs. Call it for the largest shape first.
+
+        Return why that is impossible, and then use no graphs any more; nothing if it is not.
+        """
         if not self.is_new(inputs):
-            return
+            return ""
+        try:
+            self._add(inputs)
+        except RuntimeError as error:
+            self.give_up()
+            return str(error).strip().splitlines()[0]
+        return ""
+
+    def give_up(self) -> None:
+        """Drop all graphs, and compute all inputs without one from now on."""
+        self._graphs, self._buffers, self._most = {}, {}, 0
+
+    def _add(self, inputs: Inputs) -> None:
         fixed = {name: self._buffer(name, value) for name, value in inputs.items()}
         torch._foreach_copy_([*fixed.values()], [*inputs.values()])
         losses: list[Tensor] = []
