@@ -28,6 +28,8 @@ PREDICTING, ANSWERS = "predicting_positions", "answer_tokens"
 REAL_TOKENS = "real_tokens"
 # Shapes of one training.
 MOST_SHAPES = 8
+# Batches that a shape needs for a graph to be worth it: one costs the time of two or three batches.
+LEAST_BATCHES = 4
 
 Collate = Callable[[list[Any]], dict[str, Any]]
 
@@ -45,7 +47,7 @@ class FixedShapes:
     """The shapes of the batches of a training, ascending by their length."""
 
     shapes: tuple[BatchShape, ...]
-    examples: tuple[tuple[int, ...], ...]  # for each shape, indices of the rows of such a batch
+    examples: tuple[tuple[int, ...], ...]  # for each frequent shape, row indices of such a batch
     padding: float  # share of the positions that batches are padded by
     masked: bool  # whether batches have a mask and padding in front; else padding lies behind
 
@@ -69,7 +71,8 @@ def fixed_shapes(
     Args:
         rows: encoded rows of text, with `length` and `answer_start`.
         batches: the row indices of all batches.
-        examples: indices of the batches that the examples come from.
+        examples: indices of the batches that are computed now; frequent shapes have
+            `LEAST_BATCHES` of them.
         masked: whether the model needs a mask.
     """
     longest = [max(rows[index].length for index in batch) for batch in batches]
@@ -77,13 +80,13 @@ def fixed_shapes(
     groups: dict[int, list[int]] = {length: [] for length in lengths}
     for number, length in enumerate(longest):
         groups[padded_to(length, lengths)].append(number)
-    firsts = [next((n for n in numbers if n in examples), None) for numbers in groups.values()]
+    now = [[number for number in numbers if number in examples] for numbers in groups.values()]
     return FixedShapes(
         tuple(
             _shape(length, [[rows[index] for index in batches[number]] for number in numbers])
             for length, numbers in groups.items()
         ),
-        tuple(tuple(batches[number]) for number in firsts if number is not None),
+        tuple(tuple(batches[some[0]]) for some in now if len(some) >= LEAST_BATCHES),
         sum(length * len(numbers) for length, numbers in groups.items()) / sum(longest) - 1,
         masked,
     )

@@ -6,8 +6,6 @@ their sum with the mean, and the numbers. No library has one for double quantisa
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -16,15 +14,16 @@ from torch import Tensor
 _BYTES = 1024  # of codes that one program reads
 
 
+# Triton reads annotations, and knows those of its own only.
 @triton.jit  # type: ignore[untyped-decorator]
 def _unpack(
-    codes: Any,
-    absmax: Any,
-    scales: Any,
-    steps: Any,
-    scale_steps: Any,
-    out: Any,
-    size: Any,
+    codes: tl.tensor,
+    absmax: tl.tensor,
+    scales: tl.tensor,
+    steps: tl.tensor,
+    scale_steps: tl.tensor,
+    out: tl.tensor,
+    size: tl.tensor,
     bytes_of_block: tl.constexpr,
     group: tl.constexpr,
     span: tl.constexpr,

@@ -3,6 +3,7 @@
 On a CPU a graph is repeated by calling its step; `tests/gpu/test_captured.py` records real graphs.
 """
 
+import re
 from functools import partial
 
 import anchored
@@ -17,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from emloc.anchors.blocks import Blocks
 from emloc.anchors.logits import Logits
 from emloc.anchors.places import Place
+from emloc.data import fixed_shapes as fixed_shapes_module
 from emloc.data.collate import IGNORE
 from emloc.data.fixed_shapes import (
     ANSWERS,
@@ -30,7 +32,7 @@ from emloc.emulators.full import Full
 from emloc.emulators.svd import Svd
 from emloc.models.checkpoint.source import Source
 from emloc.models.objectives.tokens import Tokens
-from emloc.stages.training import capture
+from emloc.stages.training import capture, graphed_passes
 from emloc.stages.training.graph_inputs import Trained
 from emloc.stages.training.train import train
 from emloc.tensors.lean.embedding import HostEmbedding
@@ -58,6 +60,7 @@ def graphs(monkeypatch):
 
         return replay
 
+    monkeypatch.setattr(fixed_shapes_module, "LEAST_BATCHES", 1)
     monkeypatch.setattr(capture, "DEVICES", ("cpu",))
     monkeypatch.setattr(capture, "RECORDER", lambda device: record)
     return replays
@@ -119,7 +122,8 @@ def test_other_weights_train_the_same(tmp_path, made_once, graphs, kind):
 
 
 @pytest.mark.parametrize("anchor", [BLOCKS, LOGITS], ids=["blocks", "logits"])
-def test_anchored_rounds_train_the_same(tmp_path, built, graphs, anchor):
+def test_anchored_rounds_train_the_same(tmp_path, built, graphs, anchor, caplog):
+    caplog.set_level("INFO")
     runs = {}
     for capture_on in (False, True):
         training = anchored.rounds(tmp_path / str(capture_on), built, anchor, capture=capture_on)
@@ -130,6 +134,54 @@ def test_anchored_rounds_train_the_same(tmp_path, built, graphs, anchor):
         )
     assert sum(graphs) == 6
     assert_equal_trainings(runs[True], runs[False])
+    recorded, again, *more = graph_lines(caplog)
+    assert recorded.startswith("train: recorded")
+    assert again.endswith("of the round before are used again")
+    shapes = re.search(r"of (\d+) lengths", caplog.text)
+    assert len(graphs) <= int(shapes[1])
+    assert len(more) <= 1  # for shapes that only the second round has
+
+
+def graph_lines(caplog):
+    return [line for line in caplog.messages if re.match(r"train: (recorded )?\d+ graphs", line)]
+
+
+def test_graphs_of_a_round_are_dropped_with_its_model(tmp_path, built, graphs, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    training = anchored.rounds(tmp_path / "moved", built, BLOCKS, capture=True)
+    run = training.steps.run
+
+    def moves_weights(*args):
+        result = run(*args)
+        for parameter in training.trainee.open().model.parameters():
+            parameter.data = parameter.data.clone()
+        return result
+
+    monkeypatch.setattr(training.steps, "run", moves_weights)
+    training.run()
+    assert [line.split()[1] for line in graph_lines(caplog)] == ["recorded"] * 2
+
+
+def test_graphs_are_not_kept_on_a_full_device(tmp_path, built, graphs, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(graphed_passes, "free_device_bytes", lambda device: -1)
+    anchored.rounds(tmp_path / "full", built, BLOCKS, capture=True).run()
+    assert [line.split()[1] for line in graph_lines(caplog)] == ["recorded"] * 2
+
+
+def test_lengths_that_are_rare_have_no_graphs(tmp_path, built, graphs, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    expected = trained(tmp_path / "plain", built)
+    monkeypatch.setattr(fixed_shapes_module, "LEAST_BATCHES", 2)
+    assert_equal_trainings(trained(tmp_path / "graphs", built, capture=True), expected)
+    assert 0 < sum(graphs) < 6
+    assert min(graphs) >= 2
+    caplog.clear()
+    monkeypatch.setattr(fixed_shapes_module, "LEAST_BATCHES", 7)
+    recorded = len(graphs)
+    assert_equal_trainings(trained(tmp_path / "none", built, capture=True), expected)
+    assert "no length of batches occurs" in caplog.text
+    assert len(graphs) == recorded
 
 
 def test_a_training_of_graphs_is_resumed_to_the_same_bits(tmp_path, built, graphs, monkeypatch):

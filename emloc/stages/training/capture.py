@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from emloc.data.fixed_shapes import (
+    LEAST_BATCHES,
     REAL_TOKENS,
     BatchShape,
     Collate,
@@ -100,6 +101,9 @@ def capture_of(
     masked = _needs_mask(trainee, rows, collate)
     examples = range(first * per_step, end * per_step)
     shapes = fixed_shapes(rows, batches, examples, masked=masked)
+    if not shapes.examples:
+        log.info(WITHOUT_GRAPHS, f"no length of batches occurs {LEAST_BATCHES} times")
+        return None
     log.info(
         "train: each pass is one CUDA graph, of %d lengths up to %d; they pad batches by %.1f%%",
         *(len(shapes.shapes), shapes.shapes[-1].length, 100 * shapes.padding),

@@ -63,6 +63,10 @@ class GraphInputs:
         self._begins_with_vectors = capture.embedding is not None or capture.images
         self._merges = False  # whether the vectors of a batch with images are put together here
 
+    def go_on(self, trained: Trained) -> None:
+        """Prepare inputs for the same model, with other offsets or another loss."""
+        self._trained = trained
+
     def flaw(self, batch: Batch) -> str:
         """Return why graphs must not begin with vectors; nothing if they may, or do not.
 

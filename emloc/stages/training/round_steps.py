@@ -111,7 +111,7 @@ class RoundSteps:
                     checkpoints,
                     self.report,
                     self.timer,
-                    replace(segment, anchors=hooks, capture=capture),
+                    replace(segment, anchors=hooks, capture=capture, kept=self.trainee.kept),
                 )
             except FloatingPointError as error:
                 if not self.rows.guard:

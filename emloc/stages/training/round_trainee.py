@@ -14,6 +14,7 @@ from emloc.adapters.training_inputs import TrainingInputs
 from emloc.emulators import BuiltEmulator
 from emloc.models.checkpoint.source import Source
 from emloc.runtime.distributed import is_sharded
+from emloc.stages.training.graphed_passes import KeptPasses
 from emloc.stages.training.trainee import Trainee, open_trainee
 from emloc.stages.training.trainer import STATE_FILE
 
@@ -36,11 +37,13 @@ class RoundTrainee:
     Attributes:
         emulator: of the present round; set it to another one to train through that.
         is_split: whether a round has split the weights of the loaded model (FSDP).
+        kept: the graphs of the loaded model.
     """
 
     def __init__(self, trainee: Trainee) -> None:
         self.emulator: BuiltEmulator = trainee.built_emulator
         self.is_split = False
+        self.kept = KeptPasses()
         self._trainee: Trainee = trainee
         adapter = trainee.training_inputs.adapter
         self._new_state = {n: t.clone() for n, t in adapter.state(trainee.model).items()}
@@ -70,6 +73,7 @@ class RoundTrainee:
         if is_other or (whole and self.is_split):
             inputs, device = self.training_inputs, self.device
             del self._trainee
+            self.kept = KeptPasses()
             gc.collect()
             self._trainee, self.is_split = open_trainee(self.emulator, inputs, device), False
         return self._trainee

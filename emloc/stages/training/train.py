@@ -31,6 +31,7 @@ from emloc.models.objectives import Batch
 from emloc.runtime.distributed import is_first
 from emloc.stages.training.callbacks import LogLines, Report, StepTimer, StopAfter, TrainingProgress
 from emloc.stages.training.capture import Capture, capture_of
+from emloc.stages.training.graphed_passes import KeptPasses
 from emloc.stages.training.trainee import Trainee, open_trainee
 from emloc.stages.training.trainer import (
     FiniteTrainer,
@@ -182,6 +183,7 @@ def run_steps(
         skipped=segment.skipped,
         restart=segment.restart and newest is None,
         capture=segment.capture,
+        kept=segment.kept,
     )
     trainer.remove_callback(PrinterCallback)
     mixed = trainer.args.bf16 or trainer.args.fp16
@@ -213,6 +215,7 @@ class Segment:
     restart: bool = False  # without the averages of gradients of the checkpoint `start`
     anchors: AttachedOffsets | None = None  # hooks of the model that add offsets; None: no offsets
     capture: Capture | None = None  # how its passes run as CUDA graphs; None: without graphs
+    kept: KeptPasses | None = None  # graphs of other segments of this training
     log: LogLines = field(default_factory=LogLines)  # of this training
     first: int = 0  # number of the step it begins at
 

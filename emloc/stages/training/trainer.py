@@ -28,7 +28,7 @@ from emloc.runtime.safetensors_file import write_safetensors
 from emloc.stages.training.capture import Capture
 from emloc.stages.training.finite import FiniteLosses
 from emloc.stages.training.graph_inputs import Trained
-from emloc.stages.training.graphed_passes import GraphedPasses
+from emloc.stages.training.graphed_passes import GraphedPasses, KeptPasses
 from emloc.stages.training.order import RowOrder, WholeSteps
 from emloc.tensors.lean.flat_gradients import FlatGradients
 from emloc.tensors.nn.surgery import replace_tensor
@@ -46,7 +46,8 @@ class FiniteTrainer(Trainer):
     objective's chunked loss, if the model was prepared for it. With `anchors` every batch has
     offsets, which are handed to the model's hooks. `skipped` steps of rows were used by rejected
     rounds of an anchored training. With `restart` the optimizer forgets the averages of gradients
-    of the checkpoint that the training goes on from. With `capture` the passes run as CUDA graphs.
+    of the checkpoint that the training goes on from. With `capture` the passes run as CUDA graphs;
+    `kept` are those of the round before, and keeps them for the next one.
     """
 
     def __init__(
@@ -59,11 +60,12 @@ class FiniteTrainer(Trainer):
         skipped: int = 0,
         restart: bool = False,
         capture: Capture | None = None,
+        kept: KeptPasses | None = None,
         **arguments: Any,
     ) -> None:
         self._adapter = adapter
         self._finite = FiniteLosses()
-        self._capture = capture
+        self._capture, self._kept = capture, kept
         self._passes: GraphedPasses | None = None
         self._graph_resources = ExitStack()
         self._anchors, self._skipped, self._restart = anchors, skipped, restart
@@ -95,7 +97,9 @@ class FiniteTrainer(Trainer):
             try:
                 yield
             finally:
-                self._passes = None
+                if self._passes is not None and self._kept is not None:
+                    self._kept.keep(self._passes, self.model, self.args.device)
+                self._passes = self._kept = None  # what is kept refers to this trainer
 
     def check_losses(self) -> None:
         """Check the losses of the last steps.
@@ -248,8 +252,6 @@ class FiniteTrainer(Trainer):
         A wrapper may give the parameters other gradients.
         """
         model.train()
-        gradients = FlatGradients(p for p in self.model.parameters() if p.requires_grad)
-        self._graph_resources.enter_context(gradients.attached(model))
         trained = Trained(
             self.model,
             self._adapter.base(self.model),
@@ -257,7 +259,14 @@ class FiniteTrainer(Trainer):
             self._anchors,
             partial(self._loss_of, self.model),
         )
-        self._passes = GraphedPasses(trained, capture, gradients)
+        passes = None if self._kept is None else self._kept.take(self.model)
+        if passes is None:
+            parameters = (p for p in self.model.parameters() if p.requires_grad)
+            passes = GraphedPasses(trained, capture, FlatGradients(parameters))
+        else:
+            passes.go_on(trained)
+        self._passes = passes
+        self._graph_resources.enter_context(passes.gradients.attached(model))
         dataset: Any = self.train_dataset
 
         def examples() -> Iterator[Batch]:
@@ -265,8 +274,8 @@ class FiniteTrainer(Trainer):
                 batch = self.data_collator([dataset[row] for row in example])
                 yield self._prepare_inputs(batch)
 
-        self._passes.prepare(examples)
-        return self._passes
+        passes.prepare(examples)
+        return passes
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip the gradients, all at once if they are flat; called by the Trainer."""

@@ -129,13 +129,20 @@ class CudaRecorder:
         return graph.replay
 
     def _run(self, step: Callable[[], None]) -> None:
-        """Run a step, and give its memory back, since graphs have their own."""
+        """Run a step, and give its memory back, since graphs have their own.
+
+        The memory of earlier passes is given back as well: it belongs to another stream, so this
+        step would take as much again.
+        """
         current = torch.cuda.current_stream(self._device)
-        _free_workspaces()
+        self._give_memory_back()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             step()
         current.wait_stream(self._stream)
+        self._give_memory_back()
+
+    def _give_memory_back(self) -> None:
         torch.cuda.synchronize(self._device)
         _free_workspaces()
         gc.collect()
