@@ -234,7 +234,7 @@ def test_a_loss_that_is_not_finite_ends_a_training_of_graphs(tmp_path, built, gr
 def test_what_keeps_a_training_from_graphs_is_said(tmp_path, built, graphs, recipe, reason, caplog):
     caplog.set_level("INFO")
     trained(tmp_path / "graphs", built, **recipe, steps=1, capture=True)
-    assert f"launched by itself (train.capture): {reason}" in caplog.text
+    assert f"without CUDA graphs (train.capture): {reason}" in caplog.text
     assert graphs == []
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,8 @@ from emloc.anchors.shards import OffsetReader, shard_file, write_rows, write_sha
 from emloc.cost.bench.rows import BenchRow, row
 from emloc.cost.bench.setting import BenchSetup, reset_memory, synchronized_time
 from emloc.cost.bench.training import (
-    STEPS,
+    MORE_STEPS,
+    TOGETHER,
     PreparedModel,
     TrainingFigures,
     figures_of_steps,
@@ -27,6 +29,7 @@ from emloc.cost.bench.training import (
 )
 from emloc.emulators.layer_drop import block_stack
 from emloc.stages.training.callbacks import StepTimer
+from emloc.stages.training.capture import capture_of
 from emloc.stages.training.train import Segment, run_steps
 from emloc.stages.training.trainee import open_trainee
 
@@ -36,7 +39,7 @@ LEAST_RATIO = 1 / 1.1
 
 def anchored(name: str, model: str, ratio: float) -> Iterator[BenchRow]:
     """Measure the step and the memory of an SVD emulator with offsets of each format."""
-    setup = BenchSetup(model, (f"train.steps={STEPS}",))
+    setup = BenchSetup(model, (f"train.steps={MORE_STEPS}",), TOGETHER)
     plain = measure_our_training(setup, partial(open_factorized, ratio=ratio))
     least_ratio = LEAST_RATIO if setup.is_full_size else None
     for dtype in ("bfloat16", "int8"):
@@ -68,7 +71,7 @@ def _measure(setup: BenchSetup, ratio: float, stored_as: OffsetFormat) -> Traini
     def record(step: int, values: dict[str, float]) -> None:
         ends.append(synchronized_time(device))
 
-    batches = [setup.labelled_batch(seed) for seed in range(STEPS)]
+    batches = [setup.labelled_batch(seed) for seed in range(MORE_STEPS)]
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         _write_offsets(folder, setup, rows, len(places), stored_as)
@@ -78,8 +81,13 @@ def _measure(setup: BenchSetup, ratio: float, stored_as: OffsetFormat) -> Traini
             device,
         )
         hooks = AttachedOffsets(places, stored_as)
+
+        def collate(some: Sequence[Any]) -> dict[str, Any]:
+            return dict(batches[some[0].seed])
+
+        capture = capture_of(trainee, setup.rows(), collate, 0, MORE_STEPS)
         collator = AnchoredCollator(
-            lambda some: dict(batches[some[0].seed]),
+            collate if capture is None else capture.collator(collate),
             OffsetReader([folder]),
             places,
             pinned=device.type == "cuda",
@@ -88,9 +96,9 @@ def _measure(setup: BenchSetup, ratio: float, stored_as: OffsetFormat) -> Traini
         stack.enter_context(hooks.attached(trainee.inner))
         run_steps(
             *(trainee, rows, collator, folder / "checkpoints", record, StepTimer()),
-            Segment(anchors=hooks),
+            Segment(anchors=hooks, capture=capture),
         )
-    return figures_of_steps(ends, device)
+    return figures_of_steps(ends, device, together=TOGETHER)
 
 
 def _write_offsets(

@@ -23,10 +23,16 @@ import torch
 from torch import Tensor
 
 from emloc.adapters.training_inputs import TrainingInputs
+from emloc.cost.bench.busy import shared_core
 from emloc.cost.bench.rows import BenchRow, Figure, row
 from emloc.cost.bench.setting import BenchSetup, RandomRow, reset_memory
-from emloc.cost.bench.training import PreparedModel, open_factorized
-from emloc.cost.bench.workers import Workers
+from emloc.cost.bench.training import (
+    BUSY_LOOPS,
+    WITHOUT_GRAPHS,
+    PreparedModel,
+    open_factorized,
+)
+from emloc.cost.bench.workers import Train, Workers
 from emloc.cost.expected_memory import need_of_peak
 from emloc.data.examples import Examples
 from emloc.recovery import ignore_log
@@ -37,6 +43,8 @@ from emloc.stages.training.train import fit_rows
 STEPS, WARM_UP_STEPS = 100, 4  # steps of a job, and of the training that precedes it
 BATCH, LENGTH, ANSWER = 8, 320, 128  # rows of a step, their tokens, and answer tokens among them
 BATCHES = 8  # different batches of a training
+LOG_EVERY = 5  # steps, as in the recipes for small models
+MOST_STEP = 0.015  # target: seconds of a step
 # A small model needs no savings of memory.
 RECIPE = ("train.checkpointing=false", "train.host_activations=false")
 MPS_CONTROL = "nvidia-cuda-mps-control"
@@ -44,7 +52,7 @@ MPS_CONTROL = "nvidia-cuda-mps-control"
 
 def jobs(benchmark: str, model: str, ratio: float) -> Iterator[BenchRow]:
     """Measure how many trainings an hour one GPU completes, one at a time and side by side."""
-    setup = BenchSetup(model, RECIPE)
+    setup = BenchSetup(model, RECIPE, LOG_EVERY)
     is_full_size = setup.is_full_size
     assert setup.run_config.adapter.trains  # composed here, once for all workers
     train = partial(train_random, setup, ratio)
@@ -65,11 +73,16 @@ def jobs(benchmark: str, model: str, ratio: float) -> Iterator[BenchRow]:
                     workers.start(count)
                     workers.run(warm_up, need)
                     seconds_with_mps, _ = workers.run(steps, need)
-    graphed_step = step_of_graphs(model, ratio, warm_up, steps)
+    plain_setup = BenchSetup(model, (*RECIPE, WITHOUT_GRAPHS), LOG_EVERY)
+    plain = step_of(partial(train_random, plain_setup, ratio), warm_up, steps)
+    beside_loops = step_of(partial(train_on_shared_core, setup, ratio), warm_up, steps)
     alone = 3600 / seconds
     beside = 3600 * count / seconds_beside
     with_mps = 3600 * count / seconds_with_mps
-    yield row(benchmark, "a step as CUDA graphs; a step without", "s", graphed_step, peer=step)
+    most = MOST_STEP if is_full_size else None
+    yield row(benchmark, "a step; without CUDA graphs", "s", step, peer=plain, most=most)
+    what = f"a step; on a core that {BUSY_LOOPS} busy loops share"
+    yield row(benchmark, what, "s", step, peer=beside_loops)
     yield row(benchmark, "one at a time", "jobs an hour", alone)
     yield row(benchmark, "side by side", "jobs an hour", beside)
     yield row(benchmark, "side by side, over one at a time", "", beside / alone)
@@ -90,11 +103,8 @@ def one_at_a_time(workers: Workers, warm_up: int, steps: int) -> tuple[float, fl
     return seconds, (seconds - short) / (steps - fewer), peak
 
 
-def step_of_graphs(model: str, ratio: float, warm_up: int, steps: int) -> float:
-    """Return the seconds of a step of a job whose passes are CUDA graphs."""
-    setup = BenchSetup(model, (*RECIPE, "train.capture=true"))
-    assert setup.run_config.adapter.trains
-    train = partial(train_random, setup, ratio)
+def step_of(train: Train, warm_up: int, steps: int) -> float:
+    """Return the seconds of a step of a job that runs alone."""
     with tempfile.TemporaryDirectory() as folder, Workers(train, Path(folder), {}) as workers:
         _, step, _ = one_at_a_time(workers, warm_up, steps)
     return step
@@ -132,6 +142,12 @@ def mps(folder: Path) -> Iterator[dict[str, str] | None]:
         yield variables
     finally:
         subprocess.run([program], env=environment, input="quit\n", text=True, check=False)
+
+
+def train_on_shared_core(setup: BenchSetup, ratio: float, steps: int) -> int:
+    """Train as `train_random` does, on a core that other programs use, too."""
+    with shared_core(BUSY_LOOPS):
+        return train_random(setup, ratio, steps)
 
 
 def train_random(setup: BenchSetup, ratio: float, steps: int) -> int:

@@ -41,9 +41,9 @@ _TRIAL_PADDING = 16
 # Relative difference of two losses that rounding can cause, by the bytes of a number.
 _ROUNDING = {2: 0.02, 4: 1e-4, 8: 1e-4}
 # Types of devices that have graphs.
-DEVICES = ("cuda",)
+DEVICES: tuple[str, ...] = ("cuda",)
 # Log line of a training whose passes are no graphs, with the reason.
-WITHOUT_GRAPHS = "train: each operation is launched by itself (train.capture): %s"
+WITHOUT_GRAPHS = "train: without CUDA graphs (train.capture): %s"
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ ONE = torch.ones((), dtype=torch.long)
 _OURS = (OFFSETS, REAL_TOKENS, VECTORS, IMAGE_POSITIONS)
 # Graphs of the vision tower; batches with other numbers of images or tiles are computed without.
 MOST_TOWERS = 16
-TOWER_WITHOUT_GRAPH = "train: each operation of the vision tower is launched by itself: %s"
+TOWER_WITHOUT_GRAPH = "train: the vision tower is no CUDA graph: %s"
 
 
 @dataclass(frozen=True)

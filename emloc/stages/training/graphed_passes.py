@@ -126,8 +126,8 @@ class KeptPasses:
 
     def keep(self, passes: GraphedPasses, model: Any, device: torch.device) -> None:
         """Keep the passes of a model if its device is at most half full."""
-        taken = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
-        if free_device_bytes(device) >= taken:
+        own_bytes = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+        if free_device_bytes(device) >= own_bytes:
             self._passes, self._addresses = passes, _addresses(model)
 
 

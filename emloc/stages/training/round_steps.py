@@ -111,7 +111,12 @@ class RoundSteps:
                     checkpoints,
                     self.report,
                     self.timer,
-                    replace(segment, anchors=hooks, capture=capture, kept=self.trainee.kept),
+                    replace(
+                        segment,
+                        anchors=hooks,
+                        capture=capture,
+                        kept_passes=self.trainee.kept_passes,
+                    ),
                 )
             except FloatingPointError as error:
                 if not self.rows.guard:

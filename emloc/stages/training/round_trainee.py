@@ -37,13 +37,13 @@ class RoundTrainee:
     Attributes:
         emulator: of the present round; set it to another one to train through that.
         is_split: whether a round has split the weights of the loaded model (FSDP).
-        kept: the graphs of the loaded model.
+        kept_passes: the graphs of the loaded model.
     """
 
     def __init__(self, trainee: Trainee) -> None:
         self.emulator: BuiltEmulator = trainee.built_emulator
         self.is_split = False
-        self.kept = KeptPasses()
+        self.kept_passes = KeptPasses()
         self._trainee: Trainee = trainee
         adapter = trainee.training_inputs.adapter
         self._new_state = {n: t.clone() for n, t in adapter.state(trainee.model).items()}
@@ -73,7 +73,7 @@ class RoundTrainee:
         if is_other or (whole and self.is_split):
             inputs, device = self.training_inputs, self.device
             del self._trainee
-            self.kept = KeptPasses()
+            self.kept_passes = KeptPasses()
             gc.collect()
             self._trainee, self.is_split = open_trainee(self.emulator, inputs, device), False
         return self._trainee

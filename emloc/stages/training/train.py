@@ -183,7 +183,7 @@ def run_steps(
         skipped=segment.skipped,
         restart=segment.restart and newest is None,
         capture=segment.capture,
-        kept=segment.kept,
+        kept_passes=segment.kept_passes,
     )
     trainer.remove_callback(PrinterCallback)
     mixed = trainer.args.bf16 or trainer.args.fp16
@@ -215,7 +215,7 @@ class Segment:
     restart: bool = False  # without the averages of gradients of the checkpoint `start`
     anchors: AttachedOffsets | None = None  # hooks of the model that add offsets; None: no offsets
     capture: Capture | None = None  # how its passes run as CUDA graphs; None: without graphs
-    kept: KeptPasses | None = None  # graphs of other segments of this training
+    kept_passes: KeptPasses | None = None  # graphs of other segments of this training
     log: LogLines = field(default_factory=LogLines)  # of this training
     first: int = 0  # number of the step it begins at
 

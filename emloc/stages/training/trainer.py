@@ -47,7 +47,7 @@ class FiniteTrainer(Trainer):
     offsets, which are handed to the model's hooks. `skipped` steps of rows were used by rejected
     rounds of an anchored training. With `restart` the optimizer forgets the averages of gradients
     of the checkpoint that the training goes on from. With `capture` the passes run as CUDA graphs;
-    `kept` are those of the round before, and keeps them for the next one.
+    `kept_passes` are those of the round before, and keeps them for the next one.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class FiniteTrainer(Trainer):
         skipped: int = 0,
         restart: bool = False,
         capture: Capture | None = None,
-        kept: KeptPasses | None = None,
+        kept_passes: KeptPasses | None = None,
         **arguments: Any,
     ) -> None:
         self._adapter = adapter
         self._finite = FiniteLosses()
-        self._capture, self._kept = capture, kept
+        self._capture, self._kept_passes = capture, kept_passes
         self._passes: GraphedPasses | None = None
         self._graph_resources = ExitStack()
         self._anchors, self._skipped, self._restart = anchors, skipped, restart
@@ -97,9 +97,9 @@ class FiniteTrainer(Trainer):
             try:
                 yield
             finally:
-                if self._passes is not None and self._kept is not None:
-                    self._kept.keep(self._passes, self.model, self.args.device)
-                self._passes = self._kept = None  # what is kept refers to this trainer
+                if self._passes is not None and self._kept_passes is not None:
+                    self._kept_passes.keep(self._passes, self.model, self.args.device)
+                self._passes = self._kept_passes = None  # what is kept refers to this trainer
 
     def check_losses(self) -> None:
         """Check the losses of the last steps.
@@ -259,7 +259,7 @@ class FiniteTrainer(Trainer):
             self._anchors,
             partial(self._loss_of, self.model),
         )
-        passes = None if self._kept is None else self._kept.take(self.model)
+        passes = None if self._kept_passes is None else self._kept_passes.take(self.model)
         if passes is None:
             parameters = (p for p in self.model.parameters() if p.requires_grad)
             passes = GraphedPasses(trained, capture, FlatGradients(parameters))
