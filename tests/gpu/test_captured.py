@@ -4,6 +4,7 @@ Run by `make test-gpu`.
 """
 
 import logging
+from functools import partial
 
 import anchored
 import pytest
@@ -16,9 +17,11 @@ from emloc.anchors.blocks import Blocks
 from emloc.anchors.logits import Logits
 from emloc.data import fixed_shapes
 from emloc.emulators.full import Full
+from emloc.emulators.offload import Offload
 from emloc.emulators.svd import Svd
 from emloc.models.checkpoint.source import Source
 from emloc.runtime.memory import MemoryPeak
+from emloc.runtime.work_meter import metered
 from emloc.stages.training.train import train
 from emloc.tensors.lean import activations
 from emloc.tensors.lean.step_graphs import StepGraphs
@@ -87,6 +90,25 @@ def test_a_training_of_graphs_is_the_same_training(
     assert losses == pytest.approx(expected[0], rel=1e-4)
     for name, tensor in adapter.items():
         torch.testing.assert_close(tensor, expected[1][name], rtol=1e-2, atol=1e-3)
+
+
+def test_blocks_in_host_memory_are_copied_inside_graphs(tmp_path, made_once, replays, caplog):
+    caplog.set_level(logging.INFO)
+    make = partial(save_checkpoint, num_hidden_layers=5)
+    source = Source(made_once("captured-blocks", make), "tiny", "0", torch.float32)
+    (tmp_path / "emulator").mkdir()
+    built = anchored.build_emulator(tmp_path / "emulator", source, Offload(), 16)
+    with metered() as plain:
+        expected = trained(tmp_path / "plain", built)
+    with metered() as graphs:
+        losses, adapter = trained(tmp_path / "graphs", built, capture=True)
+    assert "without CUDA graphs" not in caplog.text
+    assert min(replays) >= 1
+    assert losses == pytest.approx(expected[0], rel=1e-4)
+    for name, tensor in adapter.items():
+        torch.testing.assert_close(tensor, expected[1][name], rtol=1e-2, atol=1e-3)
+    # The graphs copy the first two blocks anew, and recording takes a few passes.
+    assert plain.weight_bytes < graphs.weight_bytes < 4 * plain.weight_bytes
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from emloc.data.fixed_shapes import (
     with_shape,
 )
 from emloc.emulators.full import Full
+from emloc.emulators.offload import Offload
 from emloc.emulators.svd import Svd
 from emloc.models.checkpoint.source import Source
 from emloc.models.objectives.tokens import Tokens
@@ -111,11 +112,12 @@ def test_a_training_of_graphs_is_the_same_training(tmp_path, built, graphs, reci
     assert_equal_trainings(actual, expected)
 
 
-@pytest.mark.parametrize("kind", ["full", "nf4"])
+@pytest.mark.parametrize("kind", ["full", "nf4", "offload"])
 def test_other_weights_train_the_same(tmp_path, made_once, graphs, kind):
     source, bits = anchored.tiny_source(made_once, 2), 4 if kind == "nf4" else 16
     (tmp_path / "emulator").mkdir()
-    built = anchored.build_emulator(tmp_path / "emulator", source, Full(), bits)
+    emulator = Offload() if kind == "offload" else Full()
+    built = anchored.build_emulator(tmp_path / "emulator", source, emulator, bits)
     expected = trained(tmp_path / "plain", built)
     assert_equal_trainings(trained(tmp_path / "graphs", built, capture=True), expected)
     assert sum(graphs) == 6

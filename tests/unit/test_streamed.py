@@ -6,7 +6,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from emloc.runtime.work_meter import metered
-from emloc.tensors.nn.streamed import ALIGN, MIN_PIECE, StreamedBlocks, piece_sizes
+from emloc.tensors.nn.streamed import (
+    ALIGN,
+    MIN_PIECE,
+    StreamedBlocks,
+    forget_streamed,
+    piece_sizes,
+)
 
 CPU = torch.device("cpu")
 BLOCKS = 5
@@ -157,6 +163,22 @@ def test_each_block_is_copied_once_forward_and_once_backward(monkeypatch):
         assert copied == [2, 3, 4, 2, 1, 0]
         assert meter.weight_bytes == 6 * size
         copied.clear()
+
+
+def test_forgotten_blocks_are_copied_anew():
+    """A CUDA graph leaves other blocks in the buffers than the host knows of."""
+    blocks = stack()
+    streamed, x = stream(blocks), torch.randn(4, 7)
+    expected = run_blocks(blocks, x)
+    for index in reversed(range(BLOCKS)):
+        streamed.enter(index)
+    for buffer in streamed._buffers:
+        buffer.zero_()
+    assert not torch.equal(run_blocks(blocks, x), expected)
+    forget_streamed()
+    with metered() as meter:
+        assert torch.equal(run_blocks(blocks, x), expected)
+    assert meter.weight_bytes == BLOCKS * sum(part.nbytes for _, part in streamed._pieces[0])
 
 
 @pytest.mark.parametrize("size", [1, MIN_PIECE, MIN_PIECE + 1, 416 * MIN_PIECE, 436_215_809])

@@ -16,8 +16,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from math import isnan, nan
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -25,17 +27,16 @@ from torch import Tensor
 from emloc.adapters.training_inputs import TrainingInputs
 from emloc.cost.bench.busy import shared_core
 from emloc.cost.bench.rows import BenchRow, Figure, row
-from emloc.cost.bench.setting import BenchSetup, RandomRow, reset_memory
+from emloc.cost.bench.setting import BenchSetup, RandomRow, reset_memory, synchronized_time
 from emloc.cost.bench.training import (
     BUSY_LOOPS,
     WITHOUT_GRAPHS,
     PreparedModel,
     open_factorized,
 )
-from emloc.cost.bench.workers import Train, Workers
+from emloc.cost.bench.workers import JobFigures, Train, Workers
 from emloc.cost.expected_memory import need_of_peak
 from emloc.data.examples import Examples
-from emloc.recovery import ignore_log
 from emloc.runtime.gpu_ledger import gpu_memory, most_jobs
 from emloc.runtime.gpu_queue import jobs_that_fit
 from emloc.stages.training.train import fit_rows
@@ -60,8 +61,10 @@ def jobs(benchmark: str, model: str, ratio: float) -> Iterator[BenchRow]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with Workers(train, folder, {}) as workers:
-            seconds, step, peak = one_at_a_time(workers, warm_up, steps)
-            need = need_of_peak(peak)
+            workers.start(1)
+            workers.run(warm_up, None)
+            seconds, job = workers.run(steps, None)
+            need = need_of_peak(job.peak)
             count = count_side_by_side(need) if is_full_size else 2
             workers.start(count - 1)
             workers.run(warm_up, need)
@@ -74,15 +77,15 @@ def jobs(benchmark: str, model: str, ratio: float) -> Iterator[BenchRow]:
                     workers.run(warm_up, need)
                     seconds_with_mps, _ = workers.run(steps, need)
     plain_setup = BenchSetup(model, (*RECIPE, WITHOUT_GRAPHS), LOG_EVERY)
-    plain = step_of(partial(train_random, plain_setup, ratio), warm_up, steps)
-    beside_loops = step_of(partial(train_on_shared_core, setup, ratio), warm_up, steps)
+    plain = train_alone(partial(train_random, plain_setup, ratio), warm_up, steps)
+    on_shared_core = train_alone(partial(train_on_shared_core, setup, ratio), warm_up, steps)
     alone = 3600 / seconds
     beside = 3600 * count / seconds_beside
     with_mps = 3600 * count / seconds_with_mps
     most = MOST_STEP if is_full_size else None
-    yield row(benchmark, "a step; without CUDA graphs", "s", step, peer=plain, most=most)
+    yield row(benchmark, "a step; without CUDA graphs", "s", job.step, peer=plain.step, most=most)
     what = f"a step; on a core that {BUSY_LOOPS} busy loops share"
-    yield row(benchmark, what, "s", step, peer=beside_loops)
+    yield row(benchmark, what, "s", job.step, peer=on_shared_core.step)
     yield row(benchmark, "one at a time", "jobs an hour", alone)
     yield row(benchmark, "side by side", "jobs an hour", beside)
     yield row(benchmark, "side by side, over one at a time", "", beside / alone)
@@ -90,24 +93,15 @@ def jobs(benchmark: str, model: str, ratio: float) -> Iterator[BenchRow]:
     gain = _or_word(with_mps / alone)
     yield row(benchmark, "side by side with MPS, over one at a time", "", gain)
     yield row(benchmark, "jobs that run side by side", "", count)
-    yield row(benchmark, "a job: peak reserved", "GB", peak / 1e9 if is_full_size else nan)
+    yield row(benchmark, "a job: peak reserved", "GB", job.peak / 1e9 if is_full_size else nan)
 
 
-def one_at_a_time(workers: Workers, warm_up: int, steps: int) -> tuple[float, float, int]:
-    """Start one worker, and return the seconds of a job and of a step, and the peak in bytes."""
-    workers.start(1)
-    workers.run(warm_up, None)
-    fewer = steps // 4
-    short, _ = workers.run(fewer, None)
-    seconds, peak = workers.run(steps, None)
-    return seconds, (seconds - short) / (steps - fewer), peak
-
-
-def step_of(train: Train, warm_up: int, steps: int) -> float:
-    """Return the seconds of a step of a job that runs alone."""
+def train_alone(train: Train, warm_up: int, steps: int) -> JobFigures:
+    """Return the figures of a job that has the GPU alone, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder, Workers(train, Path(folder), {}) as workers:
-        _, step, _ = one_at_a_time(workers, warm_up, steps)
-    return step
+        workers.start(1)
+        workers.run(warm_up, None)
+        return workers.run(steps, None)[1]
 
 
 def _or_word(figure: float) -> Figure:
@@ -144,14 +138,14 @@ def mps(folder: Path) -> Iterator[dict[str, str] | None]:
         subprocess.run([program], env=environment, input="quit\n", text=True, check=False)
 
 
-def train_on_shared_core(setup: BenchSetup, ratio: float, steps: int) -> int:
+def train_on_shared_core(setup: BenchSetup, ratio: float, steps: int) -> JobFigures:
     """Train as `train_random` does, on a core that other programs use, too."""
     with shared_core(BUSY_LOOPS):
         return train_random(setup, ratio, steps)
 
 
-def train_random(setup: BenchSetup, ratio: float, steps: int) -> int:
-    """Train an emulator with random factors, and return the peak of reserved device memory."""
+def train_random(setup: BenchSetup, ratio: float, steps: int) -> JobFigures:
+    """Train an emulator with random factors."""
     is_full_size, run_config = setup.is_full_size, setup.run_config
     batch, length, answer = (BATCH, LENGTH, ANSWER) if is_full_size else (2, 16, 8)
     reset_memory(setup.device)
@@ -166,6 +160,7 @@ def train_random(setup: BenchSetup, ratio: float, steps: int) -> int:
     )
     vocabulary = setup.source.config.vocab_size
     batches = [random_batch(vocabulary, (batch, length), answer, seed) for seed in range(BATCHES)]
+    ends: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         fit_rows(
             Path(folder),
@@ -174,9 +169,12 @@ def train_random(setup: BenchSetup, ratio: float, steps: int) -> int:
             [RandomRow(length, seed, length - answer, ()) for seed in range(steps * batch)],
             lambda rows: dict(batches[rows[0].seed % BATCHES]),
             device=setup.device,
-            report=ignore_log,
+            report=lambda step, values: ends.append(synchronized_time(setup.device)),
         )
-    return torch.cuda.max_memory_reserved() if is_full_size else 0
+    peak = torch.cuda.max_memory_reserved() if is_full_size else 0
+    # The median leaves out the first steps, which record graphs.
+    each = [(after - before) / setup.log_every for before, after in pairwise(ends)]
+    return JobFigures(peak, median(each) if each else nan)
 
 
 def random_batch(

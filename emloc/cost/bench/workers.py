@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import nan
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,17 @@ from emloc.runtime.gpu_ledger import own_share
 
 END_SECONDS = 10  # that a worker may take to end by itself
 
-# Trains so many steps, and returns the peak of device memory in bytes.
-Train = Callable[[int], int]
+
+@dataclass(frozen=True)
+class JobFigures:
+    """Figures of one training, or the largest of several that ran at the same time."""
+
+    peak: int = 0  # of reserved device memory in bytes
+    step: float = nan  # seconds; nan if too few steps were made
+
+
+# Trains so many steps.
+Train = Callable[[int], JobFigures]
 
 
 @dataclass
@@ -58,8 +68,8 @@ class Workers:
                 theirs.close()  # so that the end of the process ends the connection
                 self._processes.append((process, ours))
 
-    def run(self, steps: int, need: int | None) -> tuple[float, int]:
-        """Train in all workers; return seconds until all have ended, and the largest peak.
+    def run(self, steps: int, need: int | None) -> tuple[float, JobFigures]:
+        """Train in all workers; return seconds until all have ended, and the largest figures.
 
         Args:
             steps: of each training; 0: only the workers get ready.
@@ -71,18 +81,19 @@ class Workers:
         start = time.perf_counter()
         for _, connection in self._processes:
             connection.send((steps, need))
-        peaks = [_receive(process, connection) for process, connection in self._processes]
-        return time.perf_counter() - start, max(peaks)
+        jobs = [_receive(process, connection) for process, connection in self._processes]
+        seconds = time.perf_counter() - start
+        return seconds, JobFigures(max(job.peak for job in jobs), max(job.step for job in jobs))
 
 
-def _receive(process: Any, connection: Connection) -> int:
-    """The peak that a worker reports at the end of its training."""
+def _receive(process: Any, connection: Connection) -> JobFigures:
+    """What a worker reports at the end of its training."""
     try:
-        peak: int = connection.recv()
+        figures: JobFigures = connection.recv()
     except EOFError:
         process.join()
         raise RuntimeError(f"a worker ended with exit code {process.exitcode}") from None
-    return peak
+    return figures
 
 
 def serve(connection: Connection, train: Train, folder: Path) -> None:
@@ -93,8 +104,8 @@ def serve(connection: Connection, train: Train, folder: Path) -> None:
         except EOFError:
             return
         with own_share(lambda need=need: need, folder):  # type: ignore[misc]
-            peak = train(steps) if steps else 0
-        connection.send(peak)
+            figures = train(steps) if steps else JobFigures()
+        connection.send(figures)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
@@ -29,8 +30,15 @@ def offload_embedding(model: PreTrainedModel) -> int:
         return 0
     if head is not None and head.weight is embedding.weight:
         return 0
-    size = embedding.weight.numel() * embedding.weight.element_size()
+    size, device = (
+        embedding.weight.numel() * embedding.weight.element_size(),
+        embedding.weight.device,
+    )
     model.set_input_embeddings(HostEmbedding(embedding.weight))
+    del embedding
+    if device.type == "cuda":
+        # Smaller tensors would settle in its place, and CUDA graphs could not use the rest of it.
+        torch.cuda.empty_cache()
     return size
 
 

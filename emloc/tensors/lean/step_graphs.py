@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emloc.runtime.work_meter import count_weights, metered
+from emloc.tensors.nn.streamed import forget_streamed
+
 # Inputs of one step by name.
 Inputs = Mapping[str, Tensor]
 # Computes the loss of some inputs and adds its gradients to those of the parameters.
@@ -120,13 +123,24 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         _free_workspaces()
         # Threads that read ahead may allocate meanwhile: only this thread is restricted.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        forget_streamed()
+        with (
+            metered() as work,
+            torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ),
         ):
             step()
+        forget_streamed()
         _free_workspaces()
         self._pool = graph.pool()
-        return graph.replay
+
+        def replay() -> None:
+            graph.replay()
+            forget_streamed()
+            count_weights(work.weight_bytes)
+
+        return replay
 
     def _run(self, step: Callable[[], None]) -> None:
         """Run a step, and give its memory back, since graphs have their own.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ from emloc.runtime.work_meter import count_weights
 ALIGN = 256
 # In bytes: the smallest piece of pinned memory; the last piece of a block wastes less than this.
 MIN_PIECE = 2**20
+
+# All streamed blocks of this process.
+_alive: WeakSet[StreamedBlocks] = WeakSet()
 
 # Tensor name -> its first byte within the block, and a tensor of the same shape and dtype.
 Layout = dict[str, tuple[int, Tensor]]
@@ -54,6 +58,11 @@ class StreamedBlocks:
         self._copied: list[torch.cuda.Event | None] = [None, None]  # when each buffer was filled
         self._loaded: list[int | None] = [None, None]  # index of the block in each buffer
         self._current: int | None = None  # index of the block that computes
+        _alive.add(self)
+
+    def forget(self) -> None:
+        """Let no block count as loaded, so that the next one that computes is copied."""
+        self._copied, self._loaded, self._current = [None, None], [None, None], None
 
     def views(self, index: int) -> dict[str, Tensor]:
         """Name -> tensor of block `index`, as a view of its buffer; valid while the block computes.
@@ -125,6 +134,15 @@ class StreamedBlocks:
         for host, part in self._pieces[index]:
             part.copy_(host, non_blocking=True)
             count_weights(part.nbytes)
+
+
+def forget_streamed() -> None:
+    """Let no streamed block count as loaded, since a CUDA graph loads blocks by itself.
+
+    A graph that is recorded next copies all its blocks, whatever is in the buffers before it.
+    """
+    for blocks in _alive:
+        blocks.forget()
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> tuple[Layout, int]:
