@@ -35,6 +35,7 @@ from emloc.models.checkpoint.source import Source
 from emloc.models.objectives.tokens import Tokens
 from emloc.stages.training import capture, graphed_passes
 from emloc.stages.training.graph_inputs import Trained
+from emloc.stages.training.graphed_passes import GraphedPasses
 from emloc.stages.training.train import train
 from emloc.tensors.lean.embedding import HostEmbedding
 
@@ -162,6 +163,36 @@ def test_graphs_of_a_round_are_dropped_with_its_model(tmp_path, built, graphs, c
     monkeypatch.setattr(training.steps, "run", moves_weights)
     training.run()
     assert [line.split()[1] for line in graph_lines(caplog)] == ["recorded"] * 2
+
+
+@pytest.fixture
+def releases(monkeypatch):
+    """The graphs that were released, by the number of graphs at that time."""
+    counts: list[int] = []
+    release = GraphedPasses.release
+
+    def count(self):
+        counts.append(len(self._graphs))
+        release(self)
+
+    monkeypatch.setattr(GraphedPasses, "release", count)
+    return counts
+
+
+def test_graphs_are_released_behind_a_training(tmp_path, built, graphs, releases):
+    trained(tmp_path / "graphs", built, capture=True)
+    assert releases == [len(graphs)]
+
+
+def test_an_emulator_that_is_fitted_anew_has_graphs_of_its_own(
+    tmp_path, built, graphs, releases, caplog
+):
+    caplog.set_level("INFO")
+    samples = anchored.samples()
+    anchored.rounds(tmp_path / "refit", built, BLOCKS, capture=True, calibration=samples).run()
+    assert [line.split()[1] for line in graph_lines(caplog)] == ["recorded"] * 2
+    assert sum(releases) == len(graphs)
+    assert len(releases) == 2
 
 
 def test_graphs_are_not_kept_on_a_full_device(tmp_path, built, graphs, caplog, monkeypatch):

@@ -67,6 +67,10 @@ class GraphInputs:
         """Prepare inputs for the same model, with other offsets or another loss."""
         self._trained = trained
 
+    def release(self) -> None:
+        """Give the memory of the vision tower's graphs back; it has none from now on."""
+        self._towers.give_up()
+
     def flaw(self, batch: Batch) -> str:
         """Return why graphs must not begin with vectors; nothing if they may, or do not.
 

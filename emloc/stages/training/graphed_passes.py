@@ -46,6 +46,13 @@ class GraphedPasses:
         self._trained = trained
         self._inputs.go_on(trained)
 
+    def release(self) -> None:
+        """Give the memory of all graphs back; further passes have none."""
+        self._graphs.give_up()
+        self._inputs.release()
+        if self._trained.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def prepare(self, examples: Callable[[], Iterable[Batch]]) -> None:
         """Record a graph for each of some batches that has none; the longest come first.
 
@@ -122,13 +129,18 @@ class KeptPasses:
     def take(self, model: Any) -> GraphedPasses | None:
         """Return the passes, once; None if there are none, or the model has moved since."""
         passes, self._passes = self._passes, None
-        return passes if _addresses(model) == self._addresses else None
+        if passes is not None and _addresses(model) != self._addresses:
+            passes.release()
+            return None
+        return passes
 
     def keep(self, passes: GraphedPasses, model: Any, device: torch.device) -> None:
-        """Keep the passes of a model if its device is at most half full."""
+        """Keep the passes of a model if its device is at most half full; else release them."""
         own_bytes = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
         if free_device_bytes(device) >= own_bytes:
             self._passes, self._addresses = passes, _addresses(model)
+        else:
+            passes.release()
 
 
 def _addresses(model: Any) -> tuple[int, ...]:

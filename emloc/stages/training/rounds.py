@@ -66,7 +66,7 @@ def rounds_of(
         report: called with each line of the training log.
         refit: how later rounds fit the emulator anew; None: all rounds have the same emulator.
     """
-    round_trainee = RoundTrainee(trainee)
+    round_trainee = RoundTrainee(trainee, is_refitted=refit is not None)
     passes = RoundPasses(folder, round_trainee, rows, recovery, first_pass, limits, refit)
     steps = RoundSteps(folder, round_trainee, rows, report)
     return Rounds(folder, round_trainee, rows, passes, steps)

@@ -99,6 +99,8 @@ class FiniteTrainer(Trainer):
             finally:
                 if self._passes is not None and self._kept_passes is not None:
                     self._kept_passes.keep(self._passes, self.model, self.args.device)
+                elif self._passes is not None:
+                    self._passes.release()
                 self._passes = self._kept_passes = None  # what is kept refers to this trainer
 
     def check_losses(self) -> None:
