@@ -136,7 +136,8 @@ def checked(run_config: RunConfig, store: Store, report: Report) -> tuple[str, C
     device = own_device()
     limit_device_memory(device, run_config.budget.gpu_gib)
     emulator, adapter, recovery = run_config.emulator, run_config.adapter, run_config.recovery
-    check_compatible(emulator, adapter, recovery, run_config.anchor, run_config.train)
+    anchor, polish = run_config.anchor, run_config.polish
+    check_compatible(emulator, adapter, recovery, anchor, polish, run_config.train)
     refuse_training_in_float16(run_config.model.dtype, adapter)
     run_config = replace(run_config, model=emulator.model(run_config.model, run_config.compression))
     source = run_config.model.open()

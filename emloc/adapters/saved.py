@@ -209,6 +209,12 @@ def copy_unchanged(folder: Path, target: Path, recovered: dict[str, Any]) -> Non
     (target / RECOVERY_FILE).write_text(json.dumps(recovered, indent=2))
 
 
+def copy_recovery(folder: Path, target: Path) -> None:
+    """Mark the adapter in `target` as recovered like the one in `folder`, if that is."""
+    if (folder / RECOVERY_FILE).exists():
+        (target / RECOVERY_FILE).write_bytes((folder / RECOVERY_FILE).read_bytes())
+
+
 def copy_adapter(folder: Path, target: Path) -> None:
     """Copy an adapter folder to `target`, replacing a folder of that name.
 

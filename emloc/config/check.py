@@ -27,6 +27,7 @@ _TRAITS = {
     "adapter": ("trains", "nonlinear", "needs_weight"),
     "recovery": ("reads_pairs", "scatters", "subtracts"),
     "anchor": ("anchors",),
+    "polish": ("polishes",),
 }
 
 

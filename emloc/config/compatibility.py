@@ -1,4 +1,4 @@
-"""Check that the emulator, adapter, recovery and anchor of a run work together.
+"""Check that the emulator, adapter, recovery, anchor and polish of a run work together.
 
 Each part declares its own traits, and the check compares them. A new part declares its traits and
 changes nothing in this file. Only combinations with wrong results are refused.
@@ -13,9 +13,9 @@ from emloc.errors import ConfigError
 
 
 def check_compatible(
-    emulator: Any, adapter: Any, recovery: Any, anchor: Any, recipe: TrainSettings
+    emulator: Any, adapter: Any, recovery: Any, anchor: Any, polish: Any, recipe: TrainSettings
 ) -> None:
-    """Refuse an emulator, adapter, recovery, anchor and recipe that do not work together.
+    """Refuse an emulator, adapter, recovery, anchor, polish and recipe that do not work together.
 
     A run that trains nothing passes every check. The parts are objects of their classes, or
     stand-ins with the same traits (`emloc.config.declared`), so that torch is not needed.
@@ -30,6 +30,7 @@ def check_compatible(
         "adapter": choice_name(adapter),
         "recovery": choice_name(recovery),
         "anchor": choice_name(anchor),
+        "polish": choice_name(polish),
     }
     for is_conflict, message in (
         (
@@ -76,6 +77,11 @@ def check_compatible(
             anchor.anchors and getattr(anchor, "rounds", 0) > recipe.steps,
             f"anchor.rounds={getattr(anchor, 'rounds', 0)} is above train.steps={recipe.steps}; "
             f"set anchor.rounds={recipe.steps} or less",
+        ),
+        (
+            polish.polishes and adapter.needs_weight,
+            f"adapter={{adapter}} {adapter.needs_weight}, and polish={{polish}} has that weight on "
+            "the device only while its block runs; set adapter=lora, or polish=none",
         ),
     ):
         if is_conflict:

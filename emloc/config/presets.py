@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,20 @@ def named_method(method: str, settings: Settings) -> str:
     if all(parts[group] == usual[group] for group in optional):
         return method
     presets = _presets() if own or all(group in settings for group in PARTS) else {}
-    preset = _best_match(presets, parts, settings)
-    base = _best_match(presets, parts | optional, settings)
-    if preset and (not base or len(presets[preset].others) >= len(presets[base].others)):
-        return preset
-    words = [f"{group}={parts[group]}" for group in optional if not base or parts[group] != NONE]
-    return " ".join([base or method, *words])
+    # Each set of parts that may stand behind the name; the first ones say more by the name.
+    added = [group for group in optional if parts[group] != NONE]
+    behind = chain.from_iterable(combinations(added, size) for size in range(len(added) + 1))
+    candidates = [
+        (name, [f"{group}={parts[group]}" for group in groups])
+        for groups in behind
+        if (name := _best_match(presets, parts | dict.fromkeys(groups, NONE), settings))
+    ]
+    if candidates:
+        name, words = max(candidates, key=lambda one: len(presets[one[0]].others))
+    else:
+        name = method
+        words = [f"{group}={parts[group]}" for group in optional if parts[group] != usual[group]]
+    return " ".join([name, *words])
 
 
 def _best_match(

@@ -152,8 +152,11 @@ def find_runs(folder: Path) -> list[Run]:
     return [Run(path.parent) for path in sorted(folder.glob("*/status.json"))]
 
 
-# The section `anchor` of a run without anchors, whose folder has the name from before anchors.
-NO_ANCHOR = {"_target_": "emloc.anchors.none.NoAnchor"}
+# Sections of a run without the part, whose folder has the name from before there were such parts.
+WITHOUT = {
+    "anchor": {"_target_": "emloc.anchors.none.NoAnchor"},
+    "polish": {"_target_": "emloc.stages.polishing.none.NoPolish"},
+}
 
 
 @exempt_imports()
@@ -169,8 +172,9 @@ def folder_name(config: DictConfig) -> str:
     }
     if decisive["stage"] == _key_value("stage", standard_stages()):
         del decisive["stage"]
-    if decisive["anchor"] == _key_value("anchor", NO_ANCHOR):
-        del decisive["anchor"]
+    for name, section in WITHOUT.items():
+        if decisive[name] == _key_value(name, section):
+            del decisive[name]
     if config.compression.ratio is None:  # compression=auto: the budget determines the ratio
         decisive["gpu_gib"] = config.budget.gpu_gib
     if world_size() > 1:  # more processes make an optimizer step larger

@@ -161,7 +161,7 @@ class Config:
     """
 
     name: str = MISSING  # folder of the run below runs/; an experiment names itself
-    method: str = MISSING  # a row of the tables; it chooses emulator, adapter, recovery and anchor
+    method: str = MISSING  # a row of the tables; it chooses emulator, adapter, recovery, anchor
     seed: Annotated[int, SEED] = MISSING  # seed of the training
     model: Any = MISSING  # the original model, which is fine-tuned in the end
     task: Any = MISSING  # data to train on and to score
@@ -173,6 +173,7 @@ class Config:
     adapter: Any = MISSING  # what is trained
     recovery: Any = MISSING  # how the adapter is adapted to the original model
     anchor: Any = MISSING  # whether training is put back onto the original's hidden states
+    polish: Any = MISSING  # how the adapter is improved on the original in the end
     stage: Any = MISSING  # stages of the run
     train: TrainSettings = MISSING  # training recipe
     eval: EvalSettings = MISSING  # how much is evaluated
@@ -184,11 +185,11 @@ class Config:
 # name and paths do not.
 DECISIVE = (
     *("model", "task", "calibration", "compression", "precision", "lora"),
-    *("emulator", "adapter", "recovery", "anchor", "stage", "train", "eval", "seed"),
+    *("emulator", "adapter", "recovery", "anchor", "polish", "stage", "train", "eval", "seed"),
 )
 
 # Groups of which a method makes a choice each.
-PARTS = ("emulator", "adapter", "recovery", "anchor")
+PARTS = ("emulator", "adapter", "recovery", "anchor", "polish")
 
 
 # Sections with fixed keys. All other sections are parts, checked against the class that they name.

@@ -34,7 +34,7 @@ CONTEXT = 3 * GIB // 4
 # Sections that the memory of a run depends on, and their settings that change no size.
 SECTIONS = (
     *("model", "task", "calibration", "compression", "precision", "lora", "emulator", "adapter"),
-    *("recovery", "anchor", "stage", "train", "eval"),
+    *("recovery", "anchor", "polish", "stage", "train", "eval"),
 )
 WITHOUT_SIZE = {
     "calibration": ("seed",),

@@ -35,6 +35,8 @@ from emloc.precision import Precision
 from emloc.recovery import Recovery
 from emloc.report.tracking.trackers import Tracker
 from emloc.stages import Stage
+from emloc.stages.polishing import Polish
+from emloc.stages.polishing.none import NoPolish
 from emloc.tasks import Task
 
 
@@ -57,6 +59,7 @@ class RunConfig:
     adapter: Adapter | NoAdapter
     recovery: Recovery
     anchor: Anchor | NoAnchor
+    polish: Polish | NoPolish
     stage: Mapping[str, Stage]  # by name, in the order in which they run
     train: TrainSettings
     eval: EvalSettings

@@ -30,7 +30,7 @@ class JobKind:
     model: str
     task: str
     size: str  # of the emulator: ratio and bits
-    anchor: str  # with anchors, the original is run besides
+    extra: str  # anchor and polish, with which the original is run besides
     samples: int  # that the training reads
 
     @classmethod
@@ -43,7 +43,7 @@ class JobKind:
             adapter=config.adapter._target_,
             model=config.model.name,
             task=config.task.name,
-            anchor=config.anchor._target_,
+            extra=f"{config.anchor._target_} {config.polish._target_}",
             size=f"{compression.ratio} of {compression.of} at {compression.bits} bits",
             samples=train.steps * train.batch * train.accumulate,
         )
@@ -53,10 +53,10 @@ class JobKind:
 # long as each other.
 LIKENESSES: Sequence[Callable[[JobKind], Hashable]] = (
     lambda kind: kind,
-    lambda kind: (kind.method, kind.anchor, kind.model, kind.task),
-    lambda kind: (kind.method, kind.anchor, kind.model),
-    lambda kind: (kind.method, kind.anchor),
-    lambda kind: (kind.emulator, kind.adapter, kind.anchor, kind.model, kind.size),
+    lambda kind: (kind.method, kind.extra, kind.model, kind.task),
+    lambda kind: (kind.method, kind.extra, kind.model),
+    lambda kind: (kind.method, kind.extra),
+    lambda kind: (kind.emulator, kind.adapter, kind.extra, kind.model, kind.size),
 )
 
 

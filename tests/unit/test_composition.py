@@ -16,7 +16,7 @@ from emloc.stages.run_config import build, instantiate
 
 CHOICES = {
     group: sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
-    for group in ("emulator", "adapter", "recovery", "anchor")
+    for group in ("emulator", "adapter", "recovery", "anchor", "polish")
 }
 
 
@@ -40,9 +40,9 @@ def recipe() -> TrainSettings:
 def refusal(parts, recipe, *names: str) -> str | None:
     """Return the message that refuses these parts; None if they are accepted.
 
-    Without a name of an anchor there is none.
+    Without the name of an anchor, or of a polish, there is none.
     """
-    names = names if len(names) == len(CHOICES) else (*names, "none")
+    names = (*names, *["none"] * (len(CHOICES) - len(names)))
     chosen = [parts[key] for key in zip(CHOICES, names, strict=True)]
     try:
         check_compatible(*chosen, recipe)
@@ -54,9 +54,9 @@ def refusal(parts, recipe, *names: str) -> str | None:
 @pytest.mark.parametrize("emulator", CHOICES["emulator"])
 @pytest.mark.parametrize("adapter", CHOICES["adapter"])
 def test_a_combination_is_accepted_or_refused_with_a_remedy(parts, recipe, emulator, adapter):
-    """With each recovery and anchor."""
-    for recovery, anchor in product(CHOICES["recovery"], CHOICES["anchor"]):
-        assert_mended(parts, recipe, emulator, adapter, recovery, anchor)
+    """With each recovery, anchor and polish."""
+    for others in product(*(CHOICES[group] for group in ("recovery", "anchor", "polish"))):
+        assert_mended(parts, recipe, emulator, adapter, *others)
 
 
 def assert_mended(parts, recipe, *combination: str) -> None:
@@ -68,7 +68,7 @@ def assert_mended(parts, recipe, *combination: str) -> None:
             return
         assert "\n" not in message
         assert "{" not in message
-        remedy = re.search(r"; set (emulator|adapter|recovery|anchor)=(\w+)", message)
+        remedy = re.search(rf"; set ({'|'.join(CHOICES)})=(\w+)", message)
         assert remedy is not None, message
         group, choice = remedy.groups()
         named = re.search(rf"\b{group}=(\w+)", message)[1]
@@ -178,14 +178,15 @@ def test_a_refusal_names_the_refused_part(parts, recipe):
     own = __name__.rpartition(".")[2]
     full, svd = (parts["emulator", one] for one in ("full", "svd"))
     none, correction = (parts["recovery", one] for one in ("none", "correction"))
+    without = parts["anchor", "none"], parts["polish", "none"]
     with pytest.raises(ConfigError) as caught:
-        check_compatible(svd, Scaled(), none, parts["anchor", "none"], recipe)
+        check_compatible(svd, Scaled(), none, *without, recipe)
     assert str(caught.value) == (
         f"adapter={own} starts from the singular values of the weight, and emulator=svd does not "
         "hold that weight; set adapter=lora, or emulator=full recovery=none"
     )
     with pytest.raises(ConfigError) as caught:
-        check_compatible(full, Scaled(), correction, parts["anchor", "none"], recipe)
+        check_compatible(full, Scaled(), correction, *without, recipe)
     assert str(caught.value) == (
         "recovery=correction changes the matrices of an update s B A, while "
         f"adapter={own} multiplies outputs by a learnt number; set recovery=none, or adapter=lora"

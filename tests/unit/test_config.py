@@ -482,6 +482,7 @@ ELSE = {
     "adapter": "adapter=none",
     "recovery": "recovery.clamp=1",
     "anchor": "anchor=logits",
+    "polish": "polish=exact_steps",
     "stage": "stage.recover.after=emulate",
     "train": "train.steps=61",
     "eval": "eval.limit=8",

@@ -29,6 +29,8 @@ def test_a_run_with_the_parts_of_another_method_has_its_name(method, settings, n
     ("method", "settings", "name"),
     [
         ("upop", BLOCKS, "upop anchor=blocks"),
+        ("lora", {"polish": "exact_steps"}, "lora polish=exact_steps"),
+        ("emloc_uncorrected", BLOCKS | {"polish": "mine"}, "emloc_anchored polish=mine"),
         ("emloc_uncorrected", {"anchor": "logits"}, "emloc_uncorrected anchor=logits"),
         ("emloc_anchored", {"anchor": "logits"}, "emloc_uncorrected anchor=logits"),
         ("emloc_uncorrected", {"anchor": "mine"}, "emloc_uncorrected anchor=mine"),
@@ -50,8 +52,8 @@ def test_a_run_that_leaves_the_anchors_of_its_method_alone_keeps_the_name(method
     assert named_method(method, own | {"recovery": "scatter"} | FOUR_BITS) == method
 
 
-def test_the_only_part_that_a_method_may_leave_alone_is_the_anchor():
-    assert optional_parts() == {"anchor": "none"}
+def test_a_method_may_leave_anchor_and_polish_alone():
+    assert optional_parts() == {"anchor": "none", "polish": "none"}
     assert part_of("emloc", {}, "anchor") == part_of("unknown", {}, "anchor") == "none"
     assert part_of("emloc_anchored", {}, "anchor") == "blocks"
 

@@ -15,7 +15,7 @@ from emloc.stages import Stage
 from emloc.stages.run_config import build
 
 STANDARD = [
-    *("calibrate", "emulate", "refit", "anchor", "train", "recover"),
+    *("calibrate", "emulate", "refit", "anchor", "train", "recover", "polish"),
     *("evaluate", "evaluate_as_trained"),
 ]
 
@@ -41,19 +41,19 @@ class Heal(Stage):
 def test_every_run_has_the_standard_stages_in_order():
     run_config = build(compose())
     assert list(run_config.stage) == list(standard_stages()) == STANDARD
-    assert [name for name, one in run_config.stage.items() if one.counted] == STANDARD[:6]
-    assert [name for name, one in run_config.stage.items() if one.column] == STANDARD[:7]
+    assert [name for name, one in run_config.stage.items() if one.counted] == STANDARD[:7]
+    assert [name for name, one in run_config.stage.items() if one.column] == STANDARD[:8]
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["named first", "named last"])
 def test_a_stage_runs_directly_after_the_stage_it_names(first):
     standard = {name: stage["after"] for name, stage in standard_stages().items()}
-    heal, polish = {"heal": "emulate"}, {"polish": "recover", "shine": "polish"}
-    after = heal | polish | standard if first else standard | heal | polish
+    heal, wax = {"heal": "emulate"}, {"wax": "polish", "shine": "wax"}
+    after = heal | wax | standard if first else standard | heal | wax
     order = order_stages(after)
     assert order == [
         *("calibrate", "emulate", "heal", "refit", "anchor", "train", "recover"),
-        *("polish", "shine"),
+        *("polish", "wax", "shine"),
         *("evaluate", "evaluate_as_trained"),
     ]
 

@@ -18,7 +18,7 @@ KIND = JobKind("lora", "Full", "Lora", "small", "gsm8k", SIZE, "NoAnchor", 800)
 def kind(method: str, **changes: object) -> JobKind:
     """A kind whose emulator goes with its method."""
     values = {"emulator": f"of {method}", "adapter": "Lora", "model": "small", "task": "gsm8k"}
-    values["anchor"] = "NoAnchor"
+    values["extra"] = "NoAnchor"
     return JobKind(method=method, size="half", samples=800, **values | changes)
 
 
@@ -67,9 +67,9 @@ def test_a_method_that_trains_nothing_does_not_predict_one_that_trains():
 
 def test_a_training_with_anchors_is_not_predicted_by_one_without():
     plain = kind("emloc_uncorrected", emulator="Svd")
-    anchored = kind("emloc_uncorrected", emulator="Svd", anchor="Blocks")
+    anchored = kind("emloc_uncorrected", emulator="Svd", extra="Blocks")
     assert estimate([done(0, 10, plain)], [anchored], now=10) == Estimate(10, 1)
-    other = kind("emloc_anchored", emulator="Svd", anchor="Blocks")
+    other = kind("emloc_anchored", emulator="Svd", extra="Blocks")
     jobs = [done(0, 10, plain), done(10, 60, anchored)]
     assert estimate(jobs, [other], now=60) == Estimate(50, 0)
 
