@@ -87,11 +87,12 @@ def capture_of(
     recipe = inputs.recipe
     if not recipe.capture:
         return None
+    level = logging.DEBUG if first else logging.INFO  # rounds say the same again
     has_images = any(getattr(row, "images", ()) for row in rows)
     step_rows, size = rows_of_step(recipe, len(rows)), recipe.batch
     is_uneven = step_rows > size and step_rows % size > 0
     if reason := _obstacle(trainee, rows, has_images=has_images, is_uneven=is_uneven):
-        log.info(WITHOUT_GRAPHS, reason)
+        log.log(level, WITHOUT_GRAPHS, reason)
         return None
     order = RowOrder([row.length for row in rows], step_rows, inputs.seed)
     indices = order.of_steps(0, max(recipe.steps, end))
@@ -102,9 +103,10 @@ def capture_of(
     examples = range(first * per_step, end * per_step)
     shapes = fixed_shapes(rows, batches, examples, masked=masked)
     if not shapes.examples:
-        log.info(WITHOUT_GRAPHS, f"no length of batches occurs {LEAST_BATCHES} times")
+        log.log(level, WITHOUT_GRAPHS, f"no length of batches occurs {LEAST_BATCHES} times")
         return None
-    log.info(
+    log.log(
+        level,
         "train: each pass is one CUDA graph, of %d lengths up to %d; they pad batches by %.1f%%",
         *(len(shapes.shapes), shapes.shapes[-1].length, 100 * shapes.padding),
     )
