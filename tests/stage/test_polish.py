@@ -37,7 +37,7 @@ def polished_rows(monkeypatch):
     return polishings
 
 
-@pytest.mark.parametrize("method", ["emloc", "emloc_nf4", "lora", "emloc_anchored"])
+@pytest.mark.parametrize("method", ["emloc", "emloc_nf4", "emloc_anchored"])
 def test_exact_steps_are_those_of_peft_by_hand(
     run_uncached, tiny, checkpoint, polished_rows, method
 ):
