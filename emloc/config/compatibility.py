@@ -79,7 +79,7 @@ def check_compatible(
             f"set anchor.rounds={recipe.steps} or less",
         ),
         (
-            polish.polishes and adapter.needs_weight,
+            polish.polishes and not polish.keeps_weights and adapter.needs_weight,
             f"adapter={{adapter}} {adapter.needs_weight}, and polish={{polish}} has that weight on "
             "the device only while its block runs; set adapter=lora, or polish=none",
         ),

@@ -10,12 +10,10 @@ from typing import Any
 
 from emloc.data.collate import EncodedRow
 from emloc.data.reader import encode_all
-from emloc.errors import ConfigError
-from emloc.runtime.distributed import is_sharded, world_size
 from emloc.runtime.stage_cache import Facts
 from emloc.stages import RECOVERED, Context, Stage
 from emloc.stages.polishing import PolishInputs
-from emloc.stages.training.order import RowOrder
+from emloc.stages.training.order import order_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,34 +28,28 @@ class PolishAdapter(Stage):
         return context.run_config.polish.polishes and RECOVERED in context.current
 
     def check(self, context: Context) -> None:
-        """Refuse to polish where weights are split over processes.
+        """Let the method check the launch.
 
         Raises:
-            ConfigError: FSDP is set.
+            ConfigError: it does not work so.
         """
-        if context.run_config.polish.polishes and is_sharded():
-            raise ConfigError(
-                "polish=exact_steps keeps whole blocks of the original in host memory, and FSDP "
-                "would split them; launch without FSDP, or set polish=none"
-            )
+        if context.run_config.polish.polishes:
+            context.run_config.polish.check()
 
     def together(self, context: Context) -> bool:
         """Return True: all processes of a launch train."""
         return True
 
     def inputs(self, context: Context) -> list[Any]:
-        """Return the adapter, the original, the inputs of the training, and what orders its rows.
+        """Return the adapter, the original and the inputs of the training.
 
-        Anchors leave some rows out of a training.
+        The adapter's key contains the anchors, which leave some rows out of a training.
         """
-        run_config = context.run_config
-        anchored = [run_config.anchor] if run_config.anchor.anchors else []
         return [
-            run_config.polish,
+            context.run_config.polish,
             context.current[RECOVERED],
             context.source,
             context.training_inputs,
-            *anchored,
         ]
 
     def work(self, folder: Path, context: Context) -> Facts:
@@ -89,6 +81,5 @@ def next_rows(context: Context, steps: int) -> Sequence[EncodedRow]:
         anchored = context.anchored_rows
         return [keyed.row for keyed in anchored.of_steps(done, done + steps)]
     rows = encode_all(context.source.reader(), inputs.examples, inputs.max_length)
-    step_rows = inputs.recipe.batch * inputs.recipe.accumulate * world_size()
-    order = RowOrder([row.length for row in rows], step_rows, inputs.seed)
+    order = order_of(rows, inputs.recipe, inputs.seed)
     return [rows[index] for index in order.of_steps(done, done + steps)]

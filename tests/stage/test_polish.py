@@ -13,6 +13,7 @@ from emloc.errors import ConfigError
 from emloc.pipeline import run
 from emloc.stages import polish
 from emloc.stages.polish import next_rows
+from emloc.stages.polishing import exact_steps
 from emloc.stages.polishing.exact_steps import ExactSteps
 from emloc.stages.run_config import build
 from emloc.stages.training.order import RowOrder
@@ -126,7 +127,7 @@ def test_nothing_is_polished_where_nothing_is_trained(run_cached):
 
 
 def test_polishing_under_fsdp_is_refused(run_uncached, monkeypatch):
-    monkeypatch.setattr(polish, "is_sharded", lambda: True)
+    monkeypatch.setattr(exact_steps, "is_sharded", lambda: True)
     with pytest.raises(ConfigError, match=r"launch without FSDP, or set polish=none"):
         run_uncached("method=lora", "polish=exact_steps")
 

@@ -16,10 +16,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from math import isnan, nan
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -30,8 +28,9 @@ from emloc.cost.bench.rows import BenchRow, Figure, row
 from emloc.cost.bench.setting import BenchSetup, RandomRow, reset_memory, synchronized_time
 from emloc.cost.bench.training import (
     BUSY_LOOPS,
-    WITHOUT_GRAPHS,
+    CAPTURE_OFF,
     PreparedModel,
+    median_step,
     open_factorized,
 )
 from emloc.cost.bench.workers import JobFigures, Train, Workers
@@ -76,7 +75,7 @@ def jobs(benchmark: str, model: str, ratio: float) -> Iterator[BenchRow]:
                     workers.start(count)
                     workers.run(warm_up, need)
                     seconds_with_mps, _ = workers.run(steps, need)
-    plain_setup = BenchSetup(model, (*RECIPE, WITHOUT_GRAPHS), LOG_EVERY)
+    plain_setup = BenchSetup(model, (*RECIPE, CAPTURE_OFF), LOG_EVERY)
     plain = train_alone(partial(train_random, plain_setup, ratio), warm_up, steps)
     on_shared_core = train_alone(partial(train_on_shared_core, setup, ratio), warm_up, steps)
     alone = 3600 / seconds
@@ -173,8 +172,7 @@ def train_random(setup: BenchSetup, ratio: float, steps: int) -> JobFigures:
         )
     peak = torch.cuda.max_memory_reserved() if is_full_size else 0
     # The median leaves out the first steps, which record graphs.
-    each = [(after - before) / setup.log_every for before, after in pairwise(ends)]
-    return JobFigures(peak, median(each) if each else nan)
+    return JobFigures(peak, median_step(ends, setup.log_every) if len(ends) > 1 else nan)
 
 
 def random_batch(

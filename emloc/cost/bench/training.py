@@ -58,7 +58,7 @@ BUSY_LOOPS = 3  # of other programs, for a measurement beside them
 # Targets: largest relative distances, of a planned or a usual peak from the measured one, and of a
 # step on a core that others use from one that has its core alone.
 NEAR, NEAR_ON_SHARED_CORE = 0.05, 0.2
-WITHOUT_GRAPHS = "train.capture=false"  # override
+CAPTURE_OFF = "train.capture=false"  # override
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def training(
     """
     steps = f"train.steps={MORE_STEPS}"
     setup = BenchSetup(model, (steps,), TOGETHER)
-    setup_without_graphs = BenchSetup(model, (steps, WITHOUT_GRAPHS), TOGETHER)
+    setup_without_graphs = BenchSetup(model, (steps, CAPTURE_OFF), TOGETHER)
     open_emulator: Opener = partial(open_factorized, ratio=ratio)
     open_packed_emulator: Opener = partial(open_packed, ratio=ratio)
     lora, qlora = (
@@ -309,12 +309,19 @@ def figures_of_steps(
     `ends` are the times at the ends of its steps, or of each so many `together`.
     """
     first = WARM_UP_STEPS // together - 1
-    steps = [(after - before) / together for before, after in pairwise(ends[first:])]
-    figures = TrainingFigures(
-        peak_gb(device), reserved_gb(device), statistics.median(steps), losses
-    )
+    step = median_step(ends[first:], together)
+    figures = TrainingFigures(peak_gb(device), reserved_gb(device), step, losses)
     reset_memory(device)
     return figures
+
+
+def median_step(ends: Sequence[float], together: int) -> float:
+    """Return the median seconds of a step, of the times at the ends of each so many `together`.
+
+    Raises:
+        StatisticsError: there are fewer than two times.
+    """
+    return statistics.median((after - before) / together for before, after in pairwise(ends))
 
 
 def open_original(setup: BenchSetup, device: torch.device) -> PreTrainedModel:

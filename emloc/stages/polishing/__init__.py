@@ -39,6 +39,16 @@ class Polish(Part):
     section: ClassVar[str] = "polish"
     polishes: ClassVar[Literal[True]] = True
 
+    keeps_weights: ClassVar[bool] = True  # whether all of the original stays on the device
+
+    def check(self) -> None:
+        """Check the launch, before any stage of the run begins.
+
+        Raises:
+            ConfigError: the method does not work so.
+        """
+        return
+
     @abstractmethod
     def polish(self, folder: Path, inputs: PolishInputs) -> Facts:
         """Write the improved adapter into `folder`/adapter.

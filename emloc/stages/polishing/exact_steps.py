@@ -12,6 +12,8 @@ from emloc.config.values import Range
 from emloc.data.reader import training_collate
 from emloc.emulators import BuildInputs, BuiltEmulator
 from emloc.emulators.offload import Offload
+from emloc.errors import ConfigError
+from emloc.runtime.distributed import is_sharded
 from emloc.runtime.stage_cache import Artifact, Facts
 from emloc.stages.polishing import Polish, PolishInputs
 from emloc.stages.training.train import fit_rows
@@ -25,8 +27,18 @@ class ExactSteps(Polish):
     All else is the recipe of the training.
     """
 
+    keeps_weights = False
+
     steps: Annotated[int, Range(least=1, usual=20)]  # optimizer steps
     rate: Annotated[float, Range(above=0, usual=0.5)]  # first learning rate / train.learning_rate
+
+    def check(self) -> None:
+        """Refuse to train where weights are split over processes; see `Polish.check`."""
+        if is_sharded():
+            raise ConfigError(
+                "polish=exact_steps keeps whole blocks of the original in host memory, and FSDP "
+                "would split them; launch without FSDP, or set polish=none"
+            )
 
     def polish(self, folder: Path, inputs: PolishInputs) -> Facts:
         """Train the adapter further and write it into `folder`; see `Polish.polish`."""

@@ -26,9 +26,8 @@ from emloc.emulators.full import block_linears
 from emloc.emulators.layer_drop import block_stack
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
-from emloc.runtime.distributed import world_size
 from emloc.runtime.memory import GIB
-from emloc.stages.training.order import RowOrder
+from emloc.stages.training.order import RowOrder, order_of
 from emloc.tensors.nn.attention import without_cudnn
 
 log = logging.getLogger(__name__)
@@ -130,11 +129,7 @@ def anchored_rows(
         decoder_blocks,
         rows,
         guard,
-        RowOrder(
-            [row.length for row in rows],
-            recipe.batch * recipe.accumulate * world_size(),
-            training_inputs.seed,
-        ),
+        order_of(rows, recipe, training_inputs.seed),
         round_ends(recipe.steps, anchor.rounds),
         training_collate(reader),
         disk_gib,

@@ -26,7 +26,7 @@ from emloc.models.decoder import decoder_of
 from emloc.models.embedded import VECTORS
 from emloc.models.image_vectors import IMAGE_POSITIONS, image_positions, image_token
 from emloc.runtime.distributed import is_sharded
-from emloc.stages.training.order import RowOrder
+from emloc.stages.training.order import order_of
 from emloc.stages.training.trainee import Trainee
 from emloc.stages.training.work import rows_of_step
 from emloc.tensors.lean.embedding import HostEmbedding
@@ -94,8 +94,7 @@ def capture_of(
     if reason := _obstacle(trainee, rows, has_images=has_images, is_uneven=is_uneven):
         log.log(level, WITHOUT_GRAPHS, reason)
         return None
-    order = RowOrder([row.length for row in rows], step_rows, inputs.seed)
-    indices = order.of_steps(0, max(recipe.steps, end))
+    indices = order_of(rows, recipe, inputs.seed).of_steps(0, max(recipe.steps, end))
     size = min(size, step_rows)
     batches = [indices[start : start + size] for start in range(0, len(indices), size)]
     per_step = step_rows // size

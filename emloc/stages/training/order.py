@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from emloc.config.settings import TrainSettings
+from emloc.stages.training.work import rows_of_step
 
 
 class RowOrder:
@@ -45,6 +49,11 @@ class RowOrder:
             start, stop = (max(0, step - epoch * self.steps) * size for step in (first, end))
             rows += self.epoch(epoch)[start:stop]
         return rows
+
+
+def order_of(rows: Sequence[Any], recipe: TrainSettings, seed: int) -> RowOrder:
+    """Return the order in which a training of this recipe draws some rows, encoded or keyed."""
+    return RowOrder([row.length for row in rows], rows_of_step(recipe, len(rows)), seed)
 
 
 class WholeSteps(Sampler[int]):

@@ -30,10 +30,7 @@ def offload_embedding(model: PreTrainedModel) -> int:
         return 0
     if head is not None and head.weight is embedding.weight:
         return 0
-    size, device = (
-        embedding.weight.numel() * embedding.weight.element_size(),
-        embedding.weight.device,
-    )
+    size, device = embedding.weight.nbytes, embedding.weight.device
     model.set_input_embeddings(HostEmbedding(embedding.weight))
     del embedding
     if device.type == "cuda":

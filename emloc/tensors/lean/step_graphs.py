@@ -122,8 +122,8 @@ class CudaRecorder:
             self._run(step)
         graph = torch.cuda.CUDAGraph()
         _free_workspaces()
-        # Threads that read ahead may allocate meanwhile: only this thread is restricted.
         forget_streamed()
+        # Threads that read ahead may allocate meanwhile: only this thread is restricted.
         with (
             metered() as work,
             torch.cuda.graph(
