@@ -24,7 +24,8 @@ from emloc.runtime.memory import MemoryPeak
 from emloc.runtime.work_meter import metered
 from emloc.stages.training.train import train
 from emloc.tensors.lean import activations
-from emloc.tensors.lean.step_graphs import StepGraphs
+from emloc.tensors.lean.step_graphs import CudaRecorder, StepGraphs
+from emloc.tensors.nn.streamed import StreamedBlocks
 
 pytestmark = pytest.mark.gpu
 
@@ -109,6 +110,29 @@ def test_blocks_in_host_memory_are_copied_inside_graphs(tmp_path, made_once, rep
         torch.testing.assert_close(tensor, expected[1][name], rtol=1e-2, atol=1e-3)
     # The graphs copy the first two blocks anew, and recording takes a few passes.
     assert plain.weight_bytes < graphs.weight_bytes < 4 * plain.weight_bytes
+
+
+def test_a_graph_ends_with_the_copies_that_it_began():
+    """The last block of a graph has begun to copy the next one, which is not of the graph."""
+    blocks = [{"weight": torch.empty(1 << 20, device="meta")} for _ in range(5)]
+    streamed = StreamedBlocks(blocks, CUDA)
+    for index in range(5):
+        streamed.views(index)["weight"].fill_(index)
+        streamed.store(index)
+    sums = torch.zeros(5, device=CUDA)
+
+    def step():
+        for index in (4, 3, 2):
+            streamed.enter(index)
+            sums[index].add_(streamed.views(index)["weight"].mean())
+
+    replay = CudaRecorder(CUDA)(step)
+    sums.zero_()
+    for _ in range(3):
+        replay()
+    assert sums.tolist() == [0, 0, 6, 9, 12]
+    streamed.enter(1)
+    assert streamed.views(1)["weight"].mean() == 1
 
 
 @pytest.mark.parametrize(

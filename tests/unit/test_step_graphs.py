@@ -9,7 +9,7 @@ from emloc.stages.training.capture import Capture
 from emloc.stages.training.finite import FiniteLosses
 from emloc.stages.training.graph_inputs import Trained
 from emloc.stages.training.graphed_passes import GraphedPasses
-from emloc.tensors.lean.flat_gradients import FlatGradients
+from emloc.tensors.lean.flat_parameters import FlatParameters
 from emloc.tensors.lean.step_graphs import StepGraphs
 
 
@@ -43,7 +43,7 @@ def passes_of(model, recorder):
 
     trained = Trained(model, model, torch.device("cpu"), None, loss)
     capture = Capture(FixedShapes((), (), 0.0, masked=True), None, False, None, recorder)
-    return GraphedPasses(trained, capture, FlatGradients(model.parameters()))
+    return GraphedPasses(trained, capture, FlatParameters([model.parameters()]))
 
 
 def run(passes, batch: dict):
@@ -57,9 +57,9 @@ def inputs(rows: int) -> dict:
 def test_losses_and_gradients_are_those_of_the_step(model):
     recorder = Recorder()
     passes = passes_of(model, recorder)
-    with passes.gradients.attached(model):
+    with passes.flat.attached(model):
         passes.prepare(lambda: [{"x": inputs(5)["x"]}, {"x": inputs(2)["x"]}])
-        assert all(not flat.any() for flat in passes.gradients.flat)
+        assert all(not gradient.any() for gradient in passes.flat.gradients)
         expected, batches = [], [inputs(2), inputs(5), inputs(3), inputs(2)]
         losses = [run(passes, batch) for batch in batches]
         actual = [parameter.grad.clone() for parameter in model.parameters()]
@@ -100,7 +100,7 @@ def test_a_step_that_cannot_be_recorded_runs_without_a_graph(model, caplog):
 
     passes = passes_of(model, refuse)
     batch = inputs(3)
-    with passes.gradients.attached(model):
+    with passes.flat.attached(model):
         passes.prepare(lambda: [{"x": batch["x"]}])
         assert not model.weight.grad.any()  # that of the trial is gone
         loss = run(passes, batch)
@@ -111,7 +111,7 @@ def test_a_step_that_cannot_be_recorded_runs_without_a_graph(model, caplog):
 
 def test_dropped_gradients_are_zero_again(model):
     passes = passes_of(model, Recorder())
-    with passes.gradients.attached(model):
+    with passes.flat.attached(model):
         run(passes, inputs(3))
         nn.Module.zero_grad(model)  # as a wrapper of the model calls it
         assert model.weight.grad is None
@@ -127,9 +127,9 @@ def test_dropped_gradients_are_zero_again(model):
 def test_flat_gradients_are_clipped_as_torch_does(model, limit):
     passes = passes_of(model, Recorder())
     batch = inputs(4)
-    with passes.gradients.attached(model):
+    with passes.flat.attached(model):
         run(passes, batch)
-        norm = passes.gradients.clip(limit)
+        norm = passes.flat.clip(limit)
         clipped = [parameter.grad.clone() for parameter in model.parameters()]
     (model(batch["x"]).square().sum() / 4).backward()
     expected = nn.utils.clip_grad_norm_(model.parameters(), limit)
@@ -142,10 +142,10 @@ def test_gradients_are_averaged_over_processes(model, monkeypatch):
     """Here the other process has twice the gradients of this one."""
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: flat.mul_(3))
     passes = passes_of(model, Recorder())
-    with passes.gradients.attached(model):
+    with passes.flat.attached(model):
         run(passes, inputs(3))
         own = model.weight.grad.clone()
-        passes.gradients.average(2)
+        passes.flat.average(2)
         torch.testing.assert_close(model.weight.grad, 1.5 * own)
 
 

@@ -20,7 +20,7 @@ from emloc.runtime.memory import free_device_bytes
 from emloc.runtime.progress import duration
 from emloc.stages.training.capture import WITHOUT_GRAPHS, Capture
 from emloc.stages.training.graph_inputs import ONE, GraphInputs, Trained, split
-from emloc.tensors.lean.flat_gradients import FlatGradients
+from emloc.tensors.lean.flat_parameters import FlatParameters
 from emloc.tensors.lean.step_graphs import Inputs, StepGraphs
 from emloc.tensors.nn.attention import with_cudnn
 
@@ -32,10 +32,10 @@ USED_AGAIN = "train: %d graphs of the round before are used again"
 
 
 class GraphedPasses:
-    """Runs forward and backward passes, whose gradients are flat."""
+    """Runs forward and backward passes of a model whose trained parameters are flat."""
 
-    def __init__(self, trained: Trained, capture: Capture, gradients: FlatGradients) -> None:
-        self.gradients = gradients
+    def __init__(self, trained: Trained, capture: Capture, flat: FlatParameters) -> None:
+        self.flat = flat
         self._trained = trained
         self._inputs = GraphInputs(trained, capture)
         self._graphs = StepGraphs(self._compute, capture.record, MOST_SHAPES)
@@ -82,7 +82,7 @@ class GraphedPasses:
 
     def run(self, batch: Batch, count: Tensor) -> Tensor:
         """Return the loss of a pass, a scalar, and add its gradients."""
-        self.gradients.attach()  # a wrapper of the model may have dropped them
+        self.flat.attach()  # a wrapper of the model may have dropped them
         return self._graphs.run(self._inputs.of(batch, count))
 
     def _record(self, inputs: Inputs) -> None:
@@ -97,9 +97,9 @@ class GraphedPasses:
     @contextmanager
     def _kept_gradients(self) -> Iterator[None]:
         """Undo what passes inside the block add to the gradients."""
-        before = [flat.clone() for flat in self.gradients.flat]
+        before = [gradient.clone() for gradient in self.flat.gradients]
         yield
-        torch._foreach_copy_(self.gradients.flat, before)
+        torch._foreach_copy_(self.flat.gradients, before)
 
     def _compute(self, inputs: Inputs) -> Tensor:
         """Run one pass and return its loss."""

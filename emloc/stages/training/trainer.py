@@ -30,7 +30,7 @@ from emloc.stages.training.finite import FiniteLosses
 from emloc.stages.training.graph_inputs import Trained
 from emloc.stages.training.graphed_passes import GraphedPasses, KeptPasses
 from emloc.stages.training.order import RowOrder, WholeSteps
-from emloc.tensors.lean.flat_gradients import FlatGradients
+from emloc.tensors.lean.flat_parameters import FlatParameters
 from emloc.tensors.nn.surgery import replace_tensor
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,8 @@ class FiniteTrainer(Trainer):
         self._finite = FiniteLosses()
         self._capture, self._kept_passes = capture, kept_passes
         self._passes: GraphedPasses | None = None
+        self._passes_before: GraphedPasses | None = None  # of the round before, until they go on
+        self._flat: FlatParameters | None = None  # what is trained, if the passes are graphs
         self._graph_resources = ExitStack()
         self._anchors, self._skipped, self._restart = anchors, skipped, restart
         self._objective = objective
@@ -101,7 +103,8 @@ class FiniteTrainer(Trainer):
                     self._kept_passes.keep(self._passes, self.model, self.args.device)
                 elif self._passes is not None:
                     self._passes.release()
-                self._passes = self._kept_passes = None  # what is kept refers to this trainer
+                # What is kept refers to this trainer.
+                self._passes = self._passes_before = self._flat = self._kept_passes = None
 
     def check_losses(self) -> None:
         """Check the losses of the last steps.
@@ -128,6 +131,17 @@ class FiniteTrainer(Trainer):
             plugin.mixed_precision_policy = MixedPrecisionPolicy(
                 param_dtype=plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32
             )
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Create the optimizer; if the passes are graphs, it updates all parameters at once."""
+        optimizer = super().create_optimizer(model)
+        if self._capture is not None:
+            kept = None if self._kept_passes is None else self._kept_passes.take(self.model)
+            groups = [group["params"] for group in optimizer.param_groups]
+            self._flat = FlatParameters(groups) if kept is None else kept.flat
+            self._flat.hand_to(optimizer)
+            self._passes_before = kept
+        return optimizer
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint, then its manifest; called by the Trainer every `save_steps`."""
@@ -241,7 +255,7 @@ class FiniteTrainer(Trainer):
             count = torch.as_tensor(num_items_in_batch)
             loss = passes.run(self._prepare_inputs(inputs), count)
             if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
-                passes.gradients.average(self.accelerator.num_processes)
+                passes.flat.average(self.accelerator.num_processes)
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
         step = self.state.global_step + self._skipped + 1
@@ -261,14 +275,14 @@ class FiniteTrainer(Trainer):
             self._anchors,
             partial(self._loss_of, self.model),
         )
-        passes = None if self._kept_passes is None else self._kept_passes.take(self.model)
+        assert self._flat is not None
+        passes = self._passes_before
         if passes is None:
-            parameters = (p for p in self.model.parameters() if p.requires_grad)
-            passes = GraphedPasses(trained, capture, FlatGradients(parameters))
+            passes = GraphedPasses(trained, capture, self._flat)
         else:
             passes.go_on(trained)
-        self._passes = passes
-        self._graph_resources.enter_context(passes.gradients.attached(model))
+        self._passes, self._passes_before = passes, None
+        self._graph_resources.enter_context(self._flat.attached(model))
         dataset: Any = self.train_dataset
 
         def examples() -> Iterator[Batch]:
@@ -281,9 +295,9 @@ class FiniteTrainer(Trainer):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip the gradients, all at once if they are flat; called by the Trainer."""
-        if self._passes is None:
+        if self._flat is None:
             return super()._clip_grad_norm(model)
-        return self._passes.gradients.clip(self.args.max_grad_norm)
+        return self._flat.clip(self.args.max_grad_norm)
 
 
 def unshard_parameters(model: PreTrainedModel) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from emloc.runtime.work_meter import count_weights, metered
-from emloc.tensors.nn.streamed import forget_streamed
+from emloc.tensors.nn.streamed import forget_streamed, join_streamed
 
 # Inputs of one step by name.
 Inputs = Mapping[str, Tensor]
@@ -123,15 +123,18 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         _free_workspaces()
         forget_streamed()
-        # Threads that read ahead may allocate meanwhile: only this thread is restricted.
-        with (
-            metered() as work,
-            torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ),
-        ):
-            step()
-        forget_streamed()
+        try:
+            # Threads that read ahead may allocate meanwhile: only this thread is restricted.
+            with (
+                metered() as work,
+                torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ),
+            ):
+                step()
+                join_streamed()
+        finally:
+            forget_streamed()  # nothing was copied yet
         _free_workspaces()
         self._pool = graph.pool()
 

@@ -64,6 +64,12 @@ class StreamedBlocks:
         """Let no block count as loaded, so that the next one that computes is copied."""
         self._copied, self._loaded, self._current = [None, None], [None, None], None
 
+    def join(self) -> None:
+        """Let the current stream wait for the copies that were begun since `forget`."""
+        for copied in self._copied:
+            if copied is not None:
+                torch.cuda.current_stream(self._device).wait_event(copied)
+
     def views(self, index: int) -> dict[str, Tensor]:
         """Name -> tensor of block `index`, as a view of its buffer; valid while the block computes.
 
@@ -143,6 +149,15 @@ def forget_streamed() -> None:
     """
     for blocks in _alive:
         blocks.forget()
+
+
+def join_streamed() -> None:
+    """Let the current stream wait for all copies of blocks, since a CUDA graph must end with them.
+
+    The last block that computes in a graph may have begun to copy one that does not.
+    """
+    for blocks in _alive:
+        blocks.join()
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> tuple[Layout, int]:
