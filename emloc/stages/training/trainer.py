@@ -136,11 +136,12 @@ class FiniteTrainer(Trainer):
         """Create the optimizer; if the passes are graphs, it updates all parameters at once."""
         optimizer = super().create_optimizer(model)
         if self._capture is not None:
-            kept = None if self._kept_passes is None else self._kept_passes.take(self.model)
+            if self._kept_passes is not None:
+                self._passes_before = self._kept_passes.take(self.model)
             groups = [group["params"] for group in optimizer.param_groups]
-            self._flat = FlatParameters(groups) if kept is None else kept.flat
+            before = self._passes_before
+            self._flat = FlatParameters(groups) if before is None else before.flat
             self._flat.hand_to(optimizer)
-            self._passes_before = kept
         return optimizer
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

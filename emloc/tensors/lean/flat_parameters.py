@@ -122,8 +122,8 @@ class FlatParameters:
             }
             indices = [*range(first, first + len(flats))]
             for index, flat in zip(indices, flats, strict=True):
-                if joined := flat.join([of_parameter[id(p)] for p in flat.parameters]):
-                    states[index] = joined
+                if state := flat.join([of_parameter[id(p)] for p in flat.parameters]):
+                    states[index] = state
             groups.append(group | {"params": indices})
             first += len(flats)
         return state_dict | {"state": states, "param_groups": groups}
