@@ -75,16 +75,9 @@ def jobs(benchmark: str, model: str, ratio: float) -> Iterator[BenchRow]:
                     workers.start(count)
                     workers.run(warm_up, need)
                     seconds_with_mps, _ = workers.run(steps, need)
-    plain_setup = BenchSetup(model, (*RECIPE, CAPTURE_OFF), LOG_EVERY)
-    plain = train_alone(partial(train_random, plain_setup, ratio), warm_up, steps)
-    on_shared_core = train_alone(partial(train_on_shared_core, setup, ratio), warm_up, steps)
     alone = 3600 / seconds
     beside = 3600 * count / seconds_beside
     with_mps = 3600 * count / seconds_with_mps
-    most = MOST_STEP if is_full_size else None
-    yield row(benchmark, "a step; without CUDA graphs", "s", job.step, peer=plain.step, most=most)
-    what = f"a step; on a core that {BUSY_LOOPS} busy loops share"
-    yield row(benchmark, what, "s", job.step, peer=on_shared_core.step)
     yield row(benchmark, "one at a time", "jobs an hour", alone)
     yield row(benchmark, "side by side", "jobs an hour", beside)
     yield row(benchmark, "side by side, over one at a time", "", beside / alone)
@@ -93,6 +86,25 @@ def jobs(benchmark: str, model: str, ratio: float) -> Iterator[BenchRow]:
     yield row(benchmark, "side by side with MPS, over one at a time", "", gain)
     yield row(benchmark, "jobs that run side by side", "", count)
     yield row(benchmark, "a job: peak reserved", "GB", job.peak / 1e9 if is_full_size else nan)
+
+
+def small_step(benchmark: str, model: str, ratio: float) -> Iterator[BenchRow]:
+    """Measure a step of a small training that has the GPU alone."""
+    setup = BenchSetup(model, RECIPE, LOG_EVERY)
+    plain_setup = BenchSetup(model, (*RECIPE, CAPTURE_OFF), LOG_EVERY)
+    warm_up, steps = (WARM_UP_STEPS, STEPS) if setup.is_full_size else (0, 1)
+    ours, on_shared_core, plain = (
+        train_alone(partial(train, one_setup, ratio), warm_up, steps)
+        for train, one_setup in (
+            (train_random, setup),
+            (train_on_shared_core, setup),
+            (train_random, plain_setup),
+        )
+    )
+    most = MOST_STEP if setup.is_full_size else None
+    yield row(benchmark, "a step; without CUDA graphs", "s", ours.step, peer=plain.step, most=most)
+    what = f"a step; on a core that {BUSY_LOOPS} busy loops share"
+    yield row(benchmark, what, "s", ours.step, peer=on_shared_core.step)
 
 
 def train_alone(train: Train, warm_up: int, steps: int) -> JobFigures:

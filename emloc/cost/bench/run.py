@@ -18,7 +18,7 @@ from emloc.cost.bench.build import build
 from emloc.cost.bench.capped import capped
 from emloc.cost.bench.factorise import factorise
 from emloc.cost.bench.host import host_memory
-from emloc.cost.bench.jobs import jobs
+from emloc.cost.bench.jobs import jobs, small_step
 from emloc.cost.bench.offload import offload
 from emloc.cost.bench.rows import BenchRow, read_rows, replace_rows, table, write_facts
 from emloc.cost.bench.training import Target, training
@@ -51,6 +51,7 @@ BENCHMARKS: dict[str, Callable[[], Iterator[BenchRow]]] = {
     "cap12_38b_nf4": partial(capped, "cap12_38b_nf4", M38, 0.2, "emloc_nf4", 12),
     "cap24_78b_nf4": partial(capped, "cap24_78b_nf4", M78, 0.2, "emloc_nf4", 24),
     "offload_8b": partial(offload, "offload_8b", M8),
+    "step_smollm2": partial(small_step, "step_smollm2", "smollm2_135m", 0.25),
     "jobs_smollm2": partial(jobs, "jobs_smollm2", "smollm2_135m", 0.25),
     "answer_8b": partial(answering, "answer_8b", M8, 0.25),
     "answer_38b": partial(answering, "answer_38b", M38, 0.2),
