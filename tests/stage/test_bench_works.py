@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from emloc.cost.bench import training
+from emloc.cost.bench import jobs, training
 from emloc.cost.bench.rows import BenchRow, read_rows
 from emloc.cost.bench.run import BENCHMARKS, run_benchmark
 from emloc.cost.bench.workers import JobFigures, Workers
@@ -67,7 +67,7 @@ def test_a_benchmark_runs_with_small_shapes_without_a_gpu(tmp_path, work, monkey
 
 
 # Benchmarks that were not run at full size yet.
-NOT_MEASURED = {"build_8b", "jobs_smollm2"}
+NOT_MEASURED = {"build_8b"}
 
 
 def test_every_target_of_the_committed_results_holds():
@@ -125,6 +125,17 @@ def test_small_jobs_run_one_at_a_time_and_side_by_side_without_a_gpu():
     assert rows["jobs that run side by side"].ours == "2"
     assert rows["side by side with MPS"].ours == "no MPS"
     assert rows["a job: peak reserved"].ours == ""  # without a GPU there is no reserved memory
+
+
+def test_a_small_step_is_compared_with_one_on_a_shared_core_and_one_without_graphs(monkeypatch):
+    seconds = {"train_random": [0.01, 0.1], "train_on_shared_core": [0.02]}
+
+    def train_alone(train, warm_up, steps):
+        return JobFigures(0, seconds[train.func.__name__].pop(0))
+
+    monkeypatch.setattr(jobs, "train_alone", train_alone)
+    plain, shared = BENCHMARKS["step_smollm2"]()
+    assert (plain.ours, plain.peer, shared.ours, shared.peer) == ("0.01", "0.1", "0.01", "0.02")
 
 
 def no_training(steps: int) -> JobFigures:

@@ -15,6 +15,7 @@ from emloc.calibration.calibrate import calibrate
 from emloc.config.settings import Compression
 from emloc.emulators import BuildInputs
 from emloc.emulators.svd import Svd
+from emloc.emulators.svd.factor_writer import FactorWriter
 from emloc.models.checkpoint.source import Source
 from emloc.pipeline import run
 from emloc.runtime.stage_cache import Artifact, Store
@@ -132,20 +133,18 @@ def test_second_moments_are_not_written(tmp_path, source, both):
 def test_a_killed_build_resumes_with_the_next_block_and_the_same_result(
     tmp_path, source, monkeypatch, algorithm, bits, finished
 ):
-    import emloc.emulators.svd as home
-
     emulator, saved = svd(algorithm), []
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     build_in(whole, source, emulator, bits)
-    save = home.save_factors
+    write = FactorWriter.write
 
-    def until(factors, path):
+    def until(self, block, factors):
         if len(saved) == finished:
             raise KeyboardInterrupt
-        saved.append(path.stem)
-        save(factors, path)
+        saved.append(block)
+        return write(self, block, factors)
 
-    monkeypatch.setattr(home, "save_factors", until)
+    monkeypatch.setattr(FactorWriter, "write", until)
     with pytest.raises(KeyboardInterrupt):
         build_in(killed, source, emulator, bits)
     assert saved == BLOCKS[:finished]

@@ -35,6 +35,7 @@ NAMES = [
         "cap12_38b_nf4",
         "cap24_78b_nf4",
         "offload_8b",
+        "step_smollm2",
         "jobs_smollm2",
         "answer_8b",
         "answer_38b",

@@ -21,6 +21,7 @@ from emloc.emulators.full import Full
 from emloc.emulators.size import size_facts, stored_shapes, uniform_ranks
 from emloc.emulators.svd import Svd
 from emloc.emulators.svd.factor_file import read_facts
+from emloc.emulators.svd.factor_writer import FactorWriter
 from emloc.emulators.svd.factors import factorize, spectrum_record
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
@@ -304,21 +305,19 @@ def test_a_spectrum_is_recorded_at_few_indices_with_its_energies():
 def test_a_killed_build_resumes_and_gives_the_same_files(
     tmp_path, source, statistics, monkeypatch, bits
 ):
-    import emloc.emulators.svd as home
-
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
     built_emulator(whole, source, svd(), bits, statistics)
-    save, saved = home.save_factors, []
+    write, blocks = FactorWriter.write, []
 
-    def once(journal, path):
-        if saved:
+    def once(self, block, factors):
+        if blocks:
             raise KeyboardInterrupt
-        saved.append(path.name)
-        save(journal, path)
+        blocks.append(block)
+        return write(self, block, factors)
 
-    monkeypatch.setattr(home, "save_factors", once)
+    monkeypatch.setattr(FactorWriter, "write", once)
     with pytest.raises(KeyboardInterrupt):
         built_emulator(killed, source, svd(), bits, statistics)
     assert [line["block"] for line in lines_of(killed)] == ["model.layers.0"]
@@ -326,7 +325,7 @@ def test_a_killed_build_resumes_and_gives_the_same_files(
     stamp = first.stat().st_mtime_ns
     with (killed / "journal.jsonl").open("a") as file:
         file.write('{"block": "model.la')  # the kill happened in the middle of a line
-    monkeypatch.setattr(home, "save_factors", save)
+    monkeypatch.setattr(FactorWriter, "write", write)
     built_emulator(killed, source, svd(), bits, statistics)
     assert first.stat().st_mtime_ns == stamp
     assert [line["block"] for line in lines_of(killed)] == ["model.layers.0", "model.layers.1"]

@@ -19,6 +19,7 @@ from emloc.calibration.offload import StateLimits
 from emloc.config.settings import Compression
 from emloc.emulators import BuildInputs
 from emloc.emulators.svd import Svd
+from emloc.emulators.svd.factor_writer import FactorWriter
 from emloc.emulators.svd.sequential import lock_step
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
@@ -339,21 +340,21 @@ def test_a_killed_build_resumes_with_the_same_result(
     emulator, saved = svd(allocation=allocation), []
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     facts = build_in(whole, source, emulator, bits)
-    save = home.save_factors
+    write = FactorWriter.write
 
-    def once(found, path):
+    def once(self, block, factors):
         if saved:
             raise KeyboardInterrupt
-        saved.append(path.name)
-        save(found, path)
+        saved.append(block)
+        return write(self, block, factors)
 
-    monkeypatch.setattr(home, "save_factors", once)
+    monkeypatch.setattr(FactorWriter, "write", once)
     with pytest.raises(KeyboardInterrupt):
         build_in(killed, source, emulator, bits)
     files = sorted(killed.glob("*.safetensors"))
     assert len(files) == (2 if allocation == "greedy" else 1)
     stamps = [path.stat().st_mtime_ns for path in files]
-    monkeypatch.setattr(home, "save_factors", save)
+    monkeypatch.setattr(FactorWriter, "write", write)
     monkeypatch.setattr(home, "spectra", None)  # the spectra exist and must not be computed again
     assert build_in(killed, source, emulator, bits) == facts
     assert [path.stat().st_mtime_ns for path in files] == stamps

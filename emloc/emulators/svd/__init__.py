@@ -23,7 +23,8 @@ from emloc.config.settings import Compression
 from emloc.config.values import OneOf, Range
 from emloc.emulators import BuildInputs, Emulator, Ranks
 from emloc.emulators.size import size_facts, stored_shapes, uniform_ranks
-from emloc.emulators.svd.factor_file import load_factors, read_facts, save_factors
+from emloc.emulators.svd.factor_file import load_factors
+from emloc.emulators.svd.factor_writer import FactorWriter
 from emloc.emulators.svd.factors import LayerFactors, factorize, refine, spectra
 from emloc.emulators.svd.sequential import BlockPair, fit_block, lock_step
 from emloc.models.checkpoint.source import CPU, Source
@@ -144,20 +145,19 @@ class Svd(Emulator):
         else:
             samples = build_inputs.samples if needs_refit or statistics is None else None
             blocks = named_blocks(source, samples, list(layers_by_block), device, limits, folder)
-        for name, block in tracked(blocks, "emulate", len(layers_by_block), "block"):
-            path = journal.file(name)
-            if not path.exists():
+        with FactorWriter(journal) as writer:
+            for name, block in tracked(blocks, "emulate", len(layers_by_block), "block"):
+                if journal.file(name).exists():
+                    table |= writer.facts_of(name)
+                    continue
                 # Passed on at once: no variable keeps the factors in memory while the next block
                 # is read.
-                save_factors(
+                table |= writer.write(
+                    name,
                     self._factors(source, name, block, layers_by_block[name], build_inputs, device),
-                    path,
                 )
-            layer_facts = read_facts(path)
-            if name not in journal.lines:
-                seconds = round(sum(layer["seconds"] for layer in layer_facts.values()), 4)
-                journal.add(name, layers=list(layer_facts), seconds=seconds)
-            table |= layer_facts
+                if self.sequential:  # the compressed model reads the file
+                    writer.wait()
         lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in table.items())
         (folder / "layers.json").write_text(f"{{\n{lines}\n}}\n")
         facts = size_facts(source, stored_shapes(source, ranks), build_inputs.precision)
@@ -209,9 +209,12 @@ class Svd(Emulator):
         journal = Journal(folder)
         table: dict[str, Any] = {}
         layers_by_block = by_block(ranks)
-        for block in blocks:
-            layers = layers_by_block[block.name]
-            if block.name not in journal.lines:
+        with FactorWriter(journal) as writer:
+            for block in blocks:
+                layers = layers_by_block[block.name]
+                if block.name in journal.lines:
+                    table |= writer.facts_of(block.name)
+                    continue
                 statistics = record_moments(block, layers, self.statistics == "input", peek=True)
                 weights = {name: one.weight for name, one in linears_of(block, layers).items()}
                 factors = factorize(
@@ -221,9 +224,8 @@ class Svd(Emulator):
                 # Rounding to 16 bits changes v too little to be worth another run of the block.
                 if precision is not None and self.algorithm != "whiten":
                     factors = refine(block, factors, [n for n in layers if n in statistics.outputs])
-                save_factors(factors, journal.file(block.name))
-                journal.add(block.name, layers=layers)
-            table |= read_facts(journal.file(block.name))
+                table |= writer.write(block.name, factors)
+                del factors  # else they keep their memory while the next block is read
         write_text(folder / "layers.json", json.dumps(table))
 
     def _block_statistics(

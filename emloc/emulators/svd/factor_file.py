@@ -18,13 +18,12 @@ from torch import Tensor
 from emloc.emulators.svd.factors import LayerFactors
 from emloc.precision import Precision, require_format
 from emloc.runtime.manifest import verified_file
-from emloc.runtime.safetensors_file import write_safetensors
 from emloc.runtime.work_meter import count_weights
 from emloc.tensors.nn.factorized import Factorized, PackedFactorized
 
 
-def save_factors(factors: Mapping[str, LayerFactors], path: Path) -> None:
-    """Write the factors and facts of one block's layers; the file is complete or absent."""
+def stored_tensors(factors: Mapping[str, LayerFactors]) -> dict[str, Tensor]:
+    """Return the tensors of the file of one block's factors, where the factors are."""
     tensors: dict[str, Tensor] = {}
     for name, layer in factors.items():
         u, v = layer.factors.u, layer.factors.v
@@ -33,9 +32,7 @@ def save_factors(factors: Mapping[str, LayerFactors], path: Path) -> None:
         else:
             ut = layer.v.precision.quantize(u.T)
             tensors |= layer.v.tensors(f"{name}.v") | ut.tensors(f"{name}.ut")
-    write_safetensors(
-        path, tensors, {name: json.dumps(layer.facts) for name, layer in factors.items()}
-    )
+    return tensors
 
 
 def load_factors(
