@@ -14,7 +14,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from emloc.adapters.shared_input import PendingOutputs, SharedInput, names_by_input
+from emloc.adapters.shared_input import PendingOutputs, SharedInput
+from emloc.models.shared_inputs import names_by_input
 from emloc.precision import Packed, PackedLayer
 from emloc.tensors.lean.layers import (
     DenseLayer,
@@ -22,6 +23,7 @@ from emloc.tensors.lean.layers import (
     FactorizedLayer,
     FactorizedLayers,
     FrozenLayers,
+    JointLayers,
     LoraOperands,
     ScratchBuffer,
     aligned_height,
@@ -49,8 +51,7 @@ def fuse(model: nn.Module) -> int:
     scratch, pending = ScratchBuffer(), PendingOutputs()
     for names in names_by_input(layers):
         group = [layers[name] for name in names]
-        is_alike = len({_kind(layer) for layer in group}) == 1
-        for members in [group] if is_alike else [[layer] for layer in group]:
+        for members in _alike(group):
             frozen = _frozen_layers(members, scratch)
             shared = SharedInput(frozen, pending)
             for index, layer in enumerate(members):
@@ -68,6 +69,27 @@ def fuse(model: nn.Module) -> int:
     inner.register_forward_pre_hook(before_pass)
     inner.register_forward_hook(lambda *_: pending.clear(), always_call=True)
     return len(layers)
+
+
+def _alike(group: Sequence[Any]) -> list[list[Any]]:
+    """Split LoRA layers that read one input into those that are computed together.
+
+    These are all of them if they are of one kind, and have one v each or all the same; else those
+    with the same v.
+    """
+    by_v: dict[Any, list[Any]] = {}
+    for index, layer in enumerate(group):
+        by_v.setdefault(getattr(layer.base_layer, "v_id", index), []).append(layer)
+    parts = [part for same in by_v.values() for part in _of_one_kind(same)]
+    if len(by_v) == len(group) and len(_of_one_kind(group)) == 1:
+        return [[*group]]
+    return parts
+
+
+def _of_one_kind(group: Sequence[Any]) -> list[list[Any]]:
+    """The layers together if all are of one kind, else each alone."""
+    is_alike = len({_kind(layer) for layer in group}) == 1
+    return [[*group]] if is_alike else [[layer] for layer in group]
 
 
 def _can_fuse(layer: Any) -> bool:
@@ -155,6 +177,8 @@ def _fuse_factorized(
     bases: Sequence[Factorized], loras: Sequence[Lora], _: ScratchBuffer
 ) -> FrozenLayers:
     """Factorised layers, whose factors become views of the stacked matrices: one copy in memory."""
+    if _have_one_v(bases):
+        return _fuse_joint(bases, loras)
     spare = [len(a) for a, _, _ in loras]
     down = with_spare_rows([base.v.data for base in bases], spare)
     layers, start = [], 0
@@ -169,6 +193,27 @@ def _fuse_factorized(
     return FactorizedLayers(layers, partial(_same, down), down.device)
 
 
+def _have_one_v(bases: Sequence[Factorized | PackedFactorized]) -> bool:
+    """Whether several layers have the same v."""
+    return len(bases) > 1 and len({base.v_id for base in bases}) == 1
+
+
+def _fuse_joint(bases: Sequence[Factorized], loras: Sequence[Lora]) -> FrozenLayers:
+    """Factorised layers with one v; the factors become views of the stacked matrices."""
+    k, total = bases[0].rank, sum(len(a) for a, _, _ in loras)
+    down = with_spare_rows([bases[0].v.data], [total])
+    bases[0].v.data = down[:k]
+    ups, operands, start = [], [], k
+    for base, lora in zip(bases, loras, strict=True):
+        rows = slice(start, start + len(lora[0]))
+        up = with_spare_rows([base.u.data.T], [total])
+        base.u.data = up[:k].T
+        ups.append(partial(_same, up))
+        operands.append(LoraOperands(*lora, down[rows], up[rows]))
+        start = rows.stop
+    return JointLayers(ups, [base.bias for base in bases], operands, partial(_same, down), k)
+
+
 def _same(matrix: Tensor) -> Tensor:
     """The matrix; a function of `FactorizedLayers` returns it where nothing is packed."""
     return matrix
@@ -178,6 +223,8 @@ def _fuse_packed_factorized(
     bases: Sequence[PackedFactorized], loras: Sequence[Lora], scratch: ScratchBuffer
 ) -> FrozenLayers:
     """Packed factorised layers; their matrices are dequantised and stacked anew per product."""
+    if _have_one_v(bases):
+        return _fuse_packed_joint(bases, loras, scratch)
     like = _like(bases[0])
     down, operands = _operands(like, loras, [like.new_empty(b.T.shape) for _, b, _ in loras])
     layers = [
@@ -188,6 +235,23 @@ def _fuse_packed_factorized(
     ]
     downs = partial(_stacked, scratch, [base.v for base in bases], [lora.down for lora in operands])
     return FactorizedLayers(layers, downs, down.device)
+
+
+def _fuse_packed_joint(
+    bases: Sequence[PackedFactorized], loras: Sequence[Lora], scratch: ScratchBuffer
+) -> FrozenLayers:
+    """Packed factorised layers with one v; see `_fuse_joint`."""
+    like, total = _like(bases[0]), sum(len(a) for a, _, _ in loras)
+    down = like.new_empty(total, bases[0].in_features)
+    ups, operands, start = [], [], 0
+    for base, lora in zip(bases, loras, strict=True):
+        rows = slice(start, start + len(lora[0]))
+        extra = like.new_zeros(total, base.out_features)
+        operands.append(LoraOperands(*lora, down[rows], extra[rows]))
+        ups.append(partial(_stacked, scratch, [base.ut], [extra]))
+        start = rows.stop
+    downs = partial(_stacked, scratch, [bases[0].v], [down])
+    return JointLayers(ups, [base.bias for base in bases], operands, downs, bases[0].rank)
 
 
 def _stacked(scratch: ScratchBuffer, factors: Sequence[Packed], extra: Sequence[Tensor]) -> Tensor:

@@ -8,36 +8,12 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from emloc.tensors.lean.layers import FrozenLayers, FusedLora
-
-# Names of the layers that a module calls with one tensor.
-GROUPS = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("query_proj", "key_proj", "value_proj"),
-    ("to_q", "to_k", "to_v"),
-    ("gate_proj", "up_proj"),
-)
-_GROUP_OF_NAME = {name: group for group in GROUPS for name in group}
-
-
-def names_by_input(names: Iterable[str]) -> list[list[str]]:
-    """Group the dotted names of layers by the input that the layers read.
-
-    Layers of one module share an input if their names are in one line of `GROUPS`. Every other
-    layer is alone.
-    """
-    groups: dict[tuple[str, Sequence[str] | str], list[str]] = {}
-    for name in names:
-        parent, _, last = name.rpartition(".")
-        groups.setdefault((parent, _GROUP_OF_NAME.get(last, last)), []).append(name)
-    return list(groups.values())
 
 
 class PendingOutputs:

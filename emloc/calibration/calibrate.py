@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,12 @@ class UnreachedLayerError(ConfigError):
         self.layer = layer
 
 
-def statistics_bytes(layers: Layers, inputs_only: bool) -> int:
-    """Upper bound on the bytes of all second moments in float64.
+def statistics_bytes(layers: Layers, inputs_only: bool, joint: Collection[str] = ()) -> int:
+    """Upper bound on the bytes of all second moments in float64; see `calibrate`.
 
     The bound ignores that layers with a common input share one input Gram.
     """
-    sides = ((n if inputs_only else min(m, n)) for m, n in layers.values())
+    sides = (n if inputs_only or layer in joint else min(m, n) for layer, (m, n) in layers.items())
     return sum(8 * side * side for side in sides)
 
 
@@ -53,6 +53,7 @@ def calibrate(
     *,
     device: torch.device,
     limits: StateLimits = UNLIMITED,
+    joint: Collection[str] = (),
 ) -> dict[str, Any]:
     """Write one file of second moments per block, with a line per block in `journal.jsonl`.
 
@@ -68,6 +69,7 @@ def calibrate(
             fewer features than its inputs gets an output Gram.
         device: device that runs the model.
         limits: memory for hidden states; the rest is offloaded to disk.
+        joint: layers that get an input Gram in any case.
 
     Returns:
         Number of tokens, names of the layers with an output Gram, ids of the samples.
@@ -85,7 +87,7 @@ def calibrate(
     for block in tracked(run, "calibrate", len(blocks), "block"):
         if block.name not in journal.lines:
             start = time.perf_counter()
-            statistics = record_moments(block, blocks[block.name], inputs_only)
+            statistics = record_moments(block, blocks[block.name], inputs_only, joint=joint)
             statistics.save(journal.file(block.name))
             journal.add(
                 block.name,
@@ -99,12 +101,17 @@ def calibrate(
 
 
 def record_moments(
-    block: Block, layers: Iterable[str], inputs_only: bool, *, peek: bool = False
+    block: Block,
+    layers: Iterable[str],
+    inputs_only: bool,
+    *,
+    peek: bool = False,
+    joint: Collection[str] = (),
 ) -> Statistics:
     """Run the block on all batches and return the second moments of its layers.
 
     With `peek` the batches stay at the entry of the block, so that it can be run again. See
-    `calibrate` for `inputs_only`.
+    `calibrate` for `inputs_only` and `joint`.
 
     Raises:
         UnreachedLayerError: no token reaches one of the layers, or its values are NaN or infinite.
@@ -114,7 +121,7 @@ def record_moments(
     statistics = Statistics()
     run_block = block.peek if peek else block.run
     with InputRecorder(linears) as recorder:
-        run_block(lambda mask: statistics.add(recorder.rows(mask), weights, inputs_only))
+        run_block(lambda mask: statistics.add(recorder.rows(mask), weights, inputs_only, joint))
     for name in linears:
         if name not in statistics.sites and name not in statistics.outputs:
             raise UnreachedLayerError(name)

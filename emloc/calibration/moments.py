@@ -9,6 +9,7 @@ the first of these layers.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,13 +43,20 @@ class Statistics:
             return {"output_gram": self.outputs[layer]}
         return {"input_gram": self.inputs[self.sites[layer]]}
 
-    def add(self, inputs: dict[str, Tensor], weights: dict[str, Tensor], inputs_only: bool) -> None:
+    def add(
+        self,
+        inputs: dict[str, Tensor],
+        weights: dict[str, Tensor],
+        inputs_only: bool,
+        joint: Collection[str] = (),
+    ) -> None:
         """Add the tokens of one batch to the sums, in place on the device of the tokens.
 
         Args:
             inputs: layer -> its input tokens (N, n); one tensor object for all layers of a site.
             weights: layer -> its weight (m, n).
             inputs_only: sum input Grams for all layers, even where the output Grams are smaller.
+            joint: layers that need an input Gram in any case.
         """
         groups: dict[int, list[str]] = {}
         for layer, rows in inputs.items():
@@ -56,7 +64,8 @@ class Statistics:
         for layers in groups.values():
             rows = inputs[layers[0]]
             output_elements = sum(weights[layer].shape[0] ** 2 for layer in layers)
-            if inputs_only or rows.shape[-1] ** 2 <= output_elements:
+            needs_inputs = inputs_only or not set(layers).isdisjoint(joint)
+            if needs_inputs or rows.shape[-1] ** 2 <= output_elements:
                 self.sites |= dict.fromkeys(layers, layers[0])
                 self.inputs[layers[0]] = gram(rows, total=self.inputs.get(layers[0]))
             else:

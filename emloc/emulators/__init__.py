@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -90,6 +90,10 @@ class Emulator(Part):
     def statistics(self) -> str | None:
         """Grams that the build reads: `input`, `smaller` (of input and output), or None."""
         return None
+
+    def joint(self, source: Source, layers: Collection[str]) -> set[str]:
+        """Return those of `layers` that need an input Gram, whichever Gram is the smaller."""
+        return set()
 
     def model(self, original: ModelFamily, budget: Compression) -> ModelFamily:
         """Return the model that is trained, recovered for and scored: usually the original.

@@ -21,7 +21,17 @@ StoredShapes = Mapping[str, Sequence[tuple[int, int]]]
 Number = TypeVar("Number", int, float)
 
 
-def uniform_ranks(source: Source, layers: Layers, budget: Compression, multiple: int) -> Ranks:
+# Names of the layers of one factorisation, with one v and a u each. The first one stores v.
+Groups = Sequence[Sequence[str]]
+
+
+def uniform_ranks(
+    source: Source,
+    layers: Layers,
+    budget: Compression,
+    multiple: int,
+    groups: Groups | None = None,
+) -> Ranks:
     """Ranks that keep the same share of parameters in every layer and meet the budget's ratio.
 
     Args:
@@ -29,6 +39,7 @@ def uniform_ranks(source: Source, layers: Layers, budget: Compression, multiple:
         layers: the layers to factorise, name -> (out, in).
         budget: its ratio counts all parameters of the model, or those of `layers`.
         multiple: ranks are rounded down to a multiple of this.
+        groups: layers that are factorised together; None: each alone.
 
     Raises:
         ConfigError: the ratio is still `auto`, cannot be met, or leaves a layer with rank 0.
@@ -37,7 +48,7 @@ def uniform_ranks(source: Source, layers: Layers, budget: Compression, multiple:
     if budget.of == "model":
         share = share_of_linears(source, layers, share)
     try:
-        return ranks_at(share, layers, multiple)
+        return ranks_at(share, layers, multiple, groups)
     except ConfigError as error:
         raise ConfigError(f"{error}; set compression.ratio higher") from error
 
@@ -53,19 +64,27 @@ def require_solved(number: Number | None) -> Number:
     return number
 
 
-def ranks_at(share: float, layers: Layers, multiple: int) -> Ranks:
-    """Largest rank of each layer whose two factors keep at most `share` of its parameters.
+def ranks_at(share: float, layers: Layers, multiple: int, groups: Groups | None = None) -> Ranks:
+    """Largest rank of each layer whose factors keep at most `share` of its parameters.
+
+    Layers of one group have one rank, that of the matrix (sum of m, n) of their rows.
 
     Raises:
         ConfigError: the share is not between 0 and 1, or leaves a layer with rank 0.
     """
-    ranks = {}
-    for name, (rows, columns) in layers.items():
+    ranks: Ranks = {}
+    for names in [[name] for name in layers] if groups is None else groups:
         try:
-            ranks[name] = rank_of(share, rows, columns, multiple)
+            rank = rank_of(share, *stacked_shape(names, layers), multiple)
         except ValueError as error:
-            raise ConfigError(f"{name}: {error}") from error
-    return ranks
+            raise ConfigError(f"{names[0]}: {error}") from error
+        ranks |= dict.fromkeys(names, rank)
+    return {name: ranks[name] for name in layers}
+
+
+def stacked_shape(names: Sequence[str], layers: Layers) -> tuple[int, int]:
+    """Shape (sum of m, n) of the weights of layers that read the same input."""
+    return sum(layers[name][0] for name in names), layers[names[0]][1]
 
 
 def share_of_linears(source: Source, layers: Layers, ratio: float) -> float:
@@ -87,15 +106,29 @@ def share_of_linears(source: Source, layers: Layers, ratio: float) -> float:
     return share
 
 
-def stored_shapes(source: Source, ranks: Ranks) -> StoredShapes:
-    """Layer name -> shapes of both factors of rank k: u^T (k, m) and v (k, n)."""
-    return {layer: factor_shapes(source.linears[layer], rank) for layer, rank in ranks.items()}
+def stored_shapes(source: Source, ranks: Ranks, groups: Groups | None = None) -> StoredShapes:
+    """Layer name -> shapes of its factors of rank k: u^T (k, m), and v (k, n).
+
+    Of layers that are factorised together only the first one has v.
+    """
+    without_v = followers(groups or ())
+    return {
+        layer: factor_shapes(source.linears[layer], rank, with_v=layer not in without_v)
+        for layer, rank in ranks.items()
+    }
 
 
-def factor_shapes(shape: tuple[int, int], rank: int) -> list[tuple[int, int]]:
+def factor_shapes(
+    shape: tuple[int, int], rank: int, *, with_v: bool = True
+) -> list[tuple[int, int]]:
     """Shapes of the factors u^T (k, m) and v (k, n) of a weight of `shape` (m, n)."""
     rows, columns = shape
-    return [(rank, rows), (rank, columns)]
+    return [(rank, rows), (rank, columns)] if with_v else [(rank, rows)]
+
+
+def followers(groups: Groups) -> set[str]:
+    """Names of the layers that use the v of another layer."""
+    return {name for names in groups for name in names[1:]}
 
 
 def bytes_of(

@@ -26,12 +26,15 @@ class Calibrate(Stage):
         """
         if not context.run_config.emulator.statistics:
             return False
-        size = statistics_bytes(context.layers, _needs_input_grams(context))
+        joint = context.run_config.emulator.joint(context.source, context.layers)
+        size = statistics_bytes(context.layers, _needs_input_grams(context), joint)
         return size <= context.run_config.budget.statistics_gib * GIB
 
     def inputs(self, context: Context) -> list[Any]:
-        """Return the model, the layers, the samples and whether every layer needs an input Gram."""
-        return [context.source, context.layers, context.samples, _needs_input_grams(context)]
+        """Return the model, the layers, the samples, and which layers need an input Gram."""
+        joint = sorted(context.run_config.emulator.joint(context.source, context.layers))
+        inputs = [context.source, context.layers, context.samples, _needs_input_grams(context)]
+        return [*inputs, *([joint] if joint else [])]
 
     def work(self, folder: Path, context: Context) -> Facts:
         """Run the model over the samples and write the moments of its layers into `folder`."""
@@ -44,6 +47,7 @@ class Calibrate(Stage):
             _needs_input_grams(context),
             device=context.device,
             limits=context.limits,
+            joint=context.run_config.emulator.joint(context.source, context.layers),
         )
 
 

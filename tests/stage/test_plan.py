@@ -53,8 +53,11 @@ WORK = StepShape(length=512, batch=2, answer=64, checkpointing=True, host_activa
 # A checkpoint of which a part more or less can be told in a budget, most of which is WORKSPACE.
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
 BUDGETS_MIB = (71.2, 78)
-HELD = [(None, 16), (None, 4), (0.5, 16), (0.5, 4)]
-NAMES = ["lora", "qlora", "emloc", "emloc_nf4"]
+HELD = [
+    *((None, 16, "none"), (None, 4, "none"), (0.5, 16, "none"), (0.5, 4, "none")),
+    *((0.5, 16, "inputs"), (0.5, 4, "inputs")),
+]
+NAMES = ["lora", "qlora", "emloc", "emloc_nf4", "emloc_shared", "emloc_nf4_shared"]
 
 
 def cell_of(shape, *overrides, model="llama3_8b"):
@@ -70,7 +73,8 @@ def opened(run_config, ratio, bits, folder):
     """The model of a layout as the pipeline opens it, on a CPU; factors by a plain SVD."""
     source = run_config.model.open()
     chosen = replace(run_config.compression, ratio=ratio or 0.5, bits=bits)
-    emulator = Full() if ratio is None else PLAIN_SVD
+    shared = getattr(run_config.emulator, "shared", "none")
+    emulator = Full() if ratio is None else replace(PLAIN_SVD, shared=shared)
     ranks = emulator.plan(source, run_config.model.compressible_layers(source), chosen)
     emulator.build(folder, source, BuildInputs(ranks, None, None, precision_of(bits)), device=CPU)
     return emulator.open(folder, source, CPU, precision=precision_of(bits))
@@ -82,19 +86,24 @@ def held_bytes(model):
     for module in model.modules():
         if isinstance(module, Nf4Linear):
             total += module.matrix.nbytes - module.weight.nbytes
-        if isinstance(module, PackedFactorized):
-            total += module.v.nbytes + module.ut.nbytes
-    return total
+    factorised = [module for module in model.modules() if isinstance(module, PackedFactorized)]
+    total += sum(module.ut.nbytes for module in factorised)
+    return total + sum({module.v_id: module.v.nbytes for module in factorised}.values())
 
 
 # Weights and adapter ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("ratio", "bits"), HELD, ids=NAMES)
+@pytest.mark.parametrize(("ratio", "bits", "shared"), HELD, ids=NAMES)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("model", ["llama3_8b", "qwen2_5_7b"])
-def test_weights_are_the_bytes_that_an_opened_model_holds(tmp_path, model, tied, ratio, bits):
-    said = ("model.weights=random", f"model.shape.tie_word_embeddings={str(tied).lower()}")
+def test_weights_are_the_bytes_that_an_opened_model_holds(
+    tmp_path, model, tied, ratio, bits, shared
+):
+    said = (
+        *("model.weights=random", f"model.shape.tie_word_embeddings={str(tied).lower()}"),
+        f"emulator.shared={shared}",
+    )
     run_config = cell_of(SMALL, *said, model=model)
     layout = layout_of(run_config, shaped(run_config), ratio, precision_of(bits))
     found = opened(run_config, ratio, bits, tmp_path)
@@ -106,9 +115,9 @@ def test_weights_are_the_bytes_that_an_opened_model_holds(tmp_path, model, tied,
     assert layout.weights >= layout.uncompressed
 
 
-@pytest.mark.parametrize(("ratio", "bits"), HELD, ids=NAMES)
-def test_the_adapter_is_its_parameters_moments_and_copies(tmp_path, ratio, bits):
-    run_config = cell_of(SMALL, "model.weights=random")
+@pytest.mark.parametrize(("ratio", "bits", "shared"), HELD, ids=NAMES)
+def test_the_adapter_is_its_parameters_moments_and_copies(tmp_path, ratio, bits, shared):
+    run_config = cell_of(SMALL, "model.weights=random", f"emulator.shared={shared}")
     layout = layout_of(run_config, shaped(run_config), ratio, precision_of(bits))
 
     def storages(model, lows=()):
@@ -152,6 +161,9 @@ def test_room_for_four_bit_matrices_is_that_of_the_largest():
         layout_of(run_config, shaped(run_config), 0.5, precision_of(4)).scratch
         == (24 + 16 + 16) * 64 * 2
     )
+    # With one v for each input the ranks are 21 and 24, and 12 and 8 rows of the adapter are below.
+    joint = cell_of(SMALL, "emulator.shared=inputs")
+    assert layout_of(joint, shaped(joint), 0.5, precision_of(4)).scratch == (24 + 8) * 96 * 2
     few = cell_of(SMALL, r"model.lora_targets='model\.layers\.\d+\.self_attn\.k_proj'")
     # The adapted one (32, 64), and beside it the largest without an adapter.
     assert layout_of(few, shaped(few), None, precision_of(4)).scratch == (32 * 64 + 64 * 96) * 2

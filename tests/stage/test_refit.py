@@ -1,5 +1,6 @@
 """Emulators that are fitted anew to what the loss of an anchored training depends on."""
 
+from dataclasses import replace
 from functools import partial
 
 import anchored
@@ -37,10 +38,10 @@ def source(made_once):
     return anchored.tiny_source(made_once, blocks=3)
 
 
-@pytest.fixture(scope="module")
-def built(source, tmp_path_factory):
+@pytest.fixture(scope="module", params=["none", "inputs"])
+def built(source, tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("emulator")
-    return anchored.build_emulator(folder, source, SVD, 16, 0.5)
+    return anchored.build_emulator(folder, source, replace(SVD, shared=request.param), 16, 0.5)
 
 
 def weights_of(model, layers) -> dict[str, torch.Tensor]:

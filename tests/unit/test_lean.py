@@ -60,7 +60,7 @@ def adapted(kind, dtype=torch.float32, **lora):
     for parameter in model.parameters():  # buffers stay float32, as the rotary tables of any model
         parameter.data = parameter.data.bfloat16().to(dtype)
     kind(model)
-    tuned = get_peft_model(model, LoraConfig(target_modules=BLOCKS, **({"r": 4} | lora)))
+    tuned = get_peft_model(model, LoraConfig(**({"r": 4, "target_modules": BLOCKS} | lora)))
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)

@@ -35,6 +35,7 @@ from emloc.models.checkpoint.internvl_chat import ChatLayout, read_internvl_chat
 from emloc.models.checkpoint.source import Source
 from emloc.models.checkpoint.tokenizer import added_tokens, tokenizer_of
 from emloc.models.checkpoint.weights import SafetensorsWeights
+from emloc.models.shared_inputs import names_by_input, names_by_stored_tensor
 from emloc.sweeps.job import identities
 from emloc.tensors.linalg.correct import LoraPair
 
@@ -240,6 +241,21 @@ def test_tensors_of_the_authors_files_equal_those_of_the_model(pair):
     assert read.keys() == own.keys()
     assert all(torch.equal(read[name], parameter) for name, parameter in own.items())
     assert all(tensor.is_contiguous() for tensor in read.values())
+
+
+def test_layers_of_one_tensor_of_the_authors_files_share_an_input(pair):
+    """That of the vision tower, and of the language model if it is InternLM2."""
+    model, folder = pair
+    weights = SafetensorsWeights(folder, read_internvl_chat(folder).layout())
+    linears = [n for n, one in model.named_modules() if isinstance(one, torch.nn.Linear)]
+    groups = names_by_stored_tensor(SimpleNamespace(weights=weights), linears)
+    assert sorted(name for names in groups for name in names) == sorted(linears)
+    together = {tuple(names) for names in groups if len(names) > 1}
+    by_input = {tuple(names) for names in names_by_input(linears) if "q_proj" in names[0]}
+    is_fused = "attention.wqkv" in " ".join(
+        tensor for file in folder.glob("*.safetensors") for tensor in load_file(file)
+    )
+    assert together == {names for names in by_input if is_fused or "vision" in names[0]}
 
 
 def test_a_model_built_from_the_authors_settings_gives_the_same_logits(pair):

@@ -13,12 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from emloc.adapters import fused
 from emloc.adapters.fused import fuse
-from emloc.adapters.shared_input import names_by_input
 from emloc.cost.plan.trace import trace
+from emloc.models.shared_inputs import names_by_input
 from emloc.tensors.lean.layers import FusedLora
 from emloc.tensors.lean.model import recompute_layers
 from emloc.tensors.lean.modules import fuse_modules
 from emloc.tensors.nn.factorized import Factorized, PackedFactorized
+from emloc.tensors.nn.operations import linear_operations
 
 
 def packed(model):
@@ -32,6 +33,25 @@ def packed_factors(model):
         model.set_submodule(name, PackedFactorized(TOY.quantize(v), TOY.quantize(ut)))
 
 
+def joint_factors(model):
+    """Factorise all layers; those that read the same input have one v."""
+    layers = dict(linears(model))
+    for names in names_by_input(layers):
+        v = nn.Parameter(torch.randn(9, layers[names[0]].in_features).to(layers[names[0]].weight))
+        for name in names:
+            u = torch.randn(layers[name].out_features, 9).to(v) / 9
+            model.set_submodule(name, Factorized(u, v.requires_grad_(False), layers[name].bias))
+
+
+def packed_joint_factors(model):
+    joint_factors(model)
+    packed_v = {}
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, Factorized):
+            v = packed_v.setdefault(layer.v_id, TOY.quantize(layer.v.data))
+            model.set_submodule(name, PackedFactorized(v, TOY.quantize(layer.u.data.T), layer.bias))
+
+
 def some_factorised(model):
     """Factorise all layers but the keys, so that only gate and up are of one kind."""
     factorised(model)
@@ -40,7 +60,8 @@ def some_factorised(model):
             model.set_submodule(name, nn.Linear(32, 16, dtype=module.v.dtype).requires_grad_(False))
 
 
-KINDS = [unchanged, factorised, packed, packed_factors, some_factorised]
+JOINT = [joint_factors, packed_joint_factors]
+KINDS = [unchanged, factorised, packed, packed_factors, some_factorised, *JOINT]
 # Layers of a block that are computed together: query, key and value; gate and up; two alone.
 GROUPS = [3, 1, 2, 1]
 
@@ -160,6 +181,37 @@ def test_a_vision_tower_and_a_decoder_with_biases_are_grouped(sizes):
         results.append(gradients(tuned))
     close(*results, tolerance=1e-9)
     assert sizes == [3, 1, 1, 1] * 2 + GROUPS * 2
+
+
+@pytest.mark.parametrize("kind", JOINT)
+def test_layers_with_one_v_multiply_by_it_once(kind):
+    """Also where only some of them have a LoRA, and v is in memory once."""
+    lean = adapted(kind, torch.float64)
+    blocks, tied = lean.get_base_model().model.layers, {}
+    for name, module in blocks.named_modules():
+        if isinstance(module, Factorized | PackedFactorized):
+            tied.setdefault(module.v_id, []).append(name)
+    assert sorted(map(len, tied.values())) == [1, 1, 1, 1, 2, 2, 3, 3]
+    before = linear_operations(blocks)
+    assert before == sum(
+        module.rank * (module.out_features + module.in_features / len(tied[module.v_id]))
+        for module in blocks.modules()
+        if isinstance(module, Factorized | PackedFactorized)
+    )
+    fuse(lean)
+    assert linear_operations(blocks) == before
+
+
+def test_a_layer_without_a_lora_has_the_v_of_its_group():
+    ids, labels = batch()
+    results = []
+    for is_fused in (False, True):
+        lean = adapted(joint_factors, torch.float64, target_modules=r".*(q_proj|v_proj|up_proj)")
+        assert not is_fused or fuse(lean) == 6
+        loss = lean(input_ids=ids, labels=labels).loss
+        loss.backward()
+        results.append({"loss": loss.detach()} | gradients(lean))
+    close(*results, tolerance=1e-12)
 
 
 # Models that call the layers of a group otherwise ------------------------------------------------

@@ -55,7 +55,8 @@ def cost_of(
     disk = 2 * 4 * layout.parameters  # the trained and the recovered adapter, in float32
     build, host = 0.0, PROCESS + layout.embedding
     if layout.ranks:
-        moments = statistics_bytes(layout.compressed, inputs_only=False)
+        joint = {layer for names in layout.groups if len(names) > 1 for layer in names}
+        moments = statistics_bytes(layout.compressed, inputs_only=False, joint=joint)
         disk += layout.factors + (moments if moments <= budget.statistics_gib * GIB else 0)
         widest = max(columns for _, columns in layout.adapted.values())
         hidden_states = tokens * widest * layout.source.dtype.itemsize

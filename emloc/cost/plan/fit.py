@@ -109,6 +109,7 @@ def layout_of(
         run_config.model.compressible_layers(source),
         run_config.lora,
         {},
+        (),
         precision,
     )
     if ratio is None:
@@ -126,9 +127,12 @@ def compressed_layout(
     Raises:
         ConfigError: the ratio leaves a layer without rank.
     """
-    multiple = run_config.emulator.multiple if isinstance(run_config.emulator, Svd) else 1
-    ranks = uniform_ranks(full_layout.source, full_layout.compressed, budget, multiple)
-    return replace(full_layout, ranks=ranks)
+    emulator, layers = run_config.emulator, full_layout.compressed
+    multiple, groups = 1, [[layer] for layer in layers]
+    if isinstance(emulator, Svd):
+        multiple, groups = emulator.multiple, emulator.groups(full_layout.source, layers)
+    ranks = uniform_ranks(full_layout.source, layers, budget, multiple, groups)
+    return replace(full_layout, ranks=ranks, groups=groups)
 
 
 def candidate_precisions(run_config: RunConfig) -> list[Precision | None]:

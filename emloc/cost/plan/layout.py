@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from emloc.adapters.fused import fuse
 from emloc.adapters.lora import Lora
-from emloc.adapters.shared_input import names_by_input
 from emloc.calibration.calibrate import Layers
 from emloc.config.settings import LoraSettings, TrainSettings
 from emloc.cost.plan.blocks import DecoderBlocks
 from emloc.cost.plan.trace import TraceResult, trace
 from emloc.emulators import Ranks
-from emloc.emulators.size import bytes_of, factor_shapes
+from emloc.emulators.size import Groups, bytes_of, factor_shapes, followers, stacked_shape
 from emloc.models.block_names import IN_A_BLOCK
 from emloc.models.checkpoint.source import Source
 from emloc.models.decoder import decoder_of
+from emloc.models.shared_inputs import names_by_input
 from emloc.precision import Precision
 from emloc.tensors.lean.activations import offload_layer_inputs
 from emloc.tensors.lean.layers import aligned_height
@@ -68,6 +69,7 @@ class TrainingLayout:
     compressed: Layers  # layers that the emulator may compress
     lora: LoraSettings
     ranks: Ranks  # rank of each factorised layer; empty: no layer is factorised
+    groups: Groups  # factorised layers that have one v, or each its own
     precision: (
         Precision | None
     )  # packed format of factorised layers; without ranks, of all layers in blocks
@@ -114,8 +116,19 @@ class TrainingLayout:
 
     def multiplications(self, layer: str) -> int:
         """Return the number of multiplications of one token in a layer: the layer's parameters."""
-        rows, columns = self.source.linears[layer]
-        return self.ranks[layer] * (rows + columns) if layer in self.ranks else rows * columns
+        return sum(rows * columns for rows, columns in self._matrices(layer))
+
+    def _matrices(self, layer: str) -> list[tuple[int, int]]:
+        """Return the shapes of a layer's matrices: the weight, or its factors."""
+        shape, rank = self.source.linears[layer], self.ranks.get(layer)
+        if rank is None:
+            return [shape]
+        return factor_shapes(shape, rank, with_v=layer not in self._without_v)
+
+    @cached_property
+    def _without_v(self) -> set[str]:
+        """Factorised layers that use the v of another layer."""
+        return followers(self.groups)
 
     @property
     def dequantised_bytes(self) -> int:
@@ -140,10 +153,8 @@ class TrainingLayout:
 
     def _layer_bytes(self, layer: str) -> int:
         """Return the bytes of a layer's weight, as a matrix or as factors, packed or not."""
-        shape, rank = self.source.linears[layer], self.ranks.get(layer)
-        matrices = [shape] if rank is None else factor_shapes(shape, rank)
         precision = self.precision if self._is_packed(layer) else None
-        return bytes_of(matrices, precision, self.source.dtype)
+        return bytes_of(self._matrices(layer), precision, self.source.dtype)
 
     @property
     def parameters(self) -> int:
@@ -153,13 +164,26 @@ class TrainingLayout:
     @property
     def copies(self) -> int:
         """Bytes of the adapter's copies in the model's dtype, which the fused layers use."""
-        rank, copies = self.lora.rank, 0
-        for layer, (rows, columns) in self.adapted.items():
-            extra = rank
-            if layer in self.ranks and self.precision is None:
-                extra = aligned_height(self.ranks[layer] + rank) - self.ranks[layer]
+        copies = 0
+        for group in self._fused(self.adapted):
+            extra = self.lora.rank * len(group)
+            if group[0] in self.ranks and self.precision is None:
+                extra = self._height(group) - self.ranks[group[0]]
+            rows, columns = stacked_shape(group, self.adapted)
             copies += extra * (rows + columns)
         return copies * self.source.dtype.itemsize
+
+    def _fused(self, layers: Iterable[str]) -> list[list[str]]:
+        """Return those of some layers that have one v, and each other one alone."""
+        first = {layer: names[0] for names in self.groups for layer in names}
+        fused: dict[str, list[str]] = {}
+        for layer in layers:
+            fused.setdefault(first.get(layer, layer), []).append(layer)
+        return list(fused.values())
+
+    def _height(self, group: Sequence[str]) -> int:
+        """Return the rows of v and of the LoRAs of layers with one v."""
+        return aligned_height(self.ranks[group[0]] + self.lora.rank * len(group))
 
     @property
     def scratch(self) -> int:
@@ -181,11 +205,14 @@ class TrainingLayout:
             separate = max(separate, rows * columns if k is None else k * max(rows, columns))
         for group in names_by_input(layer for layer in packed if layer in self.adapted):
             stacked = 0
-            for layer in group:
-                (rows, columns), k = self.source.linears[layer], self.ranks.get(layer)
-                height = rows if k is None else aligned_height(k + self.lora.rank)
-                stacked += 0 if k is None else height * columns
-                shared = max(shared, stacked, height * (columns if k is None else rows))
+            for same_v in self._fused(group):
+                is_matrix = same_v[0] not in self.ranks
+                for layer in same_v:
+                    rows, columns = self.source.linears[layer]
+                    height = rows if is_matrix else self._height(same_v)
+                    shared = max(shared, height * (columns if is_matrix else rows))
+                stacked += 0 if is_matrix else height * columns
+                shared = max(shared, stacked)
         return (shared + separate) * self.source.dtype.itemsize
 
     def trace_pass(self, step_shape: StepShape) -> TraceResult:
@@ -238,9 +265,11 @@ class TrainingLayout:
         """Return a model of `depth` decoder blocks on the meta device, with factorised layers."""
         model = self.blocks.first(depth)
         meta_tensor = partial(torch.empty, dtype=self.source.dtype, device="meta")
-        for name, module in list(model.named_modules()):
-            if name in self.ranks:
-                u = meta_tensor(module.out_features, self.ranks[name])
-                v = meta_tensor(self.ranks[name], module.in_features)
-                model.set_submodule(name, Factorized(u, v, module.bias))
+        modules = dict(model.named_modules())
+        for names in self._fused(name for name in modules if name in self.ranks):
+            rank = self.ranks[names[0]]
+            v = nn.Parameter(meta_tensor(rank, modules[names[0]].in_features), requires_grad=False)
+            for name in names:
+                u = meta_tensor(modules[name].out_features, rank)
+                model.set_submodule(name, Factorized(u, v, modules[name].bias))
         return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,13 +22,14 @@ from emloc.calibration.offload import UNLIMITED, StateLimits
 from emloc.config.settings import Compression
 from emloc.config.values import OneOf, Range
 from emloc.emulators import BuildInputs, Emulator, Ranks
-from emloc.emulators.size import size_facts, stored_shapes, uniform_ranks
+from emloc.emulators.size import size_facts, stacked_shape, stored_shapes, uniform_ranks
 from emloc.emulators.svd.factor_file import load_factors
 from emloc.emulators.svd.factor_writer import FactorWriter
 from emloc.emulators.svd.factors import LayerFactors, factorize, refine, spectra
 from emloc.emulators.svd.sequential import BlockPair, fit_block, lock_step
 from emloc.models.checkpoint.source import CPU, Source
 from emloc.models.coverage import require_linear_blocks
+from emloc.models.shared_inputs import names_by_input, names_by_stored_tensor
 from emloc.precision import Precision
 from emloc.runtime.atomic import write_text
 from emloc.runtime.journal import Journal
@@ -50,6 +51,9 @@ class Svd(Emulator):
     sequential: bool = neutral(False)  # fit each layer to the outputs of compressed earlier layers
     # greedy: higher ranks for layers that lose more energy
     allocation: Annotated[str, OneOf("uniform", "greedy")] = neutral("uniform")
+    # One v for layers that read the same input. checkpoint: if the checkpoint stores their weights
+    # as one tensor; inputs: query, key and value, and gate and up
+    shared: Annotated[str, OneOf("none", "checkpoint", "inputs")] = neutral("none")
 
     conflicts: ClassVar[Any] = (
         (
@@ -77,9 +81,22 @@ class Svd(Emulator):
         require_linear_blocks(
             source.meta_model, by_block(layers), "emulator=svd", "set model to another"
         )
-        return uniform_ranks(source, layers, budget, self.multiple)
+        return uniform_ranks(source, layers, budget, self.multiple, self.groups(source, layers))
 
     keeps_weights = False
+
+    def groups(self, source: Source, layers: Iterable[str]) -> list[list[str]]:
+        """Return the names of the layers of each factorisation: those that get one v."""
+        if self.shared == "inputs":
+            return names_by_input(layers)
+        if self.shared == "checkpoint":
+            return names_by_stored_tensor(source, layers)
+        return [[layer] for layer in layers]
+
+    def joint(self, source: Source, layers: Collection[str]) -> set[str]:
+        """Return the layers that share a v: the outputs of one of them do not determine it."""
+        groups = self.groups(source, layers)
+        return {layer for names in groups if len(names) > 1 for layer in names}
 
     @property
     def samples(self) -> bool:
@@ -160,7 +177,8 @@ class Svd(Emulator):
                     writer.wait()
         lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in table.items())
         (folder / "layers.json").write_text(f"{{\n{lines}\n}}\n")
-        facts = size_facts(source, stored_shapes(source, ranks), build_inputs.precision)
+        stored = stored_shapes(source, ranks, self.groups(source, ranks))
+        facts = size_facts(source, stored, build_inputs.precision)
         return facts | ({"samples": build_inputs.samples.ids} if build_inputs.samples else {})
 
     def _factors(
@@ -175,11 +193,12 @@ class Svd(Emulator):
         """Layer name -> factors, for the layers of one block."""
         ranks, precision = build_inputs.plan, build_inputs.precision
         assert ranks is not None
+        groups = self.groups(source, layers)
         if isinstance(block, BlockPair):
-            return fit_block(block, layers, ranks, self.algorithm, precision)
-        statistics = self._block_statistics(name, block, layers, build_inputs)
+            return fit_block(block, groups, ranks, self.algorithm, precision)
+        statistics = self._block_statistics(source, name, block, layers, build_inputs)
         weights = weights_of(source, block, layers, device)
-        factors = factorize(weights, ranks, statistics, self.algorithm, precision)
+        factors = factorize(weights, ranks, statistics, self.algorithm, precision, groups=groups)
         if block is None or statistics is None or self.algorithm == "whiten":
             return factors
         return refine(block, factors, [layer for layer in layers if layer in statistics.outputs])
@@ -191,6 +210,7 @@ class Svd(Emulator):
     def refit(
         self,
         folder: Path,
+        source: Source,
         blocks: Iterable[Block],
         ranks: Ranks,
         gradients: Callable[[str], Mapping[str, Tensor]],
@@ -200,6 +220,7 @@ class Svd(Emulator):
 
         Args:
             folder: of the factors; finished blocks of an interrupted attempt are skipped.
+            source: the original model.
             blocks: of the original, with an adapter or without, on the rows to fit to.
             ranks: of the layers; every other layer stays as it is.
             gradients: block name -> gradients of the loss by layer, as `factors.factorize` reads
@@ -215,11 +236,12 @@ class Svd(Emulator):
                 if block.name in journal.lines:
                     table |= writer.facts_of(block.name)
                     continue
-                statistics = record_moments(block, layers, self.statistics == "input", peek=True)
+                statistics = self._recorded(source, block, layers)
                 weights = {name: one.weight for name, one in linears_of(block, layers).items()}
                 factors = factorize(
                     *(weights, ranks, statistics, self.algorithm, precision),
                     gradients=gradients(block.name),
+                    groups=self.groups(source, layers),
                 )
                 # Rounding to 16 bits changes v too little to be worth another run of the block.
                 if precision is not None and self.algorithm != "whiten":
@@ -229,7 +251,12 @@ class Svd(Emulator):
         write_text(folder / "layers.json", json.dumps(table))
 
     def _block_statistics(
-        self, name: str, block: Block | None, layers: list[str], build_inputs: BuildInputs
+        self,
+        source: Source,
+        name: str,
+        block: Block | None,
+        layers: list[str],
+        build_inputs: BuildInputs,
     ) -> Statistics | None:
         """Second moments of a block: read from the cache, or recorded by running the block.
 
@@ -239,7 +266,12 @@ class Svd(Emulator):
             return Statistics.load(build_inputs.statistics.folder / f"{name}.safetensors")
         if block is None:
             return None
-        return record_moments(block, layers, self.statistics == "input", peek=True)
+        return self._recorded(source, block, layers)
+
+    def _recorded(self, source: Source, block: Block, layers: list[str]) -> Statistics:
+        """Second moments of a block, recorded by running it."""
+        joint = self.joint(source, layers)
+        return record_moments(block, layers, self.statistics == "input", peek=True, joint=joint)
 
     def _greedy_ranks(
         self,
@@ -261,11 +293,16 @@ class Svd(Emulator):
             layer_spectra: dict[str, Tensor] = {}
             for name, block in tracked(blocks, "spectra", len(layers_by_block), "block"):
                 layers = layers_by_block[name]
-                statistics = self._block_statistics(name, block, layers, build_inputs)
-                layer_spectra |= spectra(weights_of(source, block, layers, device), statistics)
+                statistics = self._block_statistics(source, name, block, layers, build_inputs)
+                weights = weights_of(source, block, layers, device)
+                layer_spectra |= spectra(weights, statistics, self.groups(source, layers))
             write_safetensors(path, layer_spectra, {})
-        shapes = {layer: source.linears[layer] for layer in build_inputs.plan}
-        return greedy(load_file(verified_file(path)), shapes, build_inputs.plan, self.multiple)
+        plan, groups = build_inputs.plan, self.groups(source, build_inputs.plan)
+        shapes = {names[0]: stacked_shape(names, source.linears) for names in groups}
+        uniform = {names[0]: plan[names[0]] for names in groups}
+        ranks = greedy(load_file(verified_file(path)), shapes, uniform, self.multiple)
+        first = {layer: names[0] for names in groups for layer in names}
+        return {layer: ranks[first[layer]] for layer in plan}
 
     def open(
         self,

@@ -1,7 +1,8 @@
 """Read and write the safetensors file with the factors of one block.
 
 It holds `<layer>.u` (m, k) and `<layer>.v` (k, n) for each layer, or, in a packed format, the
-tensors of `<layer>.ut` (k, m) and `<layer>.v`. The file's metadata holds the facts of each layer.
+tensors of `<layer>.ut` (k, m) and `<layer>.v`. Of layers that were factorised together only the
+first one has v. The file's metadata holds the facts of each layer.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from emloc.emulators.svd.factors import LayerFactors
 from emloc.precision import Precision, require_format
@@ -27,11 +28,12 @@ def stored_tensors(factors: Mapping[str, LayerFactors]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, layer in factors.items():
         u, v = layer.factors.u, layer.factors.v
+        has_v = not layer.group or layer.group[0] == name
         if layer.v is None:
-            tensors |= {f"{name}.u": u, f"{name}.v": v}
+            tensors |= {f"{name}.u": u} | ({f"{name}.v": v} if has_v else {})
         else:
-            ut = layer.v.precision.quantize(u.T)
-            tensors |= layer.v.tensors(f"{name}.v") | ut.tensors(f"{name}.ut")
+            tensors |= layer.v.precision.quantize(u.T).tensors(f"{name}.ut")
+            tensors |= layer.v.tensors(f"{name}.v") if has_v else {}
     return tensors
 
 
@@ -54,19 +56,27 @@ def load_factors(
         ValueError: the factors are packed, and `precision` is None or another format.
     """
     modules: dict[str, Factorized | PackedFactorized] = {}
+    vs: dict[str, Any] = {}  # by the layer that stores it; layers of a group get the same object
     with safe_open(verified_file(path), framework="pt", device=str(device)) as file:
-        keys = set(file.keys())
-        for layer, bias in biases.items():
-            packed = (f"{layer}.v.", f"{layer}.ut.")
-            names = [n for n in keys if n in (f"{layer}.u", f"{layer}.v") or n.startswith(packed)]
+        keys, facts = set(file.keys()), file.metadata()
+
+        def read(prefix: str) -> Any:
+            """The parameter or packed matrix whose tensors have the prefix."""
+            names = [key for key in keys if key == prefix or key.startswith(f"{prefix}.")]
             parts = {name: file.get_tensor(name) for name in names}
             count_weights(sum(tensor.nbytes for tensor in parts.values()))
-            if f"{layer}.u" in parts:
-                modules[layer] = Factorized(parts[f"{layer}.u"], parts[f"{layer}.v"], bias)
+            if prefix in parts:
+                return nn.Parameter(parts[prefix], requires_grad=False)
+            return require_format(precision).from_tensors(prefix, parts)
+
+        for layer, bias in biases.items():
+            owner = json.loads(facts[layer]).get("group", [layer])[0]
+            if owner not in vs:
+                vs[owner] = read(f"{owner}.v")
+            if f"{layer}.u" in keys:
+                modules[layer] = Factorized(read(f"{layer}.u"), vs[owner], bias)
             else:
-                read_matrix = require_format(precision).from_tensors
-                v, ut = (read_matrix(f"{layer}.{name}", parts) for name in ("v", "ut"))
-                modules[layer] = PackedFactorized(v, ut, bias)
+                modules[layer] = PackedFactorized(vs[owner], read(f"{layer}.ut"), bias)
     return modules
 
 

@@ -16,6 +16,8 @@ from emloc.calibration.calibrate import linears_of
 from emloc.calibration.moments import PIECE, InputRecorder, Statistics
 from emloc.calibration.padding import TokenMask
 from emloc.emulators import Ranks
+from emloc.emulators.size import Groups
+from emloc.errors import ConfigError
 from emloc.precision import Packed, Precision
 from emloc.tensors.linalg.allocate import spectrum
 from emloc.tensors.linalg.factorize import Factors, eigen, refit, refit_to_v, whiten
@@ -29,11 +31,16 @@ POINTS = 64
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """The factors of one layer, with the seconds that their computation took."""
+    """The factors of one layer, with the seconds that their computation took.
+
+    Layers that are factorised together have one v, and the spectrum and shares of all of them.
+    """
 
     factors: Factors  # in a packed format: v is dequantised, u not quantised yet
     seconds: float
     v: Packed | None  # v in the packed format; None: v is in the model's dtype
+    group: Sequence[str] = ()  # layers with the same v, in the order of their rows; empty: none
+    rows: int = 0  # output features of the group together
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -46,12 +53,17 @@ class LayerFactors:
             "solver": factors.solver,
             "steps": factors.steps,
             "seconds": round(self.seconds, 4),
-            "spectrum": spectrum_record(factors),
+            "spectrum": spectrum_record(factors, self.rows),
+            **({"group": [*self.group]} if self.group else {}),
         }
 
 
-def spectrum_record(factors: Factors) -> dict[str, Any]:
+def spectrum_record(factors: Factors, rows: int = 0) -> dict[str, Any]:
     """Output energy of at most `POINTS` directions, evenly spaced on a logarithmic axis.
+
+    Args:
+        factors: of one layer.
+        rows: output features of all layers with this v; 0: the layer's own.
 
     Returns:
         `index`: numbers of these directions, the strongest is 1; `energy`: energy of each;
@@ -66,7 +78,7 @@ def spectrum_record(factors: Factors) -> dict[str, Any]:
         "index": index,
         "energy": [float(f"{spectrum[i - 1]:.5g}") for i in index],
         "total": float(f"{total:.5g}"),
-        "directions": min(factors.u.shape[0], factors.v.shape[1]),
+        "directions": min(rows or factors.u.shape[0], factors.v.shape[1]),
     }
 
 
@@ -77,6 +89,7 @@ def factorize(
     algorithm: str,
     precision: Precision | None = None,
     gradients: Mapping[str, Tensor] = MappingProxyType({}),
+    groups: Groups | None = None,
 ) -> dict[str, LayerFactors]:
     """Layer name -> factors of its weight (out, in); a plain truncated SVD without statistics.
 
@@ -88,20 +101,51 @@ def factorize(
         precision: packed format of the factors; None: the weight's dtype.
         gradients: layer name -> gradients (N, out) of the loss with respect to its outputs. Such a
             layer keeps what the loss depends on, others keep the most output energy.
+        groups: names of layers that read the same input and get one v; None: each layer is alone.
+
+    Raises:
+        ConfigError: the layers of a group read different inputs.
     """
-    layers = {}
-    for name, weight in weights.items():
+    layers: dict[str, LayerFactors] = {}
+    for names in [[name] for name in weights] if groups is None else groups:
         start = time.perf_counter()
-        grams = _grams(name, weight, statistics)
-        root = output_root(gradients[name].to(weight.device)) if name in gradients else None
-        if root is None:
-            factors, v = factorize_matrix(
-                weight, ranks[name], grams, algorithm, precision, weight.dtype
-            )
+        parts = [weights[name] for name in names]
+        device, rank = parts[0].device, ranks[names[0]]
+        grams = _grams(names, device, statistics)
+        roots = [
+            output_root(gradients[name].to(device)) if name in gradients else None for name in names
+        ]
+        if any(root is not None for root in roots):
+            factors, v = _factorize_weighted(parts, roots, rank, grams, algorithm, precision)
         else:
-            factors, v = _factorize_weighted(weight, root, ranks[name], grams, algorithm, precision)
-        layers[name] = LayerFactors(factors, time.perf_counter() - start, v)
+            target = stacked(parts)
+            factors, v = factorize_matrix(target, rank, grams, algorithm, precision, target.dtype)
+        layers |= split_group(names, parts, factors, v, time.perf_counter() - start)
     return layers
+
+
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """The matrices (m, n) below each other; the matrix itself if there is one."""
+    return parts[0] if len(parts) == 1 else torch.cat([*parts])
+
+
+def split_group(
+    names: Sequence[str],
+    parts: Sequence[Tensor],
+    factors: Factors,
+    v: Packed | None,
+    seconds: float,
+) -> dict[str, LayerFactors]:
+    """Layer name -> its factors, of the factors of the stacked weights (m, n) in `parts`."""
+    if len(names) == 1:
+        return {names[0]: LayerFactors(factors, seconds, v)}
+    us = torch.split(factors.u, [len(part) for part in parts])
+    return {
+        name: LayerFactors(
+            replace(factors, u=u.contiguous()), seconds / len(names), v, names, len(factors.u)
+        )
+        for name, u in zip(names, us, strict=True)
+    }
 
 
 def factorize_matrix(
@@ -135,40 +179,85 @@ def factorize_matrix(
 
 
 def _factorize_weighted(
-    weight: Tensor,
-    root: Tensor,
+    parts: Sequence[Tensor],
+    roots: Sequence[Tensor | None],
     rank: int,
     grams: Mapping[str, Tensor],
     algorithm: str,
     precision: Precision | None,
 ) -> tuple[Factors, Packed | None]:
-    """Factorise R W instead of W, and take R off the factors; see `linalg.sensitivity`."""
+    """Factorise R W instead of W, and take R off the factors; see `linalg.sensitivity`.
+
+    Args:
+        parts: the weights W (m, n) of the layers of a group.
+        roots: the root R (m, m) of each layer; None stands for the identity.
+        rank: k.
+        grams: as in `factorize_matrix`; an output Gram only for one layer.
+        algorithm: eigen, subspace or whiten.
+        precision: packed format of the factors; None: the dtype of the weights.
+    """
     weighted = dict(grams)
     if (outputs := grams.get("output_gram")) is not None:
+        (root,) = roots
+        assert root is not None
         weighted["output_gram"] = root @ outputs.double() @ root.T
-    target = weight.detach().double()
+    dtype, targets = parts[0].dtype, [part.detach().double() for part in parts]
+    target = stacked(
+        [one if root is None else root @ one for root, one in zip(roots, targets, strict=True)]
+    )
     # R^-1 enlarges what rounding has changed in u, so u is not rounded before. In a packed format,
     # `refine` fits u again.
-    dtype = torch.float64 if precision is None else weight.dtype
-    factors, packed = factorize_matrix(root @ target, rank, weighted, algorithm, precision, dtype)
-    u, v = unweighted(root, factors.u), factors.v.to(weight.dtype)
+    of_factors = torch.float64 if precision is None else dtype
+    factors, packed = factorize_matrix(target, rank, weighted, algorithm, precision, of_factors)
+    us = torch.split(factors.u, [len(part) for part in parts])
+    u = stacked(
+        [
+            one.double() if root is None else unweighted(root, one)
+            for root, one in zip(roots, us, strict=True)
+        ]
+    )
+    v = factors.v.to(dtype)
     if "output_gram" not in grams:
-        u = refit_to_v(target, u, v, grams.get("input_gram"))
-    return replace(factors, u=u.to(weight.dtype), v=v), packed
+        u = refit_to_v(stacked(targets), u, v, grams.get("input_gram"))
+    return replace(factors, u=u.to(dtype), v=v), packed
 
 
-def spectra(weights: Mapping[str, Tensor], statistics: Statistics | None) -> dict[str, Tensor]:
-    """Layer name -> output energy of every direction (min(m, n),), descending, in host memory."""
-    return {
-        layer: spectrum(weight, **_grams(layer, weight, statistics)).cpu()
-        for layer, weight in weights.items()
-    }
+def spectra(
+    weights: Mapping[str, Tensor], statistics: Statistics | None, groups: Groups
+) -> dict[str, Tensor]:
+    """Output energy of every direction (min(m, n),), descending, in host memory.
+
+    The key is the name of the first layer of a group, whose weights are taken together.
+    """
+    energies = {}
+    for names in groups:
+        weight = stacked([weights[name] for name in names])
+        energies[names[0]] = spectrum(weight, **_grams(names, weight.device, statistics)).cpu()
+    return energies
 
 
-def _grams(layer: str, weight: Tensor, statistics: Statistics | None) -> dict[str, Tensor]:
-    """The layer's Gram matrices by keyword (`input_gram` or `output_gram`), on its device."""
-    grams = {} if statistics is None else statistics.of(layer)
-    return {kind: total.to(weight.device) for kind, total in grams.items()}
+def _grams(
+    names: Sequence[str], device: torch.device, statistics: Statistics | None
+) -> dict[str, Tensor]:
+    """The Gram matrices of a group by keyword (`input_gram` or `output_gram`), on a device.
+
+    Raises:
+        ConfigError: the layers of the group read different inputs.
+    """
+    if statistics is None:
+        return {}
+    sites = {name: statistics.sites.get(name, name) for name in names}
+    if other := next((name for name in names if sites[name] != sites[names[0]]), None):
+        raise other_input(other, names[0])
+    return {kind: total.to(device) for kind, total in statistics.of(names[0]).items()}
+
+
+def other_input(layer: str, first: str) -> ConfigError:
+    """Return the error for layers of a group that do not read the same input."""
+    return ConfigError(
+        f"{layer}: reads another input than {first}, so they have no common factor; "
+        "set emulator.shared=none"
+    )
 
 
 def _quantize_v(

@@ -25,8 +25,15 @@ from emloc.calibration.calibrate import linears_of
 from emloc.calibration.moments import PIECE, InputRecorder
 from emloc.calibration.offload import StateLimits
 from emloc.emulators import Ranks
+from emloc.emulators.size import Groups
 from emloc.emulators.svd.factor_file import load_factors
-from emloc.emulators.svd.factors import LayerFactors, factorize_matrix
+from emloc.emulators.svd.factors import (
+    LayerFactors,
+    factorize_matrix,
+    other_input,
+    split_group,
+    stacked,
+)
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.precision import Precision
@@ -100,7 +107,7 @@ def lock_step(
 
 def fit_block(
     pair: BlockPair,
-    layers: Sequence[str],
+    groups: Groups,
     ranks: Ranks,
     algorithm: str,
     precision: Precision | None,
@@ -112,14 +119,16 @@ def fit_block(
 
     Args:
         pair: the block in both models.
-        layers: names of the layers to compress.
+        groups: names of the layers to compress; those of a group get one v.
         ranks: layer name -> rank.
         algorithm: eigen or subspace.
         precision: packed format of the factors; None: the model's dtype.
 
     Raises:
-        ConfigError: no calibration sample reaches one of the layers.
+        ConfigError: no calibration sample reaches one of the layers, or the layers of a group read
+            different inputs.
     """
+    layers = [layer for names in groups for layer in names]
     linears = linears_of(pair.compressed, layers)
     fitted: dict[str, LayerFactors] = {}
     while remaining := [layer for layer in layers if layer not in fitted]:
@@ -127,18 +136,36 @@ def fit_block(
         start = time.perf_counter()
         weights = [linears[layer].weight for layer in shared.layers]
         # One regression for all layers with this input, since they share the matrix to invert.
-        target = regress_weight(torch.cat(weights), shared.input_gram, shared.drift)
-        targets = torch.split(target, [len(weight) for weight in weights])
-        for layer, target, weight in zip(shared.layers, targets, weights, strict=True):
-            grams = {"input_gram": shared.input_gram}
+        whole = regress_weight(torch.cat(weights), shared.input_gram, shared.drift)
+        rows = torch.split(whole, [len(weight) for weight in weights])
+        targets = dict(zip(shared.layers, rows, strict=True))
+        grams = {"input_gram": shared.input_gram}
+        for names in _groups_within(groups, shared.layers):
+            parts = [targets[name] for name in names]
             factors, v = factorize_matrix(
-                target, ranks[layer], grams, algorithm, precision, weight.dtype
+                *(stacked(parts), ranks[names[0]], grams, algorithm, precision, weights[0].dtype)
             )
             now = time.perf_counter()
-            fitted[layer] = LayerFactors(factors, now - start, v)
+            members = split_group(names, parts, factors, v, now - start)
             start = now
-            _replace_layer(pair.compressed, layer, _module(fitted[layer], linears[layer].bias))
+            fitted |= members
+            for layer, member in members.items():
+                _replace_layer(pair.compressed, layer, _module(member, linears[layer].bias))
     return fitted
+
+
+def _groups_within(groups: Groups, layers: Sequence[str]) -> list[Sequence[str]]:
+    """The groups of layers that read one input, which are all the `layers`.
+
+    Raises:
+        ConfigError: a group has another layer, too.
+    """
+    within = [names for names in groups if not set(names).isdisjoint(layers)]
+    for names in within:
+        if other := next((name for name in names if name not in layers), None):
+            first = next(name for name in names if name in layers)
+            raise other_input(other, first)
+    return within
 
 
 def _next_input(pair: BlockPair, layers: Sequence[str]) -> SharedInput:

@@ -30,6 +30,7 @@ from emloc.calibration.samples import Samples
 from emloc.data.reader import encode_all
 from emloc.emulators import BuiltEmulator, Ranks
 from emloc.emulators.operations import block_operations
+from emloc.models.checkpoint.source import Source
 from emloc.precision import Precision
 from emloc.runtime.attempts import attempt
 from emloc.runtime.progress import tracked
@@ -53,6 +54,7 @@ class Refittable(Protocol):
     def refit(
         self,
         folder: Path,
+        source: Source,
         blocks: Any,
         ranks: Ranks,
         gradients: Callable[[str], Mapping[str, Tensor]],
@@ -121,6 +123,7 @@ class Refit:
         with without_cudnn():
             emulator.refit(
                 folder,
+                self.rows.source,
                 self._blocks(original(), device, limits, work),
                 self.ranks,
                 lambda block: _read_gradients(work, block),

@@ -185,6 +185,55 @@ class FactorizedLayers:
         return hidden.index_select(1, self._lora_rows)
 
 
+class JointLayers:
+    """Factorised frozen layers with one v: [v; s a ...] (P, n), with the LoRAs of all layers.
+
+    The matrix [u, b]^T (P, m) of a layer has rows of zeros where the LoRAs of the others are. So
+    one product by v serves all layers, and each further layer takes one.
+
+    Args:
+        ups: returns the matrix (P, m) of each layer.
+        biases: the bias (m,) of each layer, or None.
+        loras: the LoRA of each layer.
+        down: returns the matrix (P, n).
+        rank: k, after whose rows those of the LoRAs begin.
+    """
+
+    def __init__(
+        self,
+        ups: Sequence[Matrix],
+        biases: Sequence[Tensor | None],
+        loras: Sequence[LoraOperands],
+        down: Matrix,
+        rank: int,
+    ) -> None:
+        self._ups, self._biases, self.loras, self._down = ups, biases, loras, down
+        self._of_loras = slice(rank, rank + sum(ranks(loras)))
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Multiply x by v and all LoRAs at once; see `FrozenLayers.forward`."""
+        hidden = x.mm(self._down().t())
+        ys = [
+            hidden.mm(up()) if bias is None else torch.addmm(bias, hidden, up())
+            for up, bias in zip(self._ups, self._biases, strict=True)
+        ]
+        # A view, saved for the backward pass, would keep all hidden features in memory.
+        return ys, hidden[:, self._of_loras].contiguous()
+
+    def backward(
+        self, dys: Sequence[Tensor | None], needs_dx: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        """Add up the hidden gradients of all layers; see `FrozenLayers.backward`."""
+        hidden: Tensor | None = None
+        for dy, up in zip(dys, self._ups, strict=True):
+            if dy is not None:
+                matrix = up().t()
+                hidden = dy.mm(matrix) if hidden is None else hidden.addmm_(dy, matrix)
+        assert hidden is not None
+        dx = hidden.mm(self._down()) if needs_dx else None
+        return dx, hidden[:, self._of_loras].contiguous()
+
+
 def _products(
     dys: Sequence[Tensor | None], matrices: Iterable[Tensor], widths: Sequence[int]
 ) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,14 +15,15 @@ from emloc.precision import Packed, multiply, register_parts, registered_parts
 class Factorized(nn.Linear):
     """A frozen factorised layer `y = u (v x) + bias` with u (out, k) and v (k, in).
 
-    It is a subclass of `nn.Linear`, so PEFT adapts it like any linear layer.
+    It is a subclass of `nn.Linear`, so PEFT adapts it like any linear layer. Several layers that
+    read the same input may have one v, a parameter of all of them.
     """
 
     def __init__(self, u: Tensor, v: Tensor, bias: Tensor | None = None) -> None:
         nn.Module.__init__(self)  # nn.Linear would allocate the full weight
         self.out_features, self.in_features = u.shape[0], v.shape[1]
         self.u = nn.Parameter(u, requires_grad=False)
-        self.v = nn.Parameter(v, requires_grad=False)
+        self.v = v if isinstance(v, nn.Parameter) else nn.Parameter(v, requires_grad=False)
         _register_bias(self, bias)
 
     @property
@@ -33,6 +34,11 @@ class Factorized(nn.Linear):
         is merged into a temporary product, or started from its singular vectors, would be lost.
         """
         return _FactorizedWeight(self.v, requires_grad=False)
+
+    @property
+    def v_id(self) -> Hashable:
+        """What layers have in common if they have one v: the parameter."""
+        return id(self.v)
 
     @property
     def rank(self) -> int:
@@ -78,6 +84,13 @@ class PackedFactorized(nn.Linear):
     def v(self) -> Packed:
         """The packed factor v (k, in)."""
         return self._matrix("v", self.in_features)
+
+    @property
+    def v_id(self) -> Hashable:
+        """What layers have in common if they have one v: the place of its numbers."""
+        part = next(iter(self.precision.layout(self.rank, self.in_features)))
+        buffer = self.get_buffer(f"v_{part}")
+        return buffer.untyped_storage()._cdata, buffer.storage_offset()
 
     @property
     def ut(self) -> Packed:
