@@ -61,13 +61,10 @@ def run_cached(tiny, stages, family):
 
 
 @pytest.mark.parametrize("bits", [16, 4])
-@pytest.mark.parametrize("method", ["emloc", "emloc_anchored"])
-def test_an_emulator_with_one_v_for_each_input_runs_as_any(run_cached, method, bits):
-    result = run_cached(f"method={method}", "emulator.shared=inputs", f"compression.bits={bits}")
-    plain = run_cached(f"method={method}", f"compression.bits={bits}")
+def test_an_emulator_with_one_v_for_each_input_runs_as_any(run_cached, bits):
+    result = run_cached("method=emloc", "emulator.shared=inputs", f"compression.bits={bits}")
     assert 0 < result.evaluated.facts["scores"]["loss"] < 10
-    sizes = [one.emulated.facts["share_of_linears"] for one in (result, plain)]
-    assert sizes[0] == pytest.approx(sizes[1], abs=0.06)
+    assert 0.4 < result.emulated.facts["share_of_linears"] <= 0.5
 
 
 @pytest.mark.parametrize("method", METHODS)

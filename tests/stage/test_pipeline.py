@@ -266,12 +266,12 @@ def test_an_interrupted_build_resumes_with_the_next_block(run_uncached, store, m
     factorised = []
     real = svd.factorize
 
-    def factorize(weights, *rest):
+    def factorize(weights, *rest, **options):
         if len(factorised) == 1:
             factorised.append("interrupted")
             raise KeyboardInterrupt
         factorised.append(block_of(next(iter(weights))))
-        return real(weights, *rest)
+        return real(weights, *rest, **options)
 
     monkeypatch.setattr(svd, "factorize", factorize)
     with pytest.raises(KeyboardInterrupt):

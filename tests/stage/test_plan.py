@@ -410,7 +410,7 @@ def test_the_table_has_a_row_for_each_method_and_says_what_fits():
         ["emloc", "0.5", "16"],
         ["emloc_nf4", "0.5", "4"],
     ]
-    for row, (ratio, bits) in zip(rows, HELD, strict=True):
+    for row, (ratio, bits, _) in zip(rows, HELD[:4], strict=True):
         need = need_of(layout_of(run_config, shaped(run_config), ratio, precision_of(bits)), work)
         found = dict(zip(HEADER, row, strict=True))
         assert found["peak GiB"] == f"{need.peak / GIB:.2f}"
