@@ -61,8 +61,8 @@ def no_setting(key: str, words: Sequence[str] = ()) -> str:
     line = f"{key}: there is no such setting"
     group, _, name = key.partition(".")
     if name and (owners := _choices_with(group, name)):
-        others = " and others" * (len(owners) > 3)
-        return f"{line}; {group}={', '.join(owners[:3])}{others} have it"
+        others, verb = " and others" * (len(owners) > 3), "has" if len(owners) == 1 else "have"
+        return f"{line}; {group}={', '.join(owners[:3])}{others} {verb} it"
     if own := own_name(key):
         note = difference(key)
         return f"{line}; did you mean {own}?" + (f" ({note})" if note else "")
