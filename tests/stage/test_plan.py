@@ -26,6 +26,7 @@ from emloc.cost.plan.table import HEADER, plan
 from emloc.cost.plan.trace import trace
 from emloc.emulators import BuildInputs
 from emloc.emulators.full import Full
+from emloc.emulators.offload import Offload
 from emloc.emulators.svd import Svd
 from emloc.errors import ConfigError
 from emloc.pipeline import run
@@ -343,6 +344,7 @@ def test_a_format_of_a_plug_in_is_solved_for_and_has_rows_of_its_own(monkeypatch
     rows = rows_of(plan(cell_of(MIDDLE), WORK, find_gpu("rtx4090")))[2:]
     assert [(row[0], row[2]) for row in rows] == [
         *(("lora", "16"), ("qlora", "4"), ("lora three_bits", "3")),
+        *(("offload", "16"), ("offload nf4", "4"), ("offload three_bits", "3")),
         *(("emloc", "16"), ("emloc_nf4", "4"), ("emloc three_bits", "3")),
     ]
     weights = [float(row[3]) for row in rows]
@@ -407,10 +409,12 @@ def test_the_table_has_a_row_for_each_method_and_says_what_fits():
     assert [row[:3] for row in rows] == [
         ["lora", "", "16"],
         ["qlora", "", "4"],
+        ["offload", "", "16"],
+        ["offload nf4", "", "4"],
         ["emloc", "0.5", "16"],
         ["emloc_nf4", "0.5", "4"],
     ]
-    for row, (ratio, bits, _) in zip(rows, HELD[:4], strict=True):
+    for row, (ratio, bits, _) in zip([*rows[:2], *rows[4:]], HELD[:4], strict=True):
         need = need_of(layout_of(run_config, shaped(run_config), ratio, precision_of(bits)), work)
         found = dict(zip(HEADER, row, strict=True))
         assert found["peak GiB"] == f"{need.peak / GIB:.2f}"
@@ -419,6 +423,38 @@ def test_the_table_has_a_row_for_each_method_and_says_what_fits():
         assert found["fits"] == ("yes" if need.peak <= 0.6 * GIB * (1 - RESERVE) else "no")
     assert {row[8] for row in rows} == {"yes", "no"}
     assert "4 x 2 x 512 tokens a step, LoRA rank 4" in table
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_an_offloaded_model_has_two_blocks_on_the_device_and_all_in_host_memory(tmp_path, bits):
+    sizes = ("hidden_size=256", "intermediate_size=512", "num_hidden_layers=5")
+    shape = (*sizes, "tie_word_embeddings=false", *SMALL[3:])
+    run_config = cell_of(shape, "model.weights=random")
+    whole = layout_of(run_config, shaped(run_config), None, precision_of(bits))
+    layout = replace(whole, streamed=True)
+    source = run_config.model.open()
+    linears = run_config.model.compressible_layers(source)
+    offload, chosen = Offload(), replace(run_config.compression, bits=bits)
+    inputs = BuildInputs(offload.plan(source, linears, chosen), None, None, precision_of(bits))
+    offload.build(tmp_path, source, inputs, device=CPU)
+    model = offload.open(tmp_path, source, CPU, precision=precision_of(bits))
+    offload_embedding(model)
+    tensors = [*model.parameters(), *model.model.layers.buffers()]
+    storages = {(s := one.untyped_storage()).data_ptr(): s.nbytes() for one in tensors}
+    on_host = model.get_input_embeddings()
+    assert isinstance(on_host, HostEmbedding)
+    assert layout.weights == pytest.approx(sum(storages.values()), rel=0.01)
+    assert whole.weights - layout.weights == pytest.approx(3 / 5 * layout.streamed_bytes)
+    costs = [
+        cost_of(
+            one, replace(WORK, checkpointing=True), 0, find_gpu("rtx4090"), 1, run_config.budget
+        )
+        for one in (whole, layout)
+    ]
+    assert costs[1].host - costs[0].host == layout.streamed_bytes
+    # Each block comes twice a step, at 25 GB/s.
+    assert costs[1].step_seconds >= 2 * layout.streamed_bytes / 25e9
+    assert costs[1].step_seconds >= costs[0].step_seconds
 
 
 ANCHORED = ("method=emloc_anchored", "train.steps=9", "anchor.rounds=2", "anchor.places=3")
@@ -442,7 +478,7 @@ def test_anchors_have_rows_of_their_own_with_one_batch_of_offsets():
     table = plan(run_config, replace(WORK, length=65536), find_gpu("rtx4090"))
     rows = {row[0]: dict(zip(HEADER, row, strict=True)) for row in rows_of(table)[2:]}
     assert list(rows) == [
-        *("lora", "qlora", "qlora_anchored"),
+        *("lora", "qlora", "qlora_anchored", "offload", "offload nf4"),
         *("emloc", "emloc_anchored", "emloc_nf4", "emloc_nf4_anchored"),
     ]
     offsets = 2 * 2 * 65536 * 64 * 2  # places, rows, tokens, width, bytes

@@ -53,7 +53,7 @@ def cost_of(
     """
     tokens = samples * step_shape.length
     disk = 2 * 4 * layout.parameters  # the trained and the recovered adapter, in float32
-    build, host = 0.0, PROCESS + layout.embedding
+    build, host = 0.0, PROCESS + layout.embedding + layout.streamed_bytes
     if layout.ranks:
         joint = {layer for names in layout.groups if len(names) > 1 for layer in names}
         moments = statistics_bytes(layout.compressed, inputs_only=False, joint=joint)
@@ -94,9 +94,10 @@ def _build_seconds(layout: TrainingLayout, tokens: int, gpu: Gpu) -> float:
 def _step_seconds(
     layout: TrainingLayout, step_shape: StepShape, operations: int, gpu: Gpu
 ) -> float:
-    """Estimate the time of an optimizer step: arithmetic on the device or launches by the host.
+    """Estimate the time of an optimizer step.
 
-    The longer of the two times counts.
+    The longest of three times counts: of the arithmetic on the device, of the launches by the host,
+    and of the blocks that come from host memory, forward and backward.
     """
     tokens = step_shape.batch * step_shape.length  # tokens of one forward pass
     passes = 3 if step_shape.checkpointing else 2
@@ -106,4 +107,5 @@ def _step_seconds(
     if layout.precision is not None:  # the trace does not contain the dequantisation
         matrices = len(layout.adapted) * (2 if layout.ranks else 1)
         operations += layout.precision.dequantize_operations * passes * matrices
-    return step_shape.accumulate * max(device_seconds, operations * SECONDS_PER_OPERATION)
+    copies = 2 * layout.streamed_bytes / (gpu.host_link * 1e12)
+    return step_shape.accumulate * max(device_seconds, operations * SECONDS_PER_OPERATION, copies)

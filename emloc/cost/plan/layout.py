@@ -19,7 +19,7 @@ from emloc.cost.plan.blocks import DecoderBlocks
 from emloc.cost.plan.trace import TraceResult, trace
 from emloc.emulators import Ranks
 from emloc.emulators.size import Groups, bytes_of, factor_shapes, followers, stacked_shape
-from emloc.models.block_names import IN_A_BLOCK
+from emloc.models.block_names import IN_A_BLOCK, find_block
 from emloc.models.checkpoint.source import Source
 from emloc.models.decoder import decoder_of
 from emloc.models.shared_inputs import names_by_input
@@ -73,6 +73,7 @@ class TrainingLayout:
     precision: (
         Precision | None
     )  # packed format of factorised layers; without ranks, of all layers in blocks
+    streamed: bool = False  # whether the blocks wait in host memory, and come in turn
 
     @property
     def source(self) -> Source:
@@ -82,15 +83,33 @@ class TrainingLayout:
     @property
     def weights(self) -> int:
         """Bytes of all frozen weights on the device."""
-        size = self.source.dtype.itemsize
-        total = 0
-        for name, count in self.source.sizes.items():
-            layer = name.removesuffix(".weight")
-            if layer in self.source.linears:
-                total += self._layer_bytes(layer)
-            elif name != self.blocks.decoder.untied_embedding:
-                total += count * size
-        return total
+        embedding = self.blocks.decoder.untied_embedding
+        total = sum(self._parameter_bytes(name) for name in self.source.sizes if name != embedding)
+        if not self.streamed:
+            return total
+        return total - self.streamed_bytes + 2 * max(self._streamed_blocks.values(), default=0)
+
+    def _parameter_bytes(self, name: str) -> int:
+        """Return the bytes of a frozen parameter, by its full name."""
+        layer = name.removesuffix(".weight")
+        if layer in self.source.linears:
+            return self._layer_bytes(layer)
+        return self.source.sizes[name] * self.source.dtype.itemsize
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes of all blocks in host memory; 0 if none is."""
+        return sum(self._streamed_blocks.values()) if self.streamed else 0
+
+    @cached_property
+    def _streamed_blocks(self) -> dict[str, int]:
+        """Bytes of each block that its buffer holds: all but the parameters of the block itself."""
+        blocks: dict[str, int] = {}
+        for name in self.source.sizes:
+            block = find_block(name)
+            if block is not None and "." in name.removeprefix(f"{block}."):
+                blocks[block] = blocks.get(block, 0) + self._parameter_bytes(name)
+        return blocks
 
     @property
     def embedding(self) -> int:

@@ -89,30 +89,31 @@ def _plan_rows(
     gpu: Gpu,
     anchors: AnchorPlan | None,
 ) -> Iterator[PlanRow]:
-    """Yield the rows of LoRA and EMLoC in the model's dtype and in each packed format.
+    """Yield the rows of LoRA, offloading and EMLoC in the model's dtype and in each packed format.
 
-    With anchors, each of them that is not the original itself has a further row.
+    With anchors, each emulator has a further row.
     """
     budget = Compression(
         run_config.compression.ratio or DEFAULT_RATIO, run_config.compression.of, MODEL_BITS
     )
-    for method, ratio, layout in (
-        ("lora", None, full_layout),
-        ("emloc", budget.ratio, compressed_layout(full_layout, run_config, budget)),
+    offload_shape = replace(step_shape, checkpointing=True)  # blocks leave before the backward pass
+    for method, ratio, layout, shape in (
+        ("lora", None, full_layout, step_shape),
+        ("offload", None, replace(full_layout, streamed=True), offload_shape),
+        ("emloc", budget.ratio, compressed_layout(full_layout, run_config, budget), step_shape),
     ):
-        trace = layout.trace_pass(step_shape)
+        trace = layout.trace_pass(shape)
         for precision in (None, *formats(run_config.precision)):
             packed_layout = replace(layout, precision=precision)
-            need = need_from_trace(packed_layout, step_shape, trace)
+            need = need_from_trace(packed_layout, shape, trace)
             samples = run_config.calibration.samples
-            cost = cost_of(
-                packed_layout, step_shape, need.operations, gpu, samples, run_config.budget
-            )
+            cost = cost_of(packed_layout, shape, need.operations, gpu, samples, run_config.budget)
             name = method if precision is None else _method_label(method, precision)
             logits, bits = packed_layout.logits(step_shape), bits_of(precision)
             yield PlanRow(name, ratio, bits, need, cost, logits)
-            if anchors and (ratio is not None or precision is not None):
-                need = need_from_trace(packed_layout, with_offsets(step_shape, anchors), trace)
+            is_original = ratio is None and (precision is None or layout.streamed)
+            if anchors and not is_original:
+                need = need_from_trace(packed_layout, with_offsets(shape, anchors), trace)
                 settings = {"anchor": anchors.choice, "compression.bits": str(bits)}
                 name = named_method(ANCHORED_METHODS[method], settings)
                 yield PlanRow(name, ratio, bits, need, anchors.added_to(cost), logits)
@@ -120,6 +121,8 @@ def _plan_rows(
 
 def _method_label(method: str, precision: Precision) -> str:
     """Return the method that presets the format's width, or else method and format."""
+    if method not in PACKED_METHODS:
+        return f"{method} {precision.name}"
     preset = yaml.safe_load(choices("method")[PACKED_METHODS[method]].read_text(encoding="utf-8"))
     is_preset = preset["compression"]["bits"] == precision.bits
     return PACKED_METHODS[method] if is_preset else f"{method} {precision.name}"
