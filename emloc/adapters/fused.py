@@ -80,10 +80,9 @@ def _alike(group: Sequence[Any]) -> list[list[Any]]:
     by_v: dict[Any, list[Any]] = {}
     for index, layer in enumerate(group):
         by_v.setdefault(getattr(layer.base_layer, "v_id", index), []).append(layer)
-    parts = [part for same in by_v.values() for part in _of_one_kind(same)]
-    if len(by_v) == len(group) and len(_of_one_kind(group)) == 1:
-        return [[*group]]
-    return parts
+    if len(by_v) == len(group):
+        return _of_one_kind(group)
+    return [part for same in by_v.values() for part in _of_one_kind(same)]
 
 
 def _of_one_kind(group: Sequence[Any]) -> list[list[Any]]:

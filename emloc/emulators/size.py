@@ -126,6 +126,16 @@ def factor_shapes(
     return [(rank, rows), (rank, columns)] if with_v else [(rank, rows)]
 
 
+def joint_layers(groups: Groups) -> set[str]:
+    """Names of the layers that share a v."""
+    return {name for names in groups if len(names) > 1 for name in names}
+
+
+def first_layers(groups: Groups) -> dict[str, str]:
+    """Name of each layer -> name of the first layer of its group, which stores v."""
+    return {name: names[0] for names in groups for name in names}
+
+
 def followers(groups: Groups) -> set[str]:
     """Names of the layers that use the v of another layer."""
     return {name for names in groups for name in names[1:]}

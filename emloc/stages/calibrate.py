@@ -26,13 +26,12 @@ class Calibrate(Stage):
         """
         if not context.run_config.emulator.statistics:
             return False
-        joint = context.run_config.emulator.joint(context.source, context.layers)
-        size = statistics_bytes(context.layers, _needs_input_grams(context), joint)
+        size = statistics_bytes(context.layers, _needs_input_grams(context), _joint(context))
         return size <= context.run_config.budget.statistics_gib * GIB
 
     def inputs(self, context: Context) -> list[Any]:
         """Return the model, the layers, the samples, and which layers need an input Gram."""
-        joint = sorted(context.run_config.emulator.joint(context.source, context.layers))
+        joint = sorted(_joint(context))
         inputs = [context.source, context.layers, context.samples, _needs_input_grams(context)]
         return [*inputs, *([joint] if joint else [])]
 
@@ -47,8 +46,13 @@ class Calibrate(Stage):
             _needs_input_grams(context),
             device=context.device,
             limits=context.limits,
-            joint=context.run_config.emulator.joint(context.source, context.layers),
+            joint=_joint(context),
         )
+
+
+def _joint(context: Context) -> set[str]:
+    """Return the layers whose input Gram the emulator needs, whichever Gram is the smaller."""
+    return context.run_config.emulator.joint(context.source, context.layers)
 
 
 def _needs_input_grams(context: Context) -> bool:

@@ -10,6 +10,7 @@ from emloc.calibration.read_ahead import pinned_block_bytes
 from emloc.config.settings import Budget
 from emloc.cost.plan.gpus import Gpu
 from emloc.cost.plan.layout import StepShape, TrainingLayout
+from emloc.emulators.size import joint_layers
 from emloc.models.checkpoint.source import Source
 from emloc.runtime.memory import GIB
 
@@ -55,7 +56,7 @@ def cost_of(
     disk = 2 * 4 * layout.parameters  # the trained and the recovered adapter, in float32
     build, host = 0.0, PROCESS + layout.embedding + layout.streamed_bytes
     if layout.ranks:
-        joint = {layer for names in layout.groups if len(names) > 1 for layer in names}
+        joint = joint_layers(layout.groups)
         moments = statistics_bytes(layout.compressed, inputs_only=False, joint=joint)
         disk += layout.factors + (moments if moments <= budget.statistics_gib * GIB else 0)
         widest = max(columns for _, columns in layout.adapted.values())

@@ -18,7 +18,14 @@ from emloc.config.settings import LoraSettings, TrainSettings
 from emloc.cost.plan.blocks import DecoderBlocks
 from emloc.cost.plan.trace import TraceResult, trace
 from emloc.emulators import Ranks
-from emloc.emulators.size import Groups, bytes_of, factor_shapes, followers, stacked_shape
+from emloc.emulators.size import (
+    Groups,
+    bytes_of,
+    factor_shapes,
+    first_layers,
+    followers,
+    stacked_shape,
+)
 from emloc.models.block_names import IN_A_BLOCK, find_block
 from emloc.models.checkpoint.source import Source
 from emloc.models.decoder import decoder_of
@@ -194,7 +201,7 @@ class TrainingLayout:
 
     def _fused(self, layers: Iterable[str]) -> list[list[str]]:
         """Return those of some layers that have one v, and each other one alone."""
-        first = {layer: names[0] for names in self.groups for layer in names}
+        first = first_layers(self.groups)
         fused: dict[str, list[str]] = {}
         for layer in layers:
             fused.setdefault(first.get(layer, layer), []).append(layer)

@@ -22,7 +22,14 @@ from emloc.calibration.offload import UNLIMITED, StateLimits
 from emloc.config.settings import Compression
 from emloc.config.values import OneOf, Range
 from emloc.emulators import BuildInputs, Emulator, Ranks
-from emloc.emulators.size import size_facts, stacked_shape, stored_shapes, uniform_ranks
+from emloc.emulators.size import (
+    first_layers,
+    joint_layers,
+    size_facts,
+    stacked_shape,
+    stored_shapes,
+    uniform_ranks,
+)
 from emloc.emulators.svd.factor_file import load_factors
 from emloc.emulators.svd.factor_writer import FactorWriter
 from emloc.emulators.svd.factors import LayerFactors, factorize, refine, spectra
@@ -95,8 +102,7 @@ class Svd(Emulator):
 
     def joint(self, source: Source, layers: Collection[str]) -> set[str]:
         """Return the layers that share a v: the outputs of one of them do not determine it."""
-        groups = self.groups(source, layers)
-        return {layer for names in groups if len(names) > 1 for layer in names}
+        return joint_layers(self.groups(source, layers))
 
     @property
     def samples(self) -> bool:
@@ -301,7 +307,7 @@ class Svd(Emulator):
         shapes = {names[0]: stacked_shape(names, source.linears) for names in groups}
         uniform = {names[0]: plan[names[0]] for names in groups}
         ranks = greedy(load_file(verified_file(path)), shapes, uniform, self.multiple)
-        first = {layer: names[0] for names in groups for layer in names}
+        first = first_layers(groups)
         return {layer: ranks[first[layer]] for layer in plan}
 
     def open(

@@ -141,9 +141,7 @@ def split_group(
         return {names[0]: LayerFactors(factors, seconds, v)}
     us = torch.split(factors.u, [len(part) for part in parts])
     return {
-        name: LayerFactors(
-            replace(factors, u=u.contiguous()), seconds / len(names), v, names, len(factors.u)
-        )
+        name: LayerFactors(replace(factors, u=u), seconds / len(names), v, names, len(factors.u))
         for name, u in zip(names, us, strict=True)
     }
 
