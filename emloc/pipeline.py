@@ -152,7 +152,7 @@ def checked(run_config: RunConfig, store: Store, report: Report) -> tuple[str, C
     if training_inputs is not None:
         held_out = run_config.task.held_out(run_config.eval.limit)
         refuse_overlap(training_inputs.examples, held_out)
-    needs_samples = emulator.samples or recovery.statistics
+    needs_samples = emulator.reads_samples(run_config.precision) or recovery.statistics
     needs_samples |= any(stage.reads_samples for stage in run_config.stage.values())
     samples = _samples(run_config) if needs_samples else None
     context = Context(

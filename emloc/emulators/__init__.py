@@ -91,6 +91,18 @@ class Emulator(Part):
         """Grams that the build reads: `input`, `smaller` (of input and output), or None."""
         return None
 
+    def reads_samples(self, precision: Precision | None) -> bool:
+        """Whether a build in this format reads calibration samples.
+
+        A format with error feedback needs them to know what the weights are multiplied by.
+        """
+        return self.samples or (precision is not None and precision.feedback)
+
+    def statistics_in(self, precision: Precision | None) -> str | None:
+        """Grams that a build in this format reads, as `statistics`: input Grams for feedback."""
+        kind = self.statistics
+        return "input" if kind and precision is not None and precision.feedback else kind
+
     def joint(self, source: Source, layers: Collection[str]) -> set[str]:
         """Return those of `layers` that need an input Gram, whichever Gram is the smaller."""
         return set()

@@ -18,6 +18,7 @@ from emloc.calibration.calibrate import Layers
 from emloc.calibration.offload import UNLIMITED, StateLimits
 from emloc.config.settings import MODEL_BITS, Compression
 from emloc.emulators import BuildInputs, Emulator
+from emloc.emulators.packed_weights import packed_weight, write_packed
 from emloc.emulators.size import require_solved, size_facts
 from emloc.models.block_names import IN_A_BLOCK
 from emloc.models.checkpoint.source import CPU, Source
@@ -28,9 +29,10 @@ from emloc.runtime.progress import tracked
 
 @dataclass(frozen=True, kw_only=True)
 class Full(Emulator):
-    """The original model; its artifact holds no weights, only the list of quantised layers.
+    """The original model; its artifact holds the list of quantised layers.
 
-    In a packed format, every linear of the numbered blocks is quantised while it is read.
+    In a packed format, every linear of the numbered blocks is quantised: while it is read, or when
+    the emulator is built if the format has error feedback (see `packed_weights`).
     """
 
     def plan(self, source: Source, layers: Layers, budget: Compression) -> None:
@@ -55,6 +57,7 @@ class Full(Emulator):
         packed = block_linears(source) if build_inputs.precision else []
         stored = {layer: [source.linears[layer]] for layer in packed}
         table = {layer: {"bits": build_inputs.bits} for layer in stored}
+        write_packed(folder, source, packed, build_inputs, device=device, limits=limits)
         (folder / "layers.json").write_text(json.dumps(table, indent=1))
         return size_facts(source, stored, build_inputs.precision)
 
@@ -67,7 +70,7 @@ class Full(Emulator):
         precision: Precision | None = None,
     ) -> PreTrainedModel:
         """Load the original model, frozen; packed layers are read and quantised one by one."""
-        return load_quantized(source, quantized_layers(folder), device, precision)
+        return load_quantized(source, quantized_layers(folder), device, precision, folder=folder)
 
     def residual(
         self,
@@ -78,23 +81,24 @@ class Full(Emulator):
         *,
         precision: Precision | None = None,
     ) -> Tensor | None:
-        """Original minus dequantised weight, quantised anew here; None if it is not quantised."""
+        """Original minus dequantised weight; None if it is not quantised."""
         if layer not in quantized_layers(folder):
             return None
-        return quantization_residual(source, layer, device, precision)
+        return quantization_residual(folder, source, layer, device, precision)
 
 
 def quantization_residual(
-    source: Source, layer: str, device: torch.device, precision: Precision | None
+    folder: Path, source: Source, layer: str, device: torch.device, precision: Precision | None
 ) -> Tensor:
-    """Original minus dequantised weight (out, in) of a layer, in float64.
+    """Original minus dequantised weight (out, in) of a layer of the emulator in `folder`.
+
+    Both are in float64.
 
     Raises:
         ValueError: `precision` is None.
     """
-    weight = source.weight(layer, device)
-    packed = require_format(precision).quantize(weight)
-    return weight.double().sub_(packed.dequantize().double())
+    packed = packed_weight(source, layer, device, require_format(precision), folder)
+    return source.weight(layer, device).double().sub_(packed.dequantize().double())
 
 
 def require_packable(source: Source, bits: int) -> None:
@@ -126,6 +130,7 @@ def load_quantized(
     device: torch.device,
     precision: Precision | None,
     replacements: Mapping[str, nn.Module] | None = None,
+    folder: Path | None = None,
 ) -> PreTrainedModel:
     """Load the original model, frozen, with `layers` packed; one unpacked weight at a time.
 
@@ -135,6 +140,7 @@ def load_quantized(
         device: where the model is loaded.
         precision: the packed format.
         replacements: name -> module that replaces a module of the model.
+        folder: of the emulator; see `packed_weight`.
 
     Raises:
         ValueError: `precision` is None, and there are layers to quantise.
@@ -142,7 +148,7 @@ def load_quantized(
     modules = dict(replacements or {})
     for layer in tracked(layers, "quantize", len(layers), "layer"):
         packed_format = require_format(precision)
-        weight = packed_format.quantize(source.weight(layer, device))
+        weight = packed_weight(source, layer, device, packed_format, folder)
         modules[layer] = packed_format.linear(weight, source.bias(layer, device))
     model = source.load(device, modules)
     if precision and any(isinstance(module, PackedLayer) for module in modules.values()):

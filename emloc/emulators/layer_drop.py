@@ -29,6 +29,7 @@ from emloc.emulators.full import (
     quantization_residual,
     require_packable,
 )
+from emloc.emulators.packed_weights import write_packed
 from emloc.emulators.size import require_solved, size_facts
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import CPU, Source
@@ -158,6 +159,9 @@ class LayerDrop(Emulator):
         (folder / "layers.json").write_text(
             json.dumps({**plan, "bits": build_inputs.bits}, indent=1)
         )
+        if build_inputs.precision is not None:
+            packed = _quantized(folder, source)
+            write_packed(folder, source, packed, build_inputs, device=device, limits=limits)
         dropped = set(plan["dropped"])
         stored = {
             layer: [] if block_of(layer) in dropped else [source.linears[layer]]
@@ -189,7 +193,8 @@ class LayerDrop(Emulator):
             for index, block in enumerate(block_stack(source))
             if block in dropped
         }
-        model = load_quantized(source, _quantized(folder, source), device, precision, identities)
+        packed = _quantized(folder, source)
+        model = load_quantized(source, packed, device, precision, identities, folder)
         first_block = model.get_submodule(block_stack(source)[0])
         for identity in identities.values():
             identity.follow(first_block)
@@ -210,7 +215,7 @@ class LayerDrop(Emulator):
         """
         if layer not in _quantized(folder, source):
             return None
-        return quantization_residual(source, layer, device, precision)
+        return quantization_residual(folder, source, layer, device, precision)
 
 
 def kept_block_indices(count: int, first: int, last: int, middle: int) -> list[int]:

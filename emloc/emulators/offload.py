@@ -19,6 +19,7 @@ from emloc.calibration.blockwise import by_block
 from emloc.calibration.calibrate import Layers
 from emloc.config.settings import Compression
 from emloc.emulators.full import Full, block_linears, quantized_layers
+from emloc.emulators.packed_weights import packed_weight
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.precision import Precision, require_format
@@ -60,7 +61,7 @@ class Offload(Full):
                 one.
         """
         _require_unsharded()
-        return load_streamed(source, set(quantized_layers(folder)), device, precision)
+        return load_streamed(source, set(quantized_layers(folder)), device, precision, folder)
 
 
 def load_streamed(
@@ -68,6 +69,7 @@ def load_streamed(
     quantized: Collection[str],
     device: torch.device,
     precision: Precision | None = None,
+    folder: Path | None = None,
 ) -> PreTrainedModel:
     """Load the original model, frozen, with its blocks in host memory, streamed to `device`.
 
@@ -76,6 +78,7 @@ def load_streamed(
         quantized: names of the linears to quantise.
         device: where the model computes.
         precision: packed format of these linears.
+        folder: of the emulator; see `packed_weight`.
 
     Raises:
         ValueError: `precision` is None, and there are layers to quantise.
@@ -92,7 +95,7 @@ def load_streamed(
     ):
         views = streamed.views(index)
         block_formats = {layer: formats[layer] for layer in layers if layer in formats}
-        _read_block(source, model, views, block_formats, device)
+        _read_block(source, model, views, block_formats, device, folder)
         streamed.store(index)
     block_parameters = {name: p for name, p in model.named_parameters() if not p.is_meta}
     parameters = [name for name, p in model.named_parameters() if p.is_meta]
@@ -147,6 +150,7 @@ def _read_block(
     views: dict[str, Tensor],
     formats: Mapping[str, Precision],
     device: torch.device,
+    folder: Path | None,
 ) -> None:
     """Read a block into its device buffer and make the parameters of `model` views of the buffer.
 
@@ -161,7 +165,7 @@ def _read_block(
         replace_tensor(model, name, tensor)  # checks the shape; `copy_` alone would broadcast
         replace_tensor(model, name, views[name].copy_(tensor))
     for layer, precision in formats.items():
-        matrix = precision.quantize(source.weight(layer, device))
+        matrix = packed_weight(source, layer, device, precision, folder)
         parts = {p: views[f"{layer}.{p}"].copy_(tensor) for p, tensor in matrix.parts.items()}
         in_buffer = replace(matrix, parts=parts)
         model.set_submodule(layer, precision.linear(in_buffer, views.get(f"{layer}.bias")))

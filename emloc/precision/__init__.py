@@ -88,6 +88,8 @@ class Precision(Part):
     # per number, without scales that a group of numbers shares
     bits: Annotated[int, Range(least=1, below=16, usual=4)]
 
+    # Whether `pack_for` chooses better codes if it knows what the matrix is multiplied by.
+    feedback: ClassVar[bool] = False
     # Operations per number to dequantise a matrix; the estimate of a step's time uses it.
     dequantize_operations: ClassVar[int] = 10
     # Attributes that other libraries expect of a model with layers in this format.
@@ -100,6 +102,12 @@ class Precision(Part):
     @abstractmethod
     def pack(self, matrix: Tensor) -> dict[str, Tensor]:
         """Quantise a matrix in float32 or 16 bits; return its parts, on the matrix's device."""
+
+    def pack_for(
+        self, matrix: Tensor, columns: Tensor | None, rows: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Quantise a matrix for what it is multiplied by; see `quantize` and `pack`."""
+        return self.pack(matrix)
 
     @abstractmethod
     def unpack(self, packed: Packed, out: Tensor | None) -> Tensor:
@@ -128,16 +136,25 @@ class Precision(Part):
         for name, value in self.attributes.items():
             setattr(model, name, value)
 
-    def quantize(self, matrix: Tensor) -> Packed:
-        """Quantise a matrix in float32 or 16 bits to this format, on the matrix's device.
+    def quantize(
+        self, matrix: Tensor, *, columns: Tensor | None = None, rows: Tensor | None = None
+    ) -> Packed:
+        """Quantise a matrix M (m, n) in float32 or 16 bits to this format, on its device.
+
+        Only a format with `feedback` uses the Grams.
+
+        Args:
+            matrix: M.
+            columns: Gram X^T X (n, n) of what the columns are multiplied by, in X M^T.
+            rows: Gram Z^T Z (m, m) of what the rows are multiplied by, in Z M.
 
         Raises:
             ValueError: the tensor is no matrix, or `pack` contradicts `layout`.
         """
         if matrix.dim() != 2:
             raise ValueError(f"need a matrix, got a tensor of shape {tuple(matrix.shape)}")
-        rows, columns = matrix.shape
-        return self._checked(self.pack(matrix.detach()), (rows, columns), matrix.dtype)
+        m, n = matrix.shape
+        return self._checked(self.pack_for(matrix.detach(), columns, rows), (m, n), matrix.dtype)
 
     def from_tensors(self, prefix: str, mapping: Mapping[str, Tensor]) -> Packed:
         """Rebuild the matrix that `Packed.tensors` split into named tensors with this prefix.

@@ -57,4 +57,5 @@ def _joint(context: Context) -> set[str]:
 
 def _needs_input_grams(context: Context) -> bool:
     """Return whether the emulator needs the Gram matrix of every layer's inputs."""
-    return context.run_config.emulator.statistics == "input"
+    run_config = context.run_config
+    return run_config.emulator.statistics_in(run_config.precision) == "input"

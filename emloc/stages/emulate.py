@@ -40,7 +40,6 @@ class Emulate(Stage):
 
 def _build_inputs(context: Context) -> BuildInputs:
     """Return the inputs of the build: plan, cached moments, samples and packed format."""
-    samples = context.samples if context.run_config.emulator.samples else None
-    return BuildInputs(
-        context.plan, context.current.get(STATISTICS), samples, context.run_config.precision
-    )
+    emulator, precision = context.run_config.emulator, context.run_config.precision
+    samples = context.samples if emulator.reads_samples(precision) else None
+    return BuildInputs(context.plan, context.current.get(STATISTICS), samples, precision)

@@ -56,11 +56,11 @@ PLUGINS = {
         "task.metric=anls",
         data="images",
     ),
-    "format of three bits": Plugin(
-        "three_bits",
-        ("method=emloc", "compression.bits=3"),
-        ("method=emloc", "precision=three_bits"),
-        "precision=three_bits is a format of 3 bits, and compression.bits=16",
+    "format of five bits": Plugin(
+        "five_bits",
+        ("method=emloc", "compression.bits=5"),
+        ("method=emloc", "precision=five_bits"),
+        "precision=five_bits is a format of 5 bits, and compression.bits=16",
     ),
     "stage between emulate and train": Plugin(
         "healed",

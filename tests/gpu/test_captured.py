@@ -70,8 +70,11 @@ def trained(folder, built, **recipe):
     return [line["loss"] for line in curve_of(folder)], adapter
 
 
+BITS = {"nf4": 4, "int2": 2}
+
+
 @pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("kind", ["svd", "full", "nf4", "svd-nf4", "untied"])
+@pytest.mark.parametrize("kind", ["svd", "full", "nf4", "svd-nf4", "svd-int2", "untied"])
 def test_a_training_of_graphs_is_the_same_training(
     tmp_path, made_once, replays, kind, checkpointing, caplog
 ):
@@ -79,7 +82,7 @@ def test_a_training_of_graphs_is_the_same_training(
     emulator = SVD if kind.startswith("svd") or kind == "untied" else Full()
     config = {"tie_word_embeddings": False} if kind == "untied" else {}
     built = built_of(
-        made_once, tmp_path / "emulator", emulator, 4 if "nf4" in kind else 16, **config
+        made_once, tmp_path / "emulator", emulator, BITS.get(kind.split("-")[-1], 16), **config
     )
     recipe = {"checkpointing": checkpointing, "accumulate": 2, "host_activations": checkpointing}
     expected = trained(tmp_path / "plain", built, **recipe)

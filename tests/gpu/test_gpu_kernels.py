@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from emloc.precision import Packed
+from emloc.precision import Packed, uniform
 from emloc.precision.nf4 import BITS, Nf4, _kernel
 from emloc.tensors.lean.kernels import liger
 from emloc.tensors.nn.attention import with_cudnn, without_cudnn
@@ -77,6 +77,22 @@ def test_nf4_is_dequantised_as_by_bitsandbytes(shape, dtype):
     assert packed.dequantize(out) is out
     on_cpu = packed.to(torch.device("cpu")).dequantize().to(CUDA)
     # A GPU rounds the product and sum of a magnitude once, or twice.
+    torch.testing.assert_close(out, on_cpu, rtol=max(torch.finfo(dtype).eps, 1e-6), atol=1e-6)
+    assert torch.equal(packed.dequantize(), out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 7), (64, 96), (33, 130), (1024, 4096)])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_evenly_spaced_levels_are_dequantised_as_on_a_cpu(bits, shape, dtype):
+    kernel, precision = uniform._kernel(CUDA), uniform.Uniform(name="small", bits=bits)
+    assert kernel is not None
+    matrix = torch.randn(shape, device=CUDA).to(dtype)
+    inputs = torch.randn(64, shape[1], device=CUDA)
+    packed = precision.quantize(matrix, columns=inputs.T @ inputs)
+    out = torch.full(shape, float("nan"), device=CUDA, dtype=dtype)
+    assert packed.dequantize(out) is out
+    on_cpu = packed.to(torch.device("cpu")).dequantize().to(CUDA)
     torch.testing.assert_close(out, on_cpu, rtol=max(torch.finfo(dtype).eps, 1e-6), atol=1e-6)
     assert torch.equal(packed.dequantize(), out)
 

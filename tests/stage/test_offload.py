@@ -46,7 +46,7 @@ def deep(request, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=[16, 4, 3])
+@pytest.fixture(params=[16, 4, 5])
 def bits(request):
     return request.param
 

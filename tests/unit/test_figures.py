@@ -143,16 +143,16 @@ def test_formats_with_equal_bits_are_labelled_by_their_names(tmp_path):
             (0.2, {}),
             (0.3, {"compression__bits": "4"}),
             (0.4, {"compression__bits": "4", **named}),
-            (0.5, {"compression__bits": "3"}),
+            (0.5, {"compression__bits": "5"}),
         )
     ]
     figure = drawn(rows, tmp_path)["score_ratio"]
     actual = lines(figure.axes[0])
-    assert sorted(actual) == ["emloc 16 bit", "emloc 3 bit", "emloc nf4", "emloc other"]
+    assert sorted(actual) == ["emloc 16 bit", "emloc 5 bit", "emloc nf4", "emloc other"]
     assert actual["emloc other"] == ([0.25, 0.5], [0.4, 0.4])
     faces = {one.get_label(): one.get_markerfacecolor() for one in figure.axes[0].get_lines()}
     assert [faces[name] == "white" for name in sorted(actual)] == [False, True, True, True]
-    assert figure._supxlabel.get_text() == "hollow: 3 bit, nf4, other"
+    assert figure._supxlabel.get_text() == "hollow: 5 bit, nf4, other"
 
 
 def test_different_settings_of_one_method_are_separate_lines(tmp_path):

@@ -140,6 +140,21 @@ class TrainingLayout:
         """Bytes of the factors of all factorised layers."""
         return sum(self._layer_bytes(layer) for layer in self.ranks)
 
+    @property
+    def has_feedback(self) -> bool:
+        """Whether the packed format chooses codes by error feedback, when the emulator is built."""
+        return self.precision is not None and self.precision.feedback
+
+    @property
+    def packed_layers(self) -> list[str]:
+        """Names of the packed layers."""
+        return [layer for layer in self.source.linears if self._is_packed(layer)]
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of all packed layers."""
+        return sum(self._layer_bytes(layer) for layer in self.packed_layers)
+
     def multiplications(self, layer: str) -> int:
         """Return the number of multiplications of one token in a layer: the layer's parameters."""
         return sum(rows * columns for rows, columns in self._matrices(layer))

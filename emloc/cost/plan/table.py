@@ -114,8 +114,7 @@ def _plan_rows(
             is_original = ratio is None and (precision is None or layout.streamed)
             if anchors and not is_original:
                 need = need_from_trace(packed_layout, with_offsets(shape, anchors), trace)
-                settings = {"anchor": anchors.choice, "compression.bits": str(bits)}
-                name = named_method(ANCHORED_METHODS[method], settings)
+                name = _anchored_label(name, method, precision, anchors)
                 yield PlanRow(name, ratio, bits, need, anchors.added_to(cost), logits)
 
 
@@ -126,6 +125,16 @@ def _method_label(method: str, precision: Precision) -> str:
     preset = yaml.safe_load(choices("method")[PACKED_METHODS[method]].read_text(encoding="utf-8"))
     is_preset = preset["compression"]["bits"] == precision.bits
     return PACKED_METHODS[method] if is_preset else f"{method} {precision.name}"
+
+
+def _anchored_label(
+    label: str, method: str, precision: Precision | None, anchors: AnchorPlan
+) -> str:
+    """Return the method that presets anchors and the format's width, or `label` with anchors."""
+    if precision is not None and label.endswith(f" {precision.name}"):
+        return f"{label} anchor={anchors.choice}"
+    settings = {"anchor": anchors.choice, "compression.bits": str(bits_of(precision))}
+    return named_method(ANCHORED_METHODS[method], settings)
 
 
 def _cells(row: PlanRow, limit: float) -> list[str]:

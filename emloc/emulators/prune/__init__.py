@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +27,7 @@ from emloc.emulators import BuildInputs, Emulator, Plan
 from emloc.emulators.full import block_linears, load_quantized
 from emloc.emulators.offload import load_streamed
 from emloc.emulators.operations import block_operations, layer_operations
+from emloc.emulators.packed_weights import packed_weight, select, write_packed
 from emloc.emulators.prune.unit_scores import KINDS, importance, recompute_blocks
 from emloc.emulators.prune.units import Units, units_of
 from emloc.emulators.size import require_solved, share_of_linears, size_facts
@@ -164,6 +166,15 @@ class Prune(Emulator):
                 for layer, size in sizes.items():
                     table[layer]["shape"][dim] = count * size
                     table[layer] |= {"unit": group.kind, "kept": count, "of": group.count}
+        write_packed(
+            folder,
+            source,
+            [layer for layer, row in table.items() if row["bits"] != MODEL_BITS],
+            build_inputs,
+            device=device,
+            limits=limits,
+            selection=partial(self.kept_indices, folder),
+        )
         (folder / "layers.json").write_text(json.dumps(table, indent=1))
         stored = {layer: [row["shape"]] for layer, row in table.items()}
         removed_biases = _removed_biases(source, units, kept_units)
@@ -183,7 +194,7 @@ class Prune(Emulator):
         device: torch.device,
     ) -> dict[str, Tensor]:
         """Module name -> a score (count,) for each unit, higher for units to keep."""
-        if build_inputs.samples is None:
+        if not self.samples:
             generator = torch.Generator().manual_seed(self.seed)
             return {
                 name: torch.rand(group.count, generator=generator) for name, group in units.items()
@@ -191,6 +202,7 @@ class Prune(Emulator):
         model = load_streamed(source, (), device)
         loss = source.objective.lean_loss(model)
         recompute_blocks(model)
+        assert build_inputs.samples is not None
         batches = build_inputs.samples.training_batches(source)
         operations = 3 * block_operations(source)  # forward, recomputation, gradients of inputs
         if self.importance == "taylor":  # gradients of weights
@@ -217,19 +229,24 @@ class Prune(Emulator):
         """Load the pruned model, frozen; the original weights are read and pruned one by one."""
         table = json.loads((folder / "layers.json").read_text())
         pruned: dict[str, nn.Module] = {}
+        selection = partial(self.kept_indices, folder)
         only_packed: list[str] = []  # layers that are packed, but not pruned
         for layer, row in table.items():
             packed = row["bits"] != MODEL_BITS
-            rows, columns = self.kept_indices(folder, layer)
+            rows, columns = selection(layer)
             if rows is not None or columns is not None:
-                weight = _select(_select(source.weight(layer, device), rows, 0), columns, 1)
                 bias = source.bias(layer, device)
-                bias = None if bias is None else _select(bias, rows, 0)
-                layer_format = require_format(precision) if packed else None
-                pruned[layer] = _linear(weight, bias, layer_format)
+                bias = None if bias is None else select(bias, rows, 0)
+                if packed:
+                    layer_format = require_format(precision)
+                    matrix = packed_weight(source, layer, device, layer_format, folder, selection)
+                    pruned[layer] = layer_format.linear(matrix, bias)
+                else:
+                    weight = select(select(source.weight(layer, device), rows, 0), columns, 1)
+                    pruned[layer] = _linear(weight, bias)
             elif packed:
                 only_packed.append(layer)
-        return load_quantized(source, only_packed, device, precision, pruned)
+        return load_quantized(source, only_packed, device, precision, pruned, folder)
 
     def residual(
         self,
@@ -284,15 +301,8 @@ def _removed_biases(
     )
 
 
-def _select(tensor: Tensor, indices: Tensor | None, dim: int) -> Tensor:
-    """The entries of a tensor at `indices` along `dim`; all entries if `indices` is None."""
-    return tensor if indices is None else tensor.index_select(dim, indices.to(tensor.device))
-
-
-def _linear(weight: Tensor, bias: Tensor | None, precision: Precision | None) -> nn.Module:
-    """A frozen linear layer with this weight, packed if `precision` is a format."""
-    if precision is not None:
-        return precision.linear(precision.quantize(weight), bias)
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A frozen linear layer with this weight."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:

@@ -92,6 +92,10 @@ class Svd(Emulator):
 
     keeps_weights = False
 
+    def reads_samples(self, precision: Precision | None) -> bool:
+        """Return `samples`: factors of a plain SVD are quantised to the nearest codes."""
+        return self.samples
+
     def groups(self, source: Source, layers: Iterable[str]) -> list[list[str]]:
         """Return the names of the layers of each factorisation: those that get one v."""
         if self.shared == "inputs":
@@ -242,7 +246,7 @@ class Svd(Emulator):
                 if block.name in journal.lines:
                     table |= writer.facts_of(block.name)
                     continue
-                statistics = self._recorded(source, block, layers)
+                statistics = self._recorded(source, block, layers, precision)
                 weights = {name: one.weight for name, one in linears_of(block, layers).items()}
                 factors = factorize(
                     *(weights, ranks, statistics, self.algorithm, precision),
@@ -272,12 +276,15 @@ class Svd(Emulator):
             return Statistics.load(build_inputs.statistics.folder / f"{name}.safetensors")
         if block is None:
             return None
-        return self._recorded(source, block, layers)
+        return self._recorded(source, block, layers, build_inputs.precision)
 
-    def _recorded(self, source: Source, block: Block, layers: list[str]) -> Statistics:
+    def _recorded(
+        self, source: Source, block: Block, layers: list[str], precision: Precision | None
+    ) -> Statistics:
         """Second moments of a block, recorded by running it."""
+        inputs_only = self.statistics_in(precision) == "input"
         joint = self.joint(source, layers)
-        return record_moments(block, layers, self.statistics == "input", peek=True, joint=joint)
+        return record_moments(block, layers, inputs_only, peek=True, joint=joint)
 
     def _greedy_ranks(
         self,

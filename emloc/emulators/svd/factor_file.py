@@ -32,7 +32,7 @@ def stored_tensors(factors: Mapping[str, LayerFactors]) -> dict[str, Tensor]:
         if layer.v is None:
             tensors |= {f"{name}.u": u} | ({f"{name}.v": v} if has_v else {})
         else:
-            tensors |= layer.v.precision.quantize(u.T).tensors(f"{name}.ut")
+            tensors |= layer.ut.tensors(f"{name}.ut")
             tensors |= layer.v.tensors(f"{name}.v") if has_v else {}
     return tensors
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -41,6 +42,14 @@ class LayerFactors:
     v: Packed | None  # v in the packed format; None: v is in the model's dtype
     group: Sequence[str] = ()  # layers with the same v, in the order of their rows; empty: none
     rows: int = 0  # output features of the group together
+    # Gram (k, k) of what v makes of the inputs; a packed format with feedback uses it for u
+    through: Tensor | None = None
+
+    @cached_property
+    def ut(self) -> Packed:
+        """u^T (k, m) in the packed format; only if v is packed."""
+        assert self.v is not None
+        return self.v.precision.quantize(self.factors.u.T.contiguous(), rows=self.through)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -120,7 +129,8 @@ def factorize(
         else:
             target = stacked(parts)
             factors, v = factorize_matrix(target, rank, grams, algorithm, precision, target.dtype)
-        layers |= split_group(names, parts, factors, v, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        layers |= split_group(names, parts, factors, v, seconds, grams.get("input_gram"))
     return layers
 
 
@@ -135,14 +145,21 @@ def split_group(
     factors: Factors,
     v: Packed | None,
     seconds: float,
+    input_gram: Tensor | None,
 ) -> dict[str, LayerFactors]:
-    """Layer name -> its factors, of the factors of the stacked weights (m, n) in `parts`."""
+    """Layer name -> its factors, of the factors of the stacked weights (m, n) in `parts`.
+
+    `input_gram` (n, n) is that of all these layers, or None.
+    """
+    through = None
+    if v is not None and v.precision.feedback and input_gram is not None:
+        through = factors.v.double() @ input_gram.double() @ factors.v.double().T
     if len(names) == 1:
-        return {names[0]: LayerFactors(factors, seconds, v)}
+        return {names[0]: LayerFactors(factors, seconds, v, through=through)}
     us = torch.split(factors.u, [len(part) for part in parts])
+    rest = (seconds / len(names), v, names, len(factors.u), through)
     return {
-        name: LayerFactors(replace(factors, u=u), seconds / len(names), v, names, len(factors.u))
-        for name, u in zip(names, us, strict=True)
+        name: LayerFactors(replace(factors, u=u), *rest) for name, u in zip(names, us, strict=True)
     }
 
 
@@ -266,7 +283,7 @@ def _quantize_v(
     refits: bool,
 ) -> tuple[Factors, Packed]:
     """Quantise v, and refit u to the quantised v if `refits`; return the factors and packed v."""
-    quantized = precision.quantize(factors.v)
+    quantized = precision.quantize(factors.v, columns=input_gram)
     u, v = factors.u, quantized.dequantize()
     if refits:
         u = refit_to_v(target.detach().double(), u, v, input_gram).to(u.dtype)

@@ -146,7 +146,7 @@ def fit_block(
                 *(stacked(parts), ranks[names[0]], grams, algorithm, precision, weights[0].dtype)
             )
             now = time.perf_counter()
-            members = split_group(names, parts, factors, v, now - start)
+            members = split_group(*(names, parts, factors, v, now - start, shared.input_gram))
             start = now
             fitted |= members
             for layer, member in members.items():
@@ -206,7 +206,7 @@ def _module(layer: LayerFactors, bias: Tensor | None) -> nn.Module:
     u, v = layer.factors.u, layer.factors.v
     if layer.v is None:
         return Factorized(u, v, bias)
-    return PackedFactorized(layer.v, layer.v.precision.quantize(u.T), bias)
+    return PackedFactorized(layer.v, layer.ut, bias)
 
 
 def _replace_layer(block: Block, layer: str, module: nn.Module) -> None:

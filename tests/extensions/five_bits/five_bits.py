@@ -1,4 +1,4 @@
-"""A plug-in: a packed format of three bits, with seven evenly spaced levels per group of weights.
+"""A plug-in: a packed format of five bits, with 31 evenly spaced levels per group of weights.
 
 The levels range from minus to plus the largest absolute value of the group.
 """
@@ -12,14 +12,14 @@ from torch.nn import functional
 from emloc.errors import ConfigError
 from emloc.precision import Layout, Packed, Precision
 
-BITS, STEPS = 3, 3  # code - STEPS is the level, from -3 to 3
+BITS, STEPS = 5, 15  # code - STEPS is the level, from -15 to 15
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThreeBits(Precision):
+class FiveBits(Precision):
     """Stores a matrix in row-major order as `codes` and `scales`.
 
-    Eight codes take three bytes. Each group of weights has one scale.
+    Eight codes take five bytes. Each group of weights has one scale.
     """
 
     group: int  # weights that share one scale; a multiple of eight
@@ -49,21 +49,21 @@ class ThreeBits(Precision):
         # A group of zeros has the scale 0; the clamp avoids a division by zero.
         steps = flat / scales.float().clamp_min(torch.finfo(torch.float16).tiny)[:, None]
         codes = steps.round().clamp(-STEPS, STEPS).long() + STEPS
-        words = (codes.view(len(flat), -1, 8) << _shifts(flat.device)).sum(-1)
-        data = torch.stack([words >> 16, words >> 8, words], -1) & 255
+        words = (codes.view(len(flat), -1, 8) << _shifts(flat.device, BITS, 8)).sum(-1)
+        data = (words[..., None] >> _shifts(flat.device, 8, BITS)) & 255
         return {"codes": data.to(torch.uint8).flatten(1), "scales": scales}
 
     def unpack(self, packed: Packed, out: Tensor | None) -> Tensor:
         """Multiply levels by scales and return a new matrix; `out` is not used."""
         codes, scales = packed.parts["codes"], packed.parts["scales"]
-        data = codes.view(len(codes), -1, 3).long()
-        words = (data[..., 0] << 16) | (data[..., 1] << 8) | data[..., 2]
-        steps = ((words[..., None] >> _shifts(codes.device)) & 7).flatten(1) - STEPS
+        data = codes.view(len(codes), -1, BITS).long()
+        words = (data << _shifts(codes.device, 8, BITS)).sum(-1)
+        steps = ((words[..., None] >> _shifts(codes.device, BITS, 8)) & 31).flatten(1) - STEPS
         rows, columns = packed.shape
         flat = (steps * scales.float()[:, None]).flatten()[: rows * columns]
         return flat.view(rows, columns).to(packed.dtype)
 
 
-def _shifts(device: torch.device) -> Tensor:
-    """The bit positions of the eight codes in a word of 24 bits."""
-    return torch.arange(21, -1, -3, device=device)
+def _shifts(device: torch.device, bits: int, count: int) -> Tensor:
+    """The bit positions of `count` numbers of `bits` bits in a word of 40 bits."""
+    return torch.arange(bits * (count - 1), -1, -bits, device=device)

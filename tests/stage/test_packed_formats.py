@@ -1,10 +1,10 @@
-"""The three-bit format of a plug-in works with every emulator in whole runs."""
+"""Packed formats work with every emulator in whole runs: one of a plug-in, one with feedback."""
 
 from dataclasses import replace
 
 import pytest
 from composed import compose_cached
-from packed import THREE_BITS, TOY
+from packed import FIVE_BITS, INT2, TOY
 from tiny import save_checkpoint
 
 from emloc.adapters.saved import read_lora
@@ -30,13 +30,13 @@ METHODS = {
 
 @pytest.fixture(autouse=True)
 def _plugin(monkeypatch):
-    monkeypatch.setenv("EMLOC_PLUGINS", str(THREE_BITS))
+    monkeypatch.setenv("EMLOC_PLUGINS", str(FIVE_BITS))
 
 
 @pytest.fixture
 def cell_of(tiny, tmp_path):
-    def make(*overrides: str):
-        last = ("train.learning_rate=0.02", *overrides, "compression.bits=3")
+    def make(*overrides: str, bits: int = TOY.bits):
+        last = ("train.learning_rate=0.02", *overrides, f"compression.bits={bits}")
         if "method=offsite" in overrides:  # offsite needs blocks to drop between the outer four
             deep = save_checkpoint(tmp_path / "deep", num_hidden_layers=8)
             last += (f"model.source={deep}",)
@@ -45,16 +45,17 @@ def cell_of(tiny, tmp_path):
     return make
 
 
+@pytest.mark.parametrize("precision", [TOY, INT2], ids=["plug-in", "feedback"])
 @pytest.mark.parametrize("emulator", METHODS)
-def test_a_run_in_three_bits_quantises_trains_and_recovers(cell_of, store, emulator):
-    run_config, losses = cell_of(*METHODS[emulator]), []
+def test_a_packed_run_quantises_trains_and_recovers(cell_of, store, emulator, precision):
+    run_config, losses = cell_of(*METHODS[emulator], bits=precision.bits), []
     result = run(run_config, store, lambda step, values: losses.append(values["loss"]))
     assert len(losses) == 5
     assert all(4 < loss < 7 for loss in losses)
     trained = read_lora(result.trained.folder / "adapter").pairs
     assert all(float(pair.b.abs().max()) > 0.01 for pair in trained.values())
     facts = result.emulated.facts
-    assert (facts["bits"], facts["precision"]) == (3, "three_bits")
+    assert (facts["bits"], facts["precision"]) == (precision.bits, precision.name)
     # The trained model is scored as well, since it differs from the recovered one.
     assert result.as_trained is not None
     assert result.evaluated.facts["scores"] != result.as_trained.facts["scores"]
@@ -73,8 +74,8 @@ def test_a_run_in_three_bits_quantises_trains_and_recovers(cell_of, store, emula
     # The bytes include the scales of whole groups.
     shapes = [matrix.shape for matrices in packed.values() for matrix in matrices]
     nbytes = sum(matrix.nbytes for matrices in packed.values() for matrix in matrices)
-    assert nbytes == bytes_of(shapes, TOY, source.dtype)
-    assert nbytes >= sum(3 * m * n / 8 + 2 * m * n / 64 for m, n in shapes)
+    assert nbytes == bytes_of(shapes, precision, source.dtype)
+    assert nbytes >= sum(precision.bits * m * n / 8 + 2 * m * n / 64 for m, n in shapes)
     gone = [name for name in source.sizes if name.removesuffix(".weight") not in packed]
     if emulator != "layer_drop":
         rest = sum(source.sizes[name] for name in gone) * source.dtype.itemsize
@@ -100,5 +101,5 @@ def test_a_run_is_reused_unless_settings_of_the_format_change(cell_of, store):
 
 
 def test_an_adapter_that_reads_weights_is_refused(cell_of, store):
-    with pytest.raises((ConfigError, StageError), match="no library reads a weight in three_bits"):
+    with pytest.raises((ConfigError, StageError), match="no library reads a weight in five_bits"):
         run(cell_of("method=dora"), store, lambda *_: None)

@@ -1,0 +1,282 @@
+"""Formats of two or three bits: evenly spaced levels, in groups of 64 numbers of a row.
+
+A number of a group is `step * (code - zero)`. Steps and zeros take 8 bits each, so a number takes a
+quarter of a bit more than its code. With so few levels it matters which way a number is rounded.
+So codes are chosen by error feedback (`error_feedback`) if it is known what the matrix is
+multiplied by, and are the nearest ones otherwise.
+
+Libraries have such formats for whole models, not for one matrix at a time. hqq has no error
+feedback. GPTQModel quantises models of its own loading code only, with both models in host memory.
+torchao stores less than four bits unpacked, a byte each. gemlite's kernels have no backward pass
+and need a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from emloc.config.values import Range
+from emloc.precision import Layout, Packed, Precision
+from emloc.precision.error_feedback import feed_errors
+
+log = logging.getLogger(__name__)
+
+GROUP = 64  # numbers that share a step and a zero
+
+# Codes of steps are logarithmic: this many codes halve the step, and code 0 is the matrix's `top`.
+STEPS_PER_OCTAVE = 16
+# The top step of a matrix is twice its largest, since error feedback can enlarge a group.
+HEADROOM = 2.0
+
+# A group's range may be cut to one of these shares, if the error over the group gets smaller.
+SHARES = torch.tensor((1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5))
+# Columns count by the root of their inputs' energy when steps are chosen. On SmolLM2-135M in two
+# bits this gives 2.25 nats, the energy itself 2.32, and equal weights 3.04. This share of the mean
+# energy is added, so that a column without inputs still counts.
+INPUT_FLOOR = 0.01
+
+SMALL = 1 << 20  # numbers that are tried with all shares at once
+
+BYTE = 255
+
+# Fills a matrix from its parts, as `uniform_kernel.unpack` does.
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, int], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform(Precision):
+    """Evenly spaced levels; a matrix has the parts `codes`, `steps`, `zeros` and `top`.
+
+    codes: uint8 (rows, groups x 8 x bits), 8 codes in `bits` bytes, the first in the lowest bits.
+    steps: uint8 (rows, groups), the step of a group is top / 2^(code / 16).
+    zeros: uint8 (rows, groups), the level of the number 0 as a share of the largest level.
+    top: float32 (1,).
+    """
+
+    # per number, without the step and the zero of its group
+    bits: Annotated[int, Range(least=2, most=4, usual=2)]
+
+    feedback: ClassVar[bool] = True
+    dequantize_operations: ClassVar[int] = 8
+
+    @property
+    def levels(self) -> int:
+        """The largest code."""
+        return 2**self.bits - 1
+
+    def layout(self, rows: int, columns: int) -> Layout:
+        """Shapes and dtypes of the parts; the last group of a row is padded."""
+        groups = -(-columns // GROUP)
+        return {
+            "codes": ((rows, groups * GROUP * self.bits // 8), torch.uint8),
+            "steps": ((rows, groups), torch.uint8),
+            "zeros": ((rows, groups), torch.uint8),
+            "top": ((1,), torch.float32),
+        }
+
+    def pack(self, matrix: Tensor) -> dict[str, Tensor]:
+        """Quantise a matrix to the nearest codes."""
+        return _nearest(_Grid(self, matrix), matrix)
+
+    def pack_for(
+        self, matrix: Tensor, columns: Tensor | None, rows: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Quantise a matrix by error feedback along its columns or along its rows."""
+        grid = _Grid(self, matrix)
+        if columns is not None:
+            return _along_columns(grid, matrix, columns)
+        if rows is not None:
+            return _along_rows(grid, matrix, rows)
+        return _nearest(grid, matrix)
+
+    def unpack(self, packed: Packed, out: Tensor | None) -> Tensor:
+        """Dequantise a matrix, directly into `out` if there is a kernel for the device."""
+        parts = packed.parts
+        rows, columns = packed.shape
+        if parts["codes"].is_cuda and (kernel := _kernel(parts["codes"].device)) is not None:
+            into = parts["codes"].new_empty((rows, columns), dtype=packed.dtype)
+            return _by(kernel, packed, into if out is None else out)
+        codes = _unpacked_codes(parts["codes"], self.bits).view(rows, -1, GROUP)
+        steps, zeros = _steps(parts["steps"], parts["top"]), _zeros(parts["zeros"], self.levels)
+        values = codes.to(torch.float32).sub_(zeros[..., None]).mul_(steps[..., None])
+        return values.view(rows, -1)[:, :columns].to(packed.dtype)
+
+
+class _Grid:
+    """Steps and zeros of a matrix (rows, columns) while its codes are chosen."""
+
+    def __init__(self, precision: Uniform, matrix: Tensor) -> None:
+        self.bits, self.levels = precision.bits, precision.levels
+        rows, columns = matrix.shape
+        self.steps = matrix.new_empty((rows, -(-columns // GROUP)), dtype=torch.uint8)
+        self.zeros = torch.empty_like(self.steps)
+        lowest, highest = matrix.amin().clamp(max=0), matrix.amax().clamp(min=0)
+        widest = (highest - lowest).float().reshape(1) * HEADROOM / precision.levels
+        self.top = widest.clamp(min=torch.finfo(torch.float32).tiny)
+
+    def fit(self, groups: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of the step and zero of groups (..., 64) that give the least squared error.
+
+        `weights` (..., 64) multiplies the squared error of each number of a group; that of padding
+        is 0.
+        """
+        lowest, highest = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        width = (highest - lowest).clamp(min=torch.finfo(torch.float32).tiny)
+        zeros = (-lowest / width * BYTE).round_().to(torch.uint8)
+        shares = SHARES.to(groups.device).view(-1, *[1] * width.dim())
+        octaves = (self.top * self.levels / (width * shares)).log2_()
+        steps = (octaves * STEPS_PER_OCTAVE).round_().clamp_(0, BYTE).to(torch.uint8)
+        # All shares at once, if that takes little memory: a row alone is bound by its launches.
+        pieces = torch.split(steps, len(steps) if groups.numel() < SMALL else 1)
+        costs = []
+        for piece in pieces:
+            error = self.values(self.codes_of(groups, piece, zeros), piece, zeros).sub_(groups)
+            costs.append(error.square_().mul_(weights).sum(-1))
+        best = torch.cat(costs).argmin(0, keepdim=True)
+        return steps.gather(0, best)[0], zeros
+
+    def codes_of(self, groups: Tensor, steps: Tensor, zeros: Tensor) -> Tensor:
+        """The nearest codes of groups (..., 64), in float32."""
+        zero = _zeros(zeros, self.levels)[..., None]
+        level = groups / _steps(steps, self.top)[..., None] + zero
+        return level.round_().clamp_(0, self.levels)
+
+    def values(self, codes: Tensor, steps: Tensor, zeros: Tensor) -> Tensor:
+        """The numbers that codes (..., 64) in float32 stand for."""
+        zero = _zeros(zeros, self.levels)[..., None]
+        return (codes - zero).mul_(_steps(steps, self.top)[..., None])
+
+    def parts(self, codes: Tensor) -> dict[str, Tensor]:
+        """All parts, given the codes (rows, groups, 64)."""
+        packed = _packed_codes(codes.to(torch.uint8).flatten(1), self.bits)
+        return {"codes": packed, "steps": self.steps, "zeros": self.zeros, "top": self.top}
+
+
+def _groups(matrix: Tensor) -> Tensor:
+    """The numbers of a matrix (rows, columns) as groups (rows, groups, 64), padded with 0."""
+    padded = functional.pad(matrix.float(), (0, -matrix.shape[1] % GROUP))
+    return padded.view(len(matrix), -1, GROUP)
+
+
+def _nearest(grid: _Grid, matrix: Tensor) -> dict[str, Tensor]:
+    """Choose the nearest codes."""
+    groups = _groups(matrix)
+    grid.steps, grid.zeros = grid.fit(groups, _groups(torch.ones_like(matrix[:1])))
+    return grid.parts(grid.codes_of(groups, grid.steps, grid.zeros))
+
+
+def _along_columns(grid: _Grid, matrix: Tensor, gram: Tensor) -> dict[str, Tensor]:
+    """Choose codes column by column, and all steps and zeros before.
+
+    Args:
+        grid: of the matrix.
+        matrix: M (m, n).
+        gram: X^T X (n, n) of the inputs X of a product X M^T.
+    """
+    energy = gram.diagonal().float()
+    weights = _groups((energy + energy.mean() * INPUT_FLOOR).sqrt()[None])
+    grid.steps, grid.zeros = grid.fit(_groups(matrix), weights)
+    codes = torch.zeros((*grid.steps.shape, GROUP), dtype=torch.uint8, device=matrix.device)
+    flat_codes = codes.flatten(1)
+    steps, zeros = _steps(grid.steps, grid.top).T, _zeros(grid.zeros, grid.levels).T
+
+    def round_column(index: int, column: Tensor) -> Tensor:
+        step, zero = steps[index // GROUP], zeros[index // GROUP]
+        code = (column / step + zero).round_().clamp_(0, grid.levels)
+        flat_codes[:, index] = code
+        return code.sub_(zero).mul_(step)
+
+    feed_errors(matrix.T, gram, round_column)
+    return grid.parts(codes)
+
+
+def _along_rows(grid: _Grid, matrix: Tensor, gram: Tensor) -> dict[str, Tensor]:
+    """Choose codes row by row, and the steps and zeros of a row when it is rounded.
+
+    Args:
+        grid: of the matrix.
+        matrix: M (m, n).
+        gram: Z^T Z (m, m) of the inputs Z of a product Z M.
+    """
+    codes = torch.zeros((*grid.steps.shape, GROUP), dtype=torch.uint8, device=matrix.device)
+    weights = _groups(torch.ones_like(matrix[:1]))[0]
+
+    def round_row(index: int, row: Tensor) -> Tensor:
+        groups = _groups(row[None])[0]
+        steps, zeros = grid.fit(groups, weights)
+        code = grid.codes_of(groups, steps, zeros)
+        grid.steps[index], grid.zeros[index], codes[index] = steps, zeros, code
+        return grid.values(code, steps, zeros).flatten()[: len(row)]
+
+    feed_errors(matrix, gram, round_row)
+    return grid.parts(codes)
+
+
+def _steps(codes: Tensor, top: Tensor) -> Tensor:
+    """The steps of groups, of their codes."""
+    return top * torch.exp2(codes.to(torch.float32) / -STEPS_PER_OCTAVE)
+
+
+def _zeros(codes: Tensor, levels: int) -> Tensor:
+    """The levels of the number 0 of groups, of their codes."""
+    return codes.to(torch.float32) * (levels / BYTE)
+
+
+def _packed_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes (rows, n), n a multiple of 8, as bytes (rows, n x bits / 8)."""
+    eights = codes.view(len(codes), -1, 8).to(torch.int64)
+    words = (eights << _shifts(bits, 8, codes.device)).sum(-1)
+    data = (words[..., None] >> _shifts(8, bits, codes.device)) & BYTE
+    return data.to(torch.uint8).flatten(1)
+
+
+def _unpacked_codes(data: Tensor, bits: int) -> Tensor:
+    """Codes (rows, n) of the bytes that `_packed_codes` returns."""
+    if 8 % bits == 0:
+        parts = [(data >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+        return torch.stack(parts, -1).flatten(1)
+    triples = data.view(len(data), -1, bits).to(torch.int32)
+    words = (triples << _shifts(8, bits, data.device).int()).sum(-1, dtype=torch.int32)
+    codes = (words[..., None] >> _shifts(bits, 8, data.device).int()) & (2**bits - 1)
+    return codes.to(torch.uint8).flatten(1)
+
+
+def _shifts(bits: int, count: int, device: torch.device) -> Tensor:
+    """The positions (count,) of numbers of `bits` bits in a word."""
+    return torch.arange(0, bits * count, bits, device=device)
+
+
+@cache
+def _kernel(device: torch.device) -> Kernel | None:
+    """Return the Triton kernel for a GPU; None, with a log line, if it does not work there."""
+    precision = Uniform(name="int3", bits=3)
+    trial = torch.linspace(-1, 1, 3 * 130, device=device, dtype=torch.bfloat16).view(3, 130)
+    packed = Packed(precision, precision.pack(trial), (3, 130), trial.dtype)
+    expected = Packed(precision, packed.to(torch.device("cpu")).parts, (3, 130), trial.dtype)
+    try:
+        from emloc.precision.uniform_kernel import unpack
+
+        actual = _by(unpack, packed, torch.empty_like(trial))
+    except Exception as error:  # why: whatever Triton lacks on this machine, torch is there
+        log.info("packed weights are dequantised by torch: Triton does not work here: %s", error)
+        return None
+    if torch.allclose(actual.cpu(), expected.dequantize(), rtol=0.01):
+        return unpack
+    log.warning("packed weights are dequantised by torch: Triton gives other numbers here")
+    return None
+
+
+def _by(kernel: Kernel, packed: Packed, out: Tensor) -> Tensor:
+    """Dequantise a matrix into `out` by a kernel."""
+    names = ("codes", "steps", "zeros", "top")
+    codes, steps, zeros, top = (packed.parts[name] for name in names)
+    sizes = (packed.precision.bits, GROUP, STEPS_PER_OCTAVE)
+    return kernel(codes, steps, zeros, top, out, *sizes)
