@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar, cast
 
@@ -12,12 +12,13 @@ from emloc.calibration.blockwise import Batch, Block, by_block, iterate_blocks
 from emloc.calibration.calibrate import UnreachedLayerError, record_moments
 from emloc.calibration.moments import Statistics
 from emloc.emulators import Ranks
-from emloc.emulators.size import ranks_at
+from emloc.emulators.size import Groups, joint_layers, ranks_at
 from emloc.emulators.svd.factors import factorize, refine
 from emloc.errors import ConfigError
 from emloc.library.arguments import batches_of, original_model, target_linears
 from emloc.library.identity import Stamp, factor_digests, put_stamp, weight_digests
 from emloc.library.training_check import guard
+from emloc.models.shared_inputs import names_by_input
 from emloc.tensors.linalg.factorize import Factors
 from emloc.tensors.nn.factorized import Factorized
 from emloc.tensors.nn.surgery import alias_of, with_modules
@@ -33,6 +34,7 @@ def build_emulator(
     targets: str | None = None,
     multiple: int = 1,
     share: bool = True,
+    shared: str = "none",
 ) -> Model:
     """Build an emulator of `model`, a smaller model to train a LoRA on (EMLoC paper, stage 1).
 
@@ -52,22 +54,29 @@ def build_emulator(
         share: whether uncompressed parameters use the memory of those of `model`. They are frozen,
             and to cast or move the emulator does not change `model`; only what is written into
             them in place, as by `load_state_dict`, reaches it. False: copy them.
+        shared: `inputs`: query, key and value of a module have one factor v, and so do gate and up.
+            For the same ratio the emulator is better. Its tensors share memory, so save it with
+            `safetensors.torch.save_model`. `none`: each layer has its own.
 
     Returns:
         A model of the same class, in the same mode (`training`) as `model`.
 
     Raises:
-        ConfigError: no layer matches, a batch is empty, the ratio leaves a layer without rank, or
-            `model` is an emulator, has an adapter, or is quantised, sharded or not loaded.
+        ConfigError: no layer matches, a batch is empty, the ratio leaves a layer without rank,
+            `shared` is another word, layers of one factor read different inputs, or `model` is an
+            emulator, has an adapter, or is quantised, sharded or not loaded.
     """
     original = original_model(model)
     layers = target_linears(original, targets)
     batch_list = batches_of(batches, original)
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-    ranks = ranks_at(ratio, shapes, multiple)
-    factors = _factors(original, batch_list, layers, ranks)
+    groups = _groups(shapes, shared)
+    ranks = ranks_at(ratio, shapes, multiple, groups)
+    factors = _factors(original, batch_list, layers, ranks, groups)
+    # One parameter for each v, however many layers have it.
+    vs = {id(one.v): nn.Parameter(one.v, requires_grad=False) for one in factors.values()}
     modules = {
-        name: factorized_layer(one.u, one.v, layers[name], share=share)
+        name: factorized_layer(one.u, vs[id(one.v)], layers[name], share=share)
         for name, one in factors.items()
     }
     stamp = Stamp(
@@ -81,35 +90,58 @@ def build_emulator(
     return cast(Model, emulator)
 
 
+def _groups(layers: Iterable[str], shared: str) -> Groups:
+    """Names of the layers that get one v.
+
+    Raises:
+        ConfigError: `shared` is another word.
+    """
+    if shared == "inputs":
+        return names_by_input(layers)
+    if shared == "none":
+        return [[layer] for layer in layers]
+    raise ConfigError(f'shared={shared!r}: pass shared="inputs" or shared="none"')
+
+
 def _factors(
-    model: nn.Module, batches: Sequence[Batch], layers: Mapping[str, nn.Linear], ranks: Ranks
+    model: nn.Module,
+    batches: Sequence[Batch],
+    layers: Mapping[str, nn.Linear],
+    ranks: Ranks,
+    groups: Groups,
 ) -> dict[str, Factors]:
     """Layer name -> its factors, from two blockwise forwards over the batches."""
-    blocks = by_block(layers)
+    blocks, joint = by_block(layers), joint_layers(groups)
+    groups_by_block = {
+        block: [group for group in groups if group[0] in {*names}]
+        for block, names in blocks.items()
+    }
     with eval_mode(model):
         statistics = {
-            block.name: _record(block, blocks[block.name])
+            block.name: _record(block, blocks[block.name], joint)
             for block in blocks_of(model, batches, blocks)
         }
         factors: dict[str, Factors] = {}
         for block in blocks_of(model, batches, blocks):
             names, block_statistics = blocks[block.name], statistics.pop(block.name)
             weights = {name: layers[name].weight for name in names}
-            factorized = factorize(weights, ranks, block_statistics, "subspace")
+            factorized = factorize(
+                *(weights, ranks, block_statistics, "subspace"), groups=groups_by_block[block.name]
+            )
             names_to_refine = [name for name in names if name in block_statistics.outputs]
             factorized = refine(block, factorized, names_to_refine)
             factors |= {name: factorized[name].factors for name in names}
     return factors
 
 
-def _record(block: Block, layers: Sequence[str]) -> Statistics:
+def _record(block: Block, layers: Sequence[str], joint: Collection[str]) -> Statistics:
     """The second moments of a block's layers.
 
     Raises:
         ConfigError: no batch reaches one of the layers.
     """
     try:
-        return record_moments(block, layers, inputs_only=False)
+        return record_moments(block, layers, inputs_only=False, joint=joint)
     except UnreachedLayerError as error:
         raise ConfigError(
             f"no batch reaches {error.layer}; pass batches that do (with images, for a vision "

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from emloc.config.values import Range
 from emloc.precision import Layout, Packed, Precision
-from emloc.precision.error_feedback import feed_errors
+from emloc.precision.error_feedback import round_rows
 
 log = logging.getLogger(__name__)
 
@@ -84,18 +84,32 @@ class Uniform(Precision):
 
     def pack(self, matrix: Tensor) -> dict[str, Tensor]:
         """Quantise a matrix to the nearest codes."""
-        return _nearest(_Grid(self, matrix), matrix)
+        return self.pack_for(matrix, None, None)
 
     def pack_for(
         self, matrix: Tensor, columns: Tensor | None, rows: Tensor | None
     ) -> dict[str, Tensor]:
-        """Quantise a matrix by error feedback along its columns or along its rows."""
-        grid = _Grid(self, matrix)
+        """Quantise a matrix by error feedback along its columns or its rows, or to the nearest.
+
+        Steps and zeros are chosen before. Chosen when a row's turn comes, they are no better.
+        """
+        weights = torch.ones_like(matrix[:1], dtype=torch.float32)
         if columns is not None:
-            return _along_columns(grid, matrix, columns)
-        if rows is not None:
-            return _along_rows(grid, matrix, rows)
-        return _nearest(grid, matrix)
+            energy = columns.diagonal().float()
+            weights = (energy + energy.mean() * INPUT_FLOOR).sqrt()[None]
+        grid = _Grid(self, matrix)
+        groups = _groups(matrix)
+        grid.steps, grid.zeros = grid.fit(groups, _groups(weights))
+        if columns is None and rows is None:
+            return grid.parts(grid.codes_of(groups, grid.steps, grid.zeros))
+        steps, zeros = grid.at_each(matrix.shape[1])
+        if columns is not None:
+            steps, zeros = steps.T.contiguous(), zeros.T.contiguous()
+            codes = round_rows(matrix.T, columns, steps, zeros, self.levels).T
+        else:
+            assert rows is not None
+            codes = round_rows(matrix, rows, steps, zeros, self.levels)
+        return grid.parts(_groups(codes))
 
     def unpack(self, packed: Packed, out: Tensor | None) -> Tensor:
         """Dequantise a matrix, directly into `out` if there is a kernel for the device."""
@@ -143,6 +157,12 @@ class _Grid:
         best = torch.cat(costs).argmin(0, keepdim=True)
         return steps.gather(0, best)[0], zeros
 
+    def at_each(self, columns: int) -> tuple[Tensor, Tensor]:
+        """Step and zero (rows, columns) at each number, in float32."""
+        both = _steps(self.steps, self.top), _zeros(self.zeros, self.levels)
+        steps, zeros = (one.repeat_interleave(GROUP, 1)[:, :columns].contiguous() for one in both)
+        return steps, zeros
+
     def codes_of(self, groups: Tensor, steps: Tensor, zeros: Tensor) -> Tensor:
         """The nearest codes of groups (..., 64), in float32."""
         zero = _zeros(zeros, self.levels)[..., None]
@@ -164,60 +184,6 @@ def _groups(matrix: Tensor) -> Tensor:
     """The numbers of a matrix (rows, columns) as groups (rows, groups, 64), padded with 0."""
     padded = functional.pad(matrix.float(), (0, -matrix.shape[1] % GROUP))
     return padded.view(len(matrix), -1, GROUP)
-
-
-def _nearest(grid: _Grid, matrix: Tensor) -> dict[str, Tensor]:
-    """Choose the nearest codes."""
-    groups = _groups(matrix)
-    grid.steps, grid.zeros = grid.fit(groups, _groups(torch.ones_like(matrix[:1])))
-    return grid.parts(grid.codes_of(groups, grid.steps, grid.zeros))
-
-
-def _along_columns(grid: _Grid, matrix: Tensor, gram: Tensor) -> dict[str, Tensor]:
-    """Choose codes column by column, and all steps and zeros before.
-
-    Args:
-        grid: of the matrix.
-        matrix: M (m, n).
-        gram: X^T X (n, n) of the inputs X of a product X M^T.
-    """
-    energy = gram.diagonal().float()
-    weights = _groups((energy + energy.mean() * INPUT_FLOOR).sqrt()[None])
-    grid.steps, grid.zeros = grid.fit(_groups(matrix), weights)
-    codes = torch.zeros((*grid.steps.shape, GROUP), dtype=torch.uint8, device=matrix.device)
-    flat_codes = codes.flatten(1)
-    steps, zeros = _steps(grid.steps, grid.top).T, _zeros(grid.zeros, grid.levels).T
-
-    def round_column(index: int, column: Tensor) -> Tensor:
-        step, zero = steps[index // GROUP], zeros[index // GROUP]
-        code = (column / step + zero).round_().clamp_(0, grid.levels)
-        flat_codes[:, index] = code
-        return code.sub_(zero).mul_(step)
-
-    feed_errors(matrix.T, gram, round_column)
-    return grid.parts(codes)
-
-
-def _along_rows(grid: _Grid, matrix: Tensor, gram: Tensor) -> dict[str, Tensor]:
-    """Choose codes row by row, and the steps and zeros of a row when it is rounded.
-
-    Args:
-        grid: of the matrix.
-        matrix: M (m, n).
-        gram: Z^T Z (m, m) of the inputs Z of a product Z M.
-    """
-    codes = torch.zeros((*grid.steps.shape, GROUP), dtype=torch.uint8, device=matrix.device)
-    weights = _groups(torch.ones_like(matrix[:1]))[0]
-
-    def round_row(index: int, row: Tensor) -> Tensor:
-        groups = _groups(row[None])[0]
-        steps, zeros = grid.fit(groups, weights)
-        code = grid.codes_of(groups, steps, zeros)
-        grid.steps[index], grid.zeros[index], codes[index] = steps, zeros, code
-        return grid.values(code, steps, zeros).flatten()[: len(row)]
-
-    feed_errors(matrix, gram, round_row)
-    return grid.parts(codes)
 
 
 def _steps(codes: Tensor, top: Tensor) -> Tensor:

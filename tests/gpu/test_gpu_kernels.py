@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from emloc.precision import Packed, uniform
+from emloc.precision import Packed, error_feedback, uniform
 from emloc.precision.nf4 import BITS, Nf4, _kernel
 from emloc.tensors.lean.kernels import liger
 from emloc.tensors.nn.attention import with_cudnn, without_cudnn
@@ -95,6 +95,29 @@ def test_evenly_spaced_levels_are_dequantised_as_on_a_cpu(bits, shape, dtype):
     on_cpu = packed.to(torch.device("cpu")).dequantize().to(CUDA)
     torch.testing.assert_close(out, on_cpu, rtol=max(torch.finfo(dtype).eps, 1e-6), atol=1e-6)
     assert torch.equal(packed.dequantize(), out)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (64, 96), (200, 130), (896, 1000)])
+def test_error_feedback_is_that_of_the_cpu(shape):
+    assert error_feedback._kernel(CUDA) is not None
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(shape, generator=generator)
+    inputs = torch.randn(2000, shape[0], generator=generator)
+    inputs *= torch.logspace(0, -1, shape[0])
+    steps, zeros = torch.full(shape, 0.5), torch.full(shape, 3.4)
+    on_cpu, on_gpu = (
+        error_feedback.round_rows(
+            *(one.to(device) for one in (matrix, inputs.T @ inputs, steps, zeros)), levels=7
+        ).cpu()
+        for device in ("cpu", CUDA)
+    )
+
+    def error(codes):
+        return (inputs @ ((codes - zeros) * steps - matrix)).square().sum()
+
+    # A rounding error decides between two codes here and there, and all later ones follow.
+    assert (on_cpu != on_gpu).float().mean() < 0.05
+    assert error(on_gpu) == pytest.approx(error(on_cpu), rel=0.02)
 
 
 @pytest.mark.parametrize("length", [64, 320, 704, 768])

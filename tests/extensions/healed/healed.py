@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,9 @@ class Heal(Stage):
         for name in [key for key in tensors if key.endswith(".u")]:
             layer = name.removesuffix(".u")
             weight = context.source.weight(layer, context.device).double()
-            u, v = tensors[name].double(), tensors[f"{layer}.v"].double()
+            # Of layers that share a v only the first one stores it.
+            owner = json.loads(metadata[layer]).get("group", [layer])[0]
+            u, v = tensors[name].double(), tensors[f"{owner}.v"].double()
             before = (weight - u @ v).square().sum()
             scale = self.rate / torch.linalg.matrix_norm(v, 2) ** 2
             for _ in range(self.steps):
