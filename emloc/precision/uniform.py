@@ -6,9 +6,8 @@ So codes are chosen by error feedback (`error_feedback`) if it is known what the
 multiplied by, and are the nearest ones otherwise.
 
 Libraries have such formats for whole models, not for one matrix at a time. hqq has no error
-feedback. GPTQModel quantises models of its own loading code only, with both models in host memory.
-torchao stores less than four bits unpacked, a byte each. gemlite's kernels have no backward pass
-and need a GPU.
+feedback, GPTQModel quantises models that it has loaded itself, torchao keeps a byte for each number
+of less than four bits, and gemlite's kernels have no backward pass.
 """
 
 from __future__ import annotations
@@ -31,19 +30,15 @@ log = logging.getLogger(__name__)
 
 GROUP = 64  # numbers that share a step and a zero
 
-# Codes of steps are logarithmic: this many codes halve the step, and code 0 is the matrix's `top`.
+# Codes of steps are logarithmic: this many codes halve the step, and code 0 is the largest step.
 STEPS_PER_OCTAVE = 16
-# The top step of a matrix is twice its largest, since error feedback can enlarge a group.
-HEADROOM = 2.0
 
 # A group's range may be cut to one of these shares, if the error over the group gets smaller.
-SHARES = torch.tensor((1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5))
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5)
 # Columns count by the root of their inputs' energy when steps are chosen. On SmolLM2-135M in two
 # bits this gives 2.25 nats, the energy itself 2.32, and equal weights 3.04. This share of the mean
 # energy is added, so that a column without inputs still counts.
 INPUT_FLOOR = 0.01
-
-SMALL = 1 << 20  # numbers that are tried with all shares at once
 
 BYTE = 255
 
@@ -97,19 +92,20 @@ class Uniform(Precision):
         if columns is not None:
             energy = columns.diagonal().float()
             weights = (energy + energy.mean() * INPUT_FLOOR).sqrt()[None]
-        grid = _Grid(self, matrix)
         groups = _groups(matrix)
-        grid.steps, grid.zeros = grid.fit(groups, _groups(weights))
+        grid = _fitted(groups, _groups(weights), self.levels)
         if columns is None and rows is None:
-            return grid.parts(grid.codes_of(groups, grid.steps, grid.zeros))
-        steps, zeros = grid.at_each(matrix.shape[1])
-        if columns is not None:
-            steps, zeros = steps.T.contiguous(), zeros.T.contiguous()
-            codes = round_rows(matrix.T, columns, steps, zeros, self.levels).T
+            codes = grid.nearest(groups)
         else:
-            assert rows is not None
-            codes = round_rows(matrix, rows, steps, zeros, self.levels)
-        return grid.parts(_groups(codes))
+            steps, zeros = grid.at_each(matrix.shape[1])
+            if columns is None:
+                assert rows is not None
+                codes = _groups(round_rows(matrix, rows, steps, zeros, self.levels))
+            else:
+                turned = (steps.T.contiguous(), zeros.T.contiguous(), self.levels)
+                codes = _groups(round_rows(matrix.T, columns, *turned).T)
+        packed = _packed_codes(codes.to(torch.uint8).flatten(1), self.bits)
+        return {"codes": packed, "steps": grid.steps, "zeros": grid.zeros, "top": grid.top}
 
     def unpack(self, packed: Packed, out: Tensor | None) -> Tensor:
         """Dequantise a matrix, directly into `out` if there is a kernel for the device."""
@@ -119,81 +115,71 @@ class Uniform(Precision):
             into = parts["codes"].new_empty((rows, columns), dtype=packed.dtype)
             return _by(kernel, packed, into if out is None else out)
         codes = _unpacked_codes(parts["codes"], self.bits).view(rows, -1, GROUP)
-        steps, zeros = _steps(parts["steps"], parts["top"]), _zeros(parts["zeros"], self.levels)
-        values = codes.to(torch.float32).sub_(zeros[..., None]).mul_(steps[..., None])
+        grid = _Grid(parts["steps"], parts["zeros"], parts["top"], self.levels)
+        values = grid.values(codes.to(torch.float32))
         return values.view(rows, -1)[:, :columns].to(packed.dtype)
 
 
+@dataclass(frozen=True)
 class _Grid:
-    """Steps and zeros of a matrix (rows, columns) while its codes are chosen."""
+    """The levels that the groups (rows, groups) of a matrix may take, as `Uniform` stores them."""
 
-    def __init__(self, precision: Uniform, matrix: Tensor) -> None:
-        self.bits, self.levels = precision.bits, precision.levels
-        rows, columns = matrix.shape
-        self.steps = matrix.new_empty((rows, -(-columns // GROUP)), dtype=torch.uint8)
-        self.zeros = torch.empty_like(self.steps)
-        lowest, highest = matrix.amin().clamp(max=0), matrix.amax().clamp(min=0)
-        widest = (highest - lowest).float().reshape(1) * HEADROOM / precision.levels
-        self.top = widest.clamp(min=torch.finfo(torch.float32).tiny)
+    steps: Tensor
+    zeros: Tensor
+    top: Tensor
+    levels: int  # the largest code
 
-    def fit(self, groups: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes of the step and zero of groups (..., 64) that give the least squared error.
+    @property
+    def step(self) -> Tensor:
+        """Distance of two levels of each group, in float32."""
+        return self.top * torch.exp2(self.steps.to(torch.float32) / -STEPS_PER_OCTAVE)
 
-        `weights` (..., 64) multiplies the squared error of each number of a group; that of padding
-        is 0.
-        """
-        lowest, highest = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-        width = (highest - lowest).clamp(min=torch.finfo(torch.float32).tiny)
-        zeros = (-lowest / width * BYTE).round_().to(torch.uint8)
-        shares = SHARES.to(groups.device).view(-1, *[1] * width.dim())
-        octaves = (self.top * self.levels / (width * shares)).log2_()
-        steps = (octaves * STEPS_PER_OCTAVE).round_().clamp_(0, BYTE).to(torch.uint8)
-        # All shares at once, if that takes little memory: a row alone is bound by its launches.
-        pieces = torch.split(steps, len(steps) if groups.numel() < SMALL else 1)
-        costs = []
-        for piece in pieces:
-            error = self.values(self.codes_of(groups, piece, zeros), piece, zeros).sub_(groups)
-            costs.append(error.square_().mul_(weights).sum(-1))
-        best = torch.cat(costs).argmin(0, keepdim=True)
-        return steps.gather(0, best)[0], zeros
+    @property
+    def zero(self) -> Tensor:
+        """Level of the number 0 of each group, in float32."""
+        return self.zeros.to(torch.float32) * (self.levels / BYTE)
 
-    def at_each(self, columns: int) -> tuple[Tensor, Tensor]:
-        """Step and zero (rows, columns) at each number, in float32."""
-        both = _steps(self.steps, self.top), _zeros(self.zeros, self.levels)
-        steps, zeros = (one.repeat_interleave(GROUP, 1)[:, :columns].contiguous() for one in both)
-        return steps, zeros
-
-    def codes_of(self, groups: Tensor, steps: Tensor, zeros: Tensor) -> Tensor:
-        """The nearest codes of groups (..., 64), in float32."""
-        zero = _zeros(zeros, self.levels)[..., None]
-        level = groups / _steps(steps, self.top)[..., None] + zero
+    def nearest(self, groups: Tensor) -> Tensor:
+        """The nearest codes of groups (rows, groups, 64), in float32."""
+        level = (groups / self.step[..., None]).add_(self.zero[..., None])
         return level.round_().clamp_(0, self.levels)
 
-    def values(self, codes: Tensor, steps: Tensor, zeros: Tensor) -> Tensor:
-        """The numbers that codes (..., 64) in float32 stand for."""
-        zero = _zeros(zeros, self.levels)[..., None]
-        return (codes - zero).mul_(_steps(steps, self.top)[..., None])
+    def values(self, codes: Tensor) -> Tensor:
+        """The numbers that codes (rows, groups, 64) in float32 stand for."""
+        return (codes - self.zero[..., None]).mul_(self.step[..., None])
 
-    def parts(self, codes: Tensor) -> dict[str, Tensor]:
-        """All parts, given the codes (rows, groups, 64)."""
-        packed = _packed_codes(codes.to(torch.uint8).flatten(1), self.bits)
-        return {"codes": packed, "steps": self.steps, "zeros": self.zeros, "top": self.top}
+    def at_each(self, columns: int) -> tuple[Tensor, Tensor]:
+        """Step and zero (rows, columns) at each number."""
+        step, zero = (one.repeat_interleave(GROUP, 1) for one in (self.step, self.zero))
+        return step[:, :columns].contiguous(), zero[:, :columns].contiguous()
+
+
+def _fitted(groups: Tensor, weights: Tensor, levels: int) -> _Grid:
+    """The grid of groups (rows, groups, 64) with the least squared error.
+
+    `weights` (1, groups, 64) multiplies the squared errors; that of padding is 0.
+    """
+    lowest, highest = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    width = (highest - lowest).clamp(min=torch.finfo(torch.float32).tiny)
+    zeros = (-lowest / width * BYTE).round_().to(torch.uint8)
+    top = width.amax().reshape(1) / levels
+    octaves = [(top * levels / (width * share)).log2_() for share in SHARES]
+    candidates = [
+        (octave * STEPS_PER_OCTAVE).round_().clamp_(0, BYTE).to(torch.uint8) for octave in octaves
+    ]
+    costs = []
+    for steps in candidates:
+        grid = _Grid(steps, zeros, top, levels)
+        error = grid.values(grid.nearest(groups)).sub_(groups)
+        costs.append(error.square_().mul_(weights).sum(-1))
+    best = torch.stack(costs).argmin(0, keepdim=True)
+    return _Grid(torch.stack(candidates).gather(0, best)[0], zeros, top, levels)
 
 
 def _groups(matrix: Tensor) -> Tensor:
     """The numbers of a matrix (rows, columns) as groups (rows, groups, 64), padded with 0."""
     padded = functional.pad(matrix.float(), (0, -matrix.shape[1] % GROUP))
     return padded.view(len(matrix), -1, GROUP)
-
-
-def _steps(codes: Tensor, top: Tensor) -> Tensor:
-    """The steps of groups, of their codes."""
-    return top * torch.exp2(codes.to(torch.float32) / -STEPS_PER_OCTAVE)
-
-
-def _zeros(codes: Tensor, levels: int) -> Tensor:
-    """The levels of the number 0 of groups, of their codes."""
-    return codes.to(torch.float32) * (levels / BYTE)
 
 
 def _packed_codes(codes: Tensor, bits: int) -> Tensor:
