@@ -110,11 +110,35 @@ def record_moments(
 ) -> Statistics:
     """Run the block on all batches and return the second moments of its layers.
 
+    See `sum_moments`.
+
+    Raises:
+        UnreachedLayerError: no token reaches one of the layers.
+        ConfigError: values of one of the layers are NaN or infinite.
+    """
+    names = list(layers)
+    statistics = sum_moments(block, names, inputs_only, peek=peek, joint=joint)
+    for name in linears_of(block, names):
+        if name not in statistics.sites and name not in statistics.outputs:
+            raise UnreachedLayerError(name)
+    return statistics
+
+
+def sum_moments(
+    block: Block,
+    layers: Iterable[str],
+    inputs_only: bool,
+    *,
+    peek: bool = False,
+    joint: Collection[str] = (),
+) -> Statistics:
+    """Run the block and return the second moments of those of its layers that a token reaches.
+
     With `peek` the batches stay at the entry of the block, so that it can be run again. See
     `calibrate` for `inputs_only` and `joint`.
 
     Raises:
-        UnreachedLayerError: no token reaches one of the layers, or its values are NaN or infinite.
+        ConfigError: values of one of the layers are NaN or infinite.
     """
     linears = linears_of(block, layers)
     weights = {name: linear.weight for name, linear in linears.items()}
@@ -122,9 +146,6 @@ def record_moments(
     run_block = block.peek if peek else block.run
     with InputRecorder(linears) as recorder:
         run_block(lambda mask: statistics.add(recorder.rows(mask), weights, inputs_only, joint))
-    for name in linears:
-        if name not in statistics.sites and name not in statistics.outputs:
-            raise UnreachedLayerError(name)
     if overflowing := statistics.overflowing():
         raise ConfigError(
             f"calibration: the inputs or outputs of {overflowing[0]} in block {block.name} have "

@@ -19,7 +19,7 @@ from emloc.config.part import Part
 from emloc.config.settings import Compression
 from emloc.models.checkpoint.source import CPU, Source
 from emloc.models.family import ModelFamily
-from emloc.precision import Precision, bits_of
+from emloc.precision import Precision, bits_of, has_feedback
 from emloc.runtime.keys import key_of
 from emloc.runtime.stage_cache import Artifact
 
@@ -96,12 +96,12 @@ class Emulator(Part):
 
         A format with error feedback needs them to know what the weights are multiplied by.
         """
-        return self.samples or (precision is not None and precision.feedback)
+        return self.samples or has_feedback(precision)
 
     def statistics_in(self, precision: Precision | None) -> str | None:
         """Grams that a build in this format reads, as `statistics`: input Grams for feedback."""
         kind = self.statistics
-        return "input" if kind and precision is not None and precision.feedback else kind
+        return "input" if kind and has_feedback(precision) else kind
 
     def joint(self, source: Source, layers: Collection[str]) -> set[str]:
         """Return those of `layers` that need an input Gram, whichever Gram is the smaller."""

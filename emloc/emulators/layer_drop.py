@@ -159,9 +159,8 @@ class LayerDrop(Emulator):
         (folder / "layers.json").write_text(
             json.dumps({**plan, "bits": build_inputs.bits}, indent=1)
         )
-        if build_inputs.precision is not None:
-            packed = _quantized(folder, source)
-            write_packed(folder, source, packed, build_inputs, device=device, limits=limits)
+        packed = _quantized(folder, source)
+        write_packed(folder, source, packed, build_inputs, device=device, limits=limits)
         dropped = set(plan["dropped"])
         stored = {
             layer: [] if block_of(layer) in dropped else [source.linears[layer]]

@@ -16,10 +16,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from emloc.calibration.blockwise import Block, block_of, by_block
-from emloc.calibration.calibrate import linears_of
-from emloc.calibration.moments import InputRecorder, Statistics
-from emloc.calibration.named_blocks import named_blocks
+from emloc.calibration.blockwise import block_of, by_block
+from emloc.calibration.calibrate import sum_moments
+from emloc.calibration.named_blocks import named_blocks, weights_of
 from emloc.calibration.offload import StateLimits
 from emloc.emulators import BuildInputs
 from emloc.models.checkpoint.source import Source
@@ -47,6 +46,12 @@ def select(tensor: Tensor, indices: Tensor | None, dim: int) -> Tensor:
     return tensor if indices is None else tensor.index_select(dim, indices.to(tensor.device))
 
 
+def select_both(matrix: Tensor, indices: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    """The rows and columns of a matrix at `indices`; all of them where it is None."""
+    rows, columns = indices
+    return select(select(matrix, rows, 0), columns, 1)
+
+
 def write_packed(
     folder: Path,
     source: Source,
@@ -72,7 +77,7 @@ def write_packed(
         selection: rows and columns of each weight that the emulator keeps.
 
     Raises:
-        ConfigError: the disk is full.
+        ConfigError: the disk is full, or the inputs of a layer are NaN or infinite.
     """
     precision = build_inputs.precision
     if precision is None or not precision.feedback:
@@ -84,15 +89,16 @@ def write_packed(
             continue
         start = time.perf_counter()
         assert block is not None  # there are samples
-        grams = _input_grams(block, blocks[name])
+        weights = weights_of(source, block, blocks[name], device)
+        grams = sum_moments(block, blocks[name], inputs_only=True)
         tensors: dict[str, Tensor] = {}
         for layer in blocks[name]:
             rows, columns = selection(layer)
-            weight = select(select(source.weight(layer, device), rows, 0), columns, 1)
             gram = None
             if layer in grams.sites:
                 whole = grams.of(layer)["input_gram"]
-                gram = select(select(whole, columns, 0), columns, 1)
+                gram = select_both(whole, (columns, columns))
+            weight = select_both(weights[layer], (rows, columns))
             packed = precision.quantize(weight, columns=gram)
             tensors |= {key: value.cpu() for key, value in packed.tensors(layer).items()}
         write_safetensors(journal.file(name), tensors, {})
@@ -107,16 +113,6 @@ def write_packed(
             len(unreached),
             unreached[0],
         )
-
-
-def _input_grams(block: Block, layers: Sequence[str]) -> Statistics:
-    """Input Grams of those of `layers` that a sample reaches, from a run of the block."""
-    linears = linears_of(block, layers)
-    weights = {name: linear.weight for name, linear in linears.items()}
-    statistics = Statistics()
-    with InputRecorder(linears) as recorder:
-        block.run(lambda mask: statistics.add(recorder.rows(mask), weights, inputs_only=True))
-    return statistics
 
 
 def packed_weight(
@@ -139,6 +135,4 @@ def packed_weight(
             tensors = {f"{layer}.{part}": file.get_tensor(f"{layer}.{part}") for part in parts}
         count_weights(sum(tensor.nbytes for tensor in tensors.values()))
         return precision.from_tensors(layer, tensors)
-    rows, columns = selection(layer)
-    weight = select(select(source.weight(layer, device), rows, 0), columns, 1)
-    return precision.quantize(weight)
+    return precision.quantize(select_both(source.weight(layer, device), selection(layer)))

@@ -70,9 +70,8 @@ def build_emulator(
     layers = target_linears(original, targets)
     batch_list = batches_of(batches, original)
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-    groups = _groups(shapes, shared)
-    ranks = ranks_at(ratio, shapes, multiple, groups)
-    factors = _factors(original, batch_list, layers, ranks, groups)
+    ranks = ranks_at(ratio, shapes, multiple, _groups(shapes, shared))
+    factors = _factors(original, batch_list, layers, ranks, shared)
     # One parameter for each v, however many layers have it.
     vs = {id(one.v): nn.Parameter(one.v, requires_grad=False) for one in factors.values()}
     modules = {
@@ -108,14 +107,10 @@ def _factors(
     batches: Sequence[Batch],
     layers: Mapping[str, nn.Linear],
     ranks: Ranks,
-    groups: Groups,
+    shared: str,
 ) -> dict[str, Factors]:
     """Layer name -> its factors, from two blockwise forwards over the batches."""
-    blocks, joint = by_block(layers), joint_layers(groups)
-    groups_by_block = {
-        block: [group for group in groups if group[0] in {*names}]
-        for block, names in blocks.items()
-    }
+    blocks, joint = by_block(layers), joint_layers(_groups(layers, shared))
     with eval_mode(model):
         statistics = {
             block.name: _record(block, blocks[block.name], joint)
@@ -126,7 +121,7 @@ def _factors(
             names, block_statistics = blocks[block.name], statistics.pop(block.name)
             weights = {name: layers[name].weight for name in names}
             factorized = factorize(
-                *(weights, ranks, block_statistics, "subspace"), groups=groups_by_block[block.name]
+                *(weights, ranks, block_statistics, "subspace"), groups=_groups(names, shared)
             )
             names_to_refine = [name for name in names if name in block_statistics.outputs]
             factorized = refine(block, factorized, names_to_refine)

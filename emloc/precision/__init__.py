@@ -205,6 +205,11 @@ def bits_of(precision: Precision | None) -> int:
     return MODEL_BITS if precision is None else precision.bits
 
 
+def has_feedback(precision: Precision | None) -> bool:
+    """Whether weights are packed in a format that chooses codes by error feedback."""
+    return precision is not None and precision.feedback
+
+
 def require_format(precision: Precision | None) -> Precision:
     """Return the packed format of an emulator that has packed weights.
 

@@ -16,6 +16,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from emloc.precision.kernel_trial import tried
+
 log = logging.getLogger(__name__)
 
 # Added to the diagonal of G, as a share of its mean. It bounds what later rows are changed by in
@@ -95,18 +97,16 @@ def _kernel(device: torch.device) -> RoundSpan | None:
     steps, zeros = torch.full_like(rows, 0.25), torch.full_like(rows, 0.5)
     expected = _round_span(rows.clone(), steps, zeros, corner, 3)
     inputs = (rows.to(device), steps.to(device), zeros.to(device), corner.to(device))
-    try:
+
+    def trial_run() -> tuple[RoundSpan, bool]:
         from emloc.precision.feedback_kernel import round_span
 
         codes, errors = round_span(*inputs, 3)
-    except Exception as error:  # why: whatever Triton lacks on this machine, torch is there
-        log.info("error feedback is computed row by row: Triton does not work here: %s", error)
-        return None
-    # A number in the middle of two levels may go to either.
-    if (codes.cpu() != expected[0]).float().mean() < 0.01 and errors.isfinite().all():
-        return round_span
-    log.warning("error feedback is computed row by row: Triton gives other numbers here")
-    return None
+        # A number in the middle of two levels may go to either.
+        differ = (codes.cpu() != expected[0]).float().mean()
+        return round_span, bool(differ < 0.01 and errors.isfinite().all())
+
+    return tried(trial_run, "error feedback is computed row by row")
 
 
 def inverse_root(gram: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from emloc.errors import ConfigError
 from emloc.precision import Layout, Packed, PackedLayer, Precision, multiply
+from emloc.precision.kernel_trial import tried
 
 # At every import bitsandbytes would suggest another package, for inference on some CPUs.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -144,17 +145,15 @@ def _kernel(device: torch.device) -> Kernel | None:
     trial = torch.linspace(-1, 1, 3 * 130, device=device, dtype=torch.bfloat16).view(3, 130)
     packed = Packed(precision, precision.pack(trial), (3, 130), trial.dtype)
     expected: Tensor = dequantize_4bit(packed.parts["codes"], packed.prepared)
-    try:
+
+    def trial_run() -> tuple[Kernel, bool]:
         from emloc.precision.nf4_kernel import unpack
 
         actual = _by(unpack, packed, torch.empty_like(trial))
-    except Exception as error:  # why: whatever Triton lacks on this machine, bitsandbytes is there
-        log.info("nf4: bitsandbytes dequantises, since Triton does not work here: %s", error)
-        return None
-    if torch.allclose(actual.view(-1), expected.view(-1)[: actual.numel()], rtol=0.01):
-        return unpack
-    log.warning("nf4: bitsandbytes dequantises, since Triton gives other numbers here")
-    return None
+        flat = expected.view(-1)[: actual.numel()]
+        return unpack, torch.allclose(actual.view(-1), flat, rtol=0.01)
+
+    return tried(trial_run, "nf4: bitsandbytes dequantises")
 
 
 def _by(kernel: Kernel, packed: Packed, out: Tensor) -> Tensor:

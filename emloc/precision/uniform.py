@@ -12,7 +12,6 @@ of less than four bits, and gemlite's kernels have no backward pass.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -25,8 +24,7 @@ from torch.nn import functional
 from emloc.config.values import Range
 from emloc.precision import Layout, Packed, Precision
 from emloc.precision.error_feedback import round_rows
-
-log = logging.getLogger(__name__)
+from emloc.precision.kernel_trial import tried
 
 GROUP = 64  # numbers that share a step and a zero
 
@@ -112,8 +110,9 @@ class Uniform(Precision):
         parts = packed.parts
         rows, columns = packed.shape
         if parts["codes"].is_cuda and (kernel := _kernel(parts["codes"].device)) is not None:
-            into = parts["codes"].new_empty((rows, columns), dtype=packed.dtype)
-            return _by(kernel, packed, into if out is None else out)
+            if out is None:
+                out = parts["codes"].new_empty((rows, columns), dtype=packed.dtype)
+            return _by(kernel, packed, out)
         codes = _unpacked_codes(parts["codes"], self.bits).view(rows, -1, GROUP)
         grid = _Grid(parts["steps"], parts["zeros"], parts["top"], self.levels)
         values = grid.values(codes.to(torch.float32))
@@ -213,17 +212,14 @@ def _kernel(device: torch.device) -> Kernel | None:
     trial = torch.linspace(-1, 1, 3 * 130, device=device, dtype=torch.bfloat16).view(3, 130)
     packed = Packed(precision, precision.pack(trial), (3, 130), trial.dtype)
     expected = Packed(precision, packed.to(torch.device("cpu")).parts, (3, 130), trial.dtype)
-    try:
+
+    def trial_run() -> tuple[Kernel, bool]:
         from emloc.precision.uniform_kernel import unpack
 
         actual = _by(unpack, packed, torch.empty_like(trial))
-    except Exception as error:  # why: whatever Triton lacks on this machine, torch is there
-        log.info("packed weights are dequantised by torch: Triton does not work here: %s", error)
-        return None
-    if torch.allclose(actual.cpu(), expected.dequantize(), rtol=0.01):
-        return unpack
-    log.warning("packed weights are dequantised by torch: Triton gives other numbers here")
-    return None
+        return unpack, torch.allclose(actual.cpu(), expected.dequantize(), rtol=0.01)
+
+    return tried(trial_run, "two and three bits: torch dequantises")
 
 
 def _by(kernel: Kernel, packed: Packed, out: Tensor) -> Tensor:

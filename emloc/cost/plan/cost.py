@@ -12,6 +12,7 @@ from emloc.cost.plan.gpus import Gpu
 from emloc.cost.plan.layout import StepShape, TrainingLayout
 from emloc.emulators.size import joint_layers
 from emloc.models.checkpoint.source import Source
+from emloc.precision.error_feedback import SPAN
 from emloc.runtime.memory import GIB
 
 # Share of the makers' rates that large matrix products and copies of a transformer reach.
@@ -20,7 +21,7 @@ UTILISATION = 0.4
 SECONDS_PER_OPERATION = 22e-6
 # Subspace iterations until the factors of a layer have converged.
 ITERATIONS = 12
-# Operations that rounding one column by error feedback dispatches.
+# Operations that rounding a span of columns by error feedback dispatches.
 FEEDBACK_OPERATIONS = 14
 # Bytes of host memory that a Python process with its libraries and the driver uses.
 PROCESS = 3 * GIB
@@ -61,15 +62,14 @@ def cost_of(
         joint = joint_layers(layout.groups)
         moments = statistics_bytes(layout.compressed, inputs_only=layout.has_feedback, joint=joint)
         disk += layout.factors + (moments if moments <= budget.statistics_gib * GIB else 0)
-        widest = max(columns for _, columns in layout.adapted.values())
-        hidden_states = tokens * widest * layout.source.dtype.itemsize
-        host += state_limits(budget).host_share(hidden_states) + next_block(layout.source)
         build = _build_seconds(layout, tokens, gpu)
     elif layout.has_feedback:
         disk += layout.packed_bytes
-        widest = max(columns for _, columns in layout.adapted.values())
-        host += state_limits(budget).host_share(tokens * widest * layout.source.dtype.itemsize)
         build = _feedback_seconds(layout, tokens, gpu)
+    if layout.ranks or layout.has_feedback:  # the original runs block by block on the samples
+        widest = max(columns for _, columns in layout.adapted.values())
+        hidden_states = tokens * widest * layout.source.dtype.itemsize
+        host += state_limits(budget).host_share(hidden_states) + next_block(layout.source)
     return TrainingCost(host, disk, build, _step_seconds(layout, step_shape, operations, gpu))
 
 
@@ -102,8 +102,7 @@ def _build_seconds(layout: TrainingLayout, tokens: int, gpu: Gpu) -> float:
 def _feedback_seconds(layout: TrainingLayout, tokens: int, gpu: Gpu) -> float:
     """Estimate the time to quantise all packed layers by error feedback, and of the forward.
 
-    Each rounded column changes all later ones, so the matrix is read and written once for every
-    span of columns, and each column waits for a few launches.
+    Each span of rounded columns changes all later ones, and waits for a few launches.
     """
     seconds = 0.0
     for layer in layout.packed_layers:
@@ -111,7 +110,7 @@ def _feedback_seconds(layout: TrainingLayout, tokens: int, gpu: Gpu) -> float:
         rate = UTILISATION * max(gpu.fp64, gpu.bf16 / 15) * 1e12
         seconds += 2 * m * n * tokens / (UTILISATION * gpu.bf16 * 1e12)
         seconds += (2 * tokens * n * n + n**3 + m * n * n) / rate
-        seconds += n * FEEDBACK_OPERATIONS * SECONDS_PER_OPERATION
+        seconds += -(-n // SPAN) * FEEDBACK_OPERATIONS * SECONDS_PER_OPERATION
     return seconds
 
 

@@ -30,7 +30,7 @@ from emloc.models.block_names import IN_A_BLOCK, find_block
 from emloc.models.checkpoint.source import Source
 from emloc.models.decoder import decoder_of
 from emloc.models.shared_inputs import names_by_input
-from emloc.precision import Precision
+from emloc.precision import Precision, has_feedback
 from emloc.tensors.lean.activations import offload_layer_inputs
 from emloc.tensors.lean.layers import aligned_height
 from emloc.tensors.lean.loss import CHUNK_BYTES, AnswerLoss
@@ -143,7 +143,7 @@ class TrainingLayout:
     @property
     def has_feedback(self) -> bool:
         """Whether the packed format chooses codes by error feedback, when the emulator is built."""
-        return self.precision is not None and self.precision.feedback
+        return has_feedback(self.precision)
 
     @property
     def packed_layers(self) -> list[str]:

@@ -27,7 +27,7 @@ from emloc.emulators import BuildInputs, Emulator, Plan
 from emloc.emulators.full import block_linears, load_quantized
 from emloc.emulators.offload import load_streamed
 from emloc.emulators.operations import block_operations, layer_operations
-from emloc.emulators.packed_weights import packed_weight, select, write_packed
+from emloc.emulators.packed_weights import packed_weight, select, select_both, write_packed
 from emloc.emulators.prune.unit_scores import KINDS, importance, recompute_blocks
 from emloc.emulators.prune.units import Units, units_of
 from emloc.emulators.size import require_solved, share_of_linears, size_facts
@@ -242,7 +242,7 @@ class Prune(Emulator):
                     matrix = packed_weight(source, layer, device, layer_format, folder, selection)
                     pruned[layer] = layer_format.linear(matrix, bias)
                 else:
-                    weight = select(select(source.weight(layer, device), rows, 0), columns, 1)
+                    weight = select_both(source.weight(layer, device), (rows, columns))
                     pruned[layer] = _linear(weight, bias)
             elif packed:
                 only_packed.append(layer)
