@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from emloc.models.block_names import find_block
-from emloc.models.checkpoint.weights import aligned_bytes
+from emloc.models.checkpoint.pinned import aligned_bytes
 
 
 def pinned_block_bytes(tensor_bytes: Mapping[str, int]) -> int:

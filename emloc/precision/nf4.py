@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -81,9 +81,7 @@ class Nf4(Precision):
         # of bitsandbytes 0.50 reads the scales of wrong blocks.
         flat = matrix.reshape(-1)
         flat = functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
-        codes, state = quantize_4bit(
-            flat, blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
-        )
+        codes, state = _quantize(flat)
         scales = torch.cat([state.offset.reshape(1), state.state2.absmax])
         return {"codes": codes, "absmax": state.absmax, "scales": scales}
 
@@ -119,6 +117,28 @@ class Nf4(Precision):
             f"on a CPU bitsandbytes reads a {self.bits}-bit weight wrongly unless its width, "
             f"{columns}, is a multiple of {BLOCK}"
         )
+
+
+def _quantize(blocks: Tensor) -> tuple[Tensor, QuantState]:
+    """The codes and the state of rows of `BLOCK` numbers each, by bitsandbytes.
+
+    bitsandbytes 0.50 quantises on the default stream of a GPU. So all of it takes place there,
+    behind what the current stream has been given so far, and the current stream waits for it.
+    """
+    quantize = partial(quantize_4bit, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+    if not blocks.is_cuda:
+        return quantize(blocks)
+    current = torch.cuda.current_stream(blocks.device)
+    default = torch.cuda.default_stream(blocks.device)
+    if current == default:
+        return quantize(blocks)
+    default.wait_stream(current)
+    with torch.cuda.stream(default):
+        codes, state = quantize(blocks)
+    current.wait_stream(default)
+    for tensor in (codes, state.absmax, state.offset, state.state2.absmax):
+        tensor.record_stream(current)
+    return codes, state
 
 
 def _state(parts: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype) -> QuantState:

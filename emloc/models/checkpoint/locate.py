@@ -10,16 +10,14 @@ import importlib.util
 import logging
 from pathlib import Path
 
-import torch
 from filelock import FileLock
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from emloc.config.paths import EXPERIMENTS
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.damaged import check_settings
+from emloc.models.checkpoint.gguf_file import convert_gguf
 from emloc.runtime.atomic import atomic_folder
 from emloc.runtime.digest import digest
 from emloc.runtime.manifest import seal
@@ -141,25 +139,6 @@ def _from_package(package: str | None) -> tuple[Path, str]:
         set_aside_if_damaged(checkpoint, "model")
         if not checkpoint.exists():
             with atomic_folder(checkpoint) as draft:
-                _convert_gguf(gguf_files[0], draft)
+                convert_gguf(gguf_files[0], draft)
                 seal(draft)
     return checkpoint, f"{package}:{content_hash}"
-
-
-def _convert_gguf(gguf: Path, folder: Path) -> None:
-    """Convert a GGUF file to a bfloat16 checkpoint with its tokenizer in an empty folder."""
-    log.info("model: converting %s to safetensors; the result is cached", gguf.name)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The converter drops the rule of SmolLM2's tokenizer to split numbers into digits.
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        dtype=torch.bfloat16,
-        # Otherwise transformers treats the model as quantised and refuses to save or train it.
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    model.save_pretrained(folder)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,8 +22,7 @@ from emloc.models.checkpoint.files import (
     weight_files,
 )
 from emloc.models.checkpoint.origins import Converted, Direct, Layout, Origin
-
-_ALIGNMENT = 64  # bytes
+from emloc.models.checkpoint.pinned import read_pinned
 
 
 class Weights(Protocol):
@@ -128,7 +126,8 @@ class SafetensorsWeights:
         direct, converted = self._by_origin(names)
         tensors = _read_all_direct(direct, "cpu")  # reads no page yet
         if pinned:
-            yield from _pinned_copies([*tensors])
+            whole = {name: origin.tensor for name, origin in direct if origin.part is None}
+            yield from read_pinned([(name, one, whole.get(name)) for name, one in tensors])
         else:
             for name, tensor in tensors:
                 _read_pages(tensor)
@@ -161,20 +160,6 @@ def _read_all_direct(
         with safe_open(path, framework="pt", device=device) as file:
             for name, origin in members:
                 yield name, _read_direct(file, origin)
-
-
-def _pinned_copies(tensors: Sequence[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, copy) in one piece of pinned memory, since torch rounds up the size of each."""
-    starts = [0, *accumulate(aligned_bytes(tensor.nbytes) for _, tensor in tensors)]
-    memory = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
-    for (name, tensor), start in zip(tensors, starts, strict=False):
-        place = memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        yield name, place.copy_(tensor)
-
-
-def aligned_bytes(nbytes: int) -> int:
-    """Bytes of a tensor in pinned memory, rounded up so that the next one is aligned."""
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _read_pages(tensor: Tensor) -> None:

@@ -38,8 +38,12 @@ MAX_STEPS = 40
 # A tail below this share of the total energy is a rounding error, not worth minimising.
 MIN_TAIL = 1e-9
 
-# Largest accepted entry of Q^T Q - I: in the iteration, and in the basis of a tall W's columns.
-DEFECT, TALL_DEFECT = 1e-11, 1e-8
+# Largest accepted norm of a column of Q^T Q - I, as a root mean square, and the number of random
+# vectors that estimate it. To compute Q^T Q would be one of seven products of a step.
+DEFECT, PROBES = 1e-11, 8
+
+# Largest accepted entry of Q^T Q - I for the basis of a tall W's columns.
+TALL_DEFECT = 1e-8
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class _Subspace:
     """The state of a subspace iteration."""
 
     basis: Tensor | None  # (p, columns) orthonormal; None: the iteration failed
-    small: Tensor  # basis^T K basis (columns, columns)
+    small: Tensor  # basis^T K basis (columns, columns); empty if the iteration failed
     steps: int  # number of products with K
 
 
@@ -184,15 +188,15 @@ def _iterate(energy: Tensor, width: int) -> _Subspace:
     captured, gain = 0.0, math.inf
     for step in range(1, MAX_STEPS + 1):
         image = energy @ basis
-        small = basis.T @ image
-        last, captured = captured, float(small.trace())
+        # The trace of basis^T K basis, without the product.
+        last, captured = captured, float(torch.dot(basis.flatten(), image.flatten()))
         tail = size - captured
         if tail < MIN_TAIL * size:
-            return _Subspace(None, small, step)
+            return _Subspace(None, basis.new_empty(0), step)
         previous_gain, gain = gain, max(captured - last, 0.0)
         # The first gain starts from zero energy, and a ratio needs two further gains.
         if step > 2 and SAFETY * _further_gain(gain, previous_gain) < TOLERANCE * tail:
-            return _Subspace(basis, small, step)
+            return _Subspace(basis, basis.T @ image, step)
         image -= edge / 2 * basis + (edge / 4).square() * previous_basis
         next_basis, inverse = _orthonormalize(image)
         basis, previous_basis = next_basis, basis @ inverse
@@ -200,7 +204,7 @@ def _iterate(energy: Tensor, width: int) -> _Subspace:
         growth = _largest_eigenvalue(inverse @ inverse.T).rsqrt()
         smallest = edge / 2 + growth + (edge / 4).square() / growth
         edge = torch.maximum(edge, 0.95 * smallest)
-    return _Subspace(None, small, MAX_STEPS)
+    return _Subspace(None, basis.new_empty(0), MAX_STEPS)
 
 
 def _further_gain(gain: float, previous_gain: float) -> float:
@@ -251,6 +255,8 @@ def _orthonormalize(y: Tensor) -> tuple[Tensor, Tensor]:
     different norms, so the passes repeat; if they fail, Householder's QR replaces them.
     """
     identity = torch.eye(y.shape[1], dtype=y.dtype, device=y.device)
+    generator = torch.Generator(y.device).manual_seed(0)
+    probes = y.new_empty(y.shape[1], PROBES).normal_(generator=generator)
     q, inverse = y, identity
     for _ in range(3):
         lower = torch.linalg.cholesky_ex(q.T @ q).L
@@ -258,7 +264,7 @@ def _orthonormalize(y: Tensor) -> tuple[Tensor, Tensor]:
         q, inverse = q @ step, inverse @ step
         # A failed Cholesky factor shows in the defect, too; this saves a second synchronisation
         # with the device.
-        defect = float(_defect(q))
+        defect = float((q.T @ (q @ probes) - probes).norm()) / len(probes) ** 0.5 / PROBES**0.5
         if defect < DEFECT:
             return q, inverse
         if not defect < 1:
