@@ -37,10 +37,13 @@ ROOM = {
 }
 ROOM |= {name: ["anchor.rounds=2", "anchor.places=2"] for name in METHODS if "anchored" in name}
 ON_TEXT_ALONE = "svd_llm"  # running text does not reach the vision tower
-# One anchored method is enough here, beside all of them on text.
-ON_IMAGES = [
-    name for name in METHODS if name not in (ON_TEXT_ALONE, "emloc_nf4_anchored", "qlora_anchored")
-]
+# One method of each emulator and recovery, and an anchored one: adapters and packed formats see no
+# image. All of them run on text.
+ON_TEXT = {
+    *(ON_TEXT_ALONE, "dora", "rslora", "emloc_uncorrected", "emloc_nf4", "loram_rand"),
+    *("emloc_nf4_anchored", "qlora_anchored"),
+}
+ON_IMAGES = [name for name in METHODS if name not in ON_TEXT]
 
 
 class VqaTask:
