@@ -145,7 +145,11 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", help="as for a run: model=internvl2_5_38b lora=r16")
     parser.add_argument("--length", type=int, default=2048, help="tokens of one sample (2048)")
     parser.add_argument("--answer", type=int, default=256, help="answer tokens among them (256)")
-    parser.add_argument("--gpu", default="rtx4090", help="its memory and speed count (rtx4090)")
+    parser.add_argument(
+        "--gpu", default="rtx4090", help="a GPU such as rtx4090 (default), or a size such as 12GiB"
+    )
+    parser.add_argument("--host", help="host memory, such as 32GiB (that of this machine)")
+    parser.add_argument("--disk", help="free disk, such as 500GiB (that of this machine's cache)")
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -155,6 +159,7 @@ def _plan(options: argparse.Namespace) -> None:
     with exempt_imports():
         quiet()
         from emloc.cost.plan.gpus import find_gpu
+        from emloc.cost.plan.here import disk_gib, host_gib
         from emloc.cost.plan.layout import StepShape
         from emloc.cost.plan.table import plan
         from emloc.stages.run_config import build
@@ -163,7 +168,8 @@ def _plan(options: argparse.Namespace) -> None:
         raise ConfigError(f"--answer {options.answer} of --length {options.length}: give 1 to all")
     run_config = build(cfg)
     step = StepShape.of(run_config.train, options.length, options.answer)
-    print(plan(run_config, step, find_gpu(options.gpu)))
+    host, disk = host_gib(options.host), disk_gib(options.disk)
+    print(plan(run_config, step, find_gpu(options.gpu), host, disk))
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:

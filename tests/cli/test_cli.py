@@ -141,9 +141,10 @@ def test_a_plan_prints_only_a_table(emloc):
     methods = [*("lora", "qlora", "lora", "lora"), *["offload"] * 4]
     methods += ["emloc", "emloc_nf4", "emloc", "emloc"]
     assert [line.split()[1] for line in lines[2:14]] == methods
-    assert lines[-2].startswith("internvl2_5_2b: 16 x 2048 tokens a step, LoRA rank 8;")
-    assert lines[-1].startswith("compression=auto: ")
-    assert len(lines) == 17
+    assert lines[-4].startswith("internvl2_5_2b: 16 x 2048 tokens a step, 50 steps, LoRA rank 8;")
+    assert lines[-2].startswith("compression=auto: ")
+    assert lines[-1].startswith("recommended: ")
+    assert len(lines) == 19
 
 
 def test_a_plan_that_cannot_be_made_is_one_line_and_exit_code_2(emloc):

@@ -10,8 +10,16 @@ from emloc.anchors.places import Place
 from emloc.calibration.offload import StateLimits, state_limits
 from emloc.config.compatibility import choice_name
 from emloc.config.settings import Budget, TrainSettings
-from emloc.cost.plan.cost import PROCESS, TrainingCost, next_block
-from emloc.cost.plan.layout import StepShape
+from emloc.cost.plan.cost import (
+    DISK,
+    PROCESS,
+    TrainingCost,
+    forward_seconds,
+    next_block,
+    weight_bytes,
+)
+from emloc.cost.plan.gpus import Gpu
+from emloc.cost.plan.layout import StepShape, TrainingLayout
 from emloc.emulators.full import Full
 from emloc.emulators.layer_drop import block_stack
 from emloc.models.checkpoint.source import Source
@@ -104,19 +112,43 @@ class AnchorPlan:
         """How often the original's weights are read: for each round, and for the last guard."""
         return self.anchor.rounds + bool(self.anchor.guard)
 
-    def added_to(self, cost: TrainingCost) -> TrainingCost:
-        """Return the cost of a training, with that of its passes.
+    def added_to(self, cost: TrainingCost, layout: TrainingLayout, gpu: Gpu) -> TrainingCost:
+        """Return the cost of a training through `layout`, with that of its passes.
 
         The offsets of the first round stay in the cache beside those of a later round.
         """
         first_round = self.round_offsets if self.anchor.rounds > 1 else 0
-        disk = cost.disk + first_round + self.disk
-        return replace(cost, host=max(cost.host, self.host), disk=disk)
+        return replace(
+            cost,
+            host=max(cost.host, self.host),
+            disk=cost.disk + first_round + self.disk,
+            read=cost.read + self.reads * weight_bytes(self.source),
+            pass_seconds=self.seconds(layout, gpu),
+        )
+
+    def seconds(self, layout: TrainingLayout, gpu: Gpu) -> float:
+        """Estimate the time of all passes: the original's, the emulator's, and the offsets.
+
+        A thread reads the next block of the original while the present one runs.
+        """
+        original = replace(layout, ranks={}, groups=(), precision=None, streamed=False)
+        read = weight_bytes(self.source) / DISK
+        recipe, length = self.recipe, self.step_shape.length
+        rows = recipe.steps * recipe.batch * recipe.accumulate
+        rounds, guard = self.anchor.rounds, self.anchor.guard
+        tokens = (rows / rounds + guard) * length
+        round_seconds = (
+            max(read, forward_seconds(original, tokens, gpu))
+            + forward_seconds(layout, tokens, gpu)
+            + rows / rounds * sum(self._row_tokens) * self._token_bytes / DISK
+        )
+        last = max(read, forward_seconds(original, guard * length, gpu)) if guard else 0.0
+        return rounds * round_seconds + last
 
     def lines(self) -> list[str]:
         """Return what a user has to know before anything is computed, in sentences."""
         anchor, shape = self.anchor, self.step_shape
-        weights = sum(self.source.sizes.values()) * self.source.dtype.itemsize
+        weights = weight_bytes(self.source)
         limit, excess = self.budget.disk_gib, ""
         if self.round_offsets > limit * GIB:
             excess = (

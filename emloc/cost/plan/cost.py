@@ -15,10 +15,19 @@ from emloc.models.checkpoint.source import Source
 from emloc.precision.error_feedback import SPAN
 from emloc.runtime.memory import GIB
 
-# Share of the makers' rates that large matrix products and copies of a transformer reach.
+# Share of the makers' rates that matrix products in float64, copies and builds reach.
 UTILISATION = 0.4
-# Host time of one operation, with Python and the kernel launch; it limits short steps.
+# Share of the makers' rate that the matrix products of a training step reach, and how often a
+# forward and backward pass reads or writes the inputs and outputs of all layers beside them. With
+# both, LoRA and emulators of 8B and 38B models take the times that were measured on an H200.
+STEP_UTILISATION, ELEMENTWISE = 0.63, 16
+# Share of it that a pass without gradients takes.
+ELEMENTWISE_FORWARD = 1 / 3
+# Host time of one operation, with Python and the kernel launch; it limits short steps that are no
+# CUDA graph.
 SECONDS_PER_OPERATION = 22e-6
+# Bytes a second that a disk reads: an SSD with NVMe.
+DISK = 2e9
 # Subspace iterations until the factors of a layer have converged.
 ITERATIONS = 12
 # Operations that rounding a span of columns by error feedback dispatches.
@@ -33,8 +42,22 @@ class TrainingCost:
 
     host: int  # bytes of anonymous host memory
     disk: int  # bytes of all artifacts
+    read: int  # bytes of the original's weights that are read from the disk
+    load_seconds: float  # time to read the weights that are trained through
     build_seconds: float  # time to calibrate and build the emulator
     step_seconds: float  # time of one optimizer step
+    pass_seconds: float = 0.0  # time of all passes of the original
+    polish_seconds: float = 0.0  # time of the exact steps behind the training
+
+    def seconds(self, steps: int) -> float:
+        """Return the time of everything up to the adapter, for a training of so many steps."""
+        return (
+            self.load_seconds
+            + self.build_seconds
+            + self.pass_seconds
+            + steps * self.step_seconds
+            + self.polish_seconds
+        )
 
 
 def cost_of(
@@ -55,22 +78,54 @@ def cost_of(
         samples: number of calibration samples, each as long as a training row.
         budget: limits on host memory and cached statistics.
     """
-    tokens = samples * step_shape.length
+    tokens, whole = samples * step_shape.length, weight_bytes(layout.source)
+    load, read = whole, whole
     disk = 2 * 4 * layout.parameters  # the trained and the recovered adapter, in float32
     build, host = 0.0, PROCESS + layout.embedding + layout.streamed_bytes
     if layout.ranks:
         joint = joint_layers(layout.groups)
         moments = statistics_bytes(layout.compressed, inputs_only=layout.has_feedback, joint=joint)
-        disk += layout.factors + (moments if moments <= budget.statistics_gib * GIB else 0)
-        build = _build_seconds(layout, tokens, gpu)
+        keeps_moments = moments <= budget.statistics_gib * GIB
+        disk += layout.factors + (moments if keeps_moments else 0)
+        read = (2 if keeps_moments else 1) * whole
+        load = layout.factors + layout.uncompressed
+        build = max(_build_seconds(layout, tokens, gpu), read / DISK)
     elif layout.has_feedback:
         disk += layout.packed_bytes
-        build = _feedback_seconds(layout, tokens, gpu)
+        load = layout.packed_bytes + whole - _packed_weights(layout)
+        build = max(_feedback_seconds(layout, tokens, gpu), read / DISK)
     if layout.ranks or layout.has_feedback:  # the original runs block by block on the samples
         widest = max(columns for _, columns in layout.adapted.values())
         hidden_states = tokens * widest * layout.source.dtype.itemsize
         host += state_limits(budget).host_share(hidden_states) + next_block(layout.source)
-    return TrainingCost(host, disk, build, _step_seconds(layout, step_shape, operations, gpu))
+    step = _step_seconds(layout, step_shape, operations, gpu)
+    return TrainingCost(host, disk, read, load / DISK, build, step)
+
+
+def weight_bytes(source: Source) -> int:
+    """Bytes of all weights of the original."""
+    return sum(source.sizes.values()) * source.dtype.itemsize
+
+
+def _packed_weights(layout: TrainingLayout) -> int:
+    """Bytes of the weights in the original that the layout packs."""
+    linears = layout.source.linears
+    elements = sum(rows * columns for rows, columns in (linears[n] for n in layout.packed_layers))
+    return elements * layout.source.dtype.itemsize
+
+
+def forward_seconds(layout: TrainingLayout, tokens: float, gpu: Gpu) -> float:
+    """Estimate the time of a forward pass without gradients through all blocks."""
+    multiplications = sum(layout.multiplications(layer) for layer in layout.adapted)
+    arithmetic = 2 * multiplications * tokens / (STEP_UTILISATION * gpu.bf16 * 1e12)
+    return arithmetic + ELEMENTWISE_FORWARD * _elementwise_seconds(layout, tokens, gpu)
+
+
+def _elementwise_seconds(layout: TrainingLayout, tokens: float, gpu: Gpu) -> float:
+    """Estimate the time of all operations of a pass with gradients that are no matrix products."""
+    features = sum(rows + columns for rows, columns in layout.adapted.values())
+    nbytes = ELEMENTWISE * features * tokens * layout.source.dtype.itemsize
+    return nbytes / (gpu.bandwidth * 1e12)
 
 
 def next_block(source: Source) -> int:
@@ -119,16 +174,18 @@ def _step_seconds(
 ) -> float:
     """Estimate the time of an optimizer step.
 
-    The longest of three times counts: of the arithmetic on the device, of the launches by the host,
-    and of the blocks that come from host memory, forward and backward.
+    The longest of three times counts: of the device, of the launches by the host if the step is no
+    CUDA graph, and of the blocks that come from host memory, forward and backward.
     """
     tokens = step_shape.batch * step_shape.length  # tokens of one forward pass
     passes = 3 if step_shape.checkpointing else 2
     multiplications = sum(layout.multiplications(layer) for layer in layout.adapted)
-    device_seconds = 2 * multiplications * tokens * passes / (UTILISATION * gpu.bf16 * 1e12)
+    device_seconds = 2 * multiplications * tokens * passes / (STEP_UTILISATION * gpu.bf16 * 1e12)
+    device_seconds += passes / 2 * _elementwise_seconds(layout, tokens, gpu)
     device_seconds += layout.dequantised_bytes * passes / (UTILISATION * gpu.bandwidth * 1e12)
     if layout.precision is not None:  # the trace does not contain the dequantisation
         matrices = len(layout.adapted) * (2 if layout.ranks else 1)
         operations += layout.precision.dequantize_operations * passes * matrices
     copies = 2 * layout.streamed_bytes / (gpu.host_link * 1e12)
-    return step_shape.accumulate * max(device_seconds, operations * SECONDS_PER_OPERATION, copies)
+    launches = 0.0 if step_shape.captured else operations * SECONDS_PER_OPERATION
+    return step_shape.accumulate * max(device_seconds, launches, copies)

@@ -10,10 +10,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
 
+import yaml
+
 from emloc.calibration.blockwise import by_block
 from emloc.config.compatibility import required_budget
+from emloc.config.paths import choices
 from emloc.config.settings import MODEL_BITS, Compression
 from emloc.cost.plan.blocks import DecoderBlocks
+from emloc.cost.plan.gains import Trained, measured_gain
 from emloc.cost.plan.layout import StepShape, TrainingLayout
 from emloc.cost.plan.trace import TraceResult
 from emloc.emulators.full import Full
@@ -36,6 +40,8 @@ RESERVE = 0.06
 WORKSPACE = 64 * 2**20
 # A ratio this large is good enough: fewer bits are not chosen to reach a larger one.
 NEARLY_ALL = 0.9
+# With fewer bits than this, factors of such a ratio lose more than smaller ones with more bits.
+LEAST_FOR_ALL = 4
 RATIOS = [count / 100 for count in range(1, 100)]
 # Bytes of a parameter or a gradient in float32, and of the two moments of AdamW for a parameter.
 FLOAT, MOMENTS = 4, 8
@@ -127,12 +133,18 @@ def compressed_layout(
     Raises:
         ConfigError: the ratio leaves a layer without rank.
     """
-    emulator, layers = run_config.emulator, full_layout.compressed
-    multiple, groups = 1, [[layer] for layer in layers]
-    if isinstance(emulator, Svd):
-        multiple, groups = emulator.multiple, emulator.groups(full_layout.source, layers)
-    ranks = uniform_ranks(full_layout.source, layers, budget, multiple, groups)
+    emulator, layers = factors_of(run_config), full_layout.compressed
+    groups = emulator.groups(full_layout.source, layers)
+    ranks = uniform_ranks(full_layout.source, layers, budget, emulator.multiple, groups)
     return replace(full_layout, ranks=ranks, groups=groups)
+
+
+def factors_of(run_config: RunConfig) -> Svd:
+    """Return the emulator of the run if it is one of factors, else the default one."""
+    if isinstance(run_config.emulator, Svd):
+        return run_config.emulator
+    settings = yaml.safe_load(choices("emulator")["svd"].read_text(encoding="utf-8"))
+    return Svd(**{name: value for name, value in settings.items() if name != "_target_"})
 
 
 def candidate_precisions(run_config: RunConfig) -> list[Precision | None]:
@@ -183,8 +195,8 @@ def solve_emulator_compression(
 ) -> Compression:
     """Return the largest ratio of the linear layers, and its bits, whose training fits the budget.
 
-    The choice is the most bits at which nearly all parameters can be kept, or else the fewest bits:
-    packing parameters into four bits loses less than leaving out three of four.
+    The choice is the most bits, at least four, at which nearly all parameters can be kept. Else it
+    is the pair that has kept most of LoRA's gain so far, with or without anchors as in the run.
 
     Raises:
         ConfigError: `budget.gpu_gib` is missing, or nothing fits into it.
@@ -210,13 +222,28 @@ def solve_emulator_compression(
             f"never compressed need {full_layout.uncompressed / GIB:.1f} GiB, the adapter and "
             "activations the rest; set budget.gpu_gib higher, or train.batch or lora.rank lower"
         )
-    bits = next((b for b, r in ratios_by_bits.items() if r >= NEARLY_ALL), min(ratios_by_bits))
+    whole = [b for b, r in ratios_by_bits.items() if r >= NEARLY_ALL and b >= LEAST_FOR_ALL]
+    bits = whole[0] if whole else _best_measured(run_config, ratios_by_bits)
     ratio = ratios_by_bits[bits]
     log.info(
         "compression=auto: ratio %.2f at %d bits is the largest within budget.gpu_gib=%g",
         *(ratio, bits, gib),
     )
     return replace(run_config.compression, ratio=ratio, bits=bits, of="linears")
+
+
+def _best_measured(run_config: RunConfig, ratios_by_bits: Mapping[int, float]) -> int:
+    """Return the bits with which factors of these ratios have kept most of LoRA's gain.
+
+    Where nothing was measured, they are the fewest bits: packing loses less than leaving out.
+    """
+    shared, anchored = factors_of(run_config).shared, run_config.anchor.anchors
+
+    def rank(bits: int) -> tuple[float, int]:
+        gain = measured_gain(Trained(True, bits, anchored, shared), ratios_by_bits[bits])
+        return gain or 0.0, -bits
+
+    return max(ratios_by_bits, key=rank)
 
 
 def _layouts_by_ratio(

@@ -53,6 +53,7 @@ class StepShape:
     host_activations: bool
     accumulate: int = 1  # forward passes of one step
     offsets: int = 0  # bytes of the anchors' offsets of one forward pass
+    captured: bool = False  # whether each pass is one CUDA graph
 
     @classmethod
     def of(cls, recipe: TrainSettings, length: int, answer: int) -> StepShape:
@@ -64,6 +65,7 @@ class StepShape:
             recipe.checkpointing,
             recipe.host_activations,
             recipe.accumulate,
+            captured=recipe.capture,
         )
 
 
