@@ -117,10 +117,8 @@ def test_an_unknown_gpu_is_refused_with_the_list_of_gpus(monkeypatch, capsys):
     output = capsys.readouterr()
     assert output.out == ""
     names = ", ".join(GPUS)
-    assert (
-        output.err
-        == f"emloc: --gpu gtx970: there is no such GPU; set --gpu to its memory, such as 12GiB, or to one of {names}\n"
-    )
+    known = f"set --gpu to its memory, such as 12GiB, or to one of {names}"
+    assert output.err == f"emloc: --gpu gtx970: there is no such GPU; {known}\n"
 
 
 # Checkpoints -------------------------------------------------------------------------------------
