@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from emloc.errors import ConfigError, one_line
@@ -17,7 +16,7 @@ from emloc.errors import ConfigError, one_line
 # The date that a template gets in place of today's, so that a prompt has the same tokens every day.
 # Templates of Llama fall back to this date themselves.
 PROMPT_DATE = date(2024, 7, 26)
-_TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>[^"'\\]*)(?P=quote)\s*\)""")
+_TODAY = "strftime_now"  # function of templates that returns today's date in a format
 
 # Errors of a template that adds, slices or loops over a content of another form than it expects.
 RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
@@ -199,11 +198,6 @@ def chat_template(renderer: Any) -> str:
     return str(template)
 
 
-def reads_date(template: str) -> bool:
-    """Whether a chat template writes today's date."""
-    return "strftime_now(" in template
-
-
 def pinned_template(renderer: Any) -> str:
     """The chat template of a tokenizer or processor with `PROMPT_DATE` as today's date.
 
@@ -220,19 +214,47 @@ def pin_date(template: str, name: str) -> str:
     Raises:
         ConfigError: the template computes the format of the date, so that it cannot be replaced.
     """
+    try:
+        tokens = [(kind, text) for _, kind, text in Environment().lex(template)]
+    except TemplateError:
+        return template  # it is refused where it is rendered
+    pieces: list[str] = []
+    position, is_changed = 0, False
+    while position < len(tokens):
+        kind, text = tokens[position]
+        position += 1
+        # Only code calls the function: a text, such as a system message, may have the same words.
+        if kind == "name" and text == _TODAY:
+            behind = [
+                index for index in range(position, len(tokens)) if tokens[index][0] != "whitespace"
+            ][:3]
+            call = [tokens[index] for index in behind]
+            if call[:1] == [("operator", "(")]:
+                text, is_changed = _date_text(call, name), True
+                position = behind[-1] + 1
+        pieces.append(text)
+    return "".join(pieces) if is_changed else template
 
-    def date_text(call: re.Match[str]) -> str:
-        text = PROMPT_DATE.strftime(call["format"])
-        return f"({call['quote']}{text}{call['quote']})"
 
-    pinned = _TODAY.sub(date_text, template)
-    if reads_date(pinned):
+def _date_text(call: Sequence[tuple[str, str]], name: str) -> str:
+    """The date as a text in parentheses, in the format of a call `("...")`.
+
+    Args:
+        call: kind and text of the first three tokens behind the name of the function.
+        name: of the checkpoint.
+
+    Raises:
+        ConfigError: the call computes the format.
+    """
+    is_written = len(call) == 3 and call[1][0] == "string" and call[2] == ("operator", ")")
+    if not is_written or "\\" in call[1][1]:
         raise ConfigError(
             f"{name}: the chat template writes today's date in a format that it computes, so that "
             "prompts would change from day to day; set model.source to a checkpoint with another "
             "template"
         )
-    return pinned
+    quote, form = call[1][1][0], call[1][1][1:-1]
+    return f"({quote}{PROMPT_DATE.strftime(form)}{quote})"
 
 
 def _has_images(messages: Sequence[Message]) -> bool:

@@ -32,8 +32,8 @@ def drawings(rows: Sequence[Row], place: Path, columns: int = 2) -> dict[str, Dr
     """Return file stem -> figure with its caption and its numbers.
 
     training_curve; score_ratio, gain_calibration and score_<setting> for settings with several
-    values; score_memory, score_weights, score_time; correction_<model>_<task>; layers_<run> of at
-    most three emulators.
+    values; score_memory, score_weights, score_time, score_forwards; correction_<model>_<task>;
+    layers_<run> of at most three emulators.
 
     Args:
         rows: as `rows_of(place)` returns them.

@@ -27,7 +27,8 @@ SEVERAL = {
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run at full size")
 @pytest.mark.parametrize(
-    "work", ["factorise_38b", "train_8b", "cap12_38b_nf4", "offload_8b", "host_memory"]
+    "work",
+    ["factorise_38b", "train_8b", "cap12_38b_nf4", "offload_8b", "host_memory", "rounds4_8b_nf4"],
 )
 def test_a_benchmark_runs_with_small_shapes_without_a_gpu(tmp_path, work, monkeypatch):
     monkeypatch.setattr(training, "shared_core", nullcontext)  # busy loops would delay other tests
@@ -56,6 +57,8 @@ def test_a_benchmark_runs_with_small_shapes_without_a_gpu(tmp_path, work, monkey
     assert facts["command"] == f"emloc bench {work}"
     assert facts["seconds"] > 0
     assert {"commit", "versions"} <= set(facts["provenance"])
+    if work in UNMEASURED:
+        return
     # Rows have the names of the full-size rows, except for the reduced shape in them.
     committed = {(result.work, result.what) for result in read_rows(RESULTS)}
     for result in rows:
@@ -68,6 +71,8 @@ def test_a_benchmark_runs_with_small_shapes_without_a_gpu(tmp_path, work, monkey
 
 # Benchmarks whose target is missed; the README of experiments has their numbers.
 MISSED = {"build_8b"}
+# Benchmarks that have not run on a GPU yet.
+UNMEASURED = {"rounds4_8b_nf4", "rounds24_38b", "rounds12_78b_nf4", "rounds12_78b_int2"}
 
 
 def test_every_target_of_the_committed_results_holds():
@@ -78,7 +83,7 @@ def test_every_target_of_the_committed_results_holds():
     rows = read_rows(RESULTS)
     assert {result.holds for result in rows} == {"yes", ""}
     assert all((result.holds == "yes") == bool(result.target) for result in rows)
-    names = {*BENCHMARKS} - MISSED
+    names = {*BENCHMARKS} - MISSED - UNMEASURED
     assert {result.work for result in rows} == {
         part for name in names for part in SEVERAL.get(name, [name])
     }

@@ -307,6 +307,23 @@ def test_a_date_in_any_written_format_is_replaced():
         pin_date("{{ strftime_now(format) }}", "org/model")
 
 
+def test_a_text_with_the_words_of_a_call_stays_as_it_is():
+    text = (
+        "{{ '<|system|>strftime_now(' }} strftime_now('%d') {# strftime_now( #}\n{%- set a = 1 %}"
+    )
+    assert pin_date(text, "org/model") == text
+    template = text + "{{ strftime_now('%d') if strftime_now is defined }}"
+    pinned = pin_date(template, "org/model")
+    assert "{{ '<|system|>strftime_now(' }} strftime_now('%d')" in pinned
+    assert pinned.endswith("{{ ('26') if strftime_now is defined }}")
+
+
+@pytest.mark.parametrize("argument", ["form", "'%d' ~ form", "'\\x25d'", "'%d', 1", ""])
+def test_a_date_in_a_computed_format_is_refused(argument):
+    with pytest.raises(ConfigError, match="writes today's date in a format that it computes"):
+        pin_date(f"{{{{ strftime_now({argument}) }}}}", "org/model")
+
+
 def test_the_key_of_a_model_contains_the_date_of_its_prompts(monkeypatch):
     source = Source(None, "model", "identity", torch.float32)
     before = source.key

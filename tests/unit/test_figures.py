@@ -350,6 +350,20 @@ def test_each_cell_is_a_numbered_point_and_the_front_is_joined(tmp_path):
     assert fronts["score_time"] == [7.0, 10.0]
 
 
+def test_arithmetic_is_that_of_all_stages_over_all_rows(tmp_path):
+    counted = {"row_forwards/train": 1200.0, "weights_read/train": 1e9, "trained_rows": 400.0}
+    rows = [
+        row("zero_shot", 0.1),
+        row("lora", 0.9, numbers=trained(8.0, **counted)),
+        row("emloc", 0.7, numbers=trained(4.0, **counted | {"row_forwards/train": 300.0})),
+        row("upop", 0.5, numbers=trained(5.0)),  # of an earlier version, which did not count
+    ]
+    figure = drawn(rows, tmp_path)["score_forwards"]
+    (axes,) = figure.axes
+    assert lines(axes)["Pareto front"] == ([300.0, 1200.0], [0.7, 0.9])
+    assert axes.get_xlabel() == "arithmetic of all stages (forwards of the original)"
+
+
 def test_known_gains_are_a_second_panel(tmp_path):
     figure = drawn(rows_by_cost(4, gain_kept=0.5), tmp_path)["score_memory"]
     names = [axes.get_ylabel() for axes in figure.axes]

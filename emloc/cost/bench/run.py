@@ -20,6 +20,7 @@ from emloc.cost.bench.factorise import factorise
 from emloc.cost.bench.host import host_memory
 from emloc.cost.bench.jobs import jobs, small_step
 from emloc.cost.bench.offload import offload
+from emloc.cost.bench.rounds import anchored_rounds
 from emloc.cost.bench.rows import BenchRow, read_rows, replace_rows, table, write_facts
 from emloc.cost.bench.training import Target, training
 from emloc.errors import ConfigError, FailedWorkError
@@ -47,6 +48,14 @@ BENCHMARKS: dict[str, Callable[[], Iterator[BenchRow]]] = {
         (Target(20, 0.33), Target(12, 0.45)),
     ),
     "anchored_8b": partial(anchored, "anchored_8b", M8, 0.25),
+    "rounds4_8b_nf4": partial(anchored_rounds, "rounds4_8b_nf4", M8, 0.45, 4, 4, stored=True),
+    "rounds24_38b": partial(anchored_rounds, "rounds24_38b", M38, 0.2, 16, 24, stored=False),
+    "rounds12_78b_nf4": partial(
+        anchored_rounds, "rounds12_78b_nf4", M78, 0.45, 4, 12, stored=False
+    ),
+    "rounds12_78b_int2": partial(
+        anchored_rounds, "rounds12_78b_int2", M78, 0.45, 2, 12, stored=False
+    ),
     "cap24_38b": partial(capped, "cap24_38b", M38, 0.2, "emloc", 24),
     "cap12_38b_nf4": partial(capped, "cap12_38b_nf4", M38, 0.2, "emloc_nf4", 12),
     "cap24_78b_nf4": partial(capped, "cap24_78b_nf4", M78, 0.2, "emloc_nf4", 24),

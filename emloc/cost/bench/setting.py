@@ -191,7 +191,13 @@ class RandomSamples:
     @property
     def ids(self) -> list[str]:
         """Names of the samples."""
-        return [str(index) for index in range(self.count)]
+        return [row.id for row in self.examples]
+
+    @property
+    def examples(self) -> list[RandomRow]:
+        """The samples as training rows."""
+        start = self.setup.length - self.setup.answer
+        return [RandomRow(self.setup.length, seed, start) for seed in range(self.count)]
 
     def batches(self, source: Source, device: torch.device | None = None) -> Sequence[Batch]:
         """Return the samples, each as a batch of its own."""

@@ -51,10 +51,17 @@ def _seconds(row: Row) -> float | None:
     return row.cost_seconds if "seconds/train" in row.numbers else None
 
 
+def _forwards(row: Row) -> float | None:
+    """Arithmetic of all stages before evaluation, in forwards of the original over one row."""
+    rows = row.number("trained_rows")
+    return None if row.forwards is None or rows is None else row.forwards * rows
+
+
 COSTS = (
     Cost("score_memory", "peak memory of training (GiB)", number("peak_gib/train")),
     Cost("score_weights", "weights trained through (MB)", _megabytes),
     Cost("score_time", "time for building, training and recovery (s)", _seconds),
+    Cost("score_forwards", "arithmetic of all stages (forwards of the original)", _forwards),
 )
 _SCORES = ("score", "gain_kept")
 

@@ -106,7 +106,7 @@ class Refit:
         original: Callable[[], Original],
         limits: StateLimits,
     ) -> None:
-        rows, device = self._encoded(), trainee.device
+        rows, device = self.encoded(), trainee.device
         places, stored_as = self.rows.places, self.rows.anchor.stored_as
         self.rows.record(
             work / "offsets",
@@ -130,7 +130,8 @@ class Refit:
                 trainee.built_emulator.precision,
             )
 
-    def _encoded(self) -> list[KeyedRow]:
+    def encoded(self) -> list[KeyedRow]:
+        """Return the calibration samples as training rows."""
         reader = self.rows.source.reader()
         encoded = encode_all(reader, self.samples.examples, self.samples.max_length)
         return unique(KeyedRow(row, row.key) for row in encoded)

@@ -1,0 +1,266 @@
+"""Benchmark of an anchored training at full size, in a given device memory: passes and steps."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emloc.adapters.training_inputs import TrainingInputs
+from emloc.anchors.batches import KeyedRow
+from emloc.calibration.blockwise import by_block
+from emloc.calibration.offload import state_limits
+from emloc.cost.bench.bound import disk_rate, drop_cached, matrix_operations, seconds_alone
+from emloc.cost.bench.build import MOST_TIMES
+from emloc.cost.bench.capped import SAMPLES, recover
+from emloc.cost.bench.host import checkpoint_source, write_checkpoint
+from emloc.cost.bench.rows import BenchRow, row
+from emloc.cost.bench.setting import BenchSetup, RandomRow, RandomSamples, reset_memory
+from emloc.emulators import BuildInputs, BuiltEmulator
+from emloc.emulators.full import block_linears
+from emloc.emulators.layer_drop import block_stack
+from emloc.emulators.svd import Svd
+from emloc.errors import StageError
+from emloc.models.checkpoint.source import Source
+from emloc.recovery import ignore_log
+from emloc.runtime.memory import GIB, HostMemoryPeak, is_out_of_memory, limit_device_memory
+from emloc.runtime.stage_cache import Artifact, Store
+from emloc.stages.training.anchored_rows import AnchoredRows, round_ends
+from emloc.stages.training.order import order_of
+from emloc.stages.training.refit import Refit
+from emloc.stages.training.rounds import rounds_of
+from emloc.stages.training.trainee import open_trainee
+
+ROUNDS, STEPS, ROWS_OF_STEP = 2, 16, 4  # 32 rows in each round
+
+
+@dataclass(frozen=True)
+class TimedRows(AnchoredRows):
+    """Anchored rows that time the passes over them: seconds, rows and bytes of the offsets."""
+
+    passes: list[tuple[float, int, int]] = field(default_factory=list)
+
+    def record(self, folder: Path, *args: Any, **options: Any) -> Any:
+        """Run one pass; see `AnchoredRows.record`."""
+        start = time.perf_counter()
+        losses = super().record(folder, *args, **options)
+        seconds = time.perf_counter() - start
+        offsets = sum(path.stat().st_size for path in folder.glob("place-*"))
+        self.passes.append((seconds, len(losses), offsets))
+        return losses
+
+
+@dataclass(frozen=True)
+class RandomRefit(Refit):
+    """Refit to random samples, which need no tokenizer."""
+
+    def encoded(self) -> list[KeyedRow]:
+        """Return the samples as training rows."""
+        return [KeyedRow(one, f"sample {one.id}") for one in self.samples.examples]
+
+
+def anchored_rounds(
+    benchmark: str, model: str, ratio: float, bits: int, gb: float, *, stored: bool
+) -> Iterator[BenchRow]:
+    """Build, train in two rounds of eight steps, and save, with `gb` (10^9 bytes) of device memory.
+
+    If a stage needs more, the benchmark ends with one row that names this stage.
+
+    Args:
+        benchmark: its name.
+        model: choice of the group `model`.
+        ratio: share of the parameters that the factors keep.
+        bits: of the factors.
+        gb: most device memory.
+        stored: the weights are in a checkpoint on disk. Otherwise they are drawn while they are
+            read, where the disk is too small for them.
+    """
+    setup = BenchSetup(
+        model,
+        (
+            f"method=emloc_anchored compression.ratio={ratio} compression.bits={bits} "
+            f"train.steps={STEPS} train.accumulate={ROWS_OF_STEP} "
+            f"anchor.rounds={ROUNDS} anchor.guard=0 anchor.places={_places(model)}"
+        ).split(),  # type: ignore[arg-type]
+    )
+    # Timed before the memory is limited, since a vision tower alone may need more.
+    alone = _forward_alone(model)
+    reset_memory(setup.device)
+    limit_device_memory(setup.device, gb * 1e9 / GIB)
+    weights = "in a checkpoint" if stored else "drawn while they are read"
+    what = (
+        f"build, {ROUNDS} rounds of {STEPS // ROUNDS} steps, save in {gb:g} GB; weights {weights}"
+    )
+    with tempfile.TemporaryDirectory() as name, HostMemoryPeak() as host:
+        folder, source, rate = Path(name), setup.source, 0.0
+        if stored:
+            write_checkpoint(source, folder / "checkpoint", setup.device)
+            files = sorted((folder / "checkpoint").glob("*.safetensors"))
+            rate = disk_rate(files)
+            drop_cached(files)
+            source = checkpoint_source(setup, folder / "checkpoint")
+        rows = _rows(setup, source)
+        reset_memory(setup.device)
+        try:
+            stages = _stages(setup, source, rows, Store(folder / "store"))
+        except StageError as error:
+            if not is_out_of_memory(error):
+                raise
+            yield row(benchmark, f"{what}: peak reserved", "GB", f"OOM in {error.stage}", most=gb)
+            return
+    facts = {stage.stage: stage.facts for stage in stages}
+    peaks = {
+        name: values["peak_gib"] * GIB / 1e9 if setup.is_full_size else nan
+        for name, values in facts.items()
+    }
+    most = gb if setup.is_full_size else None
+    yield row(benchmark, f"{what}: peak reserved", "GB", max(peaks.values()), most=most)
+    for name, values in facts.items():
+        yield row(benchmark, f"{name}: peak reserved", "GB", peaks[name])
+        yield row(benchmark, f"{name}: time", "s", values["seconds"])
+    for number, one in enumerate(rows.passes, 1):
+        yield from _pass_rows(benchmark, f"pass {number}", one, setup, rate, alone)
+    yield row(benchmark, f"step of {ROWS_OF_STEP} samples", "s", facts["train"]["step_seconds"])
+    yield row(benchmark, "host memory, anonymous, at most", "GiB", host.bytes / GIB)
+
+
+def _pass_rows(
+    benchmark: str,
+    name: str,
+    timed: tuple[float, int, int],
+    setup: BenchSetup,
+    rate: float,
+    alone: float,
+) -> Iterator[BenchRow]:
+    """Yield the seconds of a pass for each sample, beside those of its bytes and operations.
+
+    The target is that of the longest pass, over the rows of a round; others read as many bytes for
+    fewer rows. `rate` is that of the disk, 0 for weights that are drawn.
+    """
+    seconds, count, offsets = timed
+    source = setup.source
+    what = f"{name}, {count} rows of {setup.length} tokens: a sample"
+    sample = seconds / count
+    yield row(benchmark, f"{what}; the original's operations alone", "s", sample, peer=alone)
+    if rate:
+        nbytes = sum(source.sizes.values()) * source.dtype.itemsize
+        disk = nbytes / rate / count
+        is_target = setup.is_full_size and count == STEPS // ROUNDS * ROWS_OF_STEP
+        yield row(benchmark, f"{what}; its bytes over the disk's rate", "s", sample, peer=disk)
+        yield row(
+            *(benchmark, f"{what}; the larger of both", "s", sample),
+            peer=max(disk, alone),
+            least_ratio=1 / MOST_TIMES if is_target else None,
+        )
+    yield row(benchmark, f"{name}: offsets", "GB", offsets / 1e9)
+
+
+def _forward_alone(model: str) -> float:
+    """Return the seconds of the matrix operations of the original's forward pass over one sample.
+
+    Each is timed alone at its shape, of models with one and two decoder blocks. Every further block
+    adds what the second one does.
+    """
+
+    def seconds(depth: int) -> float:
+        setup = BenchSetup(model, (f"model.shape.text_config.num_hidden_layers={depth}",))
+        batch = {name: tensor.to(setup.device) for name, tensor in setup.batch(0).items()}
+        network = setup.source.load(setup.device)
+        operations = matrix_operations(partial(network, **batch, logits_to_keep=1))
+        return seconds_alone(operations, setup.device)
+
+    one, two = seconds(1), seconds(2)
+    depth: int = BenchSetup(model).source.config.get_text_config().num_hidden_layers
+    return one + (depth - 1) * (two - one)
+
+
+def _places(model: str) -> str:
+    """Return the number of places: the usual one, or both blocks of a small model."""
+    return "null" if BenchSetup(model).is_full_size else "2"
+
+
+def _rows(setup: BenchSetup, source: Source) -> TimedRows:
+    """Return the random rows of the training, with its places and rounds."""
+    anchor, recipe = setup.run_config.anchor, setup.run_config.train
+    assert anchor.anchors
+    start = setup.length - setup.answer
+    rows = [
+        KeyedRow(RandomRow(setup.length, seed, start), str(seed))
+        for seed in range(recipe.steps * ROWS_OF_STEP)
+    ]
+    decoder_blocks = block_stack(source)
+    return TimedRows(
+        anchor,
+        source,
+        anchor.find(source.meta_model, decoder_blocks),
+        list(by_block(block_linears(source))),
+        decoder_blocks,
+        rows,
+        [],
+        order_of(rows, recipe, setup.run_config.seed),
+        round_ends(recipe.steps, anchor.rounds),
+        lambda some: _batch(setup, some),
+        setup.run_config.budget.disk_gib,
+    )
+
+
+def _batch(setup: BenchSetup, rows: Sequence[RandomRow]) -> dict[str, Tensor]:
+    """Return a batch of random rows, all of one length, with labels on their answers."""
+    batches = [setup.labelled_batch(one.seed) for one in rows]
+    joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    return joined | {"logits_to_keep": batches[0]["logits_to_keep"]}
+
+
+def _stages(setup: BenchSetup, source: Source, rows: TimedRows, store: Store) -> list[Artifact]:
+    """Run the stages that build, train and recover, and return their artifacts."""
+    run_config, device = setup.run_config, setup.device
+    layers = run_config.model.compressible_layers(source)
+    ranks = run_config.emulator.plan(source, layers, run_config.compression)
+    samples = RandomSamples(setup, SAMPLES if setup.is_full_size else 2)
+    build_inputs = BuildInputs(ranks, None, samples, run_config.precision)  # type: ignore[arg-type]
+    emulated = store.stage(
+        "emulate",
+        run_config.emulator.build,
+        source,
+        build_inputs,
+        device=device,
+        limits=state_limits(run_config.budget),
+    )
+    built = BuiltEmulator(run_config.emulator, emulated, source, run_config.precision)
+    inputs = replace(setup.training_inputs, layers=tuple(run_config.model.adapted_layers(source)))
+    trained = store.stage("train", _fit, built, inputs, rows=rows, samples=samples, setup=setup)
+    recovered = store.stage("recover", recover, run_config.recovery, trained, built, device=device)
+    return [emulated, trained, recovered]
+
+
+def _fit(
+    folder: Path,
+    built: BuiltEmulator,
+    inputs: TrainingInputs,
+    *,
+    rows: TimedRows,
+    samples: RandomSamples,
+    setup: BenchSetup,
+) -> dict[str, Any]:
+    """Train in rounds, and return the facts of the training stage."""
+    run_config, emulator = setup.run_config, built.emulator
+    assert isinstance(emulator, Svd)
+    ranks = emulator.ranks(built.artifact.folder)
+    return rounds_of(
+        folder,
+        open_trainee(built, inputs, setup.device),
+        rows,
+        run_config.recovery,
+        None,
+        state_limits(run_config.budget),
+        ignore_log,
+        RandomRefit(rows, samples, ranks),  # type: ignore[arg-type]
+    ).run()
