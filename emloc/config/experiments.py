@@ -87,6 +87,17 @@ def split_sweep(overrides: Sequence[str], loader: ConfigLoader | None = None) ->
     return [list(run) for run in runs]
 
 
+def sweep_runs(words: Sequence[str]) -> list[list[str]]:
+    """Return the overrides of each run of a command line; there is one run without a sweep.
+
+    Words that cannot be read are those of one run, so that its composition says why.
+    """
+    try:
+        return split_sweep(words)
+    except HydraException:
+        return [[*words]]
+
+
 def points(path: Path) -> list[dict[str, str]]:
     """Return the grid points of an experiment's YAML file, each as setting -> value.
 

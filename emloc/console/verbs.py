@@ -11,6 +11,7 @@ from pathlib import Path
 
 from emloc.config.check import check_settings
 from emloc.config.compose import compose
+from emloc.config.experiments import sweep_runs
 from emloc.config.run_folder import is_run
 from emloc.errors import ConfigError
 from emloc.runtime.imports import exempt_imports
@@ -153,23 +154,33 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    cfg = compose(options.overrides)
-    check_settings(cfg)
+    runs = sweep_runs(options.overrides)
+    configs = [compose(run) for run in runs]
+    for cfg in configs:
+        check_settings(cfg)
 
     with exempt_imports():
         quiet()
         from emloc.cost.plan.gpus import find_gpu
         from emloc.cost.plan.here import disk_gib, host_gib
         from emloc.cost.plan.layout import StepShape
+        from emloc.cost.plan.sweep import plan_sweep
         from emloc.cost.plan.table import plan
         from emloc.stages.run_config import build
 
     if not 1 <= options.answer <= options.length:
         raise ConfigError(f"--answer {options.answer} of --length {options.length}: give 1 to all")
-    run_config = build(cfg)
+    machine = find_gpu(options.gpu), host_gib(options.host), disk_gib(options.disk)
+    run_configs = [build(cfg) for cfg in configs]
+    if len(runs) > 1:
+        common = set(runs[0]).intersection(*runs)
+        labels = [" ".join(word for word in run if word not in common) for run in runs]
+        several = list(zip(labels, run_configs, strict=True))
+        print(plan_sweep(several, options.length, options.answer, *machine))
+        return
+    (run_config,) = run_configs
     step = StepShape.of(run_config.train, options.length, options.answer)
-    host, disk = host_gib(options.host), disk_gib(options.disk)
-    print(plan(run_config, step, find_gpu(options.gpu), host, disk))
+    print(plan(run_config, step, *machine))
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:

@@ -60,6 +60,11 @@ class BuildInputs:
         """Bits of each kept weight, without the scales of a packed format."""
         return bits_of(self.precision)
 
+    @property
+    def sample_facts(self) -> dict[str, Any]:
+        """Facts of a build about the samples that it read: their ids."""
+        return {"samples": self.samples.ids} if self.samples else {}
+
 
 class Emulator(Part):
     """One method of building a small stand-in for the original model.

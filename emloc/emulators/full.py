@@ -59,7 +59,7 @@ class Full(Emulator):
         table = {layer: {"bits": build_inputs.bits} for layer in stored}
         write_packed(folder, source, packed, build_inputs, device=device, limits=limits)
         (folder / "layers.json").write_text(json.dumps(table, indent=1))
-        return size_facts(source, stored, build_inputs.precision)
+        return size_facts(source, stored, build_inputs.precision) | build_inputs.sample_facts
 
     def open(
         self,

@@ -169,7 +169,7 @@ class LayerDrop(Emulator):
         others = {n: c for n, c in source.sizes.items() if n.removesuffix(".weight") not in stored}
         removed = sum(_size(others, block) for block in dropped)
         facts = size_facts(source, stored, build_inputs.precision, removed)
-        return facts | {"dropped": len(dropped)}
+        return facts | {"dropped": len(dropped)} | build_inputs.sample_facts
 
     def targets(self, folder: Path, layers: Sequence[str]) -> list[str]:
         """Those of `layers` that are in the blocks at both ends."""

@@ -147,6 +147,19 @@ def test_a_plan_prints_only_a_table(emloc):
     assert len(lines) == 19
 
 
+def test_a_plan_of_a_sweep_has_a_row_for_each_run(emloc):
+    words = ("method=lora,qlora", "model=smollm2_135m", "train.learning_rate=1e-4,2e-4")
+    ran = emloc("plan", *words, "--gpu", "8GiB")
+    assert ran.code == 0, ran.output
+    lines = ran.out.splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:6]] == [
+        f"method={method} train.learning_rate={rate}"
+        for method in ("lora", "qlora")
+        for rate in ("0.0001", "0.0002")
+    ]
+    assert lines[-1].startswith("4 trainings take ")
+
+
 def test_a_plan_that_cannot_be_made_is_one_line_and_exit_code_2(emloc):
     ran = emloc("plan", "model=llama3_8b", "train.lean=false")
     assert ran.code == 2, ran.output

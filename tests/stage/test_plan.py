@@ -24,6 +24,7 @@ from emloc.cost.plan.gpus import GPUS, find_gpu
 from emloc.cost.plan.here import disk_gib, host_gib
 from emloc.cost.plan.layout import StepShape
 from emloc.cost.plan.solve import longest_step
+from emloc.cost.plan.sweep import plan_sweep, planned_run, repeated_seconds
 from emloc.cost.plan.table import HEADER, plan
 from emloc.cost.plan.trace import trace
 from emloc.emulators import BuildInputs
@@ -742,6 +743,56 @@ def test_gains_lie_between_those_that_were_measured():
     assert measured_gain(shared, 0.2) == own[1]  # only own factors were measured there
     assert measured_gain(replace(shared, bits=7), 0.25) is None
     assert measured_gain(Trained(False, 16), None) == pytest.approx(1, abs=1e-3)
+
+
+# A sweep ------------------------------------------------------------------------------------------
+
+
+def runs_of(*several):
+    return [
+        planned_run(words, cell_of(MIDDLE, *ANCHORED, *words.split()), 512, 64, GPUS["rtx3060"])
+        for words in several
+    ]
+
+
+def test_runs_of_one_emulator_share_its_build_and_the_first_pass():
+    runs = runs_of("train.learning_rate=1e-4", "train.learning_rate=2e-4 seed=1", "lora=r8")
+    cost = runs[0].row.cost
+    assert 0 < cost.first_pass_seconds < cost.pass_seconds
+    assert len({run.pass_key for run in runs}) == 1
+    assert repeated_seconds(runs) == pytest.approx(
+        2 * (cost.build_seconds + cost.first_pass_seconds)
+    )
+
+
+def test_runs_with_other_places_share_only_the_build_and_those_of_other_ratios_nothing():
+    places = runs_of("anchor.places=2", "anchor.places=3")
+    assert repeated_seconds(places) == pytest.approx(places[0].row.cost.build_seconds)
+    assert repeated_seconds(runs_of("compression=r25", "compression=r50")) == pytest.approx(0)
+
+
+def test_a_sweep_has_a_row_for_each_training():
+    several = [
+        ("method=zero_shot", "zero_shot"),
+        ("method=lora", "lora"),
+        ("method=qlora", "qlora"),
+    ]
+    runs = [(words, cell_of(MIDDLE, words)) for words, _ in several]
+    lines = plan_sweep(runs, 512, 64, find_gpu("rtx4090")).splitlines()
+    header, _, *rows = rows_of("\n".join(lines))
+    assert header == ["run", *HEADER[1:]]
+    assert [row[0] for row in rows] == ["method=lora", "method=qlora"]
+    alone = table_of(cell_of(MIDDLE), StepShape.of(runs[1][1].train, 512, 64))[0]
+    assert [row[1:] for row in rows] == [
+        list(alone[name].values())[1:] for name in ("lora", "qlora")
+    ]
+    assert lines[-1].startswith("2 trainings take ")
+    assert ", and 1 train nothing; " in lines[-1]
+
+
+def test_a_run_of_a_sweep_that_is_not_planned_is_named():
+    with pytest.raises(ConfigError, match=r"^method=upop: only trainings through the whole model"):
+        planned_run("", cell_of(MIDDLE, "method=upop"), 512, 64, GPUS["rtx4090"])
 
 
 # In a run -----------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def test_the_gradients_through_an_exact_emulator_are_the_original_s(tmp_path, so
     inputs = anchored.training_inputs(built)
     rows = anchored_rows(ANCHOR, source, inputs, disk_gib=1.0)
     refit = Refit(rows, anchored.samples(), dict.fromkeys(layers, 1))
-    trainee, encoded = open_trainee(built, inputs, anchored.CPU), refit._encoded()
+    trainee, encoded = open_trainee(built, inputs, anchored.CPU), refit.encoded()
     refit.rows.record(
         *(tmp_path / "offsets", Original(source.skeleton(), source)),
         Stretches(trainee.inner, refit.rows.places, ANCHOR.stored_as),

@@ -123,27 +123,30 @@ class AnchorPlan:
             host=max(cost.host, self.host),
             disk=cost.disk + first_round + self.disk,
             read=cost.read + self.reads * weight_bytes(self.source),
-            pass_seconds=self.seconds(layout, gpu),
+            pass_seconds=self.anchor.rounds * self._round_seconds(layout, gpu)
+            + self._last_seconds(layout, gpu),
+            first_pass_seconds=self._round_seconds(layout, gpu),
         )
 
-    def seconds(self, layout: TrainingLayout, gpu: Gpu) -> float:
-        """Estimate the time of all passes: the original's, the emulator's, and the offsets.
+    def _round_seconds(self, layout: TrainingLayout, gpu: Gpu) -> float:
+        """Estimate the time of a round's pass: the original's, the emulator's, and the offsets.
 
         A thread reads the next block of the original while the present one runs.
         """
-        original = replace(layout, ranks={}, groups=(), precision=None, streamed=False)
-        read = weight_bytes(self.source) / DISK
         recipe, length = self.recipe, self.step_shape.length
-        rows = recipe.steps * recipe.batch * recipe.accumulate
-        rounds, guard = self.anchor.rounds, self.anchor.guard
-        tokens = (rows / rounds + guard) * length
-        round_seconds = (
-            max(read, forward_seconds(original, tokens, gpu))
-            + forward_seconds(layout, tokens, gpu)
-            + rows / rounds * sum(self._row_tokens) * self._token_bytes / DISK
-        )
-        last = max(read, forward_seconds(original, guard * length, gpu)) if guard else 0.0
-        return rounds * round_seconds + last
+        rows = recipe.steps * recipe.batch * recipe.accumulate / self.anchor.rounds
+        tokens = (rows + self.anchor.guard) * length
+        original = forward_seconds(_whole(layout), tokens, gpu)
+        offsets = rows * sum(self._row_tokens) * self._token_bytes
+        reading = weight_bytes(self.source) / DISK
+        return max(reading, original) + forward_seconds(layout, tokens, gpu) + offsets / DISK
+
+    def _last_seconds(self, layout: TrainingLayout, gpu: Gpu) -> float:
+        """Estimate the time of the last pass, which only measures the guard's loss."""
+        tokens = self.anchor.guard * self.step_shape.length
+        if not tokens:
+            return 0.0
+        return max(weight_bytes(self.source) / DISK, forward_seconds(_whole(layout), tokens, gpu))
 
     def lines(self) -> list[str]:
         """Return what a user has to know before anything is computed, in sentences."""
@@ -188,6 +191,11 @@ def anchor_plan(run_config: RunConfig, source: Source, step_shape: StepShape) ->
 def with_offsets(step_shape: StepShape, anchors: AnchorPlan | None) -> StepShape:
     """Return the shape of a step that has the offsets of its batch on the device."""
     return replace(step_shape, offsets=anchors.batch_offsets if anchors else 0)
+
+
+def _whole(layout: TrainingLayout) -> TrainingLayout:
+    """Return the layout of the original itself."""
+    return replace(layout, ranks={}, groups=(), precision=None, streamed=False)
 
 
 def _places(places: list[Place]) -> str:

@@ -47,6 +47,7 @@ class TrainingCost:
     build_seconds: float  # time to calibrate and build the emulator
     step_seconds: float  # time of one optimizer step
     pass_seconds: float = 0.0  # time of all passes of the original
+    first_pass_seconds: float = 0.0  # of them, time of the first, which runs of a sweep share
     polish_seconds: float = 0.0  # time of the exact steps behind the training
 
     def seconds(self, steps: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import yaml
 
@@ -23,6 +24,10 @@ from emloc.cost.plan.gains import Trained, measured_gain
 from emloc.cost.plan.gpus import Gpu
 from emloc.cost.plan.layout import StepShape, TrainingLayout
 from emloc.cost.plan.trace import TraceResult
+from emloc.emulators.full import Full
+from emloc.emulators.offload import Offload
+from emloc.emulators.svd import Svd
+from emloc.errors import ConfigError
 from emloc.precision import Precision, bits_of
 from emloc.stages.polishing.exact_steps import ExactSteps
 from emloc.stages.run_config import RunConfig, formats
@@ -70,7 +75,9 @@ class _Training:
         own, rows = self.shape, self.shape.batch * self.shape.accumulate
         for count in range(self.least_accumulate, rows + 1):
             if rows % count == 0:
-                shape = replace(own, batch=rows // count, accumulate=count)
+                batch = rows // count
+                offsets = own.offsets * batch // own.batch
+                shape = replace(own, batch=batch, accumulate=count, offsets=offsets)
                 need = self.need(precision, shape)
                 if need.peak <= usable_bytes(limit_gib):
                     return shape, need
@@ -85,97 +92,129 @@ class _Training:
         )
 
 
-def plan_rows(
-    run_config: RunConfig,
-    full_layout: TrainingLayout,
-    step_shape: StepShape,
-    gpu: Gpu,
-    limit_gib: float,
-    anchors: AnchorPlan | None,
-) -> Iterator[PlanRow]:
-    """Yield the rows of LoRA, offloading and EMLoC in the model's dtype and in each packed format.
+@dataclass(frozen=True)
+class Planner:
+    """What all rows of a plan have in common."""
 
-    With anchors, each emulator has a further row. Where a step of the run does not fit into the
-    device, it is divided into more passes. Offloading has as few passes as fit, since its blocks
-    come once for each pass.
+    run_config: RunConfig
+    full_layout: TrainingLayout  # the original model
+    step_shape: StepShape  # a step of the run
+    gpu: Gpu
+    limit_gib: float  # device memory that a training may take
+    anchors: AnchorPlan | None  # those of the run, if it has some
 
-    Args:
-        run_config: settings of the run.
-        full_layout: the original model.
-        step_shape: a step of the run.
-        gpu: the GPU to plan for.
-        limit_gib: device memory that a training may take.
-        anchors: those of the run, if it has some.
-    """
-    shared = factors_of(run_config).shared
-    offload = _offload(full_layout, step_shape)
-    polish = exact_steps_of(run_config, offload, gpu, limit_gib)
-    for training in (
-        _Training("lora", None, full_layout, step_shape, step_shape.accumulate),
-        offload,
-        _factors(run_config, full_layout, step_shape),
-    ):
-        for precision in (None, *formats(run_config.precision)):
-            layout = replace(training.layout, precision=precision)
-            shape, need = training.fitting(precision, limit_gib)
-            samples = run_config.calibration.samples
-            cost = cost_of(layout, shape, need.operations, gpu, samples, run_config.budget)
-            name = _method_label(training.method, precision)
-            is_factorised = training.ratio is not None
-            is_original = not is_factorised and (precision is None or layout.streamed)
-            kind = Trained(
-                is_factorised, bits_of(precision), shared=shared if is_factorised else "none"
+    def rows(self) -> Iterator[PlanRow]:
+        """Yield the rows of LoRA, offloading and EMLoC, in the model's dtype and packed.
+
+        With anchors, each emulator has a further row. Where a step of the run does not fit into the
+        device, it is divided into more passes. Offloading has as few passes as fit, since its
+        blocks come once for each pass.
+        """
+        for training in (self._whole, self._offload, self._factors):
+            for precision in (None, *formats(self.run_config.precision)):
+                yield self._row(training, precision, anchored=False)
+                if self.anchors and not self._is_original(training, precision):
+                    yield self._row(training, precision, anchored=True)
+
+    def own_row(self) -> PlanRow:
+        """Return the row of the run itself.
+
+        Raises:
+            ConfigError: its emulator is not planned.
+        """
+        emulator = self.run_config.emulator
+        by_class = {Full: self._whole, Offload: self._offload, Svd: self._factors}
+        training = by_class.get(type(emulator))
+        if training is None:
+            raise ConfigError(
+                f"method={self.run_config.method}: only trainings through the whole model or "
+                "through factors are planned; set method=lora, offload or emloc"
             )
-            steps = None if is_original else polish
-            label = name + _passes_label(shape, step_shape)
-            alone = replace(kind, corrected=is_factorised)  # as method=emloc does
-            yield _row(run_config, training, alone, label, need, cost, steps)
-            if anchors and not is_original:
-                with_anchors = replace(training, shape=with_offsets(step_shape, anchors))
-                shape, need = with_anchors.fitting(precision, limit_gib)
-                cost = cost_of(layout, shape, need.operations, gpu, samples, run_config.budget)
-                cost = anchors.added_to(cost, layout, gpu)
-                name = _anchored_label(name, training.method, precision, anchors)
-                label = name + _passes_label(shape, step_shape)
-                anchored = replace(kind, anchored=True)
-                yield _row(run_config, training, anchored, label, need, cost, polish)
+        return self._row(training, self.run_config.precision, anchored=self.anchors is not None)
 
+    @cached_property
+    def exact_steps(self) -> TrainingCost | None:
+        """Cost of a training by offloading as `polish` trains; None if the run does not polish."""
+        if not isinstance(self.run_config.polish, ExactSteps):
+            return None
+        shape, need = self._offload.fitting(None, self.limit_gib)
+        return self._cost(self._offload.layout, shape, need, samples=0)
 
-def exact_steps(
-    run_config: RunConfig,
-    full_layout: TrainingLayout,
-    step_shape: StepShape,
-    gpu: Gpu,
-    limit_gib: float,
-) -> TrainingCost | None:
-    """Return the cost of a training by offloading as `polish` trains; None if it does not."""
-    return exact_steps_of(run_config, _offload(full_layout, step_shape), gpu, limit_gib)
+    @cached_property
+    def _whole(self) -> _Training:
+        return _Training(
+            "lora", None, self.full_layout, self.step_shape, self.step_shape.accumulate
+        )
 
+    @cached_property
+    def _offload(self) -> _Training:
+        """The training by offloading, whose blocks leave before the backward pass."""
+        shape = replace(self.step_shape, checkpointing=True)
+        return _Training("offload", None, replace(self.full_layout, streamed=True), shape, 1)
 
-def exact_steps_of(
-    run_config: RunConfig, offload: _Training, gpu: Gpu, limit_gib: float
-) -> TrainingCost | None:
-    """Return the cost of the training `offload` if the run polishes by exact steps, else None."""
-    if not isinstance(run_config.polish, ExactSteps):
-        return None
-    shape, need = offload.fitting(None, limit_gib)
-    return cost_of(offload.layout, shape, need.operations, gpu, 0, run_config.budget)
+    @cached_property
+    def _factors(self) -> _Training:
+        """The training through factors at the ratio of the run, or at the default one."""
+        compression = self.run_config.compression
+        budget = Compression(compression.ratio or DEFAULT_RATIO, compression.of, MODEL_BITS)
+        layout = compressed_layout(self.full_layout, self.run_config, budget)
+        return _Training("emloc", budget.ratio, layout, self.step_shape, self.step_shape.accumulate)
 
+    @staticmethod
+    def _is_original(training: _Training, precision: Precision | None) -> bool:
+        """Whether it trains the original itself, so that anchors and exact steps add nothing."""
+        return training.ratio is None and (precision is None or training.layout.streamed)
 
-def _factors(
-    run_config: RunConfig, full_layout: TrainingLayout, step_shape: StepShape
-) -> _Training:
-    """Return the training through factors at the ratio of the run, or at the default one."""
-    compression = run_config.compression
-    budget = Compression(compression.ratio or DEFAULT_RATIO, compression.of, MODEL_BITS)
-    layout = compressed_layout(full_layout, run_config, budget)
-    return _Training("emloc", budget.ratio, layout, step_shape, step_shape.accumulate)
+    def _row(self, training: _Training, precision: Precision | None, *, anchored: bool) -> PlanRow:
+        """Return the row of a training in a packed format, with the anchors of the run or without.
 
+        The exact steps of the run are behind every training but that of the original.
+        """
+        layout = replace(training.layout, precision=precision)
+        name = _method_label(training.method, precision)
+        anchors = self.anchors if anchored else None
+        if anchors is not None:
+            shape = with_offsets(training.shape, anchors)
+            training = replace(training, shape=shape)
+            name = _anchored_label(name, training.method, precision, anchors)
+        shape, need = training.fitting(precision, self.limit_gib)
+        cost = self._cost(layout, shape, need, self.run_config.calibration.samples)
+        if anchors is not None:
+            cost = anchors.added_to(cost, layout, self.gpu)
+        is_factorised = training.ratio is not None
+        gain = measured_gain(
+            Trained(
+                is_factorised,
+                bits_of(precision),
+                anchored=anchored,
+                shared=factors_of(self.run_config).shared if is_factorised else "none",
+                corrected=is_factorised and not anchored,  # as method=emloc does
+            ),
+            training.ratio,
+        )
+        if self.exact_steps is not None and not self._is_original(training, precision):
+            cost, gain = self._polished(cost), None  # the gain was not measured
+        label = name + _passes_label(shape, self.step_shape)
+        seconds = cost.seconds(self.run_config.train.steps)
+        return PlanRow(label, training.ratio, bits_of(precision), need, cost, seconds, gain)
 
-def _offload(full_layout: TrainingLayout, step_shape: StepShape) -> _Training:
-    """Return the training by offloading, whose blocks leave before the backward pass."""
-    shape = replace(step_shape, checkpointing=True)
-    return _Training("offload", None, replace(full_layout, streamed=True), shape, 1)
+    def _cost(
+        self, layout: TrainingLayout, shape: StepShape, need: MemoryNeed, samples: int
+    ) -> TrainingCost:
+        budget = self.run_config.budget
+        return cost_of(layout, shape, need.operations, self.gpu, samples, budget)
+
+    def _polished(self, cost: TrainingCost) -> TrainingCost:
+        """Return the cost of a training with the exact steps behind it."""
+        steps, polish = self.exact_steps, self.run_config.polish
+        assert steps is not None
+        assert isinstance(polish, ExactSteps)
+        return replace(
+            cost,
+            polish_seconds=steps.load_seconds + polish.steps * steps.step_seconds,
+            read=cost.read + weight_bytes(self.full_layout.source),
+            host=max(cost.host, steps.host),
+        )
 
 
 def _passes_label(shape: StepShape, own_shape: StepShape) -> str:
@@ -183,28 +222,6 @@ def _passes_label(shape: StepShape, own_shape: StepShape) -> str:
     if shape.accumulate == own_shape.accumulate:
         return ""
     return f" train.batch={shape.batch} train.accumulate={shape.accumulate}"
-
-
-def _row(
-    run_config: RunConfig,
-    training: _Training,
-    kind: Trained,
-    label: str,
-    need: MemoryNeed,
-    cost: TrainingCost,
-    polish: TrainingCost | None,
-) -> PlanRow:
-    """Return a row, with the exact steps behind the training if there are some."""
-    gain = measured_gain(kind, training.ratio)
-    if polish is not None:
-        assert isinstance(run_config.polish, ExactSteps)
-        seconds = polish.load_seconds + run_config.polish.steps * polish.step_seconds
-        read = cost.read + weight_bytes(training.layout.source)
-        host = max(cost.host, polish.host)
-        cost = replace(cost, polish_seconds=seconds, read=read, host=host)
-        gain = None  # not measured
-    seconds = cost.seconds(run_config.train.steps)
-    return PlanRow(label, training.ratio, kind.bits, need, cost, seconds, gain)
 
 
 def _method_label(method: str, precision: Precision | None) -> str:

@@ -17,7 +17,7 @@ from emloc.cost.plan.fit import (
 from emloc.cost.plan.gains import ORIGIN
 from emloc.cost.plan.gpus import Gpu
 from emloc.cost.plan.layout import StepShape, TrainingLayout
-from emloc.cost.plan.rows import PlanRow, exact_steps, plan_rows
+from emloc.cost.plan.rows import Planner, PlanRow
 from emloc.errors import ConfigError
 from emloc.report.markdown_table import markdown_table
 from emloc.runtime.memory import GIB
@@ -28,6 +28,11 @@ HEADER = (
     *("method", "ratio", "bits", "weights", "adapter", "activations", "peak GiB", "fits"),
     *("host GiB", "disk GiB", "read GiB", "build s", "passes s", "step s", "hours", "gain"),
 )
+
+
+def header_of(first: str) -> tuple[str, ...]:
+    """Return `HEADER` with another name of the first column."""
+    return (first, *HEADER[1:])
 
 
 def plan(
@@ -58,19 +63,20 @@ def plan(
     require_plannable(run_config.model, source)
     anchors = anchor_plan(run_config, source, step_shape)
     full_layout = layout_of(run_config, source, None, None)
-    rows = list(plan_rows(run_config, full_layout, step_shape, gpu, limit, anchors))
-    table = markdown_table(HEADER, [_cells(row, machine) for row in rows])
+    planner = Planner(run_config, full_layout, step_shape, gpu, limit, anchors)
+    rows = list(planner.rows())
+    table = markdown_table(HEADER, [cells_of(row, machine) for row in rows])
     lines = [
-        *_notes(run_config, step_shape, machine),
+        *notes_of(run_config, step_shape, machine),
         *(anchors.lines() if anchors else []),
-        *_polish_lines(run_config, full_layout, step_shape, gpu, limit),
+        *_polish_lines(planner),
         _auto_line(run_config, full_layout, with_offsets(step_shape, anchors)),
         advice(rows, machine, run_config.train.steps),
     ]
     return "\n".join([table, "", *lines])
 
 
-def _notes(run_config: RunConfig, step_shape: StepShape, machine: Machine) -> list[str]:
+def notes_of(run_config: RunConfig, step_shape: StepShape, machine: Machine) -> list[str]:
     """Return what the columns mean, and what is planned for."""
     passes = f"{step_shape.accumulate} x " if step_shape.accumulate > 1 else ""
     bounds = [f"{machine.gpu:g} GiB of the GPU with {RESERVE:.0%} to spare"]
@@ -85,7 +91,7 @@ def _notes(run_config: RunConfig, step_shape: StepShape, machine: Machine) -> li
     ]
 
 
-def _cells(row: PlanRow, machine: Machine) -> list[str]:
+def cells_of(row: PlanRow, machine: Machine) -> list[str]:
     """Format a row for the columns of `HEADER`; sizes are in GiB."""
     need, cost = row.need, row.cost
     adapter = need.adapter + need.scratch
@@ -108,23 +114,16 @@ def _cells(row: PlanRow, machine: Machine) -> list[str]:
     ]
 
 
-def _polish_lines(
-    run_config: RunConfig,
-    full_layout: TrainingLayout,
-    step_shape: StepShape,
-    gpu: Gpu,
-    limit_gib: float,
-) -> list[str]:
+def _polish_lines(planner: Planner) -> list[str]:
     """Return a line about the exact steps behind a training, if the run has some."""
-    cost = exact_steps(run_config, full_layout, step_shape, gpu, limit_gib)
+    cost, polish = planner.exact_steps, planner.run_config.polish
     if cost is None:
         return []
-    assert isinstance(run_config.polish, ExactSteps)
-    steps = run_config.polish.steps
+    assert isinstance(polish, ExactSteps)
     return [
-        f"polish=exact_steps: {steps} steps on the original take "
-        f"{cost.load_seconds + steps * cost.step_seconds:.0f} s and {cost.host / GIB:.3g} GiB of "
-        "host memory, which the rows of emulators contain"
+        f"polish=exact_steps: {polish.steps} steps on the original take "
+        f"{cost.load_seconds + polish.steps * cost.step_seconds:.0f} s and "
+        f"{cost.host / GIB:.3g} GiB of host memory, which the rows of emulators contain"
     ]
 
 

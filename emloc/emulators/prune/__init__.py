@@ -184,7 +184,7 @@ class Prune(Emulator):
             "share_of_linears": round(1 - (prunable - remaining) / _parameters(layers), 4),
             "whole": _unpruned_layers(units, layers),
         }
-        return facts | ({"samples": build_inputs.samples.ids} if build_inputs.samples else {})
+        return facts | build_inputs.sample_facts
 
     def _scores(
         self,

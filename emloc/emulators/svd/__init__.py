@@ -189,7 +189,7 @@ class Svd(Emulator):
         (folder / "layers.json").write_text(f"{{\n{lines}\n}}\n")
         stored = stored_shapes(source, ranks, self.groups(source, ranks))
         facts = size_facts(source, stored, build_inputs.precision)
-        return facts | ({"samples": build_inputs.samples.ids} if build_inputs.samples else {})
+        return facts | build_inputs.sample_facts
 
     def _factors(
         self,

@@ -1,0 +1,117 @@
+"""Table of the memory and time of each run of a sweep, in which shared work counts once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from emloc.cost.plan.advice import Machine, hours
+from emloc.cost.plan.anchors import anchor_plan
+from emloc.cost.plan.fit import layout_of, refuse_unplanned, require_plannable
+from emloc.cost.plan.gpus import Gpu
+from emloc.cost.plan.layout import StepShape
+from emloc.cost.plan.rows import Planner, PlanRow
+from emloc.cost.plan.table import cells_of, header_of, notes_of
+from emloc.report.markdown_table import markdown_table
+from emloc.runtime.digest import digest
+from emloc.runtime.keys import key_of
+from emloc.stages.run_config import RunConfig
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a sweep: the overrides that only some runs have, and its row."""
+
+    overrides: str
+    run_config: RunConfig
+    row: PlanRow
+
+    @property
+    def build_key(self) -> str:
+        """Key of the emulator: runs with the same key share its build."""
+        config = self.run_config
+        parts = (config.model, config.emulator, config.compression, config.precision)
+        samples = (config.calibration, config.task.key)
+        return digest([*(key_of(part) for part in (*parts, samples[0])), samples[1]])
+
+    @property
+    def pass_key(self) -> str:
+        """Key of the first round's offsets: they depend on no adapter, rate or seed."""
+        anchor = self.run_config.anchor
+        return digest([self.build_key, anchor.offsets_key if anchor.anchors else None])
+
+
+def plan_sweep(
+    runs: Sequence[tuple[str, RunConfig]],
+    length: int,
+    answer: int,
+    gpu: Gpu,
+    host_gib: float = float("inf"),
+    disk_gib: float = float("inf"),
+) -> str:
+    """Return a table in Markdown with a row for each run, and the time of all runs together.
+
+    Args:
+        runs: the overrides that only some runs have, and the settings of each run.
+        length: tokens of a sample.
+        answer: answer tokens among them.
+        gpu: the GPU to plan for; `budget.gpu_gib` replaces its memory.
+        host_gib: host memory of the machine.
+        disk_gib: free disk of the machine.
+
+    Raises:
+        ConfigError: the training of a run cannot be planned.
+    """
+    planned = [
+        planned_run(overrides, config, length, answer, gpu)
+        for overrides, config in runs
+        if config.adapter.trains
+    ]
+    first = runs[0][1]
+    machine = Machine(first.budget.gpu_gib or gpu.memory_gib, host_gib, disk_gib)
+    table = markdown_table(
+        header_of("run"), [[run.overrides, *cells_of(run.row, machine)[1:]] for run in planned]
+    )
+    shape = StepShape.of(first.train, length, answer)
+    return "\n".join([table, "", *notes_of(first, shape, machine), _total(planned, len(runs))])
+
+
+def planned_run(
+    overrides: str, run_config: RunConfig, length: int, answer: int, gpu: Gpu
+) -> PlannedRun:
+    """Return a run with its row.
+
+    Raises:
+        ConfigError: its training cannot be planned.
+    """
+    refuse_unplanned(run_config.model, "model=smollm2_135m")
+    source = run_config.model.shape_source()
+    require_plannable(run_config.model, source)
+    shape = StepShape.of(run_config.train, length, answer)
+    planner = Planner(
+        run_config,
+        layout_of(run_config, source, None, None),
+        shape,
+        gpu,
+        run_config.budget.gpu_gib or gpu.memory_gib,
+        anchor_plan(run_config, source, shape),
+    )
+    return PlannedRun(overrides, run_config, planner.own_row())
+
+
+def repeated_seconds(planned: Sequence[PlannedRun]) -> float:
+    """Return the time of builds and first passes that other runs have computed already."""
+    builds = {run.build_key: run.row.cost.build_seconds for run in planned}
+    passes = {run.pass_key: run.row.cost.first_pass_seconds for run in planned}
+    every = sum(run.row.cost.build_seconds + run.row.cost.first_pass_seconds for run in planned)
+    return every - sum(builds.values()) - sum(passes.values())
+
+
+def _total(planned: Sequence[PlannedRun], count: int) -> str:
+    """Return the time of all runs, one after the other, in a sentence."""
+    alone, repeated = sum(run.row.seconds for run in planned), repeated_seconds(planned)
+    untrained = f", and {count - len(planned)} train nothing" if count > len(planned) else ""
+    return (
+        f"{len(planned)} trainings take {hours(alone - repeated)} one after the other{untrained}; "
+        f"builds and first passes that they share are counted once, which is {hours(repeated)} less"
+    )
