@@ -790,6 +790,16 @@ def test_a_sweep_has_a_row_for_each_training():
     assert ", and 1 train nothing; " in lines[-1]
 
 
+def test_the_gain_of_a_run_is_that_of_its_recovery():
+    runs = [
+        planned_run(
+            "", cell_of(MIDDLE, f"method={method}", "compression=r50"), 512, 64, GPUS["l40s"]
+        )
+        for method in ("emloc", "emloc_uncorrected")
+    ]
+    assert 0.5 < runs[0].row.gain < runs[1].row.gain < 0.8
+
+
 def test_a_run_of_a_sweep_that_is_not_planned_is_named():
     with pytest.raises(ConfigError, match=r"^method=upop: only trainings through the whole model"):
         planned_run("", cell_of(MIDDLE, "method=upop"), 512, 64, GPUS["rtx4090"])

@@ -102,6 +102,7 @@ class Planner:
     gpu: Gpu
     limit_gib: float  # device memory that a training may take
     anchors: AnchorPlan | None  # those of the run, if it has some
+    corrects: bool = True  # whether factors without anchors are corrected, as in method=emloc
 
     def rows(self) -> Iterator[PlanRow]:
         """Yield the rows of LoRA, offloading and EMLoC, in the model's dtype and packed.
@@ -188,7 +189,7 @@ class Planner:
                 bits_of(precision),
                 anchored=anchored,
                 shared=factors_of(self.run_config).shared if is_factorised else "none",
-                corrected=is_factorised and not anchored,  # as method=emloc does
+                corrected=is_factorised and not anchored and self.corrects,
             ),
             training.ratio,
         )

@@ -12,6 +12,7 @@ from emloc.cost.plan.gpus import Gpu
 from emloc.cost.plan.layout import StepShape
 from emloc.cost.plan.rows import Planner, PlanRow
 from emloc.cost.plan.table import cells_of, header_of, notes_of
+from emloc.recovery.correction import Correction
 from emloc.report.markdown_table import markdown_table
 from emloc.runtime.digest import digest
 from emloc.runtime.keys import key_of
@@ -95,6 +96,7 @@ def planned_run(
         gpu,
         run_config.budget.gpu_gib or gpu.memory_gib,
         anchor_plan(run_config, source, shape),
+        corrects=isinstance(run_config.recovery, Correction),
     )
     return PlannedRun(overrides, run_config, planner.own_row())
 

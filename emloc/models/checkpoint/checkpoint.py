@@ -13,6 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from emloc.errors import ConfigError, one_line
 from emloc.models.checkpoint.files import StoredTensor, has_weight_files
@@ -150,7 +151,8 @@ class Checkpoint:
         """
         config = copy.deepcopy(config)  # the trainer changes the configuration of its model
         try:
-            with init_empty_weights(include_buffers=False):
+            # Random numbers on the meta device would take most of the time.
+            with init_empty_weights(include_buffers=False), no_init_weights():
                 model = self.auto.from_config(config, dtype=self.dtype)
         except ValueError as error:
             raise ConfigError(
