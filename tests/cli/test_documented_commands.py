@@ -81,7 +81,8 @@ def test_a_verb_takes_its_arguments(words, parse, plugin):
     chosen = parse(words)
     if words[0] == "plan":
         find_gpu(chosen.gpu)
-        build(compose_cached(chosen.overrides))
+        for point in split_sweep(chosen.overrides):
+            build(compose_cached(point))
     if words[0] == "bench":
         assert set(chosen.works) <= set(BENCHMARKS)
 

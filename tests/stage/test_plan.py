@@ -16,6 +16,7 @@ from emloc.anchors.none import NoAnchor
 from emloc.config.paths import CONF
 from emloc.config.run_folder import folder_name
 from emloc.cost.expected_memory import planned_peak
+from emloc.cost.plan.advice import Machine, advice, settings_of
 from emloc.cost.plan.anchors import anchor_plan, with_offsets
 from emloc.cost.plan.cost import cost_of
 from emloc.cost.plan.fit import RESERVE, WORKSPACE, layout_of, need_of, solve_compression
@@ -23,6 +24,7 @@ from emloc.cost.plan.gains import Trained, measured_gain
 from emloc.cost.plan.gpus import GPUS, find_gpu
 from emloc.cost.plan.here import disk_gib, host_gib
 from emloc.cost.plan.layout import StepShape
+from emloc.cost.plan.rows import Planner
 from emloc.cost.plan.solve import longest_step
 from emloc.cost.plan.sweep import plan_sweep, planned_run, repeated_seconds
 from emloc.cost.plan.table import HEADER, plan
@@ -662,18 +664,23 @@ def test_a_step_that_does_not_fit_is_divided_into_more_passes():
 
 def test_what_host_memory_or_disk_is_too_small_for_does_not_fit():
     run_config = cell_of(MIDDLE, "train.steps=5")
-    rows, lines = table_of(run_config)
-    assert {row["fits"] for row in rows.values()} == {"yes"}
-    assert lines[-1].startswith("recommended: method=lora, about ")
-    host, disk = (max(float(row[name]) for row in rows.values()) for name in HEADER[8:10])
-    rows, lines = table_of(run_config, host_gib=host - 0.1)
-    assert {row["fits"] for row in rows.values()} == {"yes", "no: host"}
-    assert f"{host - 0.1:.3g} GiB of host memory" in lines[-4]
-    rows, _ = table_of(run_config, disk_gib=disk - 0.1)
-    assert {row["fits"] for row in rows.values()} == {"yes", "no: disk"}
-    rows, lines = table_of(run_config, host_gib=0.1)
-    assert {row["fits"] for row in rows.values()} == {"no: host"}
-    assert lines[-1].startswith("recommended: nothing, since no method fits; ")
+    layout = layout_of(run_config, shaped(run_config), None, None)
+    rows = list(Planner(run_config, layout, WORK, find_gpu("rtx4090"), 24, None).rows())
+    host, disk = (max(getattr(row.cost, name) for row in rows) / GIB for name in ("host", "disk"))
+
+    def lacking(gpu, host, disk):
+        return {Machine(gpu, host, disk).lacks(row) for row in rows}
+
+    assert lacking(24, host, disk) == {None}
+    assert lacking(24, host * 0.999, disk) == {None, "host"}
+    assert lacking(24, host, disk * 0.999) == {None, "disk"}
+    assert lacking(0.1, 0.1, 0.1) == {"GPU"}
+    every = Machine(24, host, disk)
+    assert advice(rows, every, 5).startswith("recommended: method=lora, about ")
+    none = advice(rows, Machine(24, 0.1, disk), 5)
+    assert none.startswith("recommended: nothing, since no method fits; ")
+    fits = [row for row in rows if row.gain is not None and row.gain < 0.9]
+    assert "has kept most of LoRA's gain, but less than 0.95 of it" in advice(fits, every, 5)
 
 
 def test_the_recommended_method_is_the_fastest_with_enough_gain_among_those_that_fit():
@@ -695,6 +702,22 @@ def test_the_recommended_method_is_the_fastest_with_enough_gain_among_those_that
     assert float(rows["emloc_anchored"]["read GiB"]) > float(rows["emloc"]["read GiB"])
     assert float(rows["emloc_anchored"]["hours"]) >= float(rows["emloc"]["hours"])
     assert rows["emloc"]["passes s"] == ""
+
+
+def test_the_settings_of_each_row_compose():
+    run_config = cell_of(MIDDLE, *ANCHORED)
+    source = shaped(run_config)
+    layout, anchors = (
+        layout_of(run_config, source, None, None),
+        anchor_plan(run_config, source, WORK),
+    )
+    rows = Planner(run_config, layout, WORK, find_gpu("rtx4090"), 24, anchors).rows()
+    for row in rows:
+        words = settings_of(row).split()
+        own = build(compose_cached(["model=llama3_8b", "tracker=none", *words]))
+        assert own.compression.bits == row.bits
+        assert own.anchor.anchors == ("anchor" in row.method)
+        assert row.ratio is None or own.compression.ratio == row.ratio
 
 
 def test_exact_steps_behind_the_training_are_in_the_rows_of_emulators():

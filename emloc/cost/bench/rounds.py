@@ -88,7 +88,7 @@ def anchored_rounds(
         (
             f"method=emloc_anchored compression.ratio={ratio} compression.bits={bits} "
             f"train.steps={STEPS} train.accumulate={ROWS_OF_STEP} "
-            f"anchor.rounds={ROUNDS} anchor.guard=0 anchor.places={_places(model)}"
+            f"anchor.rounds={ROUNDS} anchor.guard=0 {_small_size(model)}"
         ).split(),  # type: ignore[arg-type]
     )
     # Timed before the memory is limited, since a vision tower alone may need more.
@@ -182,9 +182,11 @@ def _forward_alone(model: str) -> float:
     return one + (depth - 1) * (two - one)
 
 
-def _places(model: str) -> str:
-    """Return the number of places: the usual one, or both blocks of a small model."""
-    return "null" if BenchSetup(model).is_full_size else "2"
+def _small_size(model: str) -> str:
+    """Return settings for a model of two blocks; none for one of full size."""
+    if BenchSetup(model).is_full_size:
+        return ""
+    return f"anchor.places=2 train.steps={2 * ROUNDS} train.accumulate=2"
 
 
 def _rows(setup: BenchSetup, source: Source) -> TimedRows:
@@ -194,7 +196,7 @@ def _rows(setup: BenchSetup, source: Source) -> TimedRows:
     start = setup.length - setup.answer
     rows = [
         KeyedRow(RandomRow(setup.length, seed, start), str(seed))
-        for seed in range(recipe.steps * ROWS_OF_STEP)
+        for seed in range(recipe.steps * recipe.accumulate)
     ]
     decoder_blocks = block_stack(source)
     return TimedRows(
