@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from emloc.cost.bench.rows import BenchRow, row
 from emloc.cost.bench.setting import time_call
 
 # Names in torch of the operations that take their time for arithmetic on matrices.
@@ -30,6 +31,8 @@ _MATRIX_OPERATIONS = {
     *("cholesky_solve", "linalg_solve_triangular"),
 }
 _REPEATS = 3  # calls that are timed together
+# Target: the time of a build or a pass over the larger of the disk's and the arithmetic's.
+MOST_TIMES = 1.25
 # Reads that a disk answers at once, and bytes of each.
 _READS, _CHUNK = 8, 16 * 2**20
 
@@ -116,6 +119,38 @@ def matrix_operations(work: Callable[[], object]) -> Operations:
 def seconds_alone(operations: Operations, device: torch.device) -> float:
     """Return the seconds of all operations, each timed alone at its shape."""
     return sum(count * operation.seconds(device) for operation, count in operations.items())
+
+
+def bounded_rows(
+    benchmark: str,
+    what: str,
+    seconds: float,
+    disk: float,
+    alone: float,
+    *,
+    whose: str = "its",
+    is_target: bool,
+) -> Iterator[BenchRow]:
+    """Yield the time of some work beside its bounds.
+
+    Args:
+        benchmark: its name.
+        what: the work.
+        seconds: the time of it.
+        disk: seconds of its bytes at the rate of the disk.
+        alone: seconds of its operations, each timed alone.
+        whose: the owner of these operations, if that is only a part of the work.
+        is_target: whether the time may be at most `MOST_TIMES` the larger bound.
+    """
+    least = 1 / MOST_TIMES if is_target else None
+    for bound, peer, least_ratio in (
+        ("its bytes over the disk's rate", disk, None),
+        (f"{whose} operations alone", alone, None),
+        ("the larger of both", max(disk, alone), least),
+    ):
+        yield row(
+            *(benchmark, f"{what}, and {bound}", "s", seconds), peer=peer, least_ratio=least_ratio
+        )
 
 
 def drop_cached(files: Sequence[Path]) -> None:

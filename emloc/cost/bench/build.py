@@ -8,6 +8,7 @@ from pathlib import Path
 
 from emloc.cost.bench.bound import (
     Operations,
+    bounded_rows,
     disk_rate,
     drop_cached,
     matrix_operations,
@@ -19,9 +20,6 @@ from emloc.cost.bench.setting import BenchSetup, reset_memory, time_call
 from emloc.runtime.work_meter import metered
 from emloc.tensors.side_by_side import one_after_another
 
-# Target: the time of a build over the larger of the disk's and the arithmetic's.
-MOST_TIMES = 1.25
-
 
 def build(benchmark: str, model: str) -> Iterator[BenchRow]:
     """Time the build from a checkpoint of the model's depth, and from one twice as deep.
@@ -32,7 +30,6 @@ def build(benchmark: str, model: str) -> Iterator[BenchRow]:
     """
     standard = BenchSetup(model)
     depth = standard.run_config.model.shape["num_hidden_layers"]
-    least = 1 / MOST_TIMES if standard.is_full_size else None
     # This also loads and initialises libraries.
     block_seconds = seconds_alone(_block_operations(model), standard.device)
     for blocks in (depth, 2 * depth):
@@ -46,16 +43,9 @@ def build(benchmark: str, model: str) -> Iterator[BenchRow]:
         what = f"build of {blocks} blocks ({size / 1e9:.3g} GB on disk)"
         disk_seconds, alone_seconds = nbytes / rate, blocks * block_seconds
         yield row(benchmark, f"{what}: rate of the disk", "GB/s", rate / 1e9)
-        yield row(
-            *(benchmark, f"{what}, and its bytes over the disk's rate", "s", seconds),
-            peer=disk_seconds,
-        )
-        yield row(benchmark, f"{what}, and its operations alone", "s", seconds, peer=alone_seconds)
-        largest = max(disk_seconds, alone_seconds)
-        yield row(
-            *(benchmark, f"{what}, and the larger of both", "s", seconds),
-            peer=largest,
-            least_ratio=least,
+        yield from bounded_rows(
+            *(benchmark, what, seconds, disk_seconds, alone_seconds),
+            is_target=standard.is_full_size,
         )
 
 

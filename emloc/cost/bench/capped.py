@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import nan
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from emloc.cost.bench.rows import BenchRow, row
 from emloc.cost.bench.setting import BenchSetup, RandomSamples, reset_memory
 from emloc.emulators import BuildInputs, BuiltEmulator
 from emloc.errors import StageError
+from emloc.models.checkpoint.source import Source
 from emloc.recovery import Recovery, RecoveryInputs, ignore_log
 from emloc.runtime.memory import GIB, HostMemoryPeak, is_out_of_memory, limit_device_memory
 from emloc.runtime.stage_cache import Artifact, Store
@@ -52,40 +53,30 @@ def capped(benchmark: str, model: str, ratio: float, method: str, gb: float) -> 
             return
         saved = sum(file.stat().st_size for file in (stages[-1].folder / "adapter").iterdir())
         disk = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
-        facts = {stage.stage: stage.facts for stage in stages}
-    # Without a GPU the stages measure host memory instead, which is left out here.
-    peak_gbs = {
-        name: values["peak_gib"] * GIB / 1e9 if setup.is_full_size else nan
-        for name, values in facts.items()
-    }
-    yield row(
-        benchmark, what, "GB", max(peak_gbs.values()), most=gb if setup.is_full_size else None
-    )
-    for name, values in facts.items():
-        yield row(benchmark, f"{name}: peak reserved", "GB", peak_gbs[name])
-        yield row(benchmark, f"{name}: time", "s", values["seconds"])
+    yield from stage_rows(benchmark, what, setup, stages, gb)
     yield row(benchmark, "host memory, anonymous, at most", "GiB", host.bytes / GIB)
     yield row(benchmark, "disk of all stages", "GB", disk / 1e9)
     yield row(benchmark, "adapter for the original, saved", "MB", saved / 1e6)
 
 
+def stage_rows(
+    benchmark: str, what: str, setup: BenchSetup, stages: Sequence[Artifact], gb: float
+) -> Iterator[BenchRow]:
+    """Yield the peak of all stages, of which `gb` is the target, and peak and time of each one."""
+    # Without a GPU the stages measure host memory instead, which is left out here.
+    peak_gbs = [
+        stage.facts["peak_gib"] * GIB / 1e9 if setup.is_full_size else nan for stage in stages
+    ]
+    yield row(benchmark, what, "GB", max(peak_gbs), most=gb if setup.is_full_size else None)
+    for stage, peak in zip(stages, peak_gbs, strict=True):
+        yield row(benchmark, f"{stage.stage}: peak reserved", "GB", peak)
+        yield row(benchmark, f"{stage.stage}: time", "s", stage.facts["seconds"])
+
+
 def stages_of(setup: BenchSetup, store: Store) -> list[Artifact]:
     """Run the stages that build, train and correct, and return their artifacts."""
-    run_config, source, device = setup.run_config, setup.source, setup.device
-    ranks = run_config.emulator.plan(
-        source, run_config.model.compressible_layers(source), run_config.compression
-    )
-    samples = RandomSamples(setup, SAMPLES if setup.is_full_size else 2)
-    build_inputs = BuildInputs(ranks, None, samples, run_config.precision)  # type: ignore[arg-type]
-    emulated = store.stage(
-        "emulate",
-        run_config.emulator.build,
-        source,
-        build_inputs,
-        device=device,
-        limits=state_limits(run_config.budget),
-    )
-    built_emulator = BuiltEmulator(run_config.emulator, emulated, source, run_config.precision)
+    run_config, device = setup.run_config, setup.device
+    built_emulator = emulate(setup, setup.source, samples_of(setup), store)
     trained = store.stage(
         "train",
         fit_random,
@@ -97,7 +88,32 @@ def stages_of(setup: BenchSetup, store: Store) -> list[Artifact]:
     recovered = store.stage(
         "recover", recover, run_config.recovery, trained, built_emulator, device=device
     )
-    return [emulated, trained, recovered]
+    return [built_emulator.artifact, trained, recovered]
+
+
+def samples_of(setup: BenchSetup) -> RandomSamples:
+    """Return the calibration samples of a build."""
+    return RandomSamples(setup, SAMPLES if setup.is_full_size else 2)
+
+
+def emulate(
+    setup: BenchSetup, source: Source, samples: RandomSamples, store: Store
+) -> BuiltEmulator:
+    """Run the stage that builds the emulator of a model."""
+    run_config = setup.run_config
+    ranks = run_config.emulator.plan(
+        source, run_config.model.compressible_layers(source), run_config.compression
+    )
+    build_inputs = BuildInputs(ranks, None, samples, run_config.precision)  # type: ignore[arg-type]
+    emulated = store.stage(
+        "emulate",
+        run_config.emulator.build,
+        source,
+        build_inputs,
+        device=setup.device,
+        limits=state_limits(run_config.budget),
+    )
+    return BuiltEmulator(run_config.emulator, emulated, source, run_config.precision)
 
 
 def recover(

@@ -5,9 +5,8 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,27 @@ from torch import Tensor
 
 from emloc.adapters.training_inputs import TrainingInputs
 from emloc.anchors.batches import KeyedRow
-from emloc.calibration.blockwise import by_block
 from emloc.calibration.offload import state_limits
-from emloc.cost.bench.bound import disk_rate, drop_cached, matrix_operations, seconds_alone
-from emloc.cost.bench.build import MOST_TIMES
-from emloc.cost.bench.capped import SAMPLES, recover
+from emloc.cost.bench.bound import (
+    bounded_rows,
+    disk_rate,
+    drop_cached,
+    matrix_operations,
+    seconds_alone,
+)
+from emloc.cost.bench.capped import emulate, recover, samples_of, stage_rows
 from emloc.cost.bench.host import checkpoint_source, write_checkpoint
 from emloc.cost.bench.rows import BenchRow, row
 from emloc.cost.bench.setting import BenchSetup, RandomRow, RandomSamples, reset_memory
-from emloc.emulators import BuildInputs, BuiltEmulator
-from emloc.emulators.full import block_linears
-from emloc.emulators.layer_drop import block_stack
+from emloc.cost.plan.cost import weight_bytes
+from emloc.emulators import BuiltEmulator
 from emloc.emulators.svd import Svd
 from emloc.errors import StageError
 from emloc.models.checkpoint.source import Source
 from emloc.recovery import ignore_log
 from emloc.runtime.memory import GIB, HostMemoryPeak, is_out_of_memory, limit_device_memory
 from emloc.runtime.stage_cache import Artifact, Store
-from emloc.stages.training.anchored_rows import AnchoredRows, round_ends
+from emloc.stages.training.anchored_rows import AnchoredRows
 from emloc.stages.training.order import order_of
 from emloc.stages.training.refit import Refit
 from emloc.stages.training.rounds import rounds_of
@@ -85,11 +87,11 @@ def anchored_rounds(
     """
     setup = BenchSetup(
         model,
-        (
+        tuple(
             f"method=emloc_anchored compression.ratio={ratio} compression.bits={bits} "
             f"train.steps={STEPS} train.accumulate={ROWS_OF_STEP} "
-            f"anchor.rounds={ROUNDS} anchor.guard=0 {_small_size(model)}"
-        ).split(),  # type: ignore[arg-type]
+            f"anchor.rounds={ROUNDS} anchor.guard=0 {_small_size(model)}".split()
+        ),
     )
     # Timed before the memory is limited, since a vision tower alone may need more.
     alone = _forward_alone(model)
@@ -116,19 +118,11 @@ def anchored_rounds(
                 raise
             yield row(benchmark, f"{what}: peak reserved", "GB", f"OOM in {error.stage}", most=gb)
             return
-    facts = {stage.stage: stage.facts for stage in stages}
-    peaks = {
-        name: values["peak_gib"] * GIB / 1e9 if setup.is_full_size else nan
-        for name, values in facts.items()
-    }
-    most = gb if setup.is_full_size else None
-    yield row(benchmark, f"{what}: peak reserved", "GB", max(peaks.values()), most=most)
-    for name, values in facts.items():
-        yield row(benchmark, f"{name}: peak reserved", "GB", peaks[name])
-        yield row(benchmark, f"{name}: time", "s", values["seconds"])
+    yield from stage_rows(benchmark, f"{what}: peak reserved", setup, stages, gb)
     for number, one in enumerate(rows.passes, 1):
         yield from _pass_rows(benchmark, f"pass {number}", one, setup, rate, alone)
-    yield row(benchmark, f"step of {ROWS_OF_STEP} samples", "s", facts["train"]["step_seconds"])
+    _, trained, _ = stages
+    yield row(benchmark, f"step of {ROWS_OF_STEP} samples", "s", trained.facts["step_seconds"])
     yield row(benchmark, "host memory, anonymous, at most", "GiB", host.bytes / GIB)
 
 
@@ -142,23 +136,22 @@ def _pass_rows(
 ) -> Iterator[BenchRow]:
     """Yield the seconds of a pass for each sample, beside those of its bytes and operations.
 
-    The target is that of the longest pass, over the rows of a round; others read as many bytes for
-    fewer rows. `rate` is that of the disk, 0 for weights that are drawn.
+    Only the operations of the original are counted, not those of the emulator. The target is that
+    of the longest pass, over the rows of a round; others read as many bytes for fewer rows. `rate`
+    is that of the disk, 0 for weights that are drawn.
     """
     seconds, count, offsets = timed
-    source = setup.source
     what = f"{name}, {count} rows of {setup.length} tokens: a sample"
     sample = seconds / count
-    yield row(benchmark, f"{what}; the original's operations alone", "s", sample, peer=alone)
     if rate:
-        nbytes = sum(source.sizes.values()) * source.dtype.itemsize
-        disk = nbytes / rate / count
+        disk = weight_bytes(setup.source) / rate / count
         is_target = setup.is_full_size and count == STEPS // ROUNDS * ROWS_OF_STEP
-        yield row(benchmark, f"{what}; its bytes over the disk's rate", "s", sample, peer=disk)
+        yield from bounded_rows(
+            *(benchmark, what, sample, disk, alone), whose="the original's", is_target=is_target
+        )
+    else:
         yield row(
-            *(benchmark, f"{what}; the larger of both", "s", sample),
-            peer=max(disk, alone),
-            least_ratio=1 / MOST_TIMES if is_target else None,
+            benchmark, f"{what}, and the original's operations alone", "s", sample, peer=alone
         )
     yield row(benchmark, f"{name}: offsets", "GB", offsets / 1e9)
 
@@ -193,22 +186,14 @@ def _rows(setup: BenchSetup, source: Source) -> TimedRows:
     """Return the random rows of the training, with its places and rounds."""
     anchor, recipe = setup.run_config.anchor, setup.run_config.train
     assert anchor.anchors
-    start = setup.length - setup.answer
-    rows = [
-        KeyedRow(RandomRow(setup.length, seed, start), str(seed))
-        for seed in range(recipe.steps * recipe.accumulate)
-    ]
-    decoder_blocks = block_stack(source)
-    return TimedRows(
+    rows = [KeyedRow(one, one.id) for one in setup.random_rows(recipe.steps * recipe.accumulate)]
+    return TimedRows.of(
         anchor,
         source,
-        anchor.find(source.meta_model, decoder_blocks),
-        list(by_block(block_linears(source))),
-        decoder_blocks,
         rows,
         [],
         order_of(rows, recipe, setup.run_config.seed),
-        round_ends(recipe.steps, anchor.rounds),
+        recipe.steps,
         lambda some: _batch(setup, some),
         setup.run_config.budget.disk_gib,
     )
@@ -223,24 +208,13 @@ def _batch(setup: BenchSetup, rows: Sequence[RandomRow]) -> dict[str, Tensor]:
 
 def _stages(setup: BenchSetup, source: Source, rows: TimedRows, store: Store) -> list[Artifact]:
     """Run the stages that build, train and recover, and return their artifacts."""
-    run_config, device = setup.run_config, setup.device
-    layers = run_config.model.compressible_layers(source)
-    ranks = run_config.emulator.plan(source, layers, run_config.compression)
-    samples = RandomSamples(setup, SAMPLES if setup.is_full_size else 2)
-    build_inputs = BuildInputs(ranks, None, samples, run_config.precision)  # type: ignore[arg-type]
-    emulated = store.stage(
-        "emulate",
-        run_config.emulator.build,
-        source,
-        build_inputs,
-        device=device,
-        limits=state_limits(run_config.budget),
-    )
-    built = BuiltEmulator(run_config.emulator, emulated, source, run_config.precision)
-    inputs = replace(setup.training_inputs, layers=tuple(run_config.model.adapted_layers(source)))
+    samples, device = samples_of(setup), setup.device
+    built = emulate(setup, source, samples, store)
+    inputs = setup.training_inputs
     trained = store.stage("train", _fit, built, inputs, rows=rows, samples=samples, setup=setup)
-    recovered = store.stage("recover", recover, run_config.recovery, trained, built, device=device)
-    return [emulated, trained, recovered]
+    recovery = setup.run_config.recovery
+    recovered = store.stage("recover", recover, recovery, trained, built, device=device)
+    return [built.artifact, trained, recovered]
 
 
 def _fit(

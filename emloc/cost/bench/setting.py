@@ -106,8 +106,12 @@ class BenchSetup:
 
     def rows(self) -> list[RandomRow]:
         """Return one training row for each optimizer step."""
+        return self.random_rows(self.run_config.train.steps)
+
+    def random_rows(self, count: int) -> list[RandomRow]:
+        """Return so many rows, each with a seed of its own."""
         start = self.length - self.answer
-        return [RandomRow(self.length, seed, start) for seed in range(self.run_config.train.steps)]
+        return [RandomRow(self.length, seed, start) for seed in range(count)]
 
     @property
     def tiles(self) -> int:
@@ -196,8 +200,7 @@ class RandomSamples:
     @property
     def examples(self) -> list[RandomRow]:
         """The samples as training rows."""
-        start = self.setup.length - self.setup.answer
-        return [RandomRow(self.setup.length, seed, start) for seed in range(self.count)]
+        return self.setup.random_rows(self.count)
 
     def batches(self, source: Source, device: torch.device | None = None) -> Sequence[Batch]:
         """Return the samples, each as a batch of its own."""

@@ -11,13 +11,16 @@ import yaml
 from emloc.config.paths import choices
 from emloc.config.presets import named_method
 from emloc.config.settings import MODEL_BITS, Compression
-from emloc.cost.plan.anchors import AnchorPlan, with_offsets
+from emloc.cost.plan.anchors import AnchorPlan, anchor_plan, with_offsets
 from emloc.cost.plan.cost import TrainingCost, cost_of, weight_bytes
 from emloc.cost.plan.fit import (
     MemoryNeed,
     compressed_layout,
     factors_of,
+    layout_of,
     need_from_trace,
+    refuse_unplanned,
+    require_plannable,
     usable_bytes,
 )
 from emloc.cost.plan.gains import Trained, measured_gain
@@ -29,6 +32,7 @@ from emloc.emulators.offload import Offload
 from emloc.emulators.svd import Svd
 from emloc.errors import ConfigError
 from emloc.precision import Precision, bits_of
+from emloc.recovery.correction import Correction
 from emloc.stages.polishing.exact_steps import ExactSteps
 from emloc.stages.run_config import RunConfig, formats
 
@@ -102,7 +106,6 @@ class Planner:
     gpu: Gpu
     limit_gib: float  # device memory that a training may take
     anchors: AnchorPlan | None  # those of the run, if it has some
-    corrects: bool = True  # whether factors without anchors are corrected, as in method=emloc
 
     def rows(self) -> Iterator[PlanRow]:
         """Yield the rows of LoRA, offloading and EMLoC, in the model's dtype and packed.
@@ -113,9 +116,10 @@ class Planner:
         """
         for training in (self._whole, self._offload, self._factors):
             for precision in (None, *formats(self.run_config.precision)):
-                yield self._row(training, precision, anchored=False)
+                # Factors without anchors are corrected, as in method=emloc.
+                yield self._row(training, precision, anchored=False, corrected=True)
                 if self.anchors and not self._is_original(training, precision):
-                    yield self._row(training, precision, anchored=True)
+                    yield self._row(training, precision, anchored=True, corrected=False)
 
     def own_row(self) -> PlanRow:
         """Return the row of the run itself.
@@ -131,7 +135,12 @@ class Planner:
                 f"method={self.run_config.method}: only trainings through the whole model or "
                 "through factors are planned; set method=lora, offload or emloc"
             )
-        return self._row(training, self.run_config.precision, anchored=self.anchors is not None)
+        return self._row(
+            training,
+            self.run_config.precision,
+            anchored=self.anchors is not None,
+            corrected=isinstance(self.run_config.recovery, Correction),
+        )
 
     @cached_property
     def exact_steps(self) -> TrainingCost | None:
@@ -166,10 +175,18 @@ class Planner:
         """Whether it trains the original itself, so that anchors and exact steps add nothing."""
         return training.ratio is None and (precision is None or training.layout.streamed)
 
-    def _row(self, training: _Training, precision: Precision | None, *, anchored: bool) -> PlanRow:
+    def _row(
+        self,
+        training: _Training,
+        precision: Precision | None,
+        *,
+        anchored: bool,
+        corrected: bool,
+    ) -> PlanRow:
         """Return the row of a training in a packed format, with the anchors of the run or without.
 
-        The exact steps of the run are behind every training but that of the original.
+        Only the LoRA of factors without anchors is ever `corrected`. The exact steps of the run are
+        behind every training but that of the original.
         """
         layout = replace(training.layout, precision=precision)
         name = _method_label(training.method, precision)
@@ -189,7 +206,7 @@ class Planner:
                 bits_of(precision),
                 anchored=anchored,
                 shared=factors_of(self.run_config).shared if is_factorised else "none",
-                corrected=is_factorised and not anchored and self.corrects,
+                corrected=is_factorised and not anchored and corrected,
             ),
             training.ratio,
         )
@@ -216,6 +233,28 @@ class Planner:
             read=cost.read + weight_bytes(self.full_layout.source),
             host=max(cost.host, steps.host),
         )
+
+
+def planner_of(run_config: RunConfig, step_shape: StepShape, gpu: Gpu) -> Planner:
+    """Return the planner of a run; `budget.gpu_gib` replaces the memory of the GPU.
+
+    Raises:
+        ConfigError: the model's shape is unknown, a pattern matches no layer, the training does
+            not use the memory-saving path, most parameters of the blocks are in no linear layer, or
+            the emulator cannot be put back onto the original although there are anchors.
+    """
+    refuse_unplanned(run_config.model, "model=smollm2_135m")
+    source = run_config.model.shape_source()
+    require_plannable(run_config.model, source)
+    anchors = anchor_plan(run_config, source, step_shape)
+    return Planner(
+        run_config,
+        layout_of(run_config, source, None, None),
+        step_shape,
+        gpu,
+        run_config.budget.gpu_gib or gpu.memory_gib,
+        anchors,
+    )
 
 
 def _passes_label(shape: StepShape, own_shape: StepShape) -> str:

@@ -6,13 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from emloc.cost.plan.advice import Machine, hours
-from emloc.cost.plan.anchors import anchor_plan
-from emloc.cost.plan.fit import layout_of, refuse_unplanned, require_plannable
 from emloc.cost.plan.gpus import Gpu
 from emloc.cost.plan.layout import StepShape
-from emloc.cost.plan.rows import Planner, PlanRow
-from emloc.cost.plan.table import cells_of, header_of, notes_of
-from emloc.recovery.correction import Correction
+from emloc.cost.plan.rows import PlanRow, planner_of
+from emloc.cost.plan.table import HEADER, cells_of, notes_of
 from emloc.report.markdown_table import markdown_table
 from emloc.runtime.digest import digest
 from emloc.runtime.keys import key_of
@@ -71,7 +68,7 @@ def plan_sweep(
     first = runs[0][1]
     machine = Machine(first.budget.gpu_gib or gpu.memory_gib, host_gib, disk_gib)
     table = markdown_table(
-        header_of("run"), [[run.overrides, *cells_of(run.row, machine)[1:]] for run in planned]
+        ("run", *HEADER[1:]), [[run.overrides, *cells_of(run.row, machine)[1:]] for run in planned]
     )
     shape = StepShape.of(first.train, length, answer)
     return "\n".join([table, "", *notes_of(first, shape, machine), _total(planned, len(runs))])
@@ -85,20 +82,9 @@ def planned_run(
     Raises:
         ConfigError: its training cannot be planned.
     """
-    refuse_unplanned(run_config.model, "model=smollm2_135m")
-    source = run_config.model.shape_source()
-    require_plannable(run_config.model, source)
     shape = StepShape.of(run_config.train, length, answer)
-    planner = Planner(
-        run_config,
-        layout_of(run_config, source, None, None),
-        shape,
-        gpu,
-        run_config.budget.gpu_gib or gpu.memory_gib,
-        anchor_plan(run_config, source, shape),
-        corrects=isinstance(run_config.recovery, Correction),
-    )
-    return PlannedRun(overrides, run_config, planner.own_row())
+    row = planner_of(run_config, shape, gpu).own_row()
+    return PlannedRun(overrides, run_config, row)
 
 
 def repeated_seconds(planned: Sequence[PlannedRun]) -> float:

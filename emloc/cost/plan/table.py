@@ -5,19 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from emloc.cost.plan.advice import Machine, advice
-from emloc.cost.plan.anchors import anchor_plan, with_offsets
+from emloc.cost.plan.anchors import with_offsets
 from emloc.cost.plan.cost import DISK
-from emloc.cost.plan.fit import (
-    RESERVE,
-    layout_of,
-    refuse_unplanned,
-    require_plannable,
-    solve_emulator_compression,
-)
+from emloc.cost.plan.fit import RESERVE, solve_emulator_compression
 from emloc.cost.plan.gains import ORIGIN
 from emloc.cost.plan.gpus import Gpu
 from emloc.cost.plan.layout import StepShape, TrainingLayout
-from emloc.cost.plan.rows import Planner, PlanRow
+from emloc.cost.plan.rows import Planner, PlanRow, planner_of
 from emloc.errors import ConfigError
 from emloc.report.markdown_table import markdown_table
 from emloc.runtime.memory import GIB
@@ -28,11 +22,6 @@ HEADER = (
     *("method", "ratio", "bits", "weights", "adapter", "activations", "peak GiB", "fits"),
     *("host GiB", "disk GiB", "read GiB", "build s", "passes s", "step s", "hours", "gain"),
 )
-
-
-def header_of(first: str) -> tuple[str, ...]:
-    """Return `HEADER` with another name of the first column."""
-    return (first, *HEADER[1:])
 
 
 def plan(
@@ -52,25 +41,17 @@ def plan(
         disk_gib: free disk of the machine.
 
     Raises:
-        ConfigError: the model's shape is unknown, a pattern matches no layer, the training does
-            not use the memory-saving path, most parameters of the blocks are in no linear layer, or
-            the emulator cannot be put back onto the original although there are anchors.
+        ConfigError: the training cannot be planned; see `planner_of`.
     """
-    refuse_unplanned(run_config.model, "model=smollm2_135m")
-    limit = run_config.budget.gpu_gib or gpu.memory_gib
-    machine = Machine(limit, host_gib, disk_gib)
-    source = run_config.model.shape_source()
-    require_plannable(run_config.model, source)
-    anchors = anchor_plan(run_config, source, step_shape)
-    full_layout = layout_of(run_config, source, None, None)
-    planner = Planner(run_config, full_layout, step_shape, gpu, limit, anchors)
+    planner = planner_of(run_config, step_shape, gpu)
+    machine, anchors = Machine(planner.limit_gib, host_gib, disk_gib), planner.anchors
     rows = list(planner.rows())
     table = markdown_table(HEADER, [cells_of(row, machine) for row in rows])
     lines = [
         *notes_of(run_config, step_shape, machine),
         *(anchors.lines() if anchors else []),
         *_polish_lines(planner),
-        _auto_line(run_config, full_layout, with_offsets(step_shape, anchors)),
+        _auto_line(run_config, planner.full_layout, with_offsets(step_shape, anchors)),
         advice(rows, machine, run_config.train.steps),
     ]
     return "\n".join([table, "", *lines])

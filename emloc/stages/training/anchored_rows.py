@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -48,6 +48,38 @@ class AnchoredRows:
     round_ends: list[int]  # step at which each round ends
     collate: Callable[[list[Any]], dict[str, Any]]
     disk_gib: float  # most disk that the offsets of a round may take
+
+    @classmethod
+    def of(
+        cls,
+        anchor: Anchor,
+        source: Source,
+        rows: list[KeyedRow],
+        guard: list[KeyedRow],
+        order: RowOrder,
+        steps: int,
+        collate: Callable[[list[Any]], dict[str, Any]],
+        disk_gib: float,
+    ) -> Self:
+        """Return the rows with the places of a model, and the rounds of so many steps.
+
+        Raises:
+            ConfigError: the model does not have the places.
+        """
+        decoder_blocks = block_stack(source)
+        return cls(
+            anchor,
+            source,
+            anchor.find(source.meta_model, decoder_blocks),
+            list(by_block(block_linears(source))),
+            decoder_blocks,
+            rows,
+            guard,
+            order,
+            round_ends(steps, anchor.rounds),
+            collate,
+            disk_gib,
+        )
 
     def of_steps(self, first: int, end: int) -> list[KeyedRow]:
         """Return the rows of some steps; a row that is drawn twice comes once."""
@@ -120,17 +152,13 @@ def anchored_rows(
             f"anchor.guard={anchor.guard}: all training rows equal those that measure the rounds, "
             "so none is left to train on; set anchor.guard=0"
         )
-    decoder_blocks = block_stack(source)
-    return AnchoredRows(
+    return AnchoredRows.of(
         anchor,
         source,
-        anchor.find(source.meta_model, decoder_blocks),
-        list(by_block(block_linears(source))),
-        decoder_blocks,
         rows,
         guard,
         order_of(rows, recipe, training_inputs.seed),
-        round_ends(recipe.steps, anchor.rounds),
+        recipe.steps,
         training_collate(reader),
         disk_gib,
     )
