@@ -197,7 +197,8 @@ def _logging() -> Iterator[None]:
             handler.close()
         for logger, handlers, level, off in before:
             logger.handlers[:], logger.disabled = handlers, off
-            logger.setLevel(level)
+            if logger.level != level:  # each change of a level looks at all loggers
+                logger.setLevel(level)
         logging.disable(disabled)
 
 

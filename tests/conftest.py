@@ -74,18 +74,20 @@ def _freeze_existing_objects():
 def _no_collection_before_each_stage():
     """Leave garbage to Python: the memory of a tiny model is never compared, except in processes.
 
-    The package collects garbage before it measures the memory of a stage. In stages that take a
-    tenth of a second this would be a twentieth of all time.
+    The package collects garbage before it measures the memory of a stage, and accelerate before
+    each training. In stages that take a tenth of a second this would be a tenth of all time.
     """
     from types import SimpleNamespace
 
     import torch
+    from accelerate.utils import memory as accelerate_memory
 
     from emloc.runtime import memory
 
     with pytest.MonkeyPatch.context() as patch:
         if not torch.cuda.is_available():
-            patch.setattr(memory, "gc", SimpleNamespace(collect=int))
+            for module in (memory, accelerate_memory):
+                patch.setattr(module, "gc", SimpleNamespace(collect=int))
         yield
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 
 import torch
@@ -31,6 +31,7 @@ from emloc.models.checkpoint.source import Source
 from emloc.models.decoder import decoder_of
 from emloc.models.shared_inputs import names_by_input
 from emloc.precision import Precision, has_feedback
+from emloc.runtime.digest import digest
 from emloc.tensors.lean.activations import offload_layer_inputs
 from emloc.tensors.lean.layers import aligned_height
 from emloc.tensors.lean.loss import CHUNK_BYTES, AnswerLoss
@@ -40,6 +41,8 @@ from emloc.tensors.nn.factorized import Factorized
 
 # Depth of the shallower of two traced models. Each further block adds the same memory.
 TRACED_BLOCKS = 2
+# The traces of this process, by all that they depend on.
+_TRACES: dict[str, TraceResult] = {}
 
 
 @dataclass(frozen=True)
@@ -273,7 +276,20 @@ class TrainingLayout:
         )
 
     def trace_depth(self, step_shape: StepShape, depth: int) -> TraceResult:
-        """Trace one forward and backward pass of a model with only `depth` decoder blocks."""
+        """Trace one forward and backward pass of a model with only `depth` decoder blocks.
+
+        Equal passes are traced once in a process: most runs of a sweep have the same one.
+        """
+        # A second pass allocates as much as any further one, and offsets are counted apart.
+        step_shape = replace(step_shape, offsets=0, accumulate=min(step_shape.accumulate, 2))
+        layers = [self.source.key, self.adapted, self.ranks, self.groups, asdict(self.lora)]
+        key = digest([layers, asdict(step_shape), depth])
+        if key not in _TRACES:
+            _TRACES[key] = self._trace_depth(step_shape, depth)
+        return _TRACES[key]
+
+    def _trace_depth(self, step_shape: StepShape, depth: int) -> TraceResult:
+        """Trace a pass as `trace_depth` does, each time."""
         model = self._model(depth)
         decoder, head = decoder_of(model), model.get_output_embeddings().weight
         hidden_size = head.shape[1]
