@@ -202,16 +202,16 @@ def test_pinned_tensors_are_read_in_pieces_and_parts_of_stored_ones_are_copied(s
     stored = {one.name: one for one in source.weights.stored if one.name.startswith(NAMES[1])}
     tensors = dict(source.read([*stored]))
     part = f"{NAMES[1]}.mlp.up_proj.weight"
-    origins = [(name, one, None if name == part else stored[name]) for name, one in tensors.items()]
-    copies = dict(pinned.read_pinned(origins))
+    whole = {name: one for name, one in stored.items() if name != part}
+    copies = dict(pinned.read_pinned(whole, [(part, tensors[part])]))
     assert copies.keys() == tensors.keys() == stored.keys()
     assert all(torch.equal(copies[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.usefixtures("allocated")
 def test_a_file_that_has_become_shorter_ends_the_read(tmp_path):
-    path, tensor = tmp_path / "short.safetensors", torch.ones(4)
+    path = tmp_path / "short.safetensors"
     path.write_bytes(bytes(20))
     stored = StoredTensor(path, "weight", "F32", (4,), offset=8)
     with pytest.raises(OSError, match="ends before byte 24"):
-        list(pinned.read_pinned([("weight", tensor, stored)]))
+        list(pinned.read_pinned({"weight": stored}))

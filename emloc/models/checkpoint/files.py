@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.damaged import (
@@ -26,6 +29,13 @@ _OTHER_WEIGHTS = (
     "*.msgpack",
     "*.h5",
 )
+# Dtypes in the words of safetensors.
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U8": torch.uint8, "BOOL": torch.bool},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,22 @@ class StoredTensor:
     dtype: str  # in the words of safetensors: F32, BF16, F8_E4M3
     shape: tuple[int, ...]
     offset: int  # of its first byte in the file
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The dtype in torch; None if torch has none of this name."""
+        return _DTYPES.get(self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file, if torch has the dtype.
+
+        Raises:
+            ValueError: torch has no such dtype.
+        """
+        if self.torch_dtype is None:
+            raise ValueError(f"{self.name}: torch has no dtype {self.dtype}")
+        return math.prod(self.shape) * self.torch_dtype.itemsize
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
@@ -24,35 +24,38 @@ def aligned_bytes(nbytes: int) -> int:
 
 
 def read_pinned(
-    tensors: Sequence[tuple[str, Tensor, StoredTensor | None]],
+    whole: Mapping[str, StoredTensor], parts: Sequence[tuple[str, Tensor]] = ()
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, copy) of each tensor, in one piece of pinned memory.
 
-    The tensors share a piece since torch rounds up the size of each.
+    The tensors share a piece since torch rounds up the size of each. Stored tensors are read with
+    the files' headers alone: to map a file into memory took a tenth of a second a block on a busy
+    disk, in which Python stood still.
 
     Args:
-        tensors: name, tensor, and the stored tensor that it is, from whose file it is read. None:
-            the tensor is a part of a stored one, and is copied.
+        whole: names, and stored tensors of a dtype that torch has.
+        parts: (name, tensor) of parts of stored tensors in a mapped file, which are copied.
 
     Raises:
         OSError: a file cannot be read, or has become shorter.
     """
-    starts = [0, *accumulate(aligned_bytes(tensor.nbytes) for _, tensor, _ in tensors)]
+    sizes = [*(one.nbytes for one in whole.values()), *(tensor.nbytes for _, tensor in parts)]
+    starts = [0, *accumulate(map(aligned_bytes, sizes))]
     memory = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
+    places = [memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
     readers = ThreadPoolExecutor(_READS, "read pinned")
     try:
         copies: list[tuple[str, Tensor, list[Future[object]]]] = []
-        for (name, tensor, stored), start in zip(tensors, starts, strict=False):
-            place = memory[start : start + tensor.nbytes]
+        for (name, stored), place in zip(whole.items(), places, strict=False):
+            pieces: list[Future[object]] = [
+                readers.submit(_read_piece, stored.file, stored.offset + at, piece)
+                for at, piece in _pieces(place)
+            ]
+            assert stored.torch_dtype is not None
+            copies.append((name, place.view(stored.torch_dtype).view(stored.shape), pieces))
+        for (name, tensor), place in zip(parts, places[len(whole) :], strict=True):
             copy = place.view(tensor.dtype).view(tensor.shape)
-            if stored is None:
-                pieces: list[Future[object]] = [readers.submit(copy.copy_, tensor)]
-            else:
-                pieces = [
-                    readers.submit(_read_piece, stored.file, stored.offset + at, part)
-                    for at, part in _pieces(place)
-                ]
-            copies.append((name, copy, pieces))
+            copies.append((name, copy, [readers.submit(copy.copy_, tensor)]))
         for name, copy, pieces in copies:
             for piece in pieces:
                 piece.result()

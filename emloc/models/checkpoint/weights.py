@@ -124,12 +124,12 @@ class SafetensorsWeights:
             ConfigError: stored tensors cannot be split into the parameters.
         """
         direct, converted = self._by_origin(names)
-        tensors = _read_all_direct(direct, "cpu")  # reads no page yet
         if pinned:
-            whole = {name: origin.tensor for name, origin in direct if origin.part is None}
-            yield from read_pinned([(name, one, whole.get(name)) for name, one in tensors])
+            whole = {name: origin.tensor for name, origin in direct if _is_whole(origin)}
+            mapped = [(name, origin) for name, origin in direct if name not in whole]
+            yield from read_pinned(whole, list(_read_all_direct(mapped, "cpu")))
         else:
-            for name, tensor in tensors:
+            for name, tensor in _read_all_direct(direct, "cpu"):  # reads no page yet
                 _read_pages(tensor)
                 yield name, tensor
         for conversion in converted:
@@ -147,6 +147,11 @@ class SafetensorsWeights:
             else:
                 converted[id(origin)] = origin
         return direct, list(converted.values())
+
+
+def _is_whole(origin: Direct) -> bool:
+    """Return whether the bytes of a stored tensor are those of the parameter in torch."""
+    return origin.part is None and origin.tensor.torch_dtype is not None
 
 
 def _read_all_direct(
