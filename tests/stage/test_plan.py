@@ -813,6 +813,20 @@ def test_a_sweep_has_a_row_for_each_training():
     assert ", and 1 train nothing; " in lines[-1]
 
 
+def test_each_run_of_a_sweep_has_to_fit_its_own_budget():
+    budgets = ["budget.gpu_gib=0.1", "budget.gpu_gib=8"]
+    runs = [(words, cell_of(MIDDLE, words)) for words in budgets]
+    text = plan_sweep(runs, 512, 64, find_gpu("rtx4090"))
+    header, _, *rows = rows_of(text)
+    assert [row[header.index("fits")] for row in rows] == ["no: GPU", "yes"]
+    assert "fits: within 0.1 or 8 GiB of the GPU" in text
+
+
+def test_a_sweep_that_trains_nothing_takes_no_time():
+    runs = [("method=zero_shot", cell_of(MIDDLE, "method=zero_shot"))]
+    assert "\n0 trainings take 0 min" in plan_sweep(runs, 512, 64, find_gpu("rtx4090"))
+
+
 def test_the_gain_of_a_run_is_that_of_its_recovery():
     runs = [
         planned_run(

@@ -53,7 +53,7 @@ def plan_sweep(
         runs: the overrides that only some runs have, and the settings of each run.
         length: tokens of a sample.
         answer: answer tokens among them.
-        gpu: the GPU to plan for; `budget.gpu_gib` replaces its memory.
+        gpu: the GPU to plan for; `budget.gpu_gib` of a run replaces its memory.
         host_gib: host memory of the machine.
         disk_gib: free disk of the machine.
 
@@ -65,13 +65,16 @@ def plan_sweep(
         for overrides, config in runs
         if config.adapter.trains
     ]
+
+    def machine_of(config: RunConfig) -> Machine:
+        return Machine(config.budget.gpu_gib or gpu.memory_gib, host_gib, disk_gib)
+
+    rows = [[run.overrides, *cells_of(run.row, machine_of(run.run_config))[1:]] for run in planned]
+    machines = [machine_of(config) for _, config in runs]
     first = runs[0][1]
-    machine = Machine(first.budget.gpu_gib or gpu.memory_gib, host_gib, disk_gib)
-    table = markdown_table(
-        ("run", *HEADER[1:]), [[run.overrides, *cells_of(run.row, machine)[1:]] for run in planned]
-    )
-    shape = StepShape.of(first.train, length, answer)
-    return "\n".join([table, "", *notes_of(first, shape, machine), _total(planned, len(runs))])
+    notes = notes_of(first, StepShape.of(first.train, length, answer), machines)
+    table = markdown_table(("run", *HEADER[1:]), rows)
+    return "\n".join([table, "", *notes, _total(planned, len(runs))])
 
 
 def planned_run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from emloc.cost.plan.advice import Machine, advice
@@ -48,7 +49,7 @@ def plan(
     rows = list(planner.rows())
     table = markdown_table(HEADER, [cells_of(row, machine) for row in rows])
     lines = [
-        *notes_of(run_config, step_shape, machine),
+        *notes_of(run_config, step_shape, [machine]),
         *(anchors.lines() if anchors else []),
         *_polish_lines(planner),
         _auto_line(run_config, planner.full_layout, with_offsets(step_shape, anchors)),
@@ -57,10 +58,17 @@ def plan(
     return "\n".join([table, "", *lines])
 
 
-def notes_of(run_config: RunConfig, step_shape: StepShape, machine: Machine) -> list[str]:
-    """Return what the columns mean, and what is planned for."""
+def notes_of(
+    run_config: RunConfig, step_shape: StepShape, machines: Sequence[Machine]
+) -> list[str]:
+    """Return what the columns mean, and what is planned for.
+
+    `machines` differ at most in the memory of the GPU, which the runs of a sweep may set.
+    """
+    machine, sizes = machines[0], sorted({machine.gpu for machine in machines})
     passes = f"{step_shape.accumulate} x " if step_shape.accumulate > 1 else ""
-    bounds = [f"{machine.gpu:g} GiB of the GPU with {RESERVE:.0%} to spare"]
+    gpu = " or ".join(f"{size:g}" for size in sizes)
+    bounds = [f"{gpu} GiB of the GPU with {RESERVE:.0%} to spare"]
     bounds += [f"{machine.host:.3g} GiB of host memory"] if machine.host < float("inf") else []
     bounds += [f"{machine.disk:.3g} GiB of disk"] if machine.disk < float("inf") else []
     return [
