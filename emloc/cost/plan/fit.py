@@ -291,13 +291,11 @@ def _solve_model_bits(
         ConfigError: `budget.gpu_gib` is missing, or no format fits into it.
     """
     limit, gib = budget_bytes(run_config), run_config.budget.gpu_gib
-    trace = full_layout.trace_pass(step_shape)
     candidates = candidate_precisions(run_config)
     if run_config.anchor.anchors:  # they have nothing to put back in the model's own dtype
         candidates = [precision for precision in candidates if precision is not None]
     for precision in candidates:
-        layout = replace(full_layout, precision=precision)
-        if need_from_trace(layout, step_shape, trace).peak <= limit:
+        if need_of(replace(full_layout, precision=precision), step_shape).peak <= limit:
             bits = bits_of(precision)
             log.info(
                 "compression=auto: the whole model at %d bits fits budget.gpu_gib=%g", bits, gib

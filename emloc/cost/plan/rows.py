@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import yaml
@@ -18,7 +18,7 @@ from emloc.cost.plan.fit import (
     compressed_layout,
     factors_of,
     layout_of,
-    need_from_trace,
+    need_of,
     refuse_unplanned,
     require_plannable,
     usable_bytes,
@@ -26,7 +26,6 @@ from emloc.cost.plan.fit import (
 from emloc.cost.plan.gains import Trained, measured_gain
 from emloc.cost.plan.gpus import Gpu
 from emloc.cost.plan.layout import StepShape, TrainingLayout
-from emloc.cost.plan.trace import TraceResult
 from emloc.emulators.full import Full
 from emloc.emulators.offload import Offload
 from emloc.emulators.svd import Svd
@@ -66,8 +65,6 @@ class _Training:
     layout: TrainingLayout
     shape: StepShape  # as the run has it
     least_accumulate: int  # fewest passes a step
-    # rows of a pass -> trace of a pass, which hardly depends on the packed format
-    traces: dict[int, TraceResult] = field(default_factory=dict)
 
     def fitting(
         self, precision: Precision | None, limit_gib: float
@@ -76,24 +73,17 @@ class _Training:
 
         If no step fits, it is that of the run.
         """
+        layout = replace(self.layout, precision=precision)
         own, rows = self.shape, self.shape.batch * self.shape.accumulate
         for count in range(self.least_accumulate, rows + 1):
             if rows % count == 0:
                 batch = rows // count
                 offsets = own.offsets * batch // own.batch
                 shape = replace(own, batch=batch, accumulate=count, offsets=offsets)
-                need = self.need(precision, shape)
+                need = need_of(layout, shape)
                 if need.peak <= usable_bytes(limit_gib):
                     return shape, need
-        return own, self.need(precision, own)
-
-    def need(self, precision: Precision | None, shape: StepShape) -> MemoryNeed:
-        """Return the memory of a step of this shape."""
-        if shape.batch not in self.traces:
-            self.traces[shape.batch] = self.layout.trace_pass(shape)
-        return need_from_trace(
-            replace(self.layout, precision=precision), shape, self.traces[shape.batch]
-        )
+        return own, need_of(layout, own)
 
 
 @dataclass(frozen=True)
@@ -252,9 +242,14 @@ def planner_of(run_config: RunConfig, step_shape: StepShape, gpu: Gpu) -> Planne
         layout_of(run_config, source, None, None),
         step_shape,
         gpu,
-        run_config.budget.gpu_gib or gpu.memory_gib,
+        device_gib(run_config, gpu),
         anchors,
     )
+
+
+def device_gib(run_config: RunConfig, gpu: Gpu) -> float:
+    """Return the device memory that a run may take: `budget.gpu_gib`, or all of the GPU's."""
+    return run_config.budget.gpu_gib or gpu.memory_gib
 
 
 def _passes_label(shape: StepShape, own_shape: StepShape) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from emloc.cost.plan.advice import Machine, hours
 from emloc.cost.plan.gpus import Gpu
 from emloc.cost.plan.layout import StepShape
-from emloc.cost.plan.rows import PlanRow, planner_of
+from emloc.cost.plan.rows import PlanRow, device_gib, planner_of
 from emloc.cost.plan.table import HEADER, cells_of, notes_of
 from emloc.report.markdown_table import markdown_table
 from emloc.runtime.digest import digest
@@ -67,7 +67,7 @@ def plan_sweep(
     ]
 
     def machine_of(config: RunConfig) -> Machine:
-        return Machine(config.budget.gpu_gib or gpu.memory_gib, host_gib, disk_gib)
+        return Machine(device_gib(config, gpu), host_gib, disk_gib)
 
     rows = [[run.overrides, *cells_of(run.row, machine_of(run.run_config))[1:]] for run in planned]
     machines = [machine_of(config) for _, config in runs]
