@@ -1,8 +1,9 @@
-"""Processes that run the command and have imported all libraries when they start.
+"""Processes that have imported all libraries when they start.
 
 A new interpreter needs five seconds of processor time to import them. Here one process imports
-them, and all others are forks of it: each runs `python -m emloc` with arguments, environment and
-output files of its own.
+them, and all others are forks of it: each runs a module with arguments, environment and output
+files of its own. `ForkServer.python` is a program that does the same for `python -m`, so that
+launchers and Jupyter start forks, too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -27,8 +29,35 @@ from typing import Any
 LIBRARIES = (
     *("emloc.cli", "emloc.pipeline", "emloc.sweeps.job", "emloc.stages.training.trainer"),
     *("emloc.stages.evaluation.evaluate", "emloc.report.run_table", "accelerate", "datasets"),
-    *("peft", "hydra.main", "transformers.models.llama.modeling_llama"),
+    *("peft", "hydra.main", "pandas"),
+    "transformers.models.llama.modeling_llama",
 )
+# Modules that `ForkServer.python` runs in a fork. Others inherit open files or name files after
+# their own process.
+FORKED = (
+    *("emloc", "emloc.cost.bench.offload", "ipykernel_launcher", "submitit.core._submit"),
+    "torch.distributed.run",
+)
+# The program that stands for a Python interpreter. It hands a module and its own output to a fork,
+# and ends as the fork does. The interpreter runs everything else.
+PYTHON = """#!{interpreter} -IS
+import os, signal, sys, time
+sys.path[0:0] = [{tests!r}]
+from forked import FORKED, ForkRequests
+arguments = [one for one in sys.argv[1:] if one != "-u"]
+if arguments[0] != "-m" or arguments[1] not in FORKED:
+    os.execv({interpreter!r}, [{interpreter!r}, *sys.argv[1:]])
+files = [f"/proc/{{os.getpid()}}/fd/{{number}}" for number in (1, 2)]
+started = ForkRequests({folder!r}).send(arguments[1:], os.getcwd(), os.environ, files)
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, _: os.kill(started.pid, number))
+code = started.wait()
+if code < 0:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+sys.exit(code)
+"""
 
 
 @dataclass(frozen=True)
@@ -66,30 +95,57 @@ class ForkedProcess:
 
 
 @dataclass(frozen=True)
-class ForkServer:
-    """The process that imports the libraries, and a folder for the files of its forks."""
+class ForkRequests:
+    """The pipe to a server, in the folder with the files of its forks."""
 
-    process: subprocess.Popen[str]
+    folder: str
+
+    def send(
+        self, program: Sequence[str], cwd: str, env: Mapping[str, str], files: Sequence[str] = ()
+    ) -> ForkedProcess:
+        """Start a module with arguments in a fork and return as soon as it runs.
+
+        Its output goes to two given files, or to files of its own.
+        """
+        place = Path(tempfile.mkdtemp(dir=self.folder))
+        files = files or [str(place / name) for name in ("out", "err")]
+        request = {"program": [*program], "cwd": cwd, "env": {**env}, "files": [*files]}
+        (place / "request").write_text(json.dumps(request))
+        with open(f"{self.folder}/requests", "w") as pipe:
+            pipe.write(f"{place}\n")
+        while not (place / "pid").exists():
+            time.sleep(0.002)
+        return ForkedProcess(place, int((place / "pid").read_text()))
+
+
+@dataclass(frozen=True)
+class ForkServer:
+    """The process that imports the libraries; `folder` has the files of its forks."""
+
     folder: Path
+
+    @property
+    def python(self) -> Path:
+        """The program that runs `-m` in a fork."""
+        return self.folder / "python"
 
     def start(self, arguments: Sequence[str], cwd: Path, env: Mapping[str, str]) -> ForkedProcess:
         """Start the command in a fork and return as soon as it runs."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        place = self.folder / str(len(list(self.folder.iterdir())))
-        place.mkdir()
-        request = {"place": str(place), "arguments": arguments, "cwd": str(cwd), "env": {**env}}
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        return ForkedProcess(place, int(self.process.stdout.readline()))
+        return ForkRequests(str(self.folder)).send(["emloc", *arguments], str(cwd), env)
 
 
 @contextmanager
 def fork_server(folder: Path) -> Iterator[ForkServer]:
     """Start a server, whose forks have their files in `folder`, and end it after the block."""
-    with subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        yield ForkServer(process, folder)
+    os.mkfifo(folder / "requests")
+    server = ForkServer(folder)
+    tests = str(Path(__file__).parent)
+    settings = {"interpreter": sys.executable, "tests": tests, "folder": str(folder)}
+    server.python.write_text(PYTHON.format(**settings))
+    server.python.chmod(0o755)
+    with subprocess.Popen([sys.executable, __file__, str(folder)]) as process:
+        yield server
+        process.terminate()
 
 
 def launch_variables(count: int) -> list[dict[str, str]]:
@@ -104,8 +160,8 @@ def launch_variables(count: int) -> list[dict[str, str]]:
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
-def _serve() -> None:
-    """Fork for each request in standard input; the server itself ends when the input ends."""
+def _serve(folder: Path) -> None:
+    """Fork for each request in the pipe of this folder."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the tests end the server
     gc.disable()
     for name in LIBRARIES:
@@ -114,41 +170,42 @@ def _serve() -> None:
     import_module("submitit").Job._results_timeout_s = 0
     gc.freeze()  # as the command does with what it imports
     gc.enable()
-    for line in sys.stdin:
-        request = json.loads(line)
-        told, tell = os.pipe()
+    # Opened for writing as well, it does not end when no other process has it open.
+    pipe = os.fdopen(os.open(folder / "requests", os.O_RDWR), "rb", buffering=0)
+    for line in pipe:
         if os.fork() == 0:
-            _keep(request, tell)
+            pipe.close()
+            _keep(Path(line.decode().strip()), folder / "python")
             return
-        os.close(tell)
-        with os.fdopen(told) as pipe:
-            print(pipe.read(), flush=True)
         os.wait()
 
 
-def _keep(request: Mapping[str, Any], tell: int) -> None:
-    """Start the command, tell its process id, and write its exit code."""
+def _keep(place: Path, python: Path) -> None:
+    """Start the requested process, write its process id, and at its end the exit code."""
     if os.fork() > 0:
-        os._exit(0)  # the server does not wait for the end of the command
+        os._exit(0)  # the server does not wait for the end of the process
     pid = os.fork()
     if pid == 0:
-        os.close(tell)
-        _run(request)
+        _run(json.loads((place / "request").read_text()), python)
         return
-    os.write(tell, str(pid).encode())
-    os.close(tell)
+    _write(place / "pid", pid)
     _, status = os.waitpid(pid, 0)
-    place = Path(request["place"])
-    (place / "draft").write_text(str(os.waitstatus_to_exitcode(status)))
-    (place / "draft").rename(place / "code")
+    _write(place / "code", os.waitstatus_to_exitcode(status))
     os._exit(0)
 
 
-def _run(request: Mapping[str, Any]) -> None:
+def _write(path: Path, number: int) -> None:
+    """Write a number to a file that is complete as soon as it is there."""
+    draft = path.with_suffix(".draft")
+    draft.write_text(str(number))
+    draft.rename(path)
+
+
+def _run(request: Mapping[str, Any], python: Path) -> None:
     """Become the requested process. It ends like any other, with all its exit handlers."""
-    files = {0: os.devnull, 1: f"{request['place']}/out", 2: f"{request['place']}/err"}
-    for descriptor, path in files.items():
-        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    for descriptor, path in enumerate([os.devnull, *request["files"]]):
+        opened = os.open(path, flags if descriptor else os.O_RDONLY)
         os.dup2(opened, descriptor)
         os.close(opened)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -163,9 +220,10 @@ def _run(request: Mapping[str, Any]) -> None:
     # What these modules read when they are imported.
     datasets.config.HF_DATASETS_CACHE = os.environ["HF_DATASETS_CACHE"]
     distributed._IMPORTED = time.time()
-    sys.argv = ["emloc", *request["arguments"]]
-    runpy.run_module("emloc", run_name="__main__", alter_sys=True)
+    sys.executable = str(python)
+    sys.argv = request["program"]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(Path(sys.argv[1]))

@@ -217,7 +217,7 @@ def test_plan_and_help_find_plugins(emloc, monkeypatch):
 @pytest.mark.parametrize("launcher", ["joblib", "local"])
 def test_workers_of_a_launcher_find_plugins(emloc, tiny, one_run, launcher):
     folders = os.pathsep.join(str(HERE / name) for name in ("gated", "healed"))
-    ran = emloc.process(
+    ran = emloc.fork(
         *("-m", f"hydra/launcher={launcher}", "name=swept", "method=emloc", "recovery=none"),
         *("adapter=gated", "stage=[standard,heal]", *tiny, "eval.harness=false"),
         EMLOC_PLUGINS=folders,

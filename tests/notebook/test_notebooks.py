@@ -1,6 +1,7 @@
 """Every notebook is short, is stored without outputs, and runs in Jupyter without an error."""
 
 import ast
+import sys
 from pathlib import Path
 
 import nbformat
@@ -90,9 +91,11 @@ def test_links_to_notebooks_that_exist(path):
 @pytest.mark.timeout(600)
 @every
 def test_runs_from_its_own_folder_and_writes_no_file_there(
-    path, shared_cache, tmp_path, monkeypatch
+    path, shared_cache, fork_server, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("EMLOC_CACHE", str(shared_cache))
+    # Jupyter starts this as its kernel, and so do the notebooks that run the command.
+    monkeypatch.setattr(sys, "executable", str(fork_server.python))
     for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "MPLCONFIGDIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
     before = sorted(HOME.rglob("*"))

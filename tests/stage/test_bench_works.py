@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import re
+import sys
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -30,7 +31,8 @@ SEVERAL = {
     "work",
     ["factorise_38b", "train_8b", "cap12_38b_nf4", "offload_8b", "host_memory", "rounds4_8b_nf4"],
 )
-def test_a_benchmark_runs_with_small_shapes_without_a_gpu(tmp_path, work, monkeypatch):
+def test_a_benchmark_runs_with_small_shapes_without_a_gpu(tmp_path, work, monkeypatch, fork_server):
+    monkeypatch.setattr(sys, "executable", str(fork_server.python))  # of FSDP2's process
     monkeypatch.setattr(training, "shared_core", nullcontext)  # busy loops would delay other tests
     path = tmp_path / "bench.csv"
     run_benchmark(work, path)

@@ -1,11 +1,9 @@
 """Two processes of one launch train like one process and write one run folder.
 
-The first test starts them with `torchrun`. The others start them as forks, with the variables that
-`torchrun` sets, since each interpreter that it starts needs seconds for its imports.
+The first test starts them with `torchrun`. The others set the variables that `torchrun` sets.
 """
 
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -14,8 +12,7 @@ import torch
 from safetensors.torch import load_file
 from staged import curve_of
 
-TORCHRUN = Path(sys.executable).with_name("torchrun")
-TWO = (str(TORCHRUN), "--standalone", "--nproc-per-node", "2", "-m", "emloc")
+TWO = ("--standalone", "--nproc-per-node", "2", "-m", "emloc")
 SPLIT = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -52,8 +49,11 @@ def assert_same_steps(run: Path, single: Path, steps: int) -> None:
         torch.testing.assert_close(adapters[0][name], tensor, atol=1e-5, rtol=1e-4)
 
 
-def test_two_processes_train_like_one_and_write_one_run(emloc, tiny, one_run, train_alone):
-    first = emloc.process(*tiny, *RECIPE, program=TWO)
+def test_two_processes_train_like_one_and_write_one_run(
+    emloc, tiny, one_run, train_alone, fork_server
+):
+    torchrun = (str(fork_server.python), "-m", "torch.distributed.run", *TWO)
+    first = emloc.process(*tiny, *RECIPE, program=torchrun, PYTHON_EXEC=str(fork_server.python))
     assert first.code == 0, first.output
     run = one_run()
     assert_same_training(run, train_alone(*RECIPE).folder)
