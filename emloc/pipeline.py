@@ -32,6 +32,7 @@ from emloc.stages import (
 from emloc.stages.evaluation.evaluate import headline
 from emloc.stages.run_config import RunConfig
 from emloc.stages.training.callbacks import Report
+from emloc.stages.training.kept_trainee import KeptTrainee
 from emloc.stages.training.lean_setup import required_override
 from emloc.tasks.generic import generic_text
 from emloc.tasks.overlap import refuse_overlap
@@ -84,7 +85,9 @@ class Result:
         return next((names for names in recorded if names), [])
 
 
-def run(run_config: RunConfig, store: Store, report: Report) -> Result:
+def run(
+    run_config: RunConfig, store: Store, report: Report, kept: KeptTrainee | None = None
+) -> Result:
     """Run all stages, and return their artifacts.
 
     An artifact that turns out to be damaged when it is opened is moved aside and computed again.
@@ -93,6 +96,7 @@ def run(run_config: RunConfig, store: Store, report: Report) -> Result:
         run_config: settings of all parts.
         store: cache of the stages.
         report: called with each line of the training log.
+        kept: keeps what a training has loaded for the next run of this process; None: nothing.
 
     Raises:
         ConfigError: a setting is wrong; raised before any stage begins.
@@ -102,7 +106,7 @@ def run(run_config: RunConfig, store: Store, report: Report) -> Result:
     damaged: set[Path] = set()
     while True:
         try:
-            context = _through_stages(replace(context, artifacts={}, current={}), store)
+            context = _through_stages(replace(context, artifacts={}, current={}, kept=kept), store)
             return Result(metric, context.artifacts, context.current)
         except DamagedError as error:
             if error.folder in damaged:

@@ -42,6 +42,7 @@ from emloc.recovery.none import NoRecovery
 from emloc.runtime.stage_cache import Artifact
 from emloc.stages.training.anchored_rows import anchored_rows
 from emloc.stages.training.callbacks import Report
+from emloc.stages.training.kept_trainee import OpenedTrainee
 from emloc.stages.training.refit import refit_of
 from emloc.stages.training.rounds import Rounds, rounds_of
 from emloc.stages.training.trainee import open_trainee
@@ -211,6 +212,7 @@ def in_float64(source: Source) -> Source:
     return replace(source, dtype=torch.float64)
 
 
+LORA = LoraSettings(rank=2, alpha=2, dropout=0)
 RECIPE = TrainSettings(
     steps=6,
     batch=2,
@@ -242,18 +244,20 @@ def training_inputs(
     *,
     adapter: Adapter | None = None,
     examples: Examples | None = None,
+    lora: LoraSettings = LORA,
+    seed: int = 0,
     **recipe: Any,
 ) -> TrainingInputs:
     """Return the inputs of a training of a few steps."""
     layers = [name for name in block_linears(built.source) if "mlp" in name or "q_proj" in name]
     return TrainingInputs(
         adapter or Lora(),
-        LoraSettings(rank=2, alpha=2, dropout=0),
+        lora,
         tuple(layers),
         examples or sums(),
         None,
         replace(RECIPE, **recipe),
-        seed=0,
+        seed,
     )
 
 
@@ -264,22 +268,25 @@ def rounds(
     *,
     report: Report = lambda _, __: None,
     calibration: Samples | None = None,
+    opened: OpenedTrainee | None = None,
     **inputs: Any,
 ) -> Rounds:
     """Return an anchored training in `folder`, which may hold an interrupted one.
 
-    With `calibration` the emulator is fitted to these samples at each round but the first.
+    With `calibration` the emulator is fitted to these samples at each round but the first. `opened`
+    is the trainee, if it is opened already.
     """
     settings = training_inputs(built, **inputs)
     folder.mkdir(exist_ok=True)
     rows = anchored_rows(anchor, built.source, settings, disk_gib=1.0)
     return rounds_of(
         folder,
-        open_trainee(built, settings, CPU),
+        open_trainee(built, settings, CPU) if opened is None else opened.trainee,
         rows,
         NoRecovery(),
         None,
         StateLimits(host=2**30),
         report,
         refit_of(rows, calibration, built),
+        None if opened is None else opened.passes,
     )

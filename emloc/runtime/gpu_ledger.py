@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from emloc.runtime.gpu_lock import POLL_SECONDS, current_gpu, last_gpu, visible_gpus
 from emloc.runtime.gpu_queue import GpuMemory, Job, Share, share_for
+from emloc.runtime.kept_memory import KEPT_MEMORY
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ def _wait_for_share(
                 return answer
         if not has_waited:
             log.info("waiting for a GPU: %s", answer.reason)
+            KEPT_MEMORY.give_back()
         has_waited = True
         time.sleep(POLL_SECONDS)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from emloc.runtime.distributed import world_size
+from emloc.runtime.kept_memory import KEPT_MEMORY
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ def hold_slot(names: Sequence[str], slots: int, folder: Path, last: int = 0) -> 
     slot = _acquire(names, slots, folder, last)
     if slot is None:
         log.info("waiting for a GPU: all %d are taken by other jobs", len(names))
+        KEPT_MEMORY.give_back()
     while slot is None:
         time.sleep(POLL_SECONDS)
         slot = _acquire(names, slots, folder, last)

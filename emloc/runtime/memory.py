@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from emloc.runtime.kept_memory import KEPT_MEMORY
+
 GIB = 2**30
 _POLL_SECONDS = 0.02
 
@@ -81,12 +83,14 @@ class HostMemoryPeak:
 class MemoryPeak:
     """Context manager that measures the peak memory of its block, read as `gib` afterwards.
 
-    On CUDA the peak is the most that the caching allocator has reserved. Without CUDA it is the
-    peak of `HostMemoryPeak`.
+    On CUDA the peak is the most that the caching allocator has reserved, without what the process
+    keeps for a later job, unless the block uses that. Without CUDA it is the peak of
+    `HostMemoryPeak`.
     """
 
     def __init__(self) -> None:
         self.bytes = 0
+        self._kept_bytes, self._changes = 0, 0
         self._host = HostMemoryPeak()
 
     @property
@@ -99,6 +103,8 @@ class MemoryPeak:
             gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+            self._changes = KEPT_MEMORY.changes
+            self._kept_bytes = torch.cuda.memory_reserved() if KEPT_MEMORY.is_kept else 0
         else:
             self._host.__enter__()
         return self
@@ -106,6 +112,8 @@ class MemoryPeak:
     def __exit__(self, *_: object) -> None:
         if torch.cuda.is_available():
             self.bytes = torch.cuda.max_memory_reserved()
+            if KEPT_MEMORY.changes == self._changes:
+                self.bytes -= self._kept_bytes
         else:
             self._host.__exit__()
             self.bytes = self._host.bytes

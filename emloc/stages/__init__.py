@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from emloc.adapters.training_inputs import TrainingInputs
     from emloc.calibration.calibrate import Layers
     from emloc.stages.run_config import RunConfig
+    from emloc.stages.training.kept_trainee import KeptTrainee
 
 # Kinds of artifacts. Later stages read the newest artifact of a kind.
 STATISTICS, EMULATOR, TRAINED, RECOVERED = "statistics", "emulator", "trained", "recovered"
@@ -54,6 +55,8 @@ class Context:
     limits: StateLimits  # memory that hidden states may use
     report: Report  # called with each line of the training log
     cache: Path  # folder of the stages' artifacts
+    # What an earlier training of this process has loaded; None: this training loads all anew.
+    kept: KeptTrainee | None = None
     artifacts: dict[str, Artifact] = field(default_factory=dict)  # by stage, in order
     current: dict[str, Artifact] = field(default_factory=dict)  # kind -> newest artifact
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -54,6 +55,7 @@ class Train(Stage):
             context.training_inputs,
             device=context.device,
             report=context.report,
+            kept=context.kept,
         )
 
 
@@ -62,17 +64,23 @@ def _train_anchored(folder: Path, context: Context, anchor: Anchor) -> Facts:
     assert context.training_inputs is not None
     rows = context.anchored_rows
     recorded = context.current.get(ANCHORS)
-    rounds = rounds_of(
+    train_rounds = partial(
+        rounds_of,
         folder,
-        open_trainee(context.built_emulator, context.training_inputs, context.device),
-        rows,
-        context.run_config.recovery,
-        first_round(recorded) if recorded is not None else None,
-        context.limits,
-        context.report,
-        refit_of(rows, context.samples, context.built_emulator) if anchor.refit else None,
+        rows=rows,
+        recovery=context.run_config.recovery,
+        first_pass=first_round(recorded) if recorded is not None else None,
+        limits=context.limits,
+        report=context.report,
     )
-    return rounds.run()
+    to_open = (context.built_emulator, context.training_inputs, context.device)
+    if anchor.refit:
+        refit = refit_of(rows, context.samples, context.built_emulator)
+        return train_rounds(open_trainee(*to_open), refit=refit).run()
+    if context.kept is None:
+        return train_rounds(open_trainee(*to_open)).run()
+    with context.kept.opened(*to_open) as opened:
+        return train_rounds(opened.trainee, kept_passes=opened.passes).run()
 
 
 def _require_adapted_layers(context: Context) -> None:

@@ -10,10 +10,12 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from emloc.config.run_folder import Run
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from emloc.runtime.stage_cache import Artifact
     from emloc.stages.run_config import RunConfig
     from emloc.stages.training.callbacks import Report
+    from emloc.stages.training.kept_trainee import KeptTrainee
 
 log = logging.getLogger("emloc")
 
@@ -293,9 +296,19 @@ def _pipeline(run_config: RunConfig, report: Report) -> Result:
 
     is_sharded()  # refuses wrong settings now, before the emulator is built
     store = open_store()
+    in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    kept = _kept_trainee() if in_sweep else None
     return run_on_own_gpu(
-        run_config, store.root / "devices", lambda: run(run_config, store, report)
+        run_config, store.root / "devices", lambda: run(run_config, store, report, kept)
     )
+
+
+@cache
+def _kept_trainee() -> KeptTrainee:
+    """What one job of this process has loaded for the next one."""
+    from emloc.stages.training.kept_trainee import KeptTrainee
+
+    return KeptTrainee()
 
 
 def _metrics(run_config: RunConfig, result: Result) -> dict[str, Any]:

@@ -20,8 +20,10 @@ from emloc.emulators.full import Full
 from emloc.emulators.offload import Offload
 from emloc.emulators.svd import Svd
 from emloc.models.checkpoint.source import Source
+from emloc.runtime.kept_memory import KEPT_MEMORY
 from emloc.runtime.memory import MemoryPeak
 from emloc.runtime.work_meter import metered
+from emloc.stages.training.kept_trainee import KeptTrainee
 from emloc.stages.training.train import train
 from emloc.tensors.lean import activations
 from emloc.tensors.lean.step_graphs import CudaRecorder, StepGraphs
@@ -62,10 +64,10 @@ def built_of(made_once, folder, emulator, bits, dtype=torch.float32, **config):
     )
 
 
-def trained(folder, built, **recipe):
+def trained(folder, built, kept=None, **recipe):
     folder.mkdir()
     inputs = anchored.training_inputs(built, **recipe)
-    train(folder, built, inputs, device=CUDA, report=lambda *_: None)
+    train(folder, built, inputs, device=CUDA, report=lambda *_: None, kept=kept)
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
     return [line["loss"] for line in curve_of(folder)], adapter
 
@@ -153,7 +155,35 @@ def test_anchored_rounds_train_the_same(tmp_path, made_once, replays, anchor, mo
     assert len(replays) == 6
     assert min(replays) >= 1
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
-    assert "graphs of the round before are used again" in caplog.text
+    assert "graphs are used again" in caplog.text
+
+
+def test_a_later_job_uses_graphs_again_and_other_stages_do_not_count_them(
+    tmp_path, made_once, replays, caplog
+):
+    caplog.set_level(logging.INFO)
+    built = built_of(made_once, tmp_path / "emulator", SVD, 16)
+    kept = KeptTrainee()
+    peaks, curves = {}, {}
+    recipes = {"first": 0.03, "again": 0.01, "alone": 0.01}
+    for name, rate in recipes.items():
+        if name == "alone":
+            KEPT_MEMORY.give_back()
+        keeper = None if name == "alone" else kept
+        with MemoryPeak() as peak:
+            curves[name], _ = trained(
+                tmp_path / name, built, keeper, capture=True, learning_rate=rate
+            )
+        peaks[name] = peak.bytes
+        with MemoryPeak() as other:
+            torch.empty(1 << 22, device=CUDA)
+        peaks[f"behind {name}"] = other.bytes
+    assert caplog.text.count("is still loaded and is used again") == 1
+    assert caplog.text.count("train: recorded") == 2
+    assert curves["again"] == pytest.approx(curves["alone"], rel=1e-5)
+    assert peaks["again"] == pytest.approx(peaks["alone"], rel=0.1)
+    assert peaks["behind first"] == pytest.approx(peaks["behind alone"], abs=2**22)
+    assert not KEPT_MEMORY.is_kept
 
 
 @pytest.mark.parametrize("host_activations", [False, True])

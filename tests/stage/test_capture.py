@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from emloc.anchors.blocks import Blocks
 from emloc.anchors.logits import Logits
 from emloc.anchors.places import Place
+from emloc.config.settings import LoraSettings
 from emloc.data import fixed_shapes as fixed_shapes_module
 from emloc.data.collate import IGNORE
 from emloc.data.fixed_shapes import (
@@ -33,9 +34,11 @@ from emloc.emulators.offload import Offload
 from emloc.emulators.svd import Svd
 from emloc.models.checkpoint.source import Source
 from emloc.models.objectives.tokens import Tokens
-from emloc.stages.training import capture, graphed_passes
+from emloc.runtime.kept_memory import KEPT_MEMORY
+from emloc.stages.training import capture, graphed_passes, kept_trainee
 from emloc.stages.training.graph_inputs import Trained
 from emloc.stages.training.graphed_passes import GraphedPasses
+from emloc.stages.training.kept_trainee import KeptTrainee
 from emloc.stages.training.train import train
 from emloc.tensors.lean.embedding import HostEmbedding
 
@@ -74,11 +77,11 @@ def built(made_once, tmp_path_factory):
     return anchored.build_emulator(tmp_path_factory.mktemp("emulator"), source, SVD, 16)
 
 
-def trained(folder, built, **recipe):
+def trained(folder, built, *, kept=None, **recipe):
     """Return the losses of a training's steps, and the adapter behind the last one."""
     folder.mkdir()
     inputs = anchored.training_inputs(built, **recipe)
-    train(folder, built, inputs, device=CPU, report=lambda *_: None)
+    train(folder, built, inputs, device=CPU, report=lambda *_: None, kept=kept)
     return [line["loss"] for line in curve_of(folder)], adapter_of(folder)
 
 
@@ -139,7 +142,7 @@ def test_anchored_rounds_train_the_same(tmp_path, built, graphs, anchor, caplog)
     assert_equal_trainings(runs[True], runs[False])
     recorded, again, *more = graph_lines(caplog)
     assert recorded.startswith("train: recorded")
-    assert again.endswith("of the round before are used again")
+    assert again.endswith("graphs are used again")
     shapes = re.search(r"of (\d+) lengths", caplog.text)
     assert len(graphs) <= int(shapes[1])
     assert len(more) <= 1  # for shapes that only the second round has
@@ -182,6 +185,101 @@ def releases(monkeypatch):
 def test_graphs_are_released_behind_a_training(tmp_path, built, graphs, releases):
     trained(tmp_path / "graphs", built, capture=True)
     assert releases == [len(graphs)]
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """What a training keeps for the next one on a device with memory to spare."""
+    monkeypatch.setattr(kept_trainee, "_has_memory_to_spare", lambda trainee: True)
+    yield KeptTrainee()
+    KEPT_MEMORY.give_back()
+
+
+def opened_anew(caplog):
+    """Forget the log so far; return whether a training has opened everything anew."""
+    is_anew = "is still loaded and is used again" not in caplog.text
+    caplog.clear()
+    return is_anew
+
+
+def test_a_job_with_another_rate_uses_emulator_and_graphs_again(
+    tmp_path, built, graphs, kept, caplog, releases
+):
+    caplog.set_level("INFO")
+    trained(tmp_path / "first", built, capture=True, kept=kept, learning_rate=0.03)
+    assert opened_anew(caplog)
+    assert KEPT_MEMORY.is_kept
+    recorded = len(graphs)
+    recipe = {"learning_rate": 0.01, "schedule": "linear", "weight_decay": 0.1, "clip": 0.5}
+    again = trained(tmp_path / "again", built, capture=True, **recipe, kept=kept)
+    assert [line.split()[1:] for line in graph_lines(caplog)] == [
+        [str(recorded), "graphs", "are", "used", "again"]
+    ]
+    assert not opened_anew(caplog)
+    assert (len(graphs), releases) == (recorded, [])
+    anew = trained(tmp_path / "anew", built, capture=True, **recipe)
+    assert again[0] == anew[0]
+    assert all(torch.equal(tensor, anew[1][name]) for name, tensor in again[1].items())
+
+
+@pytest.mark.parametrize(
+    "other", [{"seed": 1}, {"checkpointing": False}, {"lora": LoraSettings(2, 4, 0)}], ids=str
+)
+def test_a_job_with_other_passes_opens_everything_anew(
+    tmp_path, built, graphs, kept, caplog, releases, other
+):
+    caplog.set_level("INFO")
+    trained(tmp_path / "first", built, capture=True, kept=kept)
+    recorded = len(graphs)
+    opened_anew(caplog)
+    actual = trained(tmp_path / "other", built, capture=True, kept=kept, **other)
+    assert opened_anew(caplog)
+    assert releases == [recorded]
+    assert_equal_trainings(actual, trained(tmp_path / "anew", built, capture=True, **other))
+
+
+def test_a_job_whose_batches_have_other_lengths_records_its_own_graphs(
+    tmp_path, built, graphs, kept, caplog, releases
+):
+    caplog.set_level("INFO")
+    trained(tmp_path / "first", built, capture=True, kept=kept, steps=1)
+    recorded = len(graphs)
+    trained(tmp_path / "more", built, capture=True, kept=kept, steps=4)
+    assert "is still loaded" in caplog.text
+    assert releases == [recorded]
+    assert [line.split()[1] for line in graph_lines(caplog)] == ["recorded"] * 2
+
+
+def test_an_anchored_job_uses_emulator_and_graphs_again(tmp_path, built, graphs, kept, caplog):
+    caplog.set_level("INFO")
+    for name, rate in (("first", 0.03), ("again", 0.01)):
+        caplog.clear()
+        recipe = {"capture": True, "learning_rate": rate}
+        inputs = anchored.training_inputs(built, **recipe)
+        with kept.opened(built, inputs, CPU) as opened:
+            anchored.rounds(tmp_path / name, built, BLOCKS, opened=opened, **recipe).run()
+    assert not opened_anew(caplog)
+    assert all("recorded" not in line for line in graph_lines(caplog)[:1])
+    anchored.rounds(tmp_path / "anew", built, BLOCKS, **recipe).run()
+    again, anew = (curve_of(tmp_path / name) for name in ("again", "anew"))
+    assert [line["loss"] for line in again] == [line["loss"] for line in anew]
+    adapters = [adapter_of(tmp_path / name) for name in ("again", "anew")]
+    assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
+
+
+def test_a_failed_job_is_not_kept(tmp_path, built, graphs, kept):
+    with pytest.raises(FloatingPointError):
+        trained(tmp_path / "failed", built, capture=True, kept=kept, learning_rate=1e30)
+    assert not KEPT_MEMORY.is_kept
+
+
+def test_nothing_is_kept_on_a_device_without_memory_to_spare(
+    tmp_path, built, graphs, kept, releases, monkeypatch
+):
+    monkeypatch.setattr(kept_trainee, "_has_memory_to_spare", lambda trainee: False)
+    trained(tmp_path / "first", built, capture=True, kept=kept)
+    assert releases == [len(graphs)]
+    assert not KEPT_MEMORY.is_kept
 
 
 def test_an_emulator_that_is_fitted_anew_has_graphs_of_its_own(

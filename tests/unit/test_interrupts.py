@@ -11,6 +11,14 @@ from emloc.runtime.interrupts import noticed_interrupts
 from emloc.sweeps import job
 
 
+@pytest.fixture(autouse=True)
+def _interrupts_are_errors():
+    """Handle interrupts as Python does, also in a shell that starts its jobs without them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def read_badly() -> None:
     """Report an interrupt as a library in compiled code may."""
     try:

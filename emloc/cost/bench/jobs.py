@@ -1,9 +1,11 @@
 """Benchmark of small trainings on one GPU: one at a time, and side by side.
 
 A job is a training in a process that has run a short training before. So neither the start of an
-interpreter nor that of CUDA counts, as in the workers of a sweep, which live on from job to job. As
-many jobs run side by side as `budget.jobs_per_gpu=auto` admits. They do so twice, without and with
-NVIDIA's Multi-Process Service (MPS), if this machine has its control program.
+interpreter nor that of CUDA counts, as in the workers of a sweep, which live on from job to job.
+They use the emulator and the graphs of the job before again, as in a sweep of learning rates; one
+row measures jobs that open everything anew. As many jobs run side by side as
+`budget.jobs_per_gpu=auto` admits. They do so twice, without and with NVIDIA's Multi-Process Service
+(MPS), if this machine has its control program.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from emloc.cost.expected_memory import need_of_peak
 from emloc.data.examples import Examples
 from emloc.runtime.gpu_ledger import gpu_memory, most_jobs
 from emloc.runtime.gpu_queue import jobs_that_fit
+from emloc.stages.training.kept_trainee import KeptTrainee
 from emloc.stages.training.train import fit_rows
 
 STEPS, WARM_UP_STEPS = 100, 4  # steps of a job, and of the training that precedes it
@@ -55,10 +58,15 @@ def jobs(benchmark: str, model: str, ratio: float) -> Iterator[BenchRow]:
     setup = BenchSetup(model, RECIPE, LOG_EVERY)
     is_full_size = setup.is_full_size
     assert setup.run_config.adapter.trains  # composed here, once for all workers
-    train = partial(train_random, setup, ratio)
+    train_anew = partial(train_random, setup, ratio)
+    train = partial(train_anew, kept=KeptTrainee())  # of each worker
     warm_up, steps = (WARM_UP_STEPS, STEPS) if is_full_size else (0, 1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        with Workers(train_anew, folder, {}) as workers:
+            workers.start(1)
+            workers.run(warm_up, None)
+            seconds_anew, _ = workers.run(steps, None)
         with Workers(train, folder, {}) as workers:
             workers.start(1)
             workers.run(warm_up, None)
@@ -79,6 +87,8 @@ def jobs(benchmark: str, model: str, ratio: float) -> Iterator[BenchRow]:
     beside = 3600 * count / seconds_beside
     with_mps = 3600 * count / seconds_with_mps
     yield row(benchmark, "one at a time", "jobs an hour", alone)
+    what = "one at a time, each opens everything anew"
+    yield row(benchmark, what, "jobs an hour", 3600 / seconds_anew)
     yield row(benchmark, "side by side", "jobs an hour", beside)
     yield row(benchmark, "side by side, over one at a time", "", beside / alone)
     yield row(benchmark, "side by side with MPS", "jobs an hour", _or_word(with_mps))
@@ -155,8 +165,10 @@ def train_on_shared_core(setup: BenchSetup, ratio: float, steps: int) -> JobFigu
         return train_random(setup, ratio, steps)
 
 
-def train_random(setup: BenchSetup, ratio: float, steps: int) -> JobFigures:
-    """Train an emulator with random factors."""
+def train_random(
+    setup: BenchSetup, ratio: float, steps: int, kept: KeptTrainee | None = None
+) -> JobFigures:
+    """Train an emulator with random factors, or the one that an earlier job has opened."""
     is_full_size, run_config = setup.is_full_size, setup.run_config
     batch, length, answer = (BATCH, LENGTH, ANSWER) if is_full_size else (2, 16, 8)
     reset_memory(setup.device)
@@ -175,12 +187,15 @@ def train_random(setup: BenchSetup, ratio: float, steps: int) -> JobFigures:
     with tempfile.TemporaryDirectory() as folder:
         fit_rows(
             Path(folder),
-            PreparedModel(setup.source, partial(open_factorized, setup, ratio=ratio)),  # type: ignore[arg-type]
+            PreparedModel(  # type: ignore[arg-type]
+                setup.source, partial(open_factorized, setup, ratio=ratio), ("factors", ratio)
+            ),
             inputs,
             [RandomRow(length, seed, length - answer, ()) for seed in range(steps * batch)],
             lambda rows: dict(batches[rows[0].seed % BATCHES]),
             device=setup.device,
             report=lambda step, values: ends.append(synchronized_time(setup.device)),
+            kept=kept,
         )
     peak = torch.cuda.max_memory_reserved() if is_full_size else 0
     # The median leaves out the first steps, which record graphs.

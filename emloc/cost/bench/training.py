@@ -89,6 +89,7 @@ class PreparedModel:
 
     source: Source
     open_model: Callable[[torch.device], PreTrainedModel]
+    key: tuple[Any, ...] = ()  # of its weights, for trainings that may use it again
 
     def open(self, device: torch.device) -> PreTrainedModel:
         """Return the frozen model on the device."""

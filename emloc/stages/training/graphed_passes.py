@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 # Log lines behind the first graphs, and if there are some already.
 RECORDED = "train: recorded %d graphs in %s"
-USED_AGAIN = "train: %d graphs of the round before are used again"
+USED_AGAIN = "train: %d graphs are used again"
 
 
 class GraphedPasses:
@@ -36,6 +36,7 @@ class GraphedPasses:
 
     def __init__(self, trained: Trained, capture: Capture, flat: FlatParameters) -> None:
         self.flat = flat
+        self.shapes = capture.shapes.shapes
         self._trained = trained
         self._inputs = GraphInputs(trained, capture)
         self._graphs = StepGraphs(self._compute, capture.record, MOST_SHAPES)
@@ -45,6 +46,11 @@ class GraphedPasses:
         """Compute further passes of the same model, with other offsets or another loss."""
         self._trained = trained
         self._inputs.go_on(trained)
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether a graph is recorded."""
+        return len(self._graphs) > 0
 
     def release(self) -> None:
         """Give the memory of all graphs back; further passes have none."""
@@ -118,18 +124,28 @@ def _causal_attention() -> Iterator[None]:
 
 @dataclass
 class KeptPasses:
-    """The passes of a round, which the next round of the same model uses again.
+    """The passes of a round or a training, which the next one of the same model uses again.
 
-    Their graphs keep their memory between the rounds, while the original is computed.
+    Their graphs keep their memory meanwhile.
     """
 
     _passes: GraphedPasses | None = None
     _addresses: tuple[int, ...] = ()
 
-    def take(self, model: Any) -> GraphedPasses | None:
-        """Return the passes, once; None if there are none, or the model has moved since."""
+    @property
+    def has_graphs(self) -> bool:
+        """Whether there are any."""
+        return self._passes is not None and self._passes.has_graphs
+
+    def take(self, model: Any, capture: Capture) -> GraphedPasses | None:
+        """Return the passes, once; None if there are none for this capture.
+
+        They are released if batches have other shapes now, or the model has moved since.
+        """
         passes, self._passes = self._passes, None
-        if passes is not None and _addresses(model) != self._addresses:
+        if passes is None:
+            return None
+        if _addresses(model) != self._addresses or passes.shapes != capture.shapes.shapes:
             passes.release()
             return None
         return passes
@@ -140,6 +156,12 @@ class KeptPasses:
         if free_device_bytes(device) >= own_bytes:
             self._passes, self._addresses = passes, _addresses(model)
         else:
+            passes.release()
+
+    def release(self) -> None:
+        """Give the memory of the graphs back, if there are any."""
+        passes, self._passes = self._passes, None
+        if passes is not None:
             passes.release()
 
 

@@ -34,18 +34,17 @@ class State:
 class RoundTrainee:
     """Loads the emulator of the present round with an adapter, one emulator at a time.
 
-    With `is_refitted` each round has an emulator of its own.
-
     Attributes:
         emulator: of the present round; set it to another one to train through that.
         is_split: whether a round has split the weights of the loaded model (FSDP).
-        kept_passes: the graphs of the loaded model for its next round; None: it has no other round.
+        kept_passes: the graphs of the loaded model for its next round; None: each round has an
+            emulator of its own.
     """
 
-    def __init__(self, trainee: Trainee, *, is_refitted: bool) -> None:
+    def __init__(self, trainee: Trainee, kept_passes: KeptPasses | None) -> None:
         self.emulator: BuiltEmulator = trainee.built_emulator
         self.is_split = False
-        self.kept_passes = None if is_refitted else KeptPasses()
+        self.kept_passes = kept_passes
         self._trainee: Trainee = trainee
         adapter = trainee.training_inputs.adapter
         self._new_state = {n: t.clone() for n, t in adapter.state(trainee.model).items()}

@@ -29,6 +29,7 @@ from emloc.runtime.atomic import write_text
 from emloc.runtime.distributed import is_first, wait_for_everyone
 from emloc.stages.training.anchored_rows import AnchoredRows
 from emloc.stages.training.callbacks import Report
+from emloc.stages.training.graphed_passes import KeptPasses
 from emloc.stages.training.refit import Refit
 from emloc.stages.training.round_passes import FirstPass, RoundPasses
 from emloc.stages.training.round_steps import RoundSteps
@@ -53,6 +54,7 @@ def rounds_of(
     limits: StateLimits,
     report: Report,
     refit: Refit | None = None,
+    kept_passes: KeptPasses | None = None,
 ) -> Rounds:
     """Return an anchored training in a folder, which may hold an interrupted one.
 
@@ -65,8 +67,12 @@ def rounds_of(
         limits: memory for hidden states.
         report: called with each line of the training log.
         refit: how later rounds fit the emulator anew; None: all rounds have the same emulator.
+        kept_passes: the graphs of the trainee, if there are some already; it gets those of the last
+            round. With `refit` each round has graphs of its own.
     """
-    round_trainee = RoundTrainee(trainee, is_refitted=refit is not None)
+    if refit is None and kept_passes is None:
+        kept_passes = KeptPasses()
+    round_trainee = RoundTrainee(trainee, kept_passes)
     passes = RoundPasses(folder, round_trainee, rows, recovery, first_pass, limits, refit)
     steps = RoundSteps(folder, round_trainee, rows, report)
     return Rounds(folder, round_trainee, rows, passes, steps)

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from emloc.runtime.distributed import is_first
 from emloc.stages.training.callbacks import LogLines, Report, StepTimer, StopAfter, TrainingProgress
 from emloc.stages.training.capture import Capture, capture_of
 from emloc.stages.training.graphed_passes import KeptPasses
+from emloc.stages.training.kept_trainee import KeptTrainee
 from emloc.stages.training.trainee import Trainee, open_trainee
 from emloc.stages.training.trainer import (
     FiniteTrainer,
@@ -59,10 +61,12 @@ def train(
     *,
     device: torch.device,
     report: Report,
+    kept: KeptTrainee | None = None,
 ) -> dict[str, Any]:
     """Train an adapter and write it with its curve into `folder`, which may hold checkpoints.
 
-    A training whose checkpoints are in `folder` is resumed from the newest of them.
+    A training whose checkpoints are in `folder` is resumed from the newest of them. `kept` has what
+    an earlier training of this process has loaded; None: everything is loaded anew.
 
     Returns:
         The number of trainable parameters, of optimizer steps, the median seconds of a step, and
@@ -78,6 +82,7 @@ def train(
         training_collate(reader),
         device=device,
         report=report,
+        kept=kept,
     )
 
 
@@ -91,6 +96,7 @@ def fit_rows(
     device: torch.device,
     report: Report,
     start: Path | None = None,
+    kept: KeptTrainee | None = None,
 ) -> dict[str, Any]:
     """Train as `train` does, on rows that are encoded already.
 
@@ -100,16 +106,34 @@ def fit_rows(
     Raises:
         ConfigError: FSDP is to split weights in a packed format.
     """
-    trainee = open_trainee(built_emulator, training_inputs, device, start)
+    train_rows = partial(_fit, folder, rows=rows, collate_rows=collate_rows, report=report)
+    if kept is None or start is not None:
+        return train_rows(open_trainee(built_emulator, training_inputs, device, start), None)
+    with kept.opened(built_emulator, training_inputs, device) as opened:
+        return train_rows(opened.trainee, opened.passes)
+
+
+def _fit(
+    folder: Path,
+    trainee: Trainee,
+    kept_passes: KeptPasses | None,
+    *,
+    rows: Sequence[EncodedRow],
+    collate_rows: Callable[[list[Any]], Batch],
+    report: Report,
+) -> dict[str, Any]:
+    """Train, write the adapter and the curve, and return the facts of the training."""
+    training_inputs = trainee.training_inputs
     checkpoints, timer = folder / "checkpoints", StepTimer()
     log_start(trainee, len(rows))
     capture = capture_of(trainee, rows, collate_rows, 0, training_inputs.recipe.steps)
     collator = collate_rows if capture is None else capture.collator(collate_rows)
-    segment = Segment(capture=capture)
+    segment = Segment(capture=capture, kept_passes=kept_passes)
     state = run_steps(trainee, rows, collator, checkpoints, report, timer, segment)
     unshard_parameters(trainee.model)
     if is_first():
-        training_inputs.adapter.save(trainee.model, folder / "adapter", built_emulator.source.name)
+        base = trainee.built_emulator.source.name
+        training_inputs.adapter.save(trainee.model, folder / "adapter", base)
         write_curve(folder, [line for line in state.log_history if "loss" in line])
         shutil.rmtree(checkpoints, ignore_errors=True)
     return {
@@ -215,7 +239,7 @@ class Segment:
     restart: bool = False  # without the averages of gradients of the checkpoint `start`
     anchors: AttachedOffsets | None = None  # hooks of the model that add offsets; None: no offsets
     capture: Capture | None = None  # how its passes run as CUDA graphs; None: without graphs
-    kept_passes: KeptPasses | None = None  # graphs of other segments of this training
+    kept_passes: KeptPasses | None = None  # graphs of segments before it, kept for later ones
     log: LogLines = field(default_factory=LogLines)  # of this training
     first: int = 0  # number of the step it begins at
 

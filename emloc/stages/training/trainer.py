@@ -47,7 +47,7 @@ class FiniteTrainer(Trainer):
     offsets, which are handed to the model's hooks. `skipped` steps of rows were used by rejected
     rounds of an anchored training. With `restart` the optimizer forgets the averages of gradients
     of the checkpoint that the training goes on from. With `capture` the passes run as CUDA graphs;
-    `kept_passes` are those of the round before, and keeps them for the next one.
+    `kept_passes` are those of the round or training before, and keeps them for the next one.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class FiniteTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         if self._capture is not None:
             if self._kept_passes is not None:
-                self._passes_before = self._kept_passes.take(self.model)
+                self._passes_before = self._kept_passes.take(self.model, self._capture)
             groups = [group["params"] for group in optimizer.param_groups]
             before = self._passes_before
             self._flat = FlatParameters(groups) if before is None else before.flat
