@@ -191,7 +191,7 @@ def record_anchors(
     record(
         folder / "offsets",
         Original(*load_unread(source, adapter, folder / "carried" / "adapter")),
-        Stretches(inner, places, stored_as),
+        Stretches(inner, places, stored_as, has_head_of_original=True),
         Rows(rows(), [], collate_rows, Tokens(), batch_tokens),
         list(by_block(block_linears(source))),
         block_stack(source),

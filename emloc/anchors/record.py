@@ -34,6 +34,7 @@ from emloc.models.objectives import Objective
 from emloc.models.objectives.answer_logits import forward_logits
 from emloc.runtime.atomic import write_json
 from emloc.runtime.progress import tracked
+from emloc.tensors.nn.surgery import replace_tensor
 
 LOSSES_FILE = "losses.json"
 
@@ -58,6 +59,8 @@ class Stretches:
     stored_as: OffsetFormat
     # Returns the context that the emulator is trained in, such as autocast.
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    # Whether the output head is the original's, so that one copy on the device does for both.
+    has_head_of_original: bool = False
 
     @property
     def token_bytes(self) -> int:
@@ -182,11 +185,12 @@ class _Pass:
         """Yield the blocks of the original, which computes the losses after the last of them."""
         model, weights = self.original.model, self.original.weights
         if weights is not None:
-            fill_outside(model, weights, {*blocks, *self.decoder_blocks}, self.device)
+            inside = {*blocks, *self.decoder_blocks}
+            fill_outside(model, weights, inside, self.device, with_head=True)
             model.tie_weights()
             # Without a block of the decoder, the passes reach the head before any block is run.
             if not {*blocks} & {*self.decoder_blocks}:
-                weights.fill(model, _own_head_parameters(model), self.device)
+                self._fill_head(weights)
         model.eval()
         indices = range(len(self.plan.batches))
         return iterate_blocks(
@@ -248,10 +252,17 @@ class _Pass:
 
     def _run_original(self, block: Block, blocks: Sequence[str]) -> None:
         """Run a block of the original; the head is read just before the last one."""
-        model, weights = self.original.model, self.original.weights
-        if weights is not None and block.name == blocks[-1]:
-            weights.fill(model, _own_head_parameters(model), self.device)
+        if self.original.weights is not None and block.name == blocks[-1]:
+            self._fill_head(self.original.weights)
         block.run(lambda _: None)
+
+    def _fill_head(self, weights: WeightReader) -> None:
+        """Read the head of the original, or use that of the emulator if it is the same."""
+        model = self.original.model
+        names = _own_head_parameters(model)
+        if self.stretches is not None and self.stretches.has_head_of_original:
+            names = _share_parameters(self.stretches.model, model, names)
+        weights.fill(model, names, self.device)
 
     # A killed pass.
 
@@ -276,6 +287,25 @@ class _Pass:
     def _note_output(self, _: nn.Module, __: Any, output: Any) -> None:
         """Remember what a block returns, for those that replace it when the pass is resumed."""
         self.recorder.states.tuple_size = len(output) if isinstance(output, tuple) else 0
+
+
+def _share_parameters(
+    owner: PreTrainedModel, model: PreTrainedModel, names: Sequence[str]
+) -> list[str]:
+    """Let a model have parameters of another one; return the names of those that it has not got.
+
+    It does not get any that are trained, or stored in another way.
+    """
+    own = dict(owner.named_parameters())
+    missing = []
+    for name in names:
+        given, wanted = own.get(name), model.get_parameter(name)
+        is_alike = given is not None and (given.shape, given.dtype) == (wanted.shape, wanted.dtype)
+        if given is None or given.requires_grad or not is_alike:
+            missing.append(name)
+        else:
+            replace_tensor(model, name, given.detach())
+    return missing
 
 
 def _own_head_parameters(model: PreTrainedModel) -> list[str]:

@@ -38,6 +38,8 @@ from emloc.models.block_names import find_block
 from emloc.models.checkpoint.source import Source
 from emloc.models.decoder import decoder_of
 from emloc.runtime.work_meter import count_operations
+from emloc.tensors.lean.embedding import HostEmbedding
+from emloc.tensors.lean.model import separate_embedding
 from emloc.tensors.nn.forward import accepts_use_cache
 from emloc.tensors.nn.operations import linear_operations
 
@@ -95,12 +97,40 @@ def iterate_checkpoint(
 
 
 def fill_outside(
-    model: PreTrainedModel, weights: WeightReader, blocks: Iterable[str], device: torch.device
+    model: PreTrainedModel,
+    weights: WeightReader,
+    blocks: Iterable[str],
+    device: torch.device,
+    *,
+    with_head: bool = False,
 ) -> None:
-    """Read all weights that are neither in one of the blocks nor in the output head."""
+    """Read all weights that are neither in one of the blocks nor in the output head.
+
+    The token embedding stays in host memory: blocks do not read it, and it is larger than a block
+    of many models. With `with_head` the passes reach the head, and an embedding that is tied to it
+    goes to the device.
+    """
     inside = tuple(f"{name}." for name in blocks)
     names = _names_without_head(model, weights)
-    weights.fill(model, [name for name in names if not name.startswith(inside)], device)
+    names = [name for name in names if not name.startswith(inside)]
+    if not (with_head and model.all_tied_weights_keys):
+        name = _read_embedding(model, weights, device)
+        names = [other for other in names if other != name]
+    weights.fill(model, names, device)
+
+
+def _read_embedding(
+    model: PreTrainedModel, weights: WeightReader, device: torch.device
+) -> str | None:
+    """Read the token embedding to host memory and return its name; None if it cannot stay there."""
+    embedding = separate_embedding(model)
+    if embedding is None:
+        return None
+    [name] = [name for name, weight in model.named_parameters() if weight is embedding.weight]
+    weights.fill(model, [name], torch.device("cpu"))
+    filled = model.get_submodule(name.removesuffix(".weight"))
+    model.set_input_embeddings(HostEmbedding(filled.weight, device))
+    return name
 
 
 def _names_without_head(model: PreTrainedModel, weights: WeightReader) -> list[str]:

@@ -141,7 +141,9 @@ def _new_pass(
     stretches = None
     if rows:
         emulator = context.built_emulator.open(context.device)
-        stretches = Stretches(emulator, plan.places, plan.anchor.stored_as)
+        stretches = Stretches(
+            emulator, plan.places, plan.anchor.stored_as, has_head_of_original=True
+        )
     plan.record(
         draft,
         Original(context.source.skeleton(), context.source),

@@ -1,5 +1,6 @@
 """Anchored emulators compute the original exactly, and its gradient by their own Jacobians."""
 
+import copy
 import json
 from dataclasses import replace
 from functools import cache, partial
@@ -140,13 +141,32 @@ def test_a_killed_pass_reads_no_weights_of_finished_blocks(
     pair = model_of(tmp_path, "svd", BLOCKS)
     blocks = {find_block(name) for name in read} - {None}
     assert blocks == {f"model.layers.{index}" for index in range(last_block + 1, 6)}
-    assert "lm_head.weight" in read
+    assert "lm_head.weight" not in read  # the emulator has it
     losses = json.loads((tmp_path / "offsets" / record_module.LOSSES_FILE).read_text())
     for row in anchored.rows():
         with torch.no_grad(), pair.put_back([row]):
             loss = pair.emulator(**pair.batch([row])).loss
         total, items = losses[row.key]
         assert loss == pytest.approx(total / items, abs=2e-6)
+
+
+def test_only_a_head_that_is_the_original_s_is_used_for_both(model_of, tmp_path):
+    """Another head, or a trained one, does not change the losses of the original."""
+    pair = model_of(tmp_path, "svd", BLOCKS)
+    owner, model = pair.emulator, copy.deepcopy(pair.original)
+    head = model.lm_head.weight.detach().clone()
+    names = ["lm_head.weight"]
+    assert record_module._share_parameters(owner, model, names) == []
+    assert model.lm_head.weight.data_ptr() == owner.lm_head.weight.data_ptr()
+    assert torch.equal(model.lm_head.weight, head)
+    for change in (
+        lambda weight: weight.requires_grad_(),
+        lambda weight: setattr(weight, "data", weight.data.float()),
+        lambda weight: setattr(weight, "data", weight.data[:-1]),
+    ):
+        other = copy.deepcopy(owner)
+        change(other.lm_head.weight)
+        assert record_module._share_parameters(other, model, names) == names
 
 
 def gradients_by_stretches(emulator, places, targets, batch) -> dict[str, torch.Tensor]:

@@ -111,7 +111,7 @@ class Refit:
         self.rows.record(
             work / "offsets",
             original(),
-            Stretches(trainee.inner, places, stored_as, trainee.context),
+            Stretches(trainee.inner, places, stored_as, trainee.context, has_head_of_original=True),
             rows,
             [],
             device=device,

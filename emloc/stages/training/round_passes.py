@@ -156,11 +156,13 @@ class RoundPasses:
             model: Any = trainee.built_emulator.open(trainee.device)
             if trained := self._saved_adapter(state, folder):
                 model = adapter.base(adapter.load(model, trained))
-            yield Stretches(model, places, stored_as, trainee.context)
+            yield Stretches(model, places, stored_as, trainee.context, has_head_of_original=True)
             return
         trainee = self.trainee.load(state)
         with adapter.training(trainee.model, mixed=trainee.mixed):
-            yield Stretches(trainee.inner, places, stored_as, trainee.context)
+            yield Stretches(
+                trainee.inner, places, stored_as, trainee.context, has_head_of_original=True
+            )
 
     # The emulator of a round.
 

@@ -47,7 +47,8 @@ class RoundTrainee:
         self.kept_passes = kept_passes
         self._trainee: Trainee = trainee
         adapter = trainee.training_inputs.adapter
-        self._new_state = {n: t.clone() for n, t in adapter.state(trainee.model).items()}
+        state = adapter.state(trainee.model)
+        self._new_state = {name: tensor.cpu().clone() for name, tensor in state.items()}
 
     @property
     def training_inputs(self) -> TrainingInputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -10,12 +11,16 @@ class HostEmbedding(nn.Module):
     """Looks up rows in host memory and copies only these to the device.
 
     The weight (V, d) is not registered as a parameter, so moving the model does not move it.
+
+    Args:
+        weight: the rows, on any device.
+        device: of the vectors; None: that of the weight.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, device: torch.device | None = None) -> None:
         super().__init__()
         self.rows = weight.detach().cpu()
-        self._device = weight.device
+        self._device = weight.device if device is None else device
 
     @property
     def weight(self) -> Tensor:
@@ -23,7 +28,7 @@ class HostEmbedding(nn.Module):
         return self.rows
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map token ids (...,) to vectors (..., d) on the weight's original device."""
+        """Map token ids (...,) to vectors (..., d) on the device."""
         return self.look_up(input.cpu()).to(self._device)
 
     def look_up(self, ids: Tensor) -> Tensor:

@@ -21,14 +21,8 @@ def offload_embedding(model: PreTrainedModel) -> int:
     Nothing is moved, and 0 returned, if the embedding is trained, is tied to the output layer, or
     is not a plain `nn.Embedding`.
     """
-    try:
-        embedding = model.get_input_embeddings()
-    except NotImplementedError:  # the model reads no tokens
-        return 0
-    head = model.get_output_embeddings()
-    if type(embedding) is not nn.Embedding or embedding.weight.requires_grad:
-        return 0
-    if head is not None and head.weight is embedding.weight:
+    embedding = separate_embedding(model)
+    if embedding is None or embedding.weight.requires_grad:
         return 0
     size, device = embedding.weight.nbytes, embedding.weight.device
     model.set_input_embeddings(HostEmbedding(embedding.weight))
@@ -37,6 +31,23 @@ def offload_embedding(model: PreTrainedModel) -> int:
         # Smaller tensors would settle in its place, and CUDA graphs could not use the rest of it.
         torch.cuda.empty_cache()
     return size
+
+
+def separate_embedding(model: PreTrainedModel) -> nn.Embedding | None:
+    """Return the token embedding of a model; None if it has none that can be replaced.
+
+    It cannot if it is tied to the output layer, or is not a plain `nn.Embedding`.
+    """
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # the model reads no tokens
+        return None
+    head = model.get_output_embeddings()
+    if type(embedding) is not nn.Embedding:
+        return None
+    if head is not None and head.weight is embedding.weight:
+        return None
+    return embedding
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
