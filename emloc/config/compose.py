@@ -52,6 +52,8 @@ class PluginGroups(SearchPathPlugin):
 # Placeholder for experiments that the command line does not name. Composing one fails with "name is
 # missing".
 _UNNAMED = OmegaConf.create({"name": MISSING})
+# Marks placeholders in Hydra's store, which takes long to store one again.
+_UNNAMED_PROVIDER = "emloc: not named"
 
 
 def register(words: Sequence[str] = ()) -> None:
@@ -71,15 +73,18 @@ def register(words: Sequence[str] = ()) -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=schema())
     store.repo.pop("cell", None)  # of experiments that an earlier call registered
+    group = "experiments"
+    known = store.repo.get(group, {})
     for path in sorted(EXPERIMENTS.glob("*.yaml")):
-        node = _UNNAMED
+        experiment = {"group": group, "name": path.stem, "package": "_global_"}
         if any(path.stem in word or "glob(" in word for word in words):
             file = read_experiment(path)
-            node = file.node
             for name, overrides in file.cells.items():
                 cell = _preset(overrides, folders)
                 store.store(group=f"cell/{path.stem}", name=name, node=cell, package="_global_")
-        store.store(group="experiments", name=path.stem, node=node, package="_global_")
+            store.store(**experiment, node=file.node)
+        elif getattr(known.get(f"{path.stem}.yaml"), "provider", None) != _UNNAMED_PROVIDER:
+            store.store(**experiment, node=_UNNAMED, provider=_UNNAMED_PROVIDER)
     _replace_launchers(store)
     OmegaConf.register_new_resolver(
         "emloc.runs", lambda *, _root_: _experiment_folder(_root_.name), replace=True

@@ -12,7 +12,7 @@ from emloc.adapters import Adapter
 from emloc.adapters.none import NoAdapter
 from emloc.anchors import Anchor
 from emloc.anchors.none import NoAnchor
-from emloc.config.check import check_values, errors_of, fill, parts_in, refuse_width
+from emloc.config.check import errors_of, fill, parts_in, refuse_unknown_sections, refuse_width
 from emloc.config.folder_words import require_words
 from emloc.config.formats import format_of, widths
 from emloc.config.named_class import import_named
@@ -22,12 +22,14 @@ from emloc.config.settings import (
     Budget,
     Calibration,
     Compression,
+    Config,
     EvalSettings,
     LoraSettings,
     TrainSettings,
 )
 from emloc.config.stage_order import order_stages
 from emloc.config.targets import current_target
+from emloc.config.values import refuse_wrong_value
 from emloc.emulators import Emulator
 from emloc.errors import ConfigError
 from emloc.models.family import ModelFamily
@@ -73,7 +75,7 @@ def build(cfg: DictConfig) -> RunConfig:
     Raises:
         ConfigError: a key is unknown, or a value has a wrong type or is out of range.
     """
-    check_values(cfg)
+    refuse_unknown_sections(cfg)
     values = {field.name: section_of(cfg, field.name) for field in fields(RunConfig)}
     require_words(values)
     order = order_stages({name: stage.after for name, stage in values["stage"].items()})
@@ -136,7 +138,10 @@ def section_of(cfg: DictConfig, name: str) -> Any:
                     str(stage): instantiate(settings, f"stage.{stage}")
                     for stage, settings in node.items()
                 }
-            return instantiate(node, name) if isinstance(node, DictConfig) else node
+            if isinstance(node, DictConfig):
+                return instantiate(node, name)
+            refuse_wrong_value(Config, name, node, name)
+            return node
     except ImportError as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise ConfigError(f"{name}._target_={cfg[name]._target_}: {reason}") from error
