@@ -86,7 +86,7 @@ class Result:
 
 
 def run(
-    run_config: RunConfig, store: Store, report: Report, kept: KeptTrainee | None = None
+    run_config: RunConfig, store: Store, report: Report, keeper: KeptTrainee | None = None
 ) -> Result:
     """Run all stages, and return their artifacts.
 
@@ -96,7 +96,7 @@ def run(
         run_config: settings of all parts.
         store: cache of the stages.
         report: called with each line of the training log.
-        kept: keeps what a training has loaded for the next run of this process; None: nothing.
+        keeper: keeps what a training has loaded for the next run of this process; None: nothing.
 
     Raises:
         ConfigError: a setting is wrong; raised before any stage begins.
@@ -106,7 +106,9 @@ def run(
     damaged: set[Path] = set()
     while True:
         try:
-            context = _through_stages(replace(context, artifacts={}, current={}, kept=kept), store)
+            context = _through_stages(
+                replace(context, artifacts={}, current={}, keeper=keeper), store
+            )
             return Result(metric, context.artifacts, context.current)
         except DamagedError as error:
             if error.folder in damaged:

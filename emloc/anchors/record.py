@@ -299,12 +299,15 @@ def _share_parameters(
     own = dict(owner.named_parameters())
     missing = []
     for name in names:
-        given, wanted = own.get(name), model.get_parameter(name)
-        is_alike = given is not None and (given.shape, given.dtype) == (wanted.shape, wanted.dtype)
-        if given is None or given.requires_grad or not is_alike:
+        tensor, target = own.get(name), model.get_parameter(name)
+        is_alike = tensor is not None and (tensor.shape, tensor.dtype) == (
+            target.shape,
+            target.dtype,
+        )
+        if tensor is None or tensor.requires_grad or not is_alike:
             missing.append(name)
         else:
-            replace_tensor(model, name, given.detach())
+            replace_tensor(model, name, tensor.detach())
     return missing
 
 

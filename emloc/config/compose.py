@@ -74,7 +74,7 @@ def register(words: Sequence[str] = ()) -> None:
     store.store(name="schema", node=schema())
     store.repo.pop("cell", None)  # of experiments that an earlier call registered
     group = "experiments"
-    known = store.repo.get(group, {})
+    nodes = store.repo.get(group, {})
     for path in sorted(EXPERIMENTS.glob("*.yaml")):
         experiment = {"group": group, "name": path.stem, "package": "_global_"}
         if any(path.stem in word or "glob(" in word for word in words):
@@ -83,7 +83,7 @@ def register(words: Sequence[str] = ()) -> None:
                 cell = _preset(overrides, folders)
                 store.store(group=f"cell/{path.stem}", name=name, node=cell, package="_global_")
             store.store(**experiment, node=file.node)
-        elif getattr(known.get(f"{path.stem}.yaml"), "provider", None) != _UNNAMED_PROVIDER:
+        elif getattr(nodes.get(f"{path.stem}.yaml"), "provider", None) != _UNNAMED_PROVIDER:
             store.store(**experiment, node=_UNNAMED, provider=_UNNAMED_PROVIDER)
     _replace_launchers(store)
     OmegaConf.register_new_resolver(

@@ -56,7 +56,7 @@ class Context:
     report: Report  # called with each line of the training log
     cache: Path  # folder of the stages' artifacts
     # What an earlier training of this process has loaded; None: this training loads all anew.
-    kept: KeptTrainee | None = None
+    keeper: KeptTrainee | None = None
     artifacts: dict[str, Artifact] = field(default_factory=dict)  # by stage, in order
     current: dict[str, Artifact] = field(default_factory=dict)  # kind -> newest artifact
 

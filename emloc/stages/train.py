@@ -55,7 +55,7 @@ class Train(Stage):
             context.training_inputs,
             device=context.device,
             report=context.report,
-            kept=context.kept,
+            keeper=context.keeper,
         )
 
 
@@ -77,10 +77,10 @@ def _train_anchored(folder: Path, context: Context, anchor: Anchor) -> Facts:
     if anchor.refit:
         refit = refit_of(rows, context.samples, context.built_emulator)
         return train_rounds(open_trainee(*to_open), refit=refit).run()
-    if context.kept is None:
+    if context.keeper is None:
         return train_rounds(open_trainee(*to_open)).run()
-    with context.kept.opened(*to_open) as opened:
-        return train_rounds(opened.trainee, kept_passes=opened.passes).run()
+    with context.keeper.opened(*to_open) as entry:
+        return train_rounds(entry.trainee, kept_passes=entry.passes).run()
 
 
 def _require_adapted_layers(context: Context) -> None:

@@ -297,9 +297,9 @@ def _pipeline(run_config: RunConfig, report: Report) -> Result:
     is_sharded()  # refuses wrong settings now, before the emulator is built
     store = open_store()
     in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    kept = _kept_trainee() if in_sweep else None
+    keeper = _kept_trainee() if in_sweep else None
     return run_on_own_gpu(
-        run_config, store.root / "devices", lambda: run(run_config, store, report, kept)
+        run_config, store.root / "devices", lambda: run(run_config, store, report, keeper)
     )
 
 

@@ -64,10 +64,10 @@ def built_of(made_once, folder, emulator, bits, dtype=torch.float32, **config):
     )
 
 
-def trained(folder, built, kept=None, **recipe):
+def trained(folder, built, keeper=None, **recipe):
     folder.mkdir()
     inputs = anchored.training_inputs(built, **recipe)
-    train(folder, built, inputs, device=CUDA, report=lambda *_: None, kept=kept)
+    train(folder, built, inputs, device=CUDA, report=lambda *_: None, keeper=keeper)
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
     return [line["loss"] for line in curve_of(folder)], adapter
 
@@ -181,7 +181,8 @@ def test_a_later_job_uses_graphs_again_and_other_stages_do_not_count_them(
     assert caplog.text.count("is still loaded and is used again") == 1
     assert caplog.text.count("train: recorded") == 2
     assert curves["again"] == pytest.approx(curves["alone"], rel=1e-5)
-    assert peaks["again"] == pytest.approx(peaks["alone"], rel=0.1)
+    # A workspace of cuBLAS is either in the memory of the graphs or beside it.
+    assert peaks["again"] == pytest.approx(peaks["alone"], abs=2**26)
     assert peaks["behind first"] == pytest.approx(peaks["behind alone"], abs=2**22)
     assert not KEPT_MEMORY.is_kept
 

@@ -77,11 +77,11 @@ def built(made_once, tmp_path_factory):
     return anchored.build_emulator(tmp_path_factory.mktemp("emulator"), source, SVD, 16)
 
 
-def trained(folder, built, *, kept=None, **recipe):
+def trained(folder, built, *, keeper=None, **recipe):
     """Return the losses of a training's steps, and the adapter behind the last one."""
     folder.mkdir()
     inputs = anchored.training_inputs(built, **recipe)
-    train(folder, built, inputs, device=CPU, report=lambda *_: None, kept=kept)
+    train(folder, built, inputs, device=CPU, report=lambda *_: None, keeper=keeper)
     return [line["loss"] for line in curve_of(folder)], adapter_of(folder)
 
 
@@ -206,12 +206,12 @@ def test_a_job_with_another_rate_uses_emulator_and_graphs_again(
     tmp_path, built, graphs, kept, caplog, releases
 ):
     caplog.set_level("INFO")
-    trained(tmp_path / "first", built, capture=True, kept=kept, learning_rate=0.03)
+    trained(tmp_path / "first", built, capture=True, keeper=kept, learning_rate=0.03)
     assert opened_anew(caplog)
     assert KEPT_MEMORY.is_kept
     recorded = len(graphs)
     recipe = {"learning_rate": 0.01, "schedule": "linear", "weight_decay": 0.1, "clip": 0.5}
-    again = trained(tmp_path / "again", built, capture=True, **recipe, kept=kept)
+    again = trained(tmp_path / "again", built, capture=True, **recipe, keeper=kept)
     assert [line.split()[1:] for line in graph_lines(caplog)] == [
         [str(recorded), "graphs", "are", "used", "again"]
     ]
@@ -229,10 +229,10 @@ def test_a_job_with_other_passes_opens_everything_anew(
     tmp_path, built, graphs, kept, caplog, releases, other
 ):
     caplog.set_level("INFO")
-    trained(tmp_path / "first", built, capture=True, kept=kept)
+    trained(tmp_path / "first", built, capture=True, keeper=kept)
     recorded = len(graphs)
     opened_anew(caplog)
-    actual = trained(tmp_path / "other", built, capture=True, kept=kept, **other)
+    actual = trained(tmp_path / "other", built, capture=True, keeper=kept, **other)
     assert opened_anew(caplog)
     assert releases == [recorded]
     assert_equal_trainings(actual, trained(tmp_path / "anew", built, capture=True, **other))
@@ -242,9 +242,9 @@ def test_a_job_whose_batches_have_other_lengths_records_its_own_graphs(
     tmp_path, built, graphs, kept, caplog, releases
 ):
     caplog.set_level("INFO")
-    trained(tmp_path / "first", built, capture=True, kept=kept, steps=1)
+    trained(tmp_path / "first", built, capture=True, keeper=kept, steps=1)
     recorded = len(graphs)
-    trained(tmp_path / "more", built, capture=True, kept=kept, steps=4)
+    trained(tmp_path / "more", built, capture=True, keeper=kept, steps=4)
     assert "is still loaded" in caplog.text
     assert releases == [recorded]
     assert [line.split()[1] for line in graph_lines(caplog)] == ["recorded"] * 2
@@ -269,7 +269,7 @@ def test_an_anchored_job_uses_emulator_and_graphs_again(tmp_path, built, graphs,
 
 def test_a_failed_job_is_not_kept(tmp_path, built, graphs, kept):
     with pytest.raises(FloatingPointError):
-        trained(tmp_path / "failed", built, capture=True, kept=kept, learning_rate=1e30)
+        trained(tmp_path / "failed", built, capture=True, keeper=kept, learning_rate=1e30)
     assert not KEPT_MEMORY.is_kept
 
 
@@ -277,7 +277,7 @@ def test_nothing_is_kept_on_a_device_without_memory_to_spare(
     tmp_path, built, graphs, kept, releases, monkeypatch
 ):
     monkeypatch.setattr(kept_trainee, "_has_memory_to_spare", lambda trainee: False)
-    trained(tmp_path / "first", built, capture=True, kept=kept)
+    trained(tmp_path / "first", built, capture=True, keeper=kept)
     assert releases == [len(graphs)]
     assert not KEPT_MEMORY.is_kept
 

@@ -59,7 +59,7 @@ def jobs(benchmark: str, model: str, ratio: float) -> Iterator[BenchRow]:
     is_full_size = setup.is_full_size
     assert setup.run_config.adapter.trains  # composed here, once for all workers
     train_anew = partial(train_random, setup, ratio)
-    train = partial(train_anew, kept=KeptTrainee())  # of each worker
+    train = partial(train_anew, keeper=KeptTrainee())  # of each worker
     warm_up, steps = (WARM_UP_STEPS, STEPS) if is_full_size else (0, 1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -166,7 +166,7 @@ def train_on_shared_core(setup: BenchSetup, ratio: float, steps: int) -> JobFigu
 
 
 def train_random(
-    setup: BenchSetup, ratio: float, steps: int, kept: KeptTrainee | None = None
+    setup: BenchSetup, ratio: float, steps: int, keeper: KeptTrainee | None = None
 ) -> JobFigures:
     """Train an emulator with random factors, or the one that an earlier job has opened."""
     is_full_size, run_config = setup.is_full_size, setup.run_config
@@ -195,7 +195,7 @@ def train_random(
             lambda rows: dict(batches[rows[0].seed % BATCHES]),
             device=setup.device,
             report=lambda step, values: ends.append(synchronized_time(setup.device)),
-            kept=kept,
+            keeper=keeper,
         )
     peak = torch.cuda.max_memory_reserved() if is_full_size else 0
     # The median leaves out the first steps, which record graphs.

@@ -62,33 +62,33 @@ class KeptTrainee:
         """
         identity = _identity(built_emulator, training_inputs, device)
         if self._kept is not None and self._kept.identity == identity:
-            opened, self._kept = self._kept, None
+            entry, self._kept = self._kept, None
             KEPT_MEMORY.take()
             log.info("train: the emulator of an earlier job is still loaded and is used again")
             set_seed(training_inputs.seed)
-            training_inputs.adapter.restore(opened.trainee.model, opened.new_state)
-            opened.trainee = replace(
-                opened.trainee, built_emulator=built_emulator, training_inputs=training_inputs
+            training_inputs.adapter.restore(entry.trainee.model, entry.new_state)
+            entry.trainee = replace(
+                entry.trainee, built_emulator=built_emulator, training_inputs=training_inputs
             )
         else:
             KEPT_MEMORY.give_back()
             trainee = open_trainee(built_emulator, training_inputs, device)
             state = training_inputs.adapter.state(trainee.model)
-            opened = OpenedTrainee(
+            entry = OpenedTrainee(
                 identity, trainee, {name: value.cpu().clone() for name, value in state.items()}
             )
-        yield opened
-        self._keep(opened)
+        yield entry
+        self._keep(entry)
 
-    def _keep(self, opened: OpenedTrainee) -> None:
+    def _keep(self, entry: OpenedTrainee) -> None:
         """Keep a trainee whose training has ended, or give its graphs back."""
-        if not opened.passes.has_graphs or world_size() > 1:
+        if not entry.passes.has_graphs or world_size() > 1:
             return
-        if _has_memory_to_spare(opened.trainee):
-            self._kept = opened
+        if _has_memory_to_spare(entry.trainee):
+            self._kept = entry
             KEPT_MEMORY.keep(self._release)
         else:
-            opened.passes.release()
+            entry.passes.release()
 
     def _release(self) -> None:
         """Give all memory back."""
@@ -126,5 +126,5 @@ def _has_memory_to_spare(trainee: Trainee) -> bool:
         return False
     source = trainee.built_emulator.source
     original = sum(source.sizes.values()) * source.dtype.itemsize
-    taken = torch.cuda.max_memory_reserved(trainee.device) + original
-    return free_device_bytes(trainee.device) >= LEAST_FREE * taken
+    needed_bytes = torch.cuda.max_memory_reserved(trainee.device) + original
+    return free_device_bytes(trainee.device) >= LEAST_FREE * needed_bytes

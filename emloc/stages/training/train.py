@@ -61,12 +61,12 @@ def train(
     *,
     device: torch.device,
     report: Report,
-    kept: KeptTrainee | None = None,
+    keeper: KeptTrainee | None = None,
 ) -> dict[str, Any]:
     """Train an adapter and write it with its curve into `folder`, which may hold checkpoints.
 
-    A training whose checkpoints are in `folder` is resumed from the newest of them. `kept` has what
-    an earlier training of this process has loaded; None: everything is loaded anew.
+    A training whose checkpoints are in `folder` is resumed from the newest of them. `keeper` has
+    what an earlier training of this process has loaded; None: everything is loaded anew.
 
     Returns:
         The number of trainable parameters, of optimizer steps, the median seconds of a step, and
@@ -82,7 +82,7 @@ def train(
         training_collate(reader),
         device=device,
         report=report,
-        kept=kept,
+        keeper=keeper,
     )
 
 
@@ -96,7 +96,7 @@ def fit_rows(
     device: torch.device,
     report: Report,
     start: Path | None = None,
-    kept: KeptTrainee | None = None,
+    keeper: KeptTrainee | None = None,
 ) -> dict[str, Any]:
     """Train as `train` does, on rows that are encoded already.
 
@@ -107,10 +107,10 @@ def fit_rows(
         ConfigError: FSDP is to split weights in a packed format.
     """
     train_rows = partial(_fit, folder, rows=rows, collate_rows=collate_rows, report=report)
-    if kept is None or start is not None:
+    if keeper is None or start is not None:
         return train_rows(open_trainee(built_emulator, training_inputs, device, start), None)
-    with kept.opened(built_emulator, training_inputs, device) as opened:
-        return train_rows(opened.trainee, opened.passes)
+    with keeper.opened(built_emulator, training_inputs, device) as entry:
+        return train_rows(entry.trainee, entry.passes)
 
 
 def _fit(
