@@ -131,6 +131,13 @@ class TrainSettings(Checked):
     # steps between two checkpoints, from which a training is resumed
     save_every: Annotated[int, Range(least=1, usual=100)]
     capture: bool = neutral(False)  # run each forward and backward pass as one CUDA graph
+    # stored: compute the features of all images once, before the training, by the original
+    features: Annotated[str, OneOf("computed", "stored")] = neutral("computed")
+
+    @property
+    def stores_features(self) -> bool:
+        """Whether the training reads stored features of images, and has no vision tower."""
+        return self.features == "stored"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -70,7 +70,9 @@ class Full(Emulator):
         precision: Precision | None = None,
     ) -> PreTrainedModel:
         """Load the original model, frozen; packed layers are read and quantised one by one."""
-        return load_quantized(source, quantized_layers(folder), device, precision, folder=folder)
+        # A model without its vision tower has fewer layers than the emulator.
+        layers = [name for name in quantized_layers(folder) if name in source.linears]
+        return load_quantized(source, layers, device, precision, folder=folder)
 
     def residual(
         self,

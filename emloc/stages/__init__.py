@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 # Kinds of artifacts. Later stages read the newest artifact of a kind.
 STATISTICS, EMULATOR, TRAINED, RECOVERED = "statistics", "emulator", "trained", "recovered"
-ANCHORS = "anchors"
+ANCHORS, FEATURES = "anchors", "features"
 SCORES, SCORES_AS_TRAINED = "scores", "scores as trained"
 
 
@@ -66,7 +66,29 @@ class Context:
         anchor, disk_gib = self.run_config.anchor, self.run_config.budget.disk_gib
         assert anchor.anchors
         assert self.training_inputs is not None
-        return anchored_rows(anchor, self.source, self.training_inputs, disk_gib)
+        return anchored_rows(anchor, self.training_source, self.training_inputs, disk_gib)
+
+    @cached_property
+    def training_source(self) -> Source:
+        """The original as a training reads it: with stored features it has no vision tower."""
+        if self.training_inputs is None or not self.training_inputs.recipe.stores_features:
+            return self.source
+        return self.source.with_features(lambda: self._feature_files)
+
+    @cached_property
+    def _feature_files(self) -> FeatureFiles | None:
+        """The stored features; None before their stage."""
+        artifact = self.current.get(FEATURES)
+        return None if artifact is None else open_features(listed_passes(artifact, "features"))
+
+    @property
+    def trained_emulator(self) -> BuiltEmulator:
+        """Return the newest emulator as it is trained: with stored features without its tower.
+
+        Raises:
+            KeyError: no stage has built an emulator yet.
+        """
+        return replace(self.built_emulator, source=self.training_source)
 
     @property
     def built_emulator(self) -> BuiltEmulator:

@@ -27,10 +27,11 @@ from emloc.errors import ConfigError
 from emloc.runtime.digest import digest
 from emloc.runtime.distributed import world_size
 from emloc.runtime.keys import key_of
-from emloc.runtime.manifest import DamagedError, flaw_of, seal, set_aside
+from emloc.runtime.manifest import seal
 from emloc.runtime.stage_cache import Artifact, Facts
 from emloc.stages import ANCHORS, Context, Stage
 from emloc.stages.anchorable import require_anchorable
+from emloc.stages.shared_passes import intact_passes, listed_passes, write_list
 from emloc.stages.training.anchored_rows import AnchoredRows, disk_shortage
 from emloc.stages.training.round_passes import FirstPass
 
@@ -40,7 +41,6 @@ log = logging.getLogger(__name__)
 # a round that is so many times larger would not fit.
 _FEW, _MORE = 8, 64
 _MARGIN = 4
-_PASSES_FILE = "passes.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class RecordAnchors(Stage):
             return
         layers, is_original = context.training_inputs.layers, context.plan is None
         places = require_anchorable(
-            context.run_config, context.source, layers, is_original=is_original
+            context.run_config, context.training_source, layers, is_original=is_original
         )
         _require_room(context, anchor, places)
 
@@ -76,7 +76,7 @@ class RecordAnchors(Stage):
         assert anchor.anchors
         recipe = inputs.recipe
         return [
-            context.built_emulator,
+            context.trained_emulator,
             anchor.key,
             inputs.examples,
             inputs.max_length,
@@ -90,18 +90,18 @@ class RecordAnchors(Stage):
         anchor = context.run_config.anchor
         assert anchor.anchors
         plan = context.anchored_rows
-        key = digest([self.version, key_of(context.built_emulator), anchor.offsets_key])
+        key = digest([self.version, key_of(context.trained_emulator), anchor.offsets_key])
         shared = context.cache / "anchors" / key
         shared.mkdir(parents=True, exist_ok=True)
         rows = plan.of_steps(0, plan.round_ends[0])
         with FileLock(shared.with_suffix(".lock")):
-            passes = _intact_passes(shared)
+            passes = intact_passes(shared, "anchor: the offsets")
             missing = _without(rows, [row for one in passes for s in read_rows(one) for row in s])
             measured = _without(plan.guard, [row for one in passes for row in _losses(one)])
             log.info("anchor: %d of %d rows have no offsets yet", len(missing), len(rows))
             if missing or measured:
                 passes.append(_new_pass(shared, plan, missing, measured, context))
-        (folder / _PASSES_FILE).write_text(json.dumps([str(one) for one in passes]))
+        write_list(folder, passes)
         return {"rows": len(rows), "computed_rows": len(missing)}
 
 
@@ -117,13 +117,7 @@ def first_round(artifact: Artifact) -> FirstPass:
     Raises:
         DamagedError: one of them is missing or damaged, so the stage has to be computed again.
     """
-    folders = [Path(name) for name in json.loads((artifact.folder / _PASSES_FILE).read_text())]
-    for folder in folders:
-        if not folder.exists():
-            raise DamagedError(artifact.folder, f"its offsets {folder} are missing")
-        if (flaw := flaw_of(folder)) is not None:
-            set_aside(folder)
-            raise DamagedError(artifact.folder, f"its offsets {folder} are damaged: {flaw}")
+    folders = listed_passes(artifact, "offsets")
     losses = {row: loss for folder in folders for row, loss in _losses(folder).items()}
     return FirstPass(folders, losses)
 
@@ -140,13 +134,18 @@ def _new_pass(
     draft = target.with_suffix(".partial")
     stretches = None
     if rows:
+<<<<<<< ours
         emulator = context.built_emulator.open(context.device)
         stretches = Stretches(
             emulator, plan.places, plan.anchor.stored_as, has_head_of_original=True
         )
+=======
+        emulator = context.trained_emulator.open(context.device)
+        stretches = Stretches(emulator, plan.places, plan.anchor.stored_as)
+>>>>>>> theirs
     plan.record(
         draft,
-        Original(context.source.skeleton(), context.source),
+        Original(context.training_source.skeleton(), context.training_source),
         stretches,
         rows,
         measured,
@@ -156,22 +155,6 @@ def _new_pass(
     seal(draft)
     draft.replace(target)
     return target
-
-
-def _intact_passes(shared: Path) -> list[Path]:
-    """Return the folders of all finished passes; damaged ones are logged and moved aside."""
-    passes = []
-    for folder in sorted(path for path in shared.iterdir() if path.is_dir() and not path.suffix):
-        if (flaw := flaw_of(folder)) is None:
-            passes.append(folder)
-        else:
-            log.warning(
-                "anchor: the offsets %s are damaged: %s; moved to %s",
-                folder,
-                flaw,
-                set_aside(folder).name,
-            )
-    return passes
 
 
 def _losses(folder: Path) -> dict[str, RowLoss]:

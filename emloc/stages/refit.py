@@ -56,7 +56,7 @@ class RefitEmulator(Stage):
         assert inputs is not None
         assert anchor.anchors
         return [
-            context.built_emulator,
+            context.trained_emulator,
             context.samples,
             anchor.offsets_key,
             inputs.layers,
@@ -65,11 +65,11 @@ class RefitEmulator(Stage):
 
     def work(self, folder: Path, context: Context) -> Facts:
         """Fit the emulator and write its files into `folder`."""
-        inputs, source = context.training_inputs, context.source
+        inputs, source = context.training_inputs, context.training_source
         assert inputs is not None
-        refit = refit_of(context.anchored_rows, context.samples, context.built_emulator)
+        refit = refit_of(context.anchored_rows, context.samples, context.trained_emulator)
         assert refit is not None
-        trainee = open_trainee(context.built_emulator, inputs, context.device)
+        trainee = open_trainee(context.trained_emulator, inputs, context.device)
         row_forwards = refit.run(
             folder,
             trainee,

@@ -41,7 +41,7 @@ class Train(Stage):
         if anchor.anchors:
             samples = context.samples if anchor.refit else None
             anchored = [anchor, context.run_config.recovery, samples]
-        return [context.built_emulator, context.training_inputs, *anchored]
+        return [context.trained_emulator, context.training_inputs, *anchored]
 
     def work(self, folder: Path, context: Context) -> Facts:
         """Train the adapter and write it into `folder`."""
@@ -51,7 +51,7 @@ class Train(Stage):
             return _train_anchored(folder, context, context.run_config.anchor)
         return train(
             folder,
-            context.built_emulator,
+            context.trained_emulator,
             context.training_inputs,
             device=context.device,
             report=context.report,
@@ -67,11 +67,21 @@ def _train_anchored(folder: Path, context: Context, anchor: Anchor) -> Facts:
     train_rounds = partial(
         rounds_of,
         folder,
+<<<<<<< ours
         rows=rows,
         recovery=context.run_config.recovery,
         first_pass=first_round(recorded) if recorded is not None else None,
         limits=context.limits,
         report=context.report,
+=======
+        open_trainee(context.trained_emulator, context.training_inputs, context.device),
+        rows,
+        context.run_config.recovery,
+        first_round(recorded) if recorded is not None else None,
+        context.limits,
+        context.report,
+        refit_of(rows, context.samples, context.trained_emulator) if anchor.refit else None,
+>>>>>>> theirs
     )
     to_open = (context.built_emulator, context.training_inputs, context.device)
     if anchor.refit:

@@ -232,6 +232,8 @@ class Prune(Emulator):
         selection = partial(self.kept_indices, folder)
         only_packed: list[str] = []  # layers that are packed, but not pruned
         for layer, row in table.items():
+            if layer not in source.linears:  # of a vision tower that is left out
+                continue
             packed = row["bits"] != MODEL_BITS
             rows, columns = selection(layer)
             if rows is not None or columns is not None:

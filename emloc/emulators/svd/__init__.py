@@ -326,7 +326,9 @@ class Svd(Emulator):
         precision: Precision | None = None,
     ) -> PreTrainedModel:
         """Load the original model, frozen, with its compressed layers replaced by their factors."""
-        layers = json.loads((folder / "layers.json").read_text())
+        # A model without its vision tower has fewer layers than the emulator.
+        table = json.loads((folder / "layers.json").read_text())
+        layers = [name for name in table if name in source.linears]
         factorized: dict[str, nn.Module] = {}
         for block, names in by_block(layers).items():
             biases = {name: source.bias(name, device) for name in names}

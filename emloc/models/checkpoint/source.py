@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from dataclasses import replace as with_values
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import (
 
 from emloc.data.chat_template import PROMPT_DATE
 from emloc.data.reader import OpenCheckpoint, Reader, ReaderSettings, TextReaderSettings
+from emloc.data.stored_features import FeatureLayout, FindFeatures, StoredFeaturesReader
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.checkpoint import Checkpoint
 from emloc.models.checkpoint.damaged import require_finite
@@ -29,6 +31,7 @@ from emloc.models.checkpoint.tokenizer import tokenizer_of
 from emloc.models.checkpoint.weights import SafetensorsWeights, Weights
 from emloc.models.objectives import Objective
 from emloc.models.objectives.tokens import Tokens
+from emloc.models.tower import leave_out_tower, tower_modules
 from emloc.runtime.digest import digest
 from emloc.runtime.work_meter import count_weights
 from emloc.tensors.nn.surgery import replace_tensor
@@ -65,6 +68,8 @@ class Source:
     # Name under which other libraries load the model, for the adapter of a run; "": `name`.
     base: str = ""
     base_revision: str | None = None  # revision of `base` on the hub; None: the newest
+    # Finds stored features of images; the model then has no vision tower. None: it has its own.
+    features: FindFeatures | None = None
 
     @property
     def key(self) -> list[Any]:
@@ -74,8 +79,15 @@ class Source:
         own = changes if self.fresh_modules or self.config_changes else []
         return [
             READING, PROMPT_DATE.isoformat(), self.identity, str(self.dtype), self.auto.__name__,
-            *family, *own
+            *family, *own, *([] if self.features is None else ["stored features"])
         ]  # fmt: skip
+
+    def with_features(self, find: FindFeatures) -> Source:
+        """Return the same model without its vision tower; batches have stored features."""
+        source = with_values(self, features=find)
+        # The files are parsed once, and a large model takes seconds to build.
+        vars(source)["_checkpoint"] = self._checkpoint
+        return source
 
     @cached_property
     def _checkpoint(self) -> Checkpoint:
@@ -142,9 +154,12 @@ class Source:
         """The reader, opened at its first use."""
         if self.folder is None:
             raise _no_tokenizer_error(self.name)
-        return self.reader_settings.reader(
+        reader = self.reader_settings.reader(
             OpenCheckpoint(self.folder, self.tokenizer, self.config, self.dtype)
         )
+        if self.features is None:
+            return reader
+        return StoredFeaturesReader(reader, self.features, self.config.image_token_id)
 
     def skeleton(self) -> PreTrainedModel:
         """A new model without weights: all parameters are on the meta device.
@@ -154,7 +169,16 @@ class Source:
         Raises:
             ConfigError: the configuration does not fit the model family.
         """
-        return self._checkpoint.new_model(self.config)
+        model = self._checkpoint.new_model(self.config)
+        if self.features is not None:
+            files = self.features()
+            leave_out_tower(model, FeatureLayout() if files is None else files.layout)
+        return model
+
+    @cached_property
+    def tower(self) -> list[str]:
+        """Names of the modules of the original that compute features of images."""
+        return tower_modules(self._checkpoint.declared_model)
 
     @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -173,7 +197,7 @@ class Source:
     @cached_property
     def meta_model(self) -> PreTrainedModel:
         """A shared skeleton with tied parameters, to look up names and shapes; never changed."""
-        if not self._checkpoint.is_untied:
+        if self.features is None and not self._checkpoint.is_untied:
             return self._checkpoint.declared_model
         model = self.skeleton()
         model.tie_weights()
@@ -295,15 +319,17 @@ class Source:
         Args:
             device: device of all parameters and buffers.
             replace: module name -> module with weights; the weights of the replaced module are
-                never read.
+                never read. Modules of a vision tower that is left out are ignored.
 
         Raises:
             ConfigError: the checkpoint has no weights for a parameter.
         """
         model = self.skeleton()
-        for name, module in (replace or {}).items():
+        tower = tuple(f"{name}." for name in self.tower) if self.features is not None else ()
+        modules = {n: m for n, m in (replace or {}).items() if not f"{n}.".startswith(tower)}
+        for name, module in modules.items():
             model.set_submodule(name, module)
-        replaced = tuple(f"{name}." for name in replace or ())
+        replaced = tuple(f"{name}." for name in modules)
         buffers = [name for name in self.buffers if not name.startswith(replaced)]
         parameters = [n for n, p in model.named_parameters() if p.is_meta]
         self.fill(model, [*parameters, *buffers], device)

@@ -238,7 +238,10 @@ def refit_of(rows: AnchoredRows, samples: Samples | None, built: BuiltEmulator) 
     """Return how to fit an emulator anew; None for one without factors or without samples."""
     if samples is None or not isinstance(built.emulator, Refittable):
         return None
-    return Refit(rows, samples, built.emulator.ranks(built.artifact.folder))
+    ranks = built.emulator.ranks(built.artifact.folder)
+    # A model without its vision tower has fewer layers than the emulator.
+    present = {layer: rank for layer, rank in ranks.items() if layer in rows.source.linears}
+    return Refit(rows, samples, present)
 
 
 def with_folder(built: BuiltEmulator, folder: Path) -> BuiltEmulator:
