@@ -17,6 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from emloc.cost.plan.features import trained_source
 from emloc.cost.plan.fit import layout_of, need_of
 from emloc.cost.plan.solve import longest_step
 from emloc.errors import ConfigError
@@ -134,7 +135,8 @@ def planned_peak(run_config: RunConfig) -> int | None:
     step_shape = longest_step(run_config, source)
     batch = max(step_shape.batch, run_config.eval.batch)
     try:
-        layout = layout_of(run_config, source, None, None)
+        trained = trained_source(run_config.train, source)
+        layout = layout_of(run_config, trained, None, None)
     except ConfigError:  # such as train.lean=false
         return None
     return need_of(layout, replace(step_shape, batch=batch)).peak

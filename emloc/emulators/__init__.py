@@ -86,6 +86,9 @@ class Emulator(Part):
     # order, so it can.
     unanchored: ClassVar[str | None] = None
 
+    # Whether it can be opened without the vision tower (train.features=stored).
+    leaves_out_tower: ClassVar[bool] = False
+
     @property
     def samples(self) -> bool:
         """Whether the build reads calibration samples."""

@@ -35,6 +35,8 @@ class Full(Emulator):
     the emulator is built if the format has error feedback (see `packed_weights`).
     """
 
+    leaves_out_tower = True
+
     def plan(self, source: Source, layers: Layers, budget: Compression) -> None:
         """Return None: every layer is kept.
 
@@ -70,8 +72,7 @@ class Full(Emulator):
         precision: Precision | None = None,
     ) -> PreTrainedModel:
         """Load the original model, frozen; packed layers are read and quantised one by one."""
-        # A model without its vision tower has fewer layers than the emulator.
-        layers = [name for name in quantized_layers(folder) if name in source.linears]
+        layers = source.emulated(quantized_layers(folder))
         return load_quantized(source, layers, device, precision, folder=folder)
 
     def residual(

@@ -72,6 +72,8 @@ class IdentityBlock(nn.Module):
 class LayerDrop(Emulator):
     """Drops evenly spaced blocks in the middle; all other blocks keep their names and weights."""
 
+    leaves_out_tower = True
+
     # number of blocks at the beginning that are kept and adapted
     first: Annotated[int, Range(least=1, usual=2)]
     # number of blocks at the end that are kept and adapted
@@ -192,7 +194,7 @@ class LayerDrop(Emulator):
             for index, block in enumerate(block_stack(source))
             if block in dropped
         }
-        packed = _quantized(folder, source)
+        packed = source.emulated(_quantized(folder, source))
         model = load_quantized(source, packed, device, precision, identities, folder)
         first_block = model.get_submodule(block_stack(source)[0])
         for identity in identities.values():

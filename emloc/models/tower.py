@@ -19,7 +19,13 @@ from emloc.data.stored_features import FeatureLayout
 from emloc.errors import ConfigError
 
 # What an output of `get_image_features` may hold; the language model reads the first two.
-_OUTPUTS = ("pooler_output", "deepstack_features", "last_hidden_state", "hidden_states", "attentions")
+_OUTPUTS = (
+    "pooler_output",
+    "deepstack_features",
+    "last_hidden_state",
+    "hidden_states",
+    "attentions",
+)
 
 
 @dataclass
@@ -96,7 +102,7 @@ def packed_features(output: Any) -> tuple[Tensor, bool, int]:
     """
     values = vars(output) if not isinstance(output, Tensor | tuple | list) else {}
     unknown = [name for name, one in values.items() if name not in _OUTPUTS and one is not None]
-    pooled = values.get("pooler_output")
+    pooled: Any = values.get("pooler_output")
     is_list = isinstance(pooled, list | tuple)
     if unknown or not (is_list or isinstance(pooled, Tensor)):
         raise ConfigError(

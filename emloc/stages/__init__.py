@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +18,7 @@ import torch
 from emloc.calibration.offload import StateLimits
 from emloc.calibration.samples import Samples
 from emloc.config.part import Part
+from emloc.data.stored_features import FeatureFiles
 from emloc.emulators import BuiltEmulator, Plan
 from emloc.models.checkpoint.source import Source
 from emloc.runtime.attempts import earlier_attempts
@@ -25,6 +26,7 @@ from emloc.runtime.keys import class_name, key_of, without_neutral
 from emloc.runtime.stage_cache import Artifact, Facts
 from emloc.runtime.work_meter import metered
 from emloc.stages.counted_work import measured_work
+from emloc.stages.feature_files import open_features
 from emloc.stages.training.anchored_rows import AnchoredRows, anchored_rows
 from emloc.stages.training.callbacks import Report
 
@@ -79,7 +81,7 @@ class Context:
     def _feature_files(self) -> FeatureFiles | None:
         """The stored features; None before their stage."""
         artifact = self.current.get(FEATURES)
-        return None if artifact is None else open_features(listed_passes(artifact, "features"))
+        return None if artifact is None else open_features(artifact)
 
     @property
     def trained_emulator(self) -> BuiltEmulator:
@@ -89,6 +91,17 @@ class Context:
             KeyError: no stage has built an emulator yet.
         """
         return replace(self.built_emulator, source=self.training_source)
+
+    @property
+    def emulator_with_tower(self) -> BuiltEmulator:
+        """Return the emulator that was trained, with the vision tower that it was trained behind.
+
+        Raises:
+            KeyError: no stage has built an emulator yet.
+        """
+        if self.training_source is self.source:
+            return self.built_emulator
+        return replace(self.built_emulator, source=self.source.with_whole_tower())
 
     @property
     def built_emulator(self) -> BuiltEmulator:

@@ -134,15 +134,10 @@ def _new_pass(
     draft = target.with_suffix(".partial")
     stretches = None
     if rows:
-<<<<<<< ours
-        emulator = context.built_emulator.open(context.device)
+        emulator = context.trained_emulator.open(context.device)
         stretches = Stretches(
             emulator, plan.places, plan.anchor.stored_as, has_head_of_original=True
         )
-=======
-        emulator = context.trained_emulator.open(context.device)
-        stretches = Stretches(emulator, plan.places, plan.anchor.stored_as)
->>>>>>> theirs
     plan.record(
         draft,
         Original(context.training_source.skeleton(), context.training_source),

@@ -26,7 +26,7 @@ class EvaluateAsTrained(Stage):
         """Return the emulator, the trained adapter, the task and the settings of the evaluation."""
         run_config, trained = context.run_config, context.current[TRAINED]
         return [
-            context.built_emulator,
+            context.emulator_with_tower,
             run_config.adapter,
             trained,
             run_config.task,

@@ -67,25 +67,15 @@ def _train_anchored(folder: Path, context: Context, anchor: Anchor) -> Facts:
     train_rounds = partial(
         rounds_of,
         folder,
-<<<<<<< ours
         rows=rows,
         recovery=context.run_config.recovery,
         first_pass=first_round(recorded) if recorded is not None else None,
         limits=context.limits,
         report=context.report,
-=======
-        open_trainee(context.trained_emulator, context.training_inputs, context.device),
-        rows,
-        context.run_config.recovery,
-        first_round(recorded) if recorded is not None else None,
-        context.limits,
-        context.report,
-        refit_of(rows, context.samples, context.trained_emulator) if anchor.refit else None,
->>>>>>> theirs
     )
-    to_open = (context.built_emulator, context.training_inputs, context.device)
+    to_open = (context.trained_emulator, context.training_inputs, context.device)
     if anchor.refit:
-        refit = refit_of(rows, context.samples, context.built_emulator)
+        refit = refit_of(rows, context.samples, context.trained_emulator)
         return train_rounds(open_trainee(*to_open), refit=refit).run()
     if context.keeper is None:
         return train_rounds(open_trainee(*to_open)).run()

@@ -22,6 +22,7 @@ from emloc.cost.bench.jobs import jobs, small_step
 from emloc.cost.bench.offload import offload
 from emloc.cost.bench.rounds import anchored_rounds
 from emloc.cost.bench.rows import BenchRow, read_rows, replace_rows, table, write_facts
+from emloc.cost.bench.stored import stored
 from emloc.cost.bench.training import Target, training
 from emloc.errors import ConfigError, FailedWorkError
 from emloc.runtime.distributed import own_device
@@ -47,6 +48,7 @@ BENCHMARKS: dict[str, Callable[[], Iterator[BenchRow]]] = {
         ("train_38b", "train_38b_nf4", "plan_38b"),
         (Target(20, 0.33), Target(12, 0.45)),
     ),
+    "stored_38b": partial(stored, "stored_38b", M38, 0.2, 0.28),
     "anchored_8b": partial(anchored, "anchored_8b", M8, 0.25),
     "rounds4_8b_nf4": partial(anchored_rounds, "rounds4_8b_nf4", M8, 0.45, 4, 4, stored=True),
     "rounds24_38b": partial(anchored_rounds, "rounds24_38b", M38, 0.2, 16, 24, stored=False),

@@ -20,6 +20,7 @@ from torch import Tensor
 from emloc.adapters.training_inputs import TrainingInputs
 from emloc.calibration.blockwise import Batch
 from emloc.config.compose import compose
+from emloc.cost.plan.features import trained_source
 from emloc.data.examples import Examples
 from emloc.models.checkpoint.source import Source
 from emloc.runtime.distributed import own_device
@@ -94,6 +95,16 @@ class BenchSetup:
         return self.run_config.model.open()
 
     @property
+    def stores_features(self) -> bool:
+        """Whether the training reads stored features, and has no vision tower."""
+        return self.run_config.train.stores_features
+
+    @cached_property
+    def training_source(self) -> Source:
+        """The model as it is trained."""
+        return trained_source(self.run_config.train, self.source)
+
+    @property
     def training_inputs(self) -> TrainingInputs:
         """Adapter, layers and recipe of the training; the training rows come from `rows`."""
         run_config, adapter = self.run_config, self.run_config.adapter
@@ -140,15 +151,19 @@ class BenchSetup:
         side = vision.image_size[0] // vision.patch_size[0]
         return int((side * self.source.config.downsample_ratio) ** 2)
 
-    def batch(self, seed: int) -> dict[str, Tensor]:
-        """Return one random sample as inputs of the model, without labels."""
+    def batch(self, seed: int, *, stored: bool = False) -> dict[str, Tensor]:
+        """Return one random sample as inputs of the model, without labels.
+
+        With `stored` it has features of the tiles in place of their pixels.
+        """
         generator = torch.Generator().manual_seed(seed)
         config = self.source.config
         pixels = config.vision_config.image_size
         image = torch.full((1, self.length - self.text), config.image_token_id)
         text = torch.randint(0, config.image_token_id, (1, self.text), generator=generator)
         ids = torch.cat([image, text], dim=1)
-        tiles = torch.randn(self.tiles, 3, *pixels, generator=generator)
+        size = (self._tokens_per_tile, config.get_text_config().hidden_size)
+        tiles = torch.randn(self.tiles, *(size if stored else (3, *pixels)), generator=generator)
         return {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
@@ -157,7 +172,7 @@ class BenchSetup:
 
     def labelled_batch(self, seed: int) -> dict[str, Tensor]:
         """Return one random sample with labels on its answer, and logits for these tokens only."""
-        batch = self.batch(seed)
+        batch = self.batch(seed, stored=self.stores_features)
         labels = batch["input_ids"].clone()
         labels[:, : -self.answer] = -100
         positions = torch.arange(self.length)[-self.answer - 1 :]
@@ -204,7 +219,8 @@ class RandomSamples:
 
     def batches(self, source: Source, device: torch.device | None = None) -> Sequence[Batch]:
         """Return the samples, each as a batch of its own."""
-        return [self.setup.batch(index) for index in range(self.count)]
+        stored = source.features is not None
+        return [self.setup.batch(index, stored=stored) for index in range(self.count)]
 
 
 def reset_memory(device: torch.device) -> None:

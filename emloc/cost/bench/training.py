@@ -218,7 +218,7 @@ def _fit(
     with tempfile.TemporaryDirectory() as folder:
         fit_rows(
             Path(folder),
-            PreparedModel(setup.source, partial(opener, setup)),  # type: ignore[arg-type]
+            PreparedModel(setup.training_source, partial(opener, setup)),  # type: ignore[arg-type]
             setup.training_inputs,
             setup.rows(),
             lambda rows: dict(batches[rows[0].seed]),
@@ -327,7 +327,7 @@ def median_step(ends: Sequence[float], together: int) -> float:
 
 def open_original(setup: BenchSetup, device: torch.device) -> PreTrainedModel:
     """Open the original model."""
-    return setup.source.load(device)
+    return setup.training_source.load(device)
 
 
 def open_quantized(setup: BenchSetup, device: torch.device) -> PreTrainedModel:
@@ -358,10 +358,12 @@ def _random_emulator(
 
     `layer_class` is called with `u`, `v` and the bias of each layer.
     """
-    source = setup.source
-    layers = setup.run_config.model.compressible_layers(source)
+    source = setup.training_source
+    layers = setup.run_config.model.compressible_layers(setup.source)
     modules = {}
-    for layer, rank in ranks_at(ratio, layers, 1).items():
+    ranks = ranks_at(ratio, layers, 1)
+    for layer in source.emulated(ranks):
+        rank = ranks[layer]
         rows, columns = layers[layer]
         u = 0.02 * torch.randn(rows, rank, device=device, dtype=source.dtype)
         v = torch.randn(rank, columns, device=device, dtype=source.dtype) / rank**0.5

@@ -49,12 +49,14 @@ class TrainingCost:
     pass_seconds: float = 0.0  # time of all passes of the original
     first_pass_seconds: float = 0.0  # of them, time of the first, which runs of a sweep share
     polish_seconds: float = 0.0  # time of the exact steps behind the training
+    feature_seconds: float = 0.0  # time of the pass that stores features of images
 
     def seconds(self, steps: int) -> float:
         """Return the time of everything up to the adapter, for a training of so many steps."""
         return (
             self.load_seconds
             + self.build_seconds
+            + self.feature_seconds
             + self.pass_seconds
             + steps * self.step_seconds
             + self.polish_seconds

@@ -13,6 +13,7 @@ from emloc.config.presets import named_method
 from emloc.config.settings import MODEL_BITS, Compression
 from emloc.cost.plan.anchors import AnchorPlan, anchor_plan, with_offsets
 from emloc.cost.plan.cost import TrainingCost, cost_of, weight_bytes
+from emloc.cost.plan.features import FeaturePlan, feature_plan, trained_source
 from emloc.cost.plan.fit import (
     MemoryNeed,
     compressed_layout,
@@ -96,6 +97,7 @@ class Planner:
     gpu: Gpu
     limit_gib: float  # device memory that a training may take
     anchors: AnchorPlan | None  # those of the run, if it has some
+    features: FeaturePlan | None  # the stored features of the run, if it has some
 
     def rows(self) -> Iterator[PlanRow]:
         """Yield the rows of LoRA, offloading and EMLoC, in the model's dtype and packed.
@@ -210,7 +212,8 @@ class Planner:
         self, layout: TrainingLayout, shape: StepShape, need: MemoryNeed, samples: int
     ) -> TrainingCost:
         budget = self.run_config.budget
-        return cost_of(layout, shape, need.operations, self.gpu, samples, budget)
+        cost = cost_of(layout, shape, need.operations, self.gpu, samples, budget)
+        return cost if self.features is None else self.features.added_to(cost, self.gpu)
 
     def _polished(self, cost: TrainingCost) -> TrainingCost:
         """Return the cost of a training with the exact steps behind it."""
@@ -237,13 +240,16 @@ def planner_of(run_config: RunConfig, step_shape: StepShape, gpu: Gpu) -> Planne
     source = run_config.model.shape_source()
     require_plannable(run_config.model, source)
     anchors = anchor_plan(run_config, source, step_shape)
+    features = feature_plan(run_config.train, source, step_shape)
+    trained = trained_source(run_config.train, source)
     return Planner(
         run_config,
-        layout_of(run_config, source, None, None),
+        layout_of(run_config, trained, None, None),
         step_shape,
         gpu,
         device_gib(run_config, gpu),
         anchors,
+        features,
     )
 
 

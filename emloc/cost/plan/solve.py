@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from emloc.config.settings import MODEL_BITS
 from emloc.cost.plan.anchors import anchor_plan, with_offsets
+from emloc.cost.plan.features import trained_source
 from emloc.cost.plan.fit import candidate_precisions, refuse_unplanned, solve_compression
 from emloc.cost.plan.layout import StepShape
 from emloc.data.reader import encode_all
@@ -33,7 +34,8 @@ def solve_auto_compression(run_config: RunConfig, source: Source) -> RunConfig:
     refuse_unplanned(run_config.model, "compression=r50")
     step_shape = longest_step(run_config, source)
     step_shape = with_offsets(step_shape, anchor_plan(run_config, source, step_shape))
-    solution = solve_compression(run_config, source, step_shape)
+    trained = trained_source(run_config.train, source)
+    solution = solve_compression(run_config, trained, step_shape)
     precision = next(p for p in candidate_precisions(run_config) if bits_of(p) == solution.bits)
     return replace(run_config, compression=solution, precision=precision)
 

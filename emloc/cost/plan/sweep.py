@@ -38,6 +38,11 @@ class PlannedRun:
         anchor = self.run_config.anchor
         return digest([self.build_key, anchor.offsets_key if anchor.anchors else None])
 
+    @property
+    def feature_key(self) -> str:
+        """Key of stored features: they depend on the original and its images alone."""
+        return digest([key_of(self.run_config.model), self.run_config.task.key])
+
 
 def plan_sweep(
     runs: Sequence[tuple[str, RunConfig]],
@@ -92,10 +97,19 @@ def planned_run(
 
 def repeated_seconds(planned: Sequence[PlannedRun]) -> float:
     """Return the time of builds and first passes that other runs have computed already."""
-    builds = {run.build_key: run.row.cost.build_seconds for run in planned}
-    passes = {run.pass_key: run.row.cost.first_pass_seconds for run in planned}
-    every = sum(run.row.cost.build_seconds + run.row.cost.first_pass_seconds for run in planned)
-    return every - sum(builds.values()) - sum(passes.values())
+    costs = [run.row.cost for run in planned]
+    builds = {run.build_key: cost.build_seconds for run, cost in zip(planned, costs, strict=True)}
+    passes = {
+        run.pass_key: cost.first_pass_seconds for run, cost in zip(planned, costs, strict=True)
+    }
+    features = {
+        run.feature_key: cost.feature_seconds for run, cost in zip(planned, costs, strict=True)
+    }
+    once = sum(builds.values()) + sum(passes.values()) + sum(features.values())
+    return (
+        sum(one.build_seconds + one.first_pass_seconds + one.feature_seconds for one in costs)
+        - once
+    )
 
 
 def _total(planned: Sequence[PlannedRun], count: int) -> str:

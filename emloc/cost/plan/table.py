@@ -50,6 +50,7 @@ def plan(
     table = markdown_table(HEADER, [cells_of(row, machine) for row in rows])
     lines = [
         *notes_of(run_config, step_shape, [machine]),
+        *(planner.features.lines() if planner.features else []),
         *(anchors.lines() if anchors else []),
         *_polish_lines(planner),
         _auto_line(run_config, planner.full_layout, with_offsets(step_shape, anchors)),

@@ -53,6 +53,8 @@ class Prune(Emulator):
     Unlike LoRAM, it does not align the pruned model by further training on much data.
     """
 
+    leaves_out_tower = True
+
     # upop: signed gradient of a mask; taylor: |w dL/dw|; random
     importance: Annotated[str, OneOf(*KINDS, "random")]
     # global: the best units of the whole model; layer: the same share of each module
@@ -231,10 +233,8 @@ class Prune(Emulator):
         pruned: dict[str, nn.Module] = {}
         selection = partial(self.kept_indices, folder)
         only_packed: list[str] = []  # layers that are packed, but not pruned
-        for layer, row in table.items():
-            if layer not in source.linears:  # of a vision tower that is left out
-                continue
-            packed = row["bits"] != MODEL_BITS
+        for layer in source.emulated(table):
+            packed = table[layer]["bits"] != MODEL_BITS
             rows, columns = selection(layer)
             if rows is not None or columns is not None:
                 bias = source.bias(layer, device)

@@ -51,6 +51,8 @@ from emloc.tensors.linalg.allocate import greedy
 class Svd(Emulator):
     """Low-rank factors that keep the most output energy of each layer (EMLoC, stage 1)."""
 
+    leaves_out_tower = True
+
     # subspace: fast iteration; eigen: one eigendecomposition; whiten: the authors' whitened SVD
     algorithm: Annotated[str, OneOf("subspace", "eigen", "whiten")]
     aware: bool  # weight by the calibration activations; false: plain truncated SVD of the weight
@@ -326,9 +328,7 @@ class Svd(Emulator):
         precision: Precision | None = None,
     ) -> PreTrainedModel:
         """Load the original model, frozen, with its compressed layers replaced by their factors."""
-        # A model without its vision tower has fewer layers than the emulator.
-        table = json.loads((folder / "layers.json").read_text())
-        layers = [name for name in table if name in source.linears]
+        layers = source.emulated(json.loads((folder / "layers.json").read_text()))
         factorized: dict[str, nn.Module] = {}
         for block, names in by_block(layers).items():
             biases = {name: source.bias(name, device) for name in names}

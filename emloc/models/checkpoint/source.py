@@ -70,6 +70,8 @@ class Source:
     base_revision: str | None = None  # revision of `base` on the hub; None: the newest
     # Finds stored features of images; the model then has no vision tower. None: it has its own.
     features: FindFeatures | None = None
+    # Whether emulators of the model have its own vision tower, as a training on features has it.
+    whole_tower: bool = False
 
     @property
     def key(self) -> list[Any]:
@@ -79,12 +81,27 @@ class Source:
         own = changes if self.fresh_modules or self.config_changes else []
         return [
             READING, PROMPT_DATE.isoformat(), self.identity, str(self.dtype), self.auto.__name__,
-            *family, *own, *([] if self.features is None else ["stored features"])
+            *family, *own, *([] if self.features is None else ["stored features"]),
+            *(["whole tower"] if self.whole_tower else []),
         ]  # fmt: skip
 
     def with_features(self, find: FindFeatures) -> Source:
         """Return the same model without its vision tower; batches have stored features."""
-        source = with_values(self, features=find)
+        return self._changed(features=find)
+
+    def with_whole_tower(self) -> Source:
+        """Return the same model, whose emulators have its own vision tower."""
+        return self._changed(whole_tower=True)
+
+    def emulated(self, layers: Iterable[str]) -> list[str]:
+        """Return those layers of an emulator that replace layers of this model, in their order."""
+        if self.features is None and not self.whole_tower:
+            return list(layers)
+        inside = tuple(f"{name}." for name in self.tower)
+        return [name for name in layers if not name.startswith(inside)]
+
+    def _changed(self, **fields: Any) -> Source:
+        source = with_values(self, **fields)
         # The files are parsed once, and a large model takes seconds to build.
         vars(source)["_checkpoint"] = self._checkpoint
         return source
@@ -319,17 +336,15 @@ class Source:
         Args:
             device: device of all parameters and buffers.
             replace: module name -> module with weights; the weights of the replaced module are
-                never read. Modules of a vision tower that is left out are ignored.
+                never read.
 
         Raises:
             ConfigError: the checkpoint has no weights for a parameter.
         """
         model = self.skeleton()
-        tower = tuple(f"{name}." for name in self.tower) if self.features is not None else ()
-        modules = {n: m for n, m in (replace or {}).items() if not f"{n}.".startswith(tower)}
-        for name, module in modules.items():
+        for name, module in (replace or {}).items():
             model.set_submodule(name, module)
-        replaced = tuple(f"{name}." for name in modules)
+        replaced = tuple(f"{name}." for name in replace or ())
         buffers = [name for name in self.buffers if not name.startswith(replaced)]
         parameters = [n for n, p in model.named_parameters() if p.is_meta]
         self.fill(model, [*parameters, *buffers], device)

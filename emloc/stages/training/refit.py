@@ -239,9 +239,8 @@ def refit_of(rows: AnchoredRows, samples: Samples | None, built: BuiltEmulator) 
     if samples is None or not isinstance(built.emulator, Refittable):
         return None
     ranks = built.emulator.ranks(built.artifact.folder)
-    # A model without its vision tower has fewer layers than the emulator.
-    present = {layer: rank for layer, rank in ranks.items() if layer in rows.source.linears}
-    return Refit(rows, samples, present)
+    present = rows.source.emulated(ranks)
+    return Refit(rows, samples, {layer: ranks[layer] for layer in present})
 
 
 def with_folder(built: BuiltEmulator, folder: Path) -> BuiltEmulator:
