@@ -61,7 +61,8 @@ class Offload(Full):
                 one.
         """
         _require_unsharded()
-        return load_streamed(source, set(quantized_layers(folder)), device, precision, folder)
+        layers = set(source.emulated(quantized_layers(folder)))
+        return load_streamed(source, layers, device, precision, folder)
 
 
 def load_streamed(

@@ -12,6 +12,7 @@ from staged import curve_of
 
 from emloc.data import fixed_shapes
 from emloc.data.stored_features import images_key
+from emloc.emulators.svd import Svd
 from emloc.errors import ConfigError
 from emloc.models.image_vectors import features_of
 from emloc.pipeline import checked, run
@@ -132,6 +133,7 @@ def test_the_trained_model_has_no_tower(run_with, settings, store, monkeypatch):
 METHODS = {
     "emloc": [],
     "qlora": [],
+    "offload": [],
     "emloc_nf4": [],
     "upop": [],
     "loram_stru": ["emulator.first=1", "emulator.last=1"],
@@ -205,9 +207,8 @@ def test_damaged_features_are_computed_again(settings, store, caplog):
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["method=offload"], "emulator=offload is trained with its own vision tower"),
         (
-            ["method=lora", "model.lora_targets=.*vision_tower.*(q|v)_proj"],
+            ["method=lora", r"model.lora_targets='.*vision_tower.*q_proj'"],
             "lies in the vision tower or its projector, and an adapter there changes the features",
         ),
         (["method=lora", "budget.disk_gib=1e-9"], "the features of 16 rows take"),
@@ -216,6 +217,12 @@ def test_damaged_features_are_computed_again(settings, store, caplog):
 def test_a_training_that_cannot_read_features_is_refused(settings, store, overrides, line):
     with pytest.raises(ConfigError, match=line):
         checked(settings(*overrides, STORED), store, lambda *_: None)
+
+
+def test_an_emulator_of_a_plugin_that_needs_the_tower_is_refused(settings, store, monkeypatch):
+    monkeypatch.setattr(Svd, "leaves_out_tower", False)
+    with pytest.raises(ConfigError, match="emulator=svd is trained with its own vision tower"):
+        checked(settings("method=emloc", STORED), store, lambda *_: None)
 
 
 def test_a_text_model_has_no_features(tiny, store):
