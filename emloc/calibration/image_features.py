@@ -18,7 +18,7 @@ from emloc.calibration.blockwise import by_block, iterate_blocks
 from emloc.calibration.offload import UNLIMITED, StateLimits
 from emloc.models.block_names import find_block
 from emloc.models.checkpoint.source import Source
-from emloc.models.tower import feature_owner
+from emloc.models.checkpoint.tower import feature_owner
 from emloc.runtime.progress import tracked
 
 # Called with the index of a batch, and what `get_image_features` has returned for it.

@@ -27,7 +27,7 @@ from emloc.data.reader import encode_all
 from emloc.data.stored_features import LANGUAGE_INPUTS, FeatureLayout, images_key
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
-from emloc.models.tower import packed_features
+from emloc.models.checkpoint.tower import packed_features
 from emloc.runtime.digest import digest
 from emloc.runtime.keys import key_of
 from emloc.runtime.manifest import seal

@@ -30,6 +30,7 @@ COLUMNS = ["work", "what", "unit", "ours", "peer", "ratio", "target", "holds"]
 NAMES = [
     *("factorise_8b", "factorise_38b", "train_8b", "train_38b"),
     *(
+        "stored_38b",
         "anchored_8b",
         *("rounds4_8b_nf4", "rounds24_38b", "rounds12_78b_nf4", "rounds16_78b_int2"),
         "cap24_38b",

@@ -15,7 +15,7 @@ from emloc.stages import Stage
 from emloc.stages.run_config import build
 
 STANDARD = [
-    *("calibrate", "emulate", "refit", "anchor", "train", "recover", "polish"),
+    *("calibrate", "emulate", "features", "refit", "anchor", "train", "recover", "polish"),
     *("evaluate", "evaluate_as_trained"),
 ]
 
@@ -41,8 +41,8 @@ class Heal(Stage):
 def test_every_run_has_the_standard_stages_in_order():
     run_config = build(compose())
     assert list(run_config.stage) == list(standard_stages()) == STANDARD
-    assert [name for name, one in run_config.stage.items() if one.counted] == STANDARD[:7]
-    assert [name for name, one in run_config.stage.items() if one.column] == STANDARD[:8]
+    assert [name for name, one in run_config.stage.items() if one.counted] == STANDARD[:8]
+    assert [name for name, one in run_config.stage.items() if one.column] == STANDARD[:9]
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["named first", "named last"])
@@ -52,7 +52,7 @@ def test_a_stage_runs_directly_after_the_stage_it_names(first):
     after = heal | wax | standard if first else standard | heal | wax
     order = order_stages(after)
     assert order == [
-        *("calibrate", "emulate", "heal", "refit", "anchor", "train", "recover"),
+        *("calibrate", "emulate", "heal", "features", "refit", "anchor", "train", "recover"),
         *("polish", "wax", "shine"),
         *("evaluate", "evaluate_as_trained"),
     ]
@@ -103,7 +103,7 @@ def test_a_run_without_the_setting_stage_had_the_standard_stages():
     assert list(stages_of({"method": "emloc"})) == STANDARD
     heal = {"after": "emulate", "counted": True, "column": True}
     assert list(stages_of({"stage": standard_stages() | {"heal": heal}}))[1:4] == [
-        *("emulate", "heal", "refit"),
+        *("emulate", "heal", "features"),
     ]
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from emloc.adapters.training_inputs import TrainingInputs
 from emloc.anchors.batches import KeyedRow
+from emloc.anchors.shards import OffsetReader, shard_file, write_rows, write_shard
+from emloc.calibration.image_features import compute_features
 from emloc.calibration.offload import state_limits
 from emloc.cost.bench.bound import (
     bounded_rows,
@@ -28,10 +30,13 @@ from emloc.cost.bench.host import checkpoint_source, write_checkpoint
 from emloc.cost.bench.rows import BenchRow, row
 from emloc.cost.bench.setting import BenchSetup, RandomRow, RandomSamples, reset_memory
 from emloc.cost.plan.cost import weight_bytes
+from emloc.cost.plan.features import trained_source
 from emloc.emulators import BuiltEmulator
 from emloc.emulators.svd import Svd
 from emloc.errors import StageError
 from emloc.models.checkpoint.source import Source
+from emloc.models.checkpoint.tower import packed_features
+from emloc.models.image_vectors import PIXELS
 from emloc.recovery import ignore_log
 from emloc.runtime.memory import GIB, HostMemoryPeak, is_out_of_memory, limit_device_memory
 from emloc.runtime.stage_cache import Artifact, Store
@@ -42,6 +47,7 @@ from emloc.stages.training.rounds import rounds_of
 from emloc.stages.training.trainee import open_trainee
 
 ROUNDS, STEPS, ROWS_OF_STEP = 2, 16, 4  # 32 rows in each round
+Collate = Callable[[Sequence[RandomRow]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,14 @@ class RandomRefit(Refit):
 
 
 def anchored_rounds(
-    benchmark: str, model: str, ratio: float, bits: int, gb: float, *, stored: bool
+    benchmark: str,
+    model: str,
+    ratio: float,
+    bits: int,
+    gb: float,
+    *,
+    stored: bool,
+    features: str = "computed",
 ) -> Iterator[BenchRow]:
     """Build, train in two rounds of eight steps, and save, with `gb` (10^9 bytes) of device memory.
 
@@ -84,13 +97,15 @@ def anchored_rounds(
         gb: most device memory.
         stored: the weights are in a checkpoint on disk. Otherwise they are drawn while they are
             read, where the disk is too small for them.
+        features: the setting `train.features`.
     """
     setup = BenchSetup(
         model,
         tuple(
             f"method=emloc_anchored compression.ratio={ratio} compression.bits={bits} "
             f"train.steps={STEPS} train.accumulate={ROWS_OF_STEP} "
-            f"anchor.rounds={ROUNDS} anchor.guard=0 {_small_size(model)}".split()
+            f"anchor.rounds={ROUNDS} anchor.guard=0 train.features={features} "
+            f"{_small_size(model)}".split()
         ),
     )
     # Timed before the memory is limited, since a vision tower alone may need more.
@@ -109,19 +124,18 @@ def anchored_rounds(
             rate = disk_rate(files)
             drop_cached(files)
             source = checkpoint_source(setup, folder / "checkpoint")
-        rows = _rows(setup, source)
         reset_memory(setup.device)
         try:
-            stages = _stages(setup, source, rows, Store(folder / "store"))
+            stages, passes = _stages(setup, source, Store(folder / "store"))
         except StageError as error:
             if not is_out_of_memory(error):
                 raise
             yield row(benchmark, f"{what}: peak reserved", "GB", f"OOM in {error.stage}", most=gb)
             return
     yield from stage_rows(benchmark, f"{what}: peak reserved", setup, stages, gb)
-    for number, one in enumerate(rows.passes, 1):
+    for number, one in enumerate(passes, 1):
         yield from _pass_rows(benchmark, f"pass {number}", one, setup, rate, alone)
-    _, trained, _ = stages
+    trained = stages[-2]
     yield row(benchmark, f"step of {ROWS_OF_STEP} samples", "s", trained.facts["step_seconds"])
     yield row(benchmark, "host memory, anonymous, at most", "GiB", host.bytes / GIB)
 
@@ -182,7 +196,7 @@ def _small_size(model: str) -> str:
     return f"anchor.places=2 train.steps={2 * ROUNDS} train.accumulate=2"
 
 
-def _rows(setup: BenchSetup, source: Source) -> TimedRows:
+def _rows(setup: BenchSetup, source: Source, collate: Collate) -> TimedRows:
     """Return the random rows of the training, with its places and rounds."""
     anchor, recipe = setup.run_config.anchor, setup.run_config.train
     assert anchor.anchors
@@ -194,27 +208,65 @@ def _rows(setup: BenchSetup, source: Source) -> TimedRows:
         [],
         order_of(rows, recipe, setup.run_config.seed),
         recipe.steps,
-        lambda some: _batch(setup, some),
+        collate,
         setup.run_config.budget.disk_gib,
     )
 
 
-def _batch(setup: BenchSetup, rows: Sequence[RandomRow]) -> dict[str, Tensor]:
-    """Return a batch of random rows, all of one length, with labels on their answers."""
+def _batch(
+    setup: BenchSetup, features: OffsetReader | None, rows: Sequence[RandomRow]
+) -> dict[str, Tensor]:
+    """Return a batch of random rows, all of one length, with labels on their answers.
+
+    `features` are those of the rows; None: the batch has pixels.
+    """
     batches = [setup.labelled_batch(one.seed) for one in rows]
+    if features is not None:
+        batches = [b | features.read(r.id, 0) for b, r in zip(batches, rows, strict=True)]
     joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     return joined | {"logits_to_keep": batches[0]["logits_to_keep"]}
 
 
-def _stages(setup: BenchSetup, source: Source, rows: TimedRows, store: Store) -> list[Artifact]:
-    """Run the stages that build, train and recover, and return their artifacts."""
+def _stages(
+    setup: BenchSetup, source: Source, store: Store
+) -> tuple[list[Artifact], list[tuple[float, int, int]]]:
+    """Run the stages that build, train and recover; return their artifacts, and the passes."""
     samples, device = samples_of(setup), setup.device
     built = emulate(setup, source, samples, store)
+    stages, features = [built.artifact], None
+    if setup.stores_features:
+        stages.append(store.stage("features", _store_features, setup.overrides, setup=setup))
+        features = OffsetReader([stages[-1].folder])
+        source = trained_source(setup.run_config.train, source)
+        built = replace(built, source=source)
+    rows = _rows(setup, source, partial(_batch, setup, features))
     inputs = setup.training_inputs
     trained = store.stage("train", _fit, built, inputs, rows=rows, samples=samples, setup=setup)
     recovery = setup.run_config.recovery
     recovered = store.stage("recover", recover, recovery, trained, built, device=device)
-    return [built.artifact, trained, recovered]
+    return [*stages, trained, recovered], rows.passes
+
+
+def _store_features(folder: Path, _: Sequence[str], *, setup: BenchSetup) -> dict[str, Any]:
+    """Write the features of all training rows, and return the seconds for each row."""
+    recipe = setup.run_config.train
+    rows = setup.random_rows(recipe.steps * recipe.accumulate)
+
+    def keep(index: int, output: Any) -> None:
+        features, _, _ = packed_features(output)
+        write_shard(shard_file(folder, 0, index), {rows[index].id: {PIXELS: features.cpu()}})
+
+    start = time.perf_counter()
+    compute_features(
+        setup.source,
+        lambda index: setup.batch(rows[index].seed),
+        len(rows),
+        keep,
+        device=setup.device,
+        limits=state_limits(setup.run_config.budget),
+    )
+    write_rows(folder, [[one.id] for one in rows])
+    return {"row_seconds": (time.perf_counter() - start) / len(rows)}
 
 
 def _fit(
@@ -229,7 +281,8 @@ def _fit(
     """Train in rounds, and return the facts of the training stage."""
     run_config, emulator = setup.run_config, built.emulator
     assert isinstance(emulator, Svd)
-    ranks = emulator.ranks(built.artifact.folder)
+    all_ranks = emulator.ranks(built.artifact.folder)
+    ranks = {layer: all_ranks[layer] for layer in built.source.emulated(all_ranks)}
     return rounds_of(
         folder,
         open_trainee(built, inputs, setup.device),

@@ -51,7 +51,9 @@ BENCHMARKS: dict[str, Callable[[], Iterator[BenchRow]]] = {
     "stored_38b": partial(stored, "stored_38b", M38, 0.2, 0.28),
     "anchored_8b": partial(anchored, "anchored_8b", M8, 0.25),
     "rounds4_8b_nf4": partial(anchored_rounds, "rounds4_8b_nf4", M8, 0.45, 4, 4, stored=True),
-    "rounds24_38b": partial(anchored_rounds, "rounds24_38b", M38, 0.2, 16, 24, stored=False),
+    "rounds24_38b": partial(
+        anchored_rounds, "rounds24_38b", M38, 0.2, 16, 24, stored=False, features="stored"
+    ),
     "rounds12_78b_nf4": partial(
         anchored_rounds, "rounds12_78b_nf4", M78, 0.45, 4, 12, stored=False
     ),

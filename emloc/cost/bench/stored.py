@@ -23,7 +23,7 @@ from emloc.cost.bench.training import (
 )
 from emloc.cost.plan.fit import layout_of, need_of
 from emloc.cost.plan.layout import StepShape
-from emloc.models.tower import feature_owner, packed_features
+from emloc.models.checkpoint.tower import feature_owner, packed_features
 from emloc.stages.run_config import precision_of
 
 SAMPLES = 16  # rows of the pass

@@ -97,7 +97,7 @@ class Planner:
     gpu: Gpu
     limit_gib: float  # device memory that a training may take
     anchors: AnchorPlan | None  # those of the run, if it has some
-    features: FeaturePlan | None  # the stored features of the run, if it has some
+    features: FeaturePlan | None = None  # the stored features of the run, if it has some
 
     def rows(self) -> Iterator[PlanRow]:
         """Yield the rows of LoRA, offloading and EMLoC, in the model's dtype and packed.

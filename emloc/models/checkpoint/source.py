@@ -28,10 +28,10 @@ from emloc.models.checkpoint.internvl_chat import FORMAT
 from emloc.models.checkpoint.random_weights import RandomWeights, tensor_inits
 from emloc.models.checkpoint.state import optional_names, persistent_buffers, state_dtypes
 from emloc.models.checkpoint.tokenizer import tokenizer_of
+from emloc.models.checkpoint.tower import leave_out_tower, tower_modules
 from emloc.models.checkpoint.weights import SafetensorsWeights, Weights
 from emloc.models.objectives import Objective
 from emloc.models.objectives.tokens import Tokens
-from emloc.models.tower import leave_out_tower, tower_modules
 from emloc.runtime.digest import digest
 from emloc.runtime.work_meter import count_weights
 from emloc.tensors.nn.surgery import replace_tensor
