@@ -12,6 +12,7 @@ from emloc.runtime.distributed import is_sharded
 from emloc.runtime.stage_cache import Facts
 from emloc.stages import EMULATOR, Context, Stage
 from emloc.stages.training.refit import Refittable, refit_of
+from emloc.stages.training.round_trainee import RoundTrainee
 from emloc.stages.training.trainee import open_trainee
 
 # Facts of a stage that say nothing of its artifact.
@@ -69,7 +70,9 @@ class RefitEmulator(Stage):
         assert inputs is not None
         refit = refit_of(context.anchored_rows, context.samples, context.trained_emulator)
         assert refit is not None
-        trainee = open_trainee(context.trained_emulator, inputs, context.device)
+        trainee = RoundTrainee(
+            open_trainee(context.trained_emulator, inputs, context.device), kept_passes=None
+        )
         row_forwards = refit.run(
             folder,
             trainee,

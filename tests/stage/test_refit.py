@@ -18,7 +18,7 @@ from emloc.emulators.svd import Svd
 from emloc.stages.training.anchored_rows import anchored_rows
 from emloc.stages.training.refit import Refit, refit_of, with_folder
 from emloc.stages.training.round_passes import RoundPasses
-from emloc.stages.training.round_trainee import State
+from emloc.stages.training.round_trainee import RoundTrainee, State
 from emloc.stages.training.trainee import open_trainee
 from emloc.tensors.linalg.sensitivity import output_root
 
@@ -67,7 +67,7 @@ def test_the_fitted_emulator_loses_less_of_what_the_loss_depends_on(
     folder.mkdir()
     forwards = refit.run(
         folder,
-        open_trainee(built, inputs, anchored.CPU),
+        RoundTrainee(open_trainee(built, inputs, anchored.CPU), kept_passes=None),
         lambda: Original(source.skeleton(), source),
         limits=StateLimits(host=2**30),
     )

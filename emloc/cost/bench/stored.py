@@ -13,6 +13,7 @@ from emloc.cost.bench.setting import BenchSetup, reserved_gb, reset_memory, time
 from emloc.cost.bench.training import (
     FOUR_BITS,
     MORE_STEPS,
+    NEAR,
     TOGETHER,
     Opener,
     measure_or_oom,
@@ -27,7 +28,6 @@ from emloc.models.checkpoint.tower import feature_owner, packed_features
 from emloc.stages.run_config import precision_of
 
 SAMPLES = 16  # rows of the pass
-NEAR = 5  # per cent that a planned peak may be off
 
 
 def stored(benchmark: str, model: str, ratio: float, most: float) -> Iterator[BenchRow]:

@@ -317,7 +317,7 @@ def _quantize_v(
     quantized = precision.quantize(factors.v, columns=input_gram)
     u, v = factors.u, quantized.dequantize()
     if refits:
-        u = refit_to_v(target.detach().double(), u, v, input_gram).to(u.dtype)
+        u = refit_to_v(target, u, v, input_gram).to(u.dtype)
     return replace(factors, u=u, v=v), quantized
 
 

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import gguf
+import numpy as np
 import torch
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -36,6 +37,19 @@ def convert_gguf(path: Path, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+class _Reader(gguf.GGUFReader):
+    """Reader that sees the mapped file as a plain array, which numpy slices in half the time."""
+
+    @property
+    def data(self) -> np.ndarray:
+        """All bytes of the file."""
+        return self._bytes
+
+    @data.setter
+    def data(self, mapped: np.ndarray) -> None:
+        self._bytes = mapped.view(np.ndarray)
+
+
 @contextmanager
 def _parsed_once() -> Iterator[None]:
     """Context in which transformers parses a GGUF file and makes its table of names only once.
@@ -44,7 +58,7 @@ def _parsed_once() -> Iterator[None]:
     model: 12 of the 17 seconds that the conversion of SmolLM2-135M takes.
     """
     reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = cache(reader), cache(name_map)
+    gguf.GGUFReader, gguf.get_tensor_name_map = cache(_Reader), cache(name_map)
     try:
         yield
     finally:

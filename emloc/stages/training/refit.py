@@ -37,6 +37,7 @@ from emloc.runtime.progress import tracked
 from emloc.runtime.safetensors_file import write_safetensors
 from emloc.runtime.stage_cache import Artifact
 from emloc.stages.training.anchored_rows import AnchoredRows, unique
+from emloc.stages.training.round_trainee import RoundTrainee
 from emloc.stages.training.trainee import Trainee
 from emloc.tensors.nn.attention import without_cudnn
 
@@ -74,7 +75,7 @@ class Refit:
     def run(
         self,
         folder: Path,
-        trainee: Trainee,
+        trainee: RoundTrainee,
         original: Callable[[], Original],
         *,
         limits: StateLimits,
@@ -83,7 +84,8 @@ class Refit:
 
         Args:
             folder: of the emulator's artifact.
-            trainee: the present emulator with the adapter, unsharded.
+            trainee: the present emulator with the adapter, unsharded. It is closed before factors
+                are fitted, since both need memory.
             original: returns the original with the adapter as it is carried, each time anew.
             limits: memory for hidden states.
 
@@ -92,21 +94,22 @@ class Refit:
         """
         work = folder.with_name(f"{folder.name}.work")
         work.mkdir(parents=True, exist_ok=True)
+        backward = trainee.open().work(len(self.samples.examples))["row_forwards"]
         with attempt(work) as spent:
             self._run(folder, work, trainee, original, limits)
         shutil.rmtree(work)
-        backward = trainee.work(len(self.samples.examples))["row_forwards"]
         return backward + spent.operations / block_operations(self.rows.source)
 
     def _run(
         self,
         folder: Path,
         work: Path,
-        trainee: Trainee,
+        round_trainee: RoundTrainee,
         original: Callable[[], Original],
         limits: StateLimits,
     ) -> None:
-        rows, device = self.encoded(), trainee.device
+        trainee, device = round_trainee.open(), round_trainee.device
+        rows, built = self.encoded(), trainee.built_emulator
         places, stored_as = self.rows.places, self.rows.anchor.stored_as
         self.rows.record(
             work / "offsets",
@@ -118,7 +121,9 @@ class Refit:
             limits=limits,
         )
         self._write_gradients(work, trainee, rows)
-        emulator = trainee.built_emulator.emulator
+        del trainee
+        round_trainee.close()
+        emulator = built.emulator
         assert isinstance(emulator, Refittable)
         with without_cudnn():
             emulator.refit(
@@ -127,7 +132,7 @@ class Refit:
                 self._blocks(original(), device, limits, work),
                 self.ranks,
                 lambda block: _read_gradients(work, block),
-                trainee.built_emulator.precision,
+                built.precision,
             )
 
     def encoded(self) -> list[KeyedRow]:

@@ -185,6 +185,6 @@ class RoundPasses:
         """Fit the first emulator to the adapter of `state`, and write it into `folder`."""
         original = partial(self._original, state, saved)
         folder.mkdir(parents=True, exist_ok=True)
-        trainee = self.trainee.load(state)
-        row_forwards = refit.run(folder, trainee, original, limits=self.limits)
+        self.trainee.load(state)
+        row_forwards = refit.run(folder, self.trainee, original, limits=self.limits)
         return {"row_forwards": row_forwards}

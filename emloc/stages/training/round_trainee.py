@@ -39,26 +39,20 @@ class RoundTrainee:
         is_split: whether a round has split the weights of the loaded model (FSDP).
         kept_passes: the graphs of the loaded model for its next round; None: each round has an
             emulator of its own.
+        training_inputs: what is trained, on which rows.
+        device: that is trained on.
     """
 
     def __init__(self, trainee: Trainee, kept_passes: KeptPasses | None) -> None:
         self.emulator: BuiltEmulator = trainee.built_emulator
         self.is_split = False
         self.kept_passes = kept_passes
-        self._trainee: Trainee = trainee
+        self.training_inputs: TrainingInputs = trainee.training_inputs
+        self.device: torch.device = trainee.device
+        self._trainee: Trainee | None = trainee
         adapter = trainee.training_inputs.adapter
         state = adapter.state(trainee.model)
         self._new_state = {name: tensor.cpu().clone() for name, tensor in state.items()}
-
-    @property
-    def training_inputs(self) -> TrainingInputs:
-        """What is trained, on which rows."""
-        return self._trainee.training_inputs
-
-    @property
-    def device(self) -> torch.device:
-        """The device that is trained on."""
-        return self._trainee.device
 
     @property
     def source(self) -> Source:
@@ -71,13 +65,23 @@ class RoundTrainee:
         If it is not loaded, the loaded one is put away first, and the adapter is a new one. With
         `whole` the emulator is loaded again if a round has split its weights.
         """
-        is_other = self._trainee.built_emulator.artifact.folder != self.emulator.artifact.folder
-        if is_other or (whole and self.is_split):
-            inputs, device = self.training_inputs, self.device
-            del self._trainee
-            gc.collect()
-            self._trainee, self.is_split = open_trainee(self.emulator, inputs, device), False
+        trainee = self._trainee
+        if trainee is not None:
+            is_other = trainee.built_emulator.artifact.folder != self.emulator.artifact.folder
+            if not is_other and not (whole and self.is_split):
+                return trainee
+        del trainee
+        self.close()
+        self._trainee = open_trainee(self.emulator, self.training_inputs, self.device)
+        self.is_split = False
         return self._trainee
+
+    def close(self) -> None:
+        """Free the memory of the loaded emulator; the next `open` loads one."""
+        self._trainee = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def load(self, state: State, *, whole: bool = False) -> Trainee:
         """Return the emulator with the adapter of a state; see `open`.
@@ -95,8 +99,9 @@ class RoundTrainee:
 
     def facts(self, rows: int) -> dict[str, Any]:
         """Return the number of trainable parameters, and the work of a training on so many rows."""
-        return {"trainable": self._trainee.trainable, **self._trainee.work(rows)}
+        trainee = self.open()
+        return {"trainable": trainee.trainable, **trainee.work(rows)}
 
     def save(self, folder: Path) -> None:
         """Write the present adapter into `folder`."""
-        self.training_inputs.adapter.save(self._trainee.model, folder, self.source.name)
+        self.training_inputs.adapter.save(self.open().model, folder, self.source.name)

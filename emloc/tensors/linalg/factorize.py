@@ -11,6 +11,8 @@ from torch import Tensor
 
 from emloc.tensors.linalg.gram import NEGLIGIBLE, exact_float32, has_data
 
+# Rows of a large weight that are in float64 at a time.
+SPAN = 4096
 # Relative to the mean diagonal: far below directions worth refitting, far above float64 rounding.
 RIDGE = 1e-8
 
@@ -77,7 +79,7 @@ def eigen(
     neither a root nor an inverse of C. It costs one float64 eigendecomposition of size min(m, n).
 
     If fewer than k directions have data, the others are those that lose the least of W itself. v is
-    rounded to `dtype` first; if C is known, u is then refitted to the rounded v. With `output_gram`
+    rounded to `dtype` first; if C is known, u is then refitted to a rounded v. With `output_gram`
     alone u is only rounded; a second pass over the tokens with `refit` improves it.
 
     Args:
@@ -102,7 +104,7 @@ def eigen(
     left = _fill_directions(core, vectors, rank, data_rank)
     u = left if basis is None else basis @ left
     v = (u.T @ w).to(dtype)
-    if output_gram is None:
+    if output_gram is None and v.dtype != w.dtype:
         u = refit_to_v(w, u, v, gram)
     spectrum = values.clamp(min=0)
     return Factors(u.to(dtype), v, _kept_share(spectrum, rank), spectrum, data_rank, "eigen")
@@ -134,8 +136,10 @@ def energy_matrix(
 def refit_to_v(w: Tensor, u0: Tensor, v: Tensor, input_gram: Tensor | None) -> Tensor:
     """Refit u to a rounded v by least squares on the layer's inputs (see `refit`).
 
+    Rows do not depend on each other, so only a span of them is in float64 at a time.
+
     Args:
-        w: (m, n) float64.
+        w: (m, n).
         u0: (m, k) float64, optimal for v before it was rounded.
         v: (k, n) rounded.
         input_gram: (n, n) float64; None for C = I.
@@ -144,8 +148,31 @@ def refit_to_v(w: Tensor, u0: Tensor, v: Tensor, input_gram: Tensor | None) -> T
         (m, k) float64.
     """
     exact = v.double()
-    z = exact if input_gram is None else exact @ input_gram
-    return refit(w @ z.T, z @ exact.T, u0)
+    z = exact if input_gram is None else exact @ input_gram.double()
+    zz, u = z @ exact.T, torch.empty_like(u0, dtype=torch.float64)
+    spans = (torch.split(matrix.detach(), SPAN) for matrix in (w, u0, u))
+    for rows, start, result in zip(*spans, strict=True):
+        result.copy_(refit(rows.double() @ z.T, zz, start))
+    return u
+
+
+def times(w: Tensor, matrix: Tensor) -> Tensor:
+    """Return the product of w (m, n) of any dtype and a matrix (n, k) in float64, as (m, k)."""
+    product = matrix.new_empty(len(w), matrix.shape[1])
+    spans = (torch.split(matrix.detach(), SPAN) for matrix in (w, product))
+    for rows, result in zip(*spans, strict=True):
+        torch.mm(rows.double(), matrix, out=result)
+    return product
+
+
+def gram_of_columns(w: Tensor) -> Tensor:
+    """Return W^T W (n, n) in float64, of W (m, n) of any dtype."""
+    first, *others = torch.split(w.detach(), SPAN)
+    gram = first.double().T @ first.double()
+    for rows in others:
+        exact = rows.double()
+        gram.addmm_(exact.T, exact)
+    return gram
 
 
 def refit(yz: Tensor, zz: Tensor, u0: Tensor) -> Tensor:

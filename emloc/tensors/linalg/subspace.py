@@ -12,7 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from emloc.tensors.linalg.factorize import Factors, check, eigen, refit_to_v
+from emloc.tensors.linalg.factorize import (
+    Factors,
+    check,
+    eigen,
+    gram_of_columns,
+    refit_to_v,
+    times,
+)
 from emloc.tensors.linalg.gram import NEGLIGIBLE
 
 # Below this size of K, one eigendecomposition costs no more than the iteration's small steps.
@@ -121,16 +128,16 @@ def _factors_by_iteration(
     dtype: torch.dtype,
 ) -> tuple[Factors | None, int]:
     """The factors, or None if `eigen` has to compute them, and the number of steps."""
-    w = weight.detach().double()
     gram = None if input_gram is None else input_gram.double()
-    tall = w.shape[0] > w.shape[1]
-    core = w
+    tall = weight.shape[0] > weight.shape[1]
     if tall:
         # R of W = Q R as a Cholesky factor of W^T W; a Householder QR would take far longer.
-        lower, failed = torch.linalg.cholesky_ex(w.T @ w)
+        lower, failed = torch.linalg.cholesky_ex(gram_of_columns(weight))
         if bool(failed):
             return None, 0
         core = lower.T
+    else:
+        core = weight.detach().double()
     if output_gram is not None:
         energy = output_gram.double()
     else:
@@ -146,13 +153,13 @@ def _factors_by_iteration(
         return None, leading.steps
     u = leading.basis
     if tall:
-        u = w @ torch.linalg.solve_triangular(core, u, upper=True)
+        u = times(weight, torch.linalg.solve_triangular(core, u, upper=True))
         # W^T W lost digits; the basis itself shows whether too many.
         if not float(_defect(u)) < TALL_DEFECT:
             return None, leading.steps
     v = (leading.basis.T @ core).to(dtype)
     if output_gram is None:
-        u = refit_to_v(w, u, v, gram)
+        u = refit_to_v(weight, u, v, gram)
     kept_share = min(1.0, float(leading.small.trace()) / scaled.shape[0])
     # The iteration has nearly separated the columns into eigenvectors, so the diagonal is a good
     # estimate; exact eigenvalues are not worth their cost.
