@@ -75,13 +75,14 @@ class Context:
         """The original as a training reads it: with stored features it has no vision tower."""
         if self.training_inputs is None or not self.training_inputs.recipe.stores_features:
             return self.source
-        return self.source.with_features(lambda: self._feature_files)
+        return self.source.with_features(
+            lambda: self._feature_files if FEATURES in self.current else None
+        )
 
     @cached_property
-    def _feature_files(self) -> FeatureFiles | None:
-        """The stored features; None before their stage."""
-        artifact = self.current.get(FEATURES)
-        return None if artifact is None else open_features(artifact)
+    def _feature_files(self) -> FeatureFiles:
+        """The stored features, behind their stage."""
+        return open_features(self.current[FEATURES])
 
     @property
     def trained_emulator(self) -> BuiltEmulator:

@@ -1,7 +1,8 @@
-"""The features stage: what the vision tower hands to the language model, stored for all images.
+"""The features stage: what the vision tower hands to the language model, stored for each image.
 
 Features belong to images and to the original alone. They are kept in a folder that all runs with
-the same original share, and a pass computes only those that no earlier pass has left there.
+the same original share, and a pass computes only those that no earlier pass has left there. Only
+rows that the training draws have features.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from emloc.anchors.shards import read_rows, shard_file, write_rows, write_shard
 from emloc.calibration.batch_size import batch_tokens, group_by_tokens
 from emloc.calibration.image_features import compute_features, split_features
+from emloc.config.settings import TrainSettings
 from emloc.data import stored_features
 from emloc.data.prompts import EncodedExample
 from emloc.data.reader import encode_all
@@ -29,6 +31,7 @@ from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.models.checkpoint.tower import packed_features
 from emloc.runtime.digest import digest
+from emloc.runtime.distributed import world_size
 from emloc.runtime.keys import key_of
 from emloc.runtime.manifest import seal
 from emloc.runtime.memory import GIB
@@ -36,6 +39,7 @@ from emloc.runtime.stage_cache import Facts
 from emloc.stages import FEATURES, Context, Stage
 from emloc.stages.feature_files import write_layout
 from emloc.stages.shared_passes import intact_passes, write_list
+from emloc.stages.training.order import order_of
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +54,7 @@ _COMPUTED = "set train.features=computed"
 
 @dataclass(frozen=True, kw_only=True)
 class StoreFeatures(Stage):
-    """Stage that makes sure that the images of all training rows have stored features."""
+    """Stage that makes sure that the images of the rows of a training have stored features."""
 
     gives = FEATURES
 
@@ -93,10 +97,17 @@ class StoreFeatures(Stage):
         _require_room(context)
 
     def inputs(self, context: Context) -> list[Any]:
-        """Return the original, and the rows with the images."""
-        inputs = context.training_inputs
+        """Return the original, the rows with the images, and what decides which are drawn."""
+        inputs, anchor = context.training_inputs, context.run_config.anchor
         assert inputs is not None
-        return [context.source, inputs.examples, inputs.max_length, _samples(context)]
+        return [
+            context.source,
+            inputs.examples,
+            inputs.max_length,
+            _samples(context),
+            [inputs.recipe.steps, _step_rows(inputs.recipe), inputs.seed],
+            [anchor.guard, anchor.rounds] if anchor.anchors else None,
+        ]
 
     def work(self, folder: Path, context: Context) -> Facts:
         """Compute the features that are missing; write the list of passes that hold all."""
@@ -120,14 +131,26 @@ def _samples(context: Context) -> Any:
     return context.samples if anchor.anchors and anchor.refit else None
 
 
+def _step_rows(recipe: TrainSettings) -> int:
+    """Return the rows of an optimizer step in all processes."""
+    return recipe.batch * recipe.accumulate * world_size()
+
+
 def _rows_with_images(context: Context) -> dict[str, EncodedExample]:
-    """Return one row for each key of images."""
+    """Return one of the rows that the training reads for each key of images."""
     inputs, reader = context.training_inputs, context.source.reader()
     assert inputs is not None
-    rows = encode_all(reader, inputs.examples, inputs.max_length)
+    steps = inputs.recipe.steps + 1  # behind the last step, the Trainer collates one batch more
+    if context.run_config.anchor.anchors:
+        plan = context.anchored_rows
+        drawn = [one.row for one in (*plan.of_steps(0, steps), *plan.guard)]
+    else:
+        encoded = encode_all(reader, inputs.examples, inputs.max_length)
+        order = order_of(encoded, inputs.recipe, inputs.seed)
+        drawn = [encoded[index] for index in order.of_steps(0, steps)]
     if (samples := _samples(context)) is not None:
-        rows = [*rows, *encode_all(reader, samples.examples, samples.max_length)]
-    return {images_key(row): row for row in rows if row.images}
+        drawn = [*drawn, *encode_all(reader, samples.examples, samples.max_length)]
+    return {images_key(row): row for row in drawn if row.images}
 
 
 def _new_pass(shared: Path, rows: Sequence[EncodedExample], context: Context) -> Path:
@@ -241,11 +264,12 @@ def _require_room(context: Context) -> None:
     ]
     tokens = mean(row.input_ids.count(source.config.image_token_id) for row in some)
     width = source.config.get_text_config().hidden_size
-    size = len(examples) * tokens * width * source.dtype.itemsize
+    rows = min(len(examples), inputs.recipe.steps * _step_rows(inputs.recipe))
+    size = rows * tokens * width * source.dtype.itemsize
     limit = context.run_config.budget.disk_gib
     existing = next(path for path in (context.cache, *context.cache.parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    what = f"train.features=stored: the features of {len(examples)} rows take {size / GIB:.3g} GiB"
+    what = f"train.features=stored: the features of {rows} rows take {size / GIB:.3g} GiB"
     if size > limit * GIB:
         raise ConfigError(f"{what}, and budget.disk_gib={limit:g}; set it higher, or {_COMPUTED}")
     if size > free:

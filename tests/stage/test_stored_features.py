@@ -92,7 +92,7 @@ def assert_same_training(one, other, rel=1e-5):
 
 @pytest.mark.parametrize("model", ["internvl2_5_2b", "gemma3_4b"])
 def test_stored_features_are_those_of_the_original(run_with, settings, internvl, gemma, model):
-    result = run_with("method=lora", STORED, model=model)
+    result = run_with("method=lora", STORED, "train.steps=1", model=model)
     files = open_features(result.stages["features"])
     source = settings("method=lora", model=model).model.open()
     original, reader = source.load(CPU), source.reader()
@@ -100,9 +100,11 @@ def test_stored_features_are_those_of_the_original(run_with, settings, internvl,
         row = reader.encode(example)
         with torch.no_grad():
             expected = features_of(original, reader.collate([row])["pixel_values"])
+        if images_key(row) not in files.reader:  # no step draws it
+            continue
         stored = files.reader.read(images_key(row), 0)["pixel_values"]
         torch.testing.assert_close(stored.flatten(0, -2), expected, atol=1e-5, rtol=1e-4)
-    assert result.stages["features"].facts["computed_rows"] in (0, 16)
+    assert result.stages["features"].facts["rows"] == 8
 
 
 @pytest.mark.parametrize("lean", ["true", "false"])
@@ -147,7 +149,7 @@ METHODS = {
 def test_every_emulator_is_trained_on_features(run_with, method):
     result = run_with(f"method={method}", STORED, *METHODS[method])
     assert 0 < result.evaluated.facts["scores"]["loss"] < 10
-    assert result.stages["features"].facts["rows"] == 16
+    assert result.stages["features"].facts["rows"] >= 12
 
 
 def test_an_emulator_of_the_decoder_alone_is_trained_the_same(run_with, settings):
@@ -189,10 +191,18 @@ def test_the_passes_of_graphs_begin_with_stored_features(run_with, settings, sto
 
 
 def test_other_rates_and_seeds_share_the_features(settings, store):
-    for number, other in enumerate(("seed=0", "seed=1", "train.learning_rate=1e-4", "lora=r8")):
-        result = run(settings("method=lora", STORED, other), store, lambda *_: None)
-        assert result.stages["features"].facts["computed_rows"] == 16
-        assert len([*(store.root / "features").glob("*/*/layout.json")]) == 1, number
+    """A step draws 4 of 16 rows; the loader reads those of one step more."""
+    computed = {}
+    for other in ("seed=0", "train.learning_rate=1e-4", "lora=r8", "seed=1", "train.steps=3"):
+        words = ("method=lora", STORED, "train.steps=1", other)
+        result = run(settings(*words), store, lambda *_: None)
+        computed[other] = result.stages["features"].facts["computed_rows"]
+    assert computed["seed=0"] == 8
+    assert computed["train.learning_rate=1e-4"] == computed["lora=r8"] == 8  # the same artifact
+    assert computed["seed=1"] < 8
+    assert computed["seed=1"] + computed["train.steps=3"] == 8  # the rest of the rows
+    passes = len([*(store.root / "features").glob("*/*/layout.json")])
+    assert passes == 1 + (computed["seed=1"] > 0) + (computed["train.steps=3"] > 0)
 
 
 def test_damaged_features_are_computed_again(settings, store, caplog):
@@ -211,7 +221,7 @@ def test_damaged_features_are_computed_again(settings, store, caplog):
             ["method=lora", r"model.lora_targets='.*vision_tower.*q_proj'"],
             "lies in the vision tower or its projector, and an adapter there changes the features",
         ),
-        (["method=lora", "budget.disk_gib=1e-9"], "the features of 16 rows take"),
+        (["method=lora", "budget.disk_gib=1e-9"], "the features of 12 rows take"),
     ],
 )
 def test_a_training_that_cannot_read_features_is_refused(settings, store, overrides, line):

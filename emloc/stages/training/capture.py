@@ -98,7 +98,7 @@ def capture_of(
     size = min(size, step_rows)
     batches = [indices[start : start + size] for start in range(0, len(indices), size)]
     per_step = step_rows // size
-    masked = _needs_mask(trainee, rows, collate)
+    masked = _needs_mask(trainee, [rows[index] for index in indices], collate)
     examples = range(first * per_step, end * per_step)
     shapes = fixed_shapes(rows, batches, examples, masked=masked)
     if not shapes.examples:
