@@ -143,14 +143,14 @@ def _rows_with_images(context: Context) -> dict[str, EncodedExample]:
     steps = inputs.recipe.steps + 1  # behind the last step, the Trainer collates one batch more
     if context.run_config.anchor.anchors:
         plan = context.anchored_rows
-        drawn = [one.row for one in (*plan.of_steps(0, steps), *plan.guard)]
+        rows = [one.row for one in (*plan.of_steps(0, steps), *plan.guard)]
     else:
         encoded = encode_all(reader, inputs.examples, inputs.max_length)
         order = order_of(encoded, inputs.recipe, inputs.seed)
-        drawn = [encoded[index] for index in order.of_steps(0, steps)]
+        rows = [encoded[index] for index in order.of_steps(0, steps)]
     if (samples := _samples(context)) is not None:
-        drawn = [*drawn, *encode_all(reader, samples.examples, samples.max_length)]
-    return {images_key(row): row for row in drawn if row.images}
+        rows = [*rows, *encode_all(reader, samples.examples, samples.max_length)]
+    return {images_key(row): row for row in rows if row.images}
 
 
 def _new_pass(shared: Path, rows: Sequence[EncodedExample], context: Context) -> Path:
@@ -217,15 +217,15 @@ class _Writer:
                 f"train.features=stored: the vision tower returns features "
                 f"{tuple(features.shape)} for {sum(counts)} image tokens; {_COMPUTED}"
             )
-        stored = {
+        parts_by_row = {
             images_key(row): {stored_features.FEATURES: part.detach().cpu().contiguous()}
             for row, part in zip(rows, parts, strict=True)
         }
         for name, values in self._inputs.pop(index).items():
             some = torch.split(values, [len(row.images) for row in rows])
             for row, value in zip(rows, some, strict=True):
-                stored[images_key(row)][name] = value.contiguous()
-        write_shard(shard_file(self.folder, 0, index), stored)
+                parts_by_row[images_key(row)][name] = value.contiguous()
+        write_shard(shard_file(self.folder, 0, index), parts_by_row)
 
 
 def _token_types(batch: Mapping[str, Tensor], token: int) -> dict[str, bool]:

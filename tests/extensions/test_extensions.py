@@ -120,7 +120,7 @@ def adapter_of(run: Path) -> dict:
     return load_file(run / "adapter" / "adapter_model.safetensors")
 
 
-def test_a_plugin_runs_up_to_the_report_and_resumes_after_a_kill(
+def test_a_plugin_runs_up_to_the_report_resumes_after_a_kill_and_is_merged(
     plugin, settings, emloc, one_run, tmp_path, monkeypatch, only_svg
 ):
     words = ordered(settings, plugin.overrides)
@@ -153,6 +153,14 @@ def test_a_plugin_runs_up_to_the_report_and_resumes_after_a_kill(
     assert again["scores"] == pytest.approx(metrics["scores"], rel=1e-4)
     for name, tensor in adapter_of(one_run()).items():
         assert tensor.allclose(expected[name], atol=1e-5, rtol=1e-4), name
+
+    merged = emloc("merge", str(one_run()))
+    if plugin.merged:
+        assert merged.code == 2
+        assert plugin.merged in merged.err
+    else:
+        assert merged.code == 0, merged.output
+        assert list((one_run() / "merged").glob("*.safetensors"))
 
 
 def kill_in(stage: str, patch) -> None:
@@ -191,19 +199,6 @@ def test_a_plugin_refuses_settings_with_its_own_message(plugin, settings, emloc)
     assert ran.code == 2
     assert plugin.reason in ran.output
     assert "Traceback" not in ran.output
-
-
-def test_an_adapter_of_a_plugin_is_merged_or_the_merge_is_refused_with_the_reason(
-    plugin, settings, emloc, one_run
-):
-    assert emloc(*ordered(settings, plugin.overrides)).code == 0
-    merged = emloc("merge", str(one_run()))
-    if plugin.merged:
-        assert merged.code == 2
-        assert plugin.merged in merged.err
-    else:
-        assert merged.code == 0, merged.output
-        assert list((one_run() / "merged").glob("*.safetensors"))
 
 
 def test_plan_and_help_find_plugins(emloc, monkeypatch):
