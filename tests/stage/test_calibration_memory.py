@@ -70,7 +70,8 @@ def test_memory_does_not_depend_on_the_number_of_blocks(tmp_path):
     )
     block = 4 * (4 * 512**2 + 3 * 512 * 1024)
     assert deep > block
-    assert deep - shallow < block / 4
+    # A block that stays would be a whole one; the heap itself differs by a quarter at times.
+    assert deep - shallow < block / 2
     # Two tensors per batch are offloaded: the output of the embedding and of the last block.
     waiting = 2 * 4 * 256 * 512 * 4
     assert deep - on_disk > waiting / 2
