@@ -41,7 +41,7 @@ FORKED = (
 # The program that stands for a Python interpreter. It hands a module and its own output to a fork,
 # and ends as the fork does. The interpreter runs everything else.
 PYTHON = """#!{interpreter} -IS
-import os, signal, sys, time
+import os, signal, sys
 sys.path[0:0] = [{tests!r}]
 from forked import FORKED, ForkRequests
 arguments = [one for one in sys.argv[1:] if one != "-u"]

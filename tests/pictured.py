@@ -19,6 +19,7 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 
 from emloc.data.examples import Example, Examples
 from emloc.data.image import LazyImage
+from emloc.tasks.metrics import exact
 
 PLACE = "<IMG_CONTEXT>"  # token that the features of an image replace
 # Like the chat template of Gemma: the content of a message is a list of parts, text or image.
@@ -64,6 +65,22 @@ def vqa_examples(split: str, count: int) -> Examples:
             )
         )
     return Examples("vqa", tuple(rows))
+
+
+class VqaTask:
+    """A task of questions about images."""
+
+    name, metric, lm_eval, answer_tokens = "seen", "accuracy", None, 3
+    score = staticmethod(exact.score)
+
+    def __init__(self) -> None:
+        self.key = {"seen": type(self).__name__}
+
+    def train(self):
+        return vqa_examples("train", 16)
+
+    def held_out(self, limit):
+        return vqa_examples("test", 6 if limit is None else min(limit, 6))
 
 
 def save_internvl(folder: Path, **text: int) -> Path:

@@ -300,15 +300,17 @@ def _share_parameters(
     missing = []
     for name in names:
         tensor, target = own.get(name), model.get_parameter(name)
-        is_alike = tensor is not None and (tensor.shape, tensor.dtype) == (
-            target.shape,
-            target.dtype,
-        )
-        if tensor is None or tensor.requires_grad or not is_alike:
-            missing.append(name)
-        else:
+        if tensor is not None and _is_frozen_twin(tensor, target):
             replace_tensor(model, name, tensor.detach())
+        else:
+            missing.append(name)
     return missing
+
+
+def _is_frozen_twin(tensor: nn.Parameter, target: nn.Parameter) -> bool:
+    """Return whether a parameter is not trained, and has the shape and dtype of another one."""
+    is_alike = (tensor.shape, tensor.dtype) == (target.shape, target.dtype)
+    return is_alike and not tensor.requires_grad
 
 
 def _own_head_parameters(model: PreTrainedModel) -> list[str]:

@@ -40,6 +40,11 @@ class Examples:
         """The examples at `indices`, in the order of `indices`."""
         return Examples(self.name, tuple(self.rows[index] for index in indices))
 
+    def spread(self, count: int) -> Examples:
+        """So many examples, or all if there are fewer, evenly spread over the list."""
+        count = min(count, len(self))
+        return self.pick([index * len(self) // count for index in range(count)])
+
     @cached_property
     def key(self) -> str:
         """Cache key of the examples: a digest of their contents in order, without ids."""

@@ -29,6 +29,7 @@ from emloc.models.objectives.answer_logits import forward_logits
 from emloc.models.objectives.token_scores import score_tokens
 from emloc.models.objectives.tokens import Tokens
 from emloc.runtime.digest import digest
+from emloc.runtime.folders import existing_folder
 from emloc.runtime.memory import GIB, free_device_bytes
 from emloc.tensors.nn.attention import without_cudnn
 
@@ -120,7 +121,7 @@ class Passes:
         size = tokens * len(self.places) * self.stored_as.token_bytes(width)
         # Of two models behind two places.
         size += 4 * tokens * width * self.original.dtype.itemsize
-        existing = next(path for path in (parent, *parent.parents) if path.exists())
+        existing = existing_folder(parent)
         free = shutil.disk_usage(existing).free
         if size > free:
             raise ConfigError(

@@ -184,10 +184,8 @@ def _round_rows(context: Context, anchor: Anchor, count: int) -> tuple[float, li
     inputs = context.training_inputs
     assert inputs is not None
     examples, recipe = inputs.examples, inputs.recipe
-    count, reader = min(count, len(examples)), context.source.reader()
-    encoded = [
-        reader.encode(examples.rows[index * len(examples) // count]) for index in range(count)
-    ]
+    reader = context.source.reader()
+    encoded = [reader.encode(example) for example in examples.spread(count)]
     limit = inputs.max_length
     # Longer rows are left out of the training.
     short_rows = [row for row in encoded if limit is None or row.length <= limit]

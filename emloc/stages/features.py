@@ -22,16 +22,15 @@ from torch import Tensor
 from emloc.anchors.shards import read_rows, shard_file, write_rows, write_shard
 from emloc.calibration.batch_size import batch_tokens, group_by_tokens
 from emloc.calibration.image_features import compute_features, split_features
-from emloc.config.settings import TrainSettings
 from emloc.data import stored_features
 from emloc.data.prompts import EncodedExample
 from emloc.data.reader import encode_all
 from emloc.data.stored_features import LANGUAGE_INPUTS, FeatureLayout, images_key
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
-from emloc.models.checkpoint.tower import packed_features
+from emloc.models.checkpoint.tower import TOWER_TOKENS, packed_features
 from emloc.runtime.digest import digest
-from emloc.runtime.distributed import world_size
+from emloc.runtime.folders import existing_folder
 from emloc.runtime.keys import key_of
 from emloc.runtime.manifest import seal
 from emloc.runtime.memory import GIB
@@ -40,13 +39,12 @@ from emloc.stages import FEATURES, Context, Stage
 from emloc.stages.feature_files import write_layout
 from emloc.stages.shared_passes import intact_passes, write_list
 from emloc.stages.training.order import order_of
+from emloc.stages.training.work import rows_of_step
 
 log = logging.getLogger(__name__)
 
 # Rows of which the size of all features is estimated before any stage begins.
 _FEW = 16
-# Tokens of a vision tower, at most, for each image token of the language model.
-_TOWER_TOKENS = 4
 # Inputs of a model that are no sign of images.
 _OF_TOKENS = ("input_ids", "attention_mask", "position_ids", "labels", "logits_to_keep")
 _COMPUTED = "set train.features=computed"
@@ -105,7 +103,7 @@ class StoreFeatures(Stage):
             inputs.examples,
             inputs.max_length,
             _samples(context),
-            [inputs.recipe.steps, _step_rows(inputs.recipe), inputs.seed],
+            [inputs.recipe.steps, rows_of_step(inputs.recipe, len(inputs.examples)), inputs.seed],
             [anchor.guard, anchor.rounds] if anchor.anchors else None,
         ]
 
@@ -129,11 +127,6 @@ def _samples(context: Context) -> Any:
     """Return the calibration samples that a training reads again; None if it reads none."""
     anchor = context.run_config.anchor
     return context.samples if anchor.anchors and anchor.refit else None
-
-
-def _step_rows(recipe: TrainSettings) -> int:
-    """Return the rows of an optimizer step in all processes."""
-    return recipe.batch * recipe.accumulate * world_size()
 
 
 def _rows_with_images(context: Context) -> dict[str, EncodedExample]:
@@ -161,7 +154,7 @@ def _new_pass(shared: Path, rows: Sequence[EncodedExample], context: Context) ->
     draft.mkdir()
     vision = getattr(context.source.config, "vision_config", None)
     width = getattr(vision, "hidden_size", context.source.config.get_text_config().hidden_size)
-    tokens = batch_tokens(_TOWER_TOKENS * width, context.device)
+    tokens = batch_tokens(TOWER_TOKENS * width, context.device)
     groups = group_by_tokens([row.length for row in rows], tokens)
     writer = _Writer(draft, context.source, [[rows[index] for index in one] for one in groups])
     compute_features(
@@ -258,16 +251,14 @@ def _require_room(context: Context) -> None:
     inputs, source = context.training_inputs, context.source
     assert inputs is not None
     reader, examples = source.reader(), inputs.examples
-    count = min(_FEW, len(examples))
-    some: list[Any] = [
-        reader.encode(examples.rows[index * len(examples) // count]) for index in range(count)
-    ]
+    some: list[Any] = [reader.encode(example) for example in examples.spread(_FEW)]
     tokens = mean(row.input_ids.count(source.config.image_token_id) for row in some)
     width = source.config.get_text_config().hidden_size
-    rows = min(len(examples), inputs.recipe.steps * _step_rows(inputs.recipe))
+    step_rows = rows_of_step(inputs.recipe, len(examples))
+    rows = min(len(examples), inputs.recipe.steps * step_rows)
     size = rows * tokens * width * source.dtype.itemsize
     limit = context.run_config.budget.disk_gib
-    existing = next(path for path in (context.cache, *context.cache.parents) if path.exists())
+    existing = existing_folder(context.cache)
     free = shutil.disk_usage(existing).free
     what = f"train.features=stored: the features of {rows} rows take {size / GIB:.3g} GiB"
     if size > limit * GIB:

@@ -29,7 +29,7 @@ def run_on_own_gpu(run_config: RunConfig, folder: Path, work: Callable[[], Resul
     """
     try:
         return _with_share(run_config, folder, work)
-    except Exception:
+    except Exception:  # why: whatever failed, a later run gets all memory
         KEPT_MEMORY.give_back()
         raise
 

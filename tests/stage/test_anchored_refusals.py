@@ -3,15 +3,13 @@
 import re
 import shutil
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import anchored
 import families
 import pytest
 import torch
-from pictured import save_internvl
-from test_images import VqaTask
+from pictured import VqaTask
 
 from emloc.anchors.batches import AnchoredCollator, take_offsets
 from emloc.anchors.blocks import Blocks
@@ -142,13 +140,12 @@ def test_a_full_disk(refusal, monkeypatch):
     assert "GiB free; set anchor.rounds higher, anchor.dtype=int8, or EMLOC_CACHE" in message
 
 
-def test_an_adapter_in_front_of_the_decoder(store, made_once):
+def test_an_adapter_in_front_of_the_decoder(store, internvl):
     """The hidden states there are put back onto the original's own."""
-    folder = made_once("internvl", partial(save_internvl, num_hidden_layers=6))
     config = build(
         compose(
             [
-                *("model=internvl2_5_2b", f"model.source={folder}", "model.dtype=float32"),
+                *("model=internvl2_5_2b", f"model.source={internvl}", "model.dtype=float32"),
                 *("method=emloc_anchored", *ONE_ROUND, "tracker=none", "calibration.samples=6"),
                 r"model.lora_targets='.*(vision_tower|language_model).*\.[qv]_proj'",
             ]

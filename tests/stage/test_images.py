@@ -2,12 +2,11 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 from composed import compose_cached
-from pictured import save_gemma, save_internvl, vqa_examples
+from pictured import VqaTask
 from safetensors.torch import load_file
 from staged import curve_of
 
@@ -25,7 +24,6 @@ from emloc.stages.run_config import build
 from emloc.stages.training import capture
 from emloc.stages.training.train import train
 from emloc.stages.training.trainer import FiniteTrainer
-from emloc.tasks.metrics import exact
 
 CPU = torch.device("cpu")
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
@@ -46,52 +44,10 @@ ON_TEXT = {
 ON_IMAGES = [name for name in METHODS if name not in ON_TEXT]
 
 
-class VqaTask:
-    """A task of questions about images."""
-
-    name, metric, lm_eval, answer_tokens = "seen", "accuracy", None, 3
-    score = staticmethod(exact.score)
-
-    def __init__(self) -> None:
-        self.key = {"seen": type(self).__name__}
-
-    def train(self):
-        return vqa_examples("train", 16)
-
-    def held_out(self, limit):
-        return vqa_examples("test", 6 if limit is None else min(limit, 6))
-
-
-@pytest.fixture(scope="session")
-def internvl(made_once):
-    return made_once("internvl", partial(save_internvl, num_hidden_layers=6))
-
-
-@pytest.fixture(scope="session")
-def gemma(made_once):
-    return made_once("gemma", save_gemma)
-
-
 @pytest.fixture
-def run_cached(stages, internvl, gemma):
-    def run_with(*overrides, model="internvl2_5_2b", task=None):
-        cfg = compose_cached(
-            [
-                f"model={model}",
-                f"model.source={gemma if model == 'gemma3_4b' else internvl}",
-                "model.dtype=float32",
-                "calibration.samples=6",
-                "compression=r75",
-                "lora=r4",
-                "train.steps=3",
-                "train.batch=4",
-                "train.log_every=1",
-                "eval.batch=4",
-                "tracker=none",
-                *overrides,
-            ]
-        )
-        run_config = replace(build(cfg), task=task or VqaTask())
+def run_cached(stages, pictured_run):
+    def run_with(*overrides, **own):
+        run_config = pictured_run(*overrides, **own)
         if run_config.method == "small_model":
             run_config = replace(
                 run_config, model=replace(run_config.model, siblings={"r75": run_config.model})

@@ -1,12 +1,11 @@
 """Trainings on stored features of images are those that compute the features of the original."""
 
-from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from composed import compose_cached
-from pictured import save_gemma, save_internvl, vqa_examples
+from pictured import VqaTask
 from safetensors.torch import load_file
 from staged import curve_of
 
@@ -20,53 +19,15 @@ from emloc.stages.feature_files import open_features
 from emloc.stages.run_config import build
 from emloc.stages.training import capture
 from emloc.stages.training import trainee as trainee_module
-from emloc.tasks.metrics import exact
 
 CPU = torch.device("cpu")
 STORED = "train.features=stored"
 
 
-class Pictures:
-    """A task of questions about images of one and of several tiles."""
-
-    name, metric, lm_eval, answer_tokens = "seen", "accuracy", None, 3
-    score = staticmethod(exact.score)
-    key = "pictures"
-
-    def train(self):
-        return vqa_examples("train", 16)
-
-    def held_out(self, limit):
-        return vqa_examples("test", 6 if limit is None else min(limit, 6))
-
-
-@pytest.fixture(scope="session")
-def internvl(made_once):
-    return made_once("internvl", partial(save_internvl, num_hidden_layers=6))
-
-
-@pytest.fixture(scope="session")
-def gemma(made_once):
-    return made_once("gemma", save_gemma)
-
-
 @pytest.fixture
-def settings(internvl, gemma):
-    """Function that returns a run in float32."""
-
-    def of(*overrides, model="internvl2_5_2b"):
-        cfg = compose_cached(
-            [
-                f"model={model}",
-                f"model.source={gemma if model == 'gemma3_4b' else internvl}",
-                *("model.dtype=float32", "calibration.samples=6", "compression=r75", "lora=r4"),
-                *("train.steps=3", "train.batch=4", "train.log_every=1", "eval.batch=4"),
-                *("train.learning_rate=0.01", "eval.harness=false", "tracker=none", *overrides),
-            ]
-        )
-        return replace(build(cfg), task=Pictures())
-
-    return of
+def settings(pictured_run):
+    """Function that returns the settings of a run whose training learns at a high rate."""
+    return partial(pictured_run, "train.learning_rate=0.01", "eval.harness=false")
 
 
 @pytest.fixture
@@ -91,12 +52,12 @@ def assert_same_training(one, other, rel=1e-5):
 
 
 @pytest.mark.parametrize("model", ["internvl2_5_2b", "gemma3_4b"])
-def test_stored_features_are_those_of_the_original(run_with, settings, internvl, gemma, model):
+def test_stored_features_are_those_of_the_original(run_with, settings, model):
     result = run_with("method=lora", STORED, "train.steps=1", model=model)
     files = open_features(result.stages["features"])
     source = settings("method=lora", model=model).model.open()
     original, reader = source.load(CPU), source.reader()
-    for example in Pictures().train():
+    for example in VqaTask().train():
         row = reader.encode(example)
         with torch.no_grad():
             expected = features_of(original, reader.collate([row])["pixel_values"])
@@ -117,7 +78,7 @@ def test_a_training_of_the_original_is_the_same(run_with, model, lean):
     assert_same_training(run_with(*settings, STORED, model=model), computed)
 
 
-def test_the_trained_model_has_no_tower(run_with, settings, store, monkeypatch):
+def test_the_trained_model_has_no_tower(settings, store, monkeypatch):
     opened = []
     open_trainee = trainee_module.open_trainee
 
@@ -239,7 +200,7 @@ def test_a_text_model_has_no_features(tiny, store):
         checked(build(compose_cached([*tiny, "method=lora", STORED])), store, lambda *_: None)
 
 
-def test_two_processes_train_on_features(emloc, internvl, one_run, run_with, tmp_path):
+def test_two_processes_train_on_features(emloc, internvl, one_run):
     """Each process reads the features of its own rows."""
     words = ["method=lora", STORED, "model=internvl2_5_2b", f"model.source={internvl}"]
     words += ["task=easy_vqa", "task.limit=32", "eval.limit=8", "eval.harness=false"]

@@ -31,12 +31,12 @@ from emloc.cost.bench.rows import BenchRow, row
 from emloc.cost.bench.setting import BenchSetup, RandomRow, RandomSamples, reset_memory
 from emloc.cost.plan.cost import weight_bytes
 from emloc.cost.plan.features import trained_source
+from emloc.data.stored_features import FEATURES
 from emloc.emulators import BuiltEmulator
 from emloc.emulators.svd import Svd
 from emloc.errors import StageError
 from emloc.models.checkpoint.source import Source
 from emloc.models.checkpoint.tower import packed_features
-from emloc.models.image_vectors import PIXELS
 from emloc.recovery import ignore_log
 from emloc.runtime.memory import GIB, HostMemoryPeak, is_out_of_memory, limit_device_memory
 from emloc.runtime.stage_cache import Artifact, Store
@@ -248,15 +248,14 @@ def _stages(
 
 
 def _store_features(folder: Path, _: Sequence[str], *, setup: BenchSetup) -> dict[str, Any]:
-    """Write the features of all training rows, and return the seconds for each row."""
+    """Write the features of all training rows; the stage has no facts of its own."""
     recipe = setup.run_config.train
     rows = setup.random_rows(recipe.steps * recipe.accumulate)
 
     def keep(index: int, output: Any) -> None:
         features, _, _ = packed_features(output)
-        write_shard(shard_file(folder, 0, index), {rows[index].id: {PIXELS: features.cpu()}})
+        write_shard(shard_file(folder, 0, index), {rows[index].id: {FEATURES: features.cpu()}})
 
-    start = time.perf_counter()
     compute_features(
         setup.source,
         lambda index: setup.batch(rows[index].seed),
@@ -266,7 +265,7 @@ def _store_features(folder: Path, _: Sequence[str], *, setup: BenchSetup) -> dic
         limits=state_limits(setup.run_config.budget),
     )
     write_rows(folder, [[one.id] for one in rows])
-    return {"row_seconds": (time.perf_counter() - start) / len(rows)}
+    return {}
 
 
 def _fit(

@@ -9,10 +9,8 @@ from emloc.cost.plan.cost import DISK, UTILISATION, TrainingCost
 from emloc.cost.plan.gpus import Gpu
 from emloc.cost.plan.layout import StepShape
 from emloc.models.checkpoint.source import Source
+from emloc.models.checkpoint.tower import TOWER_TOKENS
 from emloc.runtime.memory import GIB
-
-# Tokens of a vision tower for each token of the language model, as in InternVL.
-TOWER_TOKENS = 4
 
 
 @dataclass(frozen=True)

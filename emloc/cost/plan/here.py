@@ -8,7 +8,7 @@ import shutil
 import psutil
 
 from emloc.errors import ConfigError
-from emloc.runtime.folders import cache_folder
+from emloc.runtime.folders import cache_folder, existing_folder
 from emloc.runtime.memory import GIB
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*GiB")
@@ -37,9 +37,7 @@ def disk_gib(word: str | None) -> float:
     """
     if word is not None:
         return _required("--disk", word)
-    cache = cache_folder().absolute()
-    folder = next(one for one in (cache, *cache.parents) if one.exists())
-    return shutil.disk_usage(folder).free / GIB
+    return shutil.disk_usage(existing_folder(cache_folder().absolute())).free / GIB
 
 
 def _required(option: str, word: str) -> float:

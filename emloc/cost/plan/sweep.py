@@ -43,6 +43,16 @@ class PlannedRun:
         """Key of stored features: they depend on the original and its images alone."""
         return digest([key_of(self.run_config.model), self.run_config.task.key])
 
+    @property
+    def shared_seconds(self) -> list[tuple[str, float]]:
+        """Key and time of all work that other runs share."""
+        cost = self.row.cost
+        return [
+            (self.build_key, cost.build_seconds),
+            (self.pass_key, cost.first_pass_seconds),
+            (self.feature_key, cost.feature_seconds),
+        ]
+
 
 def plan_sweep(
     runs: Sequence[tuple[str, RunConfig]],
@@ -96,20 +106,9 @@ def planned_run(
 
 
 def repeated_seconds(planned: Sequence[PlannedRun]) -> float:
-    """Return the time of builds and first passes that other runs have computed already."""
-    costs = [run.row.cost for run in planned]
-    builds = {run.build_key: cost.build_seconds for run, cost in zip(planned, costs, strict=True)}
-    passes = {
-        run.pass_key: cost.first_pass_seconds for run, cost in zip(planned, costs, strict=True)
-    }
-    features = {
-        run.feature_key: cost.feature_seconds for run, cost in zip(planned, costs, strict=True)
-    }
-    once = sum(builds.values()) + sum(passes.values()) + sum(features.values())
-    return (
-        sum(one.build_seconds + one.first_pass_seconds + one.feature_seconds for one in costs)
-        - once
-    )
+    """Return the time of shared work that other runs have computed already."""
+    shared = [part for run in planned for part in run.shared_seconds]
+    return sum(seconds for _, seconds in shared) - sum(dict(shared).values())
 
 
 def _total(planned: Sequence[PlannedRun], count: int) -> str:

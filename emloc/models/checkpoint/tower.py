@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 from emloc.data.stored_features import FeatureLayout
 from emloc.errors import ConfigError
 
+# Tokens of a vision tower, at most, for each image token of the language model, as in InternVL.
+TOWER_TOKENS = 4
 # What an output of `get_image_features` may hold; the language model reads the first two.
 _OUTPUTS = (
     "pooler_output",

@@ -26,6 +26,7 @@ from emloc.emulators.full import block_linears
 from emloc.emulators.layer_drop import block_stack
 from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
+from emloc.runtime.folders import existing_folder
 from emloc.runtime.memory import GIB
 from emloc.stages.training.order import RowOrder, order_of
 from emloc.tensors.nn.attention import without_cudnn
@@ -193,7 +194,7 @@ def disk_shortage(
             "anchor.dtype=int8"
         )
     states = most_states(tokens, width * source.dtype.itemsize)
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = existing_folder(folder)
     free = shutil.disk_usage(existing).free
     if size + states > free:
         return (

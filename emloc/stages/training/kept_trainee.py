@@ -29,8 +29,10 @@ from emloc.stages.training.trainee import Trainee, open_trainee
 log = logging.getLogger(__name__)
 
 # Settings that change neither the model nor its passes.
-_OF_OPTIMIZER = ("learning_rate", "schedule", "warmup", "weight_decay", "clip")
-_OF_COURSE = ("steps", "log_every", "save_every")
+_UNRELATED = (
+    *("learning_rate", "schedule", "warmup", "weight_decay", "clip"),
+    *("steps", "log_every", "save_every"),
+)
 # A trainee is kept if so many times its memory is free: other stages must not run short of it.
 LEAST_FREE = 8
 
@@ -108,7 +110,7 @@ def _identity(
     recipe = {
         name: value
         for name, value in vars(training_inputs.recipe).items()
-        if name not in (*_OF_OPTIMIZER, *_OF_COURSE)
+        if name not in _UNRELATED
     }
     return [
         *(key_of(built_emulator), key_of(training_inputs.adapter), key_of(training_inputs.lora)),
