@@ -18,7 +18,7 @@ from emloc.errors import ConfigError
 from emloc.models.checkpoint.source import Source
 from emloc.runtime.distributed import own_device
 from emloc.runtime.manifest import DamagedError, set_aside
-from emloc.runtime.memory import limit_device_memory
+from emloc.runtime.memory import limit_device_memory, usable_device_bytes
 from emloc.runtime.stage_cache import Artifact, Facts, Store
 from emloc.stages import (
     EMULATOR,
@@ -169,7 +169,7 @@ def checked(run_config: RunConfig, store: Store, report: Report) -> tuple[str, C
         samples,
         training_inputs,
         device,
-        state_limits(run_config.budget),
+        state_limits(run_config.budget, usable_device_bytes(device)),
         report,
         store.root,
     )

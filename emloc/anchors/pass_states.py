@@ -2,7 +2,7 @@
 
 The states of the original and of the emulator behind a place are written batch by batch. When both
 models are behind the place, it is marked as finished, and the states of the place before are
-deleted.
+deleted. All this happens behind the pass, in a thread.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from emloc.anchors.positions import Positions
 from emloc.anchors.shards import shard_file
+from emloc.anchors.write_behind import HostCopy, WriteBehind
 from emloc.runtime.atomic import write_json
 from emloc.runtime.manifest import file_hash
 from emloc.runtime.safetensors_file import write_safetensors
@@ -43,11 +45,14 @@ class PassStates:
 
     Attributes:
         folder: of the states.
+        writer: writes them.
         tuple_size: length of the tuple that a block of the original returns; 0: it is a tensor.
     """
 
-    def __init__(self, offsets: Path) -> None:
+    def __init__(self, offsets: Path, writer: WriteBehind) -> None:
         self.folder = offsets / "states"
+        self.writer = writer
+        self._unwritten: dict[Path, HostCopy] = {}
         self.tuple_size = 0
         self._offsets = offsets
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -55,25 +60,42 @@ class PassStates:
     def save(self, model: str, place: int, batch: int, hidden: Tensor) -> None:
         """Write the hidden states of a model (N, d), at the tokens of a batch with offsets."""
         path = self._file(model, place, batch)
-        write_safetensors(path, {"hidden": hidden}, {}, durable=False)
+        copy = self._unwritten[path] = self.writer.copy(hidden)
 
-    def load(self, model: str, place: int, batch: int) -> Tensor:
-        """Return the hidden states (N, d) that `save` wrote."""
-        return load_file(self._file(model, place, batch))["hidden"]
+        def write() -> None:
+            write_safetensors(path, {"hidden": copy.complete()}, {}, durable=False)
+            del self._unwritten[path]
+
+        self.writer.submit(write, hidden.nbytes)
+
+    def load(self, model: str, place: int, batch: int, device: torch.device) -> Tensor:
+        """Return the hidden states (N, d) that `save` wrote, on a device."""
+        path = self._file(model, place, batch)
+        copy = self._unwritten.get(path)
+        if copy is None:
+            return load_file(path)["hidden"].to(device)
+        # On the stream of the computation, behind the copy to the host.
+        return copy.tensor.to(device, non_blocking=True)
 
     def _file(self, model: str, place: int, batch: int) -> Path:
         return self.folder / f"{model}-{place:03d}-{batch:05d}.safetensors"
 
     def finish(self, place: int) -> None:
         """Mark a place as finished, and delete the states of the places before."""
-        hashes = {
-            path.name: file_hash(path) for path in self.folder.glob(f"*-{place:03d}-*.safetensors")
-        }
-        facts = {"tuple_size": self.tuple_size, "hashes": hashes}
-        write_json(self.folder / f"finished-{place:03d}.json", facts)
-        for path in self.folder.glob("*.safetensors"):
-            if int(path.stem.split("-")[1]) < place:
-                path.unlink()
+        tuple_size = self.tuple_size
+
+        def mark() -> None:
+            files = self.folder.glob(f"*-{place:03d}-*.safetensors")
+            facts = {
+                "tuple_size": tuple_size,
+                "hashes": {one.name: file_hash(one) for one in files},
+            }
+            write_json(self.folder / f"finished-{place:03d}.json", facts)
+            for path in self.folder.glob("*.safetensors"):
+                if int(path.stem.split("-")[1]) < place:
+                    path.unlink()
+
+        self.writer.submit(mark)
 
     def finished_places(self, shards: int) -> int:
         """Return the number of places that an earlier attempt has finished.
@@ -115,7 +137,8 @@ class PassStates:
         def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
             if place is not None:
                 index, positions = batch()
-                hidden_states = positions.padded(self.load(model, place, index).to(hidden_states))
+                states = self.load(model, place, index, hidden_states.device)
+                hidden_states = positions.padded(states.to(hidden_states))
             if not self.tuple_size:
                 return hidden_states
             return (hidden_states, *[None] * (self.tuple_size - 1))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from emloc.anchors.batch_plan import BatchPlan, batch_plan
@@ -37,6 +37,8 @@ from emloc.runtime.progress import tracked
 from emloc.tensors.nn.surgery import replace_tensor
 
 LOSSES_FILE = "losses.json"
+# Most bytes of batches in host memory that one model has begun with and the other has not.
+MOST_COLLATED = 2**29
 
 # Sum of a row's losses and the number of its items, such as answer tokens.
 RowLoss = tuple[float, int]
@@ -143,6 +145,7 @@ class _Pass:
         self._all_rows = [*self.rows.anchored, *self.rows.measured]
         keys = [row.key for row in self._all_rows]
         self.recorder = OffsetRecorder(self.folder, self._places, self.plan, keys)
+        self._collated: dict[int, dict[str, Any]] = {}
 
     @property
     def _places(self) -> Sequence[Place]:
@@ -157,6 +160,7 @@ class _Pass:
         done = self._finished_places()
         states = self.recorder.states.folder
         with ExitStack() as stack:
+            stack.enter_context(self.recorder.writer)
             skipped = self._skip(stack, done)
             remaining = [name for name in blocks if name not in skipped]
             if self.stretches is not None:
@@ -232,9 +236,17 @@ class _Pass:
         )
 
     def _collate(self, index: int) -> dict[str, Any]:
-        """Return a batch, and remember which of its positions have offsets."""
+        """Return a batch, and remember which of its positions have offsets.
+
+        The original's batches are kept for the emulator: to read images may take as long as a pass.
+        """
+        if index in self._collated:
+            return self._collated.pop(index)
         batch = self.rows.collate([self._all_rows[row].row for row in self.plan.batches[index]])
         self.recorder.note_batch(index, batch)
+        used = sum(map(_tensor_bytes, self._collated.values()))
+        if index < self._anchored_batches and used + _tensor_bytes(batch) <= MOST_COLLATED:
+            self._collated[index] = batch
         return batch
 
     def _measuring(self, index: int) -> Callable[[dict[str, Any]], None]:
@@ -287,6 +299,11 @@ class _Pass:
     def _note_output(self, _: nn.Module, __: Any, output: Any) -> None:
         """Remember what a block returns, for those that replace it when the pass is resumed."""
         self.recorder.states.tuple_size = len(output) if isinstance(output, tuple) else 0
+
+
+def _tensor_bytes(batch: Mapping[str, Any]) -> int:
+    """Return the bytes of the tensors of a batch."""
+    return sum(value.nbytes for value in batch.values() if isinstance(value, Tensor))
 
 
 def _share_parameters(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from emloc.anchors.pass_states import PassStates
 from emloc.anchors.places import Change, Place
 from emloc.anchors.positions import Positions
 from emloc.anchors.shards import shard_file, write_shard
+from emloc.anchors.write_behind import HostCopy, WriteBehind
 from emloc.errors import ConfigError
 
 
@@ -32,12 +34,13 @@ class OffsetRecorder:
     def __init__(
         self, folder: Path, places: Sequence[Place], plan: BatchPlan, keys: Sequence[str]
     ) -> None:
-        self.states = PassStates(folder)
+        self.writer = WriteBehind()
+        self.states = PassStates(folder, self.writer)
         self._folder, self._places, self._plan, self._keys = folder, places, plan, keys
         # Coroutine of a forward pass -> index of its batch.
         self._batch_index: dict[object, int] = {}
         self._positions: dict[int, list[Positions]] = {}  # batch -> those of each place
-        self._open_shard: dict[str, Parts] = {}
+        self._open_shard: list[tuple[int, dict[str, HostCopy]]] = []  # batches and their parts
 
     def note_batch(self, index: int, batch: Mapping[str, Any]) -> None:
         """Remember which positions of a batch have offsets."""
@@ -116,7 +119,7 @@ class OffsetRecorder:
         def record(hidden: Tensor) -> Tensor:
             index, positions = self._present(place)
             own = self._select(hidden, place, positions)
-            target = self.states.load("original", place, index).to(hidden.device)
+            target = self.states.load("original", place, index, hidden.device)
             wide = torch.promote_types(hidden.dtype, torch.float32)
             parts = stored_as.encode(target.to(wide) - own.to(wide))
             anchored = put_back(own, stored_as.decode(parts, hidden.shape[-1]))
@@ -142,12 +145,23 @@ class OffsetRecorder:
 
     def _add_to_shard(self, place: int, batch: int, parts: Parts) -> None:
         """Add the offsets of a batch to the open shard; write the shard after its last batch."""
-        counts = self._positions[batch][place].counts
-        pieces = {name: torch.split(part.cpu(), counts) for name, part in parts.items()}
-        for number, row in enumerate(self._plan.batches[batch]):
-            offsets = {name: piece[number] for name, piece in pieces.items()}
-            self._open_shard[self._keys[row]] = offsets
+        copies = {name: self.writer.copy(part) for name, part in parts.items()}
+        self._open_shard.append((batch, copies))
         for shard, batches in enumerate(self._plan.shards):
             if batch == batches[-1]:
-                write_shard(shard_file(self._folder, place, shard), self._open_shard)
-                self._open_shard = {}
+                content, self._open_shard = self._open_shard, []
+                path = shard_file(self._folder, place, shard)
+                nbytes = sum(c.tensor.nbytes for _, copies in content for c in copies.values())
+                self.writer.submit(partial(self._write_shard, path, place, content), nbytes)
+
+    def _write_shard(
+        self, path: Path, place: int, content: Sequence[tuple[int, Mapping[str, HostCopy]]]
+    ) -> None:
+        """Write the offsets of some batches to a file."""
+        offsets: dict[str, Parts] = {}
+        for batch, copies in content:
+            counts = self._positions[batch][place].counts
+            pieces = {name: torch.split(copy.complete(), counts) for name, copy in copies.items()}
+            for number, row in enumerate(self._plan.batches[batch]):
+                offsets[self._keys[row]] = {name: piece[number] for name, piece in pieces.items()}
+        write_shard(path, offsets)

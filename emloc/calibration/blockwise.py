@@ -235,6 +235,7 @@ def iterate_blocks(
             reader.close()
         for forward in forwards:
             forward.close()
+        pool.close()
         for handle in handles:
             handle.remove()
 

@@ -1,7 +1,8 @@
 """Offload the tensors of suspended forward passes: to host memory up to a limit, then to disk.
 
-Passes stay on the device as long as their tensors fit into a limit of their own. A copy to the host
-waits for the device, which many processes on one GPU pay for most.
+Passes stay on the device as long as their tensors fit into a limit of their own. From a GPU, copies
+go to pinned memory, so that the program goes on meanwhile. They are made on the stream of the
+computation: it frees the device memory behind each, and restores a tensor behind its copy.
 
 A tensor is offloaded in place: the tensor object that the suspended frames hold gets other memory
 (`tensor.data = ...`). So no frame keeps device memory alive, and `restore` gives the object device
@@ -23,9 +24,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from emloc.calibration.pinned_pieces import PinnedPieces, piece_bytes
 from emloc.config.settings import Budget
 from emloc.errors import ConfigError
 from emloc.runtime.memory import GIB
+
+# Parts of a device of which hidden states take one at most.
+_DEVICE_PARTS = 64
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,13 @@ class StateLimits:
 UNLIMITED = StateLimits()
 
 
-def state_limits(budget: Budget) -> StateLimits:
-    """The limits that the budget of a run sets."""
-    return StateLimits(int(budget.gpu_states_gib * GIB), int(budget.host_gib * GIB))
+def state_limits(budget: Budget, device_bytes: float) -> StateLimits:
+    """The limits that the budget of a run sets, on a device of `device_bytes`; 0 for a CPU.
+
+    States take a 64th of a device at most, so that they leave room for a model that just fits.
+    """
+    on_device = min(budget.gpu_states_gib * GIB, device_bytes / _DEVICE_PARTS)
+    return StateLimits(int(on_device), int(budget.host_gib * GIB))
 
 
 class OffloadPool:
@@ -81,10 +90,15 @@ class OffloadPool:
         self.memory = 0
         self.disk = 0
         self._limits = limits
+        self._pieces = PinnedPieces(pinned=device.type == "cuda")
         self._folder = folder or Path(tempfile.gettempdir())
         # Buffers, and tables that modules hold as attributes: the other passes use them meanwhile.
-        self._model_tensor_ids = {
-            id(tensor) for module in model.modules() for tensor in tensors_in(vars(module))
+        # They are kept here, or a new tensor could get the id of one that the model has dropped.
+        self._model_tensors = {
+            id(tensor): tensor
+            for module in model.modules()
+            for tensor in tensors_in(vars(module))
+            if not isinstance(tensor, nn.Parameter)
         }
 
     @property
@@ -110,7 +124,7 @@ class OffloadPool:
             tensor.device.type == self.device.type
             and tensor.layout is torch.strided
             and not any(
-                isinstance(owner, nn.Parameter) or id(owner) in self._model_tensor_ids
+                isinstance(owner, nn.Parameter) or id(owner) in self._model_tensors
                 for owner in (tensor, tensor._base)
             )
         )
@@ -121,8 +135,12 @@ class OffloadPool:
         Raises:
             ConfigError: the disk has no space for the file.
         """
-        if self._limits.host is None or self.memory + storage_bytes.numel() <= self._limits.host:
-            return storage_bytes.cpu(), False
+        size = self.host_bytes(storage_bytes)
+        if self._limits.host is None or self.memory + size <= self._limits.host:
+            if self.is_directly_usable:
+                return storage_bytes, False
+            copy = self._pieces.take(storage_bytes.numel())
+            return copy.copy_(storage_bytes, non_blocking=True), False
         if storage_bytes.numel() > shutil.disk_usage(self._folder).free:
             raise ConfigError(
                 f"{self._folder}: the disk has no space for {storage_bytes.numel() / GIB:.2g} GiB "
@@ -134,6 +152,17 @@ class OffloadPool:
         file = torch.from_file(path, shared=True, size=storage_bytes.numel(), dtype=torch.uint8)
         os.unlink(path)
         return file.copy_(storage_bytes), True
+
+    def host_bytes(self, storage_bytes: Tensor) -> int:
+        """Bytes of host memory that a copy takes."""
+        size = storage_bytes.numel()
+        return size if self.is_directly_usable else piece_bytes(size)
+
+    def close(self) -> None:
+        """Free the memory, when all passes have ended."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        self._pieces.close()
 
 
 class _StorageCopy(NamedTuple):
@@ -187,7 +216,7 @@ class OffloadedTensors:
         self._keep(0)
         copies, self._copies = self._copies, {}
         for copy, tensors in copies.values():
-            on_device = copy.stored.to(self._pool.device)
+            on_device = copy.stored.to(self._pool.device, non_blocking=True)
             _set_storage(tensors, on_device)
             self._copies[_address(on_device)] = copy, tensors
 
@@ -219,7 +248,7 @@ class OffloadedTensors:
         if copy.on_disk:
             self._pool.disk += sign * copy.stored.numel()
         else:
-            self._pool.memory += sign * copy.stored.numel()
+            self._pool.memory += sign * self._pool.host_bytes(copy.stored)
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:

@@ -73,7 +73,8 @@ class Budget(Checked):
 
     # limit of device memory in GiB, which compression=auto solves for
     gpu_gib: Annotated[float | None, Range(above=0, usual=24)]
-    # GiB of device memory for hidden states that wait at a block; more waits in host memory
+    # GiB of device memory for hidden states that wait at a block, and a 64th of the device
+    # at most; more waits in host memory
     gpu_states_gib: Annotated[float, Range(least=0, usual=1)]
     # GiB of host memory for hidden states; the rest of them goes to disk
     host_gib: Annotated[float, Range(least=0, usual=4)]

@@ -28,16 +28,23 @@ def limit_device_memory(device: torch.device, gib: float | None) -> None:
         torch.cuda.set_per_process_memory_fraction(share, device)
 
 
-def free_device_bytes(device: torch.device) -> int:
-    """Return the bytes of a CUDA device that are free for this process; 0 for a CPU.
+def usable_device_bytes(device: torch.device) -> int:
+    """Return the bytes of a CUDA device that this process may take; 0 for a CPU.
 
     `limit_device_memory` may leave the process less than the device has.
     """
     if device.type != "cuda":
         return 0
-    free, total = torch.cuda.mem_get_info(device)
     share: float = torch.cuda.get_per_process_memory_fraction(device)
-    return min(free, int(share * total) - torch.cuda.memory_reserved(device))
+    return int(share * torch.cuda.mem_get_info(device)[1])
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """Return the bytes of a CUDA device that are free for this process; 0 for a CPU."""
+    if device.type != "cuda":
+        return 0
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(free, usable_device_bytes(device) - torch.cuda.memory_reserved(device))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

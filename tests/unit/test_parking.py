@@ -128,6 +128,18 @@ def test_tensors_of_the_model_stay(tmp_path):
     assert mapped(tmp_path) == 0
 
 
+def test_a_tensor_is_moved_although_the_model_has_dropped_one_with_its_id(tmp_path):
+    model = nn.Module()
+    model.tables = [torch.ones(1) for _ in range(100)]
+    pool = pool_of(tmp_path, 0, model)
+    former = {id(table) for table in model.tables}
+    model.tables.clear()
+    new = [torch.zeros(100) for _ in range(200)]
+    OffloadedTensors(pool).offload(new)
+    assert former - {id(tensor) for tensor in new}  # the pool holds the tables
+    assert pool.disk == 200 * 400
+
+
 def test_an_offloaded_tensor_is_not_written_again(tmp_path):
     pool = pool_of(tmp_path, 0)
     table, states = torch.arange(100.0), torch.arange(50.0)

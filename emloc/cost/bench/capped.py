@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from emloc.adapters.training_inputs import TrainingInputs
-from emloc.calibration.offload import state_limits
 from emloc.cost.bench.rows import BenchRow, row
 from emloc.cost.bench.setting import BenchSetup, RandomSamples, reset_memory
 from emloc.emulators import BuildInputs, BuiltEmulator
@@ -111,7 +110,7 @@ def emulate(
         source,
         build_inputs,
         device=setup.device,
-        limits=state_limits(run_config.budget),
+        limits=setup.state_limits,
     )
     return BuiltEmulator(run_config.emulator, emulated, source, run_config.precision)
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from emloc.calibration.batch_size import batch_tokens
 from emloc.calibration.blockwise import Batch
-from emloc.calibration.offload import StateLimits, state_limits
+from emloc.calibration.offload import StateLimits
 from emloc.cost.bench.rows import BenchRow, row
 from emloc.cost.bench.setting import BenchSetup, reset_memory
 from emloc.emulators import BuildInputs
@@ -112,5 +112,5 @@ def build_emulator(
     layers = run_config.model.compressible_layers(source)
     ranks = run_config.emulator.plan(source, layers, run_config.compression)
     build_inputs = BuildInputs(ranks, None, RandomTexts(), None)  # type: ignore[arg-type]
-    limits = limits or state_limits(run_config.budget)
+    limits = limits or setup.state_limits
     run_config.emulator.build(target, source, build_inputs, device=setup.device, limits=limits)

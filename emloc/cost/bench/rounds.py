@@ -17,7 +17,6 @@ from emloc.adapters.training_inputs import TrainingInputs
 from emloc.anchors.batches import KeyedRow
 from emloc.anchors.shards import OffsetReader, shard_file, write_rows, write_shard
 from emloc.calibration.image_features import compute_features
-from emloc.calibration.offload import state_limits
 from emloc.cost.bench.bound import (
     bounded_rows,
     disk_rate,
@@ -52,12 +51,17 @@ Collate = Callable[[Sequence[RandomRow]], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class TimedRows(AnchoredRows):
-    """Anchored rows that time the passes over them: seconds, rows and bytes of the offsets."""
+    """Anchored rows that time the passes over them: seconds, rows and bytes of the offsets.
 
+    The content of `files`, those of the original, is not in the system's memory when a pass begins.
+    """
+
+    files: Sequence[Path] = ()
     passes: list[tuple[float, int, int]] = field(default_factory=list)
 
     def record(self, folder: Path, *args: Any, **options: Any) -> Any:
         """Run one pass; see `AnchoredRows.record`."""
+        drop_cached(self.files)
         start = time.perf_counter()
         losses = super().record(folder, *args, **options)
         seconds = time.perf_counter() - start
@@ -201,7 +205,7 @@ def _rows(setup: BenchSetup, source: Source, collate: Collate) -> TimedRows:
     anchor, recipe = setup.run_config.anchor, setup.run_config.train
     assert anchor.anchors
     rows = [KeyedRow(one, one.id) for one in setup.random_rows(recipe.steps * recipe.accumulate)]
-    return TimedRows.of(
+    timed = TimedRows.of(
         anchor,
         source,
         rows,
@@ -211,6 +215,8 @@ def _rows(setup: BenchSetup, source: Source, collate: Collate) -> TimedRows:
         collate,
         setup.run_config.budget.disk_gib,
     )
+    folder = source.folder
+    return replace(timed, files=sorted(folder.glob("*.safetensors")) if folder else ())
 
 
 def _batch(
@@ -220,9 +226,10 @@ def _batch(
 
     `features` are those of the rows; None: the batch has pixels.
     """
-    batches = [setup.labelled_batch(one.seed) for one in rows]
-    if features is not None:
-        batches = [b | features.read(r.id, 0) for b, r in zip(batches, rows, strict=True)]
+    batches = [
+        setup.labelled_batch(one.seed, features.read(one.id, 0) if features else None)
+        for one in rows
+    ]
     joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     return joined | {"logits_to_keep": batches[0]["logits_to_keep"]}
 
@@ -262,7 +269,7 @@ def _store_features(folder: Path, _: Sequence[str], *, setup: BenchSetup) -> dic
         len(rows),
         keep,
         device=setup.device,
-        limits=state_limits(setup.run_config.budget),
+        limits=setup.state_limits,
     )
     write_rows(folder, [[one.id] for one in rows])
     return {}
@@ -288,7 +295,7 @@ def _fit(
         rows,
         run_config.recovery,
         None,
-        state_limits(run_config.budget),
+        setup.state_limits,
         ignore_log,
         RandomRefit(rows, samples, ranks),  # type: ignore[arg-type]
     ).run()

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from emloc.adapters.training_inputs import TrainingInputs
 from emloc.calibration.blockwise import Batch
+from emloc.calibration.offload import StateLimits, state_limits
 from emloc.config.compose import compose
 from emloc.cost.plan.features import trained_source
 from emloc.data.examples import Examples
 from emloc.models.checkpoint.source import Source
 from emloc.runtime.distributed import own_device
+from emloc.runtime.memory import usable_device_bytes
 from emloc.stages.run_config import RunConfig, build
 
 # Sizes of the language model and of the vision tower on a machine without a GPU.
@@ -88,6 +90,11 @@ class BenchSetup:
         log_every = f"train.log_every={self.log_every}"
         last = (log_every, "train.save_every=100000", "tracker=none")
         return build(compose([f"model={self.model}", *fixed, *small, *self.overrides, *last]))
+
+    @property
+    def state_limits(self) -> StateLimits:
+        """The limits of hidden states that a run of this kind has."""
+        return state_limits(self.run_config.budget, usable_device_bytes(self.device))
 
     @cached_property
     def source(self) -> Source:
@@ -156,23 +163,31 @@ class BenchSetup:
 
         With `stored` it has features of the tiles in place of their pixels.
         """
-        generator = torch.Generator().manual_seed(seed)
-        config = self.source.config
-        pixels = config.vision_config.image_size
+        generator, config = torch.Generator().manual_seed(seed), self.source.config
+        size = (self._tokens_per_tile, config.get_text_config().hidden_size)
+        pixels = (3, *config.vision_config.image_size)
+        tiles = torch.randn(self.tiles, *(size if stored else pixels), generator=generator)
+        return self._tokens(seed) | {"pixel_values": tiles.to(self.source.dtype)}
+
+    def _tokens(self, seed: int) -> dict[str, Tensor]:
+        """Return the tokens of a random sample, and their mask."""
+        generator, config = torch.Generator().manual_seed(seed), self.source.config
         image = torch.full((1, self.length - self.text), config.image_token_id)
         text = torch.randint(0, config.image_token_id, (1, self.text), generator=generator)
         ids = torch.cat([image, text], dim=1)
-        size = (self._tokens_per_tile, config.get_text_config().hidden_size)
-        tiles = torch.randn(self.tiles, *(size if stored else (3, *pixels)), generator=generator)
-        return {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "pixel_values": tiles.to(self.source.dtype),
-        }
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
-    def labelled_batch(self, seed: int) -> dict[str, Tensor]:
-        """Return one random sample with labels on its answer, and logits for these tokens only."""
-        batch = self.batch(seed, stored=self.stores_features)
+    def labelled_batch(
+        self, seed: int, features: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return one random sample with labels on its answer, and logits for these tokens only.
+
+        `features` are inputs in place of the random ones of the tiles.
+        """
+        if features is None:
+            batch = self.batch(seed, stored=self.stores_features)
+        else:
+            batch = self._tokens(seed) | features
         labels = batch["input_ids"].clone()
         labels[:, : -self.answer] = -100
         positions = torch.arange(self.length)[-self.answer - 1 :]

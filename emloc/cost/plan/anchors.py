@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 
 from emloc.anchors import Anchor
 from emloc.anchors.pass_states import most_states
@@ -40,6 +41,7 @@ class AnchorPlan:
     step_shape: StepShape
     recipe: TrainSettings
     budget: Budget
+    device_gib: float = inf  # memory of the GPU, for the hidden states that wait on it
 
     @property
     def choice(self) -> str:
@@ -105,7 +107,7 @@ class AnchorPlan:
 
     @property
     def _limits(self) -> StateLimits:
-        return state_limits(self.budget)
+        return state_limits(self.budget, self.device_gib * GIB)
 
     @property
     def reads(self) -> int:
@@ -171,8 +173,10 @@ class AnchorPlan:
         ]
 
 
-def anchor_plan(run_config: RunConfig, source: Source, step_shape: StepShape) -> AnchorPlan | None:
-    """Return the plan of the run's anchors; None without anchors.
+def anchor_plan(
+    run_config: RunConfig, source: Source, step_shape: StepShape, device_gib: float = inf
+) -> AnchorPlan | None:
+    """Return the plan of the run's anchors on a GPU of some memory; None without anchors.
 
     Raises:
         ConfigError: the model does not have the places, or the emulator cannot be put back.
@@ -185,7 +189,8 @@ def anchor_plan(run_config: RunConfig, source: Source, step_shape: StepShape) ->
     is_original = isinstance(run_config.emulator, Full) and run_config.compression.bits is not None
     require_anchorable(run_config, source, layers, is_original=is_original)
     places = anchor.find(source.meta_model, block_stack(source))
-    return AnchorPlan(anchor, source, places, step_shape, run_config.train, run_config.budget)
+    recipe, budget = run_config.train, run_config.budget
+    return AnchorPlan(anchor, source, places, step_shape, recipe, budget, device_gib)
 
 
 def with_offsets(step_shape: StepShape, anchors: AnchorPlan | None) -> StepShape:

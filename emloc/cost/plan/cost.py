@@ -100,7 +100,8 @@ def cost_of(
     if layout.ranks or layout.has_feedback:  # the original runs block by block on the samples
         widest = max(columns for _, columns in layout.adapted.values())
         hidden_states = tokens * widest * layout.source.dtype.itemsize
-        host += state_limits(budget).host_share(hidden_states) + next_block(layout.source)
+        limits = state_limits(budget, gpu.memory_gib * GIB)
+        host += limits.host_share(hidden_states) + next_block(layout.source)
     step = _step_seconds(layout, step_shape, operations, gpu)
     return TrainingCost(host, disk, read, load / DISK, build, step)
 

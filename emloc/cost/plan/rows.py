@@ -211,8 +211,8 @@ class Planner:
     def _cost(
         self, layout: TrainingLayout, shape: StepShape, need: MemoryNeed, samples: int
     ) -> TrainingCost:
-        budget = self.run_config.budget
-        cost = cost_of(layout, shape, need.operations, self.gpu, samples, budget)
+        budget, gpu = self.run_config.budget, replace(self.gpu, memory_gib=self.limit_gib)
+        cost = cost_of(layout, shape, need.operations, gpu, samples, budget)
         return cost if self.features is None else self.features.added_to(cost, self.gpu)
 
     def _polished(self, cost: TrainingCost) -> TrainingCost:
@@ -239,7 +239,8 @@ def planner_of(run_config: RunConfig, step_shape: StepShape, gpu: Gpu) -> Planne
     refuse_unplanned(run_config.model, "model=smollm2_135m")
     source = run_config.model.shape_source()
     require_plannable(run_config.model, source)
-    anchors = anchor_plan(run_config, source, step_shape)
+    limit_gib = device_gib(run_config, gpu)
+    anchors = anchor_plan(run_config, source, step_shape, limit_gib)
     features = feature_plan(run_config.train, source, step_shape)
     trained = trained_source(run_config.train, source)
     return Planner(
@@ -247,7 +248,7 @@ def planner_of(run_config: RunConfig, step_shape: StepShape, gpu: Gpu) -> Planne
         layout_of(run_config, trained, None, None),
         step_shape,
         gpu,
-        device_gib(run_config, gpu),
+        limit_gib,
         anchors,
         features,
     )
