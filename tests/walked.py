@@ -1,6 +1,9 @@
-"""Tiny models of three architectures, and a recorder of the inputs and outputs of their blocks."""
+"""Tiny models, a recorder of the inputs and outputs of their blocks, and memory off a device."""
 
 from __future__ import annotations
+
+from typing import ClassVar
+from weakref import ref
 
 import torch
 from tiny import tiny_llama, tiny_tokenizer
@@ -12,7 +15,7 @@ from transformers import (
     InternVLForConditionalGeneration,
 )
 
-from emloc.calibration.offload import tensors_in
+from emloc.calibration.offload import OffloadPool, tensors_in
 
 IMAGE = 250  # token that the features of an image replace
 TEXT = {
@@ -97,3 +100,34 @@ def record_block_tensors(model: nn.Module, names: list[str]) -> dict[str, list[l
         block = model.get_submodule(name)
         block.register_forward_hook(recorder(name), with_kwargs=True, prepend=True)
     return recorded
+
+
+class PoolOfDevice(OffloadPool):
+    """A pool that behaves as if its device were none that computes on host memory."""
+
+    is_directly_usable = False
+
+
+class SpoilingPool(PoolOfDevice):
+    """A pool in whose host memory all bits are inverted, so that operations there are wrong."""
+
+    pools: ClassVar[list] = []
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.pools.append(self)
+        self.fetched = 0  # bytes that came back
+        self.copies = {}  # storage -> reference to the copy
+
+    def store(self, storage_bytes, **options):
+        stored, on_disk = super().store(storage_bytes, **options)
+        self.copies[stored.untyped_storage()._cdata] = ref(stored)
+        return stored.bitwise_not_(), on_disk
+
+    def fetch(self, stored):
+        self.fetched += stored.numel()
+        return stored.bitwise_not()
+
+    def is_movable(self, tensor):
+        copy = self.copies.get(tensor.untyped_storage()._cdata, lambda: None)()
+        return super().is_movable(tensor) and copy is None

@@ -7,15 +7,18 @@ next block from disk meanwhile. Masks, position tables and other arguments of a 
 right for any architecture: the model computes them.
 
 The tensors of suspended passes stay on the device up to a limit. Beyond it they are offloaded to
-host memory and, beyond a second limit, to disk. So the device holds one block, one pass and what
-the limit allows, whatever the size of the model and the number of batches. Host memory holds the
-weights of at most one block.
+host memory and, beyond a second limit, to disk. Those that only the code around the loop over the
+blocks refers to, such as the pixels of an image, come back when the loop has ended. So the device
+holds one block, one pass and what the limit allows, whatever the size of the model and the number
+of batches. Host memory holds the weights of at most one block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -281,10 +284,11 @@ class Block:
     def run(self, after_batch: AfterBatch) -> None:
         """Advance every batch through this block to the next one; a second call does nothing."""
         forwards, self._forwards = self._forwards, []
+        stays_in_loop = False  # as the first pass did, which shows what the model does here
         for forward in forwards:
             # Before the pass proceeds, since it forgets the inputs of this block then.
             mask = forward.token_mask() if self._has_mask else None
-            forward.advance()
+            stays_in_loop = forward.advance(stays_in_loop=stays_in_loop)
             self._count(forward)
             # Before the offload, so that `after_batch` reads tensors on the device.
             after_batch(mask)
@@ -311,6 +315,7 @@ class SuspendedForward:
         self._pool = pool
         self._offloaded = OffloadedTensors(pool)
         self._coroutine = greenlet(self._forward)
+        self._frames = _Frames((), ())
         self.rows = rows_of(batch)
 
     def _forward(self) -> None:
@@ -323,23 +328,41 @@ class SuspendedForward:
         if accepts_use_cache(self._model):
             inputs["use_cache"] = False  # or the keys and values of all blocks would stay in memory
         if inputs.get("attention_mask") is not None:
-            self._is_real = read_mask(inputs["attention_mask"])
+            # A copy, since a mask that a frame has, too, may be off the device.
+            self._is_real = read_mask(inputs["attention_mask"]).clone()
         self._batch = {}  # the inputs are in the frames of the pass from now on
         if self._call is None:
             self._model(**inputs)
         else:
             self._call(inputs)
 
-    def advance(self) -> None:
-        """Resume the forward pass up to the entry of the next block, or to the end."""
-        self._offloaded.restore()
+    def advance(self, *, stays_in_loop: bool = False) -> bool:
+        """Resume the forward pass up to the entry of the next block, or to the end.
+
+        Args:
+            stays_in_loop: the code that runs until then is that of the loop over the blocks, and
+                what it calls. Tensors of the frames outside stay off the device.
+
+        Returns:
+            Whether the pass has stayed in the loop.
+
+        Raises:
+            RuntimeError: the pass has left the loop, although it should not.
+        """
+        self._offloaded.restore(idle=not stays_in_loop)
         self._block_inputs = ((), {})
+        loop, self._frames = self._frames.loop, _Frames((), ())
         with torch.no_grad():
             suspension = self._coroutine.switch()
-        self.block_name = None
+        block, self.block_name = self.block_name, None
         if isinstance(suspension, tuple):
             self.block_name, *block_inputs = suspension
             self._block_inputs = block_inputs[0], block_inputs[1]
+            self._frames = _Frames.of(self._coroutine, self._model.get_submodule(self.block_name))
+        stayed = loop is not None and self._frames.loop is loop
+        if stays_in_loop and not stayed:
+            raise RuntimeError(f"the forward pass of a batch takes another way behind {block}")
+        return stayed
 
     def token_mask(self) -> TokenMask | None:
         """The mask of the real tokens at this block; None if the batch has no attention mask."""
@@ -349,7 +372,7 @@ class SuspendedForward:
 
     def peek(self, block: nn.Module) -> None:
         """Run `block`, at which the pass is suspended, and discard the output."""
-        self._offloaded.restore()
+        self._offloaded.restore(idle=False)
         args, kwargs = self._block_inputs
         with torch.no_grad():
             block(*args, **kwargs)
@@ -357,13 +380,13 @@ class SuspendedForward:
     def offload(self) -> None:
         """Offload the tensors that the suspended forward pass holds."""
         if not self._pool.is_idle:
-            self._offloaded.offload(_local_tensors(self._coroutine))
+            self._offloaded.offload(self._frames.inner, self._frames.outer)
 
     def close(self) -> None:
         """Abort the forward pass and release its tensors."""
         if not self._coroutine.dead:
             self._coroutine.throw(GreenletExit)
-        self._block_inputs = ((), {})
+        self._block_inputs, self._frames = ((), {}), _Frames((), ())
         self._offloaded.release()
 
 
@@ -388,9 +411,36 @@ def _detach_to(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device).detach()
 
 
-def _local_tensors(coroutine: greenlet) -> Iterator[Tensor]:
-    """Yield the tensors among the local variables of a suspended coroutine's stack frames."""
-    frame = coroutine.gr_frame
-    while frame is not None:
-        yield from tensors_in(frame.f_locals)
-        frame = frame.f_back
+@dataclass(frozen=True)
+class _Frames:
+    """The stack frames of a suspended pass, up to the loop over the blocks, and outside of it."""
+
+    inside: tuple[FrameType, ...]
+    outside: tuple[FrameType, ...]
+
+    @classmethod
+    def of(cls, coroutine: greenlet, block: nn.Module) -> _Frames:
+        """Return the frames of a pass that is suspended at the entry of `block`."""
+        frames = []
+        frame = coroutine.gr_frame
+        while frame is not None:
+            frames.append(frame)
+            frame = frame.f_back
+        calls = [i for i, frame in enumerate(frames) if frame.f_locals.get("self") is block]
+        end = calls[-1] + 2 if calls else len(frames)
+        return cls(tuple(frames[:end]), tuple(frames[end:]))
+
+    @property
+    def loop(self) -> FrameType | None:
+        """The frame that calls the block; None if there is none outside."""
+        return self.inside[-1] if self.outside else None
+
+    @property
+    def inner(self) -> Iterator[Tensor]:
+        """The tensors that the frames up to the loop refer to."""
+        return tensors_in([frame.f_locals for frame in self.inside])
+
+    @property
+    def outer(self) -> Iterator[Tensor]:
+        """The tensors that the frames outside of the loop refer to."""
+        return tensors_in([frame.f_locals for frame in self.outside])

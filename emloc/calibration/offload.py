@@ -129,14 +129,17 @@ class OffloadPool:
             )
         )
 
-    def store(self, storage_bytes: Tensor) -> tuple[Tensor, bool]:
+    def store(self, storage_bytes: Tensor, *, is_idle: bool = False) -> tuple[Tensor, bool]:
         """Copy bytes off the device; return the copy and whether the copy is a file.
+
+        Bytes of idle tensors take half of the host memory at most: others are copied more often.
 
         Raises:
             ConfigError: the disk has no space for the file.
         """
         size = self.host_bytes(storage_bytes)
-        if self._limits.host is None or self.memory + size <= self._limits.host:
+        limit = self._limits.host
+        if limit is None or self.memory + size <= limit // (2 if is_idle else 1):
             if self.is_directly_usable:
                 return storage_bytes, False
             copy = self._pieces.take(storage_bytes.numel())
@@ -152,6 +155,10 @@ class OffloadPool:
         file = torch.from_file(path, shared=True, size=storage_bytes.numel(), dtype=torch.uint8)
         os.unlink(path)
         return file.copy_(storage_bytes), True
+
+    def fetch(self, stored: Tensor) -> Tensor:
+        """Return a copy of stored bytes on the device."""
+        return stored.to(self.device, non_blocking=True)
 
     def host_bytes(self, storage_bytes: Tensor) -> int:
         """Bytes of host memory that a copy takes."""
@@ -173,6 +180,9 @@ class _StorageCopy(NamedTuple):
     versions: frozenset[int] | None  # versions of the storage's tensors when they were copied
 
 
+_Offloaded = tuple[_StorageCopy, list[Tensor]]  # a copy, and the tensors that use it
+
+
 class OffloadedTensors:
     """The offloaded tensors of one suspended forward pass, stored in a pool."""
 
@@ -180,43 +190,59 @@ class OffloadedTensors:
         self._pool = pool
         # Address of the storage that the tensors have while the pass runs -> copy and tensors. The
         # tensors keep that storage alive, so no other storage can get the same address.
-        self._copies: dict[int, tuple[_StorageCopy, list[Tensor]]] = {}
+        self._copies: dict[int, _Offloaded] = {}
+        self._idle: list[_Offloaded] = []  # stay off the device while others are restored
         self._kept = 0  # bytes that stay on the device while the pass is suspended
 
-    def offload(self, tensors: Iterable[Tensor]) -> None:
+    def offload(self, tensors: Iterable[Tensor], idle: Iterable[Tensor] = ()) -> None:
         """Move tensors off the device, unless there is room on it for all of them.
 
-        A tensor that is unchanged since its last copy is not copied again.
+        A tensor that is unchanged since its last copy is not copied again. The `idle` ones, which
+        may not be needed for long, go first and can be left behind. To a CPU all are alike.
 
         Raises:
             ConfigError: the disk has no space.
         """
-        candidates = [tensor for tensor in tensors if self._pool.is_movable(tensor)]
-        old_copies = {key: copy for key, (copy, _) in self._pop_copies().items()}
-        own_keys = set(old_copies) if self._pool.is_directly_usable else set()
+        tensors, idle = list(tensors), list(idle)
+        if self._pool.is_directly_usable:
+            tensors, idle = tensors + idle, []
+        candidates = [tensor for tensor in tensors + idle if self._pool.is_movable(tensor)]
+        copies = {key: copy for key, (copy, _) in self._pop_copies().items()}
+        own_keys = set(copies) if self._pool.is_directly_usable else set()
         groups = _unshared_storages(candidates, own_keys)
-        size = sum(aliases[0].untyped_storage().nbytes() for aliases in groups.values())
-        if self._pool.has_room(size):
-            self._keep(size)
+        if self._stay(groups.values()):
             return
-        old_copies = {key: copy for key, copy in old_copies.items() if key in groups}
-        for key, copy in old_copies.items():
-            if self._pool.is_directly_usable or copy.versions == _versions(groups[key]) is not None:
-                self._add_copy(key, copy, groups.pop(key))
-        old_copies.clear()
-        for key, aliases in groups.items():
-            copy = _StorageCopy(*self._pool.store(_storage_bytes(aliases[0])), _versions(aliases))
-            new_key = _address(copy.stored) if self._pool.is_directly_usable else key
-            self._add_copy(new_key, copy, aliases)
+        needed = {id(owner) for tensor in tensors for owner in (tensor, tensor._base)}
+        idle_keys = [key for key, group in groups.items() if needed.isdisjoint(map(id, group))]
+        if self._stay(group for key, group in groups.items() if key not in idle_keys):
+            groups = {key: groups[key] for key in idle_keys}
+        copies = {
+            key: copy
+            for key, copy in copies.items()
+            if key in groups and self._is_current(copy, groups[key])
+        }
+        # Unchanged ones first, so that the pool knows how much memory is in use.
+        for key in [*copies, *(key for key in groups if key not in copies)]:
+            aliases, is_idle = groups[key], key in idle_keys
+            copy = copies.get(key) or self._copied(aliases, is_idle=is_idle)
+            _set_storage(aliases, copy.stored)
+            self._count_bytes(copy, 1)
+            if is_idle:
+                self._idle.append((copy, aliases))
+            else:
+                new_key = _address(copy.stored) if self._pool.is_directly_usable else key
+                self._copies[new_key] = copy, aliases
 
-    def restore(self) -> None:
-        """Move the offloaded tensors back to the device."""
+    def restore(self, *, idle: bool = True) -> None:
+        """Move the offloaded tensors back to the device; those that were idle only if `idle`."""
         if self._pool.is_directly_usable:
             return
         self._keep(0)
-        copies, self._copies = self._copies, {}
-        for copy, tensors in copies.values():
-            on_device = copy.stored.to(self._pool.device, non_blocking=True)
+        copies, self._copies = [*self._copies.values()], {}
+        if idle:
+            copies, self._idle = [*copies, *self._idle], []
+        for copy, tensors in copies:
+            on_device = self._pool.fetch(copy.stored)
             _set_storage(tensors, on_device)
             self._copies[_address(on_device)] = copy, tensors
 
@@ -224,20 +250,34 @@ class OffloadedTensors:
         """Drop the copies, since the forward pass has ended."""
         self._keep(0)
         self._pop_copies()
+        for copy, _ in self._idle:
+            self._count_bytes(copy, -1)
+        self._idle = []
+
+    def _stay(self, groups: Iterable[list[Tensor]]) -> bool:
+        """Leave the storages of some tensors on the device; return whether it has room for them."""
+        size = sum(aliases[0].untyped_storage().nbytes() for aliases in groups)
+        has_room = self._pool.has_room(size)
+        if has_room:
+            self._keep(size)
+        return has_room
 
     def _keep(self, size: int) -> None:
         """Count the bytes of the pass that stay on the device while it is suspended."""
         self._pool.kept += size - self._kept
         self._kept = size
 
-    def _add_copy(self, key: int, copy: _StorageCopy, aliases: list[Tensor]) -> None:
-        """Let the tensors `aliases` of one storage use its copy, and count the copy's bytes."""
-        _set_storage(aliases, copy.stored)
-        self._copies[key] = copy, aliases
-        self._count_bytes(copy, 1)
+    def _is_current(self, copy: _StorageCopy, aliases: list[Tensor]) -> bool:
+        """Return whether a copy is that of the present values of some tensors."""
+        return self._pool.is_directly_usable or copy.versions == _versions(aliases) is not None
 
-    def _pop_copies(self) -> dict[int, tuple[_StorageCopy, list[Tensor]]]:
-        """Remove all copies from the pool's byte counts and return them."""
+    def _copied(self, aliases: list[Tensor], *, is_idle: bool) -> _StorageCopy:
+        """Return a new copy of the storage of some tensors."""
+        stored, on_disk = self._pool.store(_storage_bytes(aliases[0]), is_idle=is_idle)
+        return _StorageCopy(stored, on_disk, _versions(aliases))
+
+    def _pop_copies(self) -> dict[int, _Offloaded]:
+        """Remove all copies but the idle ones from the pool's byte counts and return them."""
         copies, self._copies = self._copies, {}
         for copy, _ in copies.values():
             self._count_bytes(copy, -1)

@@ -10,6 +10,7 @@ import anchored
 import pytest
 import torch
 from anchored import FLOAT64
+from walked import SpoilingPool
 
 import emloc.anchors.record as record_module
 from emloc.adapters.dora import Dora
@@ -20,6 +21,7 @@ from emloc.anchors.blocks import Blocks
 from emloc.anchors.formats import FORMATS
 from emloc.anchors.logits import Logits
 from emloc.anchors.recorder import OffsetRecorder
+from emloc.calibration.offload import OffloadPool
 from emloc.emulators import BuiltEmulator
 from emloc.emulators.full import Full
 from emloc.emulators.layer_drop import LayerDrop, block_stack
@@ -94,6 +96,20 @@ def test_hidden_states_and_loss_are_the_original_s(tmp_path, model_of, kind, anc
     )
     assert abs(found.loss - loss) < 2e-6  # transformers computes the loss in float32
     assert abs(apart - loss) > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["svd", "layer_drop"])
+def test_offsets_are_the_same_if_hidden_states_leave_the_device(
+    tmp_path, model_of, kind, monkeypatch
+):
+    files = {}
+    for pool in (OffloadPool, SpoilingPool):
+        monkeypatch.setattr("emloc.calibration.blockwise.OffloadPool", pool)
+        folder = tmp_path / pool.__name__
+        model_of(folder, kind, BLOCKS)
+        files[pool] = {path.name: path.read_bytes() for path in folder.rglob("place-*")}
+    assert SpoilingPool.pools[-1].fetched > 0
+    assert files[OffloadPool] == files[SpoilingPool] != {}
 
 
 def test_offsets_belong_to_tokens_wherever_the_padding_is(tmp_path, model_of):

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from walked import MODELS, batches_of, model_and_blocks, record_block_tensors
+from walked import (
+    MODELS,
+    PoolOfDevice,
+    SpoilingPool,
+    batches_of,
+    model_and_blocks,
+    record_block_tensors,
+)
 
 from emloc.calibration.blockwise import iterate_blocks
 from emloc.calibration.offload import (
@@ -56,12 +63,6 @@ def test_tensors_above_the_limit_are_written_to_unnamed_files(tmp_path):
 def test_without_a_limit_a_cpu_offloads_nothing(tmp_path):
     assert pool_of(tmp_path, None).is_idle
     assert not pool_of(tmp_path, 10**12).is_idle
-
-
-class PoolOfDevice(OffloadPool):
-    """A pool that behaves as if its device were none that computes on host memory."""
-
-    is_directly_usable = False
 
 
 def test_passes_stay_on_the_device_while_there_is_room(tmp_path):
@@ -228,6 +229,46 @@ def test_inputs_and_outputs_of_blocks_equal_those_of_a_whole_pass(kind, host_byt
     assert mapped(tmp_path) == 0
     for one, same in zip(batches, batches_of(kind), strict=True):
         assert all(torch.equal(one[key], same[key]) for key in same)
+
+
+@pytest.mark.parametrize("limits", [(0, None), (0, 0), (6000, 9000)], ids=str)
+@pytest.mark.parametrize("kind", MODELS)
+def test_tensors_around_the_loop_stay_off_a_device(kind, limits, tmp_path, monkeypatch):
+    monkeypatch.setattr("emloc.calibration.blockwise.OffloadPool", SpoilingPool)
+    model, names = model_and_blocks(kind)
+    batches, outputs, fetched = batches_of(kind), {}, []
+
+    def call(index):
+        def run(inputs):
+            unused = torch.randn(500)  # of a frame around the loop
+            before = unused.clone()
+            outputs[index] = model(**inputs).logits
+            assert torch.equal(unused, before)
+
+        return run
+
+    for block in iterate_blocks(
+        model,
+        batches,
+        names,
+        CPU,
+        limits=StateLimits(*limits),
+        folder=tmp_path,
+        calls=[call(index) for index in range(len(batches))],
+        to_end=True,
+    ):
+        before = SpoilingPool.pools[-1].fetched
+        block.peek(lambda _: None)
+        block.run(lambda _: None)
+        fetched.append(SpoilingPool.pools[-1].fetched - before)
+    for index, batch in enumerate(batches):
+        assert torch.equal(outputs[index], model(**batch, use_cache=False).logits)
+    pool = SpoilingPool.pools[-1]
+    assert (pool.memory, pool.disk, pool.kept) == (0, 0, 0)
+    assert mapped(tmp_path) == 0
+    # In the last block, and in that of the first pass, `unused` of each pass comes back.
+    language = fetched[names.index("model.language_model.layers.0") if "internvl" in kind else 0 :]
+    assert language[-1] - language[0] > (len(batches) - 1) * 2 * 2000 * 0.9
 
 
 def test_a_limit_on_host_memory_keeps_some_tensors_in_memory(tmp_path):
