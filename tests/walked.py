@@ -116,7 +116,7 @@ class SpoilingPool(PoolOfDevice):
     def __init__(self, *args):
         super().__init__(*args)
         self.pools.append(self)
-        self.fetched = 0  # bytes that came back
+        self.fetched = []  # bytes of the copies that came back
         self.copies = {}  # storage -> reference to the copy
 
     def store(self, storage_bytes, **options):
@@ -125,7 +125,7 @@ class SpoilingPool(PoolOfDevice):
         return stored.bitwise_not_(), on_disk
 
     def fetch(self, stored):
-        self.fetched += stored.numel()
+        self.fetched.append(stored.numel())
         return stored.bitwise_not()
 
     def is_movable(self, tensor):

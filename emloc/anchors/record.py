@@ -175,11 +175,11 @@ class _Pass:
             count = len(remaining)
             if self.stretches is None or done == len(self._places):
                 for block in tracked(originals, "measure", count, "block"):
-                    self._run_original(block, remaining)
+                    block.run(lambda _: None)
                 return
             emulators = stack.enter_context(closing(self._emulators(remaining, limits, states)))
             for original in tracked(originals, "anchor", count, "block"):
-                self._run_original(original, remaining)
+                original.run(lambda _: None)
                 with self.stretches.context():
                     next(emulators).run(lambda _: None)
                 self.recorder.finish_place_behind(original.name)
@@ -188,13 +188,14 @@ class _Pass:
     def _originals(self, blocks: Sequence[str], limits: StateLimits, states: Path) -> Blocks:
         """Yield the blocks of the original, which computes the losses after the last of them."""
         model, weights = self.original.model, self.original.weights
+        # Without a block of the decoder, the passes reach the head before any block is run.
+        reaches_head = not {*blocks} & {*self.decoder_blocks}
         if weights is not None:
             inside = {*blocks, *self.decoder_blocks}
             fill_outside(model, weights, inside, self.device, with_head=True)
             model.tie_weights()
-            # Without a block of the decoder, the passes reach the head before any block is run.
-            if not {*blocks} & {*self.decoder_blocks}:
-                self._fill_head(weights)
+            if reaches_head:
+                self._fill_head()
         model.eval()
         indices = range(len(self.plan.batches))
         return iterate_blocks(
@@ -206,7 +207,7 @@ class _Pass:
             limits=limits.halved,
             folder=states,
             calls=[self._measuring(index) for index in indices],
-            to_end=True,
+            end=_go_on if reaches_head else self._fill_head,
         )
 
     def _emulators(self, blocks: Sequence[str], limits: StateLimits, states: Path) -> Blocks:
@@ -232,7 +233,7 @@ class _Pass:
             limits=limits.halved,
             folder=states,
             calls=[call(index) for index in indices],
-            to_end=any(place.predicting_only for place in self._places),
+            end=_go_on if any(place.predicting_only for place in self._places) else None,
         )
 
     def _collate(self, index: int) -> dict[str, Any]:
@@ -262,15 +263,11 @@ class _Pass:
 
         return run
 
-    def _run_original(self, block: Block, blocks: Sequence[str]) -> None:
-        """Run a block of the original; the head is read just before the last one."""
-        if self.original.weights is not None and block.name == blocks[-1]:
-            self._fill_head(self.original.weights)
-        block.run(lambda _: None)
-
-    def _fill_head(self, weights: WeightReader) -> None:
+    def _fill_head(self) -> None:
         """Read the head of the original, or use that of the emulator if it is the same."""
-        model = self.original.model
+        model, weights = self.original.model, self.original.weights
+        if weights is None:
+            return
         names = _own_head_parameters(model)
         if self.stretches is not None and self.stretches.has_head_of_original:
             names = _share_parameters(self.stretches.model, model, names)
@@ -299,6 +296,10 @@ class _Pass:
     def _note_output(self, _: nn.Module, __: Any, output: Any) -> None:
         """Remember what a block returns, for those that replace it when the pass is resumed."""
         self.recorder.states.tuple_size = len(output) if isinstance(output, tuple) else 0
+
+
+def _go_on() -> None:
+    """Do nothing behind the last block: the model has all that the passes need."""
 
 
 def _tensor_bytes(batch: Mapping[str, Any]) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -154,12 +154,12 @@ def iterate_blocks(
     limits: StateLimits = UNLIMITED,
     folder: Path | None = None,
     calls: Iterable[Call] | None = None,
-    to_end: bool = False,
+    end: Callable[[], None] | None = None,
 ) -> Generator[Block, None, None]:
     """Yield the blocks in the order of computation; all batches wait at the entry of each block.
 
-    The forward passes end after the last block: final norm and output head are not computed. With
-    `to_end` they end by themselves, when the last block has run.
+    The forward passes end after the last block: final norm and output head are not computed, unless
+    there is an `end`.
 
     Args:
         model: with all weights, or with its blocks on the meta device if `source` has the weights.
@@ -171,7 +171,8 @@ def iterate_blocks(
         limits: memory for the tensors of suspended passes; beyond it they go to disk.
         folder: folder for the tensors on disk; None for the system's temporary folder.
         calls: one function for each batch, which calls the model; None: the model's forward.
-        to_end: also compute what follows the last block; the model must have these weights by then.
+        end: called behind the last block, whose weights the device no longer holds. The passes then
+            go on to their own end; the model must have the weights that they need.
 
     Raises:
         ValueError: a name in `blocks` is no module of the model.
@@ -182,12 +183,17 @@ def iterate_blocks(
     def suspend_at(name: str) -> Callable[..., None]:
         """A forward pre-hook that suspends the forward pass at the entry of the block `name`."""
 
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # `SuspendedForward.peek` calls the block from the caller's own coroutine.
             if getcurrent() is not caller:
-                caller.switch((name, args, kwargs))
+                caller.switch(_Suspension(name, module, args, kwargs))
 
         return hook
+
+    def suspend_behind(module: nn.Module, *_: Any) -> None:
+        """Suspend the forward pass behind the last block."""
+        if getcurrent() is not caller:
+            caller.switch(_Suspension(None, module, (), {}))
 
     def exit_forward(*_: Any) -> None:
         """End the forward pass after the last block: the final norm and the head are not needed."""
@@ -204,7 +210,7 @@ def iterate_blocks(
         module.register_forward_pre_hook(suspend_at(name), with_kwargs=True)
         for name, module in modules.items()
     ]
-    if not to_end:
+    if end is None:
         handles.append(list(modules.values())[-1].register_forward_hook(exit_forward))
     pool = OffloadPool(model, device, limits, folder)
     decoder_ids = {id(module) for module in decoder.modules()}
@@ -223,6 +229,8 @@ def iterate_blocks(
             name = next_block(remaining, {forward.block_name for forward in forwards})
             remaining.remove(name)
             module = modules[name]
+            if end is not None and not remaining:
+                handles.append(module.register_forward_hook(suspend_behind))
             if reader is not None:
                 reader.fill(name)
                 reader.start(remaining)
@@ -233,6 +241,10 @@ def iterate_blocks(
             block.run(lambda _: None)  # does nothing if the caller has run the block
             if reader is not None:
                 module.to("meta")
+        if end is not None:
+            end()
+            for forward in forwards:
+                forward.finish()
     finally:
         if reader is not None:
             reader.close()
@@ -241,6 +253,15 @@ def iterate_blocks(
         pool.close()
         for handle in handles:
             handle.remove()
+
+
+class _Suspension(NamedTuple):
+    """Where a forward pass is suspended."""
+
+    block_name: str | None  # None: behind the last block
+    block: nn.Module
+    args: tuple[Any, ...]  # of the block
+    kwargs: dict[str, Any]
 
 
 class Block:
@@ -355,14 +376,20 @@ class SuspendedForward:
         with torch.no_grad():
             suspension = self._coroutine.switch()
         block, self.block_name = self.block_name, None
-        if isinstance(suspension, tuple):
-            self.block_name, *block_inputs = suspension
-            self._block_inputs = block_inputs[0], block_inputs[1]
-            self._frames = _Frames.of(self._coroutine, self._model.get_submodule(self.block_name))
+        if isinstance(suspension, _Suspension):
+            self.block_name = suspension.block_name
+            self._block_inputs = suspension.args, suspension.kwargs
+            self._frames = _Frames.of(self._coroutine, suspension.block)
         stayed = loop is not None and self._frames.loop is loop
         if stays_in_loop and not stayed:
             raise RuntimeError(f"the forward pass of a batch takes another way behind {block}")
         return stayed
+
+    def finish(self) -> None:
+        """Resume the forward pass behind the last block, unless it has ended."""
+        if not self._coroutine.dead:
+            self.advance()
+            self._offloaded.release()
 
     def token_mask(self) -> TokenMask | None:
         """The mask of the real tokens at this block; None if the batch has no attention mask."""

@@ -97,7 +97,7 @@ def compute_features(
         limits=limits,
         folder=folder,
         calls=[call(index) for index in range(count)],
-        to_end=True,
+        end=lambda: None,
     )
     for block in tracked(passes, "features", len(blocks), "block"):
         block.run(lambda _: None)

@@ -53,7 +53,7 @@ def test_passes_that_wait_give_the_outputs_of_whole_passes(host_bytes, looks, tm
         limits=StateLimits(device=4 * 2**20, host=host_bytes),
         folder=tmp_path,
         calls=[call(index) for index in range(len(batches))],
-        to_end=True,
+        end=lambda: None,
     ):
         for _ in range(looks):
             block.peek(lambda _: None)

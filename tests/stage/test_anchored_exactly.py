@@ -108,7 +108,7 @@ def test_offsets_are_the_same_if_hidden_states_leave_the_device(
         folder = tmp_path / pool.__name__
         model_of(folder, kind, BLOCKS)
         files[pool] = {path.name: path.read_bytes() for path in folder.rglob("place-*")}
-    assert SpoilingPool.pools[-1].fetched > 0
+    assert SpoilingPool.pools[-1].fetched
     assert files[OffloadPool] == files[SpoilingPool] != {}
 
 

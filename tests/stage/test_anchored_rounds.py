@@ -498,29 +498,31 @@ def test_a_training_killed_in_a_pass_resumes_to_the_same_bits(
     """
     folder, metrics = tmp_path / "training", Metrics(tmp_path / "run")
     real = OffsetRecorder.finish_place_behind
-    run, calls = record_module._Pass._run_original, []
+    originals, calls = record_module._Pass._originals, []
 
     def finish(self, block):
         real(self, block)
         if self._folder.name == f"pass-{number:03d}":
             raise Killed
 
-    def run_original(self, block, blocks):
-        run(self, block, blocks)
-        if number == 3 and self.folder.name == "pass-003":
-            raise Killed
+    def one_original(self, *args):
+        for block in originals(self, *args):
+            yield block
+            if number == 3 and self.folder.name == "pass-003":
+                raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(OffsetRecorder, "finish_place_behind", finish)
-        patch.setattr(record_module._Pass, "_run_original", run_original)
+        patch.setattr(record_module._Pass, "_originals", one_original)
         with pytest.raises(Killed):
             metrics.record(anchored.rounds(folder, built, BLOCKS))
 
-    def run_again(self, block, blocks):
-        calls.append((self.folder.name, block.name))
-        run(self, block, blocks)
+    def noted_originals(self, *args):
+        for block in originals(self, *args):
+            calls.append((self.folder.name, block.name))
+            yield block
 
-    monkeypatch.setattr(record_module._Pass, "_run_original", run_again)
+    monkeypatch.setattr(record_module._Pass, "_originals", noted_originals)
     resumed = anchored.rounds(folder, built, BLOCKS)
     metrics.record(resumed)
     assert (results(resumed), metrics.lines()) == straight

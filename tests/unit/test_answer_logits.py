@@ -230,7 +230,7 @@ def test_passes_that_wait_for_each_other_have_the_same_scores(family, tmp_path):
         limits=StateLimits(host=0),
         folder=tmp_path,
         calls=[call(index) for index in range(3)],
-        to_end=True,
+        end=lambda: None,
     )
     with closing(passes):
         for block in passes:
