@@ -490,7 +490,7 @@ def gib(line):
 
 
 def test_anchors_have_rows_of_their_own_with_one_batch_of_offsets():
-    run_config = cell_of(SMALL, *ANCHORED, "anchor.places=2")
+    run_config = cell_of(SMALL, *ANCHORED, "anchor.places=2", "budget.gpu_states_gib=0")
     table = plan(run_config, replace(WORK, length=65536), find_gpu("rtx4090"))
     rows = {row[0]: dict(zip(HEADER, row, strict=True)) for row in rows_of(table)[2:]}
     assert list(rows) == [
@@ -522,13 +522,21 @@ def test_the_passes_of_the_original_are_said_in_a_line_each():
     assert gib(offsets) == pytest.approx(tokens * 3 * 2048 * 2 / GIB, rel=0.01)
     states, embedding = 2 * tokens * 2048 * 2, 32000 * 2048 * 2
     # The next block of the original has 86 MiB; pinned memory is a power of two.
-    block = 128 * 2**20
-    assert gib(host) == pytest.approx(3 + (embedding + block) / GIB, rel=0.002)
-    assert f"; {states / GIB:.3g} GiB of hidden states wait on the GPU" in host
+    pinned = 128 * 2**20
+    assert gib(host) == pytest.approx(3 + (embedding + pinned) / GIB, rel=0.002)
+    assert f", of which {states / GIB:.3g} GiB are hidden states that wait" in host
+    # The largest block, and what one row takes in it: at least the inputs and outputs of its MLP.
+    block = (2 * 2048 + 2 * 512 + 3 * 5632) * 2048 * 2
+    beside = gib(host.partition("beside the emulator")[2])
+    row = 512 * (2048 + 3 * 5632) * 2
+    assert block + row < beside * GIB - states < block + 2 * row
     budget = replace(run_config.budget, gpu_states_gib=0)
     host = planned(run_config, budget=budget)[1]
-    assert gib(host) == pytest.approx(3 + (states + embedding + block) / GIB, rel=0.002)
-    assert "; 0 GiB of hidden states wait on the GPU" in host
+    assert gib(host) == pytest.approx(3 + (states + embedding + pinned) / GIB, rel=0.002)
+    assert ", of which 0 GiB are hidden states that wait" in host
+    assert gib(host.partition("beside the emulator")[2]) == pytest.approx(
+        beside - states / GIB, abs=1e-3
+    )
     assert "read 3 times" in reads  # for two rounds, and for the guard behind the last
     assert "read 2 times" in planned(run_config, guard=0)[2]
     halved = gib(planned(run_config, dtype="int8")[0]) / gib(offsets)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import inf
+
+import torch
 
 from emloc.anchors import Anchor
 from emloc.anchors.pass_states import most_states
@@ -11,6 +14,7 @@ from emloc.anchors.places import Place
 from emloc.calibration.offload import StateLimits, state_limits
 from emloc.config.compatibility import choice_name
 from emloc.config.settings import Budget, TrainSettings
+from emloc.cost.plan.blocks import DecoderBlocks
 from emloc.cost.plan.cost import (
     DISK,
     PROCESS,
@@ -21,10 +25,12 @@ from emloc.cost.plan.cost import (
 )
 from emloc.cost.plan.gpus import Gpu
 from emloc.cost.plan.layout import StepShape, TrainingLayout
+from emloc.cost.plan.trace import trace
 from emloc.emulators.full import Full
 from emloc.emulators.layer_drop import block_stack
+from emloc.models.block_names import find_block
 from emloc.models.checkpoint.source import Source
-from emloc.models.decoder import Decoder
+from emloc.models.decoder import Decoder, decoder_of
 from emloc.runtime.memory import GIB
 from emloc.stages.anchorable import require_anchorable
 from emloc.stages.run_config import RunConfig
@@ -65,6 +71,39 @@ class AnchorPlan:
         """Bytes of the offsets of one forward pass on the device, which padding takes, too."""
         tokens = self.step_shape.batch * self.step_shape.length
         return tokens * len(self.places) * self._token_bytes
+
+    @cached_property
+    def pass_bytes(self) -> int:
+        """Bytes of the device that a pass of the original takes beside the emulator's.
+
+        They are those of the largest block, of the weights outside the blocks, of the temporary
+        tensors of one row in a block, and of the hidden states that wait. The emulator has the
+        head, and the token embedding is in host memory. A block of a vision tower is smaller than
+        one of the language model.
+        """
+        itemsize = self.source.dtype.itemsize
+        blocks: dict[str | None, int] = {}
+        for name, size in self.source.sizes.items():
+            block = find_block(name)
+            blocks[block] = blocks.get(block, 0) + size * itemsize
+        decoder = Decoder(self.source)
+        outside = blocks.pop(None, 0)
+        if decoder.untied_embedding:
+            outside -= 2 * self.source.sizes[decoder.untied_embedding] * itemsize
+        waiting = self._limits.device_share(self.states)
+        return max(blocks.values()) + outside + self._temporary_bytes() + waiting
+
+    def _temporary_bytes(self) -> int:
+        """Trace the temporary tensors of one row in a block, without gradients."""
+        model = DecoderBlocks(self.source).first(1)
+        decoder, dtype = decoder_of(model), self.source.dtype
+
+        def forward() -> None:
+            shape = (1, self.step_shape.length, self._width)
+            decoder(inputs_embeds=torch.empty(shape, dtype=dtype, device="meta"), use_cache=False)
+
+        with torch.no_grad():
+            return trace(forward).peak
 
     @property
     def round_offsets(self) -> int:
@@ -165,18 +204,20 @@ class AnchorPlan:
             f"of disk ({self.round_rows} rows of {shape.length} tokens, {_places(self.places)}, "
             f"{anchor.dtype}); those of the first round stay in the cache{excess}",
             f"anchor={self.choice}: a pass over a round takes {self.host / GIB:.3g} GiB of host "
-            f"memory, and {self.disk / GIB:.3g} GiB of disk with the offsets; "
-            f"{self._limits.device_share(self.states) / GIB:.3g} GiB of hidden states wait on the "
-            "GPU",
+            f"memory, and {self.disk / GIB:.3g} GiB of disk with the offsets; beside the emulator "
+            f"it takes {self.pass_bytes / GIB:.3g} GiB of the GPU, of which "
+            f"{self._limits.device_share(self.states) / GIB:.3g} GiB are hidden states that wait",
             f"anchor={self.choice}: the original's weights are read {self.reads} times, "
             f"{self.reads * weights / GIB:.3g} GiB in all",
         ]
 
 
 def anchor_plan(
-    run_config: RunConfig, source: Source, step_shape: StepShape, device_gib: float = inf
+    run_config: RunConfig, source: Source, step_shape: StepShape, device_gib: float | None = None
 ) -> AnchorPlan | None:
     """Return the plan of the run's anchors on a GPU of some memory; None without anchors.
+
+    Without `device_gib` the memory is that of the run's budget.
 
     Raises:
         ConfigError: the model does not have the places, or the emulator cannot be put back.
@@ -190,12 +231,16 @@ def anchor_plan(
     require_anchorable(run_config, source, layers, is_original=is_original)
     places = anchor.find(source.meta_model, block_stack(source))
     recipe, budget = run_config.train, run_config.budget
+    if device_gib is None:
+        device_gib = budget.gpu_gib or inf
     return AnchorPlan(anchor, source, places, step_shape, recipe, budget, device_gib)
 
 
 def with_offsets(step_shape: StepShape, anchors: AnchorPlan | None) -> StepShape:
-    """Return the shape of a step that has the offsets of its batch on the device."""
-    return replace(step_shape, offsets=anchors.batch_offsets if anchors else 0)
+    """Return the shape of a step that has offsets on the device, and passes before it."""
+    if anchors is None:
+        return replace(step_shape, offsets=0, pass_bytes=0)
+    return replace(step_shape, offsets=anchors.batch_offsets, pass_bytes=anchors.pass_bytes)
 
 
 def _whole(layout: TrainingLayout) -> TrainingLayout:

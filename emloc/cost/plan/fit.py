@@ -52,7 +52,8 @@ class MemoryNeed:
     """Device memory of a training in bytes, at its peak and by its parts.
 
     The peak is in a step, mostly at the start of the backward pass, or before the first step. Then
-    the token embedding is still on the device, but no moments of the optimizer or activations.
+    the token embedding is still on the device, but no moments of the optimizer or activations. Or
+    it is in a pass of the original, which has no moments either.
     """
 
     weights: int  # frozen weights
@@ -61,12 +62,13 @@ class MemoryNeed:
     scratch: int  # buffers for dequantised matrices, and memory of libraries
     opening: int  # embedding and adapter before the first step
     operations: int  # operations that one pass dispatches
+    anchoring: int = 0  # adapter, and what a pass of the original takes; 0 without anchors
 
     @property
     def peak(self) -> int:
         """Peak memory in bytes."""
         step = self.adapter + self.activations + self.scratch
-        return self.weights + max(step, self.opening)
+        return self.weights + max(step, self.opening, self.anchoring)
 
 
 def need_of(layout: TrainingLayout, step_shape: StepShape) -> MemoryNeed:
@@ -83,6 +85,7 @@ def need_from_trace(
     """
     adapter = layout.copies + FLOAT * layout.parameters
     accumulated = FLOAT * layout.parameters if step_shape.accumulate > 1 else 0
+    anchoring = adapter + layout.scratch + WORKSPACE + step_shape.pass_bytes
     return MemoryNeed(
         weights=layout.weights,
         adapter=adapter + MOMENTS * layout.parameters + accumulated,
@@ -90,6 +93,7 @@ def need_from_trace(
         scratch=layout.scratch + WORKSPACE,
         opening=adapter + layout.embedding,
         operations=trace.operations,
+        anchoring=anchoring if step_shape.pass_bytes else 0,
     )
 
 
@@ -217,10 +221,15 @@ def solve_emulator_compression(
             ratios_by_bits[bits_of(precision)] = ratios[count - 1]
     gib = run_config.budget.gpu_gib
     if not ratios_by_bits:
+        parts = (
+            "adapter, activations and passes"
+            if step_shape.pass_bytes
+            else "adapter and activations"
+        )
         raise ConfigError(
             f"budget.gpu_gib={gib:g}: no ratio fits{_at_bits(requested_bits)}; weights that are "
-            f"never compressed need {full_layout.uncompressed / GIB:.1f} GiB, the adapter and "
-            "activations the rest; set budget.gpu_gib higher, or train.batch or lora.rank lower"
+            f"never compressed need {full_layout.uncompressed / GIB:.1f} GiB, the {parts} the "
+            "rest; set budget.gpu_gib higher, or train.batch or lora.rank lower"
         )
     whole = [b for b, r in ratios_by_bits.items() if r >= NEARLY_ALL and b >= LEAST_FOR_ALL]
     bits = whole[0] if whole else _best_measured(run_config, ratios_by_bits)

@@ -56,6 +56,7 @@ class StepShape:
     host_activations: bool
     accumulate: int = 1  # forward passes of one step
     offsets: int = 0  # bytes of the anchors' offsets of one forward pass
+    pass_bytes: int = 0  # device memory of a pass of the original beside that of the emulator
     captured: bool = False  # whether each pass is one CUDA graph
 
     @classmethod
@@ -281,7 +282,9 @@ class TrainingLayout:
         Equal passes are traced once in a process: most runs of a sweep have the same one.
         """
         # A second pass allocates as much as any further one, and offsets are counted apart.
-        step_shape = replace(step_shape, offsets=0, accumulate=min(step_shape.accumulate, 2))
+        step_shape = replace(
+            step_shape, offsets=0, pass_bytes=0, accumulate=min(step_shape.accumulate, 2)
+        )
         layers = [self.source.key, self.adapted, self.ranks, self.groups, asdict(self.lora)]
         key = digest([layers, asdict(step_shape), depth])
         if key not in _TRACES:
