@@ -3,6 +3,9 @@
 The states of the original and of the emulator behind a place are written batch by batch. When both
 models are behind the place, it is marked as finished, and the states of the place before are
 deleted. All this happens behind the pass, in a thread.
+
+A fast pass marks few places: to repeat a minute is cheaper than to write the states of each place,
+which are twice as large as the offsets.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,9 @@ from emloc.runtime.manifest import file_hash
 from emloc.runtime.safetensors_file import write_safetensors
 
 log = logging.getLogger(__name__)
+
+# Seconds of a pass that may have to be repeated.
+MOST_REPEATED = 60.0
 
 
 def most_states(tokens: Sequence[int], token_bytes: int) -> int:
@@ -53,6 +60,8 @@ class PassStates:
         self.folder = offsets / "states"
         self.writer = writer
         self._unwritten: dict[Path, HostCopy] = {}
+        self._marks: dict[int, bool] = {}  # place -> whether it will be marked
+        self._last_mark = time.monotonic()
         self.tuple_size = 0
         self._offsets = offsets
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -77,12 +86,24 @@ class PassStates:
         # On the stream of the computation, behind the copy to the host.
         return copy.tensor.to(device, non_blocking=True)
 
+    def marks(self, place: int) -> bool:
+        """Return whether a place will be marked, for which it needs the emulator's states, too."""
+        if place not in self._marks:
+            self._marks[place] = time.monotonic() - self._last_mark >= MOST_REPEATED
+        return self._marks[place]
+
     def _file(self, model: str, place: int, batch: int) -> Path:
         return self.folder / f"{model}-{place:03d}-{batch:05d}.safetensors"
 
     def finish(self, place: int) -> None:
-        """Mark a place as finished, and delete the states of the places before."""
-        tuple_size = self.tuple_size
+        """Mark a place as finished, and delete the states of the places before.
+
+        Those of a place that is not marked are deleted.
+        """
+        if not self.marks(place):
+            self.writer.submit(lambda: self._delete(lambda other: other == place))
+            return
+        self._last_mark, tuple_size = time.monotonic(), self.tuple_size
 
         def mark() -> None:
             files = self.folder.glob(f"*-{place:03d}-*.safetensors")
@@ -91,11 +112,15 @@ class PassStates:
                 "hashes": {one.name: file_hash(one) for one in files},
             }
             write_json(self.folder / f"finished-{place:03d}.json", facts)
-            for path in self.folder.glob("*.safetensors"):
-                if int(path.stem.split("-")[1]) < place:
-                    path.unlink()
+            self._delete(lambda other: other < place)
 
         self.writer.submit(mark)
+
+    def _delete(self, concerns: Callable[[int], bool]) -> None:
+        """Delete the states of some places."""
+        for path in self.folder.glob("*.safetensors"):
+            if concerns(int(path.stem.split("-")[1])):
+                path.unlink()
 
     def finished_places(self, shards: int) -> int:
         """Return the number of places that an earlier attempt has finished.

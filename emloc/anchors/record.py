@@ -6,7 +6,7 @@ will have at the place before: the emulator's hidden states with the rounded off
 therefore does not add up from place to place.
 
 The device holds one block of the original, the emulator, and one batch. A pass that was killed goes
-on behind the last block place that it has finished.
+on behind the last place that it has marked as finished.
 """
 
 from __future__ import annotations
@@ -245,8 +245,8 @@ class _Pass:
             return self._collated.pop(index)
         batch = self.rows.collate([self._all_rows[row].row for row in self.plan.batches[index]])
         self.recorder.note_batch(index, batch)
-        used = sum(map(_tensor_bytes, self._collated.values()))
-        if index < self._anchored_batches and used + _tensor_bytes(batch) <= MOST_COLLATED:
+        nbytes = sum(map(_tensor_bytes, (*self._collated.values(), batch)))
+        if index < self._anchored_batches and nbytes <= MOST_COLLATED:
             self._collated[index] = batch
         return batch
 

@@ -69,7 +69,7 @@ class OffsetRecorder:
                     stack.callback(handle.remove)
 
     def finish_place_behind(self, block: str) -> None:
-        """Mark the place behind a block as finished, if there is one."""
+        """End the place behind a block, if there is one: a killed pass may go on from there."""
         for index, place in enumerate(self._places):
             if place.module == block and not place.at_input:
                 self.states.finish(index)
@@ -123,7 +123,8 @@ class OffsetRecorder:
             wide = torch.promote_types(hidden.dtype, torch.float32)
             parts = stored_as.encode(target.to(wide) - own.to(wide))
             anchored = put_back(own, stored_as.decode(parts, hidden.shape[-1]))
-            self.states.save("emulator", place, index, anchored)
+            if self.states.marks(place):
+                self.states.save("emulator", place, index, anchored)
             self._add_to_shard(place, index, parts)
             return positions.put(anchored, hidden)
 

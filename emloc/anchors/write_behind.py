@@ -41,6 +41,7 @@ class WriteBehind:
         self._thread = ThreadPoolExecutor(1, "write behind")
         self._waiting: deque[tuple[Future[None], int]] = deque()
         self._bytes = 0
+        self._has_failed = False
         self._pieces: PinnedPieces | None = None
 
     def copy(self, tensor: Tensor) -> HostCopy:
@@ -63,7 +64,7 @@ class WriteBehind:
     def submit(self, work: Callable[[], None], nbytes: int = 0) -> None:
         """Do some work behind all that was submitted before; `nbytes` are in memory until then."""
         self._make_room(nbytes)
-        self._waiting.append((self._thread.submit(work), nbytes))
+        self._waiting.append((self._thread.submit(self._do, work), nbytes))
         self._bytes += nbytes
 
     def wait(self) -> None:
@@ -74,6 +75,16 @@ class WriteBehind:
         """
         while self._waiting:
             self._end_first()
+
+    def _do(self, work: Callable[[], None]) -> None:
+        """Do some work in the thread, unless earlier work has failed."""
+        if self._has_failed:
+            return
+        try:
+            work()
+        except BaseException:
+            self._has_failed = True
+            raise
 
     def _make_room(self, nbytes: int) -> None:
         """Wait until some further bytes fit beside those that wait, or nothing waits any more."""

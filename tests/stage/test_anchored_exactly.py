@@ -132,6 +132,7 @@ def test_offsets_belong_to_tokens_wherever_the_padding_is(tmp_path, model_of):
 
 
 @pytest.mark.parametrize("last_block", [2, 5])
+@pytest.mark.usefixtures("every_place_marked")
 def test_a_killed_pass_reads_no_weights_of_finished_blocks(
     tmp_path, model_of, monkeypatch, last_block
 ):

@@ -216,6 +216,7 @@ def kill_behind(models: Family, folder: Path, finished: int, monkeypatch) -> Non
 # Blocks that return a tensor, blocks that return a tuple, and features of images.
 @pytest.mark.parametrize("family", ["llama", "falcon", "qwen3_vl"])
 @pytest.mark.parametrize("finished", [1, 2])
+@pytest.mark.usefixtures("every_place_marked")
 def test_a_killed_pass_resumes_behind_its_last_place(tmp_path, monkeypatch, family, finished):
     """Blocks before this place are not run again, and the offsets are the same to the bit."""
     models = family_of(family, "left")
@@ -249,6 +250,7 @@ def count_runs(model: nn.Module, blocks: list[str]) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("damage", ["state", "shard"])
+@pytest.mark.usefixtures("every_place_marked")
 def test_a_pass_with_a_damaged_file_starts_anew(tmp_path, monkeypatch, caplog, damage):
     models = family_of("llama", "left")
     models.record(tmp_path / "whole")

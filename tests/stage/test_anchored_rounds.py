@@ -488,6 +488,7 @@ def test_a_round_may_begin_without_the_averages_of_gradients(
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.usefixtures("every_place_marked")
 def test_a_training_killed_in_a_pass_resumes_to_the_same_bits(
     tmp_path, built, straight, uninterrupted, monkeypatch, number
 ):

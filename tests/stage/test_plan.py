@@ -523,7 +523,8 @@ def test_the_passes_of_the_original_are_said_in_a_line_each():
     states, embedding = 2 * tokens * 2048 * 2, 32000 * 2048 * 2
     # The next block of the original has 86 MiB; pinned memory is a power of two.
     pinned = 128 * 2**20
-    assert gib(host) == pytest.approx(3 + (embedding + pinned) / GIB, rel=0.002)
+    unwritten = states / 2  # those of one model behind a place
+    assert gib(host) == pytest.approx(3 + (embedding + pinned + unwritten) / GIB, rel=0.002)
     assert f", of which {states / GIB:.3g} GiB are hidden states that wait" in host
     # The largest block, and what one row takes in it: at least the inputs and outputs of its MLP.
     block = (2 * 2048 + 2 * 512 + 3 * 5632) * 2048 * 2
@@ -532,7 +533,7 @@ def test_the_passes_of_the_original_are_said_in_a_line_each():
     assert block + row < beside * GIB - states < block + 2 * row
     budget = replace(run_config.budget, gpu_states_gib=0)
     host = planned(run_config, budget=budget)[1]
-    assert gib(host) == pytest.approx(3 + (states + embedding + pinned) / GIB, rel=0.002)
+    assert gib(host) == pytest.approx(3 + (1.5 * states + embedding + pinned) / GIB, rel=0.002)
     assert ", of which 0 GiB are hidden states that wait" in host
     assert gib(host.partition("beside the emulator")[2]) == pytest.approx(
         beside - states / GIB, abs=1e-3

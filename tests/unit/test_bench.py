@@ -32,7 +32,7 @@ NAMES = [
     *(
         "stored_38b",
         "anchored_8b",
-        *("rounds4_8b_nf4", "rounds24_38b", "rounds12_78b_nf4", "rounds16_78b_int2"),
+        *("rounds4_8b_nf4", "rounds24_38b", "rounds16_78b_int2", "rounds24_78b_nf4"),
         "cap24_38b",
         "cap12_38b_nf4",
         "cap24_78b_nf4",

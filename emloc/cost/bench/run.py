@@ -54,11 +54,11 @@ BENCHMARKS: dict[str, Callable[[], Iterator[BenchRow]]] = {
     "rounds24_38b": partial(
         anchored_rounds, "rounds24_38b", M38, 0.2, 16, 24, stored=False, features="stored"
     ),
-    "rounds12_78b_nf4": partial(
-        anchored_rounds, "rounds12_78b_nf4", M78, 0.45, 4, 12, stored=False
-    ),
     "rounds16_78b_int2": partial(
-        anchored_rounds, "rounds16_78b_int2", M78, 0.45, 2, 16, stored=False
+        anchored_rounds, "rounds16_78b_int2", M78, 0.45, 2, 16, stored=False, features="stored"
+    ),
+    "rounds24_78b_nf4": partial(
+        anchored_rounds, "rounds24_78b_nf4", M78, 0.45, 4, 24, stored=False, features="stored"
     ),
     "cap24_38b": partial(capped, "cap24_38b", M38, 0.2, "emloc", 24),
     "cap12_38b_nf4": partial(capped, "cap12_38b_nf4", M38, 0.2, "emloc_nf4", 12),

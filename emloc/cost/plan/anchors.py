@@ -11,6 +11,7 @@ import torch
 from emloc.anchors import Anchor
 from emloc.anchors.pass_states import most_states
 from emloc.anchors.places import Place
+from emloc.anchors.write_behind import MOST_WAITING
 from emloc.calibration.offload import StateLimits, state_limits
 from emloc.config.compatibility import choice_name
 from emloc.config.settings import Budget, TrainSettings
@@ -130,12 +131,12 @@ class AnchorPlan:
     def host(self) -> int:
         """Bytes of host memory of a pass, with the token embedding that training keeps there.
 
-        The next block of the original waits there, too.
+        The next block of the original waits there, too, and states that are not written yet.
         """
         embedding = Decoder(self.source).untied_embedding
         size = self.source.sizes[embedding] * self.source.dtype.itemsize if embedding else 0
         waiting = next_block(self.source) + self._limits.host_share(self.states)
-        return PROCESS + size + waiting
+        return PROCESS + size + waiting + min(MOST_WAITING, self.states // 2)
 
     @property
     def disk(self) -> int:
