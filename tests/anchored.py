@@ -201,10 +201,11 @@ def record_anchors(
     return Anchored(folder / "offsets", adapter.base(original), inner, places, stored_as)
 
 
-def tiny_source(made_once: Callable[..., Path], blocks: int) -> Source:
-    """Return a tiny model with so many blocks, in float32."""
-    make = partial(save_checkpoint, num_hidden_layers=blocks)
-    return Source(made_once(f"blocks_{blocks}", make), "tiny", "0", torch.float32)
+def tiny_source(made_once: Callable[..., Path], blocks: int, *, tied: bool = False) -> Source:
+    """Return a tiny model with so many blocks, in float32; its head may be the embedding."""
+    make = partial(save_checkpoint, num_hidden_layers=blocks, tie_word_embeddings=tied)
+    name = f"{'tied' if tied else 'blocks'}_{blocks}"
+    return Source(made_once(name, make), "tiny", "0", torch.float32)
 
 
 def in_float64(source: Source) -> Source:

@@ -192,7 +192,8 @@ class _Pass:
         reaches_head = not {*blocks} & {*self.decoder_blocks}
         if weights is not None:
             inside = {*blocks, *self.decoder_blocks}
-            fill_outside(model, weights, inside, self.device, with_head=True)
+            known = self._shared_embedding()
+            fill_outside(model, weights, inside, self.device, with_head=True, known=known)
             model.tie_weights()
             if reaches_head:
                 self._fill_head()
@@ -262,6 +263,21 @@ class _Pass:
             self.losses |= {k.key: loss for k, loss in zip(rows, measured, strict=True)}
 
         return run
+
+    def _shared_embedding(self) -> list[str]:
+        """Let the original have the emulator's token embedding, if the head is tied to it.
+
+        Returns the names of the parameters that it has then.
+        """
+        model = self.original.model
+        if self.stretches is None or not self.stretches.has_head_of_original:
+            return []
+        embedding = {id(p) for p in model.get_input_embeddings().parameters()}
+        names = [name for name, p in model.named_parameters() if id(p) in embedding]
+        if not model.all_tied_weights_keys:
+            return []
+        missing = _share_parameters(self.stretches.model, model, names)
+        return [name for name in names if name not in missing]
 
     def _fill_head(self) -> None:
         """Read the head of the original, or use that of the emulator if it is the same."""

@@ -167,6 +167,30 @@ def test_a_killed_pass_reads_no_weights_of_finished_blocks(
         assert loss == pytest.approx(total / items, abs=2e-6)
 
 
+def test_a_tied_embedding_of_the_emulator_is_used_for_both(tmp_path, made_once, monkeypatch):
+    source, read = anchored.tiny_source(made_once, blocks=6, tied=True), []
+    fill = AdaptedWeights.fill
+
+    def note(self, model, names, device, ahead=None):
+        names = list(names)
+        read.extend(names)
+        fill(self, model, names, device, ahead)
+
+    built = anchored.build_emulator(tmp_path, source, SVD, 16, 0.75)
+    places = BLOCKS.find(source.meta_model, block_stack(source))
+    monkeypatch.setattr(AdaptedWeights, "fill", note)
+    record = partial(anchored.record_anchors, stored_as=FORMATS["float32"])
+    pair = record(tmp_path / "pass", built, Lora(), NoRecovery(), places)
+    assert {"model.layers.0.input_layernorm.weight", "model.norm.weight"} <= {*read}
+    assert not {"model.embed_tokens.weight", "lm_head.weight"} & {*read}
+    losses = json.loads((tmp_path / "pass" / "offsets" / record_module.LOSSES_FILE).read_text())
+    for row in anchored.rows():
+        with torch.no_grad(), pair.put_back([row]):
+            loss = pair.emulator(**pair.batch([row])).loss
+        total, items = losses[row.key]
+        assert loss == pytest.approx(total / items, abs=2e-5)
+
+
 def test_only_a_head_that_is_the_original_s_is_used_for_both(model_of, tmp_path):
     """Another head, or a trained one, does not change the losses of the original."""
     pair = model_of(tmp_path, "svd", BLOCKS)
@@ -251,7 +275,7 @@ def test_rounding_does_not_add_up_over_places(tmp_path, made_once):
     """Each offset also takes back the rounding of the offset before it."""
     source = anchored.tiny_source(made_once, blocks=10)
     (tmp_path / "emulator").mkdir()
-    built = anchored.build_emulator(tmp_path / "emulator", source, Full(), 4)
+    built = anchored.build_emulator(tmp_path, source, Full(), 4)
     places = replace(BLOCKS, places=10).find(source.meta_model, block_stack(source))
     for dtype in ("int8", "bfloat16"):
         pair = anchored.record_anchors(

@@ -79,20 +79,20 @@ class AnchorPlan:
 
         They are those of the largest block, of the weights outside the blocks, of the temporary
         tensors of one row in a block, and of the hidden states that wait. The emulator has the
-        head, and the token embedding is in host memory. A block of a vision tower is smaller than
-        one of the language model.
+        head, and the token embedding is there, too, or in host memory. A block of a vision tower is
+        smaller than one of the language model.
         """
-        itemsize = self.source.dtype.itemsize
-        blocks: dict[str | None, int] = {}
-        for name, size in self.source.sizes.items():
-            block = find_block(name)
-            blocks[block] = blocks.get(block, 0) + size * itemsize
-        decoder = Decoder(self.source)
-        outside = blocks.pop(None, 0)
-        if decoder.untied_embedding:
-            outside -= 2 * self.source.sizes[decoder.untied_embedding] * itemsize
+        model = self.source.meta_model
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        at_ends = {id(weight) for end in ends if end is not None for weight in end.parameters()}
+        sizes: dict[str | None, int] = {None: 0}
+        for name, weight in model.named_parameters():
+            if id(weight) not in at_ends:
+                block = find_block(name)
+                sizes[block] = sizes.get(block, 0) + weight.numel() * self.source.dtype.itemsize
+        outside = sizes.pop(None)
         waiting = self._limits.device_share(self.states)
-        return max(blocks.values()) + outside + self._temporary_bytes() + waiting
+        return max(sizes.values()) + outside + self._temporary_bytes() + waiting
 
     def _temporary_bytes(self) -> int:
         """Trace the temporary tensors of one row in a block, without gradients."""
