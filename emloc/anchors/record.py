@@ -192,8 +192,11 @@ class _Pass:
         reaches_head = not {*blocks} & {*self.decoder_blocks}
         if weights is not None:
             inside = {*blocks, *self.decoder_blocks}
-            known = self._shared_embedding()
-            fill_outside(model, weights, inside, self.device, with_head=True, known=known)
+            fill_outside(
+                *(model, weights, inside, self.device),
+                with_head=True,
+                without=self._shared_embedding(),
+            )
             model.tie_weights()
             if reaches_head:
                 self._fill_head()

@@ -106,16 +106,16 @@ def fill_outside(
     device: torch.device,
     *,
     with_head: bool = False,
-    known: Collection[str] = (),
+    without: Collection[str] = (),
 ) -> None:
     """Read all weights that are neither in one of the blocks nor in the output head.
 
     The token embedding stays in host memory: blocks do not read it, and it is larger than a block
     of many models. With `with_head` the passes reach the head, and an embedding that is tied to it
-    goes to the device. The parameters `known` are not read.
+    goes to the device. The parameters `without` are not read.
     """
     inside = tuple(f"{name}." for name in blocks)
-    names = [name for name in _names_without_head(model, weights) if name not in known]
+    names = [name for name in _names_without_head(model, weights) if name not in without]
     names = [name for name in names if not name.startswith(inside)]
     if not (with_head and model.all_tied_weights_keys):
         name = _read_embedding(model, weights, device)

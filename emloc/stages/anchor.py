@@ -23,6 +23,8 @@ from emloc.anchors.places import Place
 from emloc.anchors.record import LOSSES_FILE, Original, RowLoss, Stretches
 from emloc.anchors.shards import read_rows
 from emloc.data.collate import EncodedRow
+from emloc.emulators import Ranks
+from emloc.emulators.size import bytes_of, factor_shapes
 from emloc.errors import ConfigError
 from emloc.runtime.digest import digest
 from emloc.runtime.distributed import world_size
@@ -33,6 +35,7 @@ from emloc.stages import ANCHORS, Context, Stage
 from emloc.stages.anchorable import require_anchorable
 from emloc.stages.shared_passes import intact_passes, listed_passes, write_list
 from emloc.stages.training.anchored_rows import AnchoredRows, disk_shortage
+from emloc.stages.training.refit import Refittable, gradient_bytes
 from emloc.stages.training.round_passes import FirstPass
 
 log = logging.getLogger(__name__)
@@ -169,14 +172,27 @@ def _require_room(context: Context, anchor: Anchor, places: Sequence[Place]) -> 
         ConfigError: the disk is too small.
     """
     source, limit = context.source, context.run_config.budget.disk_gib
+    refit = _refit_bytes(context, anchor)
 
     def shortage(count: int, factor: int) -> str | None:
         rows, encoded = _round_rows(context, anchor, count)
         tokens = [int(factor * rows * mean(map(place.count, encoded))) for place in places]
-        return disk_shortage(anchor, source, tokens, context.cache, limit)
+        return disk_shortage(anchor, source, tokens, context.cache, limit, refit)
 
     if shortage(_FEW, _MARGIN) and (line := shortage(_MORE, 1)):
         raise ConfigError(line)
+
+
+def _refit_bytes(context: Context, anchor: Anchor) -> int:
+    """Return the bytes that a fit of the emulator writes: gradients, and factors as large again."""
+    source, run_config = context.training_source, context.run_config
+    if not (anchor.refit and anchor.rounds > 1 and isinstance(run_config.emulator, Refittable)):
+        return 0
+    ranks: Ranks = context.plan or {}
+    present = {layer: ranks[layer] for layer in source.emulated(ranks)}
+    matrices = [m for name, k in present.items() for m in factor_shapes(source.linears[name], k)]
+    factors = bytes_of(matrices, run_config.precision, source.dtype)
+    return gradient_bytes(source, present) + factors
 
 
 def _round_rows(context: Context, anchor: Anchor, count: int) -> tuple[float, list[EncodedRow]]:

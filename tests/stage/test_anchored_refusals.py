@@ -20,6 +20,7 @@ from emloc.config.compose import compose
 from emloc.data.reader import TextReader
 from emloc.errors import ConfigError
 from emloc.pipeline import checked
+from emloc.runtime.memory import GIB
 from emloc.stages.run_config import build
 
 
@@ -138,6 +139,17 @@ def test_a_full_disk(refusal, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**14))
     message = refusal("method=emloc_anchored", *ONE_ROUND)
     assert "GiB free; set anchor.rounds higher, anchor.dtype=int8, or EMLOC_CACHE" in message
+
+
+def test_a_disk_without_room_for_a_new_fit_of_the_emulator(refusal, monkeypatch):
+    """Gradients of 4,096 tokens, in float32, at the outputs of all layers of two blocks."""
+    gradients = 4096 * 2 * (2 * 32 + 2 * 16 + 2 * 64 + 32) * 4
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=gradients))
+    message = refusal("method=emloc_anchored", "anchor.places=1", "anchor.rounds=2")
+    assert "with a new fit of the emulator takes" in message
+    assert "set anchor.refit=false, or EMLOC_CACHE to a folder on another disk" in message
+    need = float(re.search(r"takes ([\d.e-]+) GiB", message)[1]) * GIB
+    assert gradients < need < 1.2 * gradients
 
 
 def test_an_adapter_in_front_of_the_decoder(store, internvl):

@@ -55,6 +55,8 @@ MIDDLE = (
     *("hidden_size=2048", "intermediate_size=5632", "num_hidden_layers=6", "vocab_size=32000"),
     *("num_attention_heads=16", "num_key_value_heads=4", "bos_token_id=1", "eos_token_id=2"),
 )
+# Parameters of the matrices of its blocks.
+MATRICES = 6 * 2048 * (2 * 2048 + 2 * 512 + 3 * 5632)
 WORK = StepShape(length=512, batch=2, answer=64, checkpointing=True, host_activations=False)
 # A checkpoint of which a part more or less can be told in a budget, most of which is WORKSPACE.
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
@@ -545,6 +547,20 @@ def test_the_passes_of_the_original_are_said_in_a_line_each():
     assert "more than" not in offsets
     line = planned(run_config, budget=replace(run_config.budget, disk_gib=0.4))[0]
     assert "more than budget.disk_gib=0.4, so set anchor.rounds" in line
+
+
+def test_a_new_fit_of_factors_is_planned_on_the_disk():
+    """Gradients at the outputs of all layers, and factors beside those of the first round."""
+    disks = {}
+    for fit in ("true", "false"):
+        short = ("train.steps=2", "train.batch=1", "train.accumulate=1", f"anchor.refit={fit}")
+        run_config = cell_of(MIDDLE, *ANCHORED, "compression=r25", *short)
+        rows, _ = table_of(run_config, WORK)
+        disks[fit] = {name: float(row["disk GiB"]) for name, row in rows.items()}
+    outputs = 6 * (2 * 2048 + 2 * 512 + 2 * 5632 + 2048)
+    more = disks["true"]["emloc_anchored"] - disks["false"]["emloc_anchored"]
+    assert more == pytest.approx((4096 * outputs * 2 + 0.25 * MATRICES * 2) / GIB, abs=0.11)
+    assert disks["true"]["qlora_anchored"] == disks["false"]["qlora_anchored"]
 
 
 def test_an_offset_in_front_of_the_head_is_planned_for_the_answers():

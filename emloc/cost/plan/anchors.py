@@ -36,6 +36,7 @@ from emloc.runtime.memory import GIB
 from emloc.stages.anchorable import require_anchorable
 from emloc.stages.run_config import RunConfig
 from emloc.stages.training.anchored_rows import round_ends
+from emloc.stages.training.refit import gradient_bytes
 
 
 @dataclass(frozen=True)
@@ -157,13 +158,17 @@ class AnchorPlan:
     def added_to(self, cost: TrainingCost, layout: TrainingLayout, gpu: Gpu) -> TrainingCost:
         """Return the cost of a training through `layout`, with that of its passes.
 
-        The offsets of the first round stay in the cache beside those of a later round.
+        The offsets of the first round stay in the cache beside those of a later round. A fit of the
+        emulator behind a round writes gradients and factors.
         """
         first_round = self.round_offsets if self.anchor.rounds > 1 else 0
+        refit = 0
+        if first_round and self.anchor.refit and layout.ranks:
+            refit = gradient_bytes(self.source, layout.ranks) + layout.factors
         return replace(
             cost,
             host=max(cost.host, self.host),
-            disk=cost.disk + first_round + self.disk,
+            disk=cost.disk + first_round + max(self.disk, self.round_offsets + refit),
             read=cost.read + self.reads * weight_bytes(self.source),
             pass_seconds=self.anchor.rounds * self._round_seconds(layout, gpu)
             + self._last_seconds(layout, gpu),

@@ -171,11 +171,16 @@ def round_ends(steps: int, rounds: int) -> list[int]:
 
 
 def disk_shortage(
-    anchor: Anchor, source: Source, tokens: Sequence[int], folder: Path, limit_gib: float
+    anchor: Anchor,
+    source: Source,
+    tokens: Sequence[int],
+    folder: Path,
+    limit_gib: float,
+    refit_bytes: int = 0,
 ) -> str | None:
     """Return why the offsets of some rows do not fit on the disk, in one line; None if they do.
 
-    The hidden states of a pass have to fit beside them.
+    Beside them have to fit the hidden states of the pass, or what a fit of the emulator writes.
 
     Args:
         anchor: the format of the offsets.
@@ -183,6 +188,7 @@ def disk_shortage(
         tokens: for each place, the number of tokens with an offset.
         folder: of the offsets.
         limit_gib: most disk that the offsets may take.
+        refit_bytes: what a fit of the emulator behind the pass writes.
     """
     width = source.config.get_text_config().hidden_size
     size = sum(tokens) * anchor.stored_as.token_bytes(width)
@@ -201,6 +207,12 @@ def disk_shortage(
             f"anchor: a round takes {(size + states) / GIB:.3g} GiB of disk, and {existing} has "
             f"{free / GIB:.3g} GiB free; set anchor.rounds higher, anchor.dtype=int8, or "
             "EMLOC_CACHE to a folder on another disk"
+        )
+    if size + refit_bytes > free:
+        return (
+            f"anchor: a round with a new fit of the emulator takes {(size + refit_bytes) / GIB:.3g}"
+            f" GiB of disk, and {existing} has {free / GIB:.3g} GiB free; set anchor.refit=false, "
+            "or EMLOC_CACHE to a folder on another disk"
         )
     return None
 

@@ -31,6 +31,7 @@ from emloc.data.reader import encode_all
 from emloc.emulators import BuiltEmulator, Ranks
 from emloc.emulators.operations import block_operations
 from emloc.models.checkpoint.source import Source
+from emloc.models.decoder import Decoder
 from emloc.precision import Precision
 from emloc.runtime.attempts import attempt
 from emloc.runtime.progress import tracked
@@ -43,6 +44,16 @@ from emloc.tensors.nn.attention import without_cudnn
 
 # Tokens whose gradients are kept for each layer.
 TOKENS = 4096
+
+
+def gradient_bytes(source: Source, ranks: Ranks) -> int:
+    """Return the most bytes of disk that the gradients for a fit of some layers take.
+
+    They are those at the outputs of the layers that process tokens.
+    """
+    prefix = Decoder(source).prefix
+    outputs = sum(source.linears[name][0] for name in ranks if name.startswith(prefix))
+    return TOKENS * outputs * source.dtype.itemsize
 
 
 @runtime_checkable
