@@ -16,7 +16,13 @@ from emloc.calibration.offload import StateLimits
 from emloc.emulators.full import Full, block_linears
 from emloc.emulators.svd import Svd
 from emloc.stages.training.anchored_rows import anchored_rows
-from emloc.stages.training.refit import Refit, refit_of, with_folder
+from emloc.stages.training.refit import (
+    Refit,
+    gradient_bytes,
+    gradient_tokens,
+    refit_of,
+    with_folder,
+)
 from emloc.stages.training.round_passes import RoundPasses
 from emloc.stages.training.round_trainee import RoundTrainee, State
 from emloc.stages.training.trainee import open_trainee
@@ -87,6 +93,35 @@ def test_the_fitted_emulator_loses_less_of_what_the_loss_depends_on(
             for one in (before, after)
         ]
         assert losses[1] < losses[0], name
+
+
+def test_a_large_model_keeps_the_gradients_of_fewer_tokens(tmp_path, source, built, monkeypatch):
+    counts = {}
+    real = refit_module._read_gradients
+
+    def count(folder, block):
+        gradients = real(folder, block)
+        counts.update({name: len(rows) for name, rows in gradients.items()})
+        return gradients
+
+    monkeypatch.setattr(refit_module, "_read_gradients", count)
+    inputs = anchored.training_inputs(built)
+    refit = refit_of(anchored_rows(ANCHOR, source, inputs, disk_gib=1.0), anchored.samples(), built)
+    tokens = sum(row.length for row in refit.encoded())
+    outputs = sum(source.linears[name][0] for name in refit.ranks)
+    assert gradient_bytes(source, refit.ranks) == 4096 * outputs * 4
+    monkeypatch.setattr(refit_module, "GRADIENT_BYTES", tokens // 4 * outputs * 4)
+    assert gradient_tokens(source, refit.ranks) == tokens // 4
+    (tmp_path / "fitted").mkdir()
+    refit.run(
+        tmp_path / "fitted",
+        RoundTrainee(open_trainee(built, inputs, anchored.CPU), kept_passes=None),
+        lambda: Original(source.skeleton(), source),
+        limits=StateLimits(host=2**30),
+    )
+    batches = len(refit.encoded())  # each rounds its share up
+    assert set(counts.values()) <= set(range(tokens // 4, tokens // 4 + batches + 1))
+    assert counts
 
 
 def test_the_gradients_through_an_exact_emulator_are_the_original_s(tmp_path, source):

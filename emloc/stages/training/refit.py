@@ -42,18 +42,27 @@ from emloc.stages.training.round_trainee import RoundTrainee
 from emloc.stages.training.trainee import Trainee
 from emloc.tensors.nn.attention import without_cudnn
 
-# Tokens whose gradients are kept for each layer.
+# Most tokens whose gradients are kept for each layer, and most bytes of those of all layers, for
+# which a large model keeps fewer tokens. They are on the disk until the factors are fitted.
 TOKENS = 4096
+GRADIENT_BYTES = 8 * 2**30
 
 
 def gradient_bytes(source: Source, ranks: Ranks) -> int:
-    """Return the most bytes of disk that the gradients for a fit of some layers take.
+    """Return the most bytes of disk that the gradients for a fit of some layers take."""
+    return gradient_tokens(source, ranks) * _gradient_bytes_of_token(source, ranks)
 
-    They are those at the outputs of the layers that process tokens.
-    """
+
+def gradient_tokens(source: Source, ranks: Ranks) -> int:
+    """Return the most tokens whose gradients are kept for a fit of some layers; at least one."""
+    return max(1, min(TOKENS, GRADIENT_BYTES // max(1, _gradient_bytes_of_token(source, ranks))))
+
+
+def _gradient_bytes_of_token(source: Source, ranks: Ranks) -> int:
+    """Return the bytes of the gradients of a token at the outputs of some layers of the decoder."""
     prefix = Decoder(source).prefix
     outputs = sum(source.linears[name][0] for name in ranks if name.startswith(prefix))
-    return TOKENS * outputs * source.dtype.itemsize
+    return outputs * source.dtype.itemsize
 
 
 @runtime_checkable
@@ -178,7 +187,7 @@ class Refit:
         hooks = AttachedOffsets(places, stored_as)
         size = inputs.recipe.batch
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        share = min(1.0, TOKENS / sum(row.length for row in rows))
+        share = min(1.0, gradient_tokens(source, self.ranks) / sum(row.length for row in rows))
         loss = trainee.loss or source.objective.loss
         trainee.model.train()
         with (
