@@ -146,6 +146,7 @@ class _Pass:
         keys = [row.key for row in self._all_rows]
         self.recorder = OffsetRecorder(self.folder, self._places, self.plan, keys)
         self._collated: dict[int, dict[str, Any]] = {}
+        self._collated_bytes = 0
 
     @property
     def _places(self) -> Sequence[Place]:
@@ -249,9 +250,10 @@ class _Pass:
             return self._collated.pop(index)
         batch = self.rows.collate([self._all_rows[row].row for row in self.plan.batches[index]])
         self.recorder.note_batch(index, batch)
-        nbytes = sum(map(_tensor_bytes, (*self._collated.values(), batch)))
-        if index < self._anchored_batches and nbytes <= MOST_COLLATED:
+        nbytes = sum(value.nbytes for value in batch.values() if isinstance(value, Tensor))
+        if index < self._anchored_batches and self._collated_bytes + nbytes <= MOST_COLLATED:
             self._collated[index] = batch
+            self._collated_bytes += nbytes
         return batch
 
     def _measuring(self, index: int) -> Callable[[dict[str, Any]], None]:
@@ -275,10 +277,10 @@ class _Pass:
         model = self.original.model
         if self.stretches is None or not self.stretches.has_head_of_original:
             return []
-        embedding = {id(p) for p in model.get_input_embeddings().parameters()}
-        names = [name for name, p in model.named_parameters() if id(p) in embedding]
         if not model.all_tied_weights_keys:
             return []
+        embedding = {id(p) for p in model.get_input_embeddings().parameters()}
+        names = [name for name, p in model.named_parameters() if id(p) in embedding]
         missing = _share_parameters(self.stretches.model, model, names)
         return [name for name in names if name not in missing]
 
@@ -319,11 +321,6 @@ class _Pass:
 
 def _go_on() -> None:
     """Do nothing behind the last block: the model has all that the passes need."""
-
-
-def _tensor_bytes(batch: Mapping[str, Any]) -> int:
-    """Return the bytes of the tensors of a batch."""
-    return sum(value.nbytes for value in batch.values() if isinstance(value, Tensor))
 
 
 def _share_parameters(

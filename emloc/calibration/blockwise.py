@@ -371,7 +371,7 @@ class SuspendedForward:
         Raises:
             RuntimeError: the pass has left the loop, although it should not.
         """
-        self._offloaded.restore(idle=not stays_in_loop)
+        self._offloaded.restore(outer=not stays_in_loop)
         self._block_inputs = ((), {})
         loop, self._frames = self._frames.loop, _Frames((), ())
         with torch.no_grad():
@@ -400,7 +400,7 @@ class SuspendedForward:
 
     def peek(self, block: nn.Module) -> None:
         """Run `block`, at which the pass is suspended, and discard the output."""
-        self._offloaded.restore(idle=False)
+        self._offloaded.restore(outer=False)
         args, kwargs = self._block_inputs
         with torch.no_grad():
             block(*args, **kwargs)

@@ -129,17 +129,17 @@ class OffloadPool:
             )
         )
 
-    def store(self, storage_bytes: Tensor, *, is_idle: bool = False) -> tuple[Tensor, bool]:
+    def store(self, storage_bytes: Tensor, *, is_outer: bool = False) -> tuple[Tensor, bool]:
         """Copy bytes off the device; return the copy and whether the copy is a file.
 
-        Bytes of idle tensors take half of the host memory at most: others are copied more often.
+        Outer tensors take half of the host memory at most: the others are copied more often.
 
         Raises:
             ConfigError: the disk has no space for the file.
         """
         size = self.host_bytes(storage_bytes)
         limit = self._limits.host
-        if limit is None or self.memory + size <= limit // (2 if is_idle else 1):
+        if limit is None or self.memory + size <= limit // (2 if is_outer else 1):
             if self.is_directly_usable:
                 return storage_bytes, False
             copy = self._pieces.take(storage_bytes.numel())
@@ -191,31 +191,32 @@ class OffloadedTensors:
         # Address of the storage that the tensors have while the pass runs -> copy and tensors. The
         # tensors keep that storage alive, so no other storage can get the same address.
         self._copies: dict[int, _Offloaded] = {}
-        self._idle: list[_Offloaded] = []  # stay off the device while others are restored
+        self._outer: list[_Offloaded] = []  # stay off the device while others are restored
         self._kept = 0  # bytes that stay on the device while the pass is suspended
 
-    def offload(self, tensors: Iterable[Tensor], idle: Iterable[Tensor] = ()) -> None:
+    def offload(self, tensors: Iterable[Tensor], outer: Iterable[Tensor] = ()) -> None:
         """Move tensors off the device, unless there is room on it for all of them.
 
-        A tensor that is unchanged since its last copy is not copied again. The `idle` ones, which
-        may not be needed for long, go first and can be left behind. To a CPU all are alike.
+        A tensor that is unchanged since its last copy is not copied again. The `outer` ones, which
+        only code around the loop over the blocks needs, go first and can be left behind. To a CPU
+        all are alike.
 
         Raises:
             ConfigError: the disk has no space.
         """
-        tensors, idle = list(tensors), list(idle)
+        tensors, outer = list(tensors), list(outer)
         if self._pool.is_directly_usable:
-            tensors, idle = tensors + idle, []
-        candidates = [tensor for tensor in tensors + idle if self._pool.is_movable(tensor)]
+            tensors, outer = tensors + outer, []
+        candidates = [tensor for tensor in tensors + outer if self._pool.is_movable(tensor)]
         copies = {key: copy for key, (copy, _) in self._pop_copies().items()}
         own_keys = set(copies) if self._pool.is_directly_usable else set()
         groups = _unshared_storages(candidates, own_keys)
         if self._stay(groups.values()):
             return
         needed = {id(owner) for tensor in tensors for owner in (tensor, tensor._base)}
-        idle_keys = [key for key, group in groups.items() if needed.isdisjoint(map(id, group))]
-        if self._stay(group for key, group in groups.items() if key not in idle_keys):
-            groups = {key: groups[key] for key in idle_keys}
+        outer_keys = [key for key, group in groups.items() if needed.isdisjoint(map(id, group))]
+        if self._stay(group for key, group in groups.items() if key not in outer_keys):
+            groups = {key: groups[key] for key in outer_keys}
         copies = {
             key: copy
             for key, copy in copies.items()
@@ -223,24 +224,24 @@ class OffloadedTensors:
         }
         # Unchanged ones first, so that the pool knows how much memory is in use.
         for key in [*copies, *(key for key in groups if key not in copies)]:
-            aliases, is_idle = groups[key], key in idle_keys
-            copy = copies.get(key) or self._copied(aliases, is_idle=is_idle)
+            aliases, is_outer = groups[key], key in outer_keys
+            copy = copies.get(key) or self._copied(aliases, is_outer=is_outer)
             _set_storage(aliases, copy.stored)
             self._count_bytes(copy, 1)
-            if is_idle:
-                self._idle.append((copy, aliases))
+            if is_outer:
+                self._outer.append((copy, aliases))
             else:
                 new_key = _address(copy.stored) if self._pool.is_directly_usable else key
                 self._copies[new_key] = copy, aliases
 
-    def restore(self, *, idle: bool = True) -> None:
-        """Move the offloaded tensors back to the device; those that were idle only if `idle`."""
+    def restore(self, *, outer: bool = True) -> None:
+        """Move the offloaded tensors back to the device, with `outer` those of outer code, too."""
         if self._pool.is_directly_usable:
             return
         self._keep(0)
         copies, self._copies = [*self._copies.values()], {}
-        if idle:
-            copies, self._idle = [*copies, *self._idle], []
+        if outer:
+            copies, self._outer = [*copies, *self._outer], []
         for copy, tensors in copies:
             on_device = self._pool.fetch(copy.stored)
             _set_storage(tensors, on_device)
@@ -250,9 +251,9 @@ class OffloadedTensors:
         """Drop the copies, since the forward pass has ended."""
         self._keep(0)
         self._pop_copies()
-        for copy, _ in self._idle:
+        for copy, _ in self._outer:
             self._count_bytes(copy, -1)
-        self._idle = []
+        self._outer = []
 
     def _stay(self, groups: Iterable[list[Tensor]]) -> bool:
         """Leave the storages of some tensors on the device; return whether it has room for them."""
@@ -271,13 +272,13 @@ class OffloadedTensors:
         """Return whether a copy is that of the present values of some tensors."""
         return self._pool.is_directly_usable or copy.versions == _versions(aliases) is not None
 
-    def _copied(self, aliases: list[Tensor], *, is_idle: bool) -> _StorageCopy:
+    def _copied(self, aliases: list[Tensor], *, is_outer: bool) -> _StorageCopy:
         """Return a new copy of the storage of some tensors."""
-        stored, on_disk = self._pool.store(_storage_bytes(aliases[0]), is_idle=is_idle)
+        stored, on_disk = self._pool.store(_storage_bytes(aliases[0]), is_outer=is_outer)
         return _StorageCopy(stored, on_disk, _versions(aliases))
 
     def _pop_copies(self) -> dict[int, _Offloaded]:
-        """Remove all copies but the idle ones from the pool's byte counts and return them."""
+        """Remove all copies but the outer ones from the pool's byte counts and return them."""
         copies, self._copies = self._copies, {}
         for copy, _ in copies.values():
             self._count_bytes(copy, -1)
