@@ -14,7 +14,8 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class PassStates:
         Those of a place that is not marked are deleted.
         """
         if not self.marks(place):
-            self.writer.submit(lambda: self._delete(lambda other: other == place))
+            self.writer.submit(partial(self._delete, [place]))
             return
         self._last_mark, tuple_size = time.monotonic(), self.tuple_size
 
@@ -112,14 +113,14 @@ class PassStates:
                 "hashes": {one.name: file_hash(one) for one in files},
             }
             write_json(self.folder / f"finished-{place:03d}.json", facts)
-            self._delete(lambda other: other < place)
+            self._delete(range(place))
 
         self.writer.submit(mark)
 
-    def _delete(self, concerns: Callable[[int], bool]) -> None:
+    def _delete(self, places: Container[int]) -> None:
         """Delete the states of some places."""
         for path in self.folder.glob("*.safetensors"):
-            if concerns(int(path.stem.split("-")[1])):
+            if int(path.stem.split("-")[1]) in places:
                 path.unlink()
 
     def finished_places(self, shards: int) -> int:

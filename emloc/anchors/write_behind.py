@@ -82,7 +82,7 @@ class WriteBehind:
             return
         try:
             work()
-        except BaseException:
+        except BaseException:  # why: whatever failed, later work may build on it
             self._has_failed = True
             raise
 
@@ -97,8 +97,8 @@ class WriteBehind:
         self._bytes -= nbytes
         try:
             done.result()
-        except BaseException:
-            self._thread.shutdown(cancel_futures=True)
+        except BaseException:  # why: whatever failed, the thread takes no further work
+            self._thread.shutdown()
             self._waiting.clear()
             raise
 
@@ -109,7 +109,7 @@ class WriteBehind:
         """Wait for all work; an error of the body is raised before one of the work."""
         try:
             self.wait()
-        except Exception:
+        except Exception:  # why: the body's own error, which came first, is not replaced
             if kind is None:
                 raise
         finally:

@@ -81,6 +81,7 @@ class PinnedPieces:
         self._slabs, self._free = [], {}
         self._returned.clear()
         if self.pinned:
+            # The first name is missing in torch 2.11.
             getattr(torch.accelerator, "empty_host_cache", torch._C._host_emptyCache)()
 
     def _collect(self) -> None:

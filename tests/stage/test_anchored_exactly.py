@@ -73,6 +73,19 @@ def model_of(source, tmp_path_factory):
     return model
 
 
+def names_read(monkeypatch) -> list[str]:
+    """Return a list of the original's parameters, to which those read from now on are added."""
+    read, fill = [], AdaptedWeights.fill
+
+    def note(self, model, names, device, ahead=None):
+        names = list(names)
+        read.extend(names)
+        fill(self, model, names, device, ahead)
+
+    monkeypatch.setattr(AdaptedWeights, "fill", note)
+    return read
+
+
 @pytest.mark.parametrize("anchor", [BLOCKS, LOGITS], ids=["blocks", "logits"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_hidden_states_and_loss_are_the_original_s(tmp_path, model_of, kind, anchor):
@@ -137,7 +150,7 @@ def test_a_killed_pass_reads_no_weights_of_finished_blocks(
     tmp_path, model_of, monkeypatch, last_block
 ):
     """Killed behind the first place, or behind the last one with the losses still to compute."""
-    finish, read = OffsetRecorder.finish_place_behind, []
+    finish = OffsetRecorder.finish_place_behind
 
     def kill(self, block):
         finish(self, block)
@@ -148,13 +161,7 @@ def test_a_killed_pass_reads_no_weights_of_finished_blocks(
         patch.setattr(OffsetRecorder, "finish_place_behind", kill)
         with pytest.raises(KeyboardInterrupt):
             model_of(tmp_path, "svd", BLOCKS)
-    fill = AdaptedWeights.fill
-
-    def note(self, model, names, device, ahead=None):
-        read.extend(names)
-        fill(self, model, names, device, ahead)
-
-    monkeypatch.setattr(AdaptedWeights, "fill", note)
+    read = names_read(monkeypatch)
     pair = model_of(tmp_path, "svd", BLOCKS)
     blocks = {find_block(name) for name in read} - {None}
     assert blocks == {f"model.layers.{index}" for index in range(last_block + 1, 6)}
@@ -168,17 +175,10 @@ def test_a_killed_pass_reads_no_weights_of_finished_blocks(
 
 
 def test_a_tied_embedding_of_the_emulator_is_used_for_both(tmp_path, made_once, monkeypatch):
-    source, read = anchored.tiny_source(made_once, blocks=6, tied=True), []
-    fill = AdaptedWeights.fill
-
-    def note(self, model, names, device, ahead=None):
-        names = list(names)
-        read.extend(names)
-        fill(self, model, names, device, ahead)
-
+    source = anchored.tiny_source(made_once, blocks=6, tied=True)
     built = anchored.build_emulator(tmp_path, source, SVD, 16, 0.75)
     places = BLOCKS.find(source.meta_model, block_stack(source))
-    monkeypatch.setattr(AdaptedWeights, "fill", note)
+    read = names_read(monkeypatch)
     record = partial(anchored.record_anchors, stored_as=FORMATS["float32"])
     pair = record(tmp_path / "pass", built, Lora(), NoRecovery(), places)
     assert {"model.layers.0.input_layernorm.weight", "model.norm.weight"} <= {*read}
